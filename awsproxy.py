@@ -200,6 +200,7 @@ class Call:
     input: Mapping[str, Any]
     region: str
     caller: Client
+    base_url: str = ""  # what a QueueUrl begins with
 
     @property
     def action(self) -> str:
@@ -240,9 +241,7 @@ ERRORS: Mapping[str, Fault] = {
     "InvalidClientTokenId": _framework(403, "InvalidClientTokenId", "UnrecognizedClientException"),
     "MalformedQueryString": _framework(400, "MalformedQueryString"),
     "MissingAuthenticationToken": _framework(403, "MissingAuthenticationToken"),
-    "SignatureDoesNotMatch": _framework(
-        403, "SignatureDoesNotMatch", "InvalidSignatureException"
-    ),
+    "SignatureDoesNotMatch": _framework(403, "SignatureDoesNotMatch", "InvalidSignatureException"),
     # The same from Amazon S3 ("Error responses" of its API reference).
     "AuthorizationHeaderMalformed": _framework(400, "AuthorizationHeaderMalformed"),
     "AuthorizationQueryParametersError": _framework(400, "AuthorizationQueryParametersError"),
@@ -1112,9 +1111,7 @@ def _check_scope(
             f" from HTTP: '{scope.date[:40]}' != '{day}', from '{claimed.amz_date}'."
         )
     if not _SCOPE_NAME.fullmatch(scope.region) or (regions and scope.region not in regions):
-        faults.append(
-            f"Credential should be scoped to a valid region, not '{scope.region[:40]}'."
-        )
+        faults.append(f"Credential should be scoped to a valid region, not '{scope.region[:40]}'.")
     if not _SCOPE_NAME.fullmatch(scope.service) or service not in (None, scope.service):
         faults.append(f"Credential should be scoped to correct service: '{service or ''}'.")
     if faults:
@@ -1171,9 +1168,7 @@ def _check_hoisted(request: Request) -> None:
             raise refusal("query parameter", request, fault)
 
 
-def _declared_payload(
-    request: Request, claimed: Authorization, profile: Profile
-) -> Optional[str]:
+def _declared_payload(request: Request, claimed: Authorization, profile: Profile) -> Optional[str]:
     """Return the payload line that the head declares, or None where the body must be hashed."""
     value = _single(request, "x-amz-content-sha256")
     if value is None and not profile.declared_payload:
@@ -1185,7 +1180,9 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    raise refusal("streaming" if value.startswith("STREAMING-") else "payload", request, value[:60])
+    raise refusal(
+        "streaming" if value.startswith("STREAMING-") else "payload", request, value[:60]
+    )
 
 
 _TOKEN_SHOWN = re.compile("(x-amz-security-token:|X-Amz-Security-Token=)[^\n&]*")
@@ -1445,7 +1442,13 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), default=_base64_text).encode("ascii")
 
 
-_KINDS = {bool: "BOOLEAN_VALUE", type(None): "NULL_VALUE", list: "START_ARRAY", dict: "START_OBJECT", str: "STRING_VALUE"}
+_KINDS = {
+    bool: "BOOLEAN_VALUE",
+    type(None): "NULL_VALUE",
+    list: "START_ARRAY",
+    dict: "START_OBJECT",
+    str: "STRING_VALUE",
+}
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
@@ -1637,7 +1640,9 @@ def _from_form_member(
         return [_from_form(shape.element, below, names, operation) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
     return {
-        below.get(key, {}).get("", ""): _from_form(shape.value, below.get(value, {}), names, operation)
+        below.get(key, {}).get("", ""): _from_form(
+            shape.value, below.get(value, {}), names, operation
+        )
         for below in numbered
     }
 
@@ -1748,3 +1753,876 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
         text = item.encode("utf-8", "replace")
         parts.append(b"\x7a" + len(text).to_bytes(4, "big") + text)
     return b"".join(parts)
+
+
+# ==== 5. SQS in memory: Message, Queue, Sqs, OPERATIONS ====
+#
+# The measure is Amazon SQS as recorded, not its emulators.  All state is here, under one lock;
+# a call that waits does so on its queue's condition, which shares that lock, so that a send
+# wakes the waiters of its own queue alone.  Clock, randomness and waiting are passed in.
+
+SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
+MAX_IN_FLIGHT = 120000
+MAX_ATTRIBUTES = 10
+
+_QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
+_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)[\w.-]{1,256}(?<!\.)")
+_DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0]{1,248})?")
+_READ_ONLY = frozenset(
+    "QueueArn CreatedTimestamp LastModifiedTimestamp ApproximateNumberOfMessages"
+    " ApproximateNumberOfMessagesNotVisible ApproximateNumberOfMessagesDelayed".split()
+)
+
+
+class Limit(NamedTuple):
+    """The default and the range of a queue attribute that is a number."""
+
+    default: int
+    low: int
+    high: int
+
+
+LIMITS = {
+    "DelaySeconds": Limit(0, 0, 900),
+    "MaximumMessageSize": Limit(1048576, 1024, 1048576),
+    "MessageRetentionPeriod": Limit(345600, 60, 1209600),
+    "ReceiveMessageWaitTimeSeconds": Limit(0, 0, 20),
+    "VisibilityTimeout": Limit(30, 0, SECONDS_HELD),
+}
+
+
+class Message:
+    """A message and where it stands."""
+
+    __slots__ = (
+        "attributes",
+        "body",
+        "first_received",
+        "hidden_until",
+        "message_id",
+        "received",
+        "sent",
+        "serial",
+        "system",
+    )
+
+    def __init__(
+        self, message_id: str, serial: int, body: str, attributes: Any, system: Any, sent: float
+    ) -> None:
+        self.message_id = message_id
+        self.serial = serial
+        self.body = body
+        self.attributes: Mapping[str, Mapping[str, Any]] = attributes
+        self.system: Dict[str, str] = system
+        self.sent = sent
+        self.received = 0
+        self.first_received = 0.0
+        self.hidden_until = 0.0  # 0 while it is visible
+
+
+class Queue:
+    """A queue: its settings, and its messages, visible or hidden until some time.
+
+    Every operation is O(log n) or better in the number of messages.
+    """
+
+    def __init__(self, url_path: str, serial: int, numbers: Dict[str, int], lock: Any) -> None:
+        self.url_path = url_path  # "/{account}/{name}"
+        self.serial = serial  # tells queues apart that had the same name one after another
+        self.numbers = numbers  # by the names of LIMITS
+        self.tags: Dict[str, str] = {}
+        self.changed = threading.Condition(lock)
+        self.deleted = False
+        self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
+        self.visible: OrderedDict[str, Message] = OrderedDict()
+        self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
+        self._order = itertools.count()
+
+    def add(self, message: Message, delay: int) -> None:
+        """Take in a message, hidden for its delay."""
+        self.messages[message.message_id] = message
+        if delay:
+            self.hide(message, message.sent + delay)
+        else:
+            self.visible[message.message_id] = message
+            self.changed.notify()
+
+    def hide(self, message: Message, until: float) -> None:
+        """Make a message invisible until then."""
+        self.visible.pop(message.message_id, None)
+        message.hidden_until = until
+        heapq.heappush(self._hidden, (until, next(self._order), message))
+        if len(self._hidden) > 2 * len(self.messages) + 64:
+            self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
+            heapq.heapify(self._hidden)
+
+    def _is_due(self, entry: Tuple[float, int, Message]) -> bool:
+        until, _, message = entry
+        present = self.messages.get(message.message_id) is message
+        return present and message.hidden_until == until
+
+    def remove(self, message: Message) -> None:
+        """Drop a message, wherever it stands."""
+        self.messages.pop(message.message_id, None)
+        self.visible.pop(message.message_id, None)
+
+    def clear(self) -> None:
+        """Drop all messages."""
+        self.messages.clear()
+        self.visible.clear()
+        self._hidden.clear()
+
+    def advance(self, now: float) -> None:
+        """Let happen what was due by now: messages come back, or are too old."""
+        hidden = self._hidden
+        while hidden and hidden[0][0] <= now:
+            entry = heapq.heappop(hidden)
+            if self._is_due(entry):
+                message = entry[2]
+                message.hidden_until = 0.0
+                self.visible[message.message_id] = message
+                self.changed.notify()
+        oldest = now - self.numbers["MessageRetentionPeriod"]
+        while self.messages:
+            message = next(iter(self.messages.values()))
+            if message.sent > oldest:
+                break
+            self.remove(message)
+
+    def next_change(self, deadline: float) -> float:
+        """Return when a hidden message may come back, `deadline` if that is earlier."""
+        return min(deadline, self._hidden[0][0]) if self._hidden else deadline
+
+    def receive(self, limit: int, timeout: int, now: float) -> List[Message]:
+        """Return up to `limit` visible messages, now hidden for the timeout."""
+        taken = list(itertools.islice(self.visible.values(), limit))
+        for message in taken:
+            message.received += 1
+            message.first_received = message.first_received or now
+            self.visible.pop(message.message_id)
+            if timeout:
+                self.hide(message, now + timeout)
+            else:
+                self.visible[message.message_id] = message
+        return taken
+
+
+def _invalid(message: str) -> ServiceError:
+    return ServiceError("InvalidParameterValue", message)
+
+
+def _in_range(value: int, low: int, high: int, name: str, reason: str) -> int:
+    if not low <= value <= high:
+        raise _invalid(f"Value {value} for parameter {name} is invalid. Reason: {reason}")
+    return value
+
+
+def attributes_md5(attributes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the digest of message attributes ("Amazon SQS message metadata")."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for name, attribute in sorted(attributes.items()):
+        binary = "BinaryValue" in attribute
+        value = attribute["BinaryValue"] if binary else attribute["StringValue"].encode()
+        for part in (name.encode(), attribute["DataType"].encode()):
+            digest.update(len(part).to_bytes(4, "big") + part)
+        digest.update((b"\2" if binary else b"\1") + len(value).to_bytes(4, "big") + value)
+    return digest.hexdigest()
+
+
+class Sqs:
+    """The queues of all accounts and regions, and the operations on them."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        secret: Optional[bytes] = None,
+        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
+    ) -> None:
+        self._clock = clock
+        self._new_id = new_id
+        self._secret = secret or os.urandom(32)  # receipt handles of others are not ours
+        self._wait = wait
+        self._lock = threading.RLock()
+        self._queues: Dict[Tuple[str, str, str], Queue] = {}  # by region, account, name
+        self._serials = itertools.count(1)
+
+    def answer(self, call: Call) -> Optional[Mapping[str, Any]]:
+        """Return the output of a call; the queues are untouched where it raises ServiceError."""
+        with self._lock:
+            return OPERATIONS[call.operation].method(self, call)
+
+    # ---- Queues ----
+
+    def _queue(self, call: Call) -> Queue:
+        path = urllib.parse.urlsplit(call.input.get("QueueUrl", "")).path.rstrip("/")
+        account, _, name = path.rpartition("/")
+        account = account.rpartition("/")[2] or call.caller.account_id
+        queue = self._queues.get((call.region, account, name))
+        if queue is None or account != call.caller.account_id:
+            raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+        queue.advance(self._clock())
+        return queue
+
+    def create_queue(self, call: Call) -> Mapping[str, Any]:
+        """Make a queue, or find one of that name whose attributes do not differ."""
+        name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
+        if not _QUEUE_NAME.fullmatch(name):
+            raise _invalid(
+                "Can only include alphanumeric characters, hyphens, or underscores."
+                " 1 to 80 in length"
+            )
+        numbers = {}
+        for attribute, text in given.items():
+            if attribute not in LIMITS:
+                raise ServiceError("InvalidAttributeName", f"Unknown Attribute {attribute}.")
+            limit = LIMITS[attribute]
+            if not _NUMBER.fullmatch(text) or not limit.low <= int(text) <= limit.high:
+                raise ServiceError(
+                    "InvalidAttributeValue", f"Invalid value for the parameter {attribute}."
+                )
+            numbers[attribute] = int(text)
+        account = call.caller.account_id
+        key = (call.region, account, name)
+        queue = self._queues.get(key)
+        if queue is None:
+            defaults = {attribute: limit.default for attribute, limit in LIMITS.items()}
+            serial = next(self._serials)
+            queue = Queue(f"/{account}/{name}", serial, {**defaults, **numbers}, self._lock)
+            queue.tags = dict(call.input.get("tags", {}))
+            self._queues[key] = queue
+        for attribute, number in numbers.items():
+            if queue.numbers[attribute] != number:
+                raise ServiceError(
+                    "QueueNameExists",
+                    "A queue already exists with the same name and a different value for"
+                    f" attribute {attribute}",
+                )
+        return {"QueueUrl": call.base_url + queue.url_path}
+
+    def get_queue_url(self, call: Call) -> Mapping[str, Any]:
+        """Return the URL of a queue, given its name."""
+        name = call.input.get("QueueName", "")
+        if not name:
+            raise _invalid("Value for parameter QueueName is invalid. Reason: Must be specified.")
+        owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
+        queue = self._queues.get((call.region, owner, name))
+        if queue is None or owner != call.caller.account_id:
+            raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+        return {"QueueUrl": call.base_url + queue.url_path}
+
+    def list_queues(self, call: Call) -> Mapping[str, Any]:
+        """Return the URLs of the caller's queues in the region, by name, a page at a time."""
+        prefix = call.input.get("QueueNamePrefix", "")
+        most = _in_range(
+            call.input.get("MaxResults", 1000), 1, 1000, "MaxResults", "Must be between 1 and 1000"
+        )
+        after = _from_base64(call.input.get("NextToken", "")).decode("utf-8", "replace")
+        mine = (call.region, call.caller.account_id)
+        names = sorted(
+            key[2]
+            for key in self._queues
+            if key[:2] == mine and key[2].startswith(prefix) and key[2] > after
+        )
+        page = names[:most]
+        output: Dict[str, Any] = {}
+        if page:
+            base = f"{call.base_url}/{call.caller.account_id}/"
+            output["QueueUrls"] = [base + name for name in page]
+        if len(names) > most and "MaxResults" in call.input:
+            output["NextToken"] = _base64_text(page[-1].encode())
+        return output
+
+    def purge_queue(self, call: Call) -> None:
+        """Drop all messages of a queue: visible, hidden and delayed."""
+        self._queue(call).clear()
+
+    def delete_queue(self, call: Call) -> None:
+        """Drop a queue; calls that wait on it learn that it is gone."""
+        queue = self._queue(call)
+        _, account, name = queue.url_path.split("/")
+        del self._queues[call.region, account, name]
+        queue.deleted = True
+        queue.changed.notify_all()
+
+    # ---- Messages ----
+
+    def send_message(self, call: Call) -> Mapping[str, Any]:
+        """Take in a message; it is visible after its delay."""
+        queue = self._queue(call)
+        body, attributes = call.input["MessageBody"], call.input.get("MessageAttributes", {})
+        system = call.input.get("MessageSystemAttributes", {})
+        if not body:
+            raise ServiceError(
+                "MissingParameter", "The request must contain the parameter MessageBody."
+            )
+        if _NOT_XML.search(body):
+            raise ServiceError(
+                "InvalidMessageContents",
+                "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD |"
+                " #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF",
+            )
+        size = len(body.encode()) + self._check_attributes(attributes)
+        if size > queue.numbers["MaximumMessageSize"]:
+            raise _invalid(
+                "One or more parameters are invalid. Reason: Message must be shorter than"
+                f" {queue.numbers['MaximumMessageSize']} bytes."
+            )
+        self._check_attributes(system)
+        if set(system) - {"AWSTraceHeader"}:
+            raise _invalid("The only message system attribute that can be sent is AWSTraceHeader.")
+        delay = _in_range(
+            call.input.get("DelaySeconds", queue.numbers["DelaySeconds"]),
+            *LIMITS["DelaySeconds"][1:],
+            "DelaySeconds",
+            "DelaySeconds must be >= 0 and <= 900.",
+        )
+        kept = {name: value["StringValue"] for name, value in system.items()}
+        kept["SenderId"] = call.caller.access_key_id
+        now = self._clock()
+        message = Message(self._new_id(), next(self._serials), body, attributes, kept, now)
+        queue.add(message, delay)
+        output = {"MessageId": message.message_id, "MD5OfMessageBody": _md5(body)}
+        if attributes:
+            output["MD5OfMessageAttributes"] = attributes_md5(attributes)
+        if system:
+            output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
+        return output
+
+    def _check_attributes(self, attributes: Mapping[str, Mapping[str, Any]]) -> int:
+        """Return the size of message attributes in bytes, or refuse them."""
+        if len(attributes) > MAX_ATTRIBUTES:
+            raise _invalid(
+                f"Number of message attributes [{len(attributes)}] exceeds the allowed maximum"
+                f" [{MAX_ATTRIBUTES}]."
+            )
+        size = 0
+        for name, attribute in attributes.items():
+            kind = _DATA_TYPE.fullmatch(attribute.get("DataType", ""))
+            if not _ATTRIBUTE_NAME.fullmatch(name) or not kind:
+                raise _invalid(f"Message (user) attribute '{name[:80]}' has a bad name or type.")
+            value = attribute.get("BinaryValue" if kind[1] == "Binary" else "StringValue")
+            if not value or (isinstance(value, str) and _NOT_XML.search(value)):
+                raise _invalid(
+                    f"Message (user) attribute '{name}' must contain a non-empty value of type"
+                    f" '{kind[1]}'."
+                )
+            encoded = value if isinstance(value, bytes) else value.encode()
+            size += len(name.encode()) + len(kind[0].encode()) + len(encoded)
+        return size
+
+    def receive_message(self, call: Call) -> Mapping[str, Any]:
+        """Return messages, hidden from others from now on; wait for the first if asked to."""
+        queue = self._queue(call)
+        given = call.input
+        limit = _in_range(
+            given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages",
+            "Must be between 1 and 10, if provided.",
+        )  # fmt: skip
+        patience = _in_range(
+            given.get("WaitTimeSeconds", queue.numbers["ReceiveMessageWaitTimeSeconds"]), 0, 20,
+            "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.",
+        )  # fmt: skip
+        timeout = _in_range(
+            given.get("VisibilityTimeout", queue.numbers["VisibilityTimeout"]), 0, SECONDS_HELD,
+            "VisibilityTimeout", "Must be >= 0 and <= 43200, if provided.",
+        )  # fmt: skip
+        now = self._clock()
+        deadline = now + patience
+        while not queue.visible and now < deadline:
+            self._wait(queue.changed, queue.next_change(deadline) - now)
+            if queue.deleted:
+                raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+            now = self._clock()
+            queue.advance(now)
+            if call.request.abandoned():
+                if queue.visible:
+                    queue.changed.notify()  # the wake-up was for a message; pass it on
+                return {}
+        if len(queue.messages) - len(queue.visible) >= MAX_IN_FLIGHT:
+            raise ServiceError("OverLimit", "Too many messages are in flight.")
+        received = queue.receive(limit, timeout, now)
+        if not received:
+            return {}
+        return {"Messages": [self._received(queue, message, given) for message in received]}
+
+    def _received(
+        self, queue: Queue, message: Message, given: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        output: Dict[str, Any] = {
+            "MessageId": message.message_id,
+            "ReceiptHandle": self._receipt_handle(queue, message),
+            "MD5OfBody": _md5(message.body),
+            "Body": message.body,
+        }
+        asked = {*given.get("AttributeNames", ()), *given.get("MessageSystemAttributeNames", ())}
+        if asked:
+            system = {
+                **message.system,
+                "SentTimestamp": str(int(message.sent * 1000)),
+                "ApproximateReceiveCount": str(message.received),
+                "ApproximateFirstReceiveTimestamp": str(int(message.first_received * 1000)),
+            }
+            shown = {k: v for k, v in system.items() if k in asked or "All" in asked}
+            if shown:
+                output["Attributes"] = shown
+        names = given.get("MessageAttributeNames", ())
+        chosen = {
+            name: value
+            for name, value in message.attributes.items()
+            if any(_asks_for(pattern, name) for pattern in names)
+        }
+        if chosen:
+            output["MD5OfMessageAttributes"] = attributes_md5(chosen)
+            output["MessageAttributes"] = chosen
+        return output
+
+    def delete_message(self, call: Call) -> None:
+        """Drop a received message; nothing happens if it is gone already."""
+        queue = self._queue(call)
+        message = self._of_handle(queue, call.input["ReceiptHandle"])
+        if message:
+            queue.remove(message)
+
+    def _receipt_handle(self, queue: Queue, message: Message) -> str:
+        text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
+        return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
+
+    def _of_handle(self, queue: Queue, handle: str) -> Optional[Message]:
+        """Return the message of a handle, None if gone; ReceiptHandleIsInvalid if not ours."""
+        try:
+            raw = base64.b64decode(handle[4:].encode("ascii"), validate=True)
+        except ValueError:
+            raw = b""
+        text = raw[12:]
+        genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
+        serial, _, rest = text.decode("latin-1").partition(":")
+        if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
+            raise ServiceError(
+                "ReceiptHandleIsInvalid",
+                f'The input receipt handle "{handle}" is not a valid receipt handle.',
+            )
+        return queue.messages.get(rest.partition(":")[0])
+
+
+def _md5(text: str) -> str:
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _asks_for(pattern: str, name: str) -> bool:
+    if pattern in ("All", ".*", "*"):
+        return True
+    return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
+
+
+_VALUES = MapOf(structure(DataType=STRING, StringValue=STRING, BinaryValue=BLOB))
+_NAMES = ListOf(STRING)
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Operation(
+            "CreateQueue",
+            structure(QueueName=STRING, Attributes=MapOf(STRING), tags=MapOf(STRING)),
+            Sqs.create_queue,
+        ),
+        Operation(
+            "DeleteMessage",
+            structure("ReceiptHandle", QueueUrl=STRING, ReceiptHandle=STRING),
+            Sqs.delete_message,
+        ),
+        Operation("DeleteQueue", structure(QueueUrl=STRING), Sqs.delete_queue),
+        Operation(
+            "GetQueueUrl",
+            structure(QueueName=STRING, QueueOwnerAWSAccountId=STRING),
+            Sqs.get_queue_url,
+        ),
+        Operation(
+            "ListQueues",
+            structure(QueueNamePrefix=STRING, NextToken=STRING, MaxResults=INTEGER),
+            Sqs.list_queues,
+        ),
+        Operation("PurgeQueue", structure(QueueUrl=STRING), Sqs.purge_queue),
+        Operation(
+            "ReceiveMessage",
+            structure(
+                QueueUrl=STRING,
+                AttributeNames=_NAMES,
+                MessageSystemAttributeNames=_NAMES,
+                MessageAttributeNames=_NAMES,
+                MaxNumberOfMessages=INTEGER,
+                VisibilityTimeout=INTEGER,
+                WaitTimeSeconds=INTEGER,
+                ReceiveRequestAttemptId=STRING,
+            ),
+            Sqs.receive_message,
+        ),
+        Operation(
+            "SendMessage",
+            structure(
+                "MessageBody",
+                QueueUrl=STRING,
+                MessageBody=STRING,
+                DelaySeconds=INTEGER,
+                MessageAttributes=_VALUES,
+                MessageSystemAttributes=_VALUES,
+            ),
+            Sqs.send_message,
+        ),
+    )
+}
+
+SQS_MODEL = Model(
+    OPERATIONS,
+    {
+        "Attributes": QueryName("Attribute", "Name", "Value"),
+        "AttributeNames": QueryName("AttributeName"),
+        "MessageAttributeNames": QueryName("MessageAttributeName"),
+        "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
+        "MessageSystemAttributeNames": QueryName("MessageSystemAttributeName"),
+        "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
+        "Messages": QueryName("Message"),
+        "QueueUrls": QueryName("QueueUrl"),
+        "tags": QueryName("Tag", "Key", "Value"),
+    },
+    frozenset({"CreateQueue", "ListQueues"}),
+)
+
+
+# ==== 8. The proxy: Exchange, AccessLog, Proxy ====
+
+DEMO_CLIENTS: Clients = {
+    "dummykey": (
+        Client("demo", "dummykey", "dummysecret"),
+        Client("demo", "dummykey", "dummysecret", "dummysession"),
+    )
+}
+
+
+class Exchange(NamedTuple):
+    """A call and its answer, as the log sees them."""
+
+    started: float
+    seconds: float
+    peer: str
+    access_key_id: str  # with "?" in front where its signature did not hold
+    action: str
+    status: int
+    error: str  # the code, or "-"
+    request_id: str
+
+
+class Proxy:
+    """Answers requests: who calls is verified, what is meant is found, and the reply made.
+
+    `clients` are the keys that callers may sign with; without `verified` nobody needs one.
+    """
+
+    def __init__(
+        self,
+        clients: Clients,
+        *,
+        verified: bool = True,
+        clock_skew: int = 900,
+        regions: Sequence[str] = (),
+        account_id: str = "000000000000",
+        public_url: str = "",
+        observe: Callable[[Exchange], None] = lambda exchange: None,
+        clock: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        sqs: Optional[Sqs] = None,
+    ) -> None:
+        self.clients = clients
+        self._verified = verified
+        self._clock_skew = clock_skew
+        self._regions = regions
+        self._account_id = account_id
+        self._public_url = public_url.rstrip("/")
+        self._observe = observe
+        self._clock = clock
+        self._new_id = new_id
+        self._sqs = sqs or Sqs(clock)
+
+    def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
+        """Answer one request.  Never raises: whatever goes wrong becomes a Reply.
+
+        `refused` is what its framing was refused for, if it was.
+        """
+        started, request_id = self._clock(), self._new_id()
+        wire = wire_protocol(request)
+        call, error = None, "-"
+        try:
+            if refused:
+                raise refused
+            call = self._call(request, wire, started)
+            output = self._sqs.answer(call)
+            reply = wire.output(call, SQS_MODEL, output, request_id)
+        except ServiceError as service_error:
+            error = service_error.fault.code
+            reply = wire.error(request, service_error, request_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            error = "InternalFailure"
+            reply = wire.error(request, ServiceError(error, "See the log."), request_id)
+        if call:
+            key, action = call.caller.access_key_id, call.action
+        else:
+            key, scope = claim(request)
+            key, action = "?" + key if key else "-", f"{scope.service or '-'}:-"
+        self._observe(
+            Exchange(
+                started,
+                self._clock() - started,
+                request.peer,
+                key,
+                action,
+                reply.status,
+                error,
+                request_id,
+            )  # fmt: skip
+        )
+        return reply
+
+    def _call(self, request: Request, wire: WireProtocol, now: float) -> Call:
+        service = wire.service(request)
+        if self._verified:
+            client, scope, body = verify(
+                request,
+                self.clients,
+                now,
+                service=service,
+                regions=self._regions,
+                clock_skew=self._clock_skew,
+                must_be_signed=wire.must_be_signed,
+            )
+        else:
+            key, scope = claim(request)
+            region = scope.region or (self._regions or ("us-east-1",))[0]
+            scope = CredentialScope("", region, service or scope.service or "sqs")
+            client, body = Client("anonymous", key or "anonymous", ""), request.body.read()
+        client = client._replace(account_id=client.account_id or self._account_id)
+        name, encoded = wire.operation(request, body)
+        if scope.service != "sqs":
+            raise ServiceError(
+                "AccessDenied",
+                f"No route answers {scope.service}:{name[:80]}: of all services this proxy"
+                " answers Amazon SQS.",
+            )
+        operation = OPERATIONS.get(name)
+        if not operation:
+            raise _invalid_action(name)
+        given = wire.input(request, encoded, SQS_MODEL, operation)
+        base_url = self._public_url or f"http://{request.header('host') or 'localhost'}"
+        return Call(request, scope.service, name, given, scope.region, client, base_url)
+
+
+class AccessLog:
+    """Writes a line for each exchange, as text or as JSON."""
+
+    def __init__(self, stream: Any, of_json: bool) -> None:
+        self._stream = stream
+        self._of_json = of_json
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Write one line, in one write; control characters are escaped."""
+        moment = datetime.datetime.fromtimestamp(exchange.started, datetime.timezone.utc)
+        stamp = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        milliseconds = round(exchange.seconds * 1000, 2)
+        fields = {
+            "time": stamp,
+            "client": exchange.peer,
+            "key": exchange.access_key_id,
+            "action": exchange.action,
+            "status": exchange.status,
+            "error": exchange.error,
+            "ms": milliseconds,
+            "request_id": exchange.request_id,
+        }
+        if self._of_json:
+            line = json.dumps(fields)
+        else:
+            line = " ".join(str(value) for value in fields.values())
+            line = line.encode("unicode_escape").decode("ascii")
+        self._stream.write(line + "\n")
+
+
+# ==== 9. The server: RequestHandler, Server ====
+
+
+@lru_cache(maxsize=4)
+def _http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+class RequestHandler(http.server.BaseHTTPRequestHandler):
+    """Turns bytes into Requests and Replies into bytes; decides nothing about AWS."""
+
+    server: Server
+    disable_nagle_algorithm = True  # with it on, a keep-alive call waits 40 ms (cpython#108736)
+    rbufsize = 65536  # a small call arrives in one recv
+
+    def setup(self) -> None:
+        """Take the server's timeout."""
+        self.timeout = self.server.timeout_seconds
+        super().setup()
+
+    def handle_one_request(self) -> None:
+        """Answer one request; the connection goes on only if all of it was read."""
+        self.close_connection = True
+        body: Union[LengthBody, ChunkedBody] = LengthBody(self.rfile, 0)
+        head = None
+        try:
+            raw = self._read_head()
+            if not raw:
+                return
+            try:
+                head = parse_head(raw)
+                request, body = self._request(head)
+                reply = self.server.proxy.handle(request)
+            except ServiceError as error:
+                headers = head.headers if head else _salvage(raw)
+                request = Request("", "/", headers, io.BytesIO(), self.client_address[0])
+                reply = self.server.proxy.handle(request, error)
+                head = None
+            keep = head is not None and head.version == "1.1" and not body.unread
+            if keep and "close" not in (request.header("connection") or "").lower():
+                self.close_connection = False
+            data = encode_reply(
+                reply,
+                _http_date(int(time.time())),
+                self.close_connection,
+                request.method == "HEAD",
+            )
+            self.connection.sendall(data)
+            if self.close_connection:
+                self._linger()
+        except (ConnectionError, socket.timeout):
+            self.close_connection = True  # nobody is left to be told
+
+    def _read_head(self) -> bytes:
+        """Return a request head with its blank line, b"" at the end of the connection."""
+        buffered = self.rfile.peek()  # type: ignore[attr-defined]
+        end = buffered.find(b"\r\n\r\n")
+        if end >= 0:
+            return self.rfile.read(end + 4)
+        lines: List[bytes] = []
+        size = 0
+        while size <= MAX_HEAD:
+            line = self.rfile.readline(MAX_HEAD + 1 - size)
+            if not line:
+                return b""
+            lines.append(line)
+            size += len(line)
+            if line == b"\r\n" or not line.endswith(b"\r\n"):
+                break
+        return b"".join(lines)
+
+    def _request(self, head: Head) -> Tuple[Request, Union[LengthBody, ChunkedBody]]:
+        limit = self.server.max_body
+        length = body_framing(head, limit)
+        expects = [value for name, value in head.headers if name.lower() == "expect"]
+        begin = None
+        if expects and head.version == "1.1":
+            if expects[0].lower() != "100-continue":
+                raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
+            begin = self._continue
+        body: Union[LengthBody, ChunkedBody]
+        if length is None:
+            body = ChunkedBody(self.rfile, limit, begin)
+        else:
+            body = LengthBody(self.rfile, length, begin)
+        peer = self.client_address[0]
+        return Request(head.method, head.target, head.headers, body, peer, self._abandoned), body
+
+    def _continue(self) -> None:
+        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _abandoned(self) -> bool:
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _linger(self) -> None:
+        """Drop what still arrives, for a moment: a reset would overtake the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(0.5)
+        for _ in range(1024):
+            if not self.connection.recv(65536):
+                return
+
+
+def _salvage(raw: bytes) -> Headers:
+    """Return what header lines can be told from a broken head, to answer in its protocol."""
+    lines = re.findall("^([A-Za-z-]+):[ \t]*([^\r\n]*)", raw.decode("latin-1"), re.MULTILINE)
+    return tuple(lines[:MAX_HEADERS])
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens, and hands each connection to a RequestHandler in a thread of its own."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(
+        self,
+        address: Tuple[str, int],
+        proxy: Proxy,
+        *,
+        max_body: int = 16777216,
+        timeout: float = 60,
+        every_half_second: Callable[[], None] = lambda: None,
+    ) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.proxy = proxy
+        self.max_body = max_body
+        self.timeout_seconds = timeout
+        self._every_half_second = every_half_second
+        super().__init__(address, RequestHandler)
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for our name."""
+        socketserver.TCPServer.server_bind(self)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever each half second."""
+        self._every_half_second()
+
+
+# ==== 10. Command line: build_parser, main ====
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="awsproxy", description="Verify AWS calls and answer Amazon SQS from memory."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8081, help="port to listen on; 0 picks one")
+    parser.add_argument("--version", action="version", version=f"awsproxy {__version__}")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program; return its exit code."""
+    options = build_parser().parse_args(argv)
+    proxy = Proxy(DEMO_CLIENTS, observe=AccessLog(sys.stderr, False))
+    if not ipaddress.ip_address(options.host).is_loopback:
+        print("awsproxy: the demo client is for loopback only", file=sys.stderr)
+        return 2
+    with Server((options.host, options.port), proxy) as server:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        host, port = server.server_address[:2]
+        print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
