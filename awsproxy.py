@@ -46,12 +46,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import calendar
-import configparser
 import datetime
 import email.utils
-import functools
 import hashlib
 import heapq
 import hmac
@@ -64,21 +61,31 @@ import json
 import logging
 import os
 import re
-import shlex
 import signal
 import socket
 import socketserver
 import sys
 import threading
 import time
-import types
 import urllib.parse
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Protocol
-from typing import Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Union,
+)
 from xml.sax.saxutils import escape
 
 __version__ = "0.1.0"
@@ -440,7 +447,7 @@ class LengthBody:
         return self._left > 0
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes, all if negative; ServiceError IncompleteBody at an early end."""
+        """Return up to `size` bytes, all if negative; ServiceError IncompleteBody if too few."""
         if self._begin and self._left:
             self._begin()
             self._begin = None
@@ -721,7 +728,7 @@ def claim(request: Request) -> Tuple[str, CredentialScope]:
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
-    """Return the error for a row of REFUSALS, with the code of the service in the request's scope."""
+    """Return the error for a row of REFUSALS, with the code that its service would use."""
     code, s3_code, message = REFUSALS[reason]
     of_s3 = claim(request)[1].service in S3_FAMILY
     return ServiceError(s3_code if of_s3 else code, message.format(*values), **detail)
@@ -1420,7 +1427,7 @@ class AwsJson(WireProtocol):
         status, code, shape = _fault(error, service)
         if status == 403 and service not in ("sqs", ""):
             status = 400
-        headers = self._headers(request_id) + (("x-amzn-query-error", f"{code};{_side(status)}"),)
+        headers = (*self._headers(request_id), ("x-amzn-query-error", f"{code};{_side(status)}"))
         return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
 
     def _headers(self, request_id: str) -> Headers:
@@ -1702,7 +1709,7 @@ class Rest(WireProtocol):
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """As Amazon S3 answers, or as the services of restJson1 do."""
         status, code, shape = error.fault
-        headers = (("x-amzn-RequestId", request_id),)
+        headers: Headers = (("x-amzn-RequestId", request_id),)
         if not self.of_xml:
             headers += (
                 ("Content-Type", "application/json"),
@@ -2379,7 +2386,7 @@ class Proxy:
                 reply.status,
                 error,
                 request_id,
-            )  # fmt: skip
+            )
         )
         return reply
 
@@ -2463,8 +2470,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Take the server's timeout."""
-        self.timeout = self.server.timeout_seconds
         super().setup()
+        self.connection.settimeout(self.server.timeout_seconds)
 
     def handle_one_request(self) -> None:
         """Answer one request; the connection goes on only if all of it was read."""
@@ -2615,8 +2622,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     with Server((options.host, options.port), proxy) as server:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        host, port = server.server_address[:2]
-        print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+        port = server.server_address[1]
+        print(f"listening on http://{options.host}:{port}", file=sys.stderr, flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
