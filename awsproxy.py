@@ -47,8 +47,10 @@ from __future__ import annotations
 import argparse
 import base64
 import calendar
+import configparser
 import datetime
 import email.utils
+import functools
 import hashlib
 import heapq
 import hmac
@@ -61,6 +63,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import socketserver
@@ -2334,7 +2337,7 @@ class Proxy:
         regions: Sequence[str] = (),
         account_id: str = "000000000000",
         public_url: str = "",
-        observe: Callable[[Exchange], None] = lambda exchange: None,
+        observe: Optional[Callable[[Exchange], None]] = None,
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         sqs: Optional[Sqs] = None,
@@ -2376,18 +2379,19 @@ class Proxy:
         else:
             key, scope = claim(request)
             key, action = "?" + key if key else "-", f"{scope.service or '-'}:-"
-        self._observe(
-            Exchange(
-                started,
-                self._clock() - started,
-                request.peer,
-                key,
-                action,
-                reply.status,
-                error,
-                request_id,
+        if self._observe:
+            self._observe(
+                Exchange(
+                    started,
+                    self._clock() - started,
+                    request.peer,
+                    key,
+                    action,
+                    reply.status,
+                    error,
+                    request_id,
+                )
             )
-        )
         return reply
 
     def _call(self, request: Request, wire: WireProtocol, now: float) -> Call:
@@ -2599,37 +2603,266 @@ class Server(http.server.ThreadingHTTPServer):
         self._every_half_second()
 
 
-# ==== 10. Command line: build_parser, main ====
+# ==== 10. Command line: read_clients, build_parser, main ====
+
+_KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
+_ACCOUNT_ID = re.compile("[0-9]{12}")
+
+
+def read_clients(path: str) -> Clients:
+    """Return the clients of a file in the format of the AWS shared credentials file.
+
+    Each section is a client: aws_access_key_id, aws_secret_access_key, and, if wanted,
+    aws_session_token and aws_account_id.  One key may stand in several sections with
+    different tokens.  Raises OSError, or ValueError that says what is wrong where.
+    """
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        with open(path, encoding="utf-8") as lines:
+            parser.read_file(lines)
+    except configparser.Error as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    clients: Dict[str, List[Client]] = {}
+    for name in parser.sections():
+        section = parser[name]
+        key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
+        if not _KEY_ID.fullmatch(key) or not secret:
+            raise ValueError(
+                f"[{name}] needs aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
+                " and aws_secret_access_key"
+            )
+        account = section.get("aws_account_id", "")
+        if account and not _ACCOUNT_ID.fullmatch(account):
+            raise ValueError(f"[{name}] aws_account_id must be 12 digits")
+        client = Client(name, key, secret, section.get("aws_session_token", ""), account)
+        same_key = clients.setdefault(key, [])
+        if any(other.session_token == client.session_token for other in same_key):
+            raise ValueError(f"[{name}] repeats the key and token of another section")
+        same_key.append(client)
+    if not clients:
+        raise ValueError("it has no section")
+    return clients
+
+
+class ClientsFile:
+    """Keeps a proxy's clients as a file has them; a broken new version leaves the old ones."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._stamp = self._stamp_now()
+        self.clients = read_clients(path)
+
+    def _stamp_now(self) -> Tuple[int, int]:
+        status = os.stat(self.path)
+        return status.st_mtime_ns, status.st_size
+
+    def refresh(self, proxy: Proxy) -> None:
+        """Read the file again if it has changed, and give the proxy what it says."""
+        try:
+            stamp = self._stamp_now()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            proxy.clients = read_clients(self.path)
+        except (OSError, ValueError) as error:
+            log.error("%s not read again, its clients stay as they were: %s", self.path, error)
+            return
+        signing_key.cache_clear()
+        log.warning("%s read again: %d keys", self.path, len(proxy.clients))
+
+
+class _Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line: str) -> List[str]:
+        return shlex.split(line, comments=True)
+
+
+class _Version(argparse.Action):
+    """Names the copy: people carry this file about."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        with open(__file__, "rb") as source:
+            digest = hashlib.sha256(source.read()).hexdigest()
+        print(f"awsproxy {__version__} (sha256 {digest[:12]})")
+        parser.exit()
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    convert.__name__ = "number"  # argparse names it in its message
+    return convert
+
+
+def _account_id(text: str) -> str:
+    if not _ACCOUNT_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 12 digits")
+    return text
+
+
+def _public_url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="awsproxy", description="Verify AWS calls and answer Amazon SQS from memory."
+    parser = _Parser(
+        prog="awsproxy",
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Verify the signature of each AWS call, and answer Amazon SQS from memory.",
+        epilog="examples:\n"
+        "  python awsproxy.py --port 8081                       the demo client, dummykey\n"
+        "  python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own\n"
+        "  python awsproxy.py @flags                            flags from a file\n",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8081, help="port to listen on; 0 picks one")
-    parser.add_argument("--version", action="version", version=f"awsproxy {__version__}")
-    return parser
+    add = parser.add_argument_group("where to listen").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add(
+        "--port",
+        type=_number(int, 0, 65535),
+        default=8081,
+        metavar="PORT",
+        help="port to listen on; 0 picks one (default: %(default)s)",
+    )
+    add(
+        "--public-url",
+        type=_public_url,
+        metavar="URL",
+        help="what queue URLs begin with (default: http:// and the Host of the request)",
+    )
+    add(
+        "--max-body",
+        type=_number(int, 1, 1 << 40),
+        default=16777216,
+        metavar="BYTES",
+        help="longest request body taken (default: %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=_number(float, 0.1, 86400),
+        default=60,
+        metavar="SECONDS",
+        help="how long a connection may stay silent (default: %(default)s)",
+    )
+    add = parser.add_argument_group("who may call").add_argument
+    add(
+        "--clients",
+        metavar="FILE",
+        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
+        " when it changes (default: key dummykey, secret dummysecret, loopback only)",
+    )
+    add(
+        "--no-verify",
+        action="store_true",
+        help="take calls unsigned or wrongly signed; loopback only",
+    )
+    add(
+        "--clock-skew",
+        type=_number(int, 0, 604800),
+        default=900,
+        metavar="SECONDS",
+        help="how far a caller's clock may be off (default: %(default)s)",
+    )
+    add(
+        "--region",
+        action="append",
+        default=[],
+        metavar="REGION",
+        help="a region that calls may be signed for; may be given again (default: any)",
+    )
+    add(
+        "--account-id",
+        type=_account_id,
+        default="000000000000",
+        metavar="ID",
+        help="account that queues belong to (default: %(default)s)",
+    )
+    add = parser.add_argument_group("what to print").add_argument
+    add(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="form of the line printed for each call (default: %(default)s)",
+    )
+    add("--quiet", action="store_true", help="print no line for each call")
+    add("--version", action=_Version, nargs=0, help="print version and sha256 of this file")
+    return parser  # fmt: skip
+
+
+def _fail(message: str) -> int:
+    print(f"awsproxy: {message}", file=sys.stderr)
+    return 2
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program; return its exit code."""
+    """Run the program with these arguments, the command line's if None; return its exit code."""
     options = build_parser().parse_args(argv)
-    proxy = Proxy(DEMO_CLIENTS, observe=AccessLog(sys.stderr, False))
-    if not ipaddress.ip_address(options.host).is_loopback:
-        print("awsproxy: the demo client is for loopback only", file=sys.stderr)
-        return 2
-    with Server((options.host, options.port), proxy) as server:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        port = server.server_address[1]
-        print(f"listening on http://{options.host}:{port}", file=sys.stderr, flush=True)
+    logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO)
+    watched = None
+    clients = DEMO_CLIENTS
+    if options.clients:
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
+            watched = ClientsFile(options.clients)
+            clients = watched.clients
+        except (OSError, ValueError) as error:
+            return _fail(f"the clients file {options.clients} cannot be used: {error}")
+    access_log = AccessLog(sys.stderr, options.log_format == "json")
+    proxy = Proxy(
+        clients,
+        verified=not options.no_verify,
+        clock_skew=options.clock_skew,
+        regions=options.region,
+        account_id=options.account_id,
+        public_url=options.public_url or "",
+        observe=None if options.quiet else access_log,
+    )
+    refresh = functools.partial(watched.refresh, proxy) if watched else _nothing
+    try:
+        server = Server(
+            (options.host, options.port),
+            proxy,
+            max_body=options.max_body,
+            timeout=options.timeout,
+            every_half_second=refresh,
+        )
+    except (OSError, UnicodeError) as error:
+        return _fail(
+            f"cannot listen on {options.host} port {options.port}: {error};"
+            " choose others with --host and --port (0 picks a free one)"
+        )
+    with server:
+        return _serve(server, options)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _serve(server: Server, options: argparse.Namespace) -> int:
+    address, port = server.server_address[:2]
+    if not ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
+        if options.no_verify:
+            return _fail("--no-verify is for a loopback --host alone, and this is not one")
+        if not options.clients:
+            return _fail("the demo client is for a loopback --host alone; name --clients FILE")
+    if options.no_verify:
+        log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+    server.serve_forever()
     return 0
 
 
 if __name__ == "__main__":
+    # A module that imports awsproxy must get this one, not a second copy (cpython#103390).
+    sys.modules.setdefault("awsproxy", sys.modules[__name__])
     sys.exit(main())
