@@ -47,6 +47,7 @@ from __future__ import annotations
 import argparse
 import base64
 import calendar
+import collections
 import configparser
 import datetime
 import email.utils
@@ -61,6 +62,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -78,7 +80,9 @@ from functools import cached_property, lru_cache
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
+    Iterable,
     List,
     Mapping,
     NamedTuple,
@@ -86,6 +90,7 @@ from typing import (
     Optional,
     Protocol,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -236,6 +241,11 @@ def _modelled(status: int, shape: str, code: str = "") -> Fault:
 
 _SQS = "AWS.SimpleQueueService."
 
+
+def _prefixed(shape: str, status: int = 400) -> Fault:
+    return _modelled(status, shape, _SQS + shape)
+
+
 # Statuses and spellings: the SQS service model, and answers recorded from AWS.
 ERRORS: Mapping[str, Fault] = {
     # HTTP framing; nothing in AWS's models names these.
@@ -273,12 +283,20 @@ ERRORS: Mapping[str, Fault] = {
     # Modelled by Amazon SQS.
     "InvalidAttributeName": _modelled(400, "InvalidAttributeName"),
     "InvalidAttributeValue": _modelled(400, "InvalidAttributeValue"),
+    "BatchEntryIdsNotDistinct": _prefixed("BatchEntryIdsNotDistinct"),
+    "BatchRequestTooLong": _prefixed("BatchRequestTooLong"),
+    "EmptyBatchRequest": _prefixed("EmptyBatchRequest"),
+    "InvalidBatchEntryId": _prefixed("InvalidBatchEntryId"),
     "InvalidMessageContents": _modelled(400, "InvalidMessageContents"),
     "OverLimit": _modelled(403, "OverLimit"),
+    "PurgeQueueInProgress": _prefixed("PurgeQueueInProgress", 403),
+    "QueueDeletedRecently": _prefixed("QueueDeletedRecently"),
     "QueueDoesNotExist": _modelled(400, "QueueDoesNotExist", _SQS + "NonExistentQueue"),
     "QueueNameExists": _modelled(400, "QueueNameExists", "QueueAlreadyExists"),
     "ReceiptHandleIsInvalid": _modelled(404, "ReceiptHandleIsInvalid"),
-    "UnsupportedOperation": _modelled(400, "UnsupportedOperation", _SQS + "UnsupportedOperation"),
+    "ResourceNotFoundException": _modelled(404, "ResourceNotFoundException"),
+    "TooManyEntriesInBatchRequest": _prefixed("TooManyEntriesInBatchRequest"),
+    "UnsupportedOperation": _prefixed("UnsupportedOperation"),
 }
 
 
@@ -1251,27 +1269,53 @@ class Structure(NamedTuple):
     """Members by name, and which of them must be given."""
 
     members: Mapping[str, Shape]
-    required: frozenset[str] = frozenset()
+    required: Sequence[str]
 
 
 Shape = Union[str, ListOf, MapOf, Structure]
 
 
-def structure(*required: str, **members: Shape) -> Structure:
-    """Return a structure of the members given, those named in `required` being so."""
-    return Structure(members, frozenset(required))
+def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
+    """Return the structure declared by its members, as in `Id* Delay:int Tags*:map`.
+
+    A `*` marks what must be given; behind the colon is a name in `shapes`, none for a string.
+    """
+    members, required = {}, []
+    for member in declared.split():
+        marked, _, shape = member.partition(":")
+        name = marked.rstrip("*")
+        members[name] = shapes[shape] if shape else STRING
+        if name != marked:
+            required.append(name)
+    return Structure(members, required)
 
 
 class Operation(NamedTuple):
-    """An operation of a service: its input, and what answers it.
+    """An operation of a service: its input, the members of its output, what answers it.
 
-    `method` takes the service object and a Call and returns the output; None for an
-    operation that has none.
+    `output` is None for an operation that has none (a void one).  `method` takes the service
+    object and a Call and returns the output.
     """
 
     name: str
     input: Structure
+    output: Optional[Sequence[str]]
     method: Callable[[Any, Call], Optional[Mapping[str, Any]]]
+
+
+def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
+    """Return the operations of a table by name, each answered by the owner's method of that name.
+
+    A line is the operation, its input as `structure` takes it, and `->` before its output.
+    """
+    found = {}
+    for line in table.strip().splitlines():
+        declared, arrow, output = line.partition("->")
+        name, _, members = declared.strip().partition(" ")
+        method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
+        returned = output.split() if arrow else None
+        found[name] = Operation(name, structure(members, shapes), returned, method)
+    return found
 
 
 class QueryName(NamedTuple):
@@ -1412,8 +1456,8 @@ class AwsJson(WireProtocol):
     def input(self, request: Request, encoded: Any, model: Model, operation: Operation) -> Any:
         """No body at all is an empty object."""
         try:
-            document = json.loads(encoded.decode("utf-8") or "{}", parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            document = read_json(encoded.decode("utf-8") or "{}")
+        except ValueError as error:
             raise ServiceError("SerializationException", "The body is not JSON.") from error
         return _from_json(operation.input, document)
 
@@ -1442,6 +1486,23 @@ AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")  # RFC 8259, 6
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > 20:  # to convert very many takes a time that grows with their square
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_integer)
+
+
+def read_json(text: str) -> Any:
+    """Return what a JSON document says.  Raises ValueError for anything else."""
+    try:
+        return _JSON.decode(text)
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
 
 
 def _base64_text(value: bytes) -> str:
@@ -1765,122 +1826,148 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
     return b"".join(parts)
 
 
-# ==== 5. SQS in memory: Message, Queue, Sqs, OPERATIONS ====
+# ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 #
 # The measure is Amazon SQS as recorded, not its emulators.  All state is here, under one lock;
 # a call that waits does so on its queue's condition, which shares that lock, so that a send
 # wakes the waiters of its own queue alone.  Clock, randomness and waiting are passed in.
+#
+# A message is visible, or hidden until some time: delayed if it was never received, in flight
+# if it was.  What was due by now happens when a queue is next looked at (`advance`).
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
+SECONDS_DEDUPLICATED = 300
+SECONDS_COOLING = 60  # between two purges, and between deleting a queue and making it anew
 MAX_IN_FLIGHT = 120000
 MAX_ATTRIBUTES = 10
-
-_QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
-_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)[\w.-]{1,256}(?<!\.)")
-_DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0]{1,248})?")
-_READ_ONLY = frozenset(
-    "QueueArn CreatedTimestamp LastModifiedTimestamp ApproximateNumberOfMessages"
-    " ApproximateNumberOfMessagesNotVisible ApproximateNumberOfMessagesDelayed".split()
-)
+MAX_BATCH = 10
+MAX_BATCH_BYTES = 1048576
+MAX_MOVES_PER_SECOND = 500
 
 
-class Limit(NamedTuple):
-    """The default and the range of a queue attribute that is a number."""
-
-    default: int
-    low: int
-    high: int
+def _invalid(message: str) -> ServiceError:
+    return ServiceError("InvalidParameterValue", message)
 
 
-LIMITS = {
-    "DelaySeconds": Limit(0, 0, 900),
-    "MaximumMessageSize": Limit(1048576, 1024, 1048576),
-    "MessageRetentionPeriod": Limit(345600, 60, 1209600),
-    "ReceiveMessageWaitTimeSeconds": Limit(0, 0, 20),
-    "VisibilityTimeout": Limit(30, 0, SECONDS_HELD),
-}
+def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
+    return _invalid(f"Value {value} for parameter {parameter} is invalid. Reason: {reason}")
+
+
+def _missing(parameter: str) -> ServiceError:
+    return ServiceError("MissingParameter", f"The request must contain the parameter {parameter}.")
+
+
+def _no_queue() -> ServiceError:
+    return ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+
+
+# ---- Messages and queues ----
 
 
 class Message:
     """A message and where it stands."""
 
     __slots__ = (
-        "attributes",
-        "body",
-        "first_received",
-        "hidden_until",
-        "message_id",
-        "received",
-        "sent",
-        "serial",
-        "system",
-    )
+        "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
+        "received", "sent", "system",
+    )  # fmt: skip
 
     def __init__(
-        self, message_id: str, serial: int, body: str, attributes: Any, system: Any, sent: float
+        self,
+        message_id: str,
+        body: str,
+        attributes: Mapping[str, Mapping[str, Any]],
+        system: Dict[str, str],
+        sent: float,
     ) -> None:
         self.message_id = message_id
-        self.serial = serial
         self.body = body
-        self.attributes: Mapping[str, Mapping[str, Any]] = attributes
-        self.system: Dict[str, str] = system
+        self.attributes = attributes
+        self.system = system  # system attributes that do not change with a receive
         self.sent = sent
-        self.received = 0
+        self.received = 0  # how often
         self.first_received = 0.0
+        self.last_received = 0.0
         self.hidden_until = 0.0  # 0 while it is visible
+
+    @property
+    def group(self) -> str:
+        """The message group id; "" where none was given."""
+        return self.system.get("MessageGroupId", "")
 
 
 class Queue:
-    """A queue: its settings, and its messages, visible or hidden until some time.
+    """A standard queue: its settings, and its messages.
 
-    Every operation is O(log n) or better in the number of messages.
+    Every operation on a message is O(log n) or better in the number of messages.
     """
 
-    def __init__(self, url_path: str, serial: int, numbers: Dict[str, int], lock: Any) -> None:
-        self.url_path = url_path  # "/{account}/{name}"
+    fifo = False
+
+    def __init__(
+        self,
+        key: Tuple[str, str, str],
+        serial: int,
+        settings: Dict[str, str],
+        now: float,
+        lock: Any,
+    ) -> None:
+        self.region, self.account, self.name = key
+        self.arn = "arn:aws:sqs:" + ":".join(key)
+        self.url_path = f"/{self.account}/{self.name}"
         self.serial = serial  # tells queues apart that had the same name one after another
-        self.numbers = numbers  # by the names of LIMITS
+        self.settings = settings  # by the names of SETTINGS, those that are set
         self.tags: Dict[str, str] = {}
-        self.changed = threading.Condition(lock)
+        self.created = self.modified = now
+        self.purged = -math.inf
         self.deleted = False
+        self.changed = threading.Condition(lock)
+        self.tasks: Deque[MoveTask] = collections.deque(maxlen=10)
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
-        self.visible: OrderedDict[str, Message] = OrderedDict()
+        self.delayed = self.in_flight = 0
+        self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._order = itertools.count()
 
-    def add(self, message: Message, delay: int) -> None:
+    def number(self, setting: str) -> int:
+        """Return a setting that is a number."""
+        return int(self.settings[setting])
+
+    def add(self, message: Message, delay: int = 0) -> None:
         """Take in a message, hidden for its delay."""
         self.messages[message.message_id] = message
+        message.hidden_until = 0.0
+        self._arrive(message)
         if delay:
             self.hide(message, message.sent + delay)
         else:
-            self.visible[message.message_id] = message
-            self.changed.notify()
+            self._offer(message)
 
     def hide(self, message: Message, until: float) -> None:
         """Make a message invisible until then."""
-        self.visible.pop(message.message_id, None)
+        self._withdraw(message)
         message.hidden_until = until
+        self._count_hidden(message, 1)
         heapq.heappush(self._hidden, (until, next(self._order), message))
         if len(self._hidden) > 2 * len(self.messages) + 64:
             self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
             heapq.heapify(self._hidden)
 
-    def _is_due(self, entry: Tuple[float, int, Message]) -> bool:
-        until, _, message = entry
-        present = self.messages.get(message.message_id) is message
-        return present and message.hidden_until == until
+    def show(self, message: Message) -> None:
+        """Make a message visible, behind those that are."""
+        self._withdraw(message)
+        self._offer(message)
 
     def remove(self, message: Message) -> None:
         """Drop a message, wherever it stands."""
-        self.messages.pop(message.message_id, None)
-        self.visible.pop(message.message_id, None)
+        self._withdraw(message)
+        del self.messages[message.message_id]
 
     def clear(self) -> None:
         """Drop all messages."""
-        self.messages.clear()
-        self.visible.clear()
-        self._hidden.clear()
+        for held in (self.messages, self._visible, self._hidden):
+            held.clear()
+        self.delayed = self.in_flight = 0
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -1888,43 +1975,350 @@ class Queue:
         while hidden and hidden[0][0] <= now:
             entry = heapq.heappop(hidden)
             if self._is_due(entry):
-                message = entry[2]
-                message.hidden_until = 0.0
-                self.visible[message.message_id] = message
-                self.changed.notify()
-        oldest = now - self.numbers["MessageRetentionPeriod"]
+                self.show(entry[2])
         while self.messages:
             message = next(iter(self.messages.values()))
-            if message.sent > oldest:
+            if not self.is_expired(message, now):
                 break
             self.remove(message)
+
+    def is_expired(self, message: Message, now: float) -> bool:
+        """Whether the message is older than the queue retains messages."""
+        return message.sent <= now - self.number("MessageRetentionPeriod")
 
     def next_change(self, deadline: float) -> float:
         """Return when a hidden message may come back, `deadline` if that is earlier."""
         return min(deadline, self._hidden[0][0]) if self._hidden else deadline
 
-    def receive(self, limit: int, timeout: int, now: float) -> List[Message]:
-        """Return up to `limit` visible messages, now hidden for the timeout."""
-        taken = list(itertools.islice(self.visible.values(), limit))
-        for message in taken:
-            message.received += 1
-            message.first_received = message.first_received or now
-            self.visible.pop(message.message_id)
-            if timeout:
-                self.hide(message, now + timeout)
-            else:
-                self.visible[message.message_id] = message
-        return taken
+    def pick(self, limit: int) -> List[Message]:
+        """Return up to `limit` messages that may be received now, in their order."""
+        return list(itertools.islice(self._visible.values(), limit))
+
+    def _is_due(self, entry: Tuple[float, int, Message]) -> bool:
+        until, _, message = entry
+        present = self.messages.get(message.message_id) is message
+        return present and message.hidden_until == until
+
+    def _count_hidden(self, message: Message, change: int) -> None:
+        if message.received:
+            self.in_flight += change
+        else:
+            self.delayed += change
+
+    def _arrive(self, message: Message) -> None:
+        """Called when a message comes in, before it is visible or hidden."""
+
+    def _offer(self, message: Message) -> None:
+        self._visible[message.message_id] = message
+        self.changed.notify()
+
+    def _withdraw(self, message: Message) -> None:
+        """Undo `hide` or `_offer`."""
+        if message.hidden_until:
+            self._count_hidden(message, -1)
+            message.hidden_until = 0.0
+        else:
+            self._visible.pop(message.message_id, None)
 
 
-def _invalid(message: str) -> ServiceError:
-    return ServiceError("InvalidParameterValue", message)
+class Sent(NamedTuple):
+    """What a FIFO queue remembers of a message that was sent."""
+
+    at: float
+    message_id: str
+    sequence_number: str
 
 
-def _in_range(value: int, low: int, high: int, name: str, reason: str) -> int:
-    if not low <= value <= high:
-        raise _invalid(f"Value {value} for parameter {name} is invalid. Reason: {reason}")
-    return value
+class FifoQueue(Queue):
+    """A queue whose messages come in the order of their group, each sent once.
+
+    Of a group, only what stands before its first hidden message may be received: so a group is
+    locked while its first message is in flight ("Amazon SQS FIFO delivery logic").
+    """
+
+    fifo = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Fixed when the queue is made: AWS takes a later change without heeding it.
+        self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
+        self._groups: Dict[str, OrderedDict[str, Message]] = {}
+        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, by their turn
+        self._sent: OrderedDict[Tuple[str, str], Sent] = OrderedDict()
+        self.attempts: OrderedDict[str, Tuple[float, List[Tuple[Message, float]]]] = OrderedDict()
+
+    def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
+        """Return the first sent with that deduplication id in five minutes; `sent` if none was."""
+        oldest = sent.at - SECONDS_DEDUPLICATED
+        while self._sent and next(iter(self._sent.values())).at <= oldest:
+            self._sent.popitem(last=False)
+        group = system["MessageGroupId"] if self._scoped_to_group else ""
+        return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
+
+    def clear(self) -> None:
+        """Drop all messages, and the memory of those sent."""
+        super().clear()
+        for held in (self._groups, self._ready, self._sent):
+            held.clear()
+
+    def change_delay(self, now: float) -> None:
+        """Hold delayed messages to the present delay; on a standard queue they keep theirs."""
+        delay = self.number("DelaySeconds")
+        for message in self.messages.values():
+            if message.hidden_until and not message.received:
+                self.hide(message, message.sent + delay)
+        self.advance(now)
+
+    def pick(self, limit: int) -> List[Message]:
+        """As many as can be of one group, then of the next."""
+        picked: List[Message] = []
+        for group in self._ready:
+            for message in self._groups[group].values():
+                if message.hidden_until or len(picked) == limit:
+                    break
+                picked.append(message)
+            if len(picked) == limit:
+                break
+        return picked
+
+    def remove(self, message: Message) -> None:
+        """Drop a message, which may free its group."""
+        self._withdraw(message)
+        del self.messages[message.message_id]
+        group = self._groups[message.group]
+        del group[message.message_id]
+        if not group:
+            del self._groups[message.group]
+        self._turn(message.group)
+
+    def hide(self, message: Message, until: float) -> None:
+        """Make a message invisible, and so those behind it."""
+        super().hide(message, until)
+        self._turn(message.group)
+
+    def _arrive(self, message: Message) -> None:
+        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
+
+    def _offer(self, message: Message) -> None:
+        self._turn(message.group)
+
+    def _turn(self, name: str) -> None:
+        """Give the group a turn if its first message is visible, or else none."""
+        group = self._groups.get(name)
+        if not group or next(iter(group.values())).hidden_until:
+            self._ready.pop(name, None)
+        elif name not in self._ready:
+            self._ready[name] = None
+            self.changed.notify()
+
+
+class MoveTask:
+    """Messages on their way out of a dead-letter queue ("StartMessageMoveTask")."""
+
+    def __init__(self, given: Mapping[str, Any], task_id: str, to_move: int, now: float) -> None:
+        self.task_id = task_id
+        self.source_arn: str = given["SourceArn"]
+        self.destination_arn: str = given.get("DestinationArn", "")
+        self.rate: int = given.get("MaxNumberOfMessagesPerSecond", 0)
+        self.started = now
+        self.to_move = to_move
+        self.moved = 0
+        self.status = "RUNNING"
+        self.failure = ""
+
+    @property
+    def handle(self) -> str:
+        """What names the task while it runs."""
+        document = {"taskId": self.task_id, "sourceArn": self.source_arn}
+        return _base64_text(_to_json(document))
+
+    def due(self, now: float) -> int:
+        """Return how many messages should have moved by now."""
+        rate = self.rate or MAX_MOVES_PER_SECOND
+        burst = 1 if self.rate else rate
+        return burst + int((now - self.started) * rate)
+
+    def next_move(self) -> float:
+        """Return when the next message is to move."""
+        rate = self.rate or MAX_MOVES_PER_SECOND
+        burst = 1 if self.rate else rate
+        return self.started + (self.moved - burst + 1) / rate
+
+    def output(self) -> Mapping[str, Any]:
+        """Return what ListMessageMoveTasks says of it."""
+        output = {
+            "TaskHandle": self.handle if self.status == "RUNNING" else "",
+            "Status": self.status,
+            "SourceArn": self.source_arn,
+            "DestinationArn": self.destination_arn,
+            "MaxNumberOfMessagesPerSecond": self.rate,
+            "FailureReason": self.failure,
+        }
+        output = {name: value for name, value in output.items() if value}
+        output["ApproximateNumberOfMessagesMoved"] = self.moved
+        output["ApproximateNumberOfMessagesToMove"] = self.to_move
+        output["StartedTimestamp"] = int(self.started * 1000)
+        return output
+
+
+# ---- Queue attributes ----
+
+
+class Setting(NamedTuple):
+    """A queue attribute that can be set: its default, "" for none, and its normal form.
+
+    `normal` raises ValueError for what is not allowed.
+    """
+
+    default: str
+    normal: Callable[[str], str]
+    fifo: bool = False  # of FIFO queues alone
+
+
+def _whole(low: int, high: int) -> Callable[[str], str]:
+    def normal(text: str) -> str:
+        if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
+            raise ValueError(text)
+        return str(int(text))
+
+    return normal
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    by_lower = {value.lower(): value for value in allowed}
+
+    def normal(text: str) -> str:
+        if text.lower() not in by_lower:
+            raise ValueError(text)
+        return by_lower[text.lower()]
+
+    return normal
+
+
+def _a_policy(text: str) -> str:
+    if not isinstance(read_json(text), dict):
+        raise ValueError(text)
+    return text
+
+
+def _redrive_policy(text: str) -> str:
+    try:
+        policy = read_json(text)
+        target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _bad_value(
+            text[:2048], "RedrivePolicy", "Redrive policy is not valid JSON."
+        ) from error
+    if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
+        reason = f"Invalid value for maxReceiveCount: {count}, valid values are from 1 to 1000"
+        raise _bad_value(text, "RedrivePolicy", f"{reason} both inclusive.")
+    return _to_json({"deadLetterTargetArn": target, "maxReceiveCount": int(count)}).decode()
+
+
+def _redrive_allow_policy(text: str) -> str:
+    try:
+        policy = read_json(text)
+        permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        permission, sources = "", []
+    by_queue = permission == "byQueue"
+    if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
+        raise _bad_value(text[:2048], "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
+    if by_queue != bool(sources) or len(sources) > 10:
+        reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
+        raise _bad_value(text, "RedriveAllowPolicy", reason)
+    return text
+
+
+def _reuse_period(text: str) -> str:
+    normal = _whole(60, 86400)(text)
+    return "" if normal == "300" else normal  # the default is not shown
+
+
+_BOOLEAN = _one_of("true", "false")
+
+SETTINGS: Mapping[str, Setting] = {
+    "DelaySeconds": Setting("0", _whole(0, 900)),
+    "MaximumMessageSize": Setting("1048576", _whole(1024, 1048576)),
+    "MessageRetentionPeriod": Setting("345600", _whole(60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": Setting("0", _whole(0, 20)),
+    "VisibilityTimeout": Setting("30", _whole(0, SECONDS_HELD)),
+    "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
+    "KmsMasterKeyId": Setting("", str),
+    "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
+    "Policy": Setting("", _a_policy),
+    "RedrivePolicy": Setting("", _redrive_policy),
+    "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
+    "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
+    "ContentBasedDeduplication": Setting("false", _BOOLEAN, fifo=True),
+    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
+    "FifoThroughputLimit": Setting(
+        "perQueue", _one_of("perQueue", "perMessageGroupId"), fifo=True
+    ),
+}
+COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
+    "QueueArn": lambda queue: queue.arn,
+    "CreatedTimestamp": lambda queue: int(queue.created),
+    "LastModifiedTimestamp": lambda queue: int(queue.modified),
+    "ApproximateNumberOfMessages": lambda queue: (
+        len(queue.messages) - queue.in_flight - queue.delayed
+    ),
+    "ApproximateNumberOfMessagesNotVisible": lambda queue: queue.in_flight,
+    "ApproximateNumberOfMessagesDelayed": lambda queue: queue.delayed,
+}
+
+
+def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
+    """Return queue attributes in their normal form, "" for one that is to be unset.
+
+    Raises ServiceError InvalidAttributeName, InvalidAttributeValue, InvalidParameterValue.
+    """
+    settings: Dict[str, str] = {}
+    for name, text in given.items():
+        setting = SETTINGS.get(name)
+        if setting is None or (setting.fifo and not fifo):
+            known = name in ("DeduplicationScope", "FifoThroughputLimit")
+            raise ServiceError(
+                "InvalidAttributeName",
+                f"You can specify the {name} only when FifoQueue is set to true."
+                if known
+                else f"Unknown Attribute {name}.",
+            )
+        try:
+            unset = not text and not setting.default
+            settings[name] = "" if unset else setting.normal(text)
+        except ValueError as error:
+            message = f"Invalid value for the parameter {name}."
+            raise ServiceError("InvalidAttributeValue", message) from error
+    if settings.get("FifoQueue") == "false":
+        raise ServiceError(
+            "InvalidAttributeValue",
+            "Invalid value for the parameter FifoQueue."
+            " Reason: Modifying queue type is not supported.",
+        )
+    return settings
+
+
+def check_encryption(settings: Mapping[str, str]) -> None:
+    """Refuse settings that ask for two kinds of encryption at once."""
+    if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
+        raise ServiceError(
+            "InvalidAttributeName",
+            "You can use one type of server-side encryption (SSE) at one time."
+            " You can either enable KMS SSE or SQS SSE.",
+        )
+
+
+# ---- What may be sent ----
+
+_QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
+_FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
+_QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
+_BATCH_ID = re.compile("[A-Za-z0-9_-]{1,80}")
+_GROUP_ID = re.compile("[!-~]{1,128}")
+_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)[\w.-]{1,256}(?<!\.)")
+_DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 def attributes_md5(attributes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -1939,8 +2333,119 @@ def attributes_md5(attributes: Mapping[str, Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def _md5(text: str) -> str:
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _check_body(body: str) -> None:
+    if not body:
+        raise _missing("MessageBody")
+    if _NOT_XML.search(body):
+        raise ServiceError(
+            "InvalidMessageContents",
+            "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD |"
+            " #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF",
+        )
+
+
+def _check_attributes(attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    if len(attributes) > MAX_ATTRIBUTES:
+        raise _invalid(
+            f"Number of message attributes [{len(attributes)}] exceeds the allowed maximum"
+            f" [{MAX_ATTRIBUTES}]."
+        )
+    for name, attribute in attributes.items():
+        of = f"Message (user) attribute '{name[:256]}'"
+        if attribute.get("StringListValues") or attribute.get("BinaryListValues"):
+            message = f"{of} has a list of values, which is not supported."
+            raise ServiceError("UnsupportedOperation", message)
+        kind = _DATA_TYPE.fullmatch(attribute.get("DataType", ""))
+        if not _ATTRIBUTE_NAME.fullmatch(name):
+            raise _invalid(f"{of} has a name that is not allowed.")
+        if not kind:
+            raise _invalid(f"{of} must have a type that begins with String, Number or Binary.")
+        member = "BinaryValue" if kind[1] == "Binary" else "StringValue"
+        value = attribute.get(member)
+        if not value or len({"StringValue", "BinaryValue"} & set(attribute)) > 1:
+            raise _invalid(f"{of} must contain a non-empty value of type '{kind[1]}'.")
+        if isinstance(value, str) and _NOT_XML.search(value):
+            raise _invalid(f"{of} contains invalid characters.")
+        if kind[1] == "Number" and not _DECIMAL.fullmatch(value):
+            raise _invalid(
+                f"Can't cast the value of message (user) attribute '{name}' to a number."
+            )
+
+
+def _check_system(attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, attribute in attributes.items():
+        if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
+            raise _bad_value(
+                name[:80], "MessageSystemAttributes", "Only AWSTraceHeader, a String, can be sent."
+            )
+    _check_attributes(attributes)
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    """Return the bytes of a message that count: body, and names, types, values of attributes."""
+    size = len(entry["MessageBody"].encode("utf-8", "surrogatepass"))
+    for name, attribute in entry.get("MessageAttributes", {}).items():
+        size += len(name.encode("utf-8", "surrogatepass"))
+        for value in attribute.values():
+            encoded = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+            size += len(encoded)
+    return size
+
+
+def _in_range(value: int, low: int, high: int, parameter: str, reason: str) -> int:
+    if not low <= value <= high:
+        raise _bad_value(value, parameter, reason)
+    return value
+
+
+def _visibility(seconds: int) -> int:
+    reason = f"Must be between 0 and {SECONDS_HELD}, if provided."
+    return _in_range(seconds, 0, SECONDS_HELD, "VisibilityTimeout", reason)
+
+
+def _check_id(given: Mapping[str, Any], parameter: str) -> None:
+    value = given.get(parameter)
+    if value is not None and not _GROUP_ID.fullmatch(value):
+        reason = f"{parameter} can only include alphanumeric and punctuation characters."
+        raise _bad_value(value[:256], parameter, f"{reason} 1 to 128 in length.")
+
+
+def _check_fifo(queue: Queue, entry: Mapping[str, Any], in_batch: bool) -> None:
+    """Refuse what does not fit the kind of queue; in a batch this fails the whole batch."""
+    _check_id(entry, "MessageGroupId")
+    _check_id(entry, "MessageDeduplicationId")
+    if not queue.fifo:
+        if "MessageDeduplicationId" in entry:
+            raise _bad_value(
+                entry["MessageDeduplicationId"],
+                "MessageDeduplicationId",
+                "The request includes a parameter that is not valid for this queue type.",
+            )
+        return
+    if "MessageGroupId" not in entry:
+        missing = _missing("MessageGroupId")
+        raise _invalid(missing.message) if in_batch else missing
+    by_content = queue.settings["ContentBasedDeduplication"] == "true"
+    if "MessageDeduplicationId" not in entry and not by_content:
+        raise _invalid(
+            "The queue should either have ContentBasedDeduplication enabled or"
+            " MessageDeduplicationId provided explicitly"
+        )
+
+
+# ---- The operations ----
+
+
 class Sqs:
-    """The queues of all accounts and regions, and the operations on them."""
+    """The queues of all accounts and regions, and the operations on them.
+
+    With `cooldown`, a queue may be purged, and made anew under a deleted name, only when 60
+    seconds have passed, as on AWS.
+    """
 
     def __init__(
         self,
@@ -1948,67 +2453,118 @@ class Sqs:
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         secret: Optional[bytes] = None,
         wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
+        cooldown: bool = False,
     ) -> None:
         self._clock = clock
         self._new_id = new_id
         self._secret = secret or os.urandom(32)  # receipt handles of others are not ours
         self._wait = wait
+        self._cooldown = cooldown
         self._lock = threading.RLock()
         self._queues: Dict[Tuple[str, str, str], Queue] = {}  # by region, account, name
+        self._deleted: Dict[Tuple[str, str, str], float] = {}
+        self._running: List[MoveTask] = []
         self._serials = itertools.count(1)
 
     def answer(self, call: Call) -> Optional[Mapping[str, Any]]:
         """Return the output of a call; the queues are untouched where it raises ServiceError."""
         with self._lock:
-            return OPERATIONS[call.operation].method(self, call)
+            if self._running:
+                self._move_messages(self._clock())
+            output: Optional[Mapping[str, Any]] = OPERATIONS[call.operation].method(self, call)
+            return output
 
     # ---- Queues ----
 
     def _queue(self, call: Call) -> Queue:
-        path = urllib.parse.urlsplit(call.input.get("QueueUrl", "")).path.rstrip("/")
-        account, _, name = path.rpartition("/")
-        account = account.rpartition("/")[2] or call.caller.account_id
+        """Return the queue that a QueueUrl names by its last two segments, or by its name alone."""
+        path = call.input.get("QueueUrl", "").rstrip("/")
+        rest, slash, name = path.rpartition("/")
+        account = rest.rpartition("/")[2] if slash else call.caller.account_id
+        return self._found(call, account, name)
+
+    def _found(self, call: Call, account: str, name: str) -> Queue:
         queue = self._queues.get((call.region, account, name))
         if queue is None or account != call.caller.account_id:
-            raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+            raise _no_queue()
         queue.advance(self._clock())
         return queue
+
+    def _by_arn(self, arn: str) -> Optional[Queue]:
+        parts = arn.split(":")
+        return self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
         """Make a queue, or find one of that name whose attributes do not differ."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
-        if not _QUEUE_NAME.fullmatch(name):
+        fifo = given.get("FifoQueue", "").lower() == "true"
+        if fifo and not _FIFO_NAME.fullmatch(name):
+            raise _invalid(
+                "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
+                " underscores, must end with .fifo suffix and be 1 to 80 in length"
+            )
+        if not fifo and not _QUEUE_NAME.fullmatch(name):
             raise _invalid(
                 "Can only include alphanumeric characters, hyphens, or underscores."
                 " 1 to 80 in length"
             )
-        numbers = {}
-        for attribute, text in given.items():
-            if attribute not in LIMITS:
-                raise ServiceError("InvalidAttributeName", f"Unknown Attribute {attribute}.")
-            limit = LIMITS[attribute]
-            if not _NUMBER.fullmatch(text) or not limit.low <= int(text) <= limit.high:
-                raise ServiceError(
-                    "InvalidAttributeValue", f"Invalid value for the parameter {attribute}."
-                )
-            numbers[attribute] = int(text)
-        account = call.caller.account_id
-        key = (call.region, account, name)
+        settings = normal_settings(given, fifo)
+        check_encryption(settings)
+        now, key = self._clock(), (call.region, call.caller.account_id, name)
         queue = self._queues.get(key)
-        if queue is None:
-            defaults = {attribute: limit.default for attribute, limit in LIMITS.items()}
-            serial = next(self._serials)
-            queue = Queue(f"/{account}/{name}", serial, {**defaults, **numbers}, self._lock)
-            queue.tags = dict(call.input.get("tags", {}))
-            self._queues[key] = queue
-        for attribute, number in numbers.items():
-            if queue.numbers[attribute] != number:
-                raise ServiceError(
-                    "QueueNameExists",
-                    "A queue already exists with the same name and a different value for"
-                    f" attribute {attribute}",
-                )
+        if queue:
+            for attribute, value in settings.items():
+                if queue.settings.get(attribute, "") != value:
+                    raise ServiceError(
+                        "QueueNameExists",
+                        "A queue already exists with the same name and a different value for"
+                        f" attribute {attribute}",
+                    )
+            return {"QueueUrl": call.base_url + queue.url_path}
+        if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
+            raise ServiceError(
+                "QueueDeletedRecently",
+                "You must wait 60 seconds after deleting a queue before you can create another"
+                " with the same name.",
+            )
+        defaults = {
+            attribute: setting.default
+            for attribute, setting in SETTINGS.items()
+            if setting.default and (fifo or not setting.fifo)
+        }
+        kind = FifoQueue if fifo else Queue
+        queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
+        self._check_redrive(queue, settings)
+        self._drop_unset(queue)
+        queue.tags = dict(call.input.get("tags", {}))
+        self._queues[key] = queue
         return {"QueueUrl": call.base_url + queue.url_path}
+
+    def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
+        """Refuse a RedrivePolicy whose target is missing, of the other kind, or unwilling."""
+        text = settings.get("RedrivePolicy")
+        if not text:
+            return
+        arn = json.loads(text)["deadLetterTargetArn"]
+        target = queue if arn == queue.arn else self._by_arn(arn)
+        reason = ""
+        if target is None or target.region != queue.region:
+            reason = "Dead letter target does not exist."
+        elif target.fifo != queue.fifo:
+            reason = "Dead-letter queue must be same type of queue as the source."
+        elif target.settings.get("RedriveAllowPolicy"):
+            policy = json.loads(target.settings["RedriveAllowPolicy"])
+            allowed = policy["redrivePermission"]
+            named = queue.arn in policy.get("sourceQueueArns", [])
+            if allowed == "denyAll" or (allowed == "byQueue" and not named):
+                reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
+        if reason:
+            raise _bad_value(text, "RedrivePolicy", reason)
+
+    def _drop_unset(self, queue: Queue) -> None:
+        if queue.settings.get("KmsMasterKeyId"):
+            queue.settings["SqsManagedSseEnabled"] = "false"
+        queue.settings = {name: value for name, value in queue.settings.items() if value}
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         """Return the URL of a queue, given its name."""
@@ -2016,145 +2572,403 @@ class Sqs:
         if not name:
             raise _invalid("Value for parameter QueueName is invalid. Reason: Must be specified.")
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
-        queue = self._queues.get((call.region, owner, name))
-        if queue is None or owner != call.caller.account_id:
-            raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
-        return {"QueueUrl": call.base_url + queue.url_path}
+        return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
+
+    def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Mapping[str, Any]:
+        """Return a page of queue URLs, by name; a token only if a page was asked for."""
+        reason = "Must be between 1 and 1000, if provided."
+        most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults", reason)
+        try:
+            after = _from_base64(call.input.get("NextToken", "")).decode("utf-8")
+        except (ServiceError, UnicodeDecodeError) as error:
+            raise _invalid("Invalid or expired next token.") from error
+        ordered = sorted(queues, key=lambda queue: queue.name)
+        left = [queue for queue in ordered if queue.name > after]
+        output: Dict[str, Any] = {}
+        if left:
+            output[member] = [call.base_url + queue.url_path for queue in left[:most]]
+        if len(left) > most and "MaxResults" in call.input:
+            output["NextToken"] = _base64_text(left[most - 1].name.encode())
+        return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
         """Return the URLs of the caller's queues in the region, by name, a page at a time."""
-        prefix = call.input.get("QueueNamePrefix", "")
-        most = _in_range(
-            call.input.get("MaxResults", 1000), 1, 1000, "MaxResults", "Must be between 1 and 1000"
-        )
-        after = _from_base64(call.input.get("NextToken", "")).decode("utf-8", "replace")
-        mine = (call.region, call.caller.account_id)
-        names = sorted(
-            key[2]
-            for key in self._queues
-            if key[:2] == mine and key[2].startswith(prefix) and key[2] > after
-        )
-        page = names[:most]
-        output: Dict[str, Any] = {}
-        if page:
-            base = f"{call.base_url}/{call.caller.account_id}/"
-            output["QueueUrls"] = [base + name for name in page]
-        if len(names) > most and "MaxResults" in call.input:
-            output["NextToken"] = _base64_text(page[-1].encode())
-        return output
+        prefix, mine = call.input.get("QueueNamePrefix", ""), (call.region, call.caller.account_id)
+        chosen = (q for key, q in self._queues.items() if key[:2] == mine)
+        return self._page(call, "QueueUrls", (q for q in chosen if q.name.startswith(prefix)))
+
+    def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
+        """Return the URLs of the queues whose dead letters go to this one."""
+        arn = self._queue(call).arn
+        sources = (q for q in self._queues.values() if self._dead_letter_arn(q) == arn)
+        return self._page(call, "queueUrls", sources)
+
+    def _dead_letter_arn(self, queue: Queue) -> str:
+        text = queue.settings.get("RedrivePolicy")
+        return json.loads(text)["deadLetterTargetArn"] if text else ""
+
+    def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
+        """Return the attributes asked for, those that are set."""
+        queue, asked = self._queue(call), call.input.get("AttributeNames", [])
+        for name in asked:
+            if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
+                raise ServiceError("InvalidAttributeName", f"Unknown Attribute {name}.")
+        shown = {**SETTINGS, **COMPUTED_ATTRIBUTES} if "All" in asked else asked
+        attributes = {}
+        for name in shown:
+            if name in COMPUTED_ATTRIBUTES:
+                attributes[name] = str(COMPUTED_ATTRIBUTES[name](queue))
+            elif name in queue.settings:
+                attributes[name] = queue.settings[name]
+        return {"Attributes": attributes} if attributes else {}
+
+    def set_queue_attributes(self, call: Call) -> None:
+        """Change attributes of a queue; all of them or none."""
+        queue = self._queue(call)
+        settings = normal_settings(call.input["Attributes"], queue.fifo)
+        both = "SqsManagedSseEnabled" in settings
+        check_encryption({**queue.settings, **settings} if both else settings)
+        self._check_redrive(queue, settings)
+        queue.settings = {**queue.settings, **settings}
+        self._drop_unset(queue)
+        queue.modified = self._clock()
+        if isinstance(queue, FifoQueue) and "DelaySeconds" in settings:
+            queue.change_delay(queue.modified)
 
     def purge_queue(self, call: Call) -> None:
-        """Drop all messages of a queue: visible, hidden and delayed."""
-        self._queue(call).clear()
+        """Drop all messages of a queue: visible, in flight and delayed."""
+        queue, now = self._queue(call), self._clock()
+        if self._cooldown and now < queue.purged + SECONDS_COOLING:
+            raise ServiceError(
+                "PurgeQueueInProgress",
+                f"Only one PurgeQueue operation on {queue.name} is allowed every 60 seconds.",
+            )
+        queue.purged = now
+        queue.clear()
 
     def delete_queue(self, call: Call) -> None:
         """Drop a queue; calls that wait on it learn that it is gone."""
         queue = self._queue(call)
-        _, account, name = queue.url_path.split("/")
-        del self._queues[call.region, account, name]
+        key = (queue.region, queue.account, queue.name)
+        del self._queues[key]
+        if self._cooldown:
+            self._deleted[key] = self._clock()
         queue.deleted = True
         queue.changed.notify_all()
 
-    # ---- Messages ----
+    # ---- Tags and permissions ----
+
+    def tag_queue(self, call: Call) -> None:
+        """Add tags to a queue, or change them."""
+        self._queue(call).tags.update(call.input["Tags"])
+
+    def untag_queue(self, call: Call) -> None:
+        """Take tags off a queue."""
+        tags = self._queue(call).tags
+        for key in call.input["TagKeys"]:
+            tags.pop(key, None)
+
+    def list_queue_tags(self, call: Call) -> Mapping[str, Any]:
+        """Return the tags of a queue."""
+        tags = self._queue(call).tags
+        return {"Tags": tags} if tags else {}
+
+    def add_permission(self, call: Call) -> None:
+        """Add a statement to the queue's policy, which is kept and not enforced."""
+        queue, label = self._queue(call), call.input["Label"]
+        accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
+        if not _BATCH_ID.fullmatch(label):
+            reason = "Can only include alphanumeric characters, hyphens, or underscores."
+            raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
+        if len(actions) > 7:
+            raise ServiceError(
+                "OverLimit", f"{len(actions)} Actions were found, maximum allowed is 7."
+            )
+        for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
+            if not values:
+                raise _missing(f"{name}.1")
+        for action in actions:
+            if action != "*" and action not in OPERATIONS:
+                reason = "Please refer to the appropriate WSDL for a list of valid actions."
+                raise _bad_value(f"SQS:{action[:80]}", "ActionName", reason)
+        policy = json.loads(queue.settings.get("Policy", "{}"))
+        statements = self._statements(policy)
+        if any(statement.get("Sid") == label for statement in statements):
+            raise _bad_value(label, "Label", "Already exists.")
+        principals = [f"arn:aws:iam::{account}:root" for account in accounts]
+        spelled = [f"SQS:{action}" for action in actions]
+        statement = {
+            "Sid": label,
+            "Effect": "Allow",
+            "Principal": {"AWS": principals if len(principals) > 1 else principals[0]},
+            "Action": spelled if len(spelled) > 1 else spelled[0],
+            "Resource": queue.arn,
+        }
+        empty = {"Version": "2008-10-17", "Id": f"{queue.arn}/SQSDefaultPolicy"}
+        self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
+
+    def remove_permission(self, call: Call) -> None:
+        """Take a statement out of the queue's policy; with the last the policy goes."""
+        queue, label = self._queue(call), call.input["Label"]
+        policy = json.loads(queue.settings.get("Policy", "{}"))
+        statements = self._statements(policy)
+        left = [statement for statement in statements if statement.get("Sid") != label]
+        if len(left) == len(statements):
+            raise _bad_value(label[:80], "Label", "can't find label.")
+        self._set_policy(queue, {**policy, "Statement": left} if left else {})
+
+    def _statements(self, policy: Mapping[str, Any]) -> List[Dict[str, Any]]:
+        found = policy.get("Statement", [])
+        return [
+            item for item in (found if isinstance(found, list) else [found]) if type(item) is dict
+        ]
+
+    def _set_policy(self, queue: Queue, policy: Mapping[str, Any]) -> None:
+        queue.settings["Policy"] = _to_json(policy).decode() if policy else ""
+        self._drop_unset(queue)
+        queue.modified = self._clock()
+
+    # ---- Sending ----
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
         """Take in a message; it is visible after its delay."""
         queue = self._queue(call)
-        body, attributes = call.input["MessageBody"], call.input.get("MessageAttributes", {})
-        system = call.input.get("MessageSystemAttributes", {})
-        if not body:
+        _check_fifo(queue, call.input, in_batch=False)
+        reason = "One or more parameters are invalid. Reason: "
+        return self._send(queue, call, call.input, reason)
+
+    def send_message_batch(self, call: Call) -> Mapping[str, Any]:
+        """Take in up to ten messages, each on its own."""
+        queue, entries = self._queue(call), self._entries(call)
+        for entry in entries:
+            _check_fifo(queue, entry, in_batch=True)
+        size = sum(map(_size, entries))
+        if size > MAX_BATCH_BYTES:
             raise ServiceError(
-                "MissingParameter", "The request must contain the parameter MessageBody."
+                "BatchRequestTooLong",
+                f"Batch requests cannot be longer than {MAX_BATCH_BYTES} bytes."
+                f" You have sent {size} bytes.",
             )
-        if _NOT_XML.search(body):
-            raise ServiceError(
-                "InvalidMessageContents",
-                "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD |"
-                " #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF",
-            )
-        size = len(body.encode()) + self._check_attributes(attributes)
-        if size > queue.numbers["MaximumMessageSize"]:
-            raise _invalid(
-                "One or more parameters are invalid. Reason: Message must be shorter than"
-                f" {queue.numbers['MaximumMessageSize']} bytes."
-            )
-        self._check_attributes(system)
-        if set(system) - {"AWSTraceHeader"}:
-            raise _invalid("The only message system attribute that can be sent is AWSTraceHeader.")
-        delay = _in_range(
-            call.input.get("DelaySeconds", queue.numbers["DelaySeconds"]),
-            *LIMITS["DelaySeconds"][1:],
-            "DelaySeconds",
-            "DelaySeconds must be >= 0 and <= 900.",
-        )
-        kept = {name: value["StringValue"] for name, value in system.items()}
-        kept["SenderId"] = call.caller.access_key_id
-        now = self._clock()
-        message = Message(self._new_id(), next(self._serials), body, attributes, kept, now)
-        queue.add(message, delay)
-        output = {"MessageId": message.message_id, "MD5OfMessageBody": _md5(body)}
+        reason = "One or more parameters cannot be validated. Reason: "
+        return self._each(entries, lambda entry: self._send(queue, call, entry, reason))
+
+    def _send(
+        self, queue: Queue, call: Call, entry: Mapping[str, Any], too_long: str
+    ) -> Mapping[str, Any]:
+        body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
+        system = entry.get("MessageSystemAttributes", {})
+        _check_body(body)
+        most = queue.number("MaximumMessageSize")
+        if _size(entry) > most:
+            raise _invalid(f"{too_long}Message must be shorter than {most} bytes.")
+        _check_attributes(attributes)
+        _check_system(system)
+        delay, now = self._delay(queue, entry), self._clock()
+        kept = {"SenderId": call.caller.access_key_id}
+        if "MessageGroupId" in entry:
+            kept["MessageGroupId"] = entry["MessageGroupId"]
+        trace = call.request.header("x-amzn-trace-id")
+        if "AWSTraceHeader" in system:
+            kept["AWSTraceHeader"] = system["AWSTraceHeader"]["StringValue"]
+        elif trace:
+            kept["AWSTraceHeader"] = trace
+        sent = first = Sent(now, self._new_id(), self._sequence_number())
+        if isinstance(queue, FifoQueue):
+            by_content = hashlib.sha256(body.encode()).hexdigest
+            kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
+            kept["SequenceNumber"] = sent.sequence_number
+            first = queue.first_sent(kept, sent)
+        if first is sent:
+            queue.add(Message(sent.message_id, body, attributes, kept, now), delay)
+        output = {"MessageId": first.message_id, "MD5OfMessageBody": _md5(body)}
         if attributes:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
+        if queue.fifo:
+            output["SequenceNumber"] = first.sequence_number
         return output
 
-    def _check_attributes(self, attributes: Mapping[str, Mapping[str, Any]]) -> int:
-        """Return the size of message attributes in bytes, or refuse them."""
-        if len(attributes) > MAX_ATTRIBUTES:
-            raise _invalid(
-                f"Number of message attributes [{len(attributes)}] exceeds the allowed maximum"
-                f" [{MAX_ATTRIBUTES}]."
+    def _sequence_number(self) -> str:
+        return f"{next(self._serials):020d}"
+
+    def _delay(self, queue: Queue, entry: Mapping[str, Any]) -> int:
+        reason = "DelaySeconds must be >= 0 and <= 900."
+        of_queue = queue.number("DelaySeconds")
+        given = _in_range(entry.get("DelaySeconds", of_queue), 0, 900, "DelaySeconds", reason)
+        if not queue.fifo:
+            return given
+        if given and "DelaySeconds" in entry:
+            reason = "The request include parameter that is not valid for this queue type."
+            raise _bad_value(given, "DelaySeconds", reason)
+        return of_queue
+
+    # ---- Batches ----
+
+    def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
+        """Return the entries of a batch; refuse the whole of it for what is wrong with its form."""
+        entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
+        if not entries:
+            message = f"There should be at least one {call.operation}RequestEntry in the request."
+            raise ServiceError("EmptyBatchRequest", message)
+        if len(entries) > MAX_BATCH:
+            raise ServiceError(
+                "TooManyEntriesInBatchRequest",
+                f"Maximum number of entries per request are {MAX_BATCH}."
+                f" You have sent {len(entries)}.",
             )
-        size = 0
-        for name, attribute in attributes.items():
-            kind = _DATA_TYPE.fullmatch(attribute.get("DataType", ""))
-            if not _ATTRIBUTE_NAME.fullmatch(name) or not kind:
-                raise _invalid(f"Message (user) attribute '{name[:80]}' has a bad name or type.")
-            value = attribute.get("BinaryValue" if kind[1] == "Binary" else "StringValue")
-            if not value or (isinstance(value, str) and _NOT_XML.search(value)):
-                raise _invalid(
-                    f"Message (user) attribute '{name}' must contain a non-empty value of type"
-                    f" '{kind[1]}'."
+        seen: Set[str] = set()
+        for entry in entries:
+            if not _BATCH_ID.fullmatch(entry["Id"]):
+                raise ServiceError(
+                    "InvalidBatchEntryId",
+                    "A batch entry id can only contain alphanumeric characters, hyphens and"
+                    " underscores. It can be at most 80 letters long.",
                 )
-            encoded = value if isinstance(value, bytes) else value.encode()
-            size += len(name.encode()) + len(kind[0].encode()) + len(encoded)
-        return size
+        for entry in entries:
+            if entry["Id"] in seen:
+                raise ServiceError("BatchEntryIdsNotDistinct", f"Id {entry['Id']} repeated.")
+            seen.add(entry["Id"])
+        return entries
+
+    def _each(
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        act: Callable[[Mapping[str, Any]], Optional[Mapping[str, Any]]],
+    ) -> Mapping[str, Any]:
+        """Return what became of each entry; one that fails leaves the others be."""
+        successful, failed = [], []
+        for entry in entries:
+            try:
+                successful.append({"Id": entry["Id"], **(act(entry) or {})})
+            except ServiceError as error:
+                failed.append(
+                    {
+                        "Id": entry["Id"],
+                        "SenderFault": True,
+                        "Code": error.fault.code,
+                        "Message": error.message,
+                    }
+                )
+        outcome = (("Successful", successful), ("Failed", failed))
+        return {member: results for member, results in outcome if results}
+
+    # ---- Receiving ----
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         """Return messages, hidden from others from now on; wait for the first if asked to."""
-        queue = self._queue(call)
-        given = call.input
+        queue, given = self._queue(call), call.input
         limit = _in_range(
             given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages",
             "Must be between 1 and 10, if provided.",
         )  # fmt: skip
         patience = _in_range(
-            given.get("WaitTimeSeconds", queue.numbers["ReceiveMessageWaitTimeSeconds"]), 0, 20,
+            given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds")), 0, 20,
             "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.",
         )  # fmt: skip
-        timeout = _in_range(
-            given.get("VisibilityTimeout", queue.numbers["VisibilityTimeout"]), 0, SECONDS_HELD,
-            "VisibilityTimeout", "Must be >= 0 and <= 43200, if provided.",
-        )  # fmt: skip
+        timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
+        _check_id(given, "ReceiveRequestAttemptId")
         now = self._clock()
         deadline = now + patience
-        while not queue.visible and now < deadline:
-            self._wait(queue.changed, queue.next_change(deadline) - now)
-            if queue.deleted:
-                raise ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+        while True:
+            messages = self._again(queue, given, timeout, now)
+            messages = messages or self._take(queue, limit, timeout, now)
+            if messages or now >= deadline:
+                break
+            self._wait(queue.changed, self._next_change(queue, deadline) - now)
             now = self._clock()
+            if self._running:
+                self._move_messages(now)
+            if queue.deleted:
+                raise _no_queue()
             queue.advance(now)
             if call.request.abandoned():
-                if queue.visible:
+                if queue.pick(1):
                     queue.changed.notify()  # the wake-up was for a message; pass it on
                 return {}
-        if len(queue.messages) - len(queue.visible) >= MAX_IN_FLIGHT:
-            raise ServiceError("OverLimit", "Too many messages are in flight.")
-        received = queue.receive(limit, timeout, now)
-        if not received:
+        if not messages:
+            if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
+                raise ServiceError("OverLimit", "Too many messages are in flight.")
             return {}
-        return {"Messages": [self._received(queue, message, given) for message in received]}
+        self._remember(queue, given, messages, now)
+        return {"Messages": [self._received(queue, message, given) for message in messages]}
+
+    def _next_change(self, queue: Queue, deadline: float) -> float:
+        moves = [task.next_move() for task in self._running]
+        return min([queue.next_change(deadline), *moves])
+
+    def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
+        """Return up to `limit` messages, received now; those received too often are moved."""
+        target, most = self._dead_letters(queue)
+        taken: List[Message] = []
+        dead: List[Message] = []
+        while len(taken) < limit:
+            picked = queue.pick(limit - len(taken))
+            if not picked or (queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo):
+                break
+            for message in picked:
+                if queue.is_expired(message, now):
+                    queue.remove(message)
+                elif target and message.received >= most:
+                    queue.remove(message)
+                    dead.append(message)
+                else:
+                    message.received += 1
+                    message.first_received = message.first_received or now
+                    message.last_received = now
+                    queue.hide(message, now + timeout)
+                    taken.append(message)
+        if not timeout:
+            for message in taken:
+                queue.show(message)
+        for message in dead:
+            assert target
+            self._bury(queue, target, message, now)
+        return taken
+
+    def _dead_letters(self, queue: Queue) -> Tuple[Optional[Queue], int]:
+        """Return where messages go, and after how many receives; None for nowhere."""
+        text = queue.settings.get("RedrivePolicy")
+        if not text:
+            return None, 0
+        policy = json.loads(text)
+        return self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
+
+    def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
+        """Give a message to the dead-letter queue; the count of its receives goes on."""
+        message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
+        if target.fifo:
+            message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
+        target.add(message)
+
+    def _again(
+        self, queue: Queue, given: Mapping[str, Any], timeout: int, now: float
+    ) -> List[Message]:
+        """Return what the same attempt has received, if nothing has happened to it since."""
+        attempt = given.get("ReceiveRequestAttemptId")
+        if attempt is None or not isinstance(queue, FifoQueue):
+            return []
+        then, received = queue.attempts.pop(attempt, (-math.inf, []))
+        untouched = all(
+            queue.messages.get(message.message_id) is message and message.hidden_until == until
+            for message, until in received
+        )
+        if not untouched or now >= then + SECONDS_DEDUPLICATED:
+            return []
+        for message, _ in received:
+            queue.hide(message, now + timeout)
+        return [message for message, _ in received]
+
+    def _remember(
+        self, queue: Queue, given: Mapping[str, Any], messages: Sequence[Message], now: float
+    ) -> None:
+        attempt = given.get("ReceiveRequestAttemptId")
+        if attempt is None or not isinstance(queue, FifoQueue):
+            return
+        attempts = queue.attempts
+        while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
+            attempts.popitem(last=False)
+        attempts[attempt] = (now, [(message, message.hidden_until) for message in messages])
 
     def _received(
         self, queue: Queue, message: Message, given: Mapping[str, Any]
@@ -2187,19 +3001,17 @@ class Sqs:
             output["MessageAttributes"] = chosen
         return output
 
-    def delete_message(self, call: Call) -> None:
-        """Drop a received message; nothing happens if it is gone already."""
-        queue = self._queue(call)
-        message = self._of_handle(queue, call.input["ReceiptHandle"])
-        if message:
-            queue.remove(message)
+    # ---- What is done with a receipt handle ----
 
     def _receipt_handle(self, queue: Queue, message: Message) -> str:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
         return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
 
-    def _of_handle(self, queue: Queue, handle: str) -> Optional[Message]:
-        """Return the message of a handle, None if gone; ReceiptHandleIsInvalid if not ours."""
+    def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
+        """Return the message of a handle, None if gone, and whether this receive still holds it.
+
+        Raises ServiceError ReceiptHandleIsInvalid for what was never issued for the queue.
+        """
         try:
             raw = base64.b64decode(handle[4:].encode("ascii"), validate=True)
         except ValueError:
@@ -2212,11 +3024,150 @@ class Sqs:
                 "ReceiptHandleIsInvalid",
                 f'The input receipt handle "{handle}" is not a valid receipt handle.',
             )
-        return queue.messages.get(rest.partition(":")[0])
+        message_id, _, count = rest.partition(":")
+        message = queue.messages.get(message_id)
+        held = message is not None and message.hidden_until > 0 and count == str(message.received)
+        return message, held
 
+    def delete_message(self, call: Call) -> None:
+        """Drop a received message; nothing happens if it is gone already."""
+        self._delete(self._queue(call), call.input["ReceiptHandle"])
 
-def _md5(text: str) -> str:
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
+        """Drop up to ten received messages."""
+        queue, entries = self._queue(call), self._entries(call)
+        return self._each(entries, lambda entry: self._delete(queue, entry["ReceiptHandle"]))
+
+    def _delete(self, queue: Queue, handle: str) -> None:
+        message, held = self._of_handle(queue, handle)
+        if message and queue.fifo and not held:
+            raise _bad_value(handle, "ReceiptHandle", "The receipt handle has expired.")
+        if message:
+            queue.remove(message)
+
+    def change_message_visibility(self, call: Call) -> None:
+        """Hide a received message for so many seconds from now on; 0 shows it at once."""
+        self._change(self._queue(call), call.input)
+
+    def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
+        """Hide or show up to ten received messages."""
+        queue, entries = self._queue(call), self._entries(call)
+        return self._each(entries, lambda entry: self._change(queue, entry))
+
+    def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
+        if "VisibilityTimeout" not in entry:
+            raise _missing("VisibilityTimeout")
+        timeout, handle = _visibility(entry["VisibilityTimeout"]), entry["ReceiptHandle"]
+        message, held = self._of_handle(queue, handle)
+        if message is None or (queue.fifo and not held):
+            reason = "Message does not exist or is not available for visibility timeout change."
+            raise _bad_value(handle, "ReceiptHandle", reason)
+        now = self._clock()
+        if now + timeout > message.last_received + SECONDS_HELD:
+            reason = "Total VisibilityTimeout for the message is beyond the limit"
+            raise _bad_value(timeout, "VisibilityTimeout", f"{reason} [{SECONDS_HELD} seconds]")
+        if timeout:
+            queue.hide(message, now + timeout)
+        else:
+            queue.show(message)
+
+    # ---- Moving messages out of a dead-letter queue ----
+
+    def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
+        """Begin to move messages from a dead-letter queue to where they came from, or elsewhere."""
+        given, now = call.input, self._clock()
+        source = self._arn_of(call, "SourceArn")
+        if "DestinationArn" in given:
+            self._arn_of(call, "DestinationArn")
+        rate = given.get("MaxNumberOfMessagesPerSecond", 1)
+        reason = f"Must be between 1 and {MAX_MOVES_PER_SECOND}, if provided."
+        _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond", reason)
+        if all(self._dead_letter_arn(queue) != source.arn for queue in self._queues.values()):
+            raise _invalid("Source queue must be configured as a Dead Letter Queue.")
+        if any(task.source_arn == source.arn for task in self._running):
+            raise _invalid(
+                "There is already a task running. Only one active task is allowed for a source"
+                " queue arn at a given time."
+            )
+        visible = len(source.messages) - source.in_flight - source.delayed
+        task = MoveTask(given, self._new_id(), visible, now)
+        source.tasks.appendleft(task)
+        self._running.append(task)
+        handle = task.handle
+        self._move_messages(now)
+        return {"TaskHandle": handle}
+
+    def _arn_of(self, call: Call, parameter: str) -> Queue:
+        arn = call.input[parameter]
+        if not _QUEUE_ARN.fullmatch(arn):
+            raise _invalid(
+                f"You must use this format to specify the {parameter}:"
+                " arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
+            )
+        queue = self._by_arn(arn)
+        if queue is None or (queue.region, queue.account) != (call.region, call.caller.account_id):
+            raise ServiceError(
+                "ResourceNotFoundException",
+                f"The resource that you specified for the {parameter} parameter doesn't exist.",
+            )
+        queue.advance(self._clock())
+        return queue
+
+    def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
+        """Return the latest tasks of a source queue, newest first."""
+        source = self._arn_of(call, "SourceArn")
+        reason = "Must be between 1 and 10, if provided."
+        most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults", reason)
+        tasks = list(itertools.islice(source.tasks, most))
+        return {"Results": [task.output() for task in tasks]} if tasks else {}
+
+    def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
+        """Stop a running task; what has moved stays where it is."""
+        try:
+            document = read_json(_from_base64(call.input["TaskHandle"]).decode())
+            task_id, arn = document["taskId"], document["sourceArn"]
+        except (ServiceError, ValueError, TypeError, KeyError) as error:
+            raise _invalid("Value for parameter TaskHandle is invalid.") from error
+        for task in self._running:
+            if task.task_id == task_id and task.source_arn == arn:
+                task.status = "CANCELLED"
+                self._running.remove(task)
+                return {"ApproximateNumberOfMessagesMoved": task.moved}
+        raise ServiceError("ResourceNotFoundException", "Task does not exist.")
+
+    def _move_messages(self, now: float) -> None:
+        """Move what the running tasks should have moved by now."""
+        for task in list(self._running):
+            source = self._by_arn(task.source_arn)
+            if source:
+                source.advance(now)
+            due = min(task.due(now), task.to_move)
+            while source and task.moved < due and task.status == "RUNNING":
+                picked = source.pick(1)
+                if not picked:
+                    break
+                arn = task.destination_arn or picked[0].system.get("DeadLetterQueueSourceArn", "")
+                target = self._by_arn(arn)
+                if target is None:
+                    task.status = "FAILED"
+                    task.failure = ERRORS["QueueDoesNotExist"].code
+                else:
+                    source.remove(picked[0])
+                    self._redrive(target, picked[0], now)
+                    task.moved += 1
+            if source is None:
+                task.status, task.failure = "FAILED", ERRORS["QueueDoesNotExist"].code
+            elif task.status == "RUNNING" and (task.moved >= task.to_move or not source.pick(1)):
+                task.status = "COMPLETED"
+            if task.status != "RUNNING":
+                self._running.remove(task)
+
+    def _redrive(self, target: Queue, message: Message, now: float) -> None:
+        """Send a dead letter again: a new message with a new id ("Configure a DLQ redrive")."""
+        kept = {k: v for k, v in message.system.items() if k != "DeadLetterQueueSourceArn"}
+        if target.fifo:
+            kept["SequenceNumber"] = self._sequence_number()
+        target.add(Message(self._new_id(), message.body, message.attributes, kept, now))
 
 
 def _asks_for(pattern: str, name: str) -> bool:
@@ -2225,74 +3176,89 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
-_VALUES = MapOf(structure(DataType=STRING, StringValue=STRING, BinaryValue=BLOB))
-_NAMES = ListOf(STRING)
+# ---- The table of operations ----
 
-OPERATIONS: Mapping[str, Operation] = {
-    operation.name: operation
-    for operation in (
-        Operation(
-            "CreateQueue",
-            structure(QueueName=STRING, Attributes=MapOf(STRING), tags=MapOf(STRING)),
-            Sqs.create_queue,
-        ),
-        Operation(
-            "DeleteMessage",
-            structure("ReceiptHandle", QueueUrl=STRING, ReceiptHandle=STRING),
-            Sqs.delete_message,
-        ),
-        Operation("DeleteQueue", structure(QueueUrl=STRING), Sqs.delete_queue),
-        Operation(
-            "GetQueueUrl",
-            structure(QueueName=STRING, QueueOwnerAWSAccountId=STRING),
-            Sqs.get_queue_url,
-        ),
-        Operation(
-            "ListQueues",
-            structure(QueueNamePrefix=STRING, NextToken=STRING, MaxResults=INTEGER),
-            Sqs.list_queues,
-        ),
-        Operation("PurgeQueue", structure(QueueUrl=STRING), Sqs.purge_queue),
-        Operation(
-            "ReceiveMessage",
-            structure(
-                QueueUrl=STRING,
-                AttributeNames=_NAMES,
-                MessageSystemAttributeNames=_NAMES,
-                MessageAttributeNames=_NAMES,
-                MaxNumberOfMessages=INTEGER,
-                VisibilityTimeout=INTEGER,
-                WaitTimeSeconds=INTEGER,
-                ReceiveRequestAttemptId=STRING,
-            ),
-            Sqs.receive_message,
-        ),
-        Operation(
-            "SendMessage",
-            structure(
-                "MessageBody",
-                QueueUrl=STRING,
-                MessageBody=STRING,
-                DelaySeconds=INTEGER,
-                MessageAttributes=_VALUES,
-                MessageSystemAttributes=_VALUES,
-            ),
-            Sqs.send_message,
-        ),
-    )
+_SHAPES: Dict[str, Shape] = {
+    "int": INTEGER,
+    "blob": BLOB,
+    "list": ListOf(STRING),
+    "blobs": ListOf(BLOB),
+    "map": MapOf(STRING),
 }
+_SHAPES["attributes"] = MapOf(
+    structure(
+        "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs",
+        _SHAPES,
+    )
+)
+_SENT = (
+    "MessageBody* DelaySeconds:int MessageAttributes:attributes"
+    " MessageSystemAttributes:attributes MessageDeduplicationId MessageGroupId"
+)
+for _entry, _members in (
+    ("to_change", "Id* ReceiptHandle* VisibilityTimeout:int"),
+    ("to_delete", "Id* ReceiptHandle*"),
+    ("to_send", f"Id* {_SENT}"),
+):
+    _SHAPES[_entry] = ListOf(structure(_members, _SHAPES))
+
+# Operation, input, and behind the arrow the output; no arrow: it has none.  QueueUrl is required
+# too, but who leaves it out is told that there is no such queue.
+OPERATIONS: Mapping[str, Operation] = operations(
+    Sqs,
+    _SHAPES,
+    f"""
+    AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
+    CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved
+    ChangeMessageVisibility QueueUrl ReceiptHandle* VisibilityTimeout*:int
+    ChangeMessageVisibilityBatch QueueUrl Entries*:to_change -> Successful Failed
+    CreateQueue QueueName Attributes:map tags:map -> QueueUrl
+    DeleteMessage QueueUrl ReceiptHandle*
+    DeleteMessageBatch QueueUrl Entries*:to_delete -> Successful Failed
+    DeleteQueue QueueUrl
+    GetQueueAttributes QueueUrl AttributeNames:list -> Attributes
+    GetQueueUrl QueueName QueueOwnerAWSAccountId -> QueueUrl
+    ListDeadLetterSourceQueues QueueUrl NextToken MaxResults:int -> queueUrls NextToken
+    ListMessageMoveTasks SourceArn* MaxResults:int -> Results
+    ListQueueTags QueueUrl -> Tags
+    ListQueues QueueNamePrefix NextToken MaxResults:int -> QueueUrls NextToken
+    PurgeQueue QueueUrl
+    ReceiveMessage QueueUrl AttributeNames:list MessageSystemAttributeNames:list \
+        MessageAttributeNames:list MaxNumberOfMessages:int VisibilityTimeout:int \
+        WaitTimeSeconds:int ReceiveRequestAttemptId -> Messages
+    RemovePermission QueueUrl Label*
+    SendMessage QueueUrl {_SENT} -> MessageId MD5OfMessageBody MD5OfMessageAttributes \
+        MD5OfMessageSystemAttributes SequenceNumber
+    SendMessageBatch QueueUrl Entries*:to_send -> Successful Failed
+    SetQueueAttributes QueueUrl Attributes*:map
+    StartMessageMoveTask SourceArn* DestinationArn MaxNumberOfMessagesPerSecond:int -> TaskHandle
+    TagQueue QueueUrl Tags*:map
+    UntagQueue QueueUrl TagKeys*:list
+    """,
+)
 
 SQS_MODEL = Model(
     OPERATIONS,
     {
-        "Attributes": QueryName("Attribute", "Name", "Value"),
+        "AWSAccountIds": QueryName("AWSAccountId"),
+        "Actions": QueryName("ActionName"),
         "AttributeNames": QueryName("AttributeName"),
+        "Attributes": QueryName("Attribute", "Name", "Value"),
+        "BinaryListValues": QueryName("BinaryListValue"),
+        "Entries": QueryName("{}RequestEntry"),
+        "Failed": QueryName("BatchResultErrorEntry"),
         "MessageAttributeNames": QueryName("MessageAttributeName"),
         "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
         "MessageSystemAttributeNames": QueryName("MessageSystemAttributeName"),
         "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
         "Messages": QueryName("Message"),
         "QueueUrls": QueryName("QueueUrl"),
+        "Results": QueryName("{}ResultEntry"),
+        "StringListValues": QueryName("StringListValue"),
+        "Successful": QueryName("{}ResultEntry"),
+        "TagKeys": QueryName("TagKey"),
+        "Tags": QueryName("Tag", "Key", "Value"),
+        "queueUrls": QueryName("QueueUrl"),
         "tags": QueryName("Tag", "Key", "Value"),
     },
     frozenset({"CreateQueue", "ListQueues"}),
