@@ -57,7 +57,6 @@ import heapq
 import hmac
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -332,6 +331,7 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0-\x08\n-\x1f\x7f]*)")
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 _DIGITS = re.compile("[0-9]{1,18}")
+_CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
 # What is wrong with a line that _FIELD_LINE does not match; the first that applies.
@@ -363,10 +363,17 @@ def parse_head(raw: bytes) -> Head:
     """Return the parts of a request head, given with its final blank line.
 
     The target is kept to the byte.  Raises ServiceError BadRequest, or
-    RequestHeaderFieldsTooLarge for more than MAX_HEADERS lines (RFC 9112, 2 to 5; 3.2.2's
-    absolute-form is refused, as AWS does).
+    RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines (RFC 9112, 2 to
+    5; 3.2.2's absolute-form is refused, as AWS does).
     """
-    request_line, *lines = raw.decode("latin-1")[:-4].split(CRLF)
+    if len(raw) > MAX_HEAD:
+        raise ServiceError(
+            "RequestHeaderFieldsTooLarge", f"The request head is longer than {MAX_HEAD} bytes."
+        )
+    text = raw.decode("latin-1")
+    if not text.endswith(CRLF + CRLF):
+        raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
+    request_line, *lines = text[:-4].split(CRLF)
     match = _REQUEST_LINE.fullmatch(request_line)
     if not match:
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
@@ -398,6 +405,37 @@ def parse_head(raw: bytes) -> Head:
     return Head(method, target, "1." + minor, tuple(headers))
 
 
+_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
+_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
+
+
+def salvage_head(raw: bytes) -> Head:
+    """Return what can be told of a head that was refused, so as to refuse it in its protocol."""
+    text = raw.decode("latin-1")
+    line = _REFUSED_LINE.match(text)
+    fields = _REFUSED_FIELDS.findall(text)[:MAX_HEADERS]
+    return Head(line[1] if line else "", (line and line[2]) or "/", "1.0", tuple(fields))
+
+
+def asks_to_close(request: Request) -> bool:
+    """Whether the connection is to end with the answer (RFC 9112, 9.6)."""
+    values = request.fields.get("connection", ())
+    return any("close" in map(str.strip, value.lower().split(",")) for value in values)
+
+
+def expects_continue(head: Head) -> bool:
+    """Whether the client waits for `100 Continue` before it sends the body (RFC 9110, 10.1.1).
+
+    Raises ServiceError ExpectationFailed for anything else that it expects.
+    """
+    expected = [value.lower() for name, value in head.headers if name.lower() == "expect"]
+    if head.version == "1.0" or not expected:
+        return False
+    if set(expected) != {"100-continue"}:
+        raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
+    return True
+
+
 def body_framing(head: Head, max_body: int) -> Optional[int]:
     """Return how many bytes of body follow the head, None if they come chunked.
 
@@ -419,7 +457,7 @@ def body_framing(head: Head, max_body: int) -> Optional[int]:
             raise ServiceError(
                 "BadRequest", "A request has Content-Length or Transfer-Encoding, not both."
             )
-        if len(codings) > 1 or codings[0].lower() != "chunked":
+        if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
             raise ServiceError("BadRequest", "The only Transfer-Encoding understood is 'chunked'.")
         return None
     if not lengths:
@@ -1340,7 +1378,8 @@ class Model(NamedTuple):
 
 # ---- Choosing the protocol ----
 
-TARGET_SERVICES = {"AmazonSQS": "sqs"}  # prefix of X-Amz-Target -> name in the credential scope
+TARGET_PREFIXES = {"sqs": "AmazonSQS"}  # of X-Amz-Target, by name in the credential scope
+TARGET_SERVICES = {prefix: service for service, prefix in TARGET_PREFIXES.items()}
 QUERY_NAMESPACES = {"sqs": "http://queue.amazonaws.com/doc/2012-11-05/"}
 QUERY_SERVICES = frozenset(
     "autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk elasticloadbalancing"
@@ -1354,12 +1393,21 @@ def _media_type(request: Request) -> str:
     return (request.header("content-type") or "").partition(";")[0].strip(" \t").lower()
 
 
-def _query_action(request: Request) -> Optional[str]:
+def _query_value(request: Request, wanted: bytes) -> Optional[str]:
     try:
-        values = [value for name, value in request.query if name == b"Action"]
+        values = [value for name, value in request.query if name == wanted]
     except ServiceError:  # a broken query string; verify refuses it
         return None
     return values[0].decode("utf-8", "replace") if values else None
+
+
+def _query_action(request: Request) -> Optional[str]:
+    return _query_value(request, b"Action")
+
+
+def _wants_json(request: Request) -> bool:
+    accepted = request.header("accept") or ""
+    return "application/json" in accepted or _query_value(request, b"ContentType") == "JSON"
 
 
 def wire_protocol(request: Request) -> WireProtocol:
@@ -1372,14 +1420,15 @@ def wire_protocol(request: Request) -> WireProtocol:
     if "x-amz-target" in request.fields:
         return AWS_JSON[version]
     service = claim(request)[1].service
+    query = AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
     if service not in S3_FAMILY and _query_action(request) is not None:
-        return AwsJson(version, ("content-type",)) if "json" in media_type else AWS_QUERY
+        return AwsJson(version, ("content-type",)) if "json" in media_type else query
     if media_type.startswith("application/x-amz-json-"):
         return AWS_JSON[version]
     if service in QUERY_SERVICES:
-        return AWS_QUERY
+        return query
     if not service and request.method == "POST" and media_type in ("", _FORM):
-        return AWS_QUERY
+        return query
     return Rest(of_xml=not service or service in S3_FAMILY)
 
 
@@ -1450,8 +1499,14 @@ class AwsJson(WireProtocol):
 
     def operation(self, request: Request, body: bytes) -> Tuple[str, Any]:
         """What X-Amz-Target has behind its last dot, or else `Action`; and the body."""
-        target = request.header("x-amz-target")
-        return (target.rpartition(".")[2] if target else _query_action(request) or ""), body
+        targets = request.fields.get("x-amz-target")
+        if targets is None:
+            return _query_action(request) or "", body
+        prefix, _, name = targets[0].rpartition(".")
+        expected = TARGET_PREFIXES.get(claim(request)[1].service, prefix)
+        if len(targets) > 1 or prefix != expected:
+            raise _invalid_action(", ".join(targets))
+        return name, body
 
     def input(self, request: Request, encoded: Any, model: Model, operation: Operation) -> Any:
         """No body at all is an empty object."""
@@ -1587,7 +1642,9 @@ class AwsQuery(WireProtocol):
         """Return the fields of query string and body; refuse one name with two values."""
         try:
             pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
-            if body and _media_type(request) in ("", _FORM):
+            if body and _media_type(request) not in ("", _FORM):
+                raise ValueError("not a form")
+            if body:
                 pairs += urllib.parse.parse_qsl(
                     body.decode("utf-8"),
                     keep_blank_values=True,
@@ -1633,7 +1690,7 @@ class AwsQuery(WireProtocol):
         parts = [
             f"<Error><Type>{_side(status)}</Type>",
             f"<Code>{code}</Code>",
-            f"<Message>{xml_text(_QUERY_MESSAGES.get(error.code, error.message))}</Message>",
+            f"<Message>{xml_text(_query_message(error))}</Message>",
             f"<Detail/></Error><RequestId>{request_id}</RequestId>",
         ]
         return self._reply(status, "ErrorResponse", service or "sqs", parts, request_id)
@@ -1650,7 +1707,57 @@ class AwsQuery(WireProtocol):
         return (("x-amzn-RequestId", request_id), ("Content-Type", "text/xml"))
 
 
+class AwsQueryJson(AwsQuery):
+    """AWS Query, answered in JSON: what SQS does for `Accept: application/json` since of old.
+
+    Members are spelled as within AWS, maps are lists of pairs, and what is absent is null.
+    """
+
+    def output(
+        self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
+    ) -> Reply:
+        """Wrapped as in XML."""
+        response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
+        members = model.operations[call.operation].output
+        if output is not None and members is not None:
+            response[f"{call.operation}Result"] = {
+                _INTERNAL_NAMES.get(name, name): _as_pairs(output.get(name), model, name)
+                for name in members
+            }
+        document = _to_json({f"{call.operation}Response": response})
+        return Reply(200, self._headers(request_id), document)
+
+    def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
+        """The same elements as in XML; what names no Action gets XML here too."""
+        if error.code == "UnknownOperation":
+            return AWS_QUERY.error(request, error, request_id)
+        status, code, _ = _fault(error, claim(request)[1].service)
+        fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
+        document = _to_json({"Error": fault, "RequestId": request_id})
+        return Reply(status, self._headers(request_id), document)
+
+    def _headers(self, request_id: str) -> Headers:
+        return (("x-amzn-RequestId", request_id), ("Content-Type", "application/json"))
+
+
 AWS_QUERY = AwsQuery()
+AWS_QUERY_JSON = AwsQueryJson()
+_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
+
+
+def _as_pairs(value: Any, model: Model, member: str) -> Any:
+    """Return a member of an output with its maps as lists of pairs, at any depth."""
+    spelled = model.query_names.get(member)
+    if isinstance(value, dict):
+        if spelled and spelled.key:
+            return [
+                {spelled.key: key, spelled.value: _as_pairs(item, model, "")}
+                for key, item in value.items()
+            ]
+        return {name: _as_pairs(item, model, name) for name, item in value.items()}
+    return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
+
+
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
@@ -1660,6 +1767,10 @@ _INDEX = re.compile("[0-9]{1,9}")
 _QUERY_MESSAGES = {
     "QueueDoesNotExist": "The specified queue does not exist for this wsdl version."
 }
+
+
+def _query_message(error: ServiceError) -> str:
+    return _QUERY_MESSAGES.get(error.code, error.message)
 
 
 def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
@@ -2477,7 +2588,7 @@ class Sqs:
     # ---- Queues ----
 
     def _queue(self, call: Call) -> Queue:
-        """Return the queue that a QueueUrl names by its last two segments, or by its name alone."""
+        """Return the queue of a QueueUrl: its last two segments count, or the name alone."""
         path = call.input.get("QueueUrl", "").rstrip("/")
         rest, slash, name = path.rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
@@ -2806,7 +2917,7 @@ class Sqs:
     # ---- Batches ----
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
-        """Return the entries of a batch; refuse the whole of it for what is wrong with its form."""
+        """Return the entries of a batch; refuse the whole of it for what is wrong with it."""
         entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
         if not entries:
             message = f"There should be at least one {call.operation}RequestEntry in the request."
@@ -3074,7 +3185,7 @@ class Sqs:
     # ---- Moving messages out of a dead-letter queue ----
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Begin to move messages from a dead-letter queue to where they came from, or elsewhere."""
+        """Begin to move messages from a dead-letter queue to their own, or elsewhere."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given:
@@ -3446,39 +3557,41 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Answer one request; the connection goes on only if all of it was read."""
         self.close_connection = True
-        body: Union[LengthBody, ChunkedBody] = LengthBody(self.rfile, 0)
-        head = None
         try:
             raw = self._read_head()
-            if not raw:
-                return
-            try:
-                head = parse_head(raw)
-                request, body = self._request(head)
-                reply = self.server.proxy.handle(request)
-            except ServiceError as error:
-                headers = head.headers if head else _salvage(raw)
-                request = Request("", "/", headers, io.BytesIO(), self.client_address[0])
-                reply = self.server.proxy.handle(request, error)
-                head = None
-            keep = head is not None and head.version == "1.1" and not body.unread
-            if keep and "close" not in (request.header("connection") or "").lower():
-                self.close_connection = False
-            data = encode_reply(
-                reply,
-                _http_date(int(time.time())),
-                self.close_connection,
-                request.method == "HEAD",
-            )
-            self.connection.sendall(data)
-            if self.close_connection:
-                self._linger()
-        except (ConnectionError, socket.timeout):
-            self.close_connection = True  # nobody is left to be told
+            if raw:
+                self._answer(raw)
+        except OSError:  # silent for too long, or gone: nobody is left to be told
+            self.close_connection = True
+
+    def _answer(self, raw: bytes) -> None:
+        refused: Optional[ServiceError] = None
+        body: Union[LengthBody, ChunkedBody] = LengthBody(self.rfile, 0)
+        try:
+            head = parse_head(raw)
+            body = self._body(head)
+        except ServiceError as error:
+            refused = error
+            head = salvage_head(raw)
+        method, target, version, headers = head
+        peer = self.client_address[0]
+        request = Request(method, target, headers, body, peer, self._abandoned)
+        reply = self.server.proxy.handle(request, refused)
+        unread = refused is not None or body.unread
+        close = self.close_connection = unread or version == "1.0" or asks_to_close(request)
+        data = encode_reply(reply, _http_date(int(time.time())), close, method == "HEAD")
+        self.connection.sendall(data)
+        if unread:
+            self._linger()
 
     def _read_head(self) -> bytes:
-        """Return a request head with its blank line, b"" at the end of the connection."""
+        """Return a request head with its blank line, b"" at the end of the connection.
+
+        An empty line before it is passed over (RFC 9112, 2.2).
+        """
         buffered = self.rfile.peek()  # type: ignore[attr-defined]
+        if buffered.startswith(b"\r\n"):
+            buffered = buffered[len(self.rfile.read(2)) :]
         end = buffered.find(b"\r\n\r\n")
         if end >= 0:
             return self.rfile.read(end + 4)
@@ -3486,30 +3599,19 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         size = 0
         while size <= MAX_HEAD:
             line = self.rfile.readline(MAX_HEAD + 1 - size)
-            if not line:
-                return b""
             lines.append(line)
             size += len(line)
             if line == b"\r\n" or not line.endswith(b"\r\n"):
                 break
         return b"".join(lines)
 
-    def _request(self, head: Head) -> Tuple[Request, Union[LengthBody, ChunkedBody]]:
+    def _body(self, head: Head) -> Union[LengthBody, ChunkedBody]:
         limit = self.server.max_body
         length = body_framing(head, limit)
-        expects = [value for name, value in head.headers if name.lower() == "expect"]
-        begin = None
-        if expects and head.version == "1.1":
-            if expects[0].lower() != "100-continue":
-                raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
-            begin = self._continue
-        body: Union[LengthBody, ChunkedBody]
+        begin = self._continue if expects_continue(head) else None
         if length is None:
-            body = ChunkedBody(self.rfile, limit, begin)
-        else:
-            body = LengthBody(self.rfile, length, begin)
-        peer = self.client_address[0]
-        return Request(head.method, head.target, head.headers, body, peer, self._abandoned), body
+            return ChunkedBody(self.rfile, limit, begin)
+        return LengthBody(self.rfile, length, begin)
 
     def _continue(self) -> None:
         self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3529,12 +3631,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         for _ in range(1024):
             if not self.connection.recv(65536):
                 return
-
-
-def _salvage(raw: bytes) -> Headers:
-    """Return what header lines can be told from a broken head, to answer in its protocol."""
-    lines = re.findall("^([A-Za-z-]+):[ \t]*([^\r\n]*)", raw.decode("latin-1"), re.MULTILINE)
-    return tuple(lines[:MAX_HEADERS])
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3637,9 +3733,20 @@ class ClientsFile:
         log.warning("%s read again: %d keys", self.path, len(proxy.clients))
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        shown = action.default not in (None, False, [], argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
 class _Parser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, line: str) -> List[str]:
-        return shlex.split(line, comments=True)
+    """Reads `@FILE` as a shell would read its lines."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
+        """Split a line of a file of flags."""
+        return shlex.split(arg_line, comments=True)
 
 
 class _Version(argparse.Action):
@@ -3653,14 +3760,13 @@ class _Version(argparse.Action):
 
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
-    def convert(text: str) -> float:
+    def number(text: str) -> float:  # argparse shows this name in its message
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    convert.__name__ = "number"  # argparse names it in its message
-    return convert
+    return number
 
 
 def _account_id(text: str) -> str:
@@ -3673,7 +3779,15 @@ def _public_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
-    return text
+    return text.rstrip("/")
+
+
+_EXAMPLES = """\
+examples:
+  python awsproxy.py --port 8081                       the demo client, dummykey
+  python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own
+  python awsproxy.py @flags                            flags from a file
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3681,85 +3795,46 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="awsproxy",
         fromfile_prefix_chars="@",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         description="Verify the signature of each AWS call, and answer Amazon SQS from memory.",
-        epilog="examples:\n"
-        "  python awsproxy.py --port 8081                       the demo client, dummykey\n"
-        "  python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own\n"
-        "  python awsproxy.py @flags                            flags from a file\n",
+        epilog=_EXAMPLES,
     )
-    add = parser.add_argument_group("where to listen").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add(
-        "--port",
-        type=_number(int, 0, 65535),
-        default=8081,
-        metavar="PORT",
-        help="port to listen on; 0 picks one (default: %(default)s)",
-    )
-    add(
-        "--public-url",
-        type=_public_url,
-        metavar="URL",
-        help="what queue URLs begin with (default: http:// and the Host of the request)",
-    )
-    add(
-        "--max-body",
-        type=_number(int, 1, 1 << 40),
-        default=16777216,
-        metavar="BYTES",
-        help="longest request body taken (default: %(default)s)",
-    )
-    add(
-        "--timeout",
-        type=_number(float, 0.1, 86400),
-        default=60,
-        metavar="SECONDS",
-        help="how long a connection may stay silent (default: %(default)s)",
-    )
-    add = parser.add_argument_group("who may call").add_argument
-    add(
-        "--clients",
-        metavar="FILE",
-        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " when it changes (default: key dummykey, secret dummysecret, loopback only)",
-    )
-    add(
-        "--no-verify",
-        action="store_true",
-        help="take calls unsigned or wrongly signed; loopback only",
-    )
-    add(
-        "--clock-skew",
-        type=_number(int, 0, 604800),
-        default=900,
-        metavar="SECONDS",
-        help="how far a caller's clock may be off (default: %(default)s)",
-    )
-    add(
-        "--region",
-        action="append",
-        default=[],
-        metavar="REGION",
-        help="a region that calls may be signed for; may be given again (default: any)",
-    )
-    add(
-        "--account-id",
-        type=_account_id,
-        default="000000000000",
-        metavar="ID",
-        help="account that queues belong to (default: %(default)s)",
-    )
+    _add_listening(parser.add_argument_group("where to listen").add_argument)
+    _add_callers(parser.add_argument_group("who may call").add_argument)
+    add = parser.add_argument_group("Amazon SQS in memory").add_argument
+    add("--account-id", metavar="ID", type=_account_id, default="000000000000",
+        help="account that queues belong to")  # fmt: skip
+    add("--cooldown", action="store_true",
+        help="for 60 s refuse another PurgeQueue, or a deleted queue's name")  # fmt: skip
     add = parser.add_argument_group("what to print").add_argument
-    add(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="form of the line printed for each call (default: %(default)s)",
-    )
+    add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--quiet", action="store_true", help="print no line for each call")
     add("--version", action=_Version, nargs=0, help="print version and sha256 of this file")
-    return parser  # fmt: skip
+    return parser
+
+
+def _add_listening(add: Callable[..., Any]) -> None:
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_number(int, 0, 65535), default=8081, metavar="PORT",
+        help="port to listen on; 0 picks one")  # fmt: skip
+    add("--public-url", type=_public_url, metavar="URL",
+        help="what queue URLs begin with, if not http:// and the Host of the request")  # fmt: skip
+    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
+        help="longest request body taken")  # fmt: skip
+    add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
+        help="how long a connection may stay silent")  # fmt: skip
+
+
+def _add_callers(add: Callable[..., Any]) -> None:
+    add("--clients", metavar="FILE",
+        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
+        " when it changes (without: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+    add("--no-verify", action="store_true",
+        help="take calls unsigned or wrongly signed; on loopback only")  # fmt: skip
+    add("--clock-skew", type=_number(int, 0, 604800), default=900, metavar="SECONDS",
+        help="how far a caller's clock may be off")  # fmt: skip
+    add("--region", action="append", default=[], metavar="REGION",
+        help="a region that calls may be signed for, repeatable; without, any")  # fmt: skip
 
 
 def _fail(message: str) -> int:
@@ -3787,6 +3862,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         regions=options.region,
         account_id=options.account_id,
         public_url=options.public_url or "",
+        sqs=Sqs(cooldown=options.cooldown),
         observe=None if options.quiet else access_log,
     )
     refresh = functools.partial(watched.refresh, proxy) if watched else _nothing
