@@ -637,6 +637,10 @@ _GENERAL = Profile()
 # messages are AWS's own where they are known, since people search for them.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
 _HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
+_VERSION_2 = (
+    "The authorization mechanism you have provided is not supported: it is Signature Version 2."
+    ' Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="s3v4")).'
+)
 REFUSALS: Mapping[str, Tuple[str, str, str]] = {
     "unsigned": (
         "MissingAuthenticationToken", "AccessDenied",
@@ -646,11 +650,8 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         "SignatureDoesNotMatch", "InvalidArgument",
         "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters.",
     ),
-    "version 2": (
-        "IncompleteSignature", "InvalidRequest",
-        "The authorization mechanism you have provided is not supported: it is Signature Version"
-        " 2. Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version=\"s3v4\")).",
-    ),
+    "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
+    "version 2 of s3": ("InvalidRequest", "InvalidRequest", _VERSION_2),  # it names no service
     "scheme": (
         "MissingAuthenticationToken", "InvalidArgument",
         "Request is missing Authentication Token: the Authorization header is of type '{}'."
@@ -729,7 +730,7 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         " Check your AWS Secret Access Key and signing method."
         " Consult the service documentation for details.\n\n"
         "The Canonical String for this request should have been\n'{}'\n\n"
-        "The String-to-Sign should have been\n'{}'\n",
+        "The String-to-Sign should have been\n'{}'\n{}",
     ),
 }  # fmt: skip
 
@@ -831,7 +832,8 @@ def parse_authorization(request: Request) -> Authorization:
     if headers:
         return _parse_header(request, headers[0])
     if b"signature" in names and names & {b"awsaccesskeyid", b"signatureversion"}:
-        raise refusal("version 2", request)
+        of_s3 = b"signatureversion" not in names
+        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
     raise refusal("unsigned", request)
 
 
@@ -840,7 +842,7 @@ def _parse_header(request: Request, header: str) -> Authorization:
     scheme, _, rest = header.partition(" ")
     if scheme != ALGORITHM:
         if scheme == "AWS":
-            raise refusal("version 2", request)
+            raise refusal("version 2 of s3", request)
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
     given: Dict[str, str] = {}
@@ -1021,23 +1023,29 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     return "".join(lines)
 
 
-def canonical_request(
+def canonical_parts(
     request: Request, authorization: Authorization, payload_hash: str, profile: Profile
-) -> bytes:
-    """Return the text that both sides hash: method, path, query, headers, payload hash."""
+) -> Tuple[str, ...]:
+    """Return the lines of a canonical request: method, path, query, headers, names, payload."""
     without = [b"X-Amz-Signature"] if authorization.presigned else []
     if authorization.presigned and profile.unsigned_token:
         without.append(b"X-Amz-Security-Token")
-    return "\n".join(
-        (
-            request.method,
-            canonical_path(request.path, profile.normalize_path),
-            canonical_query(request.query, without),
-            canonical_headers(request.fields, authorization.signed_headers),
-            ";".join(authorization.signed_headers),
-            payload_hash,
-        )
-    ).encode("latin-1")
+    return (
+        request.method,
+        canonical_path(request.path, profile.normalize_path),
+        canonical_query(request.query, without),
+        canonical_headers(request.fields, authorization.signed_headers),
+        ";".join(authorization.signed_headers),
+        payload_hash,
+    )
+
+
+def canonical_request(
+    request: Request, authorization: Authorization, payload_hash: str, profile: Profile
+) -> bytes:
+    """Return the text that both sides hash."""
+    parts = canonical_parts(request, authorization, payload_hash, profile)
+    return "\n".join(parts).encode("latin-1")
 
 
 def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> bytes:
@@ -1252,24 +1260,59 @@ def _declared_payload(request: Request, claimed: Authorization, profile: Profile
 
 
 _TOKEN_SHOWN = re.compile("(x-amz-security-token:|X-Amz-Security-Token=)[^\n&]*")
+_PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
+
+# What curl and others are known to sign in place of the canonical form, by version: for each
+# line of the canonical request that they get wrong, what they have there, and what to do.
+DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
+    (1, lambda request, _: request.path,
+     "it signed the path as sent, not encoded once more: curl does from 8.9 on"),
+    (2, lambda request, _: request.target.partition("?")[2],
+     "it signed the query as sent: sort its parameters, write each as name=value with both"
+     " percent-encoded, or take curl 8.13 or newer"),
+    (2, lambda request, _: "&".join(sorted(request.target.partition("?")[2].split("&"))),
+     "it signed the query sorted, but not percent-encoded as RFC 3986 says"),
+    (3, lambda _, headers: _PORT.sub(r"\1", headers),
+     "it signed the Host without its port: curl before 7.86 does"),
+    (5, lambda *_: EMPTY_SHA256,
+     "it signed an empty body: in place of curl's -T or -F use --data-binary"),
+)  # fmt: skip
+
+
+def explain_mismatch(
+    request: Request, claimed: Authorization, parts: Sequence[str], secret_access_key: str
+) -> str:
+    """Return what the client has signed instead, if that is a known deviation; else ""."""
+    choices: List[Dict[str, str]] = [{part: ""} for part in parts]
+    for line, deviate, advice in DEVIATIONS:
+        choices[line].setdefault(deviate(request, parts[line]), advice)
+    for chosen in itertools.product(*choices):
+        text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(chosen).encode("latin-1"))
+        computed = signature(secret_access_key, claimed.scope, text)
+        if hmac.compare_digest(computed, claimed.signature):
+            faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
+            return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
+    return ""
 
 
 def _check_signature(
     request: Request, claimed: Authorization, profile: Profile, client: Client, payload_hash: str
 ) -> None:
     """Compare in constant time; the refusal shows what we computed, less the session token."""
-    canonical = canonical_request(request, claimed, payload_hash, profile)
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
+    parts = canonical_parts(request, claimed, payload_hash, profile)
+    canonical = "\n".join(parts)
+    text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
     computed = signature(client.secret_access_key, claimed.scope, text)
     if hmac.compare_digest(computed, claimed.signature):  # both ASCII
         return
-    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical.decode("latin-1"))[:16384]
+    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
     signed = text.decode("latin-1")
     raise refusal(
         "signature",
         request,
         shown,
         signed,
+        explain_mismatch(request, claimed, parts, client.secret_access_key),
         AWSAccessKeyId=claimed.access_key_id,
         StringToSign=signed,
         SignatureProvided=claimed.signature,
@@ -1458,6 +1501,16 @@ class WireProtocol:
         """Return the answer of an operation that succeeded; None is the output of a void one."""
         raise NotImplementedError
 
+    def fault(self, request: Request, error: ServiceError) -> Fault:
+        """Return how the error is spelled for this request.
+
+        Amazon SQS, which anybody may be allowed to call, denies access to the unsigned.
+        """
+        service = self.service(request) or claim(request)[1].service
+        if error.code == "MissingAuthenticationToken" and service in ("sqs", ""):
+            return ERRORS["AccessDenied"]
+        return error.fault
+
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """Return the answer that refuses."""
         raise NotImplementedError
@@ -1467,13 +1520,6 @@ def _invalid_action(operation: str) -> ServiceError:
     return ServiceError(
         "InvalidAction", f"The action {operation[:80]} is not valid for this endpoint."
     )
-
-
-def _fault(error: ServiceError, service: str) -> Fault:
-    """Amazon SQS, which anybody may be allowed to call, denies access to the unsigned."""
-    if error.code == "MissingAuthenticationToken" and service in ("sqs", ""):
-        return ERRORS["AccessDenied"]
-    return error.fault
 
 
 def _side(status: int) -> str:
@@ -1523,12 +1569,17 @@ class AwsJson(WireProtocol):
         body = b"" if output is None else _to_json(output)
         return Reply(200, self._headers(request_id), body)
 
-    def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
+    def fault(self, request: Request, error: ServiceError) -> Fault:
         """Amazon SQS tells 403 from 400 in JSON too; the other services do not."""
+        fault = super().fault(request, error)
         service = self.service(request) or claim(request)[1].service
-        status, code, shape = _fault(error, service)
-        if status == 403 and service not in ("sqs", ""):
-            status = 400
+        return (
+            fault if service in ("sqs", "") or fault.status != 403 else fault._replace(status=400)
+        )
+
+    def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
+        """With the code that the query protocol would have used in a header."""
+        status, code, shape = self.fault(request, error)
         headers = (*self._headers(request_id), ("x-amzn-query-error", f"{code};{_side(status)}"))
         return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
 
@@ -1685,15 +1736,15 @@ class AwsQuery(WireProtocol):
         if error.code == "UnknownOperation":
             body = b"<UnknownOperationException/>"
             return Reply(404, self._headers(request_id), body)
-        service = claim(request)[1].service
-        status, code, _ = _fault(error, service)
+        status, code, _ = self.fault(request, error)
         parts = [
             f"<Error><Type>{_side(status)}</Type>",
             f"<Code>{code}</Code>",
             f"<Message>{xml_text(_query_message(error))}</Message>",
             f"<Detail/></Error><RequestId>{request_id}</RequestId>",
         ]
-        return self._reply(status, "ErrorResponse", service or "sqs", parts, request_id)
+        service = claim(request)[1].service or "sqs"
+        return self._reply(status, "ErrorResponse", service, parts, request_id)
 
     def _reply(
         self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
@@ -1731,7 +1782,7 @@ class AwsQueryJson(AwsQuery):
         """The same elements as in XML; what names no Action gets XML here too."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
-        status, code, _ = _fault(error, claim(request)[1].service)
+        status, code, _ = self.fault(request, error)
         fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
@@ -2179,6 +2230,14 @@ class FifoQueue(Queue):
             if message.hidden_until and not message.received:
                 self.hide(message, message.sent + delay)
         self.advance(now)
+
+    def next_change(self, deadline: float) -> float:
+        """The oldest message may expire, too, and free its group."""
+        retained = self.number("MessageRetentionPeriod")
+        expiry = [
+            message.sent + retained for message in itertools.islice(self.messages.values(), 1)
+        ]
+        return min(super().next_change(deadline), *expiry) if expiry else deadline
 
     def pick(self, limit: int) -> List[Message]:
         """As many as can be of one group, then of the next."""
@@ -2851,8 +2910,6 @@ class Sqs:
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         """Take in up to ten messages, each on its own."""
         queue, entries = self._queue(call), self._entries(call)
-        for entry in entries:
-            _check_fifo(queue, entry, in_batch=True)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
             raise ServiceError(
@@ -2860,6 +2917,8 @@ class Sqs:
                 f"Batch requests cannot be longer than {MAX_BATCH_BYTES} bytes."
                 f" You have sent {size} bytes.",
             )
+        for entry in entries:
+            _check_fifo(queue, entry, in_batch=True)
         reason = "One or more parameters cannot be validated. Reason: "
         return self._each(entries, lambda entry: self._send(queue, call, entry, reason))
 
@@ -3445,7 +3504,7 @@ class Proxy:
             output = self._sqs.answer(call)
             reply = wire.output(call, SQS_MODEL, output, request_id)
         except ServiceError as service_error:
-            error = service_error.fault.code
+            error = wire.fault(request, service_error).code
             reply = wire.error(request, service_error, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
@@ -3531,7 +3590,10 @@ class AccessLog:
         else:
             line = " ".join(str(value) for value in fields.values())
             line = line.encode("unicode_escape").decode("ascii")
-        self._stream.write(line + "\n")
+        try:
+            self._stream.write(line + "\n")
+        except OSError:
+            return  # whoever reads the log is gone, and the log is where it would be told
 
 
 # ==== 9. The server: RequestHandler, Server ====
@@ -3715,16 +3777,19 @@ class ClientsFile:
         self.clients = read_clients(path)
 
     def _stamp_now(self) -> Tuple[int, int]:
-        status = os.stat(self.path)
+        try:
+            status = os.stat(self.path)
+        except OSError:  # gone; to read it will say so
+            return 0, 0
         return status.st_mtime_ns, status.st_size
 
     def refresh(self, proxy: Proxy) -> None:
         """Read the file again if it has changed, and give the proxy what it says."""
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            stamp = self._stamp_now()
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
             proxy.clients = read_clients(self.path)
         except (OSError, ValueError) as error:
             log.error("%s not read again, its clients stay as they were: %s", self.path, error)
