@@ -136,6 +136,9 @@ class Request:
     peer: str = ""
     abandoned: Callable[[], bool] = _present
 
+    def __repr__(self) -> str:
+        return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
+
     @cached_property
     def fields(self) -> Mapping[str, List[str]]:
         """The header values under each name in lower case, in the order received."""
@@ -165,9 +168,7 @@ class Request:
         if not text:
             return ()
         if BROKEN_ESCAPE.search(text):
-            raise ServiceError(
-                "MalformedQueryString", "The query string contains a '%' that begins no escape."
-            )
+            raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
         raw = text.replace("+", " ").encode("latin-1")
         parts = (part.partition(b"=") for part in raw.split(b"&") if part)
         unquote = urllib.parse.unquote_to_bytes
@@ -633,15 +634,22 @@ PROFILES: Mapping[str, Profile] = {
 }
 _GENERAL = Profile()
 
-# Why a request can be refused: its code, its code from Amazon S3's family, its message.  The
-# messages are AWS's own where they are known, since people search for them.
+# Why a request can be refused: its code, its code from Amazon S3's family, its message, and the
+# message from S3's family if that is another.  The messages are AWS's own where they are known,
+# since people search for them.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
 _HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
+_SKEWED = "The difference between the request time and the server's time is too large."
+_DATELESS = "AWS authentication requires a valid Date or x-amz-date header"
 _VERSION_2 = (
     "The authorization mechanism you have provided is not supported: it is Signature Version 2."
     ' Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="s3v4")).'
 )
-REFUSALS: Mapping[str, Tuple[str, str, str]] = {
+_COMPUTED = (
+    "\n\nThe Canonical String for this request should have been\n'{}'\n\n"
+    "The String-to-Sign should have been\n'{}'\n{}"
+)
+REFUSALS: Mapping[str, Sequence[str]] = {
     "unsigned": (
         "MissingAuthenticationToken", "AccessDenied",
         "Request is missing Authentication Token",
@@ -661,6 +669,10 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         "IncompleteSignature", "InvalidArgument",
         "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256.",
     ),
+    "query algorithm": (
+        "IncompleteSignature", "AuthorizationQueryParametersError",
+        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256.",
+    ),
     "header parameter": (
         "IncompleteSignature", "AuthorizationHeaderMalformed",
         "{} Authorization=AWS4-HMAC-SHA256",
@@ -674,27 +686,44 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         "Credential must have exactly 5 slash-delimited elements,"
         " e.g. keyid/date/region/service/term, got '{}'.",
     ),
+    "no date": (
+        "IncompleteSignature", "AccessDenied", "{} Authorization=AWS4-HMAC-SHA256", _DATELESS,
+    ),
     "date": (
         "IncompleteSignature", "AccessDenied",
         "Date must be in ISO-8601 'basic format'. Got '{}'."
         " See http://en.wikipedia.org/wiki/ISO_8601",
+        _DATELESS,
     ),
     "past": (
         "SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature expired: {} is now earlier than {} ({} - {}.)",
+        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED,
     ),
     "future": (
         "SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature not yet current: {} is still later than {} ({} + {}.)",
+        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED,
     ),
     "expired": (
         "SignatureDoesNotMatch", "AccessDenied",
-        "Request has expired: it was good until {}, and it is now {}.",
+        "Signature expired: {} is now earlier than {}.", "Request has expired",
     ),
-    "scope": ("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{}"),
+    "not yet valid": (
+        "SignatureDoesNotMatch", "AccessDenied",
+        "Signature not yet current: {} is still later than {} ({} + {}.)",
+        "Request is not valid yet",
+    ),
+    "scope": (
+        "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
+        "The authorization header is malformed; {1}",
+    ),
+    "query scope": (
+        "SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
+        "Error parsing the X-Amz-Credential parameter; {1}",
+    ),
     "key": (
         "InvalidClientTokenId", "InvalidAccessKeyId",
         "The security token included in the request is invalid.",
+        "The AWS Access Key Id you provided does not exist in our records.",
     ),
     "token": (
         "InvalidClientTokenId", "InvalidToken",
@@ -717,6 +746,9 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         "SignatureDoesNotMatch", "InvalidArgument",
         "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
         " UNSIGNED-PAYLOAD is for Amazon S3 alone.",
+        "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
+        " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
+        " valid sha256 value.",
     ),
     "streaming": (
         "SignatureDoesNotMatch", "NotImplemented",
@@ -728,9 +760,15 @@ REFUSALS: Mapping[str, Tuple[str, str, str]] = {
         "SignatureDoesNotMatch", "SignatureDoesNotMatch",
         "The request signature we calculated does not match the signature you provided."
         " Check your AWS Secret Access Key and signing method."
-        " Consult the service documentation for details.\n\n"
-        "The Canonical String for this request should have been\n'{}'\n\n"
-        "The String-to-Sign should have been\n'{}'\n{}",
+        f" Consult the service documentation for details.{_COMPUTED}",
+        "The request signature we calculated does not match the signature you provided."
+        f" Check your key and signing method.{_COMPUTED}",
+    ),
+    "uri": ("InvalidURI", "InvalidURI", "Couldn't parse the specified URI."),
+    "query": (
+        "MalformedQueryString", "InvalidURI",
+        "The query string contains a '%' that begins no escape.",
+        "Couldn't parse the specified URI.",
     ),
 }  # fmt: skip
 
@@ -748,7 +786,10 @@ class CredentialScope(NamedTuple):
 
 
 class Authorization(NamedTuple):
-    """What the caller claims, read from the header or from a presigned query alike."""
+    """What the caller claims, read from the header or from a presigned query alike.
+
+    Its repr leaves out the signature and the session token.
+    """
 
     access_key_id: str
     scope: CredentialScope
@@ -760,6 +801,9 @@ class Authorization(NamedTuple):
     session_token: Optional[str] = None
     dated_by: str = "x-amz-date"  # the header or query parameter that gave amz_date
 
+    def __repr__(self) -> str:
+        return f"Authorization({self.access_key_id!r}, {self.scope}, {self.amz_date!r})"
+
 
 class Verified(NamedTuple):
     """Who has signed a request, for what, and the body that was signed."""
@@ -769,7 +813,10 @@ class Verified(NamedTuple):
     body: bytes
 
 
-_CLAIM = re.compile(r"Credential=([^/,\s]+)/([^/,\s]*)/([^/,\s]*)/([^/,\s]*)/")
+# Bounded, since anybody may send anything here.
+_CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
+_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
+_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def claim(request: Request) -> Tuple[str, CredentialScope]:
@@ -777,21 +824,23 @@ def claim(request: Request) -> Tuple[str, CredentialScope]:
 
     Good for choosing how an answer looks and for the log, never for a decision.
     """
-    text = request.header("authorization") or ""
-    match = _CLAIM.search(text)
-    if not match and "credential=" in request.target.lower():
-        match = _CLAIM.search(urllib.parse.unquote(request.target, "latin-1"))
-    if not match:
-        return "", CredentialScope("", "", "")
-    access_key_id, date, region, service = match.groups()
-    return access_key_id, CredentialScope(date, region, service)
+    header = request.header("authorization")
+    texts = _CLAIM_IN_HEADER.findall(header) if header else []
+    if not header and "=" in request.target:
+        found = _CLAIM_IN_QUERY.findall(request.target)
+        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
+    for match in filter(None, map(_CLAIM.match, texts)):
+        access_key_id, date, region, service = match.groups()
+        return access_key_id, CredentialScope(date, region, service)
+    return "", CredentialScope("", "", "")
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
-    """Return the error for a row of REFUSALS, with the code that its service would use."""
-    code, s3_code, message = REFUSALS[reason]
-    of_s3 = claim(request)[1].service in S3_FAMILY
-    return ServiceError(s3_code if of_s3 else code, message.format(*values), **detail)
+    """Return the error for a row of REFUSALS, as the service that the request names spells it."""
+    code, s3_code, message, *s3_message = REFUSALS[reason]
+    if claim(request)[1].service not in S3_FAMILY:
+        return ServiceError(code, message.format(*values), **detail)
+    return ServiceError(s3_code, (s3_message or [message])[0].format(*values), **detail)
 
 
 # ---- Parsing ----
@@ -800,7 +849,7 @@ _AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
 _SHA256_HEX = re.compile("[0-9a-f]{64}")
 _SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
 _SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
-_PARAMETERS = ("Credential", "SignedHeaders", "Signature")
+_PARAMETERS = ("Credential", "Signature", "SignedHeaders")
 _QUERY_PARAMETERS = {
     name.lower().encode(): name
     for name in (
@@ -823,6 +872,8 @@ def parse_authorization(request: Request) -> Authorization:
     scheme than AWS4-HMAC-SHA256, or not in the exact syntax.
     """
     headers = request.fields.get("authorization", ())
+    if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
+        raise refusal("query", request)
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint(_PRESIGNED_MARKS)
     if len(headers) + presigned > 1:
@@ -868,8 +919,9 @@ def _parse_header(request: Request, header: str) -> Authorization:
             "Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header."
         )
     if amz_date is None or faults:
-        raise refusal(reason, request, " ".join(faults))
-    access_key_id, scope = _parse_credential(request, given["Credential"])
+        undated = amz_date is None and len(faults) == 1
+        raise refusal("no date" if undated else reason, request, " ".join(faults))
+    access_key_id, scope = _parse_credential(request, given["Credential"], "credential")
     return Authorization(
         access_key_id,
         scope,
@@ -893,16 +945,16 @@ def _parse_query(request: Request) -> Authorization:
         if name in given or raw_name != name.encode():
             raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
         given[name] = raw_value.decode("latin-1")
-    access_key_id, scope = _parse_credential(request, given.get("X-Amz-Credential", ""))
+    if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
+        raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
     optional = {"X-Amz-Security-Token"}
-    if scope.service not in S3_FAMILY:
+    if claim(request)[1].service not in S3_FAMILY:
         optional.add("X-Amz-Expires")
     for name in _QUERY_PARAMETERS.values():
         if name not in optional and not given.get(name):
             fault = f"AWS query-string parameters must include '{name}'."
             raise refusal(reason, request, fault)
-    if given["X-Amz-Algorithm"] != ALGORITHM:
-        raise refusal("algorithm", request, given["X-Amz-Algorithm"][:40])
+    access_key_id, scope = _parse_credential(request, given["X-Amz-Credential"], reason)
     return Authorization(
         access_key_id,
         scope,
@@ -915,10 +967,13 @@ def _parse_query(request: Request) -> Authorization:
     )
 
 
-def _parse_credential(request: Request, credential: str) -> Tuple[str, CredentialScope]:
+def _parse_credential(
+    request: Request, credential: str, reason: str
+) -> Tuple[str, CredentialScope]:
     parts = credential.split("/")
     if len(parts) != 5:
-        raise refusal("credential", request, credential[:200])
+        fault = REFUSALS["credential"][2].format(credential[:200])
+        raise refusal(reason, request, credential[:200] if reason == "credential" else fault)
     return parts[0], CredentialScope(*parts[1:])
 
 
@@ -941,7 +996,7 @@ def _parse_signature(request: Request, text: str, reason: str) -> str:
 def _parse_expires(request: Request, text: Optional[str]) -> Optional[int]:
     if text is None:
         return None
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if not re.fullmatch("[0-9]{1,6}", text):
         raise refusal("query parameter", request, "X-Amz-Expires should be a number.")
     if not 1 <= int(text) <= MAX_PRESIGNED_SECONDS:
         fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
@@ -963,9 +1018,9 @@ def _date_header(request: Request) -> Optional[str]:
         return value
     try:
         moment = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError, IndexError) as error:
+        return iso_basic(calendar.timegm(moment.utctimetuple()))
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise refusal("date", request, value[:80]) from error
-    return iso_basic(calendar.timegm(moment.utctimetuple()))
 
 
 # ---- Canonical form ----
@@ -979,10 +1034,10 @@ def canonical_path(path: str, normalize: bool) -> str:
     encoded once, so that `//`, `..` and `%2F` stay what they are, parts of an object key.
     Raises ServiceError InvalidURI for a broken escape or a `..` above the root.
     """
-    if path == "/":
-        return path
+    if path in ("", "/"):
+        return "/"
     if BROKEN_ESCAPE.search(path):
-        raise ServiceError("InvalidURI", "Couldn't parse the specified URI.")
+        raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = path.encode("latin-1").split(b"/")
     if not normalize:
         unquote = urllib.parse.unquote_to_bytes
@@ -1148,11 +1203,13 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
         raise refusal("date", request, claimed.amz_date[:80]) from error
     if claimed.expires is not None and now > signed_at + claimed.expires:
         end, server = iso_basic(signed_at + claimed.expires), iso_basic(now)
-        raise refusal("expired", request, end, server, Expires=end, ServerTime=server)
+        given = {"X-Amz-Expires": str(claimed.expires), "Expires": end, "ServerTime": server}
+        raise refusal("expired", request, end, server, **given)
     if claimed.expires is None and now > signed_at + skew:
         reason, limit = "past", now - skew
     elif now < signed_at - skew:
-        reason, limit = "future", now + skew
+        reason = "future" if claimed.expires is None else "not yet valid"
+        limit = now + skew
     else:
         return
     window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
@@ -1173,29 +1230,42 @@ def _check_scope(
     request: Request, claimed: Authorization, service: Optional[str], regions: Sequence[str]
 ) -> None:
     scope, day = claimed.scope, claimed.amz_date[:8]
-    faults = []
+    faults: List[Tuple[str, str]] = []  # as most services tell it, as Amazon S3 does
     if scope.terminator != "aws4_request":
-        faults.append(
-            "Credential should be scoped with a valid terminator: 'aws4_request',"
-            f" not '{scope.terminator[:40]}'."
-        )
+        given = scope.terminator[:40]
+        faults.append((
+            f"Credential should be scoped with a valid terminator: 'aws4_request', not '{given}'.",
+            f'incorrect terminal "{given}". This endpoint uses "aws4_request".',
+        ))  # fmt: skip
     if scope.date != day:
-        faults.append(
-            "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date"
-            f" from HTTP: '{scope.date[:40]}' != '{day}', from '{claimed.amz_date}'."
-        )
+        given = scope.date[:40]
+        faults.append((
+            "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
+            f" HTTP: '{given}' != '{day}', from '{claimed.amz_date}'.",
+            f"Invalid credential date \"{given}\". This date is not the same as X-Amz-Date:"
+            f' "{day}".',
+        ))  # fmt: skip
     if not _SCOPE_NAME.fullmatch(scope.region) or (regions and scope.region not in regions):
-        faults.append(f"Credential should be scoped to a valid region, not '{scope.region[:40]}'.")
+        given, expected = scope.region[:40], regions[0] if regions else "us-east-1"
+        faults.append((
+            f"Credential should be scoped to a valid region, not '{given}'.",
+            f"the region '{given}' is wrong; expecting '{expected}'",
+        ))  # fmt: skip
     if not _SCOPE_NAME.fullmatch(scope.service) or service not in (None, scope.service):
-        faults.append(f"Credential should be scoped to correct service: '{service or ''}'.")
+        faults.append((
+            f"Credential should be scoped to correct service: '{service or ''}'.",
+            f'incorrect service "{scope.service[:40]}". This endpoint belongs to "{service}".',
+        ))  # fmt: skip
     if faults:
-        raise refusal("scope", request, " ".join(faults), **dict(zip(("Region",), regions)))
+        reason = "query scope" if claimed.presigned else "scope"
+        told = " ".join(general for general, _ in faults)
+        raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
 
 
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
-        raise refusal("key", request)
+        raise refusal("key", request, AWSAccessKeyId=claimed.access_key_id[:128])
     token = (claimed.session_token or "").encode("latin-1")
     for client in candidates:
         if hmac.compare_digest(client.session_token.encode("utf-8"), token):
@@ -2007,20 +2077,142 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
 
-def _invalid(message: str) -> ServiceError:
-    return ServiceError("InvalidParameterValue", message)
+# Why SQS refuses: the code and the message, AWS's own where it is known.
+_VALUE = "Value {} for parameter {} is invalid. Reason: {}"
+_CHARACTERS = "#x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF"
+_RESOURCE = "arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
+SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
+    "invalid": ("InvalidParameterValue", "{}"),
+    "value": ("InvalidParameterValue", _VALUE),
+    "missing": ("MissingParameter", "The request must contain the parameter {}."),
+    # Queues.
+    "no queue": ("QueueDoesNotExist", "The specified queue does not exist."),
+    "queue name": (
+        "InvalidParameterValue",
+        "Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length",
+    ),
+    "fifo name": (
+        "InvalidParameterValue",
+        "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
+        " underscores, must end with .fifo suffix and be 1 to 80 in length",
+    ),
+    "exists": (
+        "QueueNameExists",
+        "A queue already exists with the same name and a different value for attribute {}",
+    ),
+    "deleted recently": (
+        "QueueDeletedRecently",
+        "You must wait 60 seconds after deleting a queue before you can create another with the"
+        " same name.",
+    ),
+    "purged recently": (
+        "PurgeQueueInProgress",
+        "Only one PurgeQueue operation on {} is allowed every 60 seconds.",
+    ),
+    "attribute name": ("InvalidAttributeName", "Unknown Attribute {}."),
+    "of fifo alone": (
+        "InvalidAttributeName",
+        "You can specify the {} only when FifoQueue is set to true.",
+    ),
+    "attribute value": ("InvalidAttributeValue", "Invalid value for the parameter {}."),
+    "queue type": (
+        "InvalidAttributeValue",
+        "Invalid value for the parameter FifoQueue. Reason: Modifying queue type is not"
+        " supported.",
+    ),
+    "two encryptions": (
+        "InvalidAttributeName",
+        "You can use one type of server-side encryption (SSE) at one time. You can either enable"
+        " KMS SSE or SQS SSE.",
+    ),
+    "token": ("InvalidParameterValue", "Invalid or expired next token."),
+    "actions": ("OverLimit", "{} Actions were found, maximum allowed is 7."),
+    # Messages.
+    "characters": (
+        "InvalidMessageContents",
+        f"Invalid characters found. Valid unicode characters are {_CHARACTERS}",
+    ),
+    "attributes": (
+        "InvalidParameterValue",
+        "Number of message attributes [{}] exceeds the allowed maximum [10].",
+    ),
+    "attribute": ("InvalidParameterValue", "Message (user) attribute '{}' must {}."),
+    "list values": (
+        "UnsupportedOperation",
+        "Message (user) attribute '{}' has a list of values, which is not supported.",
+    ),
+    "number": (
+        "InvalidParameterValue",
+        "Can't cast the value of message (user) attribute '{}' to a number.",
+    ),
+    "system attribute": (
+        "InvalidParameterValue",
+        "Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent.",
+    ),
+    "too long": (
+        "InvalidParameterValue",
+        "One or more parameters {}. Reason: Message must be shorter than {} bytes.",
+    ),
+    "deduplication": (
+        "InvalidParameterValue",
+        "The queue should either have ContentBasedDeduplication enabled or"
+        " MessageDeduplicationId provided explicitly",
+    ),
+    "in flight": ("OverLimit", "Too many messages are in flight."),
+    "handle": (
+        "ReceiptHandleIsInvalid",
+        'The input receipt handle "{}" is not a valid receipt handle.',
+    ),
+    # Batches.
+    "no entries": (
+        "EmptyBatchRequest",
+        "There should be at least one {}RequestEntry in the request.",
+    ),
+    "entries": (
+        "TooManyEntriesInBatchRequest",
+        "Maximum number of entries per request are {}. You have sent {}.",
+    ),
+    "entry id": (
+        "InvalidBatchEntryId",
+        "A batch entry id can only contain alphanumeric characters, hyphens and underscores. It"
+        " can be at most 80 letters long.",
+    ),
+    "entry ids": ("BatchEntryIdsNotDistinct", "Id {} repeated."),
+    "batch too long": (
+        "BatchRequestTooLong",
+        "Batch requests cannot be longer than {} bytes. You have sent {} bytes.",
+    ),
+    # Message move tasks.
+    "arn": (
+        "InvalidParameterValue",
+        f"You must use this format to specify the {{}}: {_RESOURCE}",
+    ),
+    "no resource": (
+        "ResourceNotFoundException",
+        "The resource that you specified for the {} parameter doesn't exist.",
+    ),
+    "no dead letters": (
+        "InvalidParameterValue",
+        "Source queue must be configured as a Dead Letter Queue.",
+    ),
+    "running": (
+        "InvalidParameterValue",
+        "There is already a task running. Only one active task is allowed for a source queue arn"
+        " at a given time.",
+    ),
+    "task handle": ("InvalidParameterValue", "Value for parameter TaskHandle is invalid."),
+    "no task": ("ResourceNotFoundException", "Task does not exist."),
+}
+
+
+def sqs_refusal(reason: str, *values: object) -> ServiceError:
+    """Return the error for a row of SQS_REFUSALS."""
+    code, message = SQS_REFUSALS[reason]
+    return ServiceError(code, message.format(*values))
 
 
 def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
-    return _invalid(f"Value {value} for parameter {parameter} is invalid. Reason: {reason}")
-
-
-def _missing(parameter: str) -> ServiceError:
-    return ServiceError("MissingParameter", f"The request must contain the parameter {parameter}.")
-
-
-def _no_queue() -> ServiceError:
-    return ServiceError("QueueDoesNotExist", "The specified queue does not exist.")
+    return sqs_refusal("value", value, parameter, reason)
 
 
 # ---- Messages and queues ----
@@ -2110,7 +2302,10 @@ class Queue:
         self._withdraw(message)
         message.hidden_until = until
         self._count_hidden(message, 1)
-        heapq.heappush(self._hidden, (until, next(self._order), message))
+        entry = (until, next(self._order), message)
+        heapq.heappush(self._hidden, entry)
+        if self._hidden[0] is entry:
+            self.changed.notify_all()  # who waits must now wait for less
         if len(self._hidden) > 2 * len(self.messages) + 64:
             self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
             heapq.heapify(self._hidden)
@@ -2306,7 +2501,7 @@ class MoveTask:
         """Return how many messages should have moved by now."""
         rate = self.rate or MAX_MOVES_PER_SECOND
         burst = 1 if self.rate else rate
-        return burst + int((now - self.started) * rate)
+        return burst + int((now - self.started) * rate + 0.001)  # a float falls short of its tick
 
     def next_move(self) -> float:
         """Return when the next message is to move."""
@@ -2448,35 +2643,21 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
         setting = SETTINGS.get(name)
         if setting is None or (setting.fifo and not fifo):
             known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise ServiceError(
-                "InvalidAttributeName",
-                f"You can specify the {name} only when FifoQueue is set to true."
-                if known
-                else f"Unknown Attribute {name}.",
-            )
+            raise sqs_refusal("of fifo alone" if known else "attribute name", name)
         try:
             unset = not text and not setting.default
             settings[name] = "" if unset else setting.normal(text)
         except ValueError as error:
-            message = f"Invalid value for the parameter {name}."
-            raise ServiceError("InvalidAttributeValue", message) from error
+            raise sqs_refusal("attribute value", name) from error
     if settings.get("FifoQueue") == "false":
-        raise ServiceError(
-            "InvalidAttributeValue",
-            "Invalid value for the parameter FifoQueue."
-            " Reason: Modifying queue type is not supported.",
-        )
+        raise sqs_refusal("queue type")
     return settings
 
 
 def check_encryption(settings: Mapping[str, str]) -> None:
     """Refuse settings that ask for two kinds of encryption at once."""
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
-        raise ServiceError(
-            "InvalidAttributeName",
-            "You can use one type of server-side encryption (SSE) at one time."
-            " You can either enable KMS SSE or SQS SSE.",
-        )
+        raise sqs_refusal("two encryptions")
 
 
 # ---- What may be sent ----
@@ -2509,49 +2690,37 @@ def _md5(text: str) -> str:
 
 def _check_body(body: str) -> None:
     if not body:
-        raise _missing("MessageBody")
+        raise sqs_refusal("missing", "MessageBody")
     if _NOT_XML.search(body):
-        raise ServiceError(
-            "InvalidMessageContents",
-            "Invalid characters found. Valid unicode characters are #x9 | #xA | #xD |"
-            " #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF",
-        )
+        raise sqs_refusal("characters")
 
 
 def _check_attributes(attributes: Mapping[str, Mapping[str, Any]]) -> None:
     if len(attributes) > MAX_ATTRIBUTES:
-        raise _invalid(
-            f"Number of message attributes [{len(attributes)}] exceeds the allowed maximum"
-            f" [{MAX_ATTRIBUTES}]."
-        )
+        raise sqs_refusal("attributes", len(attributes))
     for name, attribute in attributes.items():
-        of = f"Message (user) attribute '{name[:256]}'"
         if attribute.get("StringListValues") or attribute.get("BinaryListValues"):
-            message = f"{of} has a list of values, which is not supported."
-            raise ServiceError("UnsupportedOperation", message)
+            raise sqs_refusal("list values", name)
         kind = _DATA_TYPE.fullmatch(attribute.get("DataType", ""))
         if not _ATTRIBUTE_NAME.fullmatch(name):
-            raise _invalid(f"{of} has a name that is not allowed.")
+            raise sqs_refusal("attribute", name[:256], "have a name that is allowed")
         if not kind:
-            raise _invalid(f"{of} must have a type that begins with String, Number or Binary.")
-        member = "BinaryValue" if kind[1] == "Binary" else "StringValue"
-        value = attribute.get(member)
+            reason = "have a type that begins with String, Number or Binary"
+            raise sqs_refusal("attribute", name, reason)
+        value = attribute.get("BinaryValue" if kind[1] == "Binary" else "StringValue")
         if not value or len({"StringValue", "BinaryValue"} & set(attribute)) > 1:
-            raise _invalid(f"{of} must contain a non-empty value of type '{kind[1]}'.")
+            reason = f"contain a non-empty value of type '{kind[1]}'"
+            raise sqs_refusal("attribute", name, reason)
         if isinstance(value, str) and _NOT_XML.search(value):
-            raise _invalid(f"{of} contains invalid characters.")
+            raise sqs_refusal("attribute", name, "contain valid characters alone")
         if kind[1] == "Number" and not _DECIMAL.fullmatch(value):
-            raise _invalid(
-                f"Can't cast the value of message (user) attribute '{name}' to a number."
-            )
+            raise sqs_refusal("number", name)
 
 
 def _check_system(attributes: Mapping[str, Mapping[str, Any]]) -> None:
     for name, attribute in attributes.items():
         if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
-            raise _bad_value(
-                name[:80], "MessageSystemAttributes", "Only AWSTraceHeader, a String, can be sent."
-            )
+            raise sqs_refusal("system attribute", name[:80])
     _check_attributes(attributes)
 
 
@@ -2590,21 +2759,16 @@ def _check_fifo(queue: Queue, entry: Mapping[str, Any], in_batch: bool) -> None:
     _check_id(entry, "MessageDeduplicationId")
     if not queue.fifo:
         if "MessageDeduplicationId" in entry:
-            raise _bad_value(
-                entry["MessageDeduplicationId"],
-                "MessageDeduplicationId",
-                "The request includes a parameter that is not valid for this queue type.",
-            )
+            reason = "The request includes a parameter that is not valid for this queue type."
+            value = entry["MessageDeduplicationId"]
+            raise _bad_value(value, "MessageDeduplicationId", reason)
         return
     if "MessageGroupId" not in entry:
-        missing = _missing("MessageGroupId")
-        raise _invalid(missing.message) if in_batch else missing
+        missing = sqs_refusal("missing", "MessageGroupId")
+        raise sqs_refusal("invalid", missing.message) if in_batch else missing
     by_content = queue.settings["ContentBasedDeduplication"] == "true"
     if "MessageDeduplicationId" not in entry and not by_content:
-        raise _invalid(
-            "The queue should either have ContentBasedDeduplication enabled or"
-            " MessageDeduplicationId provided explicitly"
-        )
+        raise sqs_refusal("deduplication")
 
 
 # ---- The operations ----
@@ -2656,7 +2820,7 @@ class Sqs:
     def _found(self, call: Call, account: str, name: str) -> Queue:
         queue = self._queues.get((call.region, account, name))
         if queue is None or account != call.caller.account_id:
-            raise _no_queue()
+            raise sqs_refusal("no queue")
         queue.advance(self._clock())
         return queue
 
@@ -2669,15 +2833,9 @@ class Sqs:
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
         if fifo and not _FIFO_NAME.fullmatch(name):
-            raise _invalid(
-                "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
-                " underscores, must end with .fifo suffix and be 1 to 80 in length"
-            )
+            raise sqs_refusal("fifo name")
         if not fifo and not _QUEUE_NAME.fullmatch(name):
-            raise _invalid(
-                "Can only include alphanumeric characters, hyphens, or underscores."
-                " 1 to 80 in length"
-            )
+            raise sqs_refusal("queue name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
         now, key = self._clock(), (call.region, call.caller.account_id, name)
@@ -2685,18 +2843,10 @@ class Sqs:
         if queue:
             for attribute, value in settings.items():
                 if queue.settings.get(attribute, "") != value:
-                    raise ServiceError(
-                        "QueueNameExists",
-                        "A queue already exists with the same name and a different value for"
-                        f" attribute {attribute}",
-                    )
+                    raise sqs_refusal("exists", attribute)
             return {"QueueUrl": call.base_url + queue.url_path}
         if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
-            raise ServiceError(
-                "QueueDeletedRecently",
-                "You must wait 60 seconds after deleting a queue before you can create another"
-                " with the same name.",
-            )
+            raise sqs_refusal("deleted recently")
         defaults = {
             attribute: setting.default
             for attribute, setting in SETTINGS.items()
@@ -2740,7 +2890,8 @@ class Sqs:
         """Return the URL of a queue, given its name."""
         name = call.input.get("QueueName", "")
         if not name:
-            raise _invalid("Value for parameter QueueName is invalid. Reason: Must be specified.")
+            message = "Value for parameter QueueName is invalid. Reason: Must be specified."
+            raise sqs_refusal("invalid", message)
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
@@ -2751,7 +2902,7 @@ class Sqs:
         try:
             after = _from_base64(call.input.get("NextToken", "")).decode("utf-8")
         except (ServiceError, UnicodeDecodeError) as error:
-            raise _invalid("Invalid or expired next token.") from error
+            raise sqs_refusal("token") from error
         ordered = sorted(queues, key=lambda queue: queue.name)
         left = [queue for queue in ordered if queue.name > after]
         output: Dict[str, Any] = {}
@@ -2782,7 +2933,7 @@ class Sqs:
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
-                raise ServiceError("InvalidAttributeName", f"Unknown Attribute {name}.")
+                raise sqs_refusal("attribute name", name)
         shown = {**SETTINGS, **COMPUTED_ATTRIBUTES} if "All" in asked else asked
         attributes = {}
         for name in shown:
@@ -2809,10 +2960,7 @@ class Sqs:
         """Drop all messages of a queue: visible, in flight and delayed."""
         queue, now = self._queue(call), self._clock()
         if self._cooldown and now < queue.purged + SECONDS_COOLING:
-            raise ServiceError(
-                "PurgeQueueInProgress",
-                f"Only one PurgeQueue operation on {queue.name} is allowed every 60 seconds.",
-            )
+            raise sqs_refusal("purged recently", queue.name)
         queue.purged = now
         queue.clear()
 
@@ -2851,12 +2999,10 @@ class Sqs:
             reason = "Can only include alphanumeric characters, hyphens, or underscores."
             raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
         if len(actions) > 7:
-            raise ServiceError(
-                "OverLimit", f"{len(actions)} Actions were found, maximum allowed is 7."
-            )
+            raise sqs_refusal("actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
             if not values:
-                raise _missing(f"{name}.1")
+                raise sqs_refusal("missing", f"{name}.1")
         for action in actions:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
@@ -2904,23 +3050,19 @@ class Sqs:
         """Take in a message; it is visible after its delay."""
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
-        reason = "One or more parameters are invalid. Reason: "
-        return self._send(queue, call, call.input, reason)
+        return self._send(queue, call, call.input, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         """Take in up to ten messages, each on its own."""
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
-            raise ServiceError(
-                "BatchRequestTooLong",
-                f"Batch requests cannot be longer than {MAX_BATCH_BYTES} bytes."
-                f" You have sent {size} bytes.",
-            )
+            raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
             _check_fifo(queue, entry, in_batch=True)
-        reason = "One or more parameters cannot be validated. Reason: "
-        return self._each(entries, lambda entry: self._send(queue, call, entry, reason))
+        return self._each(
+            entries, lambda entry: self._send(queue, call, entry, "cannot be validated")
+        )
 
     def _send(
         self, queue: Queue, call: Call, entry: Mapping[str, Any], too_long: str
@@ -2930,7 +3072,7 @@ class Sqs:
         _check_body(body)
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
-            raise _invalid(f"{too_long}Message must be shorter than {most} bytes.")
+            raise sqs_refusal("too long", too_long, most)
         _check_attributes(attributes)
         _check_system(system)
         delay, now = self._delay(queue, entry), self._clock()
@@ -2979,25 +3121,16 @@ class Sqs:
         """Return the entries of a batch; refuse the whole of it for what is wrong with it."""
         entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
         if not entries:
-            message = f"There should be at least one {call.operation}RequestEntry in the request."
-            raise ServiceError("EmptyBatchRequest", message)
+            raise sqs_refusal("no entries", call.operation)
         if len(entries) > MAX_BATCH:
-            raise ServiceError(
-                "TooManyEntriesInBatchRequest",
-                f"Maximum number of entries per request are {MAX_BATCH}."
-                f" You have sent {len(entries)}.",
-            )
+            raise sqs_refusal("entries", MAX_BATCH, len(entries))
         seen: Set[str] = set()
         for entry in entries:
             if not _BATCH_ID.fullmatch(entry["Id"]):
-                raise ServiceError(
-                    "InvalidBatchEntryId",
-                    "A batch entry id can only contain alphanumeric characters, hyphens and"
-                    " underscores. It can be at most 80 letters long.",
-                )
+                raise sqs_refusal("entry id")
         for entry in entries:
             if entry["Id"] in seen:
-                raise ServiceError("BatchEntryIdsNotDistinct", f"Id {entry['Id']} repeated.")
+                raise sqs_refusal("entry ids", entry["Id"])
             seen.add(entry["Id"])
         return entries
 
@@ -3050,7 +3183,7 @@ class Sqs:
             if self._running:
                 self._move_messages(now)
             if queue.deleted:
-                raise _no_queue()
+                raise sqs_refusal("no queue")
             queue.advance(now)
             if call.request.abandoned():
                 if queue.pick(1):
@@ -3058,7 +3191,7 @@ class Sqs:
                 return {}
         if not messages:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
-                raise ServiceError("OverLimit", "Too many messages are in flight.")
+                raise sqs_refusal("in flight")
             return {}
         self._remember(queue, given, messages, now)
         return {"Messages": [self._received(queue, message, given) for message in messages]}
@@ -3107,6 +3240,10 @@ class Sqs:
     def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
         """Give a message to the dead-letter queue; the count of its receives goes on."""
         message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
+        if target is queue:  # it would be received, and moved, again at once and for ever
+            queue.add(message)
+            queue.hide(message, now + queue.number("VisibilityTimeout") + 1)
+            return
         if target.fifo:
             message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
         target.add(message)
@@ -3190,10 +3327,7 @@ class Sqs:
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
         serial, _, rest = text.decode("latin-1").partition(":")
         if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
-            raise ServiceError(
-                "ReceiptHandleIsInvalid",
-                f'The input receipt handle "{handle}" is not a valid receipt handle.',
-            )
+            raise sqs_refusal("handle", handle)
         message_id, _, count = rest.partition(":")
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
@@ -3226,7 +3360,7 @@ class Sqs:
 
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
         if "VisibilityTimeout" not in entry:
-            raise _missing("VisibilityTimeout")
+            raise sqs_refusal("missing", "VisibilityTimeout")
         timeout, handle = _visibility(entry["VisibilityTimeout"]), entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message is None or (queue.fifo and not held):
@@ -3253,33 +3387,26 @@ class Sqs:
         reason = f"Must be between 1 and {MAX_MOVES_PER_SECOND}, if provided."
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond", reason)
         if all(self._dead_letter_arn(queue) != source.arn for queue in self._queues.values()):
-            raise _invalid("Source queue must be configured as a Dead Letter Queue.")
+            raise sqs_refusal("no dead letters")
         if any(task.source_arn == source.arn for task in self._running):
-            raise _invalid(
-                "There is already a task running. Only one active task is allowed for a source"
-                " queue arn at a given time."
-            )
+            raise sqs_refusal("running")
         visible = len(source.messages) - source.in_flight - source.delayed
         task = MoveTask(given, self._new_id(), visible, now)
         source.tasks.appendleft(task)
         self._running.append(task)
         handle = task.handle
         self._move_messages(now)
+        for queue in self._queues.values():
+            queue.changed.notify_all()  # who waits must now wait for less
         return {"TaskHandle": handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         if not _QUEUE_ARN.fullmatch(arn):
-            raise _invalid(
-                f"You must use this format to specify the {parameter}:"
-                " arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
-            )
+            raise sqs_refusal("arn", parameter)
         queue = self._by_arn(arn)
         if queue is None or (queue.region, queue.account) != (call.region, call.caller.account_id):
-            raise ServiceError(
-                "ResourceNotFoundException",
-                f"The resource that you specified for the {parameter} parameter doesn't exist.",
-            )
+            raise sqs_refusal("no resource", parameter)
         queue.advance(self._clock())
         return queue
 
@@ -3297,13 +3424,13 @@ class Sqs:
             document = read_json(_from_base64(call.input["TaskHandle"]).decode())
             task_id, arn = document["taskId"], document["sourceArn"]
         except (ServiceError, ValueError, TypeError, KeyError) as error:
-            raise _invalid("Value for parameter TaskHandle is invalid.") from error
+            raise sqs_refusal("task handle") from error
         for task in self._running:
             if task.task_id == task_id and task.source_arn == arn:
                 task.status = "CANCELLED"
                 self._running.remove(task)
                 return {"ApproximateNumberOfMessagesMoved": task.moved}
-        raise ServiceError("ResourceNotFoundException", "Task does not exist.")
+        raise sqs_refusal("no task")
 
     def _move_messages(self, now: float) -> None:
         """Move what the running tasks should have moved by now."""
@@ -3652,12 +3779,11 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         An empty line before it is passed over (RFC 9112, 2.2).
         """
         buffered = self.rfile.peek()  # type: ignore[attr-defined]
-        if buffered.startswith(b"\r\n"):
-            buffered = buffered[len(self.rfile.read(2)) :]
         end = buffered.find(b"\r\n\r\n")
-        if end >= 0:
+        if end > 0 and buffered[:1] != b"\r":
             return self.rfile.read(end + 4)
-        lines: List[bytes] = []
+        line = self.rfile.readline(3) if buffered[:1] == b"\r" else b""
+        lines = [line if line != b"\r\n" else b""]
         size = 0
         while size <= MAX_HEAD:
             line = self.rfile.readline(MAX_HEAD + 1 - size)
