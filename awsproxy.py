@@ -2281,6 +2281,7 @@ class Queue:
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
+        self._strays: List[Tuple[float, int, Message]] = []  # a heap of those older than the last
         self._order = itertools.count()
 
     def number(self, setting: str) -> int:
@@ -2289,6 +2290,8 @@ class Queue:
 
     def add(self, message: Message, delay: int = 0) -> None:
         """Take in a message, hidden for its delay."""
+        if self.messages and message.sent < next(reversed(self.messages.values())).sent:
+            heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
         message.hidden_until = 0.0
         self._arrive(message)
@@ -2322,7 +2325,7 @@ class Queue:
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self._visible, self._hidden):
+        for held in (self.messages, self._visible, self._hidden, self._strays):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -2333,15 +2336,16 @@ class Queue:
             entry = heapq.heappop(hidden)
             if self._is_due(entry):
                 self.show(entry[2])
+        oldest = now - self.number("MessageRetentionPeriod")
+        while self._strays and self._strays[0][0] <= oldest:
+            stray = heapq.heappop(self._strays)[2]
+            if self.messages.get(stray.message_id) is stray:
+                self.remove(stray)
         while self.messages:
             message = next(iter(self.messages.values()))
-            if not self.is_expired(message, now):
+            if message.sent > oldest:
                 break
             self.remove(message)
-
-    def is_expired(self, message: Message, now: float) -> bool:
-        """Whether the message is older than the queue retains messages."""
-        return message.sent <= now - self.number("MessageRetentionPeriod")
 
     def next_change(self, deadline: float) -> float:
         """Return when a hidden message may come back, `deadline` if that is earlier."""
@@ -3206,13 +3210,12 @@ class Sqs:
         taken: List[Message] = []
         dead: List[Message] = []
         while len(taken) < limit:
-            picked = queue.pick(limit - len(taken))
-            if not picked or (queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo):
+            room = limit if queue.fifo else max(0, MAX_IN_FLIGHT - queue.in_flight)
+            picked = queue.pick(min(limit - len(taken), room))
+            if not picked:
                 break
             for message in picked:
-                if queue.is_expired(message, now):
-                    queue.remove(message)
-                elif target and message.received >= most:
+                if target and message.received >= most:
                     queue.remove(message)
                     dead.append(message)
                 else:
@@ -3240,13 +3243,12 @@ class Sqs:
     def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
         """Give a message to the dead-letter queue; the count of its receives goes on."""
         message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
-        if target is queue:  # it would be received, and moved, again at once and for ever
-            queue.add(message)
-            queue.hide(message, now + queue.number("VisibilityTimeout") + 1)
-            return
         if target.fifo:
             message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
         target.add(message)
+        onward, most = self._dead_letters(target)
+        if onward and message.received >= most:  # two waiters would move it to and fro for ever
+            target.hide(message, now + target.number("VisibilityTimeout") + 1)
 
     def _again(
         self, queue: Queue, given: Mapping[str, Any], timeout: int, now: float
@@ -3381,8 +3383,9 @@ class Sqs:
         """Begin to move messages from a dead-letter queue to their own, or elsewhere."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
-        if "DestinationArn" in given:
-            self._arn_of(call, "DestinationArn")
+        if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
+            message = "The source and the destination must be queues of the same type."
+            raise sqs_refusal("invalid", message)
         rate = given.get("MaxNumberOfMessagesPerSecond", 1)
         reason = f"Must be between 1 and {MAX_MOVES_PER_SECOND}, if provided."
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond", reason)
