@@ -947,14 +947,18 @@ def _parse_query(request: Request) -> Authorization:
         given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    optional = {"X-Amz-Security-Token"}
-    if claim(request)[1].service not in S3_FAMILY:
-        optional.add("X-Amz-Expires")
-    for name in _QUERY_PARAMETERS.values():
-        if name not in optional and not given.get(name):
-            fault = f"AWS query-string parameters must include '{name}'."
-            raise refusal(reason, request, fault)
-    access_key_id, scope = _parse_credential(request, given["X-Amz-Credential"], reason)
+    missing = [
+        name
+        for name in _QUERY_PARAMETERS.values()
+        if name not in ("X-Amz-Security-Token", "X-Amz-Expires") and not given.get(name)
+    ]
+    if not missing:
+        access_key_id, scope = _parse_credential(request, given["X-Amz-Credential"], reason)
+        if scope.service in S3_FAMILY and not given.get("X-Amz-Expires"):
+            missing.append("X-Amz-Expires")
+    if missing:
+        fault = f"AWS query-string parameters must include '{missing[0]}'."
+        raise refusal(reason, request, fault)
     return Authorization(
         access_key_id,
         scope,
@@ -1329,7 +1333,7 @@ def _declared_payload(request: Request, claimed: Authorization, profile: Profile
     )
 
 
-_TOKEN_SHOWN = re.compile("(x-amz-security-token:|X-Amz-Security-Token=)[^\n&]*")
+_TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token)[:=])[^\n&]*")
 _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 
 # What curl and others are known to sign in place of the canonical form, by version: for each
@@ -1499,7 +1503,7 @@ QUERY_SERVICES = frozenset(
     " iam monitoring rds redshift sdb sns sqs sts".split()
 )
 _FORM = "application/x-www-form-urlencoded"
-_QUEUE_PATH = re.compile("(?:/[^/]+)*?/([0-9]{12})/([A-Za-z0-9_.-]{1,80})/?")
+_QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 
 
 def _media_type(request: Request) -> str:
