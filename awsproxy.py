@@ -89,7 +89,7 @@ import urllib.request
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import (
     Any,
     Callable,
@@ -136,9 +136,26 @@ def _present() -> bool:
     return False
 
 
-@dataclass(frozen=True)
+class _Once:
+    """A property computed when first asked for; cached_property takes a lock before 3.12."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
+
+
+@dataclass(eq=False)
 class Request:
     """An HTTP request as it arrived: nothing decoded, nothing merged, the body unread.
+
+    It is not changed once it is made.
 
     `target` is the raw request target; text is latin-1, so that encoding it as latin-1
     gives back the bytes that were signed.  `peer` is the client's address.  `abandoned()`
@@ -155,7 +172,7 @@ class Request:
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
 
-    @cached_property
+    @_Once
     def fields(self) -> Mapping[str, List[str]]:
         """The header values under each name in lower case, in the order received."""
         fields: Dict[str, List[str]] = {}
@@ -173,7 +190,7 @@ class Request:
         """The target up to its first question mark, still percent-encoded."""
         return self.target.partition("?")[0]
 
-    @cached_property
+    @_Once
     def query(self) -> Sequence[Tuple[bytes, bytes]]:
         """The decoded (name, value) pairs of the query string, in order, repeats kept.
 
@@ -376,6 +393,7 @@ CRLF = "\r\n"
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0-\x08\n-\x1f\x7f]*)")
+_FIELD_LINES = re.compile(rf"(?:{_TOKEN}:[^\0-\x08\n-\x1f\x7f]*\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 _DIGITS = re.compile("[0-9]{1,18}")
 _CHUNKED = re.compile("(?ai:chunked)")
@@ -395,6 +413,13 @@ _FIELD_FAULTS = tuple(
         ("", "a control character in a header value"),
     )
 )
+
+
+def _field_fault(block: str) -> str:
+    """Return what is wrong with the first header line that is."""
+    lines = block.split(CRLF)
+    line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
+    return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
 
 
 class Head(NamedTuple):
@@ -420,7 +445,7 @@ def parse_head(raw: bytes) -> Head:
     text = raw.decode("latin-1")
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
-    request_line, *lines = text[:-4].split(CRLF)
+    request_line, _, block = text[:-2].partition(CRLF)
     match = _REQUEST_LINE.fullmatch(request_line)
     if not match:
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
@@ -429,26 +454,21 @@ def parse_head(raw: bytes) -> Head:
         raise ServiceError(
             "BadRequest", "The request target must be a path, with a query or none (origin-form)."
         )
-    if len(lines) > MAX_HEADERS:
+    if not _FIELD_LINES.fullmatch(block):
+        raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
+    headers = []
+    for line in block.split(CRLF)[:-1]:
+        name, _, value = line.partition(":")
+        headers.append((name, value.strip(" \t")))
+    if len(headers) > MAX_HEADERS:
         raise ServiceError(
             "RequestHeaderFieldsTooLarge", f"A request may have {MAX_HEADERS} header lines."
         )
-    headers = []
-    hosts = 0
-    for line in lines:
-        match = _FIELD_LINE.fullmatch(line)
-        if not match:
-            fault = next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
-            raise ServiceError("BadRequest", f"The request head contains {fault}.")
-        name, value = match.groups()
-        value = value.strip(" \t")
-        headers.append((name, value))
-        if len(name) == 4 and name.lower() == "host":
-            hosts += 1
-            if not _HOST.fullmatch(value):
-                raise ServiceError("BadRequest", "The Host header is not a host and port.")
-    if hosts > 1 or (not hosts and minor == "1"):
+    hosts = [value for name, value in headers if len(name) == 4 and name.lower() == "host"]
+    if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise ServiceError("BadRequest", "The Host header is not a host and port.")
     return Head(method, target, "1." + minor, tuple(headers))
 
 
@@ -969,6 +989,7 @@ class Verified(NamedTuple):
     presigned: bool
 
 
+_NO_CLAIM = "", CredentialScope("", "", "")
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
 _CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
@@ -981,14 +1002,24 @@ def claim(request: Request) -> Tuple[str, CredentialScope]:
     Good for choosing how an answer looks and for the log, never for a decision.
     """
     header = request.header("authorization")
-    texts = _CLAIM_IN_HEADER.findall(header) if header else []
-    if not header and "=" in request.target:
-        found = _CLAIM_IN_QUERY.findall(request.target)
-        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
+    if header:
+        return _claim_of(header[:-64])  # less the signature, so that most calls have the same
+    if "=" not in request.target:
+        return _NO_CLAIM
+    found = _CLAIM_IN_QUERY.findall(request.target)
+    return _first_claim([urllib.parse.unquote(text, "latin-1") for text in found])
+
+
+@lru_cache(maxsize=256)
+def _claim_of(header: str) -> Tuple[str, CredentialScope]:
+    return _first_claim(_CLAIM_IN_HEADER.findall(header))
+
+
+def _first_claim(texts: Sequence[str]) -> Tuple[str, CredentialScope]:
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
-    return "", CredentialScope("", "", "")
+    return _NO_CLAIM
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
@@ -1044,7 +1075,36 @@ def parse_authorization(request: Request) -> Authorization:
     raise refusal("unsigned", request)
 
 
+_USUAL_HEADER = re.compile(
+    f"{ALGORITHM} +Credential=([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/(aws4_request),"
+    f" *SignedHeaders=({_SIGNED_HEADERS.pattern}), *Signature="
+)
+
+
+@lru_cache(maxsize=256)
+def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str, ...]]]:
+    """Return key, scope and signed headers of a header less its signature, if it is as usual.
+
+    Of one client all calls of a day have the same; only the signature differs.
+    """
+    match = _USUAL_HEADER.fullmatch(header)
+    if not match:
+        return None
+    names = tuple(match[6].split(";"))
+    ascending = all(map(str.__lt__, names, names[1:]))
+    return (match[1], CredentialScope(*match.groups()[1:5]), names) if ascending else None
+
+
 def _parse_header(request: Request, header: str) -> Authorization:
+    usual, made = _usual_claims(header[:-64]), header[-64:]
+    amz_date = request.fields.get("x-amz-date", ())
+    if usual and len(amz_date) == 1 and _SHA256_HEX.fullmatch(made):
+        token = _single(request, "x-amz-security-token")
+        return Authorization(*usual, made, amz_date[0], session_token=token)
+    return _parse_unusual_header(request, header)
+
+
+def _parse_unusual_header(request: Request, header: str) -> Authorization:
     reason = "header parameter"
     scheme, _, rest = header.partition(" ")
     if scheme != ALGORITHM:
@@ -2283,8 +2343,11 @@ def _base64_text(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
+
+
 def _to_json(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":"), default=_base64_text).encode("ascii")
+    return _COMPACT.encode(document).encode("ascii")
 
 
 _KINDS = {
