@@ -2582,13 +2582,16 @@ def _query_message(error: ServiceError) -> str:
 
 
 def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
-    """Return fields such as `Tag.1.Key` as nested maps; a node's own value is under ""."""
+    """Return fields such as `Tag.1.Key` as nested maps; a node's own value is under "."."""
     root: Dict[str, Any] = {}
     for name, value in fields.items():
+        parts = name.split(".")
+        if len(parts) > MAX_FORM_DEPTH:
+            continue  # no input is so deep
         node = root
-        for part in name.split(".", MAX_FORM_DEPTH):
+        for part in parts:
             node = node.setdefault(part, {})
-        node[""] = value
+        node["."] = value
     return root
 
 
@@ -2602,11 +2605,12 @@ def _from_form(
             spelled = names.get(name)
             below = node.get(spelled.element.format(operation) if spelled else name)
             if below is None and spelled:
-                below = node.get(name)  # the whole of an empty list: `Entries=`
+                # The whole of an empty list, `Entries=`; and how some spell tags.
+                below = node.get(name) or node.get(name[:1].upper() + name[1:])
             if below is not None:
                 present[name] = _from_form_member(member, below, names, operation, spelled)
         return _with_required(shape, present)
-    text = node.get("", "")
+    text = node.get(".", "")
     if shape == INTEGER:
         if not _NUMBER.fullmatch(text):
             raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
@@ -2625,12 +2629,12 @@ def _from_form_member(
         return _from_form(shape, node, names, operation)
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
-        if not numbered and node.get(""):  # `AttributeName=All`, from clients of old
+        if not numbered and node.get("."):  # `AttributeName=All`, from clients of old
             numbered = [node]
         return [_from_form(shape.element, below, names, operation) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
     return {
-        below.get(key, {}).get("", ""): _from_form(
+        below.get(key, {}).get(".", ""): _from_form(
             shape.value, below.get(value, {}), names, operation
         )
         for below in numbered
