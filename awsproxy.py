@@ -1730,8 +1730,8 @@ _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([!-~][ -~]*?)[ \t]
 class AwsChunkedBody:
     """The decoded content of an aws-chunked body, each chunk checked before it is given out.
 
-    `signer` is None where chunks are not signed, or not `checked`.  `announced` are the trailers that
-    x-amz-trailer names, in lower case; `trailers` holds them once the body is read.  Raises
+    `signer` is None where chunks are not signed, or not `checked`.  `announced` are the trailers
+    that x-amz-trailer names, in lower case; `trailers` holds them once the body is read.  Raises
     ServiceError IncompleteBody, SignatureDoesNotMatch, BadDigest, MalformedTrailerError.
     """
 
@@ -2389,11 +2389,13 @@ def _expect(kind: type, value: Any, wanted: str) -> Any:
     return value
 
 
+_BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", re.ASCII)
+
+
 def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
-    except ValueError as error:
-        raise ServiceError("SerializationException", "A Blob is not base64.") from error
+    if not _BASE64.fullmatch(text):  # b64decode is lenient before Python 3.11
+        raise ServiceError("SerializationException", "A Blob is not base64.")
+    return base64.b64decode(text)
 
 
 def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
@@ -4141,10 +4143,7 @@ class Sqs:
 
         Raises ServiceError ReceiptHandleIsInvalid for what was never issued for the queue.
         """
-        try:
-            raw = base64.b64decode(handle[4:].encode("ascii"), validate=True)
-        except ValueError:
-            raw = b""
+        raw = base64.b64decode(handle[4:]) if _BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
         serial, _, rest = text.decode("latin-1").partition(":")

@@ -3099,10 +3099,6 @@ class BotocoreTest(VerifyCase):
                     self.verify(spoiled, now, (DEMO, SESSION))
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 # ==== 4. Wire protocols, and 5. SQS in memory ====
 
 
@@ -7775,10 +7771,6 @@ class ThreadTest(unittest.TestCase):
         self.assertLess(spent, 0.1)
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 # ==== 9. The server ====
 
 
@@ -9382,10 +9374,6 @@ class Boto3Test(unittest.TestCase):
         error = ElementTree.fromstring(reply.body)
         self.assertEqual(error.findtext("Code"), "InvalidRequest")
         self.assertIn("s3v4", error.findtext("Message"))
-
-
-if __name__ == "__main__":
-    unittest.main()
 
 
 # ==== How quick it is ====
