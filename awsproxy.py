@@ -227,6 +227,10 @@ class Client(NamedTuple):
     secret_access_key: str
     session_token: str = ""
     account_id: str = ""  # "" is the account of the proxy
+    upstream_profile: str = (
+        ""  # whose credentials its calls are forwarded with, "" for the proxy's
+    )
+    upstream_role_arn: str = ""  # the role to assume for that
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
@@ -4998,6 +5002,43 @@ class CredentialCache:
         return self._current.expires - self._clock() if self._current else math.nan
 
 
+class Keyring:
+    """The credentials to forward a client's calls with: the proxy's, or those it names."""
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        profile: str = "",
+        *,
+        fetch: Callable[..., bytes] = fetch,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._environ = environ
+        self._profile = profile
+        self._fetch = fetch
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._caches: Dict[Tuple[str, str, str], CredentialCache] = {}
+
+    def of(self, client: Client) -> CredentialCache:
+        """Return the credentials of a client; its section names the session of its role."""
+        role = client.upstream_role_arn
+        key = (client.upstream_profile or self._profile, role, client.name if role else "")
+        with self._lock:
+            cache = self._caches.get(key)
+            if cache is None:
+                chain = CredentialChain(
+                    self._environ,
+                    key[0],
+                    role_arn=role,
+                    session_name=client.name,
+                    fetch=self._fetch,
+                    clock=self._clock,
+                )
+                cache = self._caches[key] = CredentialCache(chain, self._clock)
+        return cache
+
+
 # ---- Connections ----
 
 
@@ -6323,7 +6364,7 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
     Each section is a client: aws_access_key_id, aws_secret_access_key, and, if wanted,
-    aws_session_token and aws_account_id.  One key may stand in several sections with
+    aws_session_token, aws_account_id, upstream_profile and upstream_role_arn.  One key may stand in several sections with
     different tokens.  Raises OSError, or ValueError that says what is wrong where.
     """
     parser = configparser.RawConfigParser(default_section="")
@@ -6344,7 +6385,15 @@ def read_clients(path: str) -> Clients:
         account = section.get("aws_account_id", "")
         if account and not _ACCOUNT_ID.fullmatch(account):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
-        client = Client(name, key, secret, section.get("aws_session_token", ""), account)
+        client = Client(
+            name,
+            key,
+            secret,
+            section.get("aws_session_token", ""),
+            account,
+            section.get("upstream_profile", ""),
+            section.get("upstream_role_arn", ""),
+        )
         same_key = clients.setdefault(key, [])
         if any(other.session_token == client.session_token for other in same_key):
             raise ValueError(f"[{name}] repeats the key and token of another section")
@@ -6433,9 +6482,36 @@ def _public_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _route(text: str) -> Tuple[str, str]:
+    pattern, equals, target = text.partition("=")
+    if not equals or not re.fullmatch("[A-Za-z0-9_*?:-]+", pattern):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TARGET, as in 's3:Get*=aws'")
+    return pattern, _target_name(target)
+
+
+def _target_name(text: str) -> str:
+    if text not in ("embedded", "aws", "deny"):
+        try:
+            parse_endpoint(text)
+        except ValueError as error:
+            message = f"{error}; a target is 'embedded', 'aws', 'deny' or http(s)://host[:port]"
+            raise argparse.ArgumentTypeError(message) from error
+    return text
+
+
+def _sign_as(text: str) -> Tuple[str, str]:
+    service, slash, region = text.partition("/")
+    if not slash or not _SCOPE_NAME.fullmatch(service) or not _SCOPE_NAME.fullmatch(region):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SERVICE/REGION, as in sqs/us-east-1")
+    return service, region
+
+
 _EXAMPLES = """\
 examples:
   python awsproxy.py --port 8081                       the demo client, dummykey
+  python awsproxy.py --upstream aws                    verify, sign anew, forward to AWS
+  python awsproxy.py --upstream http://localhost:4566  the same, to another server
+  python awsproxy.py --route 'sqs:Purge*=deny' --route 'sqs:*=aws'
   python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own
   python awsproxy.py @flags                            flags from a file
 """
@@ -6447,11 +6523,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="awsproxy",
         fromfile_prefix_chars="@",
         formatter_class=_Formatter,
-        description="Verify the signature of each AWS call, and answer Amazon SQS from memory.",
+        description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
+        " forward to AWS, signed anew.",
         epilog=_EXAMPLES,
     )
     _add_listening(parser.add_argument_group("where to listen").add_argument)
     _add_callers(parser.add_argument_group("who may call").add_argument)
+    _add_routes(parser.add_argument_group("what answers").add_argument)
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
         help="account that queues belong to")  # fmt: skip
@@ -6472,6 +6550,8 @@ def _add_listening(add: Callable[..., Any]) -> None:
         help="what queue URLs begin with, if not http:// and the Host of the request")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
         help="longest request body taken")  # fmt: skip
+    add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
+        help="connections taken at once; one more is refused")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
         help="how long a connection may stay silent")  # fmt: skip
 
@@ -6486,6 +6566,17 @@ def _add_callers(add: Callable[..., Any]) -> None:
         help="how far a caller's clock may be off")  # fmt: skip
     add("--region", action="append", default=[], metavar="REGION",
         help="a region that calls may be signed for, repeatable; without, any")  # fmt: skip
+
+
+def _add_routes(add: Callable[..., Any]) -> None:
+    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
+        help="what answers actions, named as in IAM policies: embedded (SQS in memory), aws,"
+        " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
+    add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
+    add("--profile", default="", metavar="NAME",
+        help="the profile in ~/.aws to forward with, if not what an SDK would find")  # fmt: skip
+    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
+        help="with --no-verify, what an unsigned call is, if its Host does not tell")  # fmt: skip
 
 
 def _fail(message: str) -> int:
@@ -6505,17 +6596,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             clients = watched.clients
         except (OSError, ValueError) as error:
             return _fail(f"the clients file {options.clients} cannot be used: {error}")
-    access_log = AccessLog(sys.stderr, options.log_format == "json")
+    keyring = Keyring(os.environ, options.profile)
+    routes = build_routes(options, keyring)
+    conflict = _check_upstream_keys(routes, keyring, clients)
+    if conflict:
+        return _fail(conflict)
     proxy = Proxy(
         clients,
+        routes=routes,
         verified=not options.no_verify,
+        sign_as=options.sign_as,
         clock_skew=options.clock_skew,
         regions=options.region,
         account_id=options.account_id,
         public_url=options.public_url or "",
         max_body=options.max_body,
-        sqs=Sqs(cooldown=options.cooldown),
-        observe=None if options.quiet else access_log,
+        observe=None if options.quiet else AccessLog(sys.stderr, options.log_format == "json"),
     )
     refresh = functools.partial(watched.refresh, proxy) if watched else _nothing
     try:
@@ -6523,6 +6619,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             (options.host, options.port),
             proxy,
             timeout=options.timeout,
+            max_connections=options.max_connections,
             every_half_second=refresh,
         )
     except (OSError, UnicodeError) as error:
@@ -6532,6 +6629,43 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )
     with server:
         return _serve(server, options)
+
+
+def build_routes(options: argparse.Namespace, keyring: Keyring) -> Sequence[Route]:
+    """Return the routes that the flags ask for."""
+    given = list(options.route)
+    if options.upstream:
+        given.append(("*", options.upstream))
+    pool = Pool()
+    targets: Dict[str, Target] = {
+        "embedded": Embedded(Sqs(cooldown=options.cooldown)),
+        "deny": Deny(),
+    }
+    for _, name in given:
+        if name not in targets:
+            endpoint = None if name == "aws" else parse_endpoint(name)
+            targets[name] = Upstream(endpoint, keyring.of, pool)
+    return [Route(pattern, targets[name]) for pattern, name in given or [("sqs:*", "embedded")]]
+
+
+def _check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> str:
+    """Return why the keys to forward with cannot be used, "" if they can; warn of their absence."""
+    if not any(isinstance(route.target, Upstream) for route in routes):
+        return ""
+    for client in itertools.chain.from_iterable(clients.values()):
+        try:
+            keys = keyring.of(client).get()
+        except Skipped as reason:
+            log.warning(
+                "no credentials to forward the calls of [%s] with: %s", client.name, reason
+            )
+            continue
+        if keys.access_key_id in clients:
+            return (
+                f"the key {keys.access_key_id} is both a client's and the one to forward with; who"
+                " holds it needs no proxy: give the clients keys of their own with --clients"
+            )
+    return ""
 
 
 def _nothing() -> None:
