@@ -6364,8 +6364,9 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
     Each section is a client: aws_access_key_id, aws_secret_access_key, and, if wanted,
-    aws_session_token, aws_account_id, upstream_profile and upstream_role_arn.  One key may stand in several sections with
-    different tokens.  Raises OSError, or ValueError that says what is wrong where.
+    aws_session_token, aws_account_id, upstream_profile and upstream_role_arn.  One key may stand
+    in several sections with different tokens.  Raises OSError, or ValueError that says what is
+    wrong where.
     """
     parser = configparser.RawConfigParser(default_section="")
     try:
@@ -6437,7 +6438,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Says the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        shown = action.default not in (None, False, [], argparse.SUPPRESS)
+        shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
@@ -6649,7 +6650,7 @@ def build_routes(options: argparse.Namespace, keyring: Keyring) -> Sequence[Rout
 
 
 def _check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> str:
-    """Return why the keys to forward with cannot be used, "" if they can; warn of their absence."""
+    """Return why the keys to forward with cannot be used, "" if they can; warn if none are."""
     if not any(isinstance(route.target, Upstream) for route in routes):
         return ""
     for client in itertools.chain.from_iterable(clients.values()):

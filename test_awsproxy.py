@@ -4,6 +4,7 @@ python -m unittest                   all tests
 python test_awsproxy.py bench        how quick it is
 """
 
+import ast
 import base64
 import calendar
 import concurrent.futures
@@ -9374,6 +9375,87 @@ class Boto3Test(unittest.TestCase):
         error = ElementTree.fromstring(reply.body)
         self.assertEqual(error.findtext("Code"), "InvalidRequest")
         self.assertIn("s3v4", error.findtext("Message"))
+
+
+# ==== What README says ====
+
+
+class DocumentationTest(unittest.TestCase):
+    """Each console block of README is typed into a shell, each Python block run, in order."""
+
+    @classmethod
+    def setUpClass(cls):
+        path = os.path.join(os.path.dirname(os.path.abspath(awsproxy.__file__)), "README.md")
+        with open(path, encoding="utf-8") as readme:
+            cls.text = readme.read()
+        with open(awsproxy.__file__, encoding="utf-8") as source:
+            cls.source = source.read()
+
+    def blocks(self, *languages):
+        pattern = f"^```({'|'.join(languages)})\n(.*?)^```$"
+        return re.findall(pattern, self.text, re.MULTILINE | re.DOTALL)
+
+    def test_its_blocks_do_what_they_say(self):
+        program = Program(self.addCleanup)
+        port, shell = program.address[1], {"PATH": os.environ["PATH"], "HOME": os.devnull}
+        shell["PATH"] = os.path.dirname(sys.executable) + os.pathsep + shell["PATH"]
+        for language, block in self.blocks("console", "python"):
+            block = block.replace("localhost:8081", f"localhost:{port}")
+            with self.subTest(block.splitlines()[0][:70]):
+                if language == "python":
+                    self.run_python(block)
+                    continue
+                for typed in re.findall(r"^\$ ((?:.*\\\n)*.*\n)((?:(?!\$ ).*\n)*)", block, re.M):
+                    self.run_command(*typed, shell)
+
+    def run_python(self, block):
+        if "import boto3" in block and not importlib.util.find_spec("boto3"):
+            return
+        done = self.run_in([sys.executable, "-c", block], os.environ)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertTrue(done.stdout)
+
+    def run_command(self, command, expected, shell):
+        if command.startswith("export "):
+            shell.update(word.split("=", 1) for word in command.split()[1:])
+            return
+        if not shutil.which(command.split()[0], path=shell["PATH"]):
+            return
+        done = self.run_in(command, shell)
+        pattern = ".*".join(map(re.escape, expected.strip().split("...")))
+        self.assertRegex(done.stdout.strip(), re.compile(f"^{pattern}$", re.DOTALL))
+
+    @staticmethod
+    def run_in(command, environment):
+        return subprocess.run(
+            command,
+            shell=isinstance(command, str),
+            env={**environment, "PYTHONPATH": os.path.dirname(awsproxy.__file__)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=30,
+            text=True,
+        )
+
+    def test_it_shows_the_help_as_it_is(self):
+        ((_, shown),) = self.blocks("text")
+        words = awsproxy.build_parser().format_help().replace("optional arguments:", "options:")
+        self.assertEqual("".join(shown.split()), "".join(words.split()))
+
+    def test_it_names_each_operation(self):
+        for operation in awsproxy.OPERATIONS:
+            self.assertRegex(self.text, rf"\b{operation}\b")
+
+    def test_the_source_survives_being_pasted(self):
+        self.assertTrue(self.source.isascii())
+        self.assertEqual([line for line in self.source.splitlines() if len(line) > 99], [])
+
+    def test_the_pure_chapters_name_nothing_impure(self):
+        impure = {"time", "os", "random", "socket", "logging", "threading", "ssl", "select", "log"}
+        first = self.source.index("# ==== 1. ")
+        pure = self.source[first : self.source.index("# ==== 5. ")]
+        names = {node.id for node in ast.walk(ast.parse(pure)) if isinstance(node, ast.Name)}
+        self.assertEqual(names & impure, set())
 
 
 # ==== How quick it is ====
