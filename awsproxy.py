@@ -55,6 +55,7 @@ import dataclasses
 import datetime
 import email.utils
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -499,10 +500,10 @@ def expects_continue(head: Head) -> bool:
 
     Raises ServiceError ExpectationFailed for anything else that it expects.
     """
-    expected = [value.lower() for name, value in head.headers if name.lower() == "expect"]
+    expected = [v for name, v in head.headers if len(name) == 6 and name.lower() == "expect"]
     if head.version == "1.0" or not expected:
         return False
-    if set(expected) != {"100-continue"}:
+    if {value.lower() for value in expected} != {"100-continue"}:
         raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
     return True
 
@@ -5706,19 +5707,32 @@ class Proxy:
         new_id: Callable[[], str] = random_id,
         sqs: Optional[Sqs] = None,
     ) -> None:
+        self._account_id = account_id
         self.clients = clients
         self._routes = (Route("sqs:*", Embedded(sqs or Sqs(clock))),) if routes is None else routes
         self._verified = verified
         self._sign_as = sign_as
         self._clock_skew = clock_skew
         self._regions = regions
-        self._account_id = account_id
         self._public_url = public_url.rstrip("/")
         self.max_body = max_body
         self._observe = observe
         self._clock = clock
         self._new_id = new_id
         self._target = lru_cache(maxsize=1024)(self._find_target)
+
+    @property
+    def clients(self) -> Clients:
+        """The keys that callers may sign with; may be set at any time."""
+        return self._clients
+
+    @clients.setter
+    def clients(self, clients: Clients) -> None:
+        account_id = self._account_id  # of those that name none
+        self._clients = {
+            key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
+            for key, same_key in clients.items()
+        }
 
     # ---- Requests to replies ----
 
@@ -5790,8 +5804,6 @@ class Proxy:
         else:
             found = self._unverified(request, service)
         client, scope = found.client, found.scope
-        if not client.account_id:
-            client = client._replace(account_id=self._account_id)
         operation, encoded = wire.operation(request, scope.service, found.body)
         base_url = self._public_url or f"http://{request.header('host') or 'localhost'}"
         call = Call(
@@ -5827,7 +5839,7 @@ class Proxy:
         name = service or scope.service or self._sign_as[0] or of_host[0] or "sqs"
         regions = (scope.region, self._sign_as[1], of_host[1], *self._regions, "us-east-1")
         scope = CredentialScope("", next(filter(None, regions)), name)
-        client = Client("anonymous", key or "anonymous", "")
+        client = Client("anonymous", key or "anonymous", "", "", self._account_id)
         presigned = "authorization" not in request.fields
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
@@ -5846,13 +5858,14 @@ class Proxy:
 
     def _spool(self, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
-        data = body.read(SPOOLED_IN_MEMORY)
-        if len(data) < SPOOLED_IN_MEMORY:
+        whole = isinstance(body, io.BytesIO)  # the server has gathered it
+        data = body.read(-1 if whole else SPOOLED_IN_MEMORY)
+        if len(data) < SPOOLED_IN_MEMORY and not whole:
             data += body.read(SPOOLED_IN_MEMORY - len(data))
         if len(data) < SPOOLED_IN_MEMORY:
             if len(data) > self.max_body:
                 raise too_large(self.max_body)
-            return io.BytesIO(data), hashlib.sha256(data).hexdigest()
+            return body if whole else io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
         file = tempfile.TemporaryFile()
         while data:
@@ -5879,10 +5892,9 @@ class AccessLog:
 
     def __call__(self, exchange: Exchange) -> None:
         """Write one line, in one write; control characters are escaped."""
-        moment = datetime.datetime.fromtimestamp(exchange.started, datetime.timezone.utc)
-        stamp = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        second, fraction = divmod(exchange.started, 1)
         fields = {
-            "time": stamp,
+            "time": f"{_iso_second(int(second))}.{int(fraction * 1000):03d}Z",
             "client": exchange.request.peer,
             "key": exchange.access_key_id,
             "action": exchange.action,
@@ -5894,12 +5906,19 @@ class AccessLog:
         if self._of_json:
             line = json.dumps(fields)
         else:
-            line = " ".join(str(value) for value in fields.values())
-            line = line.encode("unicode_escape").decode("ascii")
+            line = " ".join(map(str, fields.values()))
+            if not (line.isascii() and line.isprintable()) or "\\" in line:
+                line = line.encode("unicode_escape").decode("ascii")
         try:
             self._stream.write(line + "\n")
-        except OSError:
+        except (OSError, ValueError):
             return  # whoever reads the log is gone, and the log is where it would be told
+
+
+@lru_cache(maxsize=4)
+def _iso_second(second: int) -> str:
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 # ==== 9. The server: Conversation, Arriving, Workers, Server ====
@@ -6612,7 +6631,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         account_id=options.account_id,
         public_url=options.public_url or "",
         max_body=options.max_body,
-        observe=None if options.quiet else AccessLog(sys.stderr, options.log_format == "json"),
+        observe=None
+        if options.quiet or not sys.stderr
+        else AccessLog(sys.stderr, options.log_format == "json"),
     )
     refresh = functools.partial(watched.refresh, proxy) if watched else _nothing
     try:
@@ -6686,6 +6707,10 @@ def _serve(server: Server, options: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+    # What exists now stays; messages in memory are many, and a collector that visits them all
+    # again and again would find nothing, for what a call leaves behind has no cycles.
+    gc.freeze()
+    gc.set_threshold(100000, 50, 100)
     server.serve_forever()
     return 0
 
