@@ -181,6 +181,10 @@ class Request:
             fields.setdefault(name.lower(), []).append(value)
         return fields
 
+    def with_headers(self, headers: Headers) -> Request:
+        """Return the same request with other headers."""
+        return Request(self.method, self.target, headers, self.body, self.peer, self.abandoned)
+
     def header(self, name: str) -> Optional[str]:
         """Return the first value of the header of this name (in lower case), or None."""
         values = self.fields.get(name)
@@ -383,7 +387,7 @@ class ServiceError(Exception):
         self.detail = detail
 
 
-# ==== 2. HTTP/1.1 framing: parse_head, body_framing, LengthBody, ChunkedBody ====
+# ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
 #
 # http.server's own parser rewrites a target that begins with `//` (cpython#99220), reads a
 # bare CR as the end of a header line and drops what follows a malformed one.  A verifier
@@ -556,6 +560,49 @@ class Source(Protocol):
         """As io.IOBase.readline."""
 
 
+class Stream:
+    """A buffered source over `receive`, which returns b"" at the end.
+
+    What has arrived and was not read stays in `buffer`.
+    """
+
+    def __init__(self, receive: Callable[[int], bytes], buffer: bytes = b"") -> None:
+        self.buffer = buffer
+        self._receive = receive
+
+    def read(self, size: int = -1) -> bytes:
+        """Return `size` bytes; fewer only at the end of the stream."""
+        buffer = self.buffer
+        if len(buffer) < size:
+            parts, left = [buffer], size - len(buffer)
+            while left > 0:
+                data = self._receive(min(left, 262144))
+                if not data:
+                    break
+                parts.append(data)
+                left -= len(data)
+            buffer = b"".join(parts)
+        self.buffer = buffer[size:]
+        return buffer[:size]
+
+    def read_some(self, size: int) -> bytes:
+        """Return up to `size` bytes, as soon as there are any."""
+        data = self.buffer or self._receive(size)
+        self.buffer = data[size:]
+        return data[:size]
+
+    def readline(self, size: int = -1) -> bytes:
+        """Return up to the next LF, and up to `size` bytes."""
+        while b"\n" not in self.buffer and len(self.buffer) < size:
+            data = self._receive(65536)
+            if not data:
+                break
+            self.buffer += data
+        end = self.buffer.find(b"\n", 0, size) + 1 or size
+        line, self.buffer = self.buffer[:end], self.buffer[end:]
+        return line
+
+
 class LengthBody:
     """A body of a known number of bytes.
 
@@ -674,7 +721,7 @@ def read_head(source: Source) -> bytes:
     lines: List[bytes] = []
     size = 0
     while size <= MAX_HEAD:
-        line = source.readline(MAX_HEAD)
+        line = source.readline(MAX_HEAD + 1)
         lines.append(line)
         size += len(line)
         if line in (b"\r\n", b"\n"):
@@ -1366,7 +1413,12 @@ def epoch(amz_date: str) -> int:
 
 def iso_basic(seconds: float) -> str:
     """Return a time in ISO 8601 basic format: 0 gives 19700101T000000Z."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return _iso_basic(math.floor(seconds))
+
+
+@lru_cache(maxsize=16)
+def _iso_basic(second: int) -> str:
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
     return moment.strftime("%Y%m%dT%H%M%SZ")
 
 
@@ -1988,8 +2040,8 @@ def sign(
     credentials: Credentials,
     scope: CredentialScope,
     amz_date: str,
-) -> Tuple[Request, str]:
-    """Return the request with the headers that sign it, and its signature.
+) -> Tuple[Request, Authorization]:
+    """Return the request with the headers that sign it, and what those claim.
 
     Signed are Host, Content-Type, Content-MD5 and every x-amz-* header, and nothing that a
     proxy on the way may change.
@@ -2000,7 +2052,7 @@ def sign(
     profile = PROFILES.get(scope.service, _GENERAL)
     if profile.declared_payload:
         added.append(("X-Amz-Content-Sha256", payload_hash))
-    request = dataclasses.replace(outgoing, headers=(*outgoing.headers, *added))
+    request = outgoing.with_headers((*outgoing.headers, *added))
     names = sorted(n for n in request.fields if n in _SIGNED or n.startswith("x-amz-"))
     claimed = Authorization(credentials.access_key_id, scope, tuple(names), "", amz_date)
     text = string_to_sign(
@@ -2011,8 +2063,8 @@ def sign(
         f"{ALGORITHM} Credential={credentials.access_key_id}/{scope},"
         f" SignedHeaders={';'.join(names)}, Signature={made}"
     )
-    signed = (*request.headers, ("Authorization", header))
-    return dataclasses.replace(request, headers=signed), made
+    claimed = claimed._replace(signature=made)
+    return request.with_headers((*request.headers, ("Authorization", header))), claimed
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -4954,6 +5006,12 @@ class CredentialCache:
         self._tried = -math.inf
         self._reason = ""
 
+    def ready(self) -> Optional[Credentials]:
+        """Return credentials if they need no renewal, and so no waiting."""
+        current = self._current
+        good = current and not self._stale and current.expires - self._clock() > self.AHEAD
+        return current if good else None
+
     def get(self) -> Credentials:
         """Return credentials that are good now.  Raises Skipped where there are none."""
         now, current = self._clock(), self._current
@@ -5058,8 +5116,11 @@ class Connection:
     its parser costs more time than all else in a small call.
     """
 
-    def __init__(self, endpoint: Endpoint, connect: http.client.HTTPConnection) -> None:
+    def __init__(
+        self, endpoint: Endpoint, connect: http.client.HTTPConnection, timeout: float
+    ) -> None:
         self.endpoint = endpoint
+        self.timeout = timeout
         self.reused = False
         self.idle_since = 0.0
         self._client = connect
@@ -5068,7 +5129,8 @@ class Connection:
         except (OSError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = connect.sock
-        self.source = io.BufferedReader(socket.SocketIO(self.socket, "r"), 65536)
+        self.socket.settimeout(timeout)
+        self.source = Stream(self.socket.recv)
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent what nobody asked for."""
@@ -5078,7 +5140,6 @@ class Connection:
 
     def close(self) -> None:
         """Close it."""
-        self.source.close()
         self._client.close()
 
     def send(self, data: bytes) -> None:
@@ -5087,6 +5148,32 @@ class Connection:
             self.socket.sendall(data)
         except OSError as error:
             raise UpstreamError(f"{self.endpoint.origin} hung up: {error}") from error
+
+    def send_now(self, data: bytes) -> bool:
+        """Send all of it without waiting, or return False."""
+        self.socket.setblocking(False)
+        try:
+            return self.socket.send(data) == len(data)
+        except OSError:
+            return False
+
+    def receive_now(self) -> bool:
+        """Take what has arrived into the buffer; whether there may be more to come."""
+        try:
+            while True:
+                data = self.socket.recv(65536)
+                self.source.buffer += data
+                if len(data) < 65536:
+                    return bool(data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            return False
+
+    def blocking(self, act: Callable[[], Reply]) -> Callable[[], Reply]:
+        """Return `act`, with the connection made to wait again."""
+        self.socket.settimeout(self.timeout)
+        return act
 
     def answer(self) -> ResponseHead:
         """Return the head of the final answer.  Raises UpstreamError."""
@@ -5102,34 +5189,42 @@ class Connection:
             raise UpstreamError(message, unanswered=not raw) from error
 
 
+UPSTREAM_SECONDS = 65  # how long an answer may take: longer than the longest poll
+
+
 class Pool:
     """Connections by endpoint, those that idle kept for the next call."""
 
     IDLE_SECONDS = 15  # AWS closes after 20 and more
     MOST = 256  # idle ones for each endpoint
 
-    def __init__(self, connect_timeout: float = 5, timeout: float = 65) -> None:
+    def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
         self._connect_timeout = connect_timeout
-        self._timeout = timeout  # longer than the longest poll
+        self._timeout = timeout
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
         self._tls: Optional[ssl.SSLContext] = None
 
-    def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
-        """Return a connection, a kept one if there is one that still stands."""
-        while not fresh:
+    def idle(self, endpoint: Endpoint) -> Optional[Connection]:
+        """Return a kept connection that still stands, or None."""
+        while True:
             with self._lock:
                 idle = self._idle.get(endpoint)
                 kept = idle.pop() if idle else None
             if kept is None:
-                break
+                return None
             if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.is_stale():
                 kept.reused = True
                 return kept
             kept.close()
-        connection = Connection(endpoint, self._client(endpoint))
-        connection.socket.settimeout(self._timeout)
-        return connection
+
+    def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
+        """Return a connection, a kept one if there is one that still stands."""
+        kept = None if fresh else self.idle(endpoint)
+        if kept:
+            kept.socket.settimeout(self._timeout)
+            return kept
+        return Connection(endpoint, self._client(endpoint), self._timeout)
 
     def give(self, connection: Connection) -> None:
         """Take back a connection whose exchange is complete."""
@@ -5313,6 +5408,61 @@ class Outgoing(NamedTuple):
     payload_hash: str
 
 
+def is_repeatable(call: Call) -> bool:
+    """Whether a call can be made twice with the effect of once."""
+    return call.request.method in _IDEMPOTENT or call.operation.startswith(_READ_ONLY)
+
+
+class Waiting:
+    """A call that was sent, and whose answer is read from `socket` as it comes."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        call: Call,
+        outgoing: Outgoing,
+        keys: Credentials,
+        connection: Connection,
+    ) -> None:
+        self.socket = connection.socket
+        self._upstream = upstream
+        self._about = (call, outgoing, keys, connection)
+
+    def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
+        """Take in what has arrived, without waiting.
+
+        Return the answer, or None if it is not complete, or what returns it and may block.
+        """
+        call, outgoing, _, connection = self._about
+        received = functools.partial(self._upstream.received, *self._about)
+        ended = not connection.receive_now()
+        buffer = connection.source.buffer
+        end = buffer.find(b"\r\n\r\n")
+        if ended or len(buffer) > MAX_WHOLE_REPLY:
+            return connection.blocking(received)
+        if end < 0:
+            return None
+        try:
+            head = parse_response_head(buffer[: end + 4])
+            length = response_framing(head, call.request.method)
+        except ValueError:
+            return connection.blocking(received)
+        if head.status < 200 or length is None or length == UNTIL_CLOSE:
+            return connection.blocking(received)
+        if len(buffer) < end + 4 + length:
+            return None
+        refused = head.status in (400, 401, 403)
+        if refused or (call.operation == "ReceiveMessage" and call.request.abandoned()):
+            return connection.blocking(received)
+        connection.source.buffer = buffer[end + 4 :]
+        reply = self._upstream._reply(connection, head, call.request.method)
+        return self._upstream.finish(call, outgoing, reply)
+
+    def give_up(self) -> None:
+        """Close the connection, whose answer comes too late."""
+        self._about[3].close()
+
+
 class Upstream:
     """Sends calls on, signed anew: to AWS by service and region, or to one endpoint.
 
@@ -5342,12 +5492,55 @@ class Upstream:
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
             outgoing = self._rewritten(outgoing, rewrite(call, outgoing.request))
-        reply = self._answered(call, outgoing)
+        return self.finish(call, outgoing, self._answered(call, outgoing))
+
+    def begin(self, call: Call) -> Optional[Waiting]:
+        """Send a small call on a kept connection, without waiting; return what has its answer.
+
+        None where that can't be done: `answer` can.
+        """
+        if call.rewrites or not isinstance(call.body, io.BytesIO):
+            return None
+        keys = self._credentials(call.caller).ready()
+        outgoing = self._outgoing(call)
+        connection = self._pool.idle(outgoing.endpoint) if keys else None
+        if not keys or not connection:
+            return None
+        signed, _ = self._signed(call, outgoing, keys)
+        assert isinstance(signed.body, io.BytesIO)
+        if not connection.send_now(encode_head(signed) + signed.body.getvalue()):
+            connection.close()  # what was sent is not complete, so nothing came of it
+            return None
+        return Waiting(self, call, outgoing, keys, connection)
+
+    def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+        """Return the answer to the call as its caller gets it."""
         if call.service != "sqs":
             return reply
         if call.operation == "ReceiveMessage" and call.request.abandoned():
             self._release(call, outgoing, receipt_handles(reply))
         return rewrite_queue_urls(call, reply)
+
+    def received(
+        self, call: Call, outgoing: Outgoing, keys: Credentials, connection: Connection
+    ) -> Reply:
+        """Return the answer that is on its way to a call that was sent."""
+        try:
+            reply = self._reply(connection, connection.answer(), call.request.method)
+        except UpstreamError as error:
+            connection.close()
+            if error.unanswered and is_repeatable(call):
+                return self.answer(call, "")
+            raise self._down(error) from error
+        if not self._may_renew(call, keys, reply):
+            return self.finish(call, outgoing, reply)
+        return self.answer(call, "")
+
+    def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
+        """Whether AWS calls our token expired, and other credentials may be had."""
+        refused = reply.status in (400, 401, 403) and isinstance(reply.body, bytes)
+        expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
+        return bool(expired) and self._credentials(call.caller).expire(keys)
 
     # ---- The request ----
 
@@ -5453,9 +5646,7 @@ class Upstream:
                     "AccessDenied", f"The proxy has no credentials to sign with: {reason}"
                 ) from reason
             reply = self._attempt(call, outgoing, keys, replayable)
-            refused = reply.status in (400, 401, 403) and isinstance(reply.body, bytes)
-            expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
-            if last or not expired or not cache.expire(keys) or not replayable:
+            if last or not replayable or not self._may_renew(call, keys, reply):
                 break
         return reply
 
@@ -5463,7 +5654,7 @@ class Upstream:
         self, call: Call, outgoing: Outgoing, keys: Credentials, replayable: bool
     ) -> Reply:
         """Return the answer; sent again, once, where nothing can have happened twice."""
-        repeatable = call.request.method in _IDEMPOTENT or call.operation.startswith(_READ_ONLY)
+        repeatable = is_repeatable(call)
         for again in (False, True):
             if isinstance(outgoing.request.body, io.IOBase):
                 outgoing.request.body.seek(0)
@@ -5489,18 +5680,24 @@ class Upstream:
         log.warning("upstream: %s", error)
         return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
 
+    def _signed(
+        self, call: Call, outgoing: Outgoing, keys: Credentials
+    ) -> Tuple[Request, Authorization]:
+        amz_date = iso_basic(self._clock())
+        scope = CredentialScope(amz_date[:8], call.region, call.service)
+        return sign(outgoing.request, outgoing.payload_hash, keys, scope, amz_date)
+
     def _send(
         self, connection: Connection, call: Call, outgoing: Outgoing, keys: Credentials
     ) -> None:
-        amz_date = iso_basic(self._clock())
-        scope = CredentialScope(amz_date[:8], call.region, call.service)
-        signed, seed = sign(outgoing.request, outgoing.payload_hash, keys, scope, amz_date)
+        signed, claimed = self._signed(call, outgoing, keys)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO):
             connection.send(head + body.getvalue())
             return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and outgoing.payload_hash != "UNSIGNED-PAYLOAD":
+            _, scope, _, seed, amz_date, *_ = claimed
             key = signing_key(keys.secret_access_key, scope)
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
@@ -5553,7 +5750,7 @@ class Upstream:
         complete = False
         try:
             while True:
-                block = reader.read(65536) if reader else connection.source.read1(65536)
+                block = reader.read(65536) if reader else connection.source.read_some(65536)
                 if not block:
                     break
                 yield block
@@ -5683,6 +5880,44 @@ class Exchange:
         return f"{service or '-'}:{self.wire.named(self.request) or '-'}"
 
 
+class Pending:
+    """A call that is answered elsewhere; the answer will come from `socket`."""
+
+    def __init__(self, proxy: Proxy, exchange: Exchange, waiting: Waiting) -> None:
+        self.socket = waiting.socket
+        self._proxy = proxy
+        self._exchange = exchange
+        self._waiting = waiting
+
+    def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
+        """Return the reply, what returns it and may block, or None if it is not complete."""
+        try:
+            result = self._waiting.proceed()
+        except Exception as error:
+            return self._proxy.refuse(self._exchange, error)
+        if result is None:
+            return None
+        if isinstance(result, Reply):
+            return self._proxy.observed(self._exchange, result)
+        return functools.partial(self._proxy.complete, self._exchange, result)
+
+    def wait(self) -> Union[Reply, Callable[[], Reply]]:
+        """Return the reply, or what returns it; wait for it."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        while poll.poll(UPSTREAM_SECONDS * 1000):
+            result = self.proceed()
+            if result is not None:
+                return result
+        return self.give_up()
+
+    def give_up(self) -> Reply:
+        """Return the refusal of a call whose answer comes too late."""
+        self._waiting.give_up()
+        message = "The upstream of this proxy did not answer in time."
+        return self._proxy.refuse(self._exchange, ServiceError("ServiceUnavailable", message))
+
+
 class Proxy:
     """Answers requests: who calls is verified, what is meant is found, and the reply made.
 
@@ -5743,41 +5978,54 @@ class Proxy:
         """
         if refused:
             exchange = Exchange(request, self._clock(), self._new_id())
-            return self._observed(exchange, self._refusal(exchange, refused))
+            return self.refuse(exchange, refused)
         reply = self.begin(request)
+        if isinstance(reply, Pending):
+            reply = reply.wait()
         return reply if isinstance(reply, Reply) else reply()
 
-    def begin(self, request: Request) -> Union[Reply, Callable[[], Reply]]:
-        """Answer one request if nothing is to be waited for; else return what answers it then."""
+    def begin(self, request: Request) -> Union[Reply, Pending, Callable[[], Reply]]:
+        """Answer one request if nothing is to be waited for.
+
+        Else return what has the answer once its socket is readable, or what answers when called.
+        """
         exchange = Exchange(request, self._clock(), self._new_id())
         try:
             call, target = self._understood(exchange)
+            act = functools.partial(target.answer, call, exchange.request_id)
+            if isinstance(target, Upstream):
+                waiting = target.begin(call)
+                if waiting:
+                    return Pending(self, exchange, waiting)
             if target.may_block:
-                return functools.partial(self._complete, exchange, call, target)
+                return functools.partial(self.complete, exchange, act)
             call.may_wait = False
-            reply = target.answer(call, exchange.request_id)
+            reply = act()
         except WouldWait:
-            return functools.partial(self._complete, exchange, call, target)
-        except Exception as error:
-            reply = self._refusal(exchange, error)
-        return self._observed(exchange, reply)
-
-    def _complete(self, exchange: Exchange, call: Call, target: Target) -> Reply:
-        try:
             call.may_wait = True
-            reply = target.answer(call, exchange.request_id)
+            return functools.partial(self.complete, exchange, act)
         except Exception as error:
-            reply = self._refusal(exchange, error)
-        return self._observed(exchange, reply)
+            return self.refuse(exchange, error)
+        return self.observed(exchange, reply)
 
-    def _refusal(self, exchange: Exchange, error: Exception) -> Reply:
+    def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
+        """Return what `act` returns, or the refusal that it raises."""
+        try:
+            return self.observed(exchange, act())
+        except Exception as error:
+            return self.refuse(exchange, error)
+
+    def refuse(self, exchange: Exchange, error: Exception) -> Reply:
+        """Return the answer that refuses; what is no ServiceError is a fault of ours."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
             error = ServiceError("InternalFailure", "The proxy failed; its log tells more.")
         exchange.error = exchange.wire.fault(exchange.request, error).code
-        return exchange.wire.error(exchange.request, error, exchange.request_id)
+        reply = exchange.wire.error(exchange.request, error, exchange.request_id)
+        return self.observed(exchange, reply)
 
-    def _observed(self, exchange: Exchange, reply: Reply) -> Reply:
+    def observed(self, exchange: Exchange, reply: Reply) -> Reply:
+        """Have the reply logged, and return it."""
         exchange.status = reply.status
         exchange.seconds = self._clock() - exchange.started
         if self._observe:
@@ -5921,7 +6169,7 @@ def _iso_second(second: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
-# ==== 9. The server: Conversation, Arriving, Workers, Server ====
+# ==== 9. The server: Conversation, Workers, Server ====
 #
 # One thread reads all connections that are idle or sending a request, and answers whatever can
 # be answered without waiting: threads would fight over the interpreter for such calls.  A call
@@ -6020,11 +6268,22 @@ class Conversation:
         manner = _manner(request, version)
         reply = self.server.proxy.begin(request)
         if isinstance(reply, Reply) and isinstance(reply.body, bytes):
-            return self._send(reply, manner)
+            return self.send(reply, manner)
+        if isinstance(reply, Pending):
+            self.server.wait(self, reply, manner)
+            return False
         self.server.work(self, functools.partial(self._finish, reply, manner))
         return False
 
-    def _send(self, reply: Reply, manner: Manner) -> bool:
+    def answered(self, reply: Union[Reply, Callable[[], Reply]], manner: Manner) -> None:
+        """Send the reply that was waited for, and go on."""
+        if isinstance(reply, Reply) and isinstance(reply.body, bytes):
+            if self.send(reply, manner):
+                self.proceed()
+            return
+        self.server.work(self, functools.partial(self._finish, reply, manner))
+
+    def send(self, reply: Reply, manner: Manner) -> bool:
         """Send a reply from the loop; whether the connection is ready for the next request."""
         close = manner.close
         data = encode_reply(reply, _http_date(int(time.time())), close, manner.head_only)
@@ -6057,7 +6316,9 @@ class Conversation:
     ) -> bool:
         """Answer a request whose body is read as it is wanted."""
         method, target, version, headers = head
-        source, longest = Arriving(self), self.server.proxy.longest_body(head)
+        source = Stream(self._receiver(), self.buffer)
+        self.buffer = b""
+        longest = self.server.proxy.longest_body(head)
         begin = self._continue if not refused and expects_continue(head) else None
         body: Union[LengthBody, ChunkedBody]
         if length is None:
@@ -6070,9 +6331,24 @@ class Conversation:
         manner = _manner(request, version)
         unread = refused is not None or body.unread
         goes_on = self._write(reply, manner._replace(close=True) if unread else manner)
+        self.buffer = source.buffer
         if unread:
             self._linger()
         return goes_on
+
+    def _receiver(self) -> Callable[[int], bytes]:
+        """Return what receives a body, and gives up one that arrives too slowly."""
+        began, total = time.monotonic(), 0
+
+        def receive(size: int) -> bytes:
+            nonlocal total
+            if time.monotonic() > began + self.server.timeout_seconds + total / MIN_BODY_RATE:
+                raise socket.timeout("the body arrives too slowly")
+            data = self.socket.recv(size)
+            total += len(data)
+            return data
+
+        return receive
 
     def _write(self, reply: Reply, manner: Manner) -> bool:
         """Send a reply; one that streams may break off, and then so does the connection."""
@@ -6122,48 +6398,6 @@ class Conversation:
 def _manner(request: Request, version: str) -> Manner:
     old = version == "1.0"
     return Manner(old or asks_to_close(request), request.method == "HEAD", old)
-
-
-class Arriving:
-    """What arrives on a connection, as a stream; what is not read of it stays in the buffer."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._began = time.monotonic()
-        self._total = 0
-
-    def read(self, size: int = -1) -> bytes:
-        """Return `size` bytes; fewer only at the end of the stream."""
-        parts, left = [self._conversation.buffer], size - len(self._conversation.buffer)
-        while left > 0:
-            data = self._receive(min(left, 262144))
-            if not data:
-                break
-            parts.append(data)
-            left -= len(data)
-        data = b"".join(parts)
-        self._conversation.buffer = data[size:]
-        return data[:size]
-
-    def readline(self, size: int = -1) -> bytes:
-        """Return up to the next LF, and up to `size` bytes."""
-        buffer = self._conversation.buffer
-        while b"\n" not in buffer and len(buffer) < size:
-            data = self._receive(65536)
-            if not data:
-                break
-            buffer += data
-        end = buffer.find(b"\n", 0, size) + 1 or size
-        self._conversation.buffer = buffer[end:]
-        return buffer[:end]
-
-    def _receive(self, size: int) -> bytes:
-        patience = self._conversation.server.timeout_seconds + self._total / MIN_BODY_RATE
-        if time.monotonic() > self._began + patience:
-            raise socket.timeout("the body arrives too slowly")
-        data = self._conversation.socket.recv(size)
-        self._total += len(data)
-        return data
 
 
 class Workers:
@@ -6229,6 +6463,7 @@ class Server(http.server.HTTPServer):
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
         self._returned: Deque[Conversation] = collections.deque()
+        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
         self._wake, self._woken = socket.socketpair()
         self._stopping = False
         self._stopped = threading.Event()
@@ -6255,6 +6490,7 @@ class Server(http.server.HTTPServer):
                     self._drop(key.fileobj)
             if time.monotonic() >= tick:
                 self._give_up_late()
+                self._give_up_pending()
                 self._listen_again()
                 self._every_half_second()
                 tick = time.monotonic() + poll_interval
@@ -6270,6 +6506,8 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         super().server_close()
+        for pending in list(self._pending):
+            pending.give_up()
         for conversation in list(self._conversations):
             conversation.close()
         self._selector.close()
@@ -6338,6 +6576,33 @@ class Server(http.server.HTTPServer):
         late = [c for c in self._conversations if c.deadline < now and c.socket in parked]
         for conversation in late:
             conversation.close()
+
+    # ---- What waits for an upstream ----
+
+    def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
+        """Have the loop wait for the answer of an upstream."""
+        self._selector.unregister(conversation.socket)
+        self._pending[pending] = (time.monotonic(), conversation, manner)
+        act = functools.partial(self._proceed, pending)
+        self._selector.register(pending.socket, selectors.EVENT_READ, act)
+
+    def _proceed(self, pending: Pending) -> None:
+        reply = pending.proceed()
+        if reply is not None:
+            self._settle(pending, reply)
+
+    def _settle(self, pending: Pending, reply: Union[Reply, Callable[[], Reply]]) -> None:
+        _, conversation, manner = self._pending.pop(pending)
+        with contextlib.suppress(KeyError, ValueError):  # it is closed
+            self._selector.unregister(pending.socket)
+        self._park(conversation)
+        conversation.answered(reply, manner)
+
+    def _give_up_pending(self) -> None:
+        oldest = time.monotonic() - UPSTREAM_SECONDS
+        for pending in [p for p, (since, *_) in self._pending.items() if since < oldest]:
+            self._selector.unregister(pending.socket)
+            self._settle(pending, pending.give_up())
 
     # ---- Workers ----
 
