@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import calendar
 import collections
 import collections.abc
@@ -53,6 +54,7 @@ import configparser
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import functools
 import gc
@@ -62,6 +64,8 @@ import hmac
 import html
 import http.client
 import http.server
+import importlib.util
+import inspect
 import io
 import ipaddress
 import itertools
@@ -265,6 +269,7 @@ class Call:
     encoded: Any = None  # what `input` is decoded from
     may_wait: bool = True
     changed: bool = False  # whether a hook has changed the input
+    upstream_seconds: float = 0.0  # how long its upstream took, if it was forwarded
     rewrites: Sequence[Callable[[Call, Request], Request]] = ()
     _input: Optional[Dict[str, Any]] = None
 
@@ -272,6 +277,11 @@ class Call:
     def action(self) -> str:
         """The operation as IAM policies spell it, such as `sqs:SendMessage`."""
         return f"{self.service}:{self.operation}"
+
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody has asked for the input."""
+        return self._input is not None
 
     @property
     def input(self) -> Dict[str, Any]:
@@ -385,6 +395,7 @@ class ServiceError(Exception):
         self.fault = ERRORS[code]
         self.message = message
         self.detail = detail
+        self.reason = ""  # the row of REFUSALS, if it is one
 
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
@@ -1077,9 +1088,11 @@ def _first_claim(texts: Sequence[str]) -> Tuple[str, CredentialScope]:
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
     """Return the error for a row of REFUSALS, as the service that the request names spells it."""
     code, s3_code, message, *s3_message = REFUSALS[reason]
-    if claim(request)[1].service not in S3_FAMILY:
-        return ServiceError(code, message.format(*values), **detail)
-    return ServiceError(s3_code, (s3_message or [message])[0].format(*values), **detail)
+    if claim(request)[1].service in S3_FAMILY:
+        code, message = s3_code, (s3_message or [message])[0]
+    error = ServiceError(code, message.format(*values), **detail)
+    error.reason = reason
+    return error
 
 
 # ---- Parsing ----
@@ -4653,7 +4666,7 @@ def fetch(
     No proxy is asked for link-local and loopback addresses.
     """
     host = urllib.parse.urlsplit(url).hostname or ""
-    opener = _NO_PROXY if is_link_local(host) or _is_loopback(host) else _PROXIED
+    opener = _NO_PROXY if is_link_local(host) or is_loopback(host) else _PROXIED
     request = urllib.request.Request(url, data, dict(headers), method=method)
     try:
         with opener.open(request, timeout=timeout) as answer:
@@ -4664,7 +4677,8 @@ def fetch(
         raise Skipped(f"{host} did not answer: {error}") from error
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, as far as its name tells."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -4772,7 +4786,7 @@ class CredentialChain:
             raise Skipped("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
-        if parts.scheme != "https" and host not in _CONTAINER_HOSTS and not _is_loopback(host):
+        if parts.scheme != "https" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise Skipped(f"{host} is neither https nor an address of a container's host")
         token = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
@@ -5492,7 +5506,10 @@ class Upstream:
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
             outgoing = self._rewritten(outgoing, rewrite(call, outgoing.request))
-        return self.finish(call, outgoing, self._answered(call, outgoing))
+        began = self._clock()
+        reply = self._answered(call, outgoing)
+        call.upstream_seconds = self._clock() - began
+        return self.finish(call, outgoing, reply)
 
     def begin(self, call: Call) -> Optional[Waiting]:
         """Send a small call on a kept connection, without waiting; return what has its answer.
@@ -5508,6 +5525,7 @@ class Upstream:
             return None
         signed, _ = self._signed(call, outgoing, keys)
         assert isinstance(signed.body, io.BytesIO)
+        call.upstream_seconds = -self._clock()  # until the answer is there
         if not connection.send_now(encode_head(signed) + signed.body.getvalue()):
             connection.close()  # what was sent is not complete, so nothing came of it
             return None
@@ -5515,6 +5533,8 @@ class Upstream:
 
     def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
+        if call.upstream_seconds < 0:
+            call.upstream_seconds += self._clock()
         if call.service != "sqs":
             return reply
         if call.operation == "ReceiveMessage" and call.request.abandoned():
@@ -5787,7 +5807,380 @@ class Upstream:
             log.warning("%d messages whose receiver is gone hidden: %s", len(handles), error)
 
 
-# ==== 8. The proxy: Route, Embedded, Deny, Exchange, Proxy ====
+# ==== 7. Hooks: Hook, HookFile, Exchange, AccessLog, Metrics ====
+#
+# Everything that watches calls or changes them is a hook, ours too.
+
+
+class Exchange:
+    """A request, and what became of it, as `Hook.observe` sees it."""
+
+    __slots__ = (
+        "call", "error", "reason", "reply_bytes", "request", "request_id", "seconds", "started",
+        "status", "wire",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, started: float, request_id: str) -> None:
+        self.request = request
+        self.started = started  # seconds since 1970
+        self.request_id = request_id
+        self.wire = wire_protocol(request)
+        self.call: Optional[Call] = None  # once it is known who calls
+        self.status = 0
+        self.error = "-"  # the code that the caller was told
+        self.reason = ""  # the row of REFUSALS, if its signature was refused
+        self.seconds = 0.0
+        self.reply_bytes = 0
+
+    @property
+    def access_key_id(self) -> str:
+        """The key that signed it; with `?` in front if its signature did not hold."""
+        if self.call:
+            return self.call.caller.access_key_id
+        claimed = claim(self.request)[0]
+        return f"?{claimed}" if claimed else "-"
+
+    @property
+    def action(self) -> str:
+        """The action, as far as the head tells where it was not found out."""
+        if self.call:
+            return self.call.action
+        service = self.wire.service(self.request) or claim(self.request)[1].service
+        return f"{service or '-'}:{self.wire.named(self.request) or '-'}"
+
+    @property
+    def attempt(self) -> int:
+        """Which try of its SDK this is, from 1 on; 0 where the SDK does not tell."""
+        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
+        return int(match[1]) if match else 0
+
+
+_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
+
+
+class Workers:
+    """Threads for what may wait: as many as there is to do at once, idle ones used again."""
+
+    IDLE_SECONDS = 30
+
+    def __init__(self) -> None:
+        self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Have a thread do it; RuntimeError where no more threads can be had."""
+        with self._lock:
+            spare = self._idle > 0
+            if spare:
+                self._idle -= 1
+        if not spare:
+            threading.Thread(target=self._work, daemon=True).start()
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=self.IDLE_SECONDS)
+            except queues.Empty:
+                with self._lock:
+                    if self._idle > 0:  # none of the idle has been promised a task: one may go
+                        self._idle -= 1
+                        return
+                continue
+            task()
+            with self._lock:
+                self._idle += 1
+
+
+class Hook:
+    """What can be done to calls; a subclass, or a module, has any of these.
+
+    `before` runs in the order of the hooks, `after` and `observe` in reverse.  A hook may raise
+    ServiceError, which is the answer then; any other exception is logged, and answered as
+    InternalFailure.
+    """
+
+    def before(self, call: Call) -> Optional[Reply]:
+        """Called once the call is verified; a Reply answers it, None lets it go on.
+
+        `call.input` may be changed; the call is then encoded anew in its own protocol.
+        """
+
+    def rewrite(self, call: Call, outgoing: Request) -> Request:
+        """Return what to send upstream: called after hop-by-hop removal and before signing."""
+        return outgoing
+
+    def after(self, call: Call, reply: Reply) -> Reply:
+        """Return what to answer, having seen the answer of ours or of the upstream."""
+        return reply
+
+    def observe(self, exchange: Exchange) -> None:
+        """Called when a request was answered, also one that was refused; it must not wait."""
+
+
+MOMENTS = ("before", "rewrite", "after", "observe")
+
+
+class HookFile:
+    """A hook in a file of its own, a plain module, loaded again when it changes.
+
+    A new version that does not load is logged, and the old one stays.  Raises OSError or
+    ValueError where the first one does not load.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._stamp = stamp_of(path)
+        self.module = self._load()
+
+    def _load(self) -> Any:
+        name = os.path.splitext(os.path.basename(self.path))[0]
+        spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", self.path)
+        if spec is None or spec.loader is None:
+            raise ValueError("its name does not end in .py")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__
+            if own and inspect.isfunction(value) and name not in MOMENTS and name[0] != "_":
+                close = difflib.get_close_matches(name, MOMENTS, 1)
+                meant = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
+        if not any(hasattr(module, moment) for moment in MOMENTS):
+            raise ValueError(f"it has none of {', '.join(MOMENTS)}")
+        return module
+
+    def refresh(self) -> bool:
+        """Load the file again if it has changed; whether there is a new version."""
+        stamp = stamp_of(self.path)
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            self.module = self._load()
+        except (OSError, ValueError) as error:
+            log.error("%s not loaded again, the hook stays as it was: %s", self.path, error)
+            return False
+        log.warning("%s loaded again", self.path)
+        return True
+
+
+def stamp_of(path: str) -> Tuple[int, int]:
+    """Return what changes when a file does; (0, 0) where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+class AccessLog(Hook):
+    """Writes a line for each exchange, as text or as JSON; without secrets."""
+
+    def __init__(self, stream: Any, of_json: bool, path: str = "") -> None:
+        self._stream = stream
+        self._of_json = of_json
+        self._path = path
+
+    def reopen(self) -> None:
+        """Open the log file again, which somebody has moved away."""
+        if self._path:
+            old, self._stream = self._stream, open_log(self._path)
+            old.close()
+
+    def observe(self, exchange: Exchange) -> None:
+        """Write one line, in one write; control characters are escaped."""
+        second, fraction = divmod(exchange.started, 1)
+        call, request = exchange.call, exchange.request
+        fields = {
+            "time": f"{_iso_second(int(second))}.{int(fraction * 1000):03d}Z",
+            "client": request.peer,
+            "key": exchange.access_key_id,
+            "action": exchange.action,
+            "status": exchange.status,
+            "error": exchange.error,
+            "ms": round(exchange.seconds * 1000, 2),
+            "request_id": exchange.request_id,
+        }
+        if self._of_json:
+            fields["name"] = call.caller.name if call else "-"
+            fields["region"] = call.region if call else claim(request)[1].region or "-"
+            fields["upstream_ms"] = 0.0
+            if call and call.upstream_seconds > 0:
+                fields["upstream_ms"] = round(call.upstream_seconds * 1000, 2)
+            fields["request_bytes"] = int(request.header("content-length") or 0)
+            fields["reply_bytes"] = exchange.reply_bytes
+            fields["attempt"] = exchange.attempt
+            fields["user_agent"] = request.header("user-agent") or "-"
+            line = json.dumps(fields)
+        else:
+            line = " ".join(map(str, fields.values()))
+            if not (line.isascii() and line.isprintable()) or "\\" in line:
+                line = line.encode("unicode_escape").decode("ascii")
+        try:
+            self._stream.write(line + "\n")
+        except (OSError, ValueError):
+            return  # whoever reads the log is gone, and the log is where it would be told
+
+
+@lru_cache(maxsize=4)
+def _iso_second(second: int) -> str:
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def open_log(path: str) -> Any:
+    """Return a log file to append to, line by line.  Raises OSError."""
+    return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
+
+
+class Metrics(Hook):
+    """Counts calls, and tells the counts in Prometheus's text format.
+
+    What strangers name is not counted by its name: before a signature held the client is "-",
+    and beyond MAX_OPERATIONS an operation that was not seen before is "other".
+    """
+
+    BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+    MAX_OPERATIONS = 500
+    THROTTLES = frozenset(
+        "OverLimit RequestLimitExceeded RequestThrottled SlowDown Throttling"
+        " ThrottlingException TooManyRequestsException".split()
+    )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._operations: Set[str] = set()
+        self._calls: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._attempts: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._refusals: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._bytes: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._throttles = 0
+        self._seconds = Histogram(self.BUCKETS)
+        self._upstream_seconds = Histogram(self.BUCKETS)
+        self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
+
+    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Have a value told that is read when it is asked for."""
+        self._gauges[name] = (help_text, read)
+
+    def observe(self, exchange: Exchange) -> None:
+        """Count one exchange."""
+        call = exchange.call
+        client, service, operation = "-", "-", "-"
+        if call:
+            client, service, operation = call.caller.name, call.service, call.operation
+        size = exchange.request.header("content-length") or "0"
+        with self._lock:
+            if call and call.action not in self._operations:
+                if len(self._operations) < self.MAX_OPERATIONS:
+                    self._operations.add(call.action)
+                else:
+                    service, operation = "other", "other"
+            labels = (client, service, operation, str(exchange.status), exchange.error)
+            self._calls[labels] += 1
+            self._attempts[(str(min(exchange.attempt, 10)),)] += 1
+            self._bytes[("in",)] += int(size) if size.isdecimal() else 0
+            self._bytes[("out",)] += exchange.reply_bytes
+            self._seconds.add(exchange.seconds)
+            if call and call.upstream_seconds > 0:
+                self._upstream_seconds.add(call.upstream_seconds)
+            if exchange.reason:
+                self._refusals[(exchange.reason,)] += 1
+            if exchange.error in self.THROTTLES or exchange.status == 429:
+                self._throttles += 1
+
+    def text(self) -> str:
+        """Return all of it (Prometheus, "Exposition formats", text format 0.0.4)."""
+        lines: List[str] = []
+        throttles: Dict[Tuple[str, ...], int] = {(): self._throttles}
+        with self._lock:
+            for name, labels, help_text, counts in (
+                ("requests_total", ("client", "service", "operation", "status", "code"),
+                 "Requests answered.", self._calls),
+                ("attempts_total", ("attempt",), "Requests by attempt of their SDK; 0 is none.",
+                 self._attempts),
+                ("refusals_total", ("reason",), "Signatures refused.", self._refusals),
+                ("bytes_total", ("direction",), "Bytes of bodies.", self._bytes),
+                ("throttles_total", (), "Answers that throttle.", throttles),
+            ):  # fmt: skip
+                _counter(lines, name, labels, help_text, counts)
+            self._seconds.write(lines, "request_seconds", "How long a request took.")
+            self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
+        for name, (help_text, read) in self._gauges.items():
+            _head(lines, name, "gauge", help_text)
+            lines.append(f"awsproxy_{name} {_number_text(read())}")
+        _head(lines, "build_info", "gauge", "Which copy of the file this is.")
+        build = (("version", __version__), ("sha256", file_sha256()[:12]))
+        lines.append(f"awsproxy_build_info{_labels(build)} 1")
+        return "\n".join(lines) + "\n"
+
+
+class Histogram:
+    """Counts of values up to each bound."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def write(self, lines: List[str], name: str, help_text: str) -> None:
+        """Append the lines that tell it."""
+        _head(lines, name, "histogram", help_text)
+        running = itertools.accumulate(self._counts)
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), running):
+            lines.append(f'awsproxy_{name}_bucket{{le="{bound}"}} {count}')
+        lines.append(f"awsproxy_{name}_sum {_number_text(self._sum)}")
+        lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
+
+
+def _head(lines: List[str], name: str, kind: str, help_text: str) -> None:
+    lines += (f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}")
+
+
+def _counter(
+    lines: List[str],
+    name: str,
+    labels: Sequence[str],
+    help_text: str,
+    counts: Mapping[Tuple[str, ...], int],
+) -> None:
+    _head(lines, name, "counter", help_text)
+    for values, count in sorted(counts.items()):
+        lines.append(f"awsproxy_{name}{_labels(zip(labels, values))} {count}")
+
+
+def _labels(pairs: Iterable[Tuple[str, str]]) -> str:
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    text = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in pairs)
+    return f"{{{text}}}" if text else ""
+
+
+def _number_text(value: float) -> str:
+    return {math.inf: "+Inf", -math.inf: "-Inf"}.get(
+        value, "NaN" if value != value else repr(value)
+    )
+
+
+@lru_cache(maxsize=1)
+def file_sha256() -> str:
+    """Return the SHA-256 of this very file, in hex."""
+    with open(__file__, "rb") as source:
+        return hashlib.sha256(source.read()).hexdigest()
+
+
+# ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
 DEMO_CLIENTS: Clients = {
     "dummykey": (
@@ -5836,6 +6229,12 @@ class Deny:
         raise ServiceError("AccessDenied", message)
 
 
+def _has_moment(hook: Any, moment: str) -> bool:
+    """Whether a hook does something then; those of Hook itself do nothing."""
+    found = getattr(hook, moment, None)
+    return found is not None and getattr(type(hook), moment, None) is not getattr(Hook, moment)
+
+
 class Route(NamedTuple):
     """Calls whose action matches the pattern, as in an IAM policy, go to the target."""
 
@@ -5848,36 +6247,29 @@ class Route(NamedTuple):
         return re.fullmatch(glob, action, re.IGNORECASE | re.DOTALL) is not None
 
 
-class Exchange:
-    """A request, and what became of it, as the log sees it."""
+class Status:
+    """The paths of our own, under `/_awsproxy/`: health, ready, and metrics if there are any."""
 
-    __slots__ = ("call", "error", "request", "request_id", "seconds", "started", "status", "wire")
+    PREFIX = "/_awsproxy/"
 
-    def __init__(self, request: Request, started: float, request_id: str) -> None:
-        self.request = request
-        self.started = started
-        self.request_id = request_id
-        self.wire = wire_protocol(request)
-        self.call: Optional[Call] = None  # once it is known who calls
-        self.status = 0
-        self.error = "-"  # the code that the caller was told
-        self.seconds = 0.0
+    def __init__(self, metrics: Optional[Metrics] = None) -> None:
+        self._metrics = metrics
 
-    @property
-    def access_key_id(self) -> str:
-        """The key that signed it; with `?` in front if its signature did not hold."""
-        if self.call:
-            return self.call.caller.access_key_id
-        claimed = claim(self.request)[0]
-        return f"?{claimed}" if claimed else "-"
+    def answer(self, request: Request) -> Reply:
+        """Return what a path tells, 404 for one that tells nothing."""
+        name = request.path[len(self.PREFIX) :]
+        if request.method not in ("GET", "HEAD"):
+            return self._reply(405, "GET is all there is\n")
+        if name in ("health", "ready"):
+            return self._reply(200, "ok\n")
+        if name == "metrics" and self._metrics:
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+            return self._reply(200, self._metrics.text(), kind)
+        return self._reply(404, "health, ready and metrics are all there is\n")
 
-    @property
-    def action(self) -> str:
-        """The action, as far as the head tells where it was not found out."""
-        if self.call:
-            return self.call.action
-        service = self.wire.service(self.request) or claim(self.request)[1].service
-        return f"{service or '-'}:{self.wire.named(self.request) or '-'}"
+    def _reply(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
+        headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
+        return Reply(status, headers, text.encode("utf-8"))
 
 
 class Pending:
@@ -5923,6 +6315,7 @@ class Proxy:
 
     `clients` are the keys that callers may sign with; without `verified` nobody needs one, and
     what they leave out is of `sign_as`.  The first of the `routes` that matches decides.
+    `hooks` are objects, modules or HookFiles with any of the moments of Hook.
     """
 
     def __init__(
@@ -5937,11 +6330,15 @@ class Proxy:
         account_id: str = "000000000000",
         public_url: str = "",
         max_body: int = 16777216,
-        observe: Optional[Callable[[Exchange], None]] = None,
+        hooks: Sequence[Any] = (),
+        status: Optional[Status] = None,
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = random_id,
         sqs: Optional[Sqs] = None,
+        hook_seconds: float = 60,
     ) -> None:
+        self._hook_seconds = hook_seconds
+        self._workers = Workers()
         self._account_id = account_id
         self.clients = clients
         self._routes = (Route("sqs:*", Embedded(sqs or Sqs(clock))),) if routes is None else routes
@@ -5951,7 +6348,9 @@ class Proxy:
         self._regions = regions
         self._public_url = public_url.rstrip("/")
         self.max_body = max_body
-        self._observe = observe
+        self._hooks = hooks
+        self._status = status
+        self.arrange_hooks()
         self._clock = clock
         self._new_id = new_id
         self._target = lru_cache(maxsize=1024)(self._find_target)
@@ -5989,10 +6388,16 @@ class Proxy:
 
         Else return what has the answer once its socket is readable, or what answers when called.
         """
+        if self._status and request.target.startswith(Status.PREFIX):
+            if is_loopback(request.peer):  # no bucket is called as these paths are
+                return self._status.answer(request)
         exchange = Exchange(request, self._clock(), self._new_id())
         try:
             call, target = self._understood(exchange)
             act = functools.partial(target.answer, call, exchange.request_id)
+            if self._before or self._after or self._rewrite:
+                hooked = functools.partial(self._hooked, call, act)
+                return functools.partial(self.complete, exchange, hooked)
             if isinstance(target, Upstream):
                 waiting = target.begin(call)
                 if waiting:
@@ -6008,6 +6413,58 @@ class Proxy:
             return self.refuse(exchange, error)
         return self.observed(exchange, reply)
 
+    def arrange_hooks(self) -> None:
+        """Take the moments of the hooks as they are now."""
+        hooks = [h.module if isinstance(h, HookFile) else h for h in self._hooks]
+        self._before, self._rewrite, self._after, self._observe = (
+            [getattr(hook, moment) for hook in hooks if _has_moment(hook, moment)]
+            for moment in MOMENTS
+        )
+        self._after.reverse()
+        self._observe.reverse()
+
+    def refresh_hooks(self) -> None:
+        """Load again the hook files that have changed."""
+        if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
+            self.arrange_hooks()
+
+    def _hooked(self, call: Call, act: Callable[[], Reply]) -> Reply:
+        """Return the answer as the hooks have it."""
+        reply = None
+        for before in self._before:
+            reply = self._bounded(before, call)
+            if reply is not None:
+                break
+        if reply is None:
+            call.changed = call.is_read and call.wire.input(call) != call.input
+            call.rewrites = self._rewrite
+            reply = act()
+        for after in self._after:
+            reply = self._bounded(after, call, reply)
+        if not isinstance(reply, Reply):
+            raise TypeError("a hook returned no Reply")
+        return reply
+
+    def _bounded(self, moment: Callable[..., Any], *given: Any) -> Any:
+        """Return what a hook returns; TimeoutError if it takes longer than a call may."""
+        outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcome.put((moment(*given), None))
+            except Exception as error:
+                outcome.put((None, error))
+
+        self._workers.run(run)
+        try:
+            result, error = outcome.get(timeout=self._hook_seconds)
+        except queues.Empty as late:
+            where = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__name__', moment)}"
+            raise TimeoutError(f"{where} took longer than {self._hook_seconds} s") from late
+        if error:
+            raise error
+        return result
+
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
         """Return what `act` returns, or the refusal that it raises."""
         try:
@@ -6021,6 +6478,7 @@ class Proxy:
             log.error("request %s failed", exchange.request_id, exc_info=error)
             error = ServiceError("InternalFailure", "The proxy failed; its log tells more.")
         exchange.error = exchange.wire.fault(exchange.request, error).code
+        exchange.reason = error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
         return self.observed(exchange, reply)
 
@@ -6028,8 +6486,12 @@ class Proxy:
         """Have the reply logged, and return it."""
         exchange.status = reply.status
         exchange.seconds = self._clock() - exchange.started
-        if self._observe:
-            self._observe(exchange)
+        exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
+        for observe in self._observe:
+            try:
+                observe(exchange)
+            except Exception:
+                log.exception("a hook that observes failed")
         return reply
 
     # ---- What is meant ----
@@ -6129,44 +6591,6 @@ class Proxy:
 
 
 SPOOLED_IN_MEMORY = 1048576
-
-
-class AccessLog:
-    """Writes a line for each exchange, as text or as JSON."""
-
-    def __init__(self, stream: Any, of_json: bool) -> None:
-        self._stream = stream
-        self._of_json = of_json
-
-    def __call__(self, exchange: Exchange) -> None:
-        """Write one line, in one write; control characters are escaped."""
-        second, fraction = divmod(exchange.started, 1)
-        fields = {
-            "time": f"{_iso_second(int(second))}.{int(fraction * 1000):03d}Z",
-            "client": exchange.request.peer,
-            "key": exchange.access_key_id,
-            "action": exchange.action,
-            "status": exchange.status,
-            "error": exchange.error,
-            "ms": round(exchange.seconds * 1000, 2),
-            "request_id": exchange.request_id,
-        }
-        if self._of_json:
-            line = json.dumps(fields)
-        else:
-            line = " ".join(map(str, fields.values()))
-            if not (line.isascii() and line.isprintable()) or "\\" in line:
-                line = line.encode("unicode_escape").decode("ascii")
-        try:
-            self._stream.write(line + "\n")
-        except (OSError, ValueError):
-            return  # whoever reads the log is gone, and the log is where it would be told
-
-
-@lru_cache(maxsize=4)
-def _iso_second(second: int) -> str:
-    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 # ==== 9. The server: Conversation, Workers, Server ====
@@ -6398,41 +6822,6 @@ class Conversation:
 def _manner(request: Request, version: str) -> Manner:
     old = version == "1.0"
     return Manner(old or asks_to_close(request), request.method == "HEAD", old)
-
-
-class Workers:
-    """Threads for what may wait: as many as there is to do at once, idle ones used again."""
-
-    IDLE_SECONDS = 30
-
-    def __init__(self) -> None:
-        self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Have a thread do it; RuntimeError where no more threads can be had."""
-        with self._lock:
-            spare = self._idle > 0
-            if spare:
-                self._idle -= 1
-        if not spare:
-            threading.Thread(target=self._work, daemon=True).start()
-        self._tasks.put(task)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                task = self._tasks.get(timeout=self.IDLE_SECONDS)
-            except queues.Empty:
-                with self._lock:
-                    if self._idle > 0:  # none of the idle has been promised a task: one may go
-                        self._idle -= 1
-                        return
-                continue
-            task()
-            with self._lock:
-                self._idle += 1
 
 
 class Server(http.server.HTTPServer):
@@ -6693,19 +7082,12 @@ class ClientsFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._stamp = self._stamp_now()
+        self._stamp = stamp_of(self.path)
         self.clients = read_clients(path)
-
-    def _stamp_now(self) -> Tuple[int, int]:
-        try:
-            status = os.stat(self.path)
-        except OSError:  # gone; to read it will say so
-            return 0, 0
-        return status.st_mtime_ns, status.st_size
 
     def refresh(self, proxy: Proxy) -> None:
         """Read the file again if it has changed, and give the proxy what it says."""
-        stamp = self._stamp_now()
+        stamp = stamp_of(self.path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -6738,9 +7120,7 @@ class _Version(argparse.Action):
     """Names the copy: people carry this file about."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        with open(__file__, "rb") as source:
-            digest = hashlib.sha256(source.read()).hexdigest()
-        print(f"awsproxy {__version__} (sha256 {digest[:12]})")
+        print(f"awsproxy {__version__} (sha256 {file_sha256()[:12]})")
         parser.exit()
 
 
@@ -6822,6 +7202,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="for 60 s refuse another PurgeQueue, or a deleted queue's name")  # fmt: skip
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
+    add("--log-file", default="", metavar="FILE",
+        help="where the log lines go, if not to standard error; SIGHUP reopens it")  # fmt: skip
     add("--quiet", action="store_true", help="print no line for each call")
     add("--version", action=_Version, nargs=0, help="print version and sha256 of this file")
     return parser
@@ -6858,6 +7240,8 @@ def _add_routes(add: Callable[..., Any]) -> None:
         help="what answers actions, named as in IAM policies: embedded (SQS in memory), aws,"
         " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
+    add("--hook", action="append", default=[], metavar="FILE",
+        help="a Python file with before, rewrite, after or observe; repeatable")  # fmt: skip
     add("--profile", default="", metavar="NAME",
         help="the profile in ~/.aws to forward with, if not what an SDK would find")  # fmt: skip
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
@@ -6881,6 +7265,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             clients = watched.clients
         except (OSError, ValueError) as error:
             return _fail(f"the clients file {options.clients} cannot be used: {error}")
+    metrics = Metrics()
+    try:
+        hooks = [metrics, *build_logs(options), *map(HookFile, options.hook)]
+    except (OSError, ValueError) as error:
+        return _fail(f"a hook or the log file cannot be used: {error}")
     keyring = Keyring(os.environ, options.profile)
     routes = build_routes(options, keyring)
     conflict = _check_upstream_keys(routes, keyring, clients)
@@ -6896,11 +7285,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         account_id=options.account_id,
         public_url=options.public_url or "",
         max_body=options.max_body,
-        observe=None
-        if options.quiet or not sys.stderr
-        else AccessLog(sys.stderr, options.log_format == "json"),
+        hooks=hooks,
+        status=Status(metrics),
+        hook_seconds=options.timeout,
     )
-    refresh = functools.partial(watched.refresh, proxy) if watched else _nothing
+
+    def refresh() -> None:
+        proxy.refresh_hooks()
+        if watched:
+            watched.refresh(proxy)
+
     try:
         server = Server(
             (options.host, options.port),
@@ -6914,6 +7308,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             f"cannot listen on {options.host} port {options.port}: {error};"
             " choose others with --host and --port (0 picks a free one)"
         )
+    metrics.gauge("connections", "Open connections.", lambda: server.connections)
     with server:
         return _serve(server, options)
 
@@ -6955,8 +7350,21 @@ def _check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Cli
     return ""
 
 
-def _nothing() -> None:
-    return None
+def build_logs(options: argparse.Namespace) -> List[AccessLog]:
+    """Return the log that the flags ask for, or none.  Raises OSError.
+
+    SIGHUP has the log file opened again, for those who rotate it.
+    """
+    if options.quiet:
+        return []
+    path = options.log_file
+    stream = open_log(path) if path else sys.stderr
+    if stream is None:  # there is no standard error
+        return []
+    log_of_calls = AccessLog(stream, options.log_format == "json", path)
+    if path and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: log_of_calls.reopen())
+    return [log_of_calls]
 
 
 def _serve(server: Server, options: argparse.Namespace) -> int:

@@ -7772,6 +7772,255 @@ class ThreadTest(unittest.TestCase):
         self.assertLess(spent, 0.1)
 
 
+# ==== 7. Hooks ====
+
+
+class HookTest(unittest.TestCase):
+    def folder_with(self, text):
+        return write(os.path.join(folder(self), "hook.py"), text)
+
+    def caller(self, protocol, *hooks, **settings):
+        caller = Caller(protocol)
+        clients = awsproxy.DEMO_CLIENTS
+        caller.proxy = Proxy(clients, clock=caller.clock, sqs=caller.sqs, hooks=hooks, **settings)
+        return caller
+
+    def test_moments_come_in_their_order(self):
+        seen = []
+
+        def hook(name):
+            def note(moment, result):
+                return lambda *given: seen.append(f"{moment} {name}") or result(*given)
+
+            class Noting:
+                before = staticmethod(note("before", lambda call: None))
+                after = staticmethod(note("after", lambda call, reply: reply))
+                observe = staticmethod(note("observe", lambda exchange: None))
+
+            return Noting()
+
+        self.caller("json", hook("a"), hook("b"))("ListQueues")
+        self.assertEqual(
+            seen, ["before a", "before b", "after b", "after a", "observe b", "observe a"]
+        )
+
+    def test_input_is_the_same_in_either_protocol_and_may_be_changed(self):
+        given = {"QueueUrl": "jobs", "MessageBody": "hello"}
+
+        class Stamp:
+            def before(self, call):
+                if call.action == "sqs:SendMessage":
+                    self.seen = dict(call.input)
+                    call.input["MessageAttributes"] = {"by": string("hook")}
+
+        for protocol in ("json", "query"):
+            with self.subTest(protocol):
+                hook = Stamp()
+                caller = self.caller(protocol, hook)
+                url = caller.queue()
+                caller("SendMessage", **given)
+                self.assertEqual(hook.seen, given)
+                (message,) = caller.receive(url, MessageAttributeNames=["All"])
+                self.assertEqual(message["MessageAttributes"], {"by": string("hook")})
+
+    def test_a_hook_may_answer_refuse_and_fail(self):
+        class Own:
+            def before(self, call):
+                if call.operation == "ListQueues":
+                    return Reply(200, (), b'{"QueueUrls":["mine"]}')
+                if call.operation == "PurgeQueue":
+                    raise ServiceError("AccessDenied", "not today")
+                if call.operation == "DeleteQueue":
+                    raise ValueError("dummysecret")
+                return None
+
+        caller = self.caller("json", Own())
+        url = caller.queue()
+        self.assertEqual(caller("ListQueues"), {"QueueUrls": ["mine"]})
+        with self.assertRaises(Refused) as caught:
+            caller("PurgeQueue", QueueUrl=url)
+        self.assertEqual((caught.exception.status, caught.exception.message), (403, "not today"))
+        with self.assertLogs("awsproxy", "ERROR"), self.assertRaises(Refused) as caught:
+            caller("DeleteQueue", QueueUrl=url)
+        self.assertEqual(
+            (caught.exception.status, caught.exception.code), (500, "InternalFailure")
+        )
+        self.assertNotIn("dummysecret", caught.exception.message)
+        self.assertEqual(caller.queue(), url)
+
+    def test_a_hook_that_hangs_costs_its_own_call_alone(self):
+        released = threading.Event()
+        self.addCleanup(released.set)
+
+        class Slow:
+            def before(self, call):
+                if call.operation == "ListQueues":
+                    released.wait(30)
+
+        caller = self.caller("json", Slow(), hook_seconds=0.05)
+        with self.assertLogs("awsproxy", "ERROR") as logged, self.assertRaises(Refused):
+            caller("ListQueues")
+        self.assertIn("took longer than 0.05 s", "".join(logged.output))
+        self.assertTrue(caller.queue())
+
+    def test_after_may_change_the_answer_and_must_give_one(self):
+        class After:
+            def after(self, call, reply):
+                return reply._replace(status=202) if call.operation == "ListQueues" else None
+
+        caller = self.caller("json", After())
+        request = signed(headers=[("X-Amz-Target", "AmazonSQS.ListQueues")], body=b"{}")
+        self.assertEqual(caller.proxy.handle(request).status, 202)
+        with self.assertLogs("awsproxy", "ERROR"), self.assertRaises(Refused):
+            caller("CreateQueue", QueueName="jobs")
+
+    def test_an_observer_that_fails_costs_nobody_his_answer(self):
+        class Observer:
+            def observe(self, exchange):
+                raise ValueError("no")
+
+        with self.assertLogs("awsproxy", "ERROR"):
+            self.assertEqual(self.caller("json", Observer())("ListQueues"), {})
+
+    def test_a_file_is_loaded_again_when_it_changes_and_kept_when_it_breaks(self):
+        path = self.folder_with("def before(call):\n    call.input['QueueName'] = 'first'\n")
+        caller = self.caller("json", awsproxy.HookFile(path))
+        self.assertTrue(caller.queue().endswith("/first"))
+        for age, text, name in (
+            (2, "def before(call:\n", "first"),
+            (3, "def befor(call):\n    pass\n", "first"),
+            (4, "def before(call):\n    call.input['QueueName'] = 'next'\n", "next"),
+        ):
+            with self.subTest(text), self.assertLogs("awsproxy"):
+                write(path, text, age)
+                caller.proxy.refresh_hooks()
+                self.assertTrue(caller.queue().endswith(name))
+
+    def test_a_file_that_is_no_hook_is_refused(self):
+        for text, pattern in (
+            ("def before(call:\n", "SyntaxError"),
+            ("1 / 0\n", "ZeroDivisionError"),
+            ("x = 1\n", "it has none of before"),
+            ("def befor(call):\n    pass\n", "did you mean before"),
+            ("def before(call):\n    pass\ndef helper():\n    pass\n", "helper is no moment"),
+        ):
+            with self.subTest(text), self.assertRaisesRegex(ValueError, pattern):
+                awsproxy.HookFile(self.folder_with(text))
+        private = "import os\nfrom os.path import join\ndef before(call):\n    _own()\n"
+        awsproxy.HookFile(self.folder_with(private + "def _own():\n    pass\n"))
+
+    def test_the_program_runs_a_hook_that_imports_it(self):
+        hook = self.folder_with(
+            "import awsproxy\n\n\ndef before(call):\n"
+            "    raise awsproxy.ServiceError('OverLimit', 'enough')\n"
+        )
+        program = Program(self.addCleanup, "--hook", hook)
+        with self.assertRaises(Refused) as caught:
+            program.caller()("ListQueues")
+        self.assertEqual((caught.exception.status, caught.exception.code), (403, "OverLimit"))
+        ended = subprocess.run(
+            [sys.executable, awsproxy.__file__, "--hook", hook + "x"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.assertEqual((ended.returncode, ended.stderr.count("\n")), (2, 1), ended.stderr)
+
+
+class MetricsTest(unittest.TestCase):
+    SAMPLE = re.compile(
+        r'awsproxy_\w+(\{\w+="([^"\\\n]|\\[\\"n])*"(,\w+="([^"\\\n]|\\[\\"n])*")*\})? \S+'
+    )
+
+    def counting(self):
+        metrics = awsproxy.Metrics()
+        caller = Caller("json")
+        caller.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, clock=caller.clock, sqs=caller.sqs, hooks=[metrics]
+        )
+        return metrics, caller
+
+    def test_calls_and_refusals_are_counted(self):
+        metrics, caller = self.counting()
+        url = caller.queue()
+        for _ in range(3):
+            caller(
+                "SendMessage",
+                QueueUrl=url,
+                MessageBody="m",
+                headers=[("amz-sdk-request", "attempt=2; max=3")],
+            )
+        caller.client = DEMO._replace(secret_access_key="wrong")
+        with self.assertRaises(Refused):
+            caller("ListQueues")
+        text = metrics.text()
+        labels = 'client="demo",service="sqs",operation="SendMessage",status="200",code="-"'
+        for line in (
+            f"awsproxy_requests_total{{{labels}}} 3",
+            'awsproxy_attempts_total{attempt="2"} 3',
+            'awsproxy_refusals_total{reason="signature"} 1',
+            "awsproxy_throttles_total 0",
+            "awsproxy_request_seconds_count 5",
+            'awsproxy_request_seconds_bucket{le="+Inf"} 5',
+        ):
+            self.assertIn(line + "\n", text)
+
+    def test_the_text_is_as_its_format_says(self):
+        metrics, caller = self.counting()
+        caller.client = DEMO._replace(access_key_id='a"\\b')
+        with self.assertRaises(Refused):
+            caller("ListQueues")
+        metrics.gauge("open", "Open.", lambda: float("nan"))
+        described = set()
+        for line in metrics.text().splitlines():
+            if line.startswith("#"):
+                described.add(line.split()[2])
+                continue
+            self.assertRegex(line, self.SAMPLE.pattern + "$")
+            name = re.match(r"\w+", line)[0]
+            self.assertIn(re.sub("_(bucket|sum|count)$", "", name), described)
+
+    def test_hostile_names_do_not_grow_it(self):
+        metrics, caller = self.counting()
+        for number in range(600):
+            with self.assertRaises(Refused):
+                caller(f"Bogus{number}")
+        text = metrics.text()
+        self.assertIn('operation="other"', text)
+        self.assertLess(len(text.splitlines()), 700)
+
+    def test_our_own_paths_are_told_to_this_machine_alone(self):
+        status = awsproxy.Status(awsproxy.Metrics())
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, status=status)
+        for path, peer, expected in (
+            ("health", "127.0.0.1", 200),
+            ("ready", "::1", 200),
+            ("metrics", "127.0.0.1", 200),
+            ("nothing", "127.0.0.1", 404),
+            ("health", "192.0.2.1", 403),
+            ("metrics", "", 403),
+        ):
+            with self.subTest(path, peer=peer):
+                request = Request("GET", f"/_awsproxy/{path}", (), io.BytesIO(), peer)
+                self.assertEqual(proxy.handle(request).status, expected)
+        post = Request("POST", "/_awsproxy/health", (), io.BytesIO(), "127.0.0.1")
+        self.assertEqual(proxy.handle(post).status, 405)
+
+    def test_a_log_file_is_opened_again_on_sighup(self):
+        path = os.path.join(folder(self), "log")
+        program = Program(self.addCleanup, "--log-file", path, "--log-format", "json")
+        program.caller()("ListQueues")
+        os.rename(path, path + ".1")
+        program.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 5
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        program.caller()("ListQueues")
+        for name in (path, path + ".1"):
+            with open(name, encoding="ascii") as lines:
+                entry = json.loads(lines.readline())
+            self.assertEqual((entry["name"], entry["region"]), ("demo", "us-east-1"))
+
+
 # ==== 9. The server ====
 
 
@@ -8572,6 +8821,7 @@ def refused_code(caller, operation="ListQueues", **given):
 
 
 FLAGS = (
+    " --route --upstream --profile --sign-as --hook --log-file --max-connections "
     "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
     " --no-verify --port --public-url --quiet --region --timeout --version"
 ).split()
@@ -8858,7 +9108,7 @@ class CommandLineTest(unittest.TestCase):
                 entries.append(dict(zip(LOG_FIELDS, values)))
                 entries[-1]["status"] = int(entries[-1]["status"])
                 entries[-1]["ms"] = float(entries[-1]["ms"])
-            self.assertEqual(list(entries[-1]), LOG_FIELDS)
+            self.assertEqual(list(entries[-1])[: len(LOG_FIELDS)], LOG_FIELDS)
         return entries
 
     def test_a_line_is_printed_for_each_call(self):
@@ -8946,7 +9196,7 @@ class CommandLineTest(unittest.TestCase):
         exchange.error = claimed
         for of_json in (False, True):
             stream = io.StringIO()
-            awsproxy.AccessLog(stream, of_json)(exchange)
+            awsproxy.AccessLog(stream, of_json).observe(exchange)
             self.assertRegex(stream.getvalue(), r"\A[ -~]+\n\Z")
             self.assertIn("1970-01-01T00:00:00.000Z", stream.getvalue())
         self.assertEqual(json.loads(stream.getvalue())["error"], claimed)
@@ -8973,7 +9223,7 @@ class CommandLineTest(unittest.TestCase):
         stream.write.side_effect = BrokenPipeError
         proxy = Proxy(
             awsproxy.DEMO_CLIENTS,
-            observe=awsproxy.AccessLog(stream, False),
+            hooks=[awsproxy.AccessLog(stream, False)],
             clock=lambda: EXAMPLE_TIME,
         )
         self.assertEqual(proxy.handle(signed("GET", "/?Action=ListQueues")).status, 200)
@@ -9436,6 +9686,17 @@ class DocumentationTest(unittest.TestCase):
             timeout=30,
             text=True,
         )
+
+    def test_its_hook_does_what_it_says(self):
+        ((_, block),) = self.blocks("hook")
+        hook = write(os.path.join(folder(self), "hook.py"), block)
+        caller = Program(self.addCleanup, "--hook", hook).caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="m")
+        (message,) = caller.receive(url, MessageAttributeNames=["All"])
+        self.assertEqual(message["MessageAttributes"]["sent-by"]["StringValue"], "demo")
+        with self.assertRaisesRegex(Refused, "no purging; 1 tried"):
+            caller("PurgeQueue", QueueUrl=url)
 
     def test_it_shows_the_help_as_it_is(self):
         ((_, shown),) = self.blocks("text")
