@@ -3691,6 +3691,7 @@ class Sqs:
         self._queues: Dict[Tuple[str, str, str], Queue] = {}  # by region, account, name
         self._deleted: Dict[Tuple[str, str, str], float] = {}
         self._running: List[MoveTask] = []
+        self._draining = False
         self._serials = itertools.count(1)
 
     def answer(self, call: Call) -> Optional[Mapping[str, Any]]:
@@ -3700,6 +3701,13 @@ class Sqs:
                 self._move_messages(self._clock())
             output: Optional[Mapping[str, Any]] = OPERATIONS[call.operation].method(self, call)
             return output
+
+    def drain(self) -> None:
+        """Have the calls that wait for messages return with none."""
+        with self._lock:
+            self._draining = True
+            for queue in self._queues.values():
+                queue.changed.notify_all()
 
     # ---- Queues ----
 
@@ -4070,7 +4078,7 @@ class Sqs:
         while True:
             messages = self._again(queue, given, timeout, now)
             messages = messages or self._take(queue, limit, timeout, now)
-            if messages or now >= deadline:
+            if messages or now >= deadline or self._draining:
                 break
             if not call.may_wait:
                 raise WouldWait
@@ -5093,6 +5101,12 @@ class Keyring:
         self._lock = threading.Lock()
         self._caches: Dict[Tuple[str, str, str], CredentialCache] = {}
 
+    def seconds_left(self) -> float:
+        """Return how long the credentials that end first are good."""
+        with self._lock:
+            left = [cache.seconds_left for cache in self._caches.values()]
+        return min(left, default=math.nan)
+
     def of(self, client: Client) -> CredentialCache:
         """Return the credentials of a client; its section names the session of its role."""
         role = client.upstream_role_arn
@@ -5476,6 +5490,16 @@ class Waiting:
         """Close the connection, whose answer comes too late."""
         self._about[3].close()
 
+    def put_back(self) -> None:
+        """Wait for the messages that nobody will have, and make them visible again."""
+        call, outgoing, _, connection = self._about
+        try:
+            self._about[3].blocking(lambda: Reply(200, (), b""))
+            reply = self._upstream._reply(connection, connection.answer(), call.request.method)
+            self._upstream._release(call, outgoing, receipt_handles(reply))
+        except UpstreamError as error:
+            log.warning("messages may stay hidden, the upstream did not answer: %s", error)
+
 
 class Upstream:
     """Sends calls on, signed anew: to AWS by service and region, or to one endpoint.
@@ -5807,7 +5831,7 @@ class Upstream:
             log.warning("%d messages whose receiver is gone hidden: %s", len(handles), error)
 
 
-# ==== 7. Hooks: Hook, HookFile, Exchange, AccessLog, Metrics ====
+# ==== 7. Hooks: Exchange, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection ====
 #
 # Everything that watches calls or changes them is a hook, ours too.
 
@@ -5816,8 +5840,8 @@ class Exchange:
     """A request, and what became of it, as `Hook.observe` sees it."""
 
     __slots__ = (
-        "call", "error", "reason", "reply_bytes", "request", "request_id", "seconds", "started",
-        "status", "wire",
+        "call", "error", "reason", "reply", "reply_bytes", "request", "request_id", "seconds",
+        "started", "status", "wire",
     )  # fmt: skip
 
     def __init__(self, request: Request, started: float, request_id: str) -> None:
@@ -5831,6 +5855,7 @@ class Exchange:
         self.reason = ""  # the row of REFUSALS, if its signature was refused
         self.seconds = 0.0
         self.reply_bytes = 0
+        self.reply: Optional[Reply] = None
 
     @property
     def access_key_id(self) -> str:
@@ -6180,6 +6205,226 @@ def file_sha256() -> str:
         return hashlib.sha256(source.read()).hexdigest()
 
 
+class InFlight(Hook):
+    """Counts the messages that workers hold, by queue, of SQS in memory and of forwarded SQS.
+
+    A message is held from its receive until it is deleted, made visible, or its visibility
+    timeout is over.  `ask` returns the visibility timeout of the queue that a call is about, in
+    seconds; `run` has it asked without keeping anybody waiting.
+    """
+
+    FORGET_SECONDS = 60  # after which a queue is asked again
+    NOTED = frozenset(
+        "ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage DeleteMessageBatch"
+        " DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
+    )
+
+    def __init__(
+        self,
+        ask: Callable[[Call, str], int],
+        run: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._ask = ask
+        self._run = run
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._held: Dict[str, Tuple[str, float]] = {}  # handle -> queue, until when; inf: unknown
+        self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
+        self._timeouts: Dict[str, Tuple[int, float]] = {}  # queue -> its timeout, as of when
+
+    def counts(self) -> Dict[str, int]:
+        """Return how many messages are held, by queue, those with any."""
+        with self._lock:
+            self._expire()
+            return dict(collections.Counter(queue for queue, _ in self._held.values()))
+
+    @property
+    def total(self) -> int:
+        """How many messages are held."""
+        with self._lock:
+            self._expire()
+            return len(self._held)
+
+    @property
+    def longest(self) -> float:
+        """How many seconds the longest hold has left; 0 if nothing is held."""
+        with self._lock:
+            ends = [until for _, until in self._held.values() if until < math.inf]
+            return max(ends, default=self._clock()) - self._clock()
+
+    def observe(self, exchange: Exchange) -> None:
+        """Take note of an answered call."""
+        if exchange.call and exchange.reply:
+            self.note(exchange.call, exchange.reply)
+
+    def note(self, call: Call, reply: Reply) -> None:
+        """Take note of a call and its answer."""
+        if call.operation not in self.NOTED or call.service != "sqs" or reply.status != 200:
+            return
+        operation, given = call.operation, call.input
+        queue = _queue_name(given.get("QueueUrl") or call.request.path)
+        if operation == "ReceiveMessage":
+            self._take(call, queue, given.get("VisibilityTimeout"), receipt_handles(reply))
+        elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
+            self._settle([given], queue)
+        elif operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
+            done = successful_ids(reply)
+            self._settle([entry for entry in given["Entries"] if entry["Id"] in done], queue)
+        elif operation in ("PurgeQueue", "DeleteQueue"):
+            with self._lock:
+                self._held = {h: held for h, held in self._held.items() if held[0] != queue}
+        elif operation == "SetQueueAttributes":
+            self._timeouts.pop(queue, None)
+
+    def _take(
+        self, call: Call, queue: str, timeout: Optional[int], handles: Sequence[str]
+    ) -> None:
+        if not handles:
+            return
+        now = self._clock()
+        known = self._timeouts.get(queue, (0, -math.inf))
+        if timeout is None and now < known[1] + self.FORGET_SECONDS:
+            timeout = known[0]
+        with self._lock:
+            for handle in handles:
+                self._hold(handle, queue, math.inf if timeout is None else now + timeout)
+        if timeout is None:
+            self._run(functools.partial(self._learn, call, queue, now, handles))
+
+    def _learn(self, call: Call, queue: str, taken: float, handles: Sequence[str]) -> None:
+        """Ask how long the messages are held that were taken then."""
+        try:
+            timeout = self._ask(call, queue)
+        except Exception as error:
+            log.warning(
+                "the visibility timeout of %s is not known, 30 s are taken: %s", queue, error
+            )
+            timeout = 30  # what a queue has if nobody set another
+        self._timeouts[queue] = (timeout, self._clock())
+        with self._lock:
+            for handle in handles:
+                if self._held.get(handle) == (queue, math.inf):
+                    self._hold(handle, queue, taken + timeout)
+
+    def _hold(self, handle: str, queue: str, until: float) -> None:
+        self._held[handle] = (queue, until)
+        if until < math.inf:
+            heapq.heappush(self._ends, (until, handle))
+
+    def _settle(self, entries: Sequence[Mapping[str, Any]], queue: str) -> None:
+        with self._lock:
+            for entry in entries:
+                handle, timeout = entry["ReceiptHandle"], entry.get("VisibilityTimeout")
+                if timeout:
+                    self._hold(handle, queue, self._clock() + timeout)
+                else:
+                    self._held.pop(handle, None)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._ends and self._ends[0][0] <= now:
+            until, handle = heapq.heappop(self._ends)
+            if self._held.get(handle, ("", 0.0))[1] == until:
+                del self._held[handle]
+
+
+def _queue_name(url: str) -> str:
+    """Return `account/name`, or the name alone if that is all there is."""
+    return "/".join(url.rstrip("/").split("/")[-2:])
+
+
+_XML_ID = re.compile(rb"<\w+BatchResultEntry><Id>([^<]*)<")
+
+
+def successful_ids(reply: Reply) -> Set[str]:
+    """Return the ids of the entries of a batch that succeeded."""
+    assert isinstance(reply.body, bytes)
+    if not _is_json(reply):
+        return {html.unescape(found.decode()) for found in _XML_ID.findall(reply.body)}
+    try:
+        return {entry["Id"] for entry in read_json(reply.body.decode()).get("Successful") or []}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return set()
+
+
+class TaskProtection(InFlight):
+    """Keeps an ECS task from being scaled in while messages are in flight.
+
+    Protection is asked for on the edge from idle to busy, before the messages are handed out,
+    given back on the way to idle, and renewed between; whatever the agent says, a message is
+    never failed for it ("Task scale-in protection endpoint", Amazon ECS Developer Guide).
+    """
+
+    PATIENCE = 3  # seconds that handing out messages may wait for the agent
+    MINUTES = 60  # of protection, at the least; it is renewed when half of it is over
+    BACKOFF = (1, 2, 5, 10, 30, 60)
+
+    def __init__(
+        self,
+        agent_uri: str,
+        ask: Callable[[Call, str], int],
+        run: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.time,
+        put: Optional[Callable[[str, bytes, float], bytes]] = None,
+    ) -> None:
+        super().__init__(ask, run, clock)
+        self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
+        self._put = put or _put
+        self._protected_until = 0.0
+        self._failures = 0
+        self._not_before = 0.0
+        self._agent = threading.Lock()  # one request at a time
+
+    def observe(self, exchange: Exchange) -> None:
+        """`after` has taken note."""
+
+    def after(self, call: Call, reply: Reply) -> Reply:
+        """Take note; on the edge to busy, wait for protection, within bounds."""
+        self.note(call, reply)
+        if call.operation == "ReceiveMessage" and self.total:
+            if self._protected_until <= self._clock():
+                self.tend()
+        elif self._protected_until and not self.total:
+            self._run(self.tend)
+        return reply
+
+    def tend_later(self) -> None:
+        """Have `tend` called, without waiting; once each half second will do."""
+        if self._protected_until or self.total:
+            self._run(self.tend)
+
+    def tend(self) -> None:
+        """Ask for protection, renew it or give it back, if that is due."""
+        with self._agent:
+            now, busy = self._clock(), self.total > 0
+            minutes = min(max(self.MINUTES, math.ceil(self.longest / 60) * 2), 2880)
+            due = busy and self._protected_until - now < minutes * 30
+            if now < self._not_before or not (due or (self._protected_until and not busy)):
+                return
+            wanted: Dict[str, Any] = {"ProtectionEnabled": busy}
+            if busy:
+                wanted["ExpiresInMinutes"] = minutes
+            try:
+                answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
+                failure = answer.get("failure") or answer.get("error")
+                if failure:
+                    raise ValueError(failure.get("Reason") or failure.get("Code"))
+            except (Skipped, ValueError, AttributeError) as error:
+                pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
+                self._failures += 1
+                self._not_before = now + pause
+                log.warning("task protection not changed, next try in %d s: %s", pause, error)
+                return
+            self._failures = 0
+            self._protected_until = now + minutes * 60 if busy else 0.0
+
+
+def _put(url: str, body: bytes, timeout: float) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    return fetch(url, headers, data=body, method="PUT", timeout=timeout)
+
+
 # ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
 DEMO_CLIENTS: Clients = {
@@ -6188,6 +6433,9 @@ DEMO_CLIENTS: Clients = {
         Client("demo", "dummykey", "dummysecret", "dummysession"),
     )
 }
+
+
+RECEIVE = "sqs:ReceiveMessage"
 
 
 class Target(Protocol):
@@ -6248,28 +6496,69 @@ class Route(NamedTuple):
 
 
 class Status:
-    """The paths of our own, under `/_awsproxy/`: health, ready, and metrics if there are any."""
+    """The paths of our own, under `/_awsproxy/`: health, ready, metrics, in-flight."""
 
     PREFIX = "/_awsproxy/"
 
-    def __init__(self, metrics: Optional[Metrics] = None) -> None:
+    def __init__(
+        self, metrics: Optional[Metrics] = None, in_flight: Optional[InFlight] = None
+    ) -> None:
+        self.draining = False
         self._metrics = metrics
+        self._in_flight = in_flight
 
     def answer(self, request: Request) -> Reply:
         """Return what a path tells, 404 for one that tells nothing."""
-        name = request.path[len(self.PREFIX) :]
+        name = request.path.replace(self.PREFIX, "", 1)
         if request.method not in ("GET", "HEAD"):
             return self._reply(405, "GET is all there is\n")
+        if name == "ready" and self.draining:
+            return self._reply(503, "draining\n")
         if name in ("health", "ready"):
             return self._reply(200, "ok\n")
+        if name == "in-flight" and self._in_flight:
+            return self._reply(200, json.dumps(self._in_flight.counts()), "application/json")
         if name == "metrics" and self._metrics:
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return self._reply(200, self._metrics.text(), kind)
-        return self._reply(404, "health, ready and metrics are all there is\n")
+        return self._reply(404, "health, ready, metrics and in-flight are all there is\n")
 
     def _reply(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
         headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
         return Reply(status, headers, text.encode("utf-8"))
+
+
+class Admin:
+    """What a Server has for a proxy where it tells of our own paths, and nothing else."""
+
+    max_body = 0
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def begin(self, request: Request) -> Reply:
+        """Return what the path tells."""
+        return self._status.answer(request)
+
+    def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
+        """The same; or the refusal."""
+        if refused:
+            return Rest(of_xml=False).error(request, refused, random_id())
+        return self._status.answer(request)
+
+    def longest_body(self, head: Head) -> int:
+        """Nobody sends one."""
+        return self.max_body
+
+
+class NoMessages:
+    """Answers ReceiveMessage at once, with none, while we are on our way out."""
+
+    may_block = False
+
+    def answer(self, call: Call, request_id: str) -> Reply:
+        """Return an empty answer."""
+        return call.wire.output(call, SQS_MODEL, {}, request_id)
 
 
 class Pending:
@@ -6302,6 +6591,18 @@ class Pending:
             if result is not None:
                 return result
         return self.give_up()
+
+    @property
+    def is_poll(self) -> bool:
+        """Whether it waits for messages."""
+        return self._exchange.call is not None and self._exchange.call.action == RECEIVE
+
+    def cut_short(self) -> Tuple[Reply, Callable[[], None]]:
+        """Return an answer without messages, and what puts back those that still come."""
+        call = self._exchange.call
+        assert call
+        act = functools.partial(NoMessages().answer, call, self._exchange.request_id)
+        return self._proxy.complete(self._exchange, act), self._waiting.put_back
 
     def give_up(self) -> Reply:
         """Return the refusal of a call whose answer comes too late."""
@@ -6337,6 +6638,7 @@ class Proxy:
         sqs: Optional[Sqs] = None,
         hook_seconds: float = 60,
     ) -> None:
+        self.draining = False  # on the way out: nobody gets messages any more
         self._hook_seconds = hook_seconds
         self._workers = Workers()
         self._account_id = account_id
@@ -6484,6 +6786,7 @@ class Proxy:
 
     def observed(self, exchange: Exchange, reply: Reply) -> Reply:
         """Have the reply logged, and return it."""
+        exchange.reply = reply
         exchange.status = reply.status
         exchange.seconds = self._clock() - exchange.started
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
@@ -6530,7 +6833,37 @@ class Proxy:
             encoded,
         )
         exchange.call = call
-        return call, self._target(call.action)
+        target = self._target(call.action)
+        return call, NoMessages() if self.draining and call.action == RECEIVE else target
+
+    def visibility_timeout(self, call: Call, queue: str) -> int:
+        """Return the visibility timeout of the queue that a call is about, in seconds.
+
+        Asked of what answers the call, on its caller's behalf.
+        """
+        url = call.input.get("QueueUrl") or call.request.path
+        body = _to_json({"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]})
+        headers = (
+            ("Host", call.request.header("host") or "localhost"),
+            ("X-Amz-Target", "AmazonSQS.GetQueueAttributes"),
+            ("Content-Type", "application/x-amz-json-1.0"),
+        )
+        source = io.BytesIO(body)
+        request = Request("POST", "/", headers, source)
+        asked = Call(
+            request,
+            AWS_JSON["1.0"],
+            "sqs",
+            "GetQueueAttributes",
+            call.region,
+            call.caller,
+            source,
+            base_url=call.base_url,
+            encoded=source,
+        )
+        reply = self._target(asked.action).answer(asked, "")
+        assert isinstance(reply.body, bytes)
+        return int(read_json(reply.body.decode())["Attributes"]["VisibilityTimeout"])
 
     def _find_target(self, action: str) -> Target:
         for route in self._routes:
@@ -6836,7 +7169,7 @@ class Server(http.server.HTTPServer):
     def __init__(
         self,
         address: Tuple[str, int],
-        proxy: Proxy,
+        proxy: Union[Proxy, Admin],
         *,
         timeout: float = 60,
         max_connections: int = 10000,
@@ -6885,11 +7218,15 @@ class Server(http.server.HTTPServer):
                 tick = time.monotonic() + poll_interval
         self._stopped.set()
 
-    def shutdown(self) -> None:
-        """Have `serve_forever` return, and wait until it does."""
+    def stop(self) -> None:
+        """Have `serve_forever` return."""
         self._stopping = True
         with contextlib.suppress(OSError):  # it has returned, and all is closed
             self._wake.send(b"x")
+
+    def shutdown(self) -> None:
+        """Have `serve_forever` return, and wait until it does."""
+        self.stop()
         self._stopped.wait()
 
     def server_close(self) -> None:
@@ -6902,6 +7239,20 @@ class Server(http.server.HTTPServer):
         self._selector.close()
         self._wake.close()
         self._woken.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is being answered."""
+        parked = self._selector.get_map()
+        return not self._pending and all(c.socket in parked for c in self._conversations)
+
+    def cut_polls_short(self) -> None:
+        """Answer the calls that wait for an upstream's messages with none; from the loop."""
+        for pending in [p for p in self._pending if p.is_poll]:
+            reply, put_back = pending.cut_short()
+            self._selector.unregister(pending.socket)
+            self._workers.run(put_back)
+            self._settle(pending, reply)
 
     @property
     def connections(self) -> int:
@@ -7171,6 +7522,13 @@ def _sign_as(text: str) -> Tuple[str, str]:
     return service, region
 
 
+def _address(text: str) -> Tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 _EXAMPLES = """\
 examples:
   python awsproxy.py --port 8081                       the demo client, dummykey
@@ -7213,6 +7571,10 @@ def _add_listening(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_number(int, 0, 65535), default=8081, metavar="PORT",
         help="port to listen on; 0 picks one")  # fmt: skip
+    add("--admin", type=_address, metavar="HOST:PORT",
+        help="where to tell /_awsproxy/ paths, if not to this machine on --port")  # fmt: skip
+    add("--drain-seconds", type=_number(float, 0, 86400), default=0, metavar="SECONDS",
+        help="how long, at the end, to wait for messages in flight to be settled")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
         help="what queue URLs begin with, if not http:// and the Host of the request")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
@@ -7242,85 +7604,176 @@ def _add_routes(add: Callable[..., Any]) -> None:
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--hook", action="append", default=[], metavar="FILE",
         help="a Python file with before, rewrite, after or observe; repeatable")  # fmt: skip
+    add("--task-protection", action="store_true",
+        help="keep the ECS task from being scaled in while messages are in flight")  # fmt: skip
     add("--profile", default="", metavar="NAME",
         help="the profile in ~/.aws to forward with, if not what an SDK would find")  # fmt: skip
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
         help="with --no-verify, what an unsigned call is, if its Host does not tell")  # fmt: skip
 
 
-def _fail(message: str) -> int:
-    print(f"awsproxy: {message}", file=sys.stderr)
-    return 2
+class UsageError(Exception):
+    """What is wrong with the flags, or with what they name, in one line with its remedy."""
+
+
+class Program:
+    """The parts of a running proxy, put together as the flags want it.  Raises UsageError."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._watched: Optional[ClientsFile] = None
+        self._drain_until = math.inf
+        self._sqs = Sqs(cooldown=options.cooldown)
+        clients = self._read_clients()
+        metrics = Metrics()
+        keyring = Keyring(os.environ, options.profile)
+        routes = build_routes(options, keyring, self._sqs)
+        check_upstream_keys(routes, keyring, clients)
+        self._in_flight = self._build_in_flight()
+        self._status = Status(metrics, self._in_flight)
+        self.proxy = Proxy(
+            clients,
+            routes=routes,
+            verified=not options.no_verify,
+            sign_as=options.sign_as,
+            clock_skew=options.clock_skew,
+            regions=options.region,
+            account_id=options.account_id,
+            public_url=options.public_url or "",
+            max_body=options.max_body,
+            hooks=[metrics, self._in_flight, *self._read_hooks()],
+            status=None if options.admin else self._status,
+            hook_seconds=options.timeout,
+        )
+        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port")
+        self.admin = None
+        if options.admin:
+            self.admin = self._listen(options.admin, Admin(self._status), "--admin")
+        metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
+        metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
+        metrics.gauge(
+            "credentials_seconds",
+            "Until the credentials to forward with end.",
+            keyring.seconds_left,
+        )
+
+    def _read_clients(self) -> Clients:
+        path = self._options.clients
+        if not path:
+            return DEMO_CLIENTS
+        try:
+            self._watched = ClientsFile(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the clients file {path} cannot be used: {error}") from error
+        return self._watched.clients
+
+    def _read_hooks(self) -> List[Any]:
+        try:
+            return [*build_logs(self._options), *map(HookFile, self._options.hook)]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"a hook or the log file cannot be used: {error}") from error
+
+    def _build_in_flight(self) -> InFlight:
+        def ask(call: Call, queue: str) -> int:
+            return self.proxy.visibility_timeout(call, queue)
+
+        run, agent = Workers().run, os.environ.get("ECS_AGENT_URI", "")
+        if not self._options.task_protection:
+            return InFlight(ask, run)
+        if not agent:
+            log.warning("--task-protection does nothing here: ECS_AGENT_URI is not set")
+            return InFlight(ask, run)
+        return TaskProtection(agent, ask, run)
+
+    def _listen(self, address: Tuple[str, int], proxy: Union[Proxy, Admin], flags: str) -> Server:
+        try:
+            return Server(
+                address,
+                proxy,
+                timeout=self._options.timeout,
+                max_connections=self._options.max_connections,
+                every_half_second=self._tick if isinstance(proxy, Proxy) else _nothing,
+            )
+        except (OSError, UnicodeError) as error:
+            raise UsageError(
+                f"cannot listen on {address[0]} port {address[1]}: {error};"
+                f" choose others with {flags} (0 picks a free one)"
+            ) from error
+
+    def _tick(self) -> None:
+        """Do what is due each half second."""
+        self.proxy.refresh_hooks()
+        if self._watched:
+            self._watched.refresh(self.proxy)
+        if isinstance(self._in_flight, TaskProtection):
+            self._in_flight.tend_later()
+        if self._drain_until < math.inf:
+            self.server.cut_polls_short()
+            settled = self.server.is_idle and not self._in_flight.total
+            if settled or time.monotonic() > self._drain_until:
+                self.server.stop()
+
+    def end(self) -> None:
+        """Drain, if the flags want that, and end; at once if asked a second time."""
+        if not self._options.drain_seconds or self._drain_until < math.inf:
+            self.server.stop()
+            return
+        self._drain_until = time.monotonic() + self._options.drain_seconds
+        self.proxy.draining = self._status.draining = True
+        self._sqs.drain()
+
+    def serve(self) -> int:
+        """Serve until a signal ends it; return the exit code."""
+        options = self._options
+        address = str(self.server.server_address[0]).partition("%")[0]
+        if not ipaddress.ip_address(address).is_loopback:
+            if options.no_verify:
+                raise UsageError("--no-verify is for a loopback --host alone, and this is not one")
+            if not options.clients:
+                message = "the demo client is for a loopback --host alone; name --clients FILE"
+                raise UsageError(message)
+        if options.no_verify:
+            log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: threading.Thread(target=self.end).start())
+        if self.admin:
+            threading.Thread(target=self.admin.serve_forever, daemon=True).start()
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        port = self.server.server_address[1]
+        print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+        # What exists now stays; messages in memory are many, and a collector that visits them all
+        # again and again would find nothing, for what a call leaves behind has no cycles.
+        gc.freeze()
+        gc.set_threshold(100000, 50, 100)
+        self.server.serve_forever()
+        return 0
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, the command line's if None; return its exit code."""
     options = build_parser().parse_args(argv)
     logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO)
-    watched = None
-    clients = DEMO_CLIENTS
-    if options.clients:
-        try:
-            watched = ClientsFile(options.clients)
-            clients = watched.clients
-        except (OSError, ValueError) as error:
-            return _fail(f"the clients file {options.clients} cannot be used: {error}")
-    metrics = Metrics()
     try:
-        hooks = [metrics, *build_logs(options), *map(HookFile, options.hook)]
-    except (OSError, ValueError) as error:
-        return _fail(f"a hook or the log file cannot be used: {error}")
-    keyring = Keyring(os.environ, options.profile)
-    routes = build_routes(options, keyring)
-    conflict = _check_upstream_keys(routes, keyring, clients)
-    if conflict:
-        return _fail(conflict)
-    proxy = Proxy(
-        clients,
-        routes=routes,
-        verified=not options.no_verify,
-        sign_as=options.sign_as,
-        clock_skew=options.clock_skew,
-        regions=options.region,
-        account_id=options.account_id,
-        public_url=options.public_url or "",
-        max_body=options.max_body,
-        hooks=hooks,
-        status=Status(metrics),
-        hook_seconds=options.timeout,
-    )
-
-    def refresh() -> None:
-        proxy.refresh_hooks()
-        if watched:
-            watched.refresh(proxy)
-
-    try:
-        server = Server(
-            (options.host, options.port),
-            proxy,
-            timeout=options.timeout,
-            max_connections=options.max_connections,
-            every_half_second=refresh,
-        )
-    except (OSError, UnicodeError) as error:
-        return _fail(
-            f"cannot listen on {options.host} port {options.port}: {error};"
-            " choose others with --host and --port (0 picks a free one)"
-        )
-    metrics.gauge("connections", "Open connections.", lambda: server.connections)
-    with server:
-        return _serve(server, options)
+        program = Program(options)
+        with program.server:
+            return program.serve()
+    except UsageError as error:
+        print(f"awsproxy: {error}", file=sys.stderr)
+        return 2
 
 
-def build_routes(options: argparse.Namespace, keyring: Keyring) -> Sequence[Route]:
+def _nothing() -> None:
+    return None
+
+
+def build_routes(options: argparse.Namespace, keyring: Keyring, sqs: Sqs) -> Sequence[Route]:
     """Return the routes that the flags ask for."""
     given = list(options.route)
     if options.upstream:
         given.append(("*", options.upstream))
     pool = Pool()
     targets: Dict[str, Target] = {
-        "embedded": Embedded(Sqs(cooldown=options.cooldown)),
+        "embedded": Embedded(sqs),
         "deny": Deny(),
     }
     for _, name in given:
@@ -7330,24 +7783,21 @@ def build_routes(options: argparse.Namespace, keyring: Keyring) -> Sequence[Rout
     return [Route(pattern, targets[name]) for pattern, name in given or [("sqs:*", "embedded")]]
 
 
-def _check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> str:
-    """Return why the keys to forward with cannot be used, "" if they can; warn if none are."""
+def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> None:
+    """Warn where there are no keys to forward with; UsageError if one is a client's, too."""
     if not any(isinstance(route.target, Upstream) for route in routes):
-        return ""
+        return
     for client in itertools.chain.from_iterable(clients.values()):
         try:
             keys = keyring.of(client).get()
         except Skipped as reason:
-            log.warning(
-                "no credentials to forward the calls of [%s] with: %s", client.name, reason
-            )
+            log.warning("no credentials to forward calls of [%s] with: %s", client.name, reason)
             continue
         if keys.access_key_id in clients:
-            return (
+            raise UsageError(
                 f"the key {keys.access_key_id} is both a client's and the one to forward with; who"
                 " holds it needs no proxy: give the clients keys of their own with --clients"
             )
-    return ""
 
 
 def build_logs(options: argparse.Namespace) -> List[AccessLog]:
@@ -7365,27 +7815,6 @@ def build_logs(options: argparse.Namespace) -> List[AccessLog]:
     if path and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: log_of_calls.reopen())
     return [log_of_calls]
-
-
-def _serve(server: Server, options: argparse.Namespace) -> int:
-    address, port = server.server_address[:2]
-    if not ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
-        if options.no_verify:
-            return _fail("--no-verify is for a loopback --host alone, and this is not one")
-        if not options.clients:
-            return _fail("the demo client is for a loopback --host alone; name --clients FILE")
-    if options.no_verify:
-        log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
-    # What exists now stays; messages in memory are many, and a collector that visits them all
-    # again and again would find nothing, for what a call leaves behind has no cycles.
-    gc.freeze()
-    gc.set_threshold(100000, 50, 100)
-    server.serve_forever()
-    return 0
 
 
 if __name__ == "__main__":
