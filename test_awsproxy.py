@@ -8821,7 +8821,8 @@ def refused_code(caller, operation="ListQueues", **given):
 
 
 FLAGS = (
-    " --route --upstream --profile --sign-as --hook --log-file --max-connections "
+    " --route --upstream --profile --sign-as --hook --log-file --max-connections --admin"
+    " --drain-seconds --task-protection "
     "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
     " --no-verify --port --public-url --quiet --region --timeout --version"
 ).split()
