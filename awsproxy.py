@@ -1,42 +1,43 @@
 #!/usr/bin/env python3
-"""awsproxy: see each AWS call, check its signature, and answer it.
+"""awsproxy: see each AWS call, check its signature, answer it here or pass it on.
 
 AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests
-with Signature Version 4.  This one file stands where AWS would stand: it verifies the
+with Signature Version 4.  This one file stands between them and AWS: it verifies the
 signature as strictly as AWS does, finds out which operation is meant, and answers Amazon
-SQS itself from memory, in JSON or in XML as the request asks.
+SQS itself, from memory, or forwards the call, signed anew with the real credentials.
 
 Run it, and call it with the AWS command line:
 
     python awsproxy.py --port 8081
     aws --endpoint-url http://localhost:8081 sqs create-queue --queue-name jobs
 
+Put it before AWS, with keys of its own for those who call, and a hook that watches them:
+
+    python awsproxy.py --upstream aws --clients clients --hook count.py
+
 Learn Signature Version 4 with curl; change any signed header and read the refusal:
 
     curl localhost:8081 --aws-sigv4 aws:amz:us-east-1:sqs --user dummykey:dummysecret \\
          -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'
 
-Use it from a test, without a socket:
+What happens to a call (`Proxy.handle` is the plot, and needs no socket):
 
-    proxy = awsproxy.Proxy(awsproxy.DEMO_CLIENTS)
-    reply = proxy.handle(awsproxy.Request("POST", "/", headers, io.BytesIO(body)))
-
-What happens to a call:
-
-    socket -> Request -> verify -> Call -> Sqs -+
-              (wire)     (who?)    (what?)      |
-    socket <- Reply  <--------------------------+-- error, in the caller's own protocol
+    socket -> Request -> verify -> Call -> before hooks -+-> Embedded | Upstream | Deny -+
+              (wire)     (who?)    (what?)               +-> a hook answered ------------+
+    socket <- Reply  <---------------- after hooks <---- error, in the caller's protocol <+
 
 The chapters, each using only earlier ones:
 
     1  Messages              Request, Call, Reply, ServiceError
-    2  HTTP/1.1 framing      parse_head, body_framing, chunked decoding
-    3  Signature Version 4   parse, canonicalize, verify
+    2  HTTP/1.1 framing      parse_head, body_framing, Stream, LengthBody, ChunkedBody
+    3  Signature Version 4   parse, canonicalize, verify, sign; bodies checked as they stream
     4  Wire protocols        AWS JSON, AWS Query, REST
     5  SQS in memory         Queue, Message, Sqs, OPERATIONS
-    8  The proxy             Proxy.handle, AccessLog
-    9  The server            RequestHandler, Server
-    10 Command line          build_parser, main
+    6  Upstream              endpoint_for, CredentialChain, Pool, Upstream
+    7  Hooks                 Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
+    8  The proxy             Route, Embedded, Deny, Proxy
+    9  The server            Conversation, Workers, Server
+    10 Command line          build_parser, Program, main
 
 Chapters 1 to 4 are pure: bytes in, bytes out, the time an argument.  The names in
 `__all__` are what the README shows and what stays; everything else may change.
@@ -117,7 +118,19 @@ from typing import (
 from xml.sax.saxutils import escape
 
 __version__ = "0.1.0"
-__all__ = ["DEMO_CLIENTS", "Client", "Proxy", "Reply", "Request", "Server", "ServiceError", "main"]
+__all__ = [
+    "DEMO_CLIENTS",
+    "Client",
+    "Hook",
+    "Proxy",
+    "Reply",
+    "Request",
+    "Route",
+    "Server",
+    "ServiceError",
+    "Sqs",
+    "main",
+]
 
 log = logging.getLogger("awsproxy")
 
@@ -831,7 +844,7 @@ def encode_reply(
     return head if head_only or bodiless else head + body
 
 
-# ==== 3. Signature Version 4: parse_authorization, canonical_request, string_to_sign, verify ====
+# ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
 #
 # The caller and we each reduce the request to one text, sign it with the same secret, and
 # compare.  All trouble comes from reducing it differently: so the raw target, the raw header
@@ -5715,7 +5728,7 @@ class Upstream:
                 retry = connection.reused and error.unanswered and replayable and repeatable
                 if again or not retry:
                     raise self._down(error) from error
-            except BaseException:
+            except Exception:
                 connection.close()  # a body that proved wrong: what was sent is not complete
                 raise
         raise AssertionError("unreachable")
@@ -7378,7 +7391,7 @@ class Server(http.server.HTTPServer):
                 conversation.proceed()
 
 
-# ==== 10. Command line: read_clients, build_parser, main ====
+# ==== 10. Command line: read_clients, build_parser, Program, main ====
 
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
