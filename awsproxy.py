@@ -6969,13 +6969,14 @@ class Manner(NamedTuple):
 class Conversation:
     """A connection: what has arrived and was not used yet, and when it is given up."""
 
-    __slots__ = ("buffer", "deadline", "peer", "scanned", "server", "socket")
+    __slots__ = ("buffer", "deadline", "parked", "peer", "scanned", "server", "socket")
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
         self.server = server
         self.socket = connection
         self.peer = peer
         self.buffer = b""
+        self.parked = False  # whether the loop waits for it
         self.scanned = 0  # the buffer holds no end of a head before this
         self.deadline = 0.0
 
@@ -7160,9 +7161,9 @@ class Conversation:
         """Drop what still arrives, for a moment: a reset would overtake the answer."""
         self.socket.shutdown(socket.SHUT_WR)
         self.socket.settimeout(0.5)
-        for _ in range(1024):
-            if not self.socket.recv(65536):
-                return
+        until = time.monotonic() + 2
+        while self.socket.recv(65536) and time.monotonic() < until:
+            pass
 
 
 def _manner(request: Request, version: str) -> Manner:
@@ -7193,7 +7194,12 @@ class Server(http.server.HTTPServer):
         self.proxy = proxy
         self.timeout_seconds = timeout
         self._max_connections = max_connections
-        self._every_half_second = every_half_second
+        self._regular = (
+            self._give_up_late,
+            self._give_up_pending,
+            self._listen_again,
+            every_half_second,
+        )
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
@@ -7218,18 +7224,20 @@ class Server(http.server.HTTPServer):
         tick = time.monotonic() + poll_interval
         while not self._stopping:
             for key, _ in self._selector.select(max(0.0, tick - time.monotonic())):
-                try:
-                    key.data()
-                except Exception:
-                    log.exception("a connection failed")
-                    self._drop(key.fileobj)
+                self._guarded(key.data, key.fileobj)
             if time.monotonic() >= tick:
-                self._give_up_late()
-                self._give_up_pending()
-                self._listen_again()
-                self._every_half_second()
                 tick = time.monotonic() + poll_interval
+                for act in self._regular:
+                    self._guarded(act)
         self._stopped.set()
+
+    def _guarded(self, act: Callable[[], None], connection: Any = None) -> None:
+        """Do it; what goes wrong must not end the server."""
+        try:
+            act()
+        except Exception:
+            log.exception("a connection failed")
+            self._drop(connection)
 
     def stop(self) -> None:
         """Have `serve_forever` return."""
@@ -7256,8 +7264,7 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Whether no call is being answered."""
-        parked = self._selector.get_map()
-        return not self._pending and all(c.socket in parked for c in self._conversations)
+        return not self._pending and all(c.parked for c in self._conversations)
 
     def cut_polls_short(self) -> None:
         """Answer the calls that wait for an upstream's messages with none; from the loop."""
@@ -7309,6 +7316,7 @@ class Server(http.server.HTTPServer):
 
     def _park(self, conversation: Conversation) -> None:
         """Have the loop wait for what the connection says next."""
+        conversation.parked = True
         conversation.socket.setblocking(False)
         conversation.deadline = time.monotonic() + self.timeout_seconds
         self._selector.register(conversation.socket, selectors.EVENT_READ, conversation.readable)
@@ -7316,7 +7324,11 @@ class Server(http.server.HTTPServer):
     def forget(self, conversation: Conversation) -> None:
         """Leave a connection that is closed."""
         self._conversations.discard(conversation)
-        with contextlib.suppress(KeyError, ValueError):  # a worker has it
+        self._unpark(conversation)
+
+    def _unpark(self, conversation: Conversation) -> None:
+        if conversation.parked:
+            conversation.parked = False
             self._selector.unregister(conversation.socket)
 
     def _drop(self, failed: Any) -> None:
@@ -7325,8 +7337,7 @@ class Server(http.server.HTTPServer):
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        parked = self._selector.get_map()
-        late = [c for c in self._conversations if c.deadline < now and c.socket in parked]
+        late = [c for c in self._conversations if c.deadline < now and c.parked]
         for conversation in late:
             conversation.close()
 
@@ -7334,7 +7345,7 @@ class Server(http.server.HTTPServer):
 
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
         """Have the loop wait for the answer of an upstream."""
-        self._selector.unregister(conversation.socket)
+        self._unpark(conversation)
         self._pending[pending] = (time.monotonic(), conversation, manner)
         act = functools.partial(self._proceed, pending)
         self._selector.register(pending.socket, selectors.EVENT_READ, act)
@@ -7361,7 +7372,7 @@ class Server(http.server.HTTPServer):
 
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
         """Have a worker do what may wait, and then park the connection, if it goes on."""
-        self._selector.unregister(conversation.socket)
+        self._unpark(conversation)
         self._workers.run(functools.partial(self._do, conversation, act))
 
     def _do(self, conversation: Conversation, act: Callable[[], bool]) -> None:
