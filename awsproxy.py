@@ -231,6 +231,7 @@ class Request:
 
 
 BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 class Reply(NamedTuple):
@@ -1906,6 +1907,10 @@ class AwsChunkedBody:
             if not hmac.compare_digest(computed.encode(), signed_with):
                 message = REFUSALS["signature"][3].partition("\n")[0]
                 raise ServiceError("SignatureDoesNotMatch", f"{message} (in the trailers)")
+        for name, value in self.trailers.items():
+            known = CHECKSUMS.get(name)
+            if known and not (len(value) == known.length and BASE64.fullmatch(value)):
+                raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
         for name, check in self._checks.items():
             if base64.b64encode(check.digest()).decode("ascii") != self.trailers[name]:
                 checksum = name.rpartition("-")[2].upper()
@@ -1917,13 +1922,15 @@ class AwsChunkedBody:
 
     def _read_trailers(self) -> bytes:
         """Take in the trailers, and return the signature among them."""
-        signed_with = b""
-        for _ in range(MAX_TRAILERS + 2):
+        signed_with, complete = b"", True
+        for _ in range(2 * MAX_TRAILERS + 2):
             line = self._line()
+            if line == b"\r\n" and not complete:  # minio-go ends a trailer with LF CR LF
+                complete = True
+                continue
             if line in (b"\r\n", b""):  # some clients leave the very last line out
                 return signed_with
-            if line == b"\n":  # minio-go ends a trailer with LF CR LF
-                continue
+            complete = line.endswith(b"\r\n")
             match = _TRAILER.fullmatch(line)
             name = match[1].decode("ascii").lower() if match else ""
             if not match or name in self.trailers or signed_with:
@@ -2472,11 +2479,8 @@ def _expect(kind: type, value: Any, wanted: str) -> Any:
     return value
 
 
-_BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", re.ASCII)
-
-
 def _from_base64(text: str) -> bytes:
-    if not _BASE64.fullmatch(text):  # b64decode is lenient before Python 3.11
+    if not BASE64.fullmatch(text):  # b64decode is lenient before Python 3.11
         raise ServiceError("SerializationException", "A Blob is not base64.")
     return base64.b64decode(text)
 
@@ -4234,7 +4238,7 @@ class Sqs:
 
         Raises ServiceError ReceiptHandleIsInvalid for what was never issued for the queue.
         """
-        raw = base64.b64decode(handle[4:]) if _BASE64.fullmatch(handle, 4) else b""
+        raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
         serial, _, rest = text.decode("latin-1").partition(":")
