@@ -2511,6 +2511,8 @@ class AwsQuery(WireProtocol):
     def operation(self, request: Request, service: str, body: Body) -> Tuple[str, Any]:
         """The field `Action`, and all fields."""
         fields = self._fields(request, read_again(body))
+        if "Action" not in fields and service not in QUERY_SERVICES:
+            return request.method, fields  # a service of another protocol, as it turns out
         if "Action" not in fields:
             raise ServiceError("UnknownOperation", "The request names no Action.")
         return fields["Action"], fields
@@ -4641,10 +4643,8 @@ def parse_endpoint(url: str) -> Endpoint:
     return Endpoint(parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme])
 
 
-_AWS_HOST = re.compile(
-    r"(?:.+\.)?(?P<service>[a-z0-9-]+?)(?:-fips)?(?:\.dualstack)?"
-    r"(?:[.-](?P<region>[a-z]{2}(?:-[a-z]+)+-[0-9]))?\.(?:amazonaws\.com(?:\.cn)?|api\.aws)"
-)
+_AWS_HOST = re.compile(r"(.+)\.(?:amazonaws\.com(?:\.cn)?|api\.aws)")
+_REGION = re.compile("[a-z]{2,4}(?:-[a-z]+)+-[0-9]")
 
 
 def service_of_host(host: str) -> Tuple[str, str]:
@@ -4652,8 +4652,13 @@ def service_of_host(host: str) -> Tuple[str, str]:
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
         return "", ""
-    named = {prefix: service for service, prefix in ENDPOINT_PREFIXES.items()}
-    return named.get(match["service"], match["service"]), match["region"] or ""
+    labels = [label for label in match[1].split(".") if label != "dualstack"]
+    region = labels.pop() if _REGION.fullmatch(labels[-1]) else ""
+    names = {prefix: service for service, prefix in ENDPOINT_PREFIXES.items()}
+    prefix = (labels or [""])[-1]
+    if prefix.endswith("-fips"):
+        prefix = prefix[:-5]
+    return names.get(".".join(labels[-2:])) or names.get(prefix, prefix), region
 
 
 def is_link_local(host: str) -> bool:
@@ -5470,6 +5475,7 @@ class Waiting:
         connection: Connection,
     ) -> None:
         self.socket = connection.socket
+        self.timeout = connection.timeout
         self._upstream = upstream
         self._about = (call, outgoing, keys, connection)
 
@@ -5505,7 +5511,9 @@ class Waiting:
 
     def give_up(self) -> None:
         """Close the connection, whose answer comes too late."""
-        self._about[3].close()
+        connection = self._about[3]
+        log.warning("upstream: no answer from %s in time", connection.endpoint.origin)
+        connection.close()
 
     def put_back(self) -> None:
         """Wait for the messages that nobody will have, and make them visible again."""
@@ -5775,7 +5783,11 @@ class Upstream:
     # ---- The answer ----
 
     def _reply(self, connection: Connection, head: ResponseHead, method: str) -> Reply:
-        length = response_framing(head, method)
+        try:
+            length = response_framing(head, method)
+        except ValueError as error:
+            message = f"{connection.endpoint.origin} answered out of form: {error}"
+            raise UpstreamError(message, unanswered=False) from error
         headers = end_to_end(head.headers)
         has_length = any(name.lower() == "content-length" for name, _ in headers)
         reader: Union[LengthBody, ChunkedBody, None] = None
@@ -6603,7 +6615,7 @@ class Pending:
         """Return the reply, or what returns it; wait for it."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        while poll.poll(UPSTREAM_SECONDS * 1000):
+        while poll.poll(self._waiting.timeout * 1000):
             result = self.proceed()
             if result is not None:
                 return result
