@@ -34,9 +34,9 @@ The chapters, each using only earlier ones:
     4  Wire protocols        AWS JSON, AWS Query, REST
     5  SQS in memory         Queue, Message, Sqs, OPERATIONS
     6  Upstream              endpoint_for, CredentialChain, Pool, Upstream
-    7  Hooks                 Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
+    7  Hooks                 Workers, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
     8  The proxy             Route, Embedded, Deny, Proxy
-    9  The server            Conversation, Workers, Server
+    9  The server            Conversation, Server
     10 Command line          build_parser, Program, main
 
 Chapters 1 to 4 are pure: bytes in, bytes out, the time an argument.  The names in
@@ -109,6 +109,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
+    Pattern,
     Protocol,
     Sequence,
     Set,
@@ -798,6 +799,13 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
     return int(length)
 
 
+def _encode_lines(lines: Sequence[str]) -> bytes:
+    text = CRLF.join(lines) + CRLF + CRLF
+    if not text.count("\r") == text.count("\n") == len(lines) + 1 or "\0" in text:
+        raise ValueError("a line break or NUL in a header")
+    return text.encode("latin-1")
+
+
 def encode_head(request: Request) -> bytes:
     """Return the bytes of a request's head (RFC 9112, 3 and 5).
 
@@ -805,10 +813,7 @@ def encode_head(request: Request) -> bytes:
     """
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers]
-    text = CRLF.join(lines) + CRLF + CRLF
-    if not text.count("\r") == text.count("\n") == len(lines) + 1 or "\0" in text:
-        raise ValueError("a line break or NUL in a request header")
-    return text.encode("latin-1")
+    return _encode_lines(lines)
 
 
 def encode_reply(
@@ -838,10 +843,7 @@ def encode_reply(
         lines.append(f"Content-Length: {len(body)}")
     if close:
         lines.append("Connection: close")
-    text = CRLF.join(lines) + CRLF + CRLF
-    if not text.count("\r") == text.count("\n") == len(lines) + 1 or "\0" in text:
-        raise ValueError("a line break or NUL in a response header")
-    head = text.encode("latin-1")
+    head = _encode_lines(lines)
     return head if head_only or bodiless else head + body
 
 
@@ -1832,9 +1834,8 @@ class AwsChunkedBody:
         self.signed = signer is not None
         self.announced = announced
         self.trailers: Dict[str, str] = {}
-        self._request = request
+        self._stream = Stream(request.body.read)
         self._signer = signer
-        self._buffer = b""
         self._left = 0  # bytes left of an unsigned chunk
         self._received = 0
         self._ended = False
@@ -1879,7 +1880,7 @@ class AwsChunkedBody:
         return data
 
     def _chunk_header(self) -> Tuple[int, bytes]:
-        match = _CHUNK_HEADER.fullmatch(self._line())
+        match = _CHUNK_HEADER.fullmatch(self._stream.readline(4096))
         if not match or (self.checked and self.signed != bool(match[2])):
             raise _incomplete("A chunk does not begin with its size and, if signed, signature.")
         size = int(match[1], 16)
@@ -1917,14 +1918,14 @@ class AwsChunkedBody:
                 message = f"The {checksum} you specified did not match the calculated checksum."
                 raise ServiceError("BadDigest", message)
         self._ended = True
-        if self._buffer or self._request.body.read(1):
+        if self._stream.read(1):
             raise ServiceError("BadRequest", "Something follows the last chunk.")
 
     def _read_trailers(self) -> bytes:
         """Take in the trailers, and return the signature among them."""
         signed_with, complete = b"", True
         for _ in range(2 * MAX_TRAILERS + 2):
-            line = self._line()
+            line = self._stream.readline(4096)
             if line == b"\r\n" and not complete:  # minio-go ends a trailer with LF CR LF
                 complete = True
                 continue
@@ -1941,27 +1942,11 @@ class AwsChunkedBody:
                 self.trailers[name] = match[2].decode("ascii")
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
 
-    def _fill(self) -> bool:
-        block = self._request.body.read(65536)
-        self._buffer += block
-        return bool(block)
-
-    def _line(self) -> bytes:
-        while b"\n" not in self._buffer and len(self._buffer) < 4096 and self._fill():
-            pass
-        end = self._buffer.find(b"\n", 0, 4096) + 1
-        line, self._buffer = self._buffer[:end], self._buffer[end:]
-        return line
-
     def _exactly(self, size: int) -> bytes:
-        parts, left = [], size
-        while left:
-            if not self._buffer and not self._fill():
-                raise _incomplete("The body ended within a chunk.")
-            parts.append(self._buffer[:left])
-            self._buffer = self._buffer[left:]
-            left -= len(parts[-1])
-        return b"".join(parts)
+        data = self._stream.read(size)
+        if len(data) < size:
+            raise _incomplete("The body ended within a chunk.")
+        return data
 
     def _line_end(self) -> None:
         if self._exactly(2) != b"\r\n":
@@ -2275,6 +2260,7 @@ class WireProtocol:
     """How a request names its operation and carries its input, and how it is answered."""
 
     must_be_signed: Sequence[str] = ()  # headers on which this reading of the request rests
+    content_type = ""  # of its answers
 
     def service(self, request: Request) -> Optional[str]:
         """Return the service that the head names apart from its credential scope, or None."""
@@ -2318,6 +2304,9 @@ class WireProtocol:
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """Return the answer that refuses."""
         raise NotImplementedError
+
+    def _headers(self, request_id: str) -> Headers:
+        return (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type))
 
 
 def _invalid_action(operation: str) -> ServiceError:
@@ -2400,9 +2389,6 @@ class AwsJson(WireProtocol):
         status, code, shape = self.fault(request, error)
         headers = (*self._headers(request_id), ("x-amzn-query-error", f"{code};{_side(status)}"))
         return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
-
-    def _headers(self, request_id: str) -> Headers:
-        return (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type))
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
@@ -2504,6 +2490,8 @@ class AwsQuery(WireProtocol):
     then stands for QueueUrl, as Amazon SQS does.
     """
 
+    content_type = "text/xml"
+
     def named(self, request: Request) -> str:
         """`Action`, if the query string has it."""
         return _query_action(request) or ""
@@ -2602,15 +2590,14 @@ class AwsQuery(WireProtocol):
         text = f'<?xml version="1.0"?><{root}{xmlns}>{"".join(parts)}</{root}>'
         return Reply(status, self._headers(request_id), text.encode("utf-8", "replace"))
 
-    def _headers(self, request_id: str) -> Headers:
-        return (("x-amzn-RequestId", request_id), ("Content-Type", "text/xml"))
-
 
 class AwsQueryJson(AwsQuery):
     """AWS Query, answered in JSON: what SQS does for `Accept: application/json` since of old.
 
     Members are spelled as within AWS, maps are lists of pairs, and what is absent is null.
     """
+
+    content_type = "application/json"
 
     def output(
         self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
@@ -2634,9 +2621,6 @@ class AwsQueryJson(AwsQuery):
         fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
-
-    def _headers(self, request_id: str) -> Headers:
-        return (("x-amzn-RequestId", request_id), ("Content-Type", "application/json"))
 
 
 AWS_QUERY = AwsQuery()
@@ -2898,7 +2882,10 @@ class Rest(WireProtocol):
 
     def named(self, request: Request) -> str:
         """The method, as in `lambda:POST`; for Amazon S3 the action, as in `s3:GetObject`."""
-        return s3_action(request) if claim(request)[1].service == "s3" else request.method
+        try:
+            return self.operation(request, claim(request)[1].service, request.body)[0]
+        except ServiceError:  # a broken query string
+            return request.method
 
     def operation(self, request: Request, service: str, body: Body) -> Tuple[str, Any]:
         """As `named`."""
@@ -2906,7 +2893,7 @@ class Rest(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """As Amazon S3 answers, or as the services of restJson1 do."""
-        status, code, shape = error.fault
+        status, code, shape = self.fault(request, error)
         headers: Headers = (("x-amzn-RequestId", request_id),)
         if not self.of_xml:
             headers += (
@@ -2938,7 +2925,7 @@ class RpcV2(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """A map of `__type` and `message`."""
-        status, code, shape = error.fault
+        status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         of_cbor = self.protocol == "rpc-v2-cbor"
         body = _cbor_strings(document) if of_cbor else _to_json(document)
@@ -3354,8 +3341,7 @@ class FifoQueue(Queue):
 
     def remove(self, message: Message) -> None:
         """Drop a message, which may free its group."""
-        self._withdraw(message)
-        del self.messages[message.message_id]
+        super().remove(message)
         group = self._groups[message.group]
         del group[message.message_id]
         if not group:
@@ -4634,9 +4620,11 @@ def parse_endpoint(url: str) -> Endpoint:
     Raises ValueError; for a link-local address too, where clouds keep credentials.
     """
     parts = urllib.parse.urlsplit(url)
+    if parts.username is not None:
+        raise ValueError("a URL with a user name is not taken")
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.path not in ("", "/"):
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
-    if parts.query or parts.fragment or parts.username is not None:
+    if parts.query or parts.fragment:
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
     if is_link_local(parts.hostname):
         raise ValueError(f"{parts.hostname} is a link-local address, where credentials are kept")
@@ -4678,8 +4666,19 @@ class Skipped(Exception):
     """Why a source has no credentials."""
 
 
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-_PROXIED = urllib.request.build_opener()
+class Failed(Skipped):
+    """Why a source that was set up has no credentials all the same; no other is tried then."""
+
+
+class _Unredirected(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: it would take our tokens along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: it is an error."""
+
+
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected)
+_PROXIED = urllib.request.build_opener(_Unredirected)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
 
 
@@ -4695,16 +4694,31 @@ def fetch(
 
     No proxy is asked for link-local and loopback addresses.
     """
-    host = urllib.parse.urlsplit(url).hostname or ""
-    opener = _NO_PROXY if is_link_local(host) or is_loopback(host) else _PROXIED
-    request = urllib.request.Request(url, data, dict(headers), method=method)
+    host = host_of(url)
+    near = is_link_local(host) or is_loopback(host) or host in _CONTAINER_HOSTS
+    opener = _NO_PROXY if near else _PROXIED
     try:
+        request = urllib.request.Request(url, data, dict(headers), method=method)
         with opener.open(request, timeout=timeout) as answer:
             return bytes(answer.read(1048576))
     except urllib.error.HTTPError as error:
         raise Skipped(f"{host} answered {error.code}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Skipped(f"{host} did not answer: {error}") from error
+    except OSError as error:
+        raise Skipped(f"{host} did not answer: {getattr(error, 'reason', error)}") from error
+    except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
+        raise Skipped(f"{host} could not be asked: {type(error).__name__}") from error
+
+
+def host_of(url: str) -> str:
+    """Return the host of an http or https URL.  Raises Skipped for another."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        host = ""
+    if not host or parts.scheme not in DEFAULT_PORTS:
+        raise Skipped(f"{url[:80]!r} is no http or https URL")
+    return host
 
 
 def is_loopback(host: str) -> bool:
@@ -4715,31 +4729,44 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _expiry(text: Optional[str]) -> float:
+def _expiry(text: Any) -> float:
     """Return the seconds since 1970 of an ISO 8601 time; no time is never."""
     if not text:
         return math.inf
     try:
-        moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", text))
+        moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", str(text)))
     except ValueError as error:
-        raise Skipped(f"the expiration {text[:40]!r} is no time") from error
+        raise Skipped(f"the expiration {str(text)[:40]!r} is no time") from error
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.timezone.utc)
     return moment.timestamp()
 
 
-def _from_document(text: Union[bytes, str], token: str = "Token") -> Credentials:
-    """Return the credentials of a JSON document of a credentials endpoint."""
+def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
+    """Return credentials that can be signed with.  Raises Skipped for what are none."""
+    for value in (key, secret, token or "none"):
+        if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
+            raise Skipped("the keys found are malformed")
+    return Credentials(key, secret, token or "", expires)
+
+
+def _document(text: bytes) -> Mapping[str, Any]:
+    """Return the JSON object that an endpoint has answered."""
     try:
-        document = json.loads(text)
-        return Credentials(
-            document["AccessKeyId"],
-            document["SecretAccessKey"],
-            document.get(token) or "",
-            _expiry(document.get("Expiration")),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Skipped("the answer holds no credentials") from error
+        document = read_json(text.decode("utf-8"))
+    except ValueError as error:
+        raise Skipped("the answer is not JSON") from error
+    if not isinstance(document, dict):
+        raise Skipped("the answer is no JSON object")
+    return document
+
+
+def _from_document(text: bytes, token: str = "Token") -> Credentials:
+    """Return the credentials of a JSON document of a credentials endpoint."""
+    found = _document(text)
+    expires = _expiry(found.get("Expiration"))
+    key, secret = found.get("AccessKeyId"), found.get("SecretAccessKey")
+    return _credentials(key, secret, found.get(token), expires)
 
 
 class CredentialChain:
@@ -4770,19 +4797,21 @@ class CredentialChain:
         self._sources: Mapping[str, Callable[[], Credentials]] = {
             "environment": self._from_environment,
             "web identity": self._from_web_identity,
-            f"profile {self._profile}": lambda: self._from_profile(self._profile, ()),
+            f"profile {self._profile}": self._from_chosen_profile,
             "container": self._from_container,
             "EC2 metadata": self._from_metadata,
         }
 
     def find(self) -> Credentials:
         """Return credentials.  Raises Skipped with what was tried and why each had none."""
-        tried = []
+        tried: List[str] = []
         for name, source in self._sources.items():
             if self._chosen and not name.startswith("profile "):
                 continue  # who names a profile wants no other
             try:
                 found = source()
+            except Failed as reason:
+                raise Skipped("; ".join([*tried, f"{name}: {reason}"])) from reason
             except Skipped as reason:
                 tried.append(f"{name}: {reason}")
                 continue
@@ -4798,7 +4827,7 @@ class CredentialChain:
         secret = self._environ.get("AWS_SECRET_ACCESS_KEY")
         if not key or not secret:
             raise Skipped("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set")
-        return Credentials(key, secret, self._environ.get("AWS_SESSION_TOKEN") or "")
+        return _credentials(key, secret, self._environ.get("AWS_SESSION_TOKEN"))
 
     def _from_web_identity(self) -> Credentials:
         path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
@@ -4814,9 +4843,8 @@ class CredentialChain:
             url = f"http://169.254.170.2{relative}"
         if not url:
             raise Skipped("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        if parts.scheme != "https" and host not in _CONTAINER_HOSTS and not is_loopback(host):
+        host = host_of(url)
+        if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise Skipped(f"{host} is neither https nor an address of a container's host")
         token = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
@@ -4839,7 +4867,7 @@ class CredentialChain:
             raise Skipped(f"{error} ({hint})") from error
         headers = {"X-aws-ec2-metadata-token": token}
         roles = f"{base}/meta-data/iam/security-credentials/"
-        role = self._fetch(roles, headers, timeout=1).decode("utf-8").strip()
+        role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
         return _from_document(self._fetch(roles + urllib.parse.quote(role), headers, timeout=1))
 
     # ---- Profiles ----
@@ -4876,21 +4904,29 @@ class CredentialChain:
             settings.update(config.items(f"sso-session {session}"))
         return settings
 
+    def _from_chosen_profile(self) -> Credentials:
+        settings = self._section(self._profile)
+        try:
+            return self._from_profile(self._profile, ())
+        except Skipped as reason:
+            if {"role_arn", "credential_process", "sso_account_id"} & set(settings):
+                raise Failed(str(reason)) from reason
+            raise
+
     def _from_profile(self, profile: str, visited: Tuple[str, ...]) -> Credentials:
         settings = self._section(profile)
         role = settings.get("role_arn")
-        # A profile that is its own source has keys to assume its role with.
-        if role and profile not in visited:
+        keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
+        if profile in visited and not (keys and visited[-1] == profile):
+            raise Skipped(f"the profile {profile} is, by way of others, its own source")
+        if role and not (visited and keys):  # the keys of a source are what is wanted of it
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             return self._assume(self._source_of(settings, profile, visited), role, settings)
-        if settings.get("aws_access_key_id") and settings.get("aws_secret_access_key"):
-            return Credentials(
-                settings["aws_access_key_id"],
-                settings["aws_secret_access_key"],
-                settings.get("aws_session_token", ""),
-            )
+        if keys:
+            key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
+            return _credentials(key, secret, settings.get("aws_session_token"))
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("sso_account_id"):
@@ -4917,9 +4953,9 @@ class CredentialChain:
         path = os.path.expanduser(f"~/.aws/sso/cache/{digest}.json")
         remedy = "run 'aws sso login'"
         try:
-            cached = json.loads(_read_text(path))
-            token, expires = cached["accessToken"], _expiry(cached["expiresAt"])
-        except (Skipped, ValueError, KeyError, TypeError) as error:
+            cached = _document(_read_text(path).encode())
+            token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
+        except (Skipped, KeyError) as error:
             raise Skipped(f"its SSO token is not cached; {remedy}") from error
         if expires <= self._clock():
             raise Skipped(f"its SSO token has expired; {remedy}")
@@ -4931,16 +4967,13 @@ class CredentialChain:
             }
         )
         url = f"{endpoint_for('awsssoportal', region).origin}/federation/credentials?{query}"
+        found = _document(self._fetch(url, {"x-amz-sso_bearer_token": token}))
         try:
-            found = json.loads(self._fetch(url, {"x-amz-sso_bearer_token": token}))
             keys = found["roleCredentials"]
-            return Credentials(
-                keys["accessKeyId"],
-                keys["secretAccessKey"],
-                keys["sessionToken"],
-                keys["expiration"] / 1000,
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            expires = keys["expiration"] / 1000
+            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
+            return _credentials(key, secret, keys["sessionToken"], expires)
+        except (KeyError, TypeError) as error:
             raise Skipped("the SSO portal's answer holds no credentials") from error
 
     # ---- Roles ----
@@ -4965,7 +4998,10 @@ class CredentialChain:
             "DurationSeconds": settings.get("duration_seconds", ""),
             "ExternalId": settings.get("external_id", ""),
         }
-        return self._ask_sts(fields, source)
+        try:
+            return self._ask_sts(fields, source)
+        except Skipped as reason:
+            raise Failed(f"the role {role} cannot be assumed: {reason}") from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
         fields = {
@@ -4979,7 +5015,7 @@ class CredentialChain:
     def _ask_sts(self, fields: Mapping[str, str], source: Optional[Credentials]) -> Credentials:
         region = self.region()
         endpoint = endpoint_for("sts", region)
-        given = {**{name: value for name, value in fields.items() if value}}
+        given = {name: value for name, value in fields.items() if value}
         body = urllib.parse.urlencode({**given, "Version": "2011-06-15"}).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
@@ -4988,17 +5024,13 @@ class CredentialChain:
             scope = CredentialScope(amz_date[:8], region, "sts")
             payload_hash = hashlib.sha256(body).hexdigest()
             headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
-        answer = self._fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("utf-8")
+        answer = self._fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELDS.findall(answer))
-        try:
-            return Credentials(
-                found["AccessKeyId"],
-                found["SecretAccessKey"],
-                found["SessionToken"],
-                _expiry(found["Expiration"]),
-            )
-        except KeyError as error:
-            raise Skipped("the answer of STS holds no credentials") from error
+        if len(found) < 4:
+            raise Skipped("the answer of STS holds no credentials")
+        expires = _expiry(found.get("Expiration"))
+        key, secret = found.get("AccessKeyId"), found.get("SecretAccessKey")
+        return _credentials(key, secret, found.get("SessionToken"), expires)
 
 
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
@@ -5006,9 +5038,7 @@ _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)
 
 def session_name(name: Optional[str]) -> str:
     """Return what may name a role session: 2 to 64 of a few characters (AssumeRole)."""
-    return (re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy") + "--")[:64].rstrip(
-        "-"
-    ) or "aws"
+    return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
 
 
 def _read_text(path: str) -> str:
@@ -5058,22 +5088,21 @@ class CredentialCache:
 
     def get(self) -> Credentials:
         """Return credentials that are good now.  Raises Skipped where there are none."""
-        now, current = self._clock(), self._current
-        if current and not self._stale and current.expires - now > self.AHEAD:
+        current = self.ready()
+        if current:
             return current
+        now, current = self._clock(), self._current
         good = current is not None and current.expires > now
         if not self._lock.acquire(blocking=not good):
             assert current
             return current  # somebody is renewing them
         try:
-            return self._renew(now)
+            return self.ready() or self._renew(now)
         finally:
             self._lock.release()
 
     def _renew(self, now: float) -> Credentials:
         current = self._current
-        if current and not self._stale and current.expires - now > self.AHEAD:
-            return current
         good = current is not None and current.expires > now
         if now < self._tried + self.RETRY:
             if current and good:
@@ -5082,7 +5111,10 @@ class CredentialCache:
                 raise Skipped(self._reason)
         self._tried = now
         try:
-            self._current = self._chain.find()
+            found = self._chain.find()
+            if found.expires <= now:
+                raise Skipped("the credentials found have expired")
+            self._current = found
         except Skipped as reason:
             self._reason = str(reason)
             if current and good:
@@ -5427,27 +5459,24 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     return reply._replace(body=_to_json(document))
 
 
-def receipt_handles(reply: Reply) -> List[str]:
-    """Return the receipt handles of an answer to ReceiveMessage."""
+def found_in(reply: Reply, element: Pattern[bytes], member: str, key: str) -> List[str]:
+    """Return each `key` in a list of an SQS answer; in XML, what the element's pattern finds."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
-    if not _is_json(reply):
-        return [html.unescape(found.decode()) for found in _XML_HANDLE.findall(reply.body)]
     try:
-        messages = read_json(reply.body.decode("utf-8")).get("Messages") or []
-        return [message["ReceiptHandle"] for message in messages]
+        if not _is_json(reply):
+            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
+        return [item[key] for item in read_json(reply.body.decode()).get(member) or []]
     except (ValueError, TypeError, AttributeError, KeyError):
         return []
 
 
+def receipt_handles(reply: Reply) -> List[str]:
+    """Return the receipt handles of an answer to ReceiveMessage."""
+    return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
+
+
 # ---- Forwarding ----
-
-
-def declared_length(request: Request) -> Optional[int]:
-    """Return the Content-Length of a request, 0 where it has no body, None where it is chunked."""
-    if "transfer-encoding" in request.fields:
-        return None
-    return int(request.header("content-length") or 0)
 
 
 class Outgoing(NamedTuple):
@@ -5519,7 +5548,7 @@ class Waiting:
         """Wait for the messages that nobody will have, and make them visible again."""
         call, outgoing, _, connection = self._about
         try:
-            self._about[3].blocking(lambda: Reply(200, (), b""))
+            connection.socket.settimeout(connection.timeout)
             reply = self._upstream._reply(connection, connection.answer(), call.request.method)
             self._upstream._release(call, outgoing, receipt_handles(reply))
         except UpstreamError as error:
@@ -5586,9 +5615,21 @@ class Upstream:
             call.upstream_seconds += self._clock()
         if call.service != "sqs":
             return reply
+        reply = self._gathered(reply)
         if call.operation == "ReceiveMessage" and call.request.abandoned():
             self._release(call, outgoing, receipt_handles(reply))
         return rewrite_queue_urls(call, reply)
+
+    def _gathered(self, reply: Reply) -> Reply:
+        """Return an answer of Amazon SQS whole, since it is read here: its size is bounded."""
+        if isinstance(reply.body, bytes):
+            return reply
+        try:
+            body = b"".join(reply.body)
+        except (OSError, ServiceError) as error:
+            raise self._down(UpstreamError("an answer broke off", unanswered=False)) from error
+        headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
+        return Reply(reply.status, headers, body)
 
     def received(
         self, call: Call, outgoing: Outgoing, keys: Credentials, connection: Connection
@@ -5650,9 +5691,9 @@ class Upstream:
         body, payload_hash = call.body, call.payload_hash
         if isinstance(body, AwsChunkedBody) and not body.signed and not body.announced:
             return body, "UNSIGNED-PAYLOAD"  # in chunks for no reason that is left
-        if not isinstance(body, io.BytesIO):
+        if not isinstance(body, io.BytesIO) and not (call.changed or call.service == "sqs"):
             return body, payload_hash or "UNSIGNED-PAYLOAD"
-        data = body.getvalue()
+        data = read_again(body)
         sent = call.wire.reencode(call) if call.changed else data
         if call.service == "sqs":
             if isinstance(call.wire, AwsJson):
@@ -5671,11 +5712,10 @@ class Upstream:
             return body.length if plain else aws_chunked_length(body)
         if isinstance(body, io.IOBase):
             return body.seek(0, io.SEEK_END)
-        length = declared_length(call.request)
-        if length is None:
+        if "transfer-encoding" in call.request.fields:
             message = "You must provide the Content-Length HTTP header."
             raise ServiceError("MissingContentLength", message)
-        return length
+        return int(call.request.header("content-length") or 0)
 
     def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
         """Return what a hook made of it; the payload hash follows a body that is another."""
@@ -5789,7 +5829,6 @@ class Upstream:
             message = f"{connection.endpoint.origin} answered out of form: {error}"
             raise UpstreamError(message, unanswered=False) from error
         headers = end_to_end(head.headers)
-        has_length = any(name.lower() == "content-length" for name, _ in headers)
         reader: Union[LengthBody, ChunkedBody, None] = None
         if length is None:
             reader = ChunkedBody(connection.source, sys.maxsize)
@@ -5804,8 +5843,7 @@ class Upstream:
                 message = f"{connection.endpoint.origin} broke off its answer"
                 raise UpstreamError(message, unanswered=False) from error
             self._done(connection, keep)
-            whole = method == "HEAD" and has_length
-            if not whole:
+            if method != "HEAD":
                 headers = [(n, v) for n, v in headers if n.lower() != "content-length"]
             return Reply(head.status, tuple(headers), body)
         return Reply(head.status, tuple(headers), self._stream(connection, reader, keep))
@@ -5860,7 +5898,7 @@ class Upstream:
             log.warning("%d messages whose receiver is gone hidden: %s", len(handles), error)
 
 
-# ==== 7. Hooks: Exchange, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection ====
+# ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
 #
 # Everything that watches calls or changes them is a hook, ours too.
 
@@ -5901,6 +5939,12 @@ class Exchange:
             return self.call.action
         service = self.wire.service(self.request) or claim(self.request)[1].service
         return f"{service or '-'}:{self.wire.named(self.request) or '-'}"
+
+    @property
+    def request_bytes(self) -> int:
+        """The Content-Length; 0 where there is none that is a number."""
+        length = self.request.header("content-length") or ""
+        return int(length) if _DIGITS.fullmatch(length) else 0
 
     @property
     def attempt(self) -> int:
@@ -6068,7 +6112,7 @@ class AccessLog(Hook):
             fields["upstream_ms"] = 0.0
             if call and call.upstream_seconds > 0:
                 fields["upstream_ms"] = round(call.upstream_seconds * 1000, 2)
-            fields["request_bytes"] = int(request.header("content-length") or 0)
+            fields["request_bytes"] = exchange.request_bytes
             fields["reply_bytes"] = exchange.reply_bytes
             fields["attempt"] = exchange.attempt
             fields["user_agent"] = request.header("user-agent") or "-"
@@ -6130,7 +6174,6 @@ class Metrics(Hook):
         client, service, operation = "-", "-", "-"
         if call:
             client, service, operation = call.caller.name, call.service, call.operation
-        size = exchange.request.header("content-length") or "0"
         with self._lock:
             if call and call.action not in self._operations:
                 if len(self._operations) < self.MAX_OPERATIONS:
@@ -6140,7 +6183,7 @@ class Metrics(Hook):
             labels = (client, service, operation, str(exchange.status), exchange.error)
             self._calls[labels] += 1
             self._attempts[(str(min(exchange.attempt, 10)),)] += 1
-            self._bytes[("in",)] += int(size) if size.isdecimal() else 0
+            self._bytes[("in",)] += exchange.request_bytes
             self._bytes[("out",)] += exchange.reply_bytes
             self._seconds.add(exchange.seconds)
             if call and call.upstream_seconds > 0:
@@ -6368,13 +6411,7 @@ _XML_ID = re.compile(rb"<\w+BatchResultEntry><Id>([^<]*)<")
 
 def successful_ids(reply: Reply) -> Set[str]:
     """Return the ids of the entries of a batch that succeeded."""
-    assert isinstance(reply.body, bytes)
-    if not _is_json(reply):
-        return {html.unescape(found.decode()) for found in _XML_ID.findall(reply.body)}
-    try:
-        return {entry["Id"] for entry in read_json(reply.body.decode()).get("Successful") or []}
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return set()
+    return set(found_in(reply, _XML_ID, "Successful", "Id"))
 
 
 class TaskProtection(InFlight):
@@ -6871,6 +6908,7 @@ class Proxy:
         Asked of what answers the call, on its caller's behalf.
         """
         url = call.input.get("QueueUrl") or call.request.path
+        url = call.base_url + url if url.startswith("/") else url
         body = _to_json({"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]})
         headers = (
             ("Host", call.request.header("host") or "localhost"),
@@ -6891,7 +6929,8 @@ class Proxy:
             encoded=source,
         )
         reply = self._target(asked.action).answer(asked, "")
-        assert isinstance(reply.body, bytes)
+        if reply.status != 200 or not isinstance(reply.body, bytes):
+            raise ValueError(f"GetQueueAttributes was answered {reply.status}")
         return int(read_json(reply.body.decode())["Attributes"]["VisibilityTimeout"])
 
     def _find_target(self, action: str) -> Target:
@@ -6955,7 +6994,7 @@ class Proxy:
 SPOOLED_IN_MEMORY = 1048576
 
 
-# ==== 9. The server: Conversation, Workers, Server ====
+# ==== 9. The server: Conversation, Server ====
 #
 # One thread reads all connections that are idle or sending a request, and answers whatever can
 # be answered without waiting: threads would fight over the interpreter for such calls.  A call
@@ -7148,7 +7187,9 @@ class Conversation:
         try:
             head = reply._replace(body=b"")
             self.socket.sendall(encode_reply(head, date, close, True, chunked))
-            for block in () if head_only else reply.body:
+            for block in (
+                () if head_only else filter(None, reply.body)
+            ):  # an empty one would end it
                 self.socket.sendall(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked and not head_only:
                 self.socket.sendall(b"0\r\n\r\n")
@@ -7376,7 +7417,8 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
         self._park(conversation)
-        conversation.answered(reply, manner)
+        act = functools.partial(conversation.answered, reply, manner)
+        self._guarded(act, conversation.socket)
 
     def _give_up_pending(self) -> None:
         oldest = time.monotonic() - UPSTREAM_SECONDS
@@ -7415,7 +7457,7 @@ class Server(http.server.HTTPServer):
                 continue
             self._park(conversation)
             if conversation.buffer:
-                conversation.proceed()
+                self._guarded(conversation.proceed, conversation.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
