@@ -2976,122 +2976,73 @@ SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
     "missing": ("MissingParameter", "The request must contain the parameter {}."),
     # Queues.
     "no queue": ("QueueDoesNotExist", "The specified queue does not exist."),
-    "queue name": (
-        "InvalidParameterValue",
-        "Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length",
-    ),
-    "fifo name": (
-        "InvalidParameterValue",
+    "queue name": ("InvalidParameterValue",
+        "Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length"),
+    "fifo name": ("InvalidParameterValue",
         "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
-        " underscores, must end with .fifo suffix and be 1 to 80 in length",
-    ),
-    "exists": (
-        "QueueNameExists",
-        "A queue already exists with the same name and a different value for attribute {}",
-    ),
-    "deleted recently": (
-        "QueueDeletedRecently",
+        " underscores, must end with .fifo suffix and be 1 to 80 in length"),
+    "exists": ("QueueNameExists",
+        "A queue already exists with the same name and a different value for attribute {}"),
+    "deleted recently": ("QueueDeletedRecently",
         "You must wait 60 seconds after deleting a queue before you can create another with the"
-        " same name.",
-    ),
-    "purged recently": (
-        "PurgeQueueInProgress",
-        "Only one PurgeQueue operation on {} is allowed every 60 seconds.",
-    ),
+        " same name."),
+    "purged recently": ("PurgeQueueInProgress",
+        "Only one PurgeQueue operation on {} is allowed every 60 seconds."),
     "attribute name": ("InvalidAttributeName", "Unknown Attribute {}."),
-    "of fifo alone": (
-        "InvalidAttributeName",
-        "You can specify the {} only when FifoQueue is set to true.",
-    ),
+    "of fifo alone": ("InvalidAttributeName",
+        "You can specify the {} only when FifoQueue is set to true."),
     "attribute value": ("InvalidAttributeValue", "Invalid value for the parameter {}."),
-    "queue type": (
-        "InvalidAttributeValue",
+    "queue type": ("InvalidAttributeValue",
         "Invalid value for the parameter FifoQueue. Reason: Modifying queue type is not"
-        " supported.",
-    ),
-    "two encryptions": (
-        "InvalidAttributeName",
+        " supported."),
+    "two encryptions": ("InvalidAttributeName",
         "You can use one type of server-side encryption (SSE) at one time. You can either enable"
-        " KMS SSE or SQS SSE.",
-    ),
+        " KMS SSE or SQS SSE."),
     "token": ("InvalidParameterValue", "Invalid or expired next token."),
     "actions": ("OverLimit", "{} Actions were found, maximum allowed is 7."),
     # Messages.
-    "characters": (
-        "InvalidMessageContents",
-        f"Invalid characters found. Valid unicode characters are {_CHARACTERS}",
-    ),
-    "attributes": (
-        "InvalidParameterValue",
-        "Number of message attributes [{}] exceeds the allowed maximum [10].",
-    ),
+    "characters": ("InvalidMessageContents",
+        f"Invalid characters found. Valid unicode characters are {_CHARACTERS}"),
+    "attributes": ("InvalidParameterValue",
+        "Number of message attributes [{}] exceeds the allowed maximum [10]."),
     "attribute": ("InvalidParameterValue", "Message (user) attribute '{}' must {}."),
-    "list values": (
-        "UnsupportedOperation",
-        "Message (user) attribute '{}' has a list of values, which is not supported.",
-    ),
-    "number": (
-        "InvalidParameterValue",
-        "Can't cast the value of message (user) attribute '{}' to a number.",
-    ),
-    "system attribute": (
-        "InvalidParameterValue",
-        "Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent.",
-    ),
-    "too long": (
-        "InvalidParameterValue",
-        "One or more parameters {}. Reason: Message must be shorter than {} bytes.",
-    ),
-    "deduplication": (
-        "InvalidParameterValue",
+    "list values": ("UnsupportedOperation",
+        "Message (user) attribute '{}' has a list of values, which is not supported."),
+    "number": ("InvalidParameterValue",
+        "Can't cast the value of message (user) attribute '{}' to a number."),
+    "system attribute": ("InvalidParameterValue",
+        "Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent."),
+    "too long": ("InvalidParameterValue",
+        "One or more parameters {}. Reason: Message must be shorter than {} bytes."),
+    "deduplication": ("InvalidParameterValue",
         "The queue should either have ContentBasedDeduplication enabled or"
-        " MessageDeduplicationId provided explicitly",
-    ),
+        " MessageDeduplicationId provided explicitly"),
     "in flight": ("OverLimit", "Too many messages are in flight."),
-    "handle": (
-        "ReceiptHandleIsInvalid",
-        'The input receipt handle "{}" is not a valid receipt handle.',
-    ),
+    "handle": ("ReceiptHandleIsInvalid",
+        'The input receipt handle "{}" is not a valid receipt handle.'),
     # Batches.
-    "no entries": (
-        "EmptyBatchRequest",
-        "There should be at least one {}RequestEntry in the request.",
-    ),
-    "entries": (
-        "TooManyEntriesInBatchRequest",
-        "Maximum number of entries per request are {}. You have sent {}.",
-    ),
-    "entry id": (
-        "InvalidBatchEntryId",
+    "no entries": ("EmptyBatchRequest",
+        "There should be at least one {}RequestEntry in the request."),
+    "entries": ("TooManyEntriesInBatchRequest",
+        "Maximum number of entries per request are {}. You have sent {}."),
+    "entry id": ("InvalidBatchEntryId",
         "A batch entry id can only contain alphanumeric characters, hyphens and underscores. It"
-        " can be at most 80 letters long.",
-    ),
+        " can be at most 80 letters long."),
     "entry ids": ("BatchEntryIdsNotDistinct", "Id {} repeated."),
-    "batch too long": (
-        "BatchRequestTooLong",
-        "Batch requests cannot be longer than {} bytes. You have sent {} bytes.",
-    ),
+    "batch too long": ("BatchRequestTooLong",
+        "Batch requests cannot be longer than {} bytes. You have sent {} bytes."),
     # Message move tasks.
-    "arn": (
-        "InvalidParameterValue",
-        f"You must use this format to specify the {{}}: {_RESOURCE}",
-    ),
-    "no resource": (
-        "ResourceNotFoundException",
-        "The resource that you specified for the {} parameter doesn't exist.",
-    ),
-    "no dead letters": (
-        "InvalidParameterValue",
-        "Source queue must be configured as a Dead Letter Queue.",
-    ),
-    "running": (
-        "InvalidParameterValue",
+    "arn": ("InvalidParameterValue", f"You must use this format to specify the {{}}: {_RESOURCE}"),
+    "no resource": ("ResourceNotFoundException",
+        "The resource that you specified for the {} parameter doesn't exist."),
+    "no dead letters": ("InvalidParameterValue",
+        "Source queue must be configured as a Dead Letter Queue."),
+    "running": ("InvalidParameterValue",
         "There is already a task running. Only one active task is allowed for a source queue arn"
-        " at a given time.",
-    ),
+        " at a given time."),
     "task handle": ("InvalidParameterValue", "Value for parameter TaskHandle is invalid."),
     "no task": ("ResourceNotFoundException", "Task does not exist."),
-}
+}  # fmt: skip
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
