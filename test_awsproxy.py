@@ -47,7 +47,20 @@ from unittest import mock
 from xml.sax.saxutils import escape
 
 import awsproxy
-from awsproxy import Client, Profile, Proxy, Reply, Request, Server, ServiceError
+from awsproxy import (
+    Client,
+    CredentialCache,
+    CredentialChain,
+    Credentials,
+    Keyring,
+    Profile,
+    Proxy,
+    Reply,
+    Request,
+    Server,
+    ServiceError,
+    Skipped,
+)
 
 # ==== A signer of our own, a clock that waits for nobody, and a caller in both protocols ====
 
@@ -7770,6 +7783,715 @@ class ThreadTest(unittest.TestCase):
             self.send("hello")
             self.assertEqual(waiting.result(5), ["hello"])
         self.assertLess(spent, 0.1)
+
+
+IN_AN_HOUR = "2015-08-30T13:36:00Z"  # of EXAMPLE_TIME
+NO_METADATA = {"AWS_EC2_METADATA_DISABLED": "true"}
+RELATIVE = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/it"}
+FULL = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+BY_IDENTITY = {
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "~/identity",
+    "AWS_ROLE_ARN": "arn:aws:iam::1:role/W",
+}
+STS = "https://sts.us-east-1.amazonaws.com/"
+PORTAL = "https://portal.sso.eu-west-1.amazonaws.com/federation/credentials"
+ROLES = "http://169.254.169.254/latest/meta-data/iam/security-credentials/"
+SSO = "sso_account_id = 111122223333\nsso_role_name = Reader\n"
+CORP = "sso_region = eu-west-1\nsso_start_url = https://corp.example/start\n"
+BY_SESSION = f"sso_session = corp\n{SSO}[sso-session corp]\n{CORP}"
+
+
+def keys(name):
+    return f"aws_access_key_id = dummykey{name}\naws_secret_access_key = dummysecret{name}\n"
+
+
+def fixed(name):
+    return Credentials(f"dummykey{name}", f"dummysecret{name}")
+
+
+def lasting(name):
+    return Credentials(*fixed(name)[:2], f"dummysecretToken{name}", EXAMPLE_TIME + 3600)
+
+
+def environment(name):
+    return dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), fixed(name)))
+
+
+def answered(name, changed=()):
+    """Return the members of the answer of a credentials endpoint, without those that are "-"."""
+    names = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")
+    given = {**dict(zip(names, (*lasting(name)[:3], IN_AN_HOUR))), **dict(changed)}
+    return {key: value for key, value in given.items() if value != "-"}
+
+
+def document(name, **changed):
+    return json.dumps(answered(name, changed)).encode()
+
+
+def printed(name, **changed):
+    return document(name, **changed).replace(b'"Token"', b'"SessionToken"')
+
+
+def of_portal(name, **changed):
+    values = (*lasting(name)[:3], (EXAMPLE_TIME + 3600) * 1000)
+    names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiration")
+    given = {**dict(zip(names, values)), **changed}
+    given = {key: value for key, value in given.items() if value != "-"}
+    return json.dumps({"roleCredentials": given}).encode()
+
+
+def of_sts(name, **changed):
+    members = answered(name, changed).items()
+    inner = "".join(f"<{k}>{v}</{k}>\n" for k, v in members).replace("Token>", "SessionToken>")
+    xmlns = "https://sts.amazonaws.com/doc/2011-06-15/"
+    return f'<A xmlns="{xmlns}"><Credentials>\n{inner}</Credentials></A>'.encode()
+
+
+def role(name, assumed, **settings):
+    """Return a profile with a role."""
+    lines = [f"[profile {name}]", f"role_arn = arn:aws:iam::1:role/{assumed}"]
+    return "\n".join([*lines, *(f"{key} = {value}" for key, value in settings.items()), ""])
+
+
+class Asked(NamedTuple):
+    url: str
+    headers: dict
+    data: bytes = None
+    method: str = None
+
+
+class ChainTest(unittest.TestCase):
+    """Runs chains with a home of their own and a `fetch` that keeps what it was asked."""
+
+    def setUp(self):
+        self.home = folder(self)
+        os.makedirs(os.path.join(self.home, ".aws", "sso", "cache"))
+        patch = mock.patch.dict(os.environ, {"HOME": self.home})
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.put("identity", "dummysecretIdentity\n")
+        self.known = {k[0]: [Client("", *k[:3])] for k in map(fixed, "EPQ")}
+        self.known.update({k[0]: [Client("", *k[:3])] for k in map(lasting, "CISABWR")})
+        self.metadata = {"http://169.254.169.254/latest/api/token": b"dummysecretImds",
+                         ROLES + "a%20b": document("I"), ROLES: b"a b\n"}  # fmt: skip
+        self.web, self.asked, self.assumed = {}, [], []  # answers by the beginning of the URL
+
+    def put(self, path, text):
+        return write(os.path.join(self.home, path), text)
+
+    def cache_token(self, name, **changed):
+        token = {"accessToken": "dummysecretSso", "expiresAt": IN_AN_HOUR, **changed}
+        digest = hashlib.sha1(name.encode()).hexdigest()
+        self.put(f".aws/sso/cache/{digest}.json", json.dumps(token))
+
+    def fetch(self, url, headers, *, data=None, method=None, timeout=5):
+        self.asked.append(Asked(url, headers, data, method))
+        for begin, answer in self.web.items():
+            if url.startswith(begin):
+                return answer
+        if url.startswith("https://sts."):
+            return self.sts(headers, data)
+        raise Skipped("nobody answered")
+
+    def sts(self, headers, data):
+        """Answer for a role with the key of its name, to who signs with a key that is known."""
+        form = dict(urllib.parse.parse_qsl(data.decode(), strict_parsing=True))
+        who = region = ""
+        if form["Action"] == "AssumeRole":
+            request = Request("POST", "/", tuple(headers.items()), io.BytesIO(data))
+            verified = awsproxy.verify(request, self.known, EXAMPLE_TIME, service="sts")
+            who, region = verified.client.access_key_id[8:], verified.scope.region
+        self.assertEqual(bool(who), "Authorization" in headers)
+        self.assumed.append((who, region, form))
+        return of_sts(form["RoleArn"].rpartition("/")[2])
+
+    def chain(self, environ=NO_METADATA, config="", credentials="", profile="", **how):
+        self.put(".aws/config", config)
+        self.put(".aws/credentials", credentials)
+        self.asked, self.assumed = [], []
+        how = {"fetch": self.fetch, "clock": lambda: EXAMPLE_TIME, **how}
+        return CredentialChain(environ, profile, **how)
+
+    def found(self, *args, **how):
+        made = self.chain(*args, **how).find()
+        self.assertNotIn("secret", repr(made) + str(made))
+        return made
+
+    def skipped(self, *args, **how):
+        """Return why there are no credentials."""
+        with self.assertRaises(Skipped) as caught:
+            self.chain(*args, **how).find()
+        self.assertNotIn("dummysecret", repr(caught.exception))
+        return str(caught.exception)
+
+
+class SourceTest(ChainTest):
+    def test_the_first_source_that_has_keys_is_taken(self):
+        self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
+        left = everything = {**environment("E"), **BY_IDENTITY, **RELATIVE}
+        default = "[default]\n" + keys("P")
+        rows = [
+            ("environment", default, "", fixed("E")),
+            ("web identity", default, "AWS_ACCESS_KEY_ID", lasting("W")),
+            ("profile", default, "AWS_ROLE_ARN", fixed("P")),
+            ("container", "", "", lasting("C")),
+            ("metadata", "", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", lasting("I")),
+        ]
+        for name, credentials, gone, expected in rows:
+            left = {key: value for key, value in left.items() if key != gone}
+            with self.subTest(name):
+                self.assertEqual(self.found(left, credentials=credentials), expected)
+        names = ("environment", "web identity", "profile default", "container", "EC2 metadata")
+        expected = "; ".join(f"{name}: [^;]+" for name in names)
+        self.assertRegex(self.skipped(), rf"\A{expected}\Z")
+        reason = self.skipped(everything, credentials=default, profile="x")
+        self.assertRegex(reason, r"\Aprofile x: [^;]+\Z")  # a named one is tried alone
+        self.assertEqual(self.asked, [])
+
+    def test_a_profile_is_read_from_both_files(self):
+        key, secret = keys("P").splitlines()
+        p, q, token = keys("P"), keys("Q"), "aws_session_token = dummysecretToken\n"
+        other = self.put("other", "[default]\n" + p)
+        files = {"AWS_CONFIG_FILE": "~/none", "AWS_SHARED_CREDENTIALS_FILE": other}
+        rows = [
+            ("credentials", {}, "", "[default]\n" + p, ""),
+            ("config", {}, "[default]\n" + p, "", ""),
+            ("credentials first", {}, "[default]\n" + q, "[default]\n" + p, ""),
+            ("together", {}, f"[profile x]\n{key}", f"[x]\n{secret}", "x"),
+            ("AWS_PROFILE", {"AWS_PROFILE": "x"}, "[profile x]\n" + p, "", ""),
+            ("named", {"AWS_PROFILE": "y"}, "", f"[y]\n{q}[x]\n{p}", "x"),
+            ("named, not the environment", environment("E"), "", f"[x]\n{p}", "x"),
+            ("other files", files, "[default]\n" + q, "[default]\n" + q, ""),
+        ]
+        for name, environ, config, credentials, profile in rows:
+            with self.subTest(name):
+                made = self.found({**NO_METADATA, **environ}, config, credentials, profile)
+                self.assertEqual(made, fixed("P"))
+        made = self.found(config="[default]\n" + p + token)
+        self.assertEqual(made, (*fixed("P")[:2], "dummysecretToken", float("inf")))
+
+    def test_what_is_missing_or_malformed_is_said(self):
+        key, by = keys("P").splitlines()[0], functools.partial(role, "x", "A")
+        y, z = by(source_profile="y"), role("y", "B", source_profile="z")
+        back = role("y", "B", source_profile="x")
+        rows = [
+            ("nothing", "", "", "no such section"),
+            ("another", "[profile y]\n" + keys("P"), "", "no such section"),
+            ("no secret", "", f"[x]\n{key}\n", "no keys"),
+            ("empty secret", "", f"[x]\n{key}\naws_secret_access_key =\n", "no keys"),
+            ("no section", keys("P"), "", "config is malformed"),
+            ("no equals sign", "", "[x]\ndummysecret\n", "credentials is malformed"),
+            ("not UTF-8", b"[profile x]\na = \xff\n", "", "config is malformed"),
+            ("no source", by(), "", "source_profile"),
+            ("odd source", by(credential_source="Moon"), "", "credential_source"),
+            ("its source is missing", y, "", "no such section"),
+            ("its source is empty", by(credential_source="Environment"), "", "AWS_ACCESS_KEY_ID"),
+            ("no token file", by(web_identity_token_file="~/no"), "", "~/no cannot be read"),
+            ("itself, without keys", by(source_profile="x"), "", "."),
+            ("cycle", y + back, "", "."),
+            ("cycle further on", y + z + role("z", "C", source_profile="y"), "", "."),
+            # botocore: a profile may come back to itself alone.
+            ("cycle with keys", y + keys("P") + back, "", "."),
+        ]
+        for name, config, credentials, expected in rows:
+            with self.subTest(name):
+                reason = self.skipped(config=config, credentials=credentials, profile="x")
+                self.assertRegex(reason, rf"\Aprofile x: .*{expected}")
+                self.assertEqual(self.asked, [])
+
+    def test_an_answer_that_holds_no_keys_is_skipped(self):
+        bodies = [b"", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"dummysecret"', b"[" * 100000]
+        rows = [dict.fromkeys(("json", "printed", "sts", "portal"), body) for body in bodies]
+        changes = [(k, v) for k in ("AccessKeyId", "SecretAccessKey") for v in ("-", "", None, 5)]
+        for name, value in [*changes, ("Token", {"dummysecret": 1}), ("Expiration", "tomorrow")]:
+            change = {name: value}
+            lower = {"Token": "sessionToken"}.get(name, name[0].lower() + name[1:])
+            row = {"json": document("C", **change), "printed": printed("C", **change)}
+            row["portal"] = of_portal("C", **{lower: value})
+            if isinstance(value, str):
+                row["sts"] = of_sts("C", **change)
+            rows.append(row)
+        rows += [{"json": document("C", Expiration=each)} for each in (5, "2015-02-30T00:00:00Z")]
+        self.cache_token("corp")
+        sources = [
+            ("json", "container: ", {**NO_METADATA, **RELATIVE}, ""),
+            ("json", "EC2 metadata: ", {}, ""),
+            ("printed", "profile default: ", NO_METADATA,
+             f"[default]\ncredential_process = cat {self.home}/printed\n"),
+            ("portal", "profile default: ", NO_METADATA, "[default]\n" + BY_SESSION),
+            ("sts", "web identity: ", {**NO_METADATA, **BY_IDENTITY}, ""),
+        ]  # fmt: skip
+        for row, (kind, source, environ, config) in itertools.product(rows, sources):
+            if kind in row:
+                body = row[kind]
+                with self.subTest(source, kind=kind, body=body[:200]):
+                    self.put("printed", body)
+                    self.web = {"http://169.254.170.2/": body, PORTAL: body, STS: body}
+                    self.web.update({**self.metadata, ROLES + "a%20b": body})
+                    self.assertIn(source, self.skipped(environ, config))
+
+    def test_a_process_prints_keys_or_says_why_not(self):
+        self.put("whole", printed("P"))
+        self.put("bare", printed("P", Token="-", Expiration="-"))
+        head, run = "[default]\ncredential_process = ", subprocess.run
+        self.assertEqual(self.found(config=f"{head}cat '{self.home}/whole'\n"), lasting("P"))
+        self.assertEqual(self.found(config=f"{head}cat {self.home}/bare\n"), fixed("P"))
+
+        def impatient(*args, timeout, **how):
+            return run(*args, timeout=min(timeout, 0.3), **how)
+
+        rows = [
+            ("fails", "sh -c 'echo dummysecret; exit 3'", "3"),
+            ("killed", "sh -c 'kill -9 $$'", "-9"), ("does not exist", "/none/dummysecret", ""),
+            ("a folder", self.home, ""), ("quote left open", "cat 'dummysecret", ""),
+            ("nothing", '""', ""), ("hangs", "sleep 30", ""),
+        ]  # fmt: skip
+        for name, command, expected in rows:
+            patched = impatient if name == "hangs" else run
+            with self.subTest(name), mock.patch.object(subprocess, "run", patched):
+                reason = self.skipped(config=f"{head}{command}\n")
+                self.assertRegex(reason, f"profile default: .*process.*{expected}")
+
+    def test_an_sso_token_is_found_by_session_or_start_url(self):
+        self.web = {PORTAL: of_portal("S")}
+        rows = [("corp", BY_SESSION), ("https://corp.example/start", CORP + SSO)]
+        for name, settings in rows:
+            how = {"config": "[profile x]\n" + settings, "profile": "x"}
+            with self.subTest(name):
+                self.assertIn("aws sso login", self.skipped(**how))
+                self.cache_token(name)
+                self.assertEqual(self.found(**how), lasting("S"))
+                query = urllib.parse.parse_qs(self.asked[0].url.partition("?")[2])
+                expected = {"role_name": ["Reader"], "account_id": ["111122223333"]}
+                self.assertEqual(query, expected)
+                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+                self.assertEqual(self.asked, [Asked(self.asked[0].url, headers)])
+            for expires, expected in (("2015-08-30T12:36:00Z", "expired"), ("no time", ""),
+                                      ("2015-08-30T12:35:59UTC", "expired"), (5, "")):  # fmt: skip
+                self.cache_token(name, expiresAt=expires)
+                with self.subTest(name, expires=expires):
+                    self.assertRegex(self.skipped(**how), expected + ".*aws sso login")
+                    self.assertEqual(self.asked, [])
+
+    def test_a_container_is_asked_with_its_token(self):
+        token = {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "dummysecret"}
+        file = {"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": "~/identity"}
+        ecs, eks = "http://169.254.170.2/v2/it", "http://169.254.170.23/v1/credentials"
+        ipv6, https = "http://[fd00:ec2::23]/v1/credentials", "https://keys.example/x"
+        rows = [
+            ("relative first", {**RELATIVE, FULL: "http://localhost/"}, ecs, None),
+            ("token", {**RELATIVE, **token}, ecs, "dummysecret"),
+            ("file first", {FULL: eks, **token, **file}, eks, "dummysecretIdentity"),
+            ("IPv6", {FULL: ipv6, **file}, ipv6, "dummysecretIdentity"),
+            ("loopback", {FULL: "http://127.0.0.2:81/x?y"}, "http://127.0.0.2:81/x?y", None),
+            ("IPv6 loopback", {FULL: "http://[::1]:81/x"}, "http://[::1]:81/x", None),
+            ("https", {FULL: https, **token}, https, "dummysecret"),
+        ]
+        self.web = {"http": document("C")}
+        for name, environ, url, authorization in rows:
+            with self.subTest(name):
+                self.assertEqual(self.found({**NO_METADATA, **environ}), lasting("C"))
+                headers = {"Authorization": authorization} if authorization else {}
+                self.assertEqual(self.asked, [Asked(url, headers)])
+        rows = [(FULL, url) for url in (
+            "http://keys.example/", "http://169.254.169.254/x", "http://127.0.0.1.example/",
+            "http://", "http://localhost@keys.example/", "http://10.0.0.1/", "localhost/x",
+            "http://[::1", "http://[]/", "ftp://localhost/x", "file://localhost/etc/hosts",
+        )] + [(*RELATIVE, "@keys.example/"), (*file, "~/none")]  # fmt: skip
+        for name, value in rows:
+            with self.subTest(value):
+                environ = {**NO_METADATA, **token, FULL: ipv6, name: value}
+                self.assertRegex(self.skipped(environ), "container: [^;]")
+                self.assertEqual(self.asked, [])
+        environ = {**NO_METADATA, FULL: "http://127.0.0.1:9/"}
+        for value in ("dummysecret\nmore", "dummysecret\u20ac"):  # neither can stand in a header
+            with self.subTest(value):
+                environ["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = value
+                self.assertIn("container: ", self.skipped(environ, fetch=awsproxy.fetch))
+
+    def test_metadata_are_asked_with_a_token(self):
+        name, there = "AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254"
+        for environ, origin in (({}, there), ({name: "http://[::1]:81/"}, "http://[::1]:81")):
+            with self.subTest(origin):
+                self.web = {k.replace(there, origin): v for k, v in self.metadata.items()}
+                self.assertEqual(self.found(environ), lasting("I"))
+                token, *rest = self.asked
+                self.assertEqual((token.method, token.url), ("PUT", f"{origin}/latest/api/token"))
+                self.assertEqual(list(token.headers), ["X-aws-ec2-metadata-token-ttl-seconds"])
+                headers = {"X-aws-ec2-metadata-token": "dummysecretImds"}
+                urls = [ROLES.replace(there, origin) + role for role in ("", "a%20b")]
+                self.assertEqual(rest, [Asked(url, headers) for url in urls])
+        for value in ("true", "True"):
+            self.assertIn("DISABLED", self.skipped({"AWS_EC2_METADATA_DISABLED": value}))
+            self.assertEqual(self.asked, [])
+        self.web = {}
+        self.assertRegex(self.skipped({}), "EC2 metadata: .*hop limit")
+        with self.subTest("a role that is not UTF-8"):
+            self.web = {**self.metadata, ROLES: b"\xff"}
+            self.assertIn("EC2 metadata: ", self.skipped({}))
+        with self.subTest("an endpoint that is no URL"):
+            reason = self.skipped({name: "http://[::1"}, fetch=awsproxy.fetch)
+            self.assertIn("EC2 metadata: ", reason)
+
+
+class RoleTest(ChainTest):
+    def test_a_role_is_assumed_with_the_keys_of_its_source(self):
+        self.put("printed", printed("P", Token="-"))
+        self.web = {
+            "http://169.254.170.2/": document("C"),
+            **self.metadata,
+            PORTAL: of_portal("S"),
+        }
+        self.cache_token("corp")
+        by = functools.partial(role, "x", "A")
+        y, p, token = by(source_profile="y"), keys("P"), {"web_identity_token_file": "~/identity"}
+        by_z = y + role("y", "B", source_profile="z")
+        process = f"[profile y]\ncredential_process = cat {self.home}/printed\n"
+        rows = [
+            ("source profile", f"{y}[profile y]\n{p}", ["PA"]),
+            ("itself", by(source_profile="x") + p, ["PA"]),
+            ("process", y + process, ["PA"]),
+            ("SSO", f"{y}[profile y]\n{BY_SESSION}", ["SA"]),
+            ("environment", by(credential_source="Environment"), ["EA"]),
+            ("container", by(credential_source="EcsContainer"), ["CA"]),
+            ("metadata", by(credential_source="Ec2InstanceMetadata"), ["IA"]),
+            ("web identity", by(**token), ["A"]),
+            ("source with web identity", y + role("y", "B", **token), ["B", "BA"]),
+            ("chain", f"{by_z}[profile z]\n{p}", ["PB", "BA"]),
+            # botocore: "static credentials will otherwise take precedence" in a source profile.
+            ("source with keys and a role", f"{by_z}{p}[profile z]\n{keys('Q')}", ["PA"]),
+        ]
+        for name, config, expected in rows:
+            with self.subTest(name):
+                environ = {**environment("E"), **RELATIVE}
+                self.assertEqual(self.found(environ, config, profile="x"), lasting("A"))
+                signers = [who + form["RoleArn"][-1] for who, _, form in self.assumed]
+                self.assertEqual(signers, expected)
+
+    def test_session_and_region_are_those_of_profile_and_environment(self):
+        settings = {"role_session_name": "me", "duration_seconds": "900", "external_id": "a&b"}
+        plain = {"Action": "AssumeRole", "RoleArn": "arn:aws:iam::1:role/A",
+                 "RoleSessionName": "awsproxy", "Version": "2011-06-15"}  # fmt: skip
+        whole = {**plain, "RoleSessionName": "me", "DurationSeconds": "900", "ExternalId": "a&b"}
+        identity = {**plain, "Action": "AssumeRoleWithWebIdentity", "RoleSessionName": "me",
+                    "WebIdentityToken": "dummysecretIdentity"}  # fmt: skip
+        by_token = {"web_identity_token_file": "~/identity", "role_session_name": "me"}
+        default, cn = {"AWS_DEFAULT_REGION": "eu-west-2"}, "cn-north-1"
+        rows = [
+            ({}, {}, plain, "us-east-1", "us-east-1.amazonaws.com"),
+            ({}, settings, whole, "us-east-1", "us-east-1.amazonaws.com"),
+            ({}, by_token, identity, "", "us-east-1.amazonaws.com"),
+            ({}, {"region": "eu-west-1"}, plain, "eu-west-1", "eu-west-1.amazonaws.com"),
+            (default, {"region": "eu-west-1"}, plain, "eu-west-2", "eu-west-2.amazonaws.com"),
+            ({**default, "AWS_REGION": cn}, {}, plain, cn, "cn-north-1.amazonaws.com.cn"),
+        ]
+        for environ, given, form, region, host in rows:
+            with self.subTest(environ=environ, given=given):
+                config = role("x", "A", source_profile="x", **given) + keys("P")
+                self.found(environ, config, profile="x")
+                ((_, *asked),) = self.assumed
+                self.assertEqual(asked, [region, form])
+                self.assertEqual(self.asked[0].url, f"https://sts.{host}/")
+
+    def test_a_session_name_is_made_valid(self):
+        rows = [
+            ("demo", "demo"), ("x" * 64, "x" * 64), ("x" * 65, "x" * 64), (None, "awsproxy"),
+            ("", "awsproxy"), ("a b/c:d", "a-b-c-d"), ("A_1+=,.@-z", "A_1+=,.@-z"),
+        ]  # fmt: skip
+        for given, expected in rows:
+            self.assertEqual(awsproxy.session_name(given), expected)
+        for given in ("a", "-", "\u00e9", "a\n", " ", "-" * 70, "\u0662\u0662", "x" * 63 + "\n"):
+            with self.subTest(given):
+                made = awsproxy.session_name(given)
+                self.assertRegex(made, r"\A[A-Za-z0-9_+=,.@-]{2,64}\Z")
+
+
+class Local(http.server.BaseHTTPRequestHandler):
+    """Is a container's endpoint, EC2's metadata and some that misbehave."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        asked = self.headers.get("Authorization") or self.headers.get("X-AWS-EC2-Metadata-Token")
+        self.server.asked.append((self.command, self.path, asked))
+        if self.path == "/slow":
+            self.server.released.wait(5)
+        if self.path in ("/slow", "/nonsense", "/hangs-up"):
+            self.wfile.write(b"nonsense\r\n\r\n" if self.path == "/nonsense" else b"")
+            return
+        status, body = self.server.answers.get(self.path, (404, b"dummysecret"))
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", body.decode())
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+
+class FetchTest(ChainTest):
+    def setUp(self):
+        super().setUp()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Local)
+        self.server.asked, self.server.released = [], threading.Event()
+        self.origin = f"http://127.0.0.1:{self.server.server_port}"
+        roles = ROLES[len("http://169.254.169.254") :]
+        self.server.answers = {
+            "/ok": (200, b"fine"), "/moved": (302, self.origin.encode() + b"/ok"),
+            "/container": (200, document("C")), "/latest/api/token": (200, b"dummysecretImds"),
+            roles: (200, b"role"), roles + "role": (200, document("I")),
+        }  # fmt: skip
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        thread.start()
+        server = self.server
+        for action in (server.server_close, thread.join, server.shutdown, server.released.set):
+            self.addCleanup(action)
+
+    def test_a_body_is_returned_or_a_reason_is_raised(self):
+        self.assertEqual(awsproxy.fetch(self.origin + "/ok", {"Authorization": "b"}), b"fine")
+        self.assertEqual(self.server.asked, [("GET", "/ok", "b")])
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            closed = f"http://127.0.0.1:{free.getsockname()[1]}/"
+        here = self.origin
+        urls = [here + "/nothing", here + "/hangs-up", here + "/nonsense", here + "/slow", closed,
+                "http://127.0.0.1:x/", "http://127.0.0.1/a b", "http://[::1"]  # fmt: skip
+        for url in urls:
+            with self.subTest(url):
+                with self.assertRaises(Skipped) as caught:
+                    awsproxy.fetch(url, {"Authorization": "dummysecret"}, timeout=0.2)
+                self.assertRegex(str(caught.exception), "404" if "nothing" in url else ".")
+                self.assertNotIn("secret", str(caught.exception))
+
+    def test_a_redirection_is_not_followed(self):  # it would take the token elsewhere
+        with self.assertRaisesRegex(Skipped, "302"):
+            awsproxy.fetch(self.origin + "/moved", {"Authorization": "dummysecret"})
+        self.assertEqual(self.server.asked, [("GET", "/moved", "dummysecret")])
+
+    def test_container_and_metadata_are_asked_over_http(self):
+        token = {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "dummysecret"}
+        made = self.found({FULL: self.origin + "/container", **token}, fetch=awsproxy.fetch)
+        self.assertEqual(made, lasting("C"))
+        metadata = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": self.origin}
+        self.assertEqual(self.found(metadata, fetch=awsproxy.fetch), lasting("I"))
+        asked = [(method, token) for method, _, token in self.server.asked]
+        imds = ("GET", "dummysecretImds")
+        self.assertEqual(asked, [("GET", "dummysecret"), ("PUT", None), imds, imds])
+
+    def test_no_proxy_is_asked_for_an_address_of_the_host(self):
+        code = (
+            "import awsproxy, sys\nfor url in sys.argv[1:]:\n"
+            "    try: awsproxy.fetch(url, {}, timeout=0.3)\n    except awsproxy.Skipped: pass\n"
+        )
+        hosts = "127.0.0.2:9 [::1]:9 localhost:9 169.254.170.2 169.254.170.23 169.254.169.254"
+        hosts = [*hosts.split(), "[fd00:ec2::23]", "[fd00:ec2::254]", "keys.example"]
+        environ = {"http_proxy": self.origin, "PYTHONPATH": os.path.dirname(awsproxy.__file__)}
+        command = [sys.executable, "-c", code, *(f"http://{host}/" for host in hosts)]
+        subprocess.run(command, env=environ, timeout=20, check=True)
+        self.assertEqual(self.server.asked, [("GET", "http://keys.example/", None)])
+
+
+class Finding:
+    """A chain that finds what it is told to, the last for ever; a function is called for it."""
+
+    def __init__(self, *results):
+        self.results, self.times = list(results), 0
+
+    def find(self):
+        self.times += 1
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+        result = result() if callable(result) else result
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+class CacheTest(unittest.TestCase):
+    first, second = (
+        Credentials(f"dummykey{hours}", "dummysecret", "", EXAMPLE_TIME + 3600 * hours)
+        for hours in (1, 2)
+    )
+
+    def start(self, *results):
+        self.clock, self.chain = Clock(), Finding(*results)
+        self.cache = CredentialCache(self.chain, self.clock)
+
+    def check(self, rows):
+        """Run (seconds, what is got, how often the chain was asked by then)."""
+        for seconds, expected, times in rows:
+            with self.subTest(seconds):
+                self.clock.now = EXAMPLE_TIME + seconds
+                if isinstance(expected, str):
+                    with self.assertRaisesRegex(Skipped, expected):
+                        self.cache.get()
+                else:
+                    self.assertIs(self.cache.get(), expected)
+                self.assertEqual(self.chain.times, times)
+
+    def test_credentials_are_kept_until_five_minutes_before_their_end(self):
+        self.start(self.first, self.second)
+        self.assertNotEqual(self.cache.seconds_left, self.cache.seconds_left)  # not a number
+        self.check([(0, self.first, 1), (10, self.first, 1), (3299, self.first, 1)])
+        self.assertEqual(self.cache.seconds_left, 301)
+        self.check([(3300, self.second, 2)])
+        self.assertEqual(self.cache.seconds_left, 3900)
+        endless = fixed("")
+        self.start(endless)
+        self.check([(0, endless, 1), (1e9, endless, 1)])
+        self.assertEqual(self.cache.seconds_left, float("inf"))
+
+    def test_a_failure_is_tried_again_after_ten_seconds_and_the_old_serve(self):
+        first, no = self.first, "no dice"
+        self.start(first, Skipped(no))
+        self.check([(0, first, 1)])
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            self.check([(3300, first, 2), (3309, first, 2), (3310, first, 3), (3599, first, 4)])
+        self.assertIn(no, logged.output[0])
+        self.assertNotIn("secret", "".join(logged.output))
+        self.check([(3600, no, 4), (3608, no, 4), (3609, no, 5), (3618, no, 5)])
+        self.chain.results = [self.second]
+        self.check([(3619, self.second, 6)])
+        self.start(Skipped(no), first)  # the same where there were none
+        self.check([(0, no, 1), (9.9, no, 1), (10, first, 2)])
+
+    def test_short_ones_serve_and_expired_ones_do_not(self):
+        short = self.first._replace(expires=EXAMPLE_TIME + 200)
+        self.start(short)
+        self.check([(0, short, 1), (9, short, 1), (10, short, 2), (199, short, 3)])
+        self.start(self.first._replace(expires=EXAMPLE_TIME - 1))
+        self.check([(0, "", 1), (1, "", 1), (9, "", 1)])
+
+    def test_refused_ones_are_read_again_once(self):
+        first, second = self.first, self.second
+        self.start(first, second)
+        self.check([(0, first, 1)])
+        self.assertTrue(self.cache.expire(first))
+        self.check([(0, second, 2)])
+        self.assertTrue(self.cache.expire(first))  # somebody else has renewed them
+        self.check([(0, second, 2)])
+        self.chain.results = [Skipped("no dice")]
+        self.assertTrue(self.cache.expire(second))
+        self.assertFalse(self.cache.expire(second))
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.check([(1, second, 3), (2, second, 3)])
+
+    def test_one_thread_renews_and_only_who_has_none_waits_for_it(self):
+        no, entered, leave = Skipped("no dice"), threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+        for old, new in ((self.first, self.second), (None, self.first), (None, no)):
+            with self.subTest(old=old, new=new):
+                entered.clear()
+                leave.clear()
+
+                def slow(new=new):
+                    entered.set()
+                    leave.wait(5)
+                    return new
+
+                self.start(*([old, slow] if old else [slow]))
+                if old:
+                    self.cache.get()
+                    self.clock.now += 3300
+                with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                    renewing = pool.submit(self.cache.get)
+                    self.assertTrue(entered.wait(5))
+                    others = [pool.submit(self.cache.get) for _ in range(5)]
+                    ended, _ = concurrent.futures.wait(others, 2 if old else 0.05)
+                    self.assertEqual(len(ended), 5 if old else 0)
+                    leave.set()
+                    got = [each.exception(2) or each.result() for each in [renewing, *others]]
+                self.assertEqual(list(map(str, got)), list(map(str, [new, *[old or new] * 5])))
+                self.assertEqual(self.chain.times, 2 if old else 1)
+
+
+class KeyringTest(ChainTest):
+    def test_a_client_gets_the_keys_that_it_names_from_a_cache_of_its_own(self):
+        arn = "upstream_role_arn = arn:aws:iam::1:role/R\n"
+        more = ["", "", "upstream_profile = x\n", "upstream_profile = x\n", arn, arn,
+                arn + "upstream_profile = x\n"]  # fmt: skip
+        text = [section(f"n {i}", f"akid{i}", "secret") + m for i, m in enumerate(more)]
+        clients = awsproxy.read_clients(self.put("clients", "".join(text)))
+        self.assertNotIn("secret", repr(clients))
+        self.put(".aws/credentials", f"[x]\n{keys('Q')}")
+        ring = Keyring(environment("E"), fetch=self.fetch, clock=lambda: EXAMPLE_TIME)
+        caches = [ring.of(clients[f"akid{i}"][0]) for i in range(len(more))]
+        got = [cache.get().access_key_id[8:] for cache in caches]
+        self.assertEqual(got, ["E", "E", "Q", "Q", "R", "R", "R"])
+        sessions = [(who, form["RoleSessionName"]) for who, _, form in self.assumed]
+        self.assertEqual(sessions, [("E", "n-4"), ("E", "n-5"), ("Q", "n-6")])
+        self.assertEqual([caches.index(cache) for cache in caches], [0, 0, 2, 2, 4, 5, 6])
+        self.assertIs(ring.of(clients["akid4"][0]), caches[4])
+        self.web = {STS: b""}
+        how = {"role_arn": "arn:aws:iam::1:role/R"}
+        self.assertIn("STS", self.skipped({**NO_METADATA, **environment("E")}, **how))
+
+
+class ForwardingFlagsTest(unittest.TestCase):
+    def setUp(self):
+        self.home = folder(self)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+        self.environ = {**kept, "HOME": self.home, **NO_METADATA}
+
+    def test_without_credentials_it_warns_at_start_and_refuses_calls(self):
+        names = ["environment: ", "web identity: ", "profile default: ", "container: "]
+        headers = (("X-Amz-Target", "AmazonSQS.ListQueues"), ("Content-Type", JSON_1_0))
+        for flags, tried in (([], names), (["--profile", "nowhere"], ["profile nowhere: "])):
+            with self.subTest(flags):
+                flags = ["--upstream", "http://127.0.0.1:9", *flags]
+                program = Program(self.addCleanup, *flags, env=self.environ)
+                self.assertTrue(program.address)
+                reply = program.handle(signed(headers=headers, body=b"{}", at=time.time()))
+                document = json.loads(reply.body)
+                self.assertEqual(reply.status, 403)
+                self.assertIn("AccessDenied", document["__type"])
+                for said in ("\n".join(program.warnings), document["message"]):
+                    named = [name for name in (*names, "profile nowhere: ") if name in said]
+                    self.assertEqual(named, tried)
+                    self.assertNotIn("Traceback", said)
+
+    def test_what_cannot_be_forwarded_with_or_to_is_refused_with_2(self):
+        def put(name, text):
+            return write(os.path.join(self.home, name), text)
+
+        os.mkdir(os.path.join(self.home, ".aws"))
+        put(".aws/credentials", f"[default]\n{keys('')}[x]\n{keys('A')}[y]\n{keys('B')}")
+        mine = put("mine", section("a", "dummykeyA", "dummysecret"))
+        named = put("named", section("a", "dummykeyA", "dummysecret") + "upstream_profile = x\n")
+        same = [
+            "--upstream aws", "--route s3:*=aws", f"--upstream aws --clients {mine} --profile x",
+            f"--upstream http://h --clients {named} --profile y",
+        ]  # fmt: skip
+        wrong = [("--route", row) for row in (
+            "", "sqs:*", "=aws", "sqs:*=", "sqs:*=gcp", "s3:Get*=ftp://x", "a b=aws",
+            "*=http://h/x", "*=http://169.254.169.254",
+        )] + [("--upstream", row) for row in (
+            "", "gcp", "localhost:4566", "http://", "http://h:x", "http://h:65536", "http://h/?a",
+            "http://u@h", "http://[::1", "http://[fe80::1]", "http://[::ffff:169.254.169.254]",
+        )]  # fmt: skip
+        rows = [(row, row.split(), r"\Aawsproxy: [^\n]*dummykey[^\n]*--clients[^\n]*\n\Z")
+                for row in same]  # fmt: skip
+        rows += [(f"{flag} {row}", [flag, row], rf"awsproxy: error: argument {flag}: [^\n]+\n\Z")
+                 for flag, row in wrong]  # fmt: skip
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            ended = CommandLineTest.run_all(self, [(n, ["--port", "0", *a]) for n, a, _ in rows])
+        for name, _, expected in rows:
+            with self.subTest(name):
+                code, output, errors = ended[name]
+                self.assertEqual((code, output), (2, ""), errors)
+                self.assertRegex(errors, expected)
+                self.assertNotIn("dummysecret", errors)
+                self.assertNotIn("Traceback", errors)
+
+    def test_routes_go_to_the_targets_named_the_upstream_last(self):
+        flags = "--route sqs:*=embedded --route s3:*=aws --route x:*=deny --upstream http://h:1"
+        for given, expected in (
+            (flags, "sqs:* Embedded, s3:* Upstream, x:* Deny, * Upstream"),
+            ("", "sqs:* Embedded"),
+        ):
+            options = awsproxy.build_parser().parse_args(given.split())
+            routes = awsproxy.build_routes(options, Keyring({}), awsproxy.Sqs(Clock()))
+            shown = ", ".join(f"{r.pattern} {type(r.target).__name__}" for r in routes)
+            self.assertEqual(shown, expected)
 
 
 # ==== 7. Hooks ====
