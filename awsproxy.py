@@ -84,6 +84,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -348,6 +349,7 @@ ERRORS: Mapping[str, Fault] = {
     "IncompleteBody": _framework(400, "IncompleteBody"),
     "RequestEntityTooLarge": _framework(413, "RequestEntityTooLarge"),
     "RequestHeaderFieldsTooLarge": _framework(431, "RequestHeaderFieldsTooLarge"),
+    "RequestTimeout": _framework(400, "RequestTimeout"),
     "ServiceUnavailable": _framework(503, "ServiceUnavailable", "ServiceUnavailable"),
     # Authentication ("Common Error Types" of each API reference).
     "AccessDenied": _framework(403, "AccessDenied"),
@@ -431,6 +433,7 @@ _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0-\x08\n-\x1f\x7f]*)")
 _FIELD_LINES = re.compile(rf"(?:{_TOKEN}:[^\0-\x08\n-\x1f\x7f]*\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 _DIGITS = re.compile("[0-9]{1,18}")
+BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
@@ -620,7 +623,7 @@ class Stream:
     def readline(self, size: int = -1) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(65536)
+            data = self._receive(8192)  # few: what stays in the buffer is copied by each line
             if not data:
                 break
             self.buffer += data
@@ -661,6 +664,15 @@ class LengthBody:
             raise ServiceError("IncompleteBody", "The request body ended before its length.")
         return data
 
+    def read_some(self, size: int) -> bytes:
+        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
+        assert isinstance(self._source, Stream)
+        data = self._source.read_some(min(size, self._left)) if self._left else b""
+        if self._left and not data:
+            raise ServiceError("IncompleteBody", "The body ended before its length.")
+        self._left -= len(data)
+        return data
+
 
 class ChunkedBody:
     """A body in the chunked coding (RFC 9112, 7.1), of `limit` bytes at the most.
@@ -697,6 +709,19 @@ class ChunkedBody:
             if not self._left and self._line() != b"\r\n":
                 raise ServiceError("BadRequest", "A chunk is longer than its size.")
         return b"".join(parts)
+
+    def read_some(self, size: int) -> bytes:
+        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
+        assert isinstance(self._source, Stream)
+        if not self.unread or (not self._left and not self._next_chunk()):
+            return b""
+        data = self._source.read_some(min(size, self._left))
+        if not data:
+            raise ServiceError("IncompleteBody", "The body ended within a chunk.")
+        self._left -= len(data)
+        if not self._left and self._line() != b"\r\n":
+            raise ServiceError("BadRequest", "A chunk is longer than its size.")
+        return data
 
     def _next_chunk(self) -> bool:
         match = _CHUNK_SIZE.fullmatch(self._line())
@@ -817,13 +842,18 @@ def encode_head(request: Request) -> bytes:
 
 
 def encode_reply(
-    reply: Reply, date: str, close: bool, head_only: bool = False, chunked: bool = False
+    reply: Reply,
+    date: str,
+    close: bool,
+    head_only: bool = False,
+    streams: Optional[str] = None,
 ) -> bytes:
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
-    `close` announces that the connection ends here; `head_only` is for an answer to HEAD, and
-    for the head of a body that follows, in chunks if `chunked`.  A Date or Content-Length that
-    the reply has is kept.  Raises ValueError for a header that would break out of its line
+    `close` announces that the connection ends here; `head_only` is for an answer to HEAD.
+    `streams` is for the head of a body that follows: the header that frames it, "" if the
+    reply has one or the end of the connection does.  A Date or Content-Length that the reply
+    has is kept.  Raises ValueError for a header that would break out of its line
     (RFC 9110, 5.5), and for a body that streams.
     """
     status, headers, body = reply
@@ -837,14 +867,14 @@ def encode_reply(
     if "date" not in names:
         lines.append(f"Date: {date}")
     bodiless = status < 200 or status in (204, 304)
-    if chunked:
-        lines.append("Transfer-Encoding: chunked")
-    elif not bodiless and "content-length" not in names:
+    if streams:
+        lines.append(streams)
+    elif streams is None and not bodiless and "content-length" not in names:
         lines.append(f"Content-Length: {len(body)}")
     if close:
         lines.append("Connection: close")
     head = _encode_lines(lines)
-    return head if head_only or bodiless else head + body
+    return head if head_only or bodiless or streams is not None else head + body
 
 
 # ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
@@ -5134,6 +5164,13 @@ class Keyring:
 # ---- Connections ----
 
 
+def is_readable(connection: socket.socket) -> bool:
+    """Whether something has arrived, or the other side has hung up."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class UpstreamError(Exception):
     """A connection that failed; `unanswered` if no byte of an answer had come."""
 
@@ -5155,7 +5192,9 @@ class Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.reused = False
+        self.spoiled = False  # whether a request was not sent to its end
         self.idle_since = 0.0
+        self.deadline = math.inf  # until when the answer must have come
         self._client = connect
         try:
             connect.connect()
@@ -5163,13 +5202,17 @@ class Connection:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = connect.sock
         self.socket.settimeout(timeout)
-        self.source = Stream(self.socket.recv)
+        self.source = Stream(self._receive)
+
+    def _receive(self, size: int) -> bytes:
+        if time.monotonic() > self.deadline:
+            raise socket.timeout("the answer comes too slowly")
+        return self.socket.recv(size)
 
     def is_stale(self) -> bool:
-        """Whether the other side has closed it, or sent what nobody asked for."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return bool(poll.poll(0))
+        """Whether the other side has closed it, or sent something: an answer, or too much."""
+        decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
+        return bool(self.source.buffer or decrypted) or is_readable(self.socket)
 
     def close(self) -> None:
         """Close it."""
@@ -5181,6 +5224,34 @@ class Connection:
             self.socket.sendall(data)
         except OSError as error:
             raise UpstreamError(f"{self.endpoint.origin} hung up: {error}") from error
+
+    def send_until_answered(self, data: bytes) -> bool:
+        """Send it, but stop and return False once an answer begins, or the other side hangs up.
+
+        Raises UpstreamError if it takes too long.
+        """
+        left = memoryview(data)
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN | select.POLLOUT)
+        try:
+            while left:
+                ready = poll.poll(self.timeout * 1000)
+                if not ready:
+                    raise UpstreamError(f"{self.endpoint.origin} takes no more of a body")
+                if ready[0][1] & ~select.POLLOUT and self._begins_to_answer():
+                    return False
+                if ready[0][1] & select.POLLOUT:
+                    left = left[self.socket.send(left) :]
+        except OSError:
+            return False
+        return True
+
+    def _begins_to_answer(self) -> bool:
+        """Whether what has arrived is of an answer: TLS sends things of its own, too."""
+        self.socket.setblocking(False)
+        going_on = self.receive_now()
+        self.socket.settimeout(self.timeout)
+        return bool(self.source.buffer) or not going_on
 
     def send_now(self, data: bytes) -> bool:
         """Send all of it without waiting, or return False."""
@@ -5211,6 +5282,7 @@ class Connection:
     def answer(self) -> ResponseHead:
         """Return the head of the final answer.  Raises UpstreamError."""
         raw = b""
+        self.deadline = time.monotonic() + self.timeout
         try:
             while True:
                 raw = read_head(self.source)
@@ -5258,6 +5330,17 @@ class Pool:
             kept.socket.settimeout(self._timeout)
             return kept
         return Connection(endpoint, self._client(endpoint), self._timeout)
+
+    def close_idle(self) -> None:
+        """Close the connections that have idled for too long."""
+        oldest = time.monotonic() - self.IDLE_SECONDS
+        with self._lock:
+            late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
+            for connection in late:
+                self._idle[connection.endpoint].remove(connection)
+            self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
+        for connection in late:
+            connection.close()
 
     def give(self, connection: Connection) -> None:
         """Take back a connection whose exchange is complete."""
@@ -5469,7 +5552,7 @@ class Waiting:
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n")
-        if ended or len(buffer) > MAX_WHOLE_REPLY:
+        if ended or len(buffer) > MAX_WHOLE_REPLY or (end < 0 and BARE_LF.search(buffer)):
             return connection.blocking(received)
         if end < 0:
             return None
@@ -5752,7 +5835,7 @@ class Upstream:
     ) -> None:
         signed, claimed = self._signed(call, outgoing, keys)
         head, body = encode_head(signed), signed.body
-        if isinstance(body, io.BytesIO):
+        if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
             connection.send(head + body.getvalue())
             return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
@@ -5762,14 +5845,13 @@ class Upstream:
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
         chunked = signed.header("transfer-encoding") is not None
-        for block in itertools.chain((head,), blocks):
-            framed = chunked and block is not head
-            try:
-                connection.send(b"%x\r\n%b\r\n" % (len(block), block) if framed else block)
-            except UpstreamError:
-                return  # it may have answered before it hung up: the answer tells
-        if chunked:
-            connection.send(b"0\r\n\r\n")
+        connection.send(head)
+        connection.spoiled = True
+        for block in itertools.chain(blocks, (b"",) if chunked else ()):
+            framed = b"%x\r\n%b\r\n" % (len(block), block) if chunked else block
+            if not connection.send_until_answered(framed):
+                return  # the rest is not wanted
+        connection.spoiled = False
 
     # ---- The answer ----
 
@@ -5797,10 +5879,12 @@ class Upstream:
             if method != "HEAD":
                 headers = [(n, v) for n, v in headers if n.lower() != "content-length"]
             return Reply(head.status, tuple(headers), body)
+        connection.deadline = math.inf  # each part of what streams has its own time
         return Reply(head.status, tuple(headers), self._stream(connection, reader, keep))
 
     def _done(self, connection: Connection, keep: bool) -> None:
-        if keep:
+        """Keep a connection on which all that was sent and received has its end, or close it."""
+        if keep and not connection.spoiled and not connection.source.buffer:
             self._pool.give(connection)
         else:
             connection.close()
@@ -5812,7 +5896,7 @@ class Upstream:
         complete = False
         try:
             while True:
-                block = reader.read(65536) if reader else connection.source.read_some(65536)
+                block = (reader or connection.source).read_some(65536)
                 if not block:
                     break
                 yield block
@@ -6929,7 +7013,12 @@ class Proxy:
                 raise too_large(self.max_body)
             return body if whole else io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
-        file = tempfile.TemporaryFile()
+        try:
+            file = tempfile.TemporaryFile()
+        except OSError as error:
+            log.warning("a long body cannot be kept: %s", error)
+            message = "The proxy has no room for so long a body."
+            raise ServiceError("ServiceUnavailable", message) from error
         while data:
             size += len(data)
             if size > self.max_body:
@@ -6955,7 +7044,6 @@ SPOOLED_IN_MEMORY = 1048576
 SMALL_BODY = 131072  # up to here a body is gathered before its call begins
 MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
 
-_BARE_LF = re.compile(rb"(?<!\r)\n")
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 
 
@@ -6975,7 +7063,7 @@ class Manner(NamedTuple):
 class Conversation:
     """A connection: what has arrived and was not used yet, and when it is given up."""
 
-    __slots__ = ("buffer", "deadline", "parked", "peer", "scanned", "server", "socket")
+    __slots__ = ("buffer", "deadline", "needed", "parked", "peer", "scanned", "server", "socket")
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
         self.server = server
@@ -6983,6 +7071,7 @@ class Conversation:
         self.peer = peer
         self.buffer = b""
         self.parked = False  # whether the loop waits for it
+        self.needed = 0  # so much must be in the buffer before it is worth a look
         self.scanned = 0  # the buffer holds no end of a head before this
         self.deadline = 0.0
 
@@ -6999,10 +7088,12 @@ class Conversation:
         if not data:
             self.close()
             return
-        if not self.buffer:  # from its first byte on a request has so long to be complete
+        if not self.buffer and data != b"\r\n":  # from its first byte on it has so long
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
-        self.proceed()
+        if len(self.buffer) >= self.needed:
+            self.needed = 0
+            self.proceed()
 
     def proceed(self) -> None:
         """Answer each request that the buffer holds, until one must wait or be waited for."""
@@ -7017,7 +7108,7 @@ class Conversation:
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
         if end == 3:
             at = max(self.scanned - 1, 0)
-            if len(buffer) <= MAX_HEAD and not _BARE_LF.search(buffer, at):
+            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, at):
                 self.scanned = len(buffer)
                 return False
             end = len(buffer)
@@ -7037,6 +7128,7 @@ class Conversation:
             return False
         beyond = end + (length or 0)
         if len(buffer) < beyond:
+            self.needed = beyond
             return False
         self.buffer = buffer[beyond:]
         method, target, version, headers = head
@@ -7119,9 +7211,16 @@ class Conversation:
 
         def receive(size: int) -> bytes:
             nonlocal total
-            if time.monotonic() > began + self.server.timeout_seconds + total / MIN_BODY_RATE:
-                raise socket.timeout("the body arrives too slowly")
-            data = self.socket.recv(size)
+            late = began + self.server.timeout_seconds + total / MIN_BODY_RATE
+            try:
+                data = self.socket.recv(size) if time.monotonic() < late else None
+            except socket.timeout:
+                data = None
+            except OSError:
+                data = b""  # it has hung up
+            if data is None:
+                message = "Your socket connection to the server was not read from or written to."
+                raise ServiceError("RequestTimeout", message)
             total += len(data)
             return data
 
@@ -7135,25 +7234,34 @@ class Conversation:
             return self._write_rest(encode_reply(reply, date, close, head_only), close)
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
         close, chunked = close or (old and not measured), not old and not measured
+        framing = "Transfer-Encoding: chunked" if chunked else ""
+        blocks = () if head_only else filter(None, reply.body)  # an empty one would be the end
         try:
             head = reply._replace(body=b"")
-            self.socket.sendall(encode_reply(head, date, close, True, chunked))
-            for block in (
-                () if head_only else filter(None, reply.body)
-            ):  # an empty one would end it
-                self.socket.sendall(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
+            self._send_all(encode_reply(head, date, close, head_only, framing))
+            for block in blocks:
+                self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked and not head_only:
-                self.socket.sendall(b"0\r\n\r\n")
+                self._send_all(b"0\r\n\r\n")
         except (OSError, ServiceError) as error:
             log.warning("an answer to %s broke off: %s", self.peer, error)
+            if not chunked and not measured:  # a mere end would look like that of the body
+                abort = struct.pack("ii", 1, 0)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
             return False
         finally:
             if isinstance(reply.body, collections.abc.Generator):
                 reply.body.close()
         return not close
 
+    def _send_all(self, data: bytes) -> None:
+        """Send all of it; each part that is taken has the whole timeout."""
+        left = memoryview(data)
+        while left:
+            left = left[self.socket.send(left) :]
+
     def _write_rest(self, data: bytes, close: bool) -> bool:
-        self.socket.sendall(data)
+        self._send_all(data)
         return not close
 
     def _continue(self) -> None:
@@ -7161,6 +7269,8 @@ class Conversation:
 
     def _abandoned(self) -> bool:
         """Whether the other side has hung up; what it has sent stays where it is."""
+        if self.socket.fileno() < 0:
+            return True
         poll = select.poll()
         poll.register(self.socket, _HUNG_UP)
         return bool(poll.poll(0))
@@ -7382,7 +7492,11 @@ class Server(http.server.HTTPServer):
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
         """Have a worker do what may wait, and then park the connection, if it goes on."""
         self._unpark(conversation)
-        self._workers.run(functools.partial(self._do, conversation, act))
+        try:
+            self._workers.run(functools.partial(self._do, conversation, act))
+        except RuntimeError as error:  # no more threads
+            log.warning("a call is given up: %s", error)
+            conversation.close()
 
     def _do(self, conversation: Conversation, act: Callable[[], bool]) -> None:
         goes_on = False
@@ -7660,7 +7774,8 @@ class Program:
         clients = self._read_clients()
         metrics = Metrics()
         keyring = Keyring(os.environ, options.profile)
-        routes = build_routes(options, keyring, self._sqs)
+        self._pool = Pool()
+        routes = build_routes(options, keyring, self._sqs, self._pool)
         check_upstream_keys(routes, keyring, clients)
         self._in_flight = self._build_in_flight()
         self._status = Status(metrics, self._in_flight)
@@ -7736,6 +7851,7 @@ class Program:
     def _tick(self) -> None:
         """Do what is due each half second."""
         self.proxy.refresh_hooks()
+        self._pool.close_idle()
         if self._watched:
             self._watched.refresh(self.proxy)
         if isinstance(self._in_flight, TaskProtection):
@@ -7799,12 +7915,13 @@ def _nothing() -> None:
     return None
 
 
-def build_routes(options: argparse.Namespace, keyring: Keyring, sqs: Sqs) -> Sequence[Route]:
+def build_routes(
+    options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
+) -> Sequence[Route]:
     """Return the routes that the flags ask for."""
     given = list(options.route)
     if options.upstream:
         given.append(("*", options.upstream))
-    pool = Pool()
     targets: Dict[str, Target] = {
         "embedded": Embedded(sqs),
         "deny": Deny(),

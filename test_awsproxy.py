@@ -8489,7 +8489,9 @@ class ForwardingFlagsTest(unittest.TestCase):
             ("", "sqs:* Embedded"),
         ):
             options = awsproxy.build_parser().parse_args(given.split())
-            routes = awsproxy.build_routes(options, Keyring({}), awsproxy.Sqs(Clock()))
+            routes = awsproxy.build_routes(
+                options, Keyring({}), awsproxy.Sqs(Clock()), awsproxy.Pool()
+            )
             shown = ", ".join(f"{r.pattern} {type(r.target).__name__}" for r in routes)
             self.assertEqual(shown, expected)
 
