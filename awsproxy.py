@@ -866,7 +866,7 @@ def encode_reply(
         lines.append(f"{name}: {value}")
     if "date" not in names:
         lines.append(f"Date: {date}")
-    bodiless = status < 200 or status in (204, 304)
+    bodiless = status < 200 or status in (204, 304) or (head_only and not body)
     if streams:
         lines.append(streams)
     elif streams is None and not bodiless and "content-length" not in names:
@@ -1112,7 +1112,7 @@ def claim(request: Request) -> Tuple[str, CredentialScope]:
     """
     header = request.header("authorization")
     if header:
-        return _claim_of(header[:-64])  # less the signature, so that most calls have the same
+        return _claim_of(header.partition("Signature=")[0])  # which most calls have the same
     if "=" not in request.target:
         return _NO_CLAIM
     found = _CLAIM_IN_QUERY.findall(request.target)
@@ -2874,7 +2874,7 @@ S3_ACTIONS: Mapping[Tuple[str, str, str], str] = {
 _S3_VERBS = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete"}
 _S3_DELETED = ("BucketPolicy", "BucketWebsite", "ObjectTagging")  # others are deleted by a Put
 _S3_HOST = re.compile(
-    r"(.+)\.(?:localhost|s3(?:[.-][a-z0-9-]+)*\.(?:amazonaws\.com(?:\.cn)?|localhost))(?::[0-9]+)?"
+    r"(.+?)\.(?:localhost|s3(?:[.-][a-z0-9-]+)*\.(?:amazonaws\.com(?:\.cn)?|localhost))(?::[0-9]+)?"
 )
 
 
@@ -4635,7 +4635,10 @@ def is_link_local(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(host))  # 2852039166, 0xa9fea9fe, ...
+        except OSError:
+            return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_link_local or host == "fd00:ec2::254"
 
@@ -5193,12 +5196,13 @@ class Connection:
         self.timeout = timeout
         self.reused = False
         self.spoiled = False  # whether a request was not sent to its end
+        self.heard = False  # whether anything has come since it was taken
         self.idle_since = 0.0
         self.deadline = math.inf  # until when the answer must have come
         self._client = connect
         try:
             connect.connect()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = connect.sock
         self.socket.settimeout(timeout)
@@ -5207,7 +5211,9 @@ class Connection:
     def _receive(self, size: int) -> bytes:
         if time.monotonic() > self.deadline:
             raise socket.timeout("the answer comes too slowly")
-        return self.socket.recv(size)
+        data = self.socket.recv(size)
+        self.heard = self.heard or bool(data)
+        return data
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent something: an answer, or too much."""
@@ -5267,6 +5273,7 @@ class Connection:
             while True:
                 data = self.socket.recv(65536)
                 self.source.buffer += data
+                self.heard = self.heard or bool(data)
                 if len(data) < 65536:
                     return bool(data)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -5281,7 +5288,6 @@ class Connection:
 
     def answer(self) -> ResponseHead:
         """Return the head of the final answer.  Raises UpstreamError."""
-        raw = b""
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -5291,7 +5297,7 @@ class Connection:
                     return head
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'it hung up'}"
-            raise UpstreamError(message, unanswered=not raw) from error
+            raise UpstreamError(message, unanswered=not self.heard) from error
 
 
 UPSTREAM_SECONDS = 65  # how long an answer may take: longer than the longest poll
@@ -5319,7 +5325,7 @@ class Pool:
             if kept is None:
                 return None
             if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.is_stale():
-                kept.reused = True
+                kept.reused, kept.heard = True, False
                 return kept
             kept.close()
 
@@ -5405,6 +5411,8 @@ def end_to_end(headers: Headers, dropped: FrozenSet[str] = HOP_BY_HOP) -> List[T
         if name.lower() == "connection"
         for token in value.split(",")
     }
+    # What decides what a request means was signed, and is not to be taken away like this.
+    named = {name for name in named if name not in _SIGNED and not name.startswith("x-amz-")}
     gone = dropped | named if named else dropped
     return [(n, v) for n, v in headers if n.lower() not in gone]
 
@@ -5511,6 +5519,20 @@ def receipt_handles(reply: Reply) -> List[str]:
 
 
 # ---- Forwarding ----
+
+
+def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
+    """Return the headers of a body that was in aws-chunked form and is no more."""
+    kept = []
+    for name, value in headers:
+        if name.lower() == "content-encoding":
+            codings = [coding.strip() for coding in value.split(",")]
+            value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
+            if not value:
+                continue
+        if name.lower() != "x-amz-decoded-content-length":
+            kept.append((name, value))
+    return kept
 
 
 class Outgoing(NamedTuple):
@@ -5676,9 +5698,9 @@ class Upstream:
             if error.unanswered and is_repeatable(call):
                 return self.answer(call, "")
             raise self._down(error) from error
-        if not self._may_renew(call, keys, reply):
-            return self.finish(call, outgoing, reply)
-        return self.answer(call, "")
+        if self._may_renew(call, keys, reply):
+            reply = self._answered(call, outgoing, again=True)
+        return self.finish(call, outgoing, reply)
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         """Whether AWS calls our token expired, and other credentials may be had."""
@@ -5712,6 +5734,8 @@ class Upstream:
             target = path + mark + restore_queue_url(query, call, endpoint)
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
+        if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
+            headers = without_chunks(headers)
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -5723,8 +5747,9 @@ class Upstream:
     def _body(self, call: Call, endpoint: Endpoint) -> Tuple[Body, str]:
         """Return the body to send, and its payload hash."""
         body, payload_hash = call.body, call.payload_hash
-        if isinstance(body, AwsChunkedBody) and not body.signed and not body.announced:
-            return body, "UNSIGNED-PAYLOAD"  # in chunks for no reason that is left
+        if isinstance(body, AwsChunkedBody) and not body.signed:
+            # In chunks for no reason that is left, or for the trailers alone.
+            return body, STREAMING_UNSIGNED if body.announced else "UNSIGNED-PAYLOAD"
         if not isinstance(body, io.BytesIO) and not (call.changed or call.service == "sqs"):
             return body, payload_hash or "UNSIGNED-PAYLOAD"
         data = read_again(body)
@@ -5777,11 +5802,11 @@ class Upstream:
 
     # ---- The exchange ----
 
-    def _answered(self, call: Call, outgoing: Outgoing) -> Reply:
+    def _answered(self, call: Call, outgoing: Outgoing, again: bool = False) -> Reply:
         """Return the answer; signed again, once, where AWS calls our token expired."""
         cache = self._credentials(call.caller)
         replayable = isinstance(outgoing.request.body, io.IOBase)
-        for last in (False, True):
+        for last in (True,) if again else (False, True):
             try:
                 keys = cache.get()
             except Skipped as reason:
@@ -5789,7 +5814,8 @@ class Upstream:
                     "AccessDenied", f"The proxy has no credentials to sign with: {reason}"
                 ) from reason
             reply = self._attempt(call, outgoing, keys, replayable)
-            if last or not replayable or not self._may_renew(call, keys, reply):
+            renewed = self._may_renew(call, keys, reply)
+            if last or not replayable or not renewed:
                 break
         return reply
 
