@@ -2874,7 +2874,8 @@ S3_ACTIONS: Mapping[Tuple[str, str, str], str] = {
 _S3_VERBS = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete"}
 _S3_DELETED = ("BucketPolicy", "BucketWebsite", "ObjectTagging")  # others are deleted by a Put
 _S3_HOST = re.compile(
-    r"(.+?)\.(?:localhost|s3(?:[.-][a-z0-9-]+)*\.(?:amazonaws\.com(?:\.cn)?|localhost))(?::[0-9]+)?"
+    r"(.+?)\.(?:localhost|s3(?:[.-][a-z0-9-]+)*\.(?:amazonaws\.com(?:\.cn)?|localhost))"
+    r"(?::[0-9]+)?"
 )
 
 
@@ -5695,9 +5696,9 @@ class Upstream:
             reply = self._reply(connection, connection.answer(), call.request.method)
         except UpstreamError as error:
             connection.close()
-            if error.unanswered and is_repeatable(call):
-                return self.answer(call, "")
-            raise self._down(error) from error
+            if not error.unanswered or not is_repeatable(call):
+                raise self._down(error) from error
+            reply = self._attempt(call, outgoing, keys, True, fresh=True)
         if self._may_renew(call, keys, reply):
             reply = self._answered(call, outgoing, again=True)
         return self.finish(call, outgoing, reply)
@@ -5820,11 +5821,16 @@ class Upstream:
         return reply
 
     def _attempt(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, replayable: bool
+        self,
+        call: Call,
+        outgoing: Outgoing,
+        keys: Credentials,
+        replayable: bool,
+        fresh: bool = False,
     ) -> Reply:
         """Return the answer; sent again, once, where nothing can have happened twice."""
         repeatable = is_repeatable(call)
-        for again in (False, True):
+        for again in (True,) if fresh else (False, True):
             if isinstance(outgoing.request.body, io.IOBase):
                 outgoing.request.body.seek(0)
             try:
@@ -5862,7 +5868,10 @@ class Upstream:
         signed, claimed = self._signed(call, outgoing, keys)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
-            connection.send(head + body.getvalue())
+            connection.spoiled = True
+            with contextlib.suppress(UpstreamError):  # it may have answered before it hung up
+                connection.send(head + body.getvalue())
+                connection.spoiled = False
             return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and outgoing.payload_hash != "UNSIGNED-PAYLOAD":
@@ -6917,6 +6926,8 @@ class Proxy:
         exchange.status = reply.status
         exchange.seconds = self._clock() - exchange.started
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
+        if exchange.call and isinstance(exchange.call.body, io.BufferedRandom):
+            exchange.call.body.close()  # a file that a long body was kept in
         for observe in self._observe:
             try:
                 observe(exchange)
