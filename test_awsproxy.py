@@ -22,6 +22,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import os
 import platform
 import queue
@@ -38,9 +39,11 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
+import zlib
 from types import MappingProxyType
 from typing import NamedTuple
 from unittest import mock
@@ -8494,6 +8497,2300 @@ class ForwardingFlagsTest(unittest.TestCase):
             )
             shown = ", ".join(f"{r.pattern} {type(r.target).__name__}" for r in routes)
             self.assertEqual(shown, expected)
+
+
+# ==== 3. Streamed bodies ====
+
+CHUNKS = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+CHUNKS_TRAILER = CHUNKS + "-TRAILER"
+UNSIGNED_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+S3_SCOPE = "20150830/us-east-1/s3/aws4_request"
+SIZES = (1, 7, 4096, 65536, 1 << 20, -1)
+
+# "Signature Calculations for the Authorization Header: Transferring Payload in Multiple Chunks"
+# and the same "with trailing headers", Amazon S3 API Reference: what is signed, then signatures.
+PUBLISHED_CHUNKS = (
+    (
+        CHUNKS,
+        "content-encoding;content-length;host;x-amz-content-sha256;x-amz-date"
+        ";x-amz-decoded-content-length;x-amz-storage-class",
+        (("Content-Length", "66824"),),
+        b"",
+        "4f232c4386841ef735655705268965c44a0e4690baa4adea153f7db9fa80a0a9",
+        b"ad80c730a21e5b8d04586a2213dd63b9a0e99e0e2307b0ade35a65485a288648",
+        b"0055627c9e194cb4542bae2aa5492e3c1575bbb81b612b7d234b86a503ef5497",
+        b"b6c6ea8a5354eaf15b3cb7646744f4275b71ea724fed81ceb9323e279d449df9",
+    ),
+    (
+        CHUNKS_TRAILER,
+        "content-encoding;host;x-amz-content-sha256;x-amz-date;x-amz-decoded-content-length"
+        ";x-amz-storage-class;x-amz-trailer",
+        (("X-Amz-Trailer", "x-amz-checksum-crc32c"),),
+        b"x-amz-checksum-crc32c:sOO8/Q==\r\nx-amz-trailer-signature:"
+        b"d81f82fc3505edab99d459891051a732e8730629a2e4a59689829ca17fe2e435\r\n",
+        "106e2a8a18243abcf37539882f36619c00e2dfc72633413f02d3b74544bfeb8e",
+        b"b474d8862b1487a5145d686f57f013e54db672cee1c953b3010fb58501ef5aa2",
+        b"1c1344b170168f8e65b41376b44b20fe354e373826ccbbe2c1d40a8cae51e5c7",
+        b"2ca2aba2005185cf7159c6277faf83795951dd77a3a99e6e65d5c9f85863f992",
+    ),
+)
+
+
+def aws_chunked(pieces, seed="", trailers=(), client=DEMO, scope=S3_SCOPE, at=EXAMPLE_TIME):
+    """Return an aws-chunked body; its chunks and trailers are signed if there is a seed."""
+    key = b"AWS4" + client.secret_access_key.encode()
+    for part in scope.split("/"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    last = seed
+
+    def link(kind, *rest):
+        nonlocal last
+        text = "\n".join([f"AWS4-HMAC-SHA256-{kind}", amz_date(at), scope, last, *rest])
+        last = hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+        return last.encode()
+
+    parts = []
+    for piece in (*pieces, b""):
+        sign_it = b";chunk-signature=" + link("PAYLOAD", EMPTY, sha256(piece)) if seed else b""
+        parts += [b"%x%b\r\n%b" % (len(piece), sign_it, piece), b"\r\n" if piece else b""]
+    parts += [f"{name}:{value}\r\n".encode() for name, value in trailers]
+    if seed and trailers:
+        lines = "".join(f"{name}:{value}\n" for name, value in sorted(trailers))
+        made = link("TRAILER", sha256(lines.encode()))
+        parts.append(b"x-amz-trailer-signature:" + made + b"\r\n")
+    return b"".join((*parts, b"\r\n"))
+
+
+def checksum(name, data):
+    if name == "crc32":
+        return as_base64(zlib.crc32(data).to_bytes(4, "big"))
+    return as_base64(hashlib.new(name, data).digest())
+
+
+def streamed(
+    kind=CHUNKS,
+    pieces=(b"a" * 9000, b"bc" * 4096, b"d" * 100),
+    trailers=(),
+    *,
+    length=None,
+    announced=None,
+    edit=None,
+    target="/bucket/key",
+    headers=(),
+    **how,
+):
+    """Return the headers of a PutObject in chunks, signed, and its body; `edit` spoils that."""
+    if announced is None:
+        announced = ",".join(name for name, _ in trailers)
+    length = sum(map(len, pieces)) if length is None else length
+    given = [("Content-Encoding", "aws-chunked"), ("X-Amz-Content-Sha256", kind)]
+    given += [("X-Amz-Decoded-Content-Length", str(length)), *headers]
+    given += [("X-Amz-Trailer", announced)] if announced else []
+    made = sign("PUT", target, given, service="s3", payload_hash=kind, **how)
+    seed = "" if kind == UNSIGNED_TRAILER else made[-1][1].rpartition("=")[2]
+    body = aws_chunked(pieces, seed, trailers, how.get("client", DEMO))
+    return made, edit(body) if edit else body
+
+
+def replaced(old, new, count=1):
+    def edit(body):
+        assert old in body
+        return body.replace(old, new, count)
+
+    return edit
+
+
+def swapped(body):
+    """Swap the first two chunks."""
+    first = body.index(b"\r\n", body.index(b"\r\n") + 2 + 9000) + 2
+    second = body.index(b"\r\n", body.index(b"\r\n", first) + 2 + 8192) + 2
+    return body[first:second] + body[:first] + body[second:]
+
+
+def spoilt_signature(number):
+    """Change the last digit of the signature of a chunk, or of the trailers."""
+
+    def edit(body):
+        ends = [m.end() for m in re.finditer(b"signature[=:][0-9a-f]{64}", body)]
+        at = ends[number] - 1
+        return body[:at] + (b"0" if body[at : at + 1] != b"0" else b"1") + body[at + 1 :]
+
+    return edit
+
+
+def without_last_chunk(body):
+    return body[
+        : body.rindex(b"\r\n0;") + 2 if b"\r\n0;" in body else body.rindex(b"\r\n0\r\n") + 2
+    ]
+
+
+CRC32 = (("x-amz-checksum-crc32", checksum("crc32", b"hello")),)
+HELLO = {"pieces": (b"hello",)}
+TRAILING = {"kind": CHUNKS_TRAILER, "trailers": CRC32, **HELLO}
+PLAIN = {"kind": UNSIGNED_TRAILER, "trailers": CRC32, **HELLO}
+SMALL_HEAD = b"x-amz-checksum-crc32:"
+DAMAGED = [  # name, how it is made, the code of the refusal
+    ("a byte of a chunk", {"edit": replaced(b"bcbc", b"bcbd")}, "SignatureDoesNotMatch"),
+    ("a byte of the last chunk", {"edit": replaced(b"ddd\r", b"dde\r")}, "SignatureDoesNotMatch"),
+    ("first signature", {"edit": spoilt_signature(0)}, "SignatureDoesNotMatch"),
+    ("third signature", {"edit": spoilt_signature(2)}, "SignatureDoesNotMatch"),
+    ("signature of the last chunk", {"edit": spoilt_signature(-1)}, "SignatureDoesNotMatch"),
+    ("order", {"edit": swapped}, "SignatureDoesNotMatch"),
+    ("size too small", {"edit": replaced(b"2000;", b"1fff;")}, "SignatureDoesNotMatch"),
+    ("last size too large", {"edit": replaced(b"\n64;", b"\n65;")}, "SignatureDoesNotMatch"),
+    ("size beyond the body", {"edit": replaced(b"\n64;", b"\nfff;")}, "IncompleteBody"),
+    ("size beyond reason", {"edit": replaced(b"\n64;", b"\nffffffff;")}, "IncompleteBody"),
+    ("no last chunk", {"edit": without_last_chunk}, "IncompleteBody"),
+    ("no last chunk, unsigned", {**PLAIN, "edit": without_last_chunk}, "IncompleteBody"),
+    ("half a last chunk", {"edit": lambda body: body[:-40]}, "IncompleteBody"),
+    ("cut in a chunk", {"edit": lambda body: body[:10000]}, "IncompleteBody"),
+    ("nothing", {"edit": lambda body: b""}, "IncompleteBody"),
+    ("bytes after the end", {"edit": lambda body: body + b"x"}, "BadRequest"),
+    ("a line after the end", {**PLAIN, "edit": lambda body: body + b"\r\n"}, "BadRequest"),
+    ("a chunk after the end", {**PLAIN, "edit": lambda b: b + b"1\r\na\r\n"}, "BadRequest"),
+    ("decoded length more", {"length": 17293}, "IncompleteBody"),
+    ("decoded length less", {"length": 17291}, "IncompleteBody"),
+    ("decoded length less, unsigned", {**PLAIN, "length": 4}, "IncompleteBody"),
+    ("decoded length more, unsigned", {**PLAIN, "length": 6}, "IncompleteBody"),
+    ("decoded length 0", {"length": 0}, "IncompleteBody"),
+    ("no signature", {"edit": lambda b: re.sub(b";[^\r]+", b"", b)}, "IncompleteBody"),
+    ("0x", {**PLAIN, "edit": replaced(b"5\r\n", b"0x5\r\n")}, "IncompleteBody"),
+    ("plus", {**PLAIN, "edit": replaced(b"5\r\n", b"+5\r\n")}, "IncompleteBody"),
+    ("blank", {**PLAIN, "edit": replaced(b"5\r\n", b"5 \r\n")}, "IncompleteBody"),
+    ("LF", {**PLAIN, "edit": replaced(b"5\r\n", b"5\n")}, "IncompleteBody"),
+    ("nine digits", {**PLAIN, "edit": replaced(b"5\r\n", b"000000005\r\n")}, "IncompleteBody"),
+    ("extension", {**PLAIN, "edit": replaced(b"5\r\n", b"5;a=b\r\n")}, "IncompleteBody"),
+    ("long line", {**PLAIN, "edit": replaced(b"5\r\n", b"5" * 9000)}, "IncompleteBody"),
+    ("no line end", {**PLAIN, "edit": replaced(b"hello\r\n", b"hello\n\n")}, "IncompleteBody"),
+    ("trailer's name", {**PLAIN, "announced": "x-amz-checksum-sha1"}, "MalformedTrailerError"),
+    (
+        "no trailer",
+        {**PLAIN, "edit": lambda b: re.sub(b"x-amz-check[^\n]*\n", b"", b)},
+        "MalformedTrailerError",
+    ),
+    (
+        "trailer twice",
+        {**PLAIN, "edit": lambda b: b.replace(b"x-amz", b"x-amz-checksum-crc32:AAAA\r\nx-amz", 1)},
+        "MalformedTrailerError",
+    ),
+    (
+        "one more",
+        {**PLAIN, "edit": replaced(SMALL_HEAD, b"a:b\r\n" + SMALL_HEAD)},
+        "MalformedTrailerError",
+    ),
+    ("not a line", {**PLAIN, "edit": replaced(SMALL_HEAD, b"a b\r\n")}, "MalformedTrailerError"),
+    (
+        "changed trailer",
+        {**TRAILING, "edit": replaced(b"NhCmhg", b"AAAAAA")},
+        "SignatureDoesNotMatch",
+    ),
+    ("trailers' signature", {**TRAILING, "edit": spoilt_signature(-1)}, "SignatureDoesNotMatch"),
+    (
+        "no signature of trailers",
+        {**TRAILING, "edit": lambda b: re.sub(b"x-amz-trailer-s[^\n]*\n", b"", b)},
+        "SignatureDoesNotMatch",
+    ),
+    (
+        "a trailer after the signature",
+        {**TRAILING, "edit": lambda b: b[:-2] + b"a:b\r\n\r\n"},
+        "MalformedTrailerError",
+    ),
+    *[
+        (
+            f"wrong {name}",
+            {
+                "kind": kind,
+                "trailers": ((f"x-amz-checksum-{name}", checksum(name, b"x")),),
+                **HELLO,
+            },
+            "BadDigest",
+        )
+        for name in ("crc32", "sha1", "sha256")
+        for kind in (CHUNKS_TRAILER, UNSIGNED_TRAILER)
+    ],
+    (
+        "a checksum that is none",
+        {"kind": UNSIGNED_TRAILER, "trailers": (("x-amz-checksum-crc32", "?"),), **HELLO},
+        "InvalidRequest",
+    ),
+]
+
+
+def checked_body(made, body, client=DEMO, at=EXAMPLE_TIME):
+    request = Request("PUT", "/bucket/key", made, io.BytesIO(body))
+    return awsproxy.verify(request, {client.access_key_id: [client]}, at).body
+
+
+def taken(body, size):
+    """Read to the end or to a refusal; return what was given out, and the code."""
+    got = bytearray()
+    try:
+        while True:
+            block = body.read(size)
+            if not block:
+                return bytes(got), None
+            got += block
+    except ServiceError as error:
+        return bytes(got), error.code
+
+
+class AwsChunkedTest(unittest.TestCase):
+    def test_the_published_examples_hold_and_are_made_again(self):
+        for kind, names, extra, trailer, seed, first, second, third in PUBLISHED_CHUNKS:
+            wire = b"10000;chunk-signature=%b\r\n%b\r\n" % (first, b"a" * 65536)
+            wire += b"400;chunk-signature=%b\r\n%b\r\n" % (second, b"a" * 1024)
+            wire += b"0;chunk-signature=%b\r\n%b\r\n" % (third, trailer)
+            headers = {
+                "Host": "s3.amazonaws.com",
+                "X-Amz-Date": "20130524T000000Z",
+                "X-Amz-Storage-Class": "REDUCED_REDUNDANCY",
+                "Authorization": "AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130524"
+                f"/us-east-1/s3/aws4_request,SignedHeaders={names},Signature={seed}",
+                "X-Amz-Content-Sha256": kind,
+                "Content-Encoding": "aws-chunked",
+                "X-Amz-Decoded-Content-Length": "66560",
+                **dict(extra),
+            }
+            target = "/examplebucket/chunkObject.txt"
+            clients = {S3_EXAMPLE.access_key_id: [S3_EXAMPLE]}
+            scope = awsproxy.CredentialScope("20130524", "us-east-1", "s3")
+            key = awsproxy.signing_key(S3_EXAMPLE.secret_access_key, scope)
+            for size in SIZES:
+                request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
+                body = awsproxy.verify(request, clients, S3_TIME).body
+                with self.subTest(kind, size=size):
+                    self.assertEqual(taken(body, size), (b"a" * 66560, None))
+            request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
+            body = awsproxy.verify(request, clients, S3_TIME).body
+            signer = awsproxy.ChunkSigner(key, scope, "20130524T000000Z", seed)
+            with self.subTest(kind, made="again"):
+                self.assertEqual(b"".join(awsproxy.aws_chunks(body, signer)), wire)
+                self.assertEqual(awsproxy.aws_chunked_length(body), len(wire))
+
+    def test_whatever_is_damaged_is_refused_before_the_last_byte(self):
+        for name, how, code in DAMAGED:
+            made, body = streamed(**how)
+            content = b"".join(how.get("pieces", (b"a" * 9000, b"bc" * 4096, b"d" * 100)))
+            for size in SIZES:
+                with self.subTest(name, size=size):
+                    got, refused = taken(checked_body(made, body), size)
+                    self.assertEqual(refused, code)
+                    self.assertLess(len(got), max(how.get("length", 0), len(content)))
+                    self.assertTrue(content.startswith(got))
+
+    def test_what_clients_leave_out_or_write_otherwise_is_taken(self):
+        sha1 = ("x-amz-checksum-sha1", checksum("sha1", b"hello"))
+        two = {"trailers": (*CRC32, sha1), **HELLO}
+        crc32c = (("x-amz-checksum-crc32c", "mnG7TA=="),)
+        for name, how in [
+            ("signed", {}),
+            ("trailer", TRAILING),
+            ("unsigned", PLAIN),
+            ("one byte chunks", {"pieces": [bytes([n]) for n in b"hello"]}),
+            ("no content", {"pieces": ()}),
+            ("two trailers", {"kind": CHUNKS_TRAILER, **two}),
+            ("two trailers, unsigned", {"kind": UNSIGNED_TRAILER, **two}),
+            (
+                "a checksum not computed here",
+                {"kind": CHUNKS_TRAILER, "trailers": crc32c, **HELLO},
+            ),
+            ("announced otherwise", {**PLAIN, "announced": " X-Amz-Checksum-CRC32 "}),
+            ("upper-case size", {"pieces": (b"a" * 171,), "edit": replaced(b"ab;", b"AB;")}),
+            (
+                "minio-go",
+                {**TRAILING, "edit": replaced(b"\r\nx-amz-trailer", b"\n\r\nx-amz-trailer")},
+            ),
+            ("minio-go, unsigned", {**PLAIN, "edit": lambda b: b[:-4] + b"\n\r\n\r\n"}),
+            ("LF alone", {**PLAIN, "edit": lambda b: b[:-4] + b"\n\r\n"}),
+            ("a blank after the colon", {**PLAIN, "edit": replaced(b"crc32:", b"crc32: ")}),
+            ("no last CRLF", {"edit": lambda body: body[:-2]}),
+        ]:
+            made, body = streamed(**how)
+            content = b"".join(how.get("pieces", (b"a" * 9000, b"bc" * 4096, b"d" * 100)))
+            for size in SIZES:
+                with self.subTest(name, size=size):
+                    self.assertEqual(taken(checked_body(made, body), size), (content, None))
+
+    def test_a_signed_chunk_is_not_held_beyond_16_mebibytes(self):
+        made, body = streamed(pieces=(b"a" * (16 * MEBIBYTE + 1),))
+        self.assertEqual(taken(checked_body(made, body), 65536), (b"", "IncompleteBody"))
+        made, body = streamed(pieces=(b"a" * (16 * MEBIBYTE),))
+        self.assertEqual(len(taken(checked_body(made, body), 65536)[0]), 16 * MEBIBYTE)
+
+    def test_the_head_must_say_what_the_body_needs(self):
+        for name, how, code in [
+            ("length not a number", {"length": "-1"}, "MissingContentLength"),
+            ("no length", {"length": ""}, "MissingContentLength"),
+            ("no trailer announced", {**PLAIN, "announced": ""}, "MalformedTrailerError"),
+            ("a trailer announced", {"announced": "a"}, "MalformedTrailerError"),
+        ]:
+            made, body = streamed(**how)
+            with self.subTest(name), self.assertRaises(ServiceError) as caught:
+                checked_body(made, body)
+            self.assertEqual(caught.exception.code, code, name)
+
+    def test_the_length_is_known_beforehand(self):
+        names = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")
+        random_lengths = random.Random(1).sample(range(300000), 20)
+        lengths = (0, 1, 15, 16, 255, 256, 65535, 65536, 65537, 131072, 200000, *random_lengths)
+        scope = awsproxy.CredentialScope("20150830", "us-east-1", "s3")
+        values = {"crc32c": "mnG7TA==", "crc64nvme": "AAAAAAAAAAA="}
+        for length in lengths:
+            data = b"x" * length
+            for chosen in ((), ("crc32",), names):
+                given = [
+                    (f"x-amz-checksum-{n}", values.get(n) or checksum(n, data)) for n in chosen
+                ]
+                for kind in (CHUNKS_TRAILER, UNSIGNED_TRAILER) if chosen else (CHUNKS,):
+                    made, wire = streamed(kind, (data,) if data else (), given)
+                    body = checked_body(made, wire)
+                    signer = awsproxy.ChunkSigner(b"k", scope, "", "") if body.signed else None
+                    for size in (65536, 1000):
+                        body = checked_body(made, wire)
+                        with self.subTest(length=length, kind=kind, names=chosen, size=size):
+                            told = awsproxy.aws_chunked_length(body, size)
+                            written = b"".join(awsproxy.aws_chunks(body, signer, size))
+                            self.assertEqual(told, len(written))
+        made, wire = streamed(UNSIGNED_TRAILER, trailers=(("x-amz-other", "1"),))
+        self.assertIsNone(awsproxy.aws_chunked_length(checked_body(made, wire)))
+
+
+class HashedBodyTest(unittest.TestCase):
+    def test_the_last_byte_is_given_out_once_the_hash_has_proved_right(self):
+        for content in (b"", b"a", b"hello", b"x" * 200000):
+            for size in SIZES:
+                for declared in (sha256(content), sha256(b"other")):
+                    request = Request("PUT", "/", (), io.BytesIO(content))
+                    got, code = taken(awsproxy.HashedBody(request, declared), size)
+                    with self.subTest(length=len(content), size=size, declared=declared):
+                        if declared == sha256(content):
+                            self.assertEqual((got, code), (content, None))
+                        else:
+                            self.assertIsNotNone(code)
+                            self.assertLess(len(got), max(len(content), 1))
+
+
+# ==== 6. Upstream ====
+
+OURS = Client("ours", EXAMPLE.access_key_id, EXAMPLE.secret_access_key, "oursession")
+OUR_KEYS = awsproxy.Credentials(*OURS[1:4])
+NEXT_KEYS = awsproxy.Credentials("AKIDNEXT", "nextsecret")
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+SEND = '{"QueueUrl":"http://localhost:8081/000000000000/jobs","MessageBody":"a"}'
+
+
+def json_call(operation, body=b"{}"):
+    """Return method, target, headers and body of a call of Amazon SQS."""
+    kind = (("X-Amz-Target", f"AmazonSQS.{operation}"), ("Content-Type", JSON_1_0))
+    return "POST", "/", kind, body
+
+
+def form_call(text, target="/"):
+    return "POST", target, (FORM,), text.encode()
+
+
+LIST = json_call("ListQueues")
+LIST_FORM = form_call("Action=ListQueues&Version=2012-11-05")
+SEND_JSON = json_call("SendMessage", SEND.encode())
+SEND_FORM = form_call("Action=SendMessage&Version=2012-11-05&MessageBody=a", "/000000000000/jobs")
+
+
+class Keys:
+    """Stands for credentials that may expire: then the next are taken, if there are any."""
+
+    def __init__(self, *given):
+        self.given = list(given)
+        self.expired = []
+
+    def ready(self):
+        return self.given[0] if self.given else None
+
+    def get(self):
+        if not self.given:
+            raise awsproxy.Skipped("there are none")
+        return self.given[0]
+
+    def expire(self, keys):
+        self.expired.append(keys)
+        if len(self.given) > 1:
+            del self.given[0]
+            return True
+        return False
+
+
+class Arrived(NamedTuple):
+    connection: int
+    method: str
+    target: str
+    headers: tuple
+    body: bytes
+    sha256: str
+    complete: bool
+
+    def all(self, name):
+        return [value for given, value in self.headers if given.lower() == name]
+
+    def one(self, name):
+        (value,) = self.all(name) or (None,)
+        return value
+
+
+class Recording:
+    """An upstream that keeps what arrives, and answers it with the next of its answers.
+
+    An answer is bytes, or a function that is given the socket and the request; after b"" of
+    it the connection goes on, after None it is closed.  `early` is called with the socket
+    instead, before the body is read.
+    """
+
+    def __init__(self):
+        self.arrived = queue.Queue()
+        self.answers = []
+        self.early = None
+        self.keep = True
+        self.connections = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+        self.threads[0].start()
+
+    def stop(self):
+        for each in (self.listener, *self.connections):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+        self.listener.close()
+
+    def next(self, seconds=5):
+        return self.arrived.get(timeout=seconds)
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connections.append(connection)
+            serve = threading.Thread(
+                target=self.serve, args=(connection, len(self.connections)), daemon=True
+            )
+            self.threads.append(serve)
+            serve.start()
+
+    def serve(self, connection, number):
+        with connection, connection.makefile("rb") as stream, contextlib.suppress(OSError):
+            while True:
+                lines = []
+                while not lines or lines[-1] not in ("\r\n", ""):
+                    lines.append(stream.readline().decode("latin-1"))
+                if not lines.pop():
+                    return
+                method, target, _ = lines[0].split(" ")
+                headers = tuple(tuple(line[:-2].split(": ", 1)) for line in lines[1:])
+                if self.early:
+                    self.early(connection)
+                    return
+                head = Arrived(number, method, target, headers, b"", "", False)
+                arrived = self.read(head, stream)
+                self.arrived.put(arrived)
+                answer = self.answers.pop(0) if self.answers else OK
+                if callable(answer):
+                    answer = answer(connection, arrived)
+                if answer is None or not arrived.complete:
+                    return
+                connection.sendall(answer)
+
+    def read(self, head, stream):
+        digest, kept = hashlib.sha256(), bytearray()
+
+        def take(left):
+            while left:
+                block = stream.read(min(left, 65536))
+                digest.update(block)
+                kept.extend(block if self.keep else b"")
+                left -= len(block)
+                if not block:
+                    return False
+            return True
+
+        with contextlib.suppress(OSError, ValueError):
+            complete = False
+            if head.all("transfer-encoding"):
+                while take(size := int(stream.readline(), 16)) and size:
+                    stream.readline()
+                complete = stream.readline() == b"\r\n"
+            else:
+                complete = take(int(head.one("content-length") or 0))
+        return head._replace(body=bytes(kept), sha256=digest.hexdigest(), complete=complete)
+
+
+class Got(NamedTuple):
+    status: int
+    headers: list
+    body: bytes
+    whole: bool
+
+    def all(self, name):
+        return [value for given, value in self.headers if given.lower() == name]
+
+
+def read_response(wire, method="GET"):
+    """Read an answer by Python's own client, which is told where a body breaks off."""
+    response = http.client.HTTPResponse(wire.socket, method=method)
+    with contextlib.closing(response):
+        response.begin()
+        whole = True
+        try:
+            body = response.read()
+        except http.client.IncompleteRead as error:
+            body, whole = error.partial, False
+        except ConnectionResetError:
+            body, whole = b"", False
+        return Got(response.status, response.getheaders(), body, whole)
+
+
+class Through(unittest.TestCase):
+    """A Server that forwards to a Recording, and a client of it."""
+
+    service = "sqs"
+
+    def setUp(self):
+        self.upstream = Recording()
+        self.addCleanup(self.upstream.stop)
+        self.start()
+
+    def start(self, endpoint=None, timeout=2, keys=(OUR_KEYS,), **settings):
+        self.endpoint = endpoint or awsproxy.Endpoint("http", "127.0.0.1", self.upstream.port)
+        self.pool = awsproxy.Pool(connect_timeout=timeout, timeout=timeout)
+        self.addCleanup(self.drain, self.pool, self.endpoint)
+        self.keys = Keys(*keys)
+        target = awsproxy.Upstream(
+            self.endpoint, lambda client: self.keys, self.pool, clock=lambda: EXAMPLE_TIME
+        )
+        settings.setdefault("routes", [awsproxy.Route("*", target)])
+        self.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, **settings)
+        self.running = Running(self.proxy)
+        self.addCleanup(self.running.stop)
+
+    def drain(self, pool, endpoint):
+        """Close the connections that are kept."""
+        with contextlib.suppress(awsproxy.UpstreamError, UnicodeError):
+            reused = True
+            while reused:
+                connection = pool.take(endpoint)
+                reused = connection.reused
+                connection.close()
+
+    def put(self, raw, method="GET", wire=None):
+        """Send the bytes of a request and return the answer."""
+        kept = wire or self.running.connect()
+        kept.socket.settimeout(10)
+        kept.send(raw)
+        got = read_response(kept, method)
+        if not wire:
+            kept.close()
+        return got
+
+    def call(self, method, target, headers=(), body=b"", wire=None, after=(), **how):
+        """Send a signed request; `after` are headers that are not signed."""
+        how.setdefault("service", self.service)
+        made = sign(method, target, headers, body, **how)
+        if body or method in ("POST", "PUT"):
+            made += (("Content-Length", str(len(body))),)
+        return self.put(raw_request(method, target, (*made, *after), body), method, wire)
+
+    def s3(self, method, target, headers=(), body=b"", **how):
+        declared = how.setdefault("payload_hash", sha256(body))
+        headers = (*headers, ("X-Amz-Content-Sha256", declared))
+        return self.call(method, target, headers, body, service="s3", **how)
+
+    def assert_signed(self, arrived, service="sqs", client=OURS, region="us-east-1", plain=True):
+        """Check the signature as our own signer makes it, as awsproxy does, and botocore."""
+        scope = f"20150830/{region}/{service}/aws4_request"
+        found = re.fullmatch(
+            "AWS4-HMAC-SHA256 Credential=([^,]*), SignedHeaders=([^,]*), Signature=([0-9a-f]{64})",
+            arrived.one("authorization"),
+        )
+        self.assertEqual(found[1], f"{client.access_key_id}/{scope}")
+        names = found[2].split(";")
+        present = {name.lower() for name, _ in arrived.headers}
+        once = {"host", "content-type", "content-md5"}
+        wanted = sorted(n for n in present if n in once or n.startswith("x-amz-"))
+        self.assertEqual(names, wanted)
+        self.assertEqual(arrived.one("x-amz-date"), "20150830T123600Z")
+        self.assertEqual(arrived.one("x-amz-security-token"), client.session_token or None)
+        self.assertEqual(arrived.one("host"), self.endpoint.authority)
+        payload = arrived.one("x-amz-content-sha256") or arrived.sha256
+        clients = {client.access_key_id: [client]}
+        request = Request(
+            arrived.method, arrived.target, arrived.headers, io.BytesIO(arrived.body)
+        )
+        checked = awsproxy.verify(request, clients, EXAMPLE_TIME, service=service)
+        content = checked.body.read()
+        if not plain:
+            return content
+        path, _, query = arrived.target.partition("?")
+        given = (
+            client, arrived.method, canonical_path(path, service), sorted_query(query),
+            arrived.headers, names, payload, EXAMPLE_TIME, scope,
+        )  # fmt: skip
+        self.assertEqual(signature(*given).hex, found[3])
+        if BOTO3:
+            self.assertEqual(self.by_botocore(arrived, names, client, service, region), found[3])
+        return content
+
+    def by_botocore(self, arrived, names, client, service, region):
+        from botocore.auth import S3SigV4Auth, SigV4Auth
+        from botocore.awsrequest import AWSRequest
+        from botocore.credentials import Credentials
+
+        kind = S3SigV4Auth if service == "s3" else SigV4Auth
+        auth = kind(Credentials(*client[1:4]), service, region)
+        request = AWSRequest(
+            method=arrived.method,
+            url=self.endpoint.origin + arrived.target,
+            headers={name: ",".join(arrived.all(name)) for name in names},
+            data=arrived.body,
+        )
+        request.context["timestamp"] = "20150830T123600Z"
+        text = auth.string_to_sign(request, auth.canonical_request(request))
+        return auth.signature(text, request)
+
+
+class ForwardedHeadersTest(Through):
+    def test_what_signs_and_what_tells_of_the_way_is_gone_and_all_else_kept(self):
+        gone = [
+            ("Connection", "keep-alive, X-Hop"), ("X-Hop", "1"), ("Keep-Alive", "timeout=5"),
+            ("TE", "trailers"), ("Trailer", "X-T"), ("Upgrade", "h2c"),
+            ("Proxy-Authorization", "Basic eDp5"), ("Proxy-Connection", "keep-alive"),
+            ("X-Forwarded-For", "192.0.2.1"), ("X-Forwarded-Proto", "https"),
+            ("x-forwarded-anything", "1"), ("Forwarded", "for=192.0.2.1"), ("Via", "1.1 a"),
+            ("Expect", "100-continue"),
+        ]  # fmt: skip
+        kept = [
+            ("User-Agent", "Boto3/1.44"), ("amz-sdk-invocation-id", "1-2"),
+            ("amz-sdk-request", "attempt=1; max=3"), ("X-Amzn-Trace-Id", "Root=1-2-3"),
+            ("x-amzn-query-mode", "true"), ("Accept", "a"), ("X-ODD-Case", "b  c"),
+            ("Accept", "d"), ("x-odd-case", "e"), ("Content-Md5", "mZFLkyvTelC5g8XnyQrpOw=="),
+            ("Accept-Encoding", "gzip"), ("Date", "Sun, 30 Aug 2015 12:36:00 GMT"),
+        ]  # fmt: skip
+        method, target, kind, body = LIST
+        headers = (*kind, *gone, ("X-Amz-Date", amz_date(EXAMPLE_TIME)), *kept)
+        got = self.call(method, target, headers, body, client=SESSION)
+        self.assertEqual((got.status, got.body), (200, b"ok"))
+        arrived = self.upstream.next()
+        self.assert_signed(arrived)
+        names = {name.lower() for name, _ in arrived.headers}
+        self.assertEqual(names & {name.lower() for name, _ in gone}, set())
+        own = ("host", "content-length", "x-amz-date", "x-amz-security-token", "authorization")
+        wanted = [pair for pair in (*kind, *kept) if pair[0] != "Date"]
+        self.assertEqual([p for p in arrived.headers if p[0].lower() not in own], wanted)
+        self.assertNotIn("dummy", str(arrived))
+
+    def test_connection_cannot_take_away_what_decides_the_action(self):
+        """Else the call is routed by its X-Amz-Target, and carried out by its query string."""
+        deny = awsproxy.Route("sqs:Purge*", awsproxy.Deny())
+        upstream = awsproxy.Route(
+            "*",
+            awsproxy.Upstream(
+                self.endpoint, lambda client: self.keys, self.pool, clock=lambda: EXAMPLE_TIME
+            ),
+        )
+        self.start(routes=[deny, upstream])
+        for name in ("x-amz-target", "X-Amz-Target, content-type", "content-length", "host"):
+            target = "/?Action=PurgeQueue&QueueUrl=a&Version=2012-11-05"
+            headers = (*LIST[2], ("Connection", name))
+            got = self.call("POST", target, headers, b"{}")
+            with self.subTest(name):
+                if got.status == 200:
+                    arrived = self.upstream.next()
+                    self.assertEqual(arrived.one("x-amz-target"), "AmazonSQS.ListQueues")
+                    self.assert_signed(arrived)
+                else:
+                    self.assertEqual(got.status, 400)
+
+    def test_path_and_query_are_kept_to_the_byte(self):
+        for target, plain in [
+            ("/", True),
+            ("/bucket/a//b", True),
+            ("//key", True),
+            ("/bucket//", True),
+            ("/bucket/a+b%20c%2Bd", False),
+            ("/bucket/a%2Fb/%C3%A9", True),
+            ("/bucket/a%2fb%c3%a9", False),
+            ("/bucket/../a/./b/..", True),
+            ("/bucket/%41(b)'*!", False),
+            ("/bucket/a?uploadId=A%2FB%2B&partNumber=1", True),
+            ("/bucket?list-type=2&prefix=a+b&delimiter=%2f", False),
+            ("/bucket?acl", True),
+            ("/bucket?b=2&a=1&a=0&c=", True),
+            ("/bucket/a?x-amz-meta-a=1", True),
+        ]:
+            with self.subTest(target):
+                canonical = awsproxy.canonical_path(target.partition("?")[0], False)
+                query = Request("GET", target, (), io.BytesIO()).query
+                encoded = awsproxy.canonical_query(query)
+                how = f"{canonical}?{encoded}" if encoded else canonical
+                made = sign(
+                    "GET", how, (("X-Amz-Content-Sha256", EMPTY),), service="s3",
+                    payload_hash=EMPTY,
+                )  # fmt: skip
+                got = self.put(raw_request("GET", target, made))
+                self.assertEqual(got.status, 200, got.body)
+                arrived = self.upstream.next()
+                self.assertEqual(arrived.target, target)
+                self.assert_signed(arrived, "s3", plain=plain)
+
+    def test_paths_of_other_services_are_kept_to_the_byte(self):
+        for target in (
+            "/2015-03-31/functions/arn%3Aaws%3Alambda/invocations",
+            "/2015-03-31/functions/a%2Fb?Marker=a%20b&MaxItems=1",
+            "/2015-03-31/functions/",
+        ):
+            with self.subTest(target):
+                self.assertEqual(self.call("GET", target, service="lambda").status, 200)
+                arrived = self.upstream.next()
+                self.assertEqual((arrived.target, arrived.all("content-length")), (target, []))
+                self.assert_signed(arrived, "lambda")
+
+    def test_a_presigned_call_is_signed_in_its_header(self):
+        extra = "X-Amz-Meta-A=b%20c&x-id=GetObject&response-content-type=a%2Fb&versionId=1"
+        rest = "x-id=GetObject&response-content-type=a%2Fb&versionId=1"
+        action = "Action=ListQueues&Version=2012-11-05"
+        for name, service, target, given, wanted, hoisted in [
+            ("s3", "s3", f"/b/a%2Fb?{extra}", (), f"/b/a%2Fb?{rest}", "b c"),
+            ("nothing else", "s3", "/b/a", (), "/b/a", None),
+            ("a header", "s3", "/b/a", (("x-amz-meta-a", "d"),), "/b/a", "d"),
+            ("both", "s3", "/b/a?x-amz-meta-a=d", (("x-amz-meta-a", "d"),), "/b/a", "d"),
+            ("sqs", "sqs", f"/?{action}", (), f"/?{action}", None),
+        ]:
+            link = presign("GET", target, given, service=service, client=SESSION)
+            got = self.put(raw_request("GET", link, given))
+            with self.subTest(name):
+                self.assertEqual(got.status, 200, got.body)
+                arrived = self.upstream.next()
+                self.assertEqual(arrived.target, wanted)
+                self.assertEqual(arrived.one("x-amz-meta-a"), hoisted)
+                self.assert_signed(arrived, service)
+                self.assertNotIn("dummysession", str(arrived))
+
+    def test_a_request_cannot_choose_where_it_goes(self):
+        elsewhere = (("Host", "sqs.evil.example"),)
+        self.assertEqual(self.call(*LIST[:2], (*LIST[2], *elsewhere), LIST[3]).status, 200)
+        self.assert_signed(self.upstream.next())
+        for target in ("http://127.0.0.1:1/", "//127.0.0.1:1/", "127.0.0.1:1", "*"):
+            got = self.call("GET", target, service="lambda")
+            with self.subTest(target):
+                if target.startswith("//"):
+                    self.assertNotEqual(got.status, 503)  # a path like any other, if not to sign
+                else:
+                    self.assertEqual(got.status, 400)
+
+
+class ForwardedBodyTest(Through):
+    BIG = random.Random(2).randbytes(300000) if sys.version_info >= (3, 9) else b""
+
+    def test_a_body_of_amazon_s3_streams_if_it_is_what_was_signed(self):
+        big = self.BIG
+        crc = (("x-amz-checksum-crc32", checksum("crc32", big)),)
+        bad = (("x-amz-checksum-crc32", checksum("crc32", b"")),)
+        pieces = [big[at : at + 70000] for at in range(0, len(big), 70000)]
+        spoil = {"edit": lambda body: body[:250000] + b"\0\1" + body[250002:]}
+        for name, how, code in [
+            ("signed", {}, None),
+            ("signed, trailer", {"kind": CHUNKS_TRAILER, "trailers": crc}, None),
+            ("unsigned, trailer", {"kind": UNSIGNED_TRAILER, "trailers": crc}, None),
+            ("one chunk", {"kind": UNSIGNED_TRAILER, "trailers": crc, "pieces": [big]}, None),
+            ("unknown trailer", {"kind": UNSIGNED_TRAILER, "trailers": (("a-b", "c"),)}, None),
+            ("signed, spoilt", spoil, "SignatureDoesNotMatch"),
+            ("crc", {"kind": UNSIGNED_TRAILER, "trailers": bad}, "BadDigest"),
+            ("crc, signed", {"kind": CHUNKS_TRAILER, "trailers": bad}, "BadDigest"),
+            ("no end", {"edit": lambda body: body[:-100]}, "IncompleteBody"),
+        ]:
+            made, body = streamed(**{"pieces": pieces, **how})
+            for nested in (False, True):
+                framing, sent = ("Content-Length", str(len(body))), body
+                if nested:
+                    framing, sent = ("Transfer-Encoding", "chunked"), in_chunks(body, 50021)
+                got = self.put(raw_request("PUT", "/bucket/key", (*made, framing), sent), "PUT")
+                arrived = self.upstream.next()
+                with self.subTest(name, nested=nested):
+                    self.assertEqual(arrived.complete, code is None)
+                    if code:
+                        self.assertEqual(got.status, 403 if code[0] == "S" else 400)
+                        self.assertIn(f"<Code>{code}</Code>".encode(), got.body)
+                    else:
+                        self.assertEqual((got.status, got.body), (200, b"ok"))
+                        self.assertEqual(self.assert_signed(arrived, "s3"), big)
+                        known = name != "unknown trailer"
+                        self.assertEqual(bool(arrived.all("content-length")), known)
+        self.assertEqual(self.s3("GET", "/b/a").status, 200)
+
+    def test_a_declared_hash_holds_or_the_body_is_not_completed(self):
+        for name, declared, body, code in [
+            ("right", sha256(self.BIG), self.BIG, None),
+            ("small", sha256(b"abc"), b"abc", None),
+            ("empty", EMPTY, b"", None),
+            ("wrong", sha256(self.BIG), self.BIG[:-1] + b"\0", "XAmzContentSHA256Mismatch"),
+            ("wrong, small", EMPTY, b"abc", "XAmzContentSHA256Mismatch"),
+            ("unsigned", "UNSIGNED-PAYLOAD", self.BIG, None),
+        ]:
+            got = self.s3("PUT", "/b/a", (), body, payload_hash=declared)
+            arrived = self.upstream.next()
+            with self.subTest(name):
+                self.assertEqual(arrived.complete, code is None)
+                self.assertEqual(arrived.one("content-length"), str(len(body)))
+                if code:
+                    self.assertEqual(got.status, 400)
+                    self.assertIn(f"<Code>{code}</Code>".encode(), got.body)
+                else:
+                    self.assertEqual((got.status, arrived.body), (200, body))
+                    self.assertEqual(arrived.one("x-amz-content-sha256"), declared)
+                    self.assert_signed(arrived, "s3")
+
+    def test_a_client_that_hangs_up_leaves_the_body_incomplete(self):
+        for declared in ("UNSIGNED-PAYLOAD", sha256(self.BIG)):
+            made = sign(
+                "PUT", "/b/a", (("X-Amz-Content-Sha256", declared),), service="s3",
+                payload_hash=declared,
+            )  # fmt: skip
+            length = ("Content-Length", str(len(self.BIG)))
+            wire = self.running.connect()
+            wire.send(raw_request("PUT", "/b/a", (*made, length), self.BIG[:-1]))
+            wire.close()
+            with self.subTest(declared):
+                self.assertFalse(self.upstream.next().complete)
+
+    def test_a_long_body_of_another_service_is_forwarded_whole(self):
+        self.start(max_body=4000000)
+        for length, status in ((1048575, 200), (1048576, 200), (3999999, 200), (4000001, 413)):
+            body = bytes(length)
+            for chunked in (False, True):
+                made = sign("POST", "/a", (), body, service="lambda")
+                framing = (
+                    ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", length)
+                )
+                sent = in_chunks(body, 100000) if chunked else body
+                got = self.put(raw_request("POST", "/a", (*made, framing), sent), "POST")
+                with self.subTest(length=length, chunked=chunked):
+                    self.assertEqual(got.status, status)
+                    if status == 200:
+                        arrived = self.upstream.next()
+                        self.assertEqual(arrived.one("content-length"), str(length))
+                        self.assertEqual((len(arrived.body), arrived.complete), (length, True))
+                        self.assert_signed(arrived, "lambda")
+        self.assertTrue(self.upstream.arrived.empty())
+
+    def test_an_object_of_64_mebibytes_passes_in_constant_memory(self):
+        block, count = os.urandom(MEBIBYTE), 64
+        digest = hashlib.sha256()
+        for _ in range(count):
+            digest.update(block)
+        self.upstream.keep = False
+        length = count * MEBIBYTE
+
+        def answer_in(framing):
+            def answer(connection, arrived):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % framing)
+                for _ in range(count):
+                    chunked = (
+                        b"%x\r\n%b\r\n" % (MEBIBYTE, block) if b"chunked" in framing else block
+                    )
+                    connection.sendall(chunked)
+                return b"0\r\n\r\n" if b"chunked" in framing else b""
+
+            return answer
+
+        framings = (b"Content-Length: %d" % length, b"Transfer-Encoding: chunked")
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for declared in (digest.hexdigest(), "UNSIGNED-PAYLOAD"):
+            made = sign(
+                "PUT", "/b/a", (("X-Amz-Content-Sha256", declared),), service="s3",
+                payload_hash=declared,
+            )  # fmt: skip
+            wire = self.running.connect()
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            wire.send(raw_request("PUT", "/b/a", (*made, ("Content-Length", length))))
+            for _ in range(count):
+                wire.send(block)
+            got = read_response(wire)
+            arrived = self.upstream.next(20)
+            with self.subTest(put=declared):
+                self.assertEqual((got.status, arrived.sha256), (200, digest.hexdigest()))
+                self.assertLess(tracemalloc.get_traced_memory()[1] - before, 16 * MEBIBYTE)
+            wire.close()
+        for framing in framings:
+            self.upstream.answers = [answer_in(framing)]
+            made = sign(
+                "GET", "/b/a", (("X-Amz-Content-Sha256", EMPTY),), service="s3",
+                payload_hash=EMPTY,
+            )  # fmt: skip
+            wire = self.running.connect()
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            wire.send(raw_request("GET", "/b/a", made))
+            response, received = http.client.HTTPResponse(wire.socket), hashlib.sha256()
+            with contextlib.closing(response):
+                response.begin()
+                for data in iter(lambda r=response: r.read(65536), b""):
+                    received.update(data)
+            with self.subTest(get=framing):
+                self.assertEqual(received.digest(), digest.digest())
+                self.assertLess(tracemalloc.get_traced_memory()[1] - before, 16 * MEBIBYTE)
+            wire.close()
+
+
+def answer(status=b"200 OK", *lines, body=b""):
+    return b"\r\n".join([b"HTTP/1.1 " + status, *lines, b"", body])
+
+
+def length_of(body):
+    return b"Content-Length: %d" % len(body)
+
+
+def then_close(data):
+    def act(connection, arrived):
+        connection.sendall(data)
+
+    return act
+
+
+LONG = bytes(range(256)) * 1000
+GZIP = b"\x1f\x8b\x08\0 not decompressed"
+
+
+class ForwardedAnswerTest(Through):
+    service = "s3"
+
+    def test_an_answer_is_passed_on_as_it_is(self):
+        repeated = (b"Set-Cookie: a=1", b"X-ODD-Case: b", b"Set-Cookie: c=2", b"x-amz-id-2: d")
+        location = b"Location: http://elsewhere.example/"
+        for name, method, given, status, body in [
+            (
+                "plain",
+                "GET",
+                answer(b"200 OK", *repeated, length_of(b"abc"), body=b"abc"),
+                200,
+                b"abc",
+            ),
+            ("odd reason", "GET", answer(b"299 ", length_of(b"a"), body=b"a"), 299, b"a"),
+            ("no reason", "GET", answer(b"200", length_of(b"a"), body=b"a"), 200, b"a"),
+            ("empty", "GET", answer(b"200 OK", b"Content-Length: 0"), 200, b""),
+            ("long", "GET", answer(b"200 OK", *repeated, length_of(LONG), body=LONG), 200, LONG),
+            (
+                "chunked",
+                "GET",
+                answer(
+                    b"200 OK",
+                    b"Transfer-Encoding: chunked",
+                    *repeated,
+                    body=in_chunks(b"hello", 2),
+                ),
+                200,
+                b"hello",
+            ),
+            (
+                "chunked, long",
+                "GET",
+                answer(b"200 OK", b"transfer-encoding: Chunked", body=in_chunks(LONG, 70000)),
+                200,
+                LONG,
+            ),
+            (
+                "gzip",
+                "GET",
+                answer(b"200 OK", b"Content-Encoding: gzip", length_of(GZIP), body=GZIP),
+                200,
+                GZIP,
+            ),
+            (
+                "301",
+                "GET",
+                answer(
+                    b"301 Moved",
+                    location,
+                    b"x-amz-bucket-region: eu-west-1",
+                    length_of(b"x"),
+                    body=b"x",
+                ),
+                301,
+                b"x",
+            ),
+            (
+                "307",
+                "PUT",
+                answer(b"307 Temporary Redirect", location, b"Content-Length: 0"),
+                307,
+                b"",
+            ),
+            ("304", "GET", answer(b"304 Not Modified", b'ETag: "a"'), 304, b""),
+            (
+                "304 with a length",
+                "GET",
+                answer(b"304 Not Modified", b"Content-Length: 9"),
+                304,
+                b"",
+            ),
+            ("204", "DELETE", answer(b"204 No Content", b"x-amz-id-2: d"), 204, b""),
+            ("HEAD", "HEAD", answer(b"200 OK", b"Content-Length: 1234567", *repeated), 200, b""),
+            ("HEAD, 404", "HEAD", answer(b"404 Not Found", b"Content-Type: a"), 404, b""),
+            (
+                "206",
+                "GET",
+                answer(b"206 Partial", b"Content-Range: bytes 0-0/5", length_of(b"a"), body=b"a"),
+                206,
+                b"a",
+            ),
+            (
+                "403",
+                "GET",
+                answer(b"403 Forbidden", length_of(b"<Error/>"), body=b"<Error/>"),
+                403,
+                b"<Error/>",
+            ),
+            ("500", "GET", answer(b"500 Oops", length_of(b"x"), body=b"x"), 500, b"x"),
+            ("100 before", "PUT", answer(b"100 Continue") + OK, 200, b"ok"),
+            (
+                "103 before",
+                "GET",
+                answer(b"103 Early Hints", b"Link: </a>") + answer(b"100 Continue") + OK,
+                200,
+                b"ok",
+            ),
+        ]:
+            self.upstream.answers = [given, OK]
+            wire = self.running.connect()
+            with self.subTest(name):
+                got = self.s3(method, "/b/a", wire=wire)
+                self.assertEqual((got.status, got.body, got.whole), (status, body, True))
+                final = (
+                    given[given.rindex(b"HTTP/1.1 ") :]
+                    .split(b"\r\n\r\n")[0]
+                    .decode()
+                    .split("\r\n")
+                )
+                wanted = [tuple(line.split(": ", 1)) for line in final[1:]]
+                own = {"transfer-encoding", "connection"} | (
+                    {"content-length"} if "304" in name else set()
+                )
+                wanted = [pair for pair in wanted if pair[0].lower() not in own]
+                self.assertEqual([pair for pair in got.headers if pair in wanted], wanted)
+                if method == "HEAD":
+                    told = [value for name, value in wanted if name == "Content-Length"]
+                    self.assertEqual(got.all("content-length"), told)
+                self.assertEqual(len(got.all("date")), 1)
+                self.assertEqual(self.s3("GET", "/b/a", wire=wire).body, b"ok")
+            wire.close()
+        self.assertEqual({self.upstream.next().connection for _ in range(20)}, {1})
+
+    def test_an_answer_until_the_connection_closes_is_passed_on(self):
+        for body in (b"", b"hello", LONG):
+            for head in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX-A: b\r\n\r\n"):
+                self.upstream.answers = [then_close(head + body)]
+                with self.subTest(head, length=len(body)):
+                    got = self.s3("GET", "/b/a")
+                    self.assertEqual((got.status, got.body, got.whole), (200, body, True))
+
+    def test_an_answer_that_breaks_off_does_not_seem_whole(self):
+        for name, data in [
+            ("length", answer(b"200 OK", length_of(LONG), body=LONG[:-1])),
+            ("length, small", answer(b"200 OK", b"Content-Length: 9", body=b"abc")),
+            ("length, no body", answer(b"200 OK", length_of(LONG))),
+            (
+                "chunk",
+                answer(
+                    b"200 OK", b"Transfer-Encoding: chunked", body=in_chunks(LONG, 9999)[:-100]
+                ),
+            ),
+            (
+                "last chunk",
+                answer(b"200 OK", b"Transfer-Encoding: chunked", body=in_chunks(LONG, 9999)[:-5]),
+            ),
+            (
+                "last line",
+                answer(b"200 OK", b"Transfer-Encoding: chunked", body=in_chunks(b"abc", 9)[:-2]),
+            ),
+            (
+                "size",
+                answer(b"200 OK", b"Transfer-Encoding: chunked", body=b"3\r\nabc\r\nxyz\r\n"),
+            ),
+            (
+                "long chunk",
+                answer(b"200 OK", b"Transfer-Encoding: chunked", body=b"3\r\nabcd\r\n0\r\n\r\n"),
+            ),
+        ]:
+            self.upstream.answers = [then_close(data)]
+            with self.subTest(name), self.assertLogs("awsproxy", "WARNING") as logs:
+                got = self.s3("GET", "/b/a")
+                self.assertTrue(got.status == 503 or not got.whole, got)
+                self.assertEqual(self.s3("GET", "/b/a").body, b"ok")
+                self.wait_for(logs)
+            self.assertEqual(len(logs.output), 1, logs.output)
+            self.assertNotIn("Traceback", str(logs.output))
+
+    def wait_for(self, logs):
+        until = time.monotonic() + 3
+        while not logs.output and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def test_a_client_that_leaves_early_does_not_spoil_the_connection(self):
+        gone = threading.Event()
+
+        def endless(connection, arrived):
+            connection.sendall(answer(b"200 OK", b"Content-Length: 1000000000"))
+            with contextlib.suppress(OSError):
+                while True:
+                    connection.sendall(LONG)
+            gone.set()
+
+        self.upstream.answers = [endless]
+        made = sign(
+            "GET", "/b/a", (("X-Amz-Content-Sha256", EMPTY),), service="s3", payload_hash=EMPTY
+        )
+        wire = self.running.connect()
+        with self.assertLogs("awsproxy", "WARNING"):
+            wire.send(raw_request("GET", "/b/a", made))
+            self.assertEqual(wire.socket.recv(5), b"HTTP/")
+            wire.close(reset=True)
+            self.assertTrue(gone.wait(5))
+        self.assertEqual(self.s3("GET", "/b/a").body, b"ok")
+
+    def test_an_upstream_that_fails_is_unavailable_and_the_next_call_works(self):
+        self.start(timeout=0.4)
+        lengths = (b"Content-Length: 1", b"Content-Length: 2")
+        for name, data in [
+            ("nothing", then_close(b"")),
+            ("garbage", then_close(b"\x16\x03\x01\0\0garbage\r\n\r\n")),
+            ("half a head", then_close(b"HTTP/1.1 200 OK\r\nContent-Le")),
+            ("a huge head", then_close(answer(b"200 OK", b"X-A: " + b"b" * 70000))),
+            ("many lines", then_close(answer(b"200 OK", *[b"X-A: b"] * 20000))),
+            ("not a header", then_close(answer(b"200 OK", b"a b c"))),
+            ("folded", then_close(answer(b"200 OK", b"a: b", b" c", b"Content-Length: 0"))),
+            ("HTTP/2", then_close(b"HTTP/2 200\r\n\r\n")),
+            ("status", then_close(b"HTTP/1.1 20 OK\r\n\r\n")),
+            ("two lengths", then_close(answer(b"200 OK", *lengths, body=b"ab"))),
+            ("no length", then_close(answer(b"200 OK", b"Content-Length: a", body=b"ab"))),
+            ("negative", then_close(answer(b"200 OK", b"Content-Length: -1", body=b"ab"))),
+            ("coding", then_close(answer(b"200 OK", b"Transfer-Encoding: gzip, chunked"))),
+            ("101", then_close(answer(b"101 Switching Protocols", b"Upgrade: a"))),
+            ("no answer", lambda connection, arrived: time.sleep(1)),
+        ]:
+            for protocol, call in (("json", SEND_JSON), ("query", SEND_FORM)):
+                self.upstream.answers = [data]
+                with self.subTest(name, protocol=protocol):
+                    with self.assertLogs("awsproxy", "WARNING") as logs:
+                        got = self.call(*call, service="sqs")
+                    self.assert_unavailable(got, protocol, logs)
+                    self.assertEqual(self.call(*call, service="sqs").status, 200)
+
+    def assert_unavailable(self, got, protocol, logs):
+        self.assertEqual(got.status, 503, got)
+        if protocol == "json":
+            kind, code = json.loads(got.body)["__type"].rpartition("#")[2], "ServiceUnavailable"
+            self.assertEqual(kind, code)
+        else:
+            self.assertIn(b"<Code>ServiceUnavailable</Code>", got.body)
+            self.assertTrue(got.body.startswith(b"<?xml"))
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertNotIn("Traceback", logs.output[0])
+
+    def test_an_upstream_that_cannot_be_reached_is_unavailable(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        for name, endpoint in [
+            ("refused", awsproxy.Endpoint("http", "127.0.0.1", port)),
+            ("TLS to a plain port", awsproxy.Endpoint("https", "127.0.0.1", self.upstream.port)),
+            ("no such host", awsproxy.Endpoint("http", "nothing.invalid", 80)),
+            ("no host can be called so", awsproxy.Endpoint("http", "a" * 64 + ".invalid", 80)),
+        ]:
+            self.start(endpoint, timeout=1)
+            for protocol, call in (("json", LIST), ("query", LIST_FORM)):
+                with self.subTest(name, protocol=protocol):
+                    with self.assertLogs("awsproxy", "WARNING") as logs:
+                        got = self.call(*call, service="sqs")
+                    self.assert_unavailable(got, protocol, logs)
+
+
+class PoolTest(Through):
+    def test_a_connection_is_used_again_and_one_that_says_so_is_not(self):
+        close = answer(b"200 OK", b"Connection: close", b"Content-Length: 0")
+        self.upstream.answers = [
+            OK,
+            OK,
+            close,
+            OK,
+            b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+        ]
+        for _ in range(6):
+            self.assertEqual(self.call(*LIST).status, 200)
+        used = [self.upstream.next().connection for _ in range(6)]
+        self.assertEqual(used, [1, 1, 1, 2, 2, 3])
+
+    def test_one_that_was_closed_meanwhile_is_not_used(self):
+        self.upstream.answers = [then_close(OK)]
+        self.assertEqual(self.call(*LIST).status, 200)
+        self.upstream.threads[1].join(5)
+        self.assertEqual(self.call(*SEND_JSON).status, 200)
+        self.assertEqual([self.upstream.next().connection for _ in range(2)], [1, 2])
+
+    def test_bytes_that_nobody_asked_for_are_nobodys_answer(self):
+        self.upstream.answers = [OK + answer(b"200 OK", b"Content-Length: 5", body=b"wrong")]
+        self.assertEqual(self.call(*LIST).body, b"ok")
+        self.assertEqual(self.call(*LIST).body, b"ok")
+
+    def test_a_stale_one_is_tried_again_once_where_nothing_can_happen_twice(self):
+        for name, service, call, tries in [
+            ("ListQueues", "sqs", LIST, 2),
+            ("GetQueueUrl", "sqs", json_call("GetQueueUrl", b'{"QueueName":"a"}'), 2),
+            ("GET", "lambda", ("GET", "/a"), 2),
+            ("PUT", "lambda", ("PUT", "/a", (), b"body"), 2),
+            ("SendMessage", "sqs", SEND_JSON, 1),
+            ("ReceiveMessage", "sqs", json_call("ReceiveMessage", SEND.encode()), 1),
+            ("POST", "lambda", ("POST", "/a", (), b"body"), 1),
+        ]:
+            for failures in (1, 2):
+                self.assertEqual(self.call(*LIST).status, 200)
+                first = self.upstream.next()
+                self.upstream.answers = [then_close(b"")] * failures
+                works = tries == 2 and failures == 1
+                with self.subTest(name, failures=failures):
+                    with contextlib.ExitStack() as stack:
+                        if not works:
+                            stack.enter_context(self.assertLogs("awsproxy", "WARNING"))
+                        got = self.call(*call, service=service)
+                    self.assertEqual(got.status, 200 if works else 503)
+                    again = [self.upstream.next() for _ in range(tries)]
+                    self.assertEqual(again[0].connection, first.connection)
+                    self.assertEqual({a.body for a in again}, {again[0].body})
+                    self.assertTrue(self.upstream.arrived.empty())
+                    for arrived in again:
+                        self.assert_signed(arrived, service)
+                self.upstream.answers = []
+
+    def test_a_fresh_one_that_fails_is_not_tried_again(self):
+        self.upstream.answers = [then_close(b"")]
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.call(*LIST).status, 503)
+        self.upstream.next()
+        self.assertTrue(self.upstream.arrived.empty())
+
+    def test_half_an_answer_is_not_tried_again(self):
+        self.call(*LIST)
+        self.upstream.answers = [then_close(b"HTTP/1.1 200 OK\r\n")]
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.call(*LIST).status, 503)
+
+    def test_an_answer_that_comes_before_the_body_is_sent_is_passed_on(self):
+        refusal = answer(b"403 Forbidden", b"Connection: close", b"Content-Length: 3", body=b"no!")
+
+        def linger(connection):
+            connection.sendall(refusal)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
+
+        def hang_up(connection):
+            connection.sendall(refusal)
+
+        self.upstream.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        for name, act in (("linger", linger), ("hang up", hang_up)):
+            self.upstream.early = act
+            for body in (bytes(1000000), bytes(20000000)):
+                for service in ("lambda", "s3"):
+                    how = {"service": service}
+                    if service == "s3":
+                        how["payload_hash"] = "UNSIGNED-PAYLOAD"
+                        how["headers"] = (("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"),)
+                    elif len(body) > 16000000:
+                        continue
+                    with self.subTest(name, length=len(body), service=service):
+                        got = self.call("PUT", "/b/a", body=body, **how)
+                        self.assertEqual((got.status, got.body), (403, b"no!"))
+
+    def test_keys_that_expired_are_renewed_and_the_call_signed_again(self):
+        of_json = b'{"__type":"com.amazon.coral.service#ExpiredTokenException"}'
+        of_xml = b"<Error><Code>ExpiredToken</Code></Error>"
+        body = b"x" * 10
+        for name, refused, call in [
+            ("json", of_json, LIST),
+            ("SendMessage", of_json, SEND_JSON),
+            ("query", of_xml, LIST_FORM),
+        ]:
+            for status in (b"400 Bad Request", b"403 Forbidden"):
+                self.keys.given = [OUR_KEYS, NEXT_KEYS]
+                self.keys.expired.clear()
+                self.upstream.answers = [answer(status, length_of(refused), body=refused)]
+                with self.subTest(name, status=status):
+                    self.assertEqual(self.call(*call).status, 200)
+                    self.assertEqual(self.keys.expired, [OUR_KEYS])
+                    self.assert_signed(self.upstream.next())
+                    self.assert_signed(self.upstream.next(), client=Client("n", *NEXT_KEYS[:3]))
+        refused = answer(b"400 Bad Request", length_of(of_xml), body=of_xml)
+        with self.subTest("no others"):
+            self.keys.given = [OUR_KEYS]
+            self.upstream.answers = [refused]
+            self.assertEqual(self.call(*LIST).body, of_xml)
+            self.upstream.next()
+        with self.subTest("twice"):
+            self.keys.given = [OUR_KEYS, NEXT_KEYS, OUR_KEYS]
+            self.upstream.answers = [refused, refused]
+            self.assertEqual(self.call(*LIST).body, of_xml)
+            self.upstream.next(), self.upstream.next()
+        with self.subTest("a body that is gone"):
+            self.keys.given = [OUR_KEYS, NEXT_KEYS]
+            self.upstream.answers = [refused]
+            self.assertEqual(self.s3("PUT", "/b/a", body=body).status, 400)
+            self.assertEqual(self.keys.given, [NEXT_KEYS])
+            self.upstream.next()
+        with self.subTest("none at all"):
+            self.keys.given = []
+            got = self.call(*LIST)
+            self.assertEqual(got.status, 403)
+            self.assertIn(b"AccessDenied", got.body)
+        self.assertTrue(self.upstream.arrived.empty())
+
+    def test_many_at_once_are_kept_apart(self):
+        def echo(connection, arrived):
+            return answer(b"200 OK", length_of(arrived.body), body=arrived.body)
+
+        self.upstream.answers = [echo] * 200
+        with concurrent.futures.ThreadPoolExecutor(20) as executor:
+            bodies = [b"%d" % n * (n * 40) for n in range(200)]
+            calls = [
+                executor.submit(self.call, "POST", "/a", (), body, service="lambda")
+                for body in bodies
+            ]
+            self.assertEqual([c.result().body == b for c, b in zip(calls, bodies)], [True] * 200)
+        self.assertLessEqual(len(self.upstream.connections), 20)
+
+
+# ==== Queue URLs ====
+
+
+class ForwardedQueueTest(Spoken):
+    """Calls through a proxy to a second one, which verifies them and has the queues."""
+
+    def start(self):
+        super().start()
+        behind = Proxy(
+            {OURS.access_key_id: [OURS]}, clock=self.clock, max_body=1 << 30, sqs=self.sqs.sqs
+        )
+        running = Running(behind)
+        self.endpoint = awsproxy.Endpoint("http", *running.address)
+        self.pool = awsproxy.Pool(2, 5)
+        target = awsproxy.Upstream(
+            self.endpoint, lambda client: Keys(OUR_KEYS), self.pool, clock=self.clock
+        )
+        self.addCleanup(running.stop)
+        self.addCleanup(Through.drain, self, self.pool, self.endpoint)
+        self.sqs.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, clock=self.clock, routes=[awsproxy.Route("sqs:*", target)]
+        )
+
+    def test_queue_urls_lead_back_to_the_proxy_and_are_understood_behind_it(self):
+        url = self.sqs.queue("jobs")
+        dead = self.sqs.queue("dead")
+        self.assertEqual([url, dead], [url_of("jobs"), url_of("dead")])
+        self.set(url, RedrivePolicy=redrive("dead", 3))
+        self.assertEqual(self.sqs("GetQueueUrl", QueueName="jobs")["QueueUrl"], url)
+        self.assertEqual(self.sqs("ListQueues")["QueueUrls"], [dead, url])
+        sources = self.sqs("ListDeadLetterSourceQueues", QueueUrl=dead)
+        self.assertEqual(sources["queueUrls"], [url])
+        self.send(url, f"{url} {self.endpoint.origin}/000000000000/jobs")
+        (body,) = self.sqs.bodies(url)
+        self.assertEqual(body, f"{url} {self.endpoint.origin}/000000000000/jobs")
+        self.sqs("DeleteQueue", QueueUrl=dead)
+        self.refused(NO_QUEUE, "SendMessage", QueueUrl=dead, MessageBody="a")
+
+    def test_a_long_list_is_rewritten_too(self):
+        names = [f"{number:04d}-" + "n" * 75 for number in range(1000)]
+        for name in names:
+            self.sqs("CreateQueue", QueueName=name)
+        self.assertEqual(self.sqs("ListQueues")["QueueUrls"], [url_of(name) for name in names])
+
+    def test_messages_whose_receiver_is_gone_are_visible_again(self):
+        for size in (1, 100000):
+            url = self.sqs.queue(f"jobs-{size}")
+            for number in range(3):
+                self.send(url, str(number) * size)
+            handle = self.sqs.proxy.handle
+
+            def leave(request, handle=handle):
+                request.abandoned = lambda: True
+                return handle(request)
+
+            self.assertEqual(self.counts(url), (3, 0, 0))
+            with mock.patch.object(self.sqs.proxy, "handle", leave):
+                with self.assertLogs("awsproxy", "WARNING"):
+                    self.sqs.receive(url, MaxNumberOfMessages=3)
+            with self.subTest(size=size):
+                self.assertEqual(self.counts(url), (3, 0, 0))
+
+
+class QueueUrlTest(Through):
+    def test_what_is_not_a_queue_url_of_ours_is_kept_to_the_byte(self):
+        ours, other = "http://localhost:8081/000000000000/jobs", "http://other/000000000000/jobs"
+        theirs = f"{self.endpoint.origin}/000000000000/jobs"
+        quoted = {url: urllib.parse.quote(url, safe="") for url in (ours, other, theirs)}
+        get = "/?Action=GetQueueAttributes&Version=2012-11-05&QueueUrl="
+        for name, call, target, body in [
+            (
+                "json",
+                json_call("SendMessage", SEND.encode()),
+                "/",
+                {"QueueUrl": theirs, "MessageBody": "a"},
+            ),
+            (
+                "escaped",
+                json_call("SendMessage", SEND.replace("/", r"\/").encode()),
+                "/",
+                {"QueueUrl": theirs, "MessageBody": "a"},
+            ),
+            (
+                "in the body of a message",
+                json_call(
+                    "SendMessage", b'{"MessageBody" : "%b", "QueueUrl": "jobs"}' % ours.encode()
+                ),
+                "/",
+                None,
+            ),
+            (
+                "others'",
+                json_call("SendMessage", b'{ "QueueUrl": "%b"}' % other.encode()),
+                "/",
+                None,
+            ),
+            ("none", json_call("ListQueues", b'{"MaxResults" : 5 }\n'), "/", None),
+            ("not JSON", json_call("SendMessage", b"{" + ours.encode()), "/", None),
+            ("a list", json_call("SendMessage", b'["QueueUrl", "%b"]' % ours.encode()), "/", None),
+            ("a path", json_call("SendMessage", b'{"MessageBody":"a"}'), "/", None),
+            (
+                "form",
+                form_call(f"Action=SendMessage&QueueUrl={quoted[ours]}&MessageBody=a+b"),
+                "/",
+                f"Action=SendMessage&QueueUrl={quoted[theirs]}&MessageBody=a+b",
+            ),
+            (
+                "others' in a form",
+                form_call(f"Action=SendMessage&QueueUrl={quoted[other]}"),
+                "/",
+                None,
+            ),
+            ("form without", form_call("Action=SendMessage&MessageBody=a%2fb+c&&"), "/", None),
+            (
+                "path of a form",
+                form_call("Action=SendMessage&MessageBody=a", "/000000000000/jobs"),
+                "/000000000000/jobs",
+                None,
+            ),
+            ("query string", ("GET", get + quoted[ours], (), b""), get + quoted[theirs], None),
+        ]:
+            with self.subTest(name):
+                got = self.call(*call)
+                self.assertEqual(got.status, 200, got.body)
+                arrived = self.upstream.next()
+                self.assertEqual(arrived.target, target)
+                if isinstance(body, dict):
+                    self.assertEqual(json.loads(arrived.body), body)
+                else:
+                    self.assertEqual(arrived.body, body.encode() if body else call[3])
+                self.assert_signed(arrived)
+
+    def test_answers_are_rewritten_where_a_queue_url_stands(self):
+        theirs, ours = "https://sqs.eu-west-1.amazonaws.com", "http://localhost:8081"
+        urls = f'"{theirs}/1/a", "{theirs}:443/1/b"'
+        json_kind, xml_kind = (
+            b"Content-Type: application/x-amz-json-1.0",
+            b"Content-Type: text/xml",
+        )
+        for operation, status, kind, body, changed in [
+            ("CreateQueue", 200, json_kind, f'{{"QueueUrl": "{theirs}/1/a"}}', True),
+            ("GetQueueUrl", 200, json_kind, f'{{"QueueUrl": "{theirs}/1/a"}}', True),
+            (
+                "ListQueues",
+                200,
+                json_kind,
+                f'{{"QueueUrls": [{urls}], "NextToken": "{theirs}/"}}',
+                True,
+            ),
+            ("ListDeadLetterSourceQueues", 200, json_kind, f'{{"queueUrls": [{urls}]}}', True),
+            (
+                "ListQueues",
+                200,
+                xml_kind,
+                f"<QueueUrl>{theirs}/1/a</QueueUrl><B>{theirs}/</B>",
+                True,
+            ),
+            ("ListQueues", 200, json_kind, "{}", False),
+            ("ListQueues", 200, json_kind, "", False),
+            ("ListQueues", 200, json_kind, "not JSON", False),
+            ("ListQueues", 200, json_kind, "[1]", False),
+            ("ListQueues", 200, json_kind, '{"QueueUrls": [1]}', False),
+            ("CreateQueue", 400, json_kind, f'{{"message": "{theirs}/1/a"}}', False),
+            (
+                "ReceiveMessage",
+                200,
+                json_kind,
+                f'{{"Messages": [{{"Body": "{theirs}/1/a"}}]}}',
+                False,
+            ),
+        ]:
+            for chunked in (False, True):
+                raw = body.encode()
+                framing = b"Transfer-Encoding: chunked" if chunked else length_of(raw)
+                sent = in_chunks(raw, 7) if chunked else raw
+                given = answer(b"%d X" % status, kind, b"x-amzn-RequestId: r", framing, body=sent)
+                self.upstream.answers = [given]
+                with self.subTest(operation, body=body, chunked=chunked):
+                    got = self.call(*json_call(operation))
+                    self.assertEqual((got.status, got.all("x-amzn-requestid")), (status, ["r"]))
+                    wanted = body
+                    if changed:
+                        wanted = re.sub(r"https://[^/]*(/1/)", ours + r"\1", body)
+                    if changed and kind is json_kind:
+                        self.assertEqual(json.loads(got.body), json.loads(wanted))
+                    else:
+                        self.assertEqual(got.body.decode(), wanted)
+
+    def test_the_public_url_is_what_they_begin_with(self):
+        self.start(public_url="https://proxy.example/")
+        body = b'{"QueueUrl": "https://sqs.example/1/a"}'
+        kind = b"Content-Type: application/x-amz-json-1.0"
+        self.upstream.answers = [answer(b"200 OK", kind, length_of(body), body=body)]
+        url = json.loads(self.call(*json_call("GetQueueUrl")).body)["QueueUrl"]
+        self.assertEqual(url, "https://proxy.example/1/a")
+        self.call(*json_call("SendMessage", b'{"QueueUrl": "https://proxy.example/1/a"}'))
+        self.upstream.next()
+        url = json.loads(self.upstream.next().body)["QueueUrl"]
+        self.assertEqual(url, self.endpoint.origin + "/1/a")
+
+    def test_messages_for_a_client_that_hung_up_are_shown_again(self):
+        of_json = b'{"Messages": [{"ReceiptHandle": "h/1"}, {"ReceiptHandle": "h&2"}]}'
+        of_xml = b"<R><ReceiptHandle>h/1</ReceiptHandle><ReceiptHandle>h&amp;2</ReceiptHandle></R>"
+        receive = '{"QueueUrl":"http://localhost:8081/000000000000/jobs","WaitTimeSeconds":20}'
+        form = f"Action=ReceiveMessage&QueueUrl={urllib.parse.quote(url_of('jobs'), safe='')}"
+        for call, kind, body in [
+            (json_call("ReceiveMessage", receive.encode()), JSON_1_0, of_json),
+            (form_call(form), "text/xml", of_xml),
+            (form_call("Action=ReceiveMessage", "/000000000000/jobs"), "text/xml", of_xml),
+        ]:
+            for kept in (False, True):
+                if kept:
+                    self.call(*LIST)
+                    self.upstream.next()
+                gone = threading.Event()
+
+                def wait(connection, arrived, gone=gone, kind=kind, body=body):
+                    gone.wait(5)
+                    return answer(
+                        b"200 OK", b"Content-Type: " + kind.encode(), length_of(body), body=body
+                    )
+
+                self.upstream.answers = [wait]
+                made = sign(*call)
+                wire = self.running.connect()
+                length = ("Content-Length", len(call[3]))
+                with self.assertLogs("awsproxy", "WARNING"), self.subTest(kind, kept=kept):
+                    wire.send(raw_request(*call[:2], (*made, length), call[3]))
+                    self.upstream.next()
+                    wire.close()
+                    gone.set()
+                    shown = self.upstream.next()
+                    self.assert_signed(shown)
+                    name = "AmazonSQS.ChangeMessageVisibilityBatch"
+                    self.assertEqual(shown.one("x-amz-target"), name)
+                    document = json.loads(shown.body)
+                    url = f"{self.endpoint.origin}/000000000000/jobs"
+                    self.assertEqual(document["QueueUrl"], url)
+                    entries = [
+                        (e["ReceiptHandle"], e["VisibilityTimeout"]) for e in document["Entries"]
+                    ]
+                    self.assertEqual(entries, [("h/1", 0), ("h&2", 0)])
+                    self.assertEqual(len({e["Id"] for e in document["Entries"]}), 2)
+                    until = time.monotonic() + 3
+                    while self.running.server.connections and time.monotonic() < until:
+                        time.sleep(0.01)
+
+
+# ==== 8. Routes ====
+
+
+class Nowhere(awsproxy.Pool):
+    """Tells where a connection would have been opened to."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def idle(self, endpoint):
+        return None
+
+    def take(self, endpoint, fresh=False):
+        self.asked.append(endpoint)
+        raise awsproxy.UpstreamError("nowhere")
+
+
+class RouteTest(unittest.TestCase):
+    def aws(self, **settings):
+        """Return a Proxy whose calls all go to AWS, or would if there were a network."""
+        self.pool = Nowhere()
+        keys = Keys(OUR_KEYS)
+        target = awsproxy.Upstream(None, lambda c: keys, self.pool, clock=lambda: EXAMPLE_TIME)
+        settings.setdefault("routes", [awsproxy.Route("*", target)])
+        return Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, **settings)
+
+    def test_patterns_are_those_of_iam_policies(self):
+        for pattern, action, matches in [
+            ("*", "sqs:SendMessage", True),
+            ("sqs:*", "sqs:SendMessage", True),
+            ("sqs:*", "s3:GetObject", False),
+            ("SQS:sendmessage", "sqs:SendMessage", True),
+            ("sqs:Send*", "sqs:SendMessageBatch", True),
+            ("sqs:SendMessage", "sqs:SendMessageBatch", False),
+            ("sqs:?endMessage", "sqs:SendMessage", True),
+            ("sqs:?SendMessage", "sqs:SendMessage", False),
+            ("*:*Message", "sqs:SendMessage", True),
+            ("s.s:*", "sqs:SendMessage", False),
+            ("sqs:[S]*", "sqs:SendMessage", False),
+            ("sqs:", "sqs:SendMessage", False),
+            ("", "sqs:SendMessage", False),
+            ("*", "sqs:a\nb", True),
+        ]:
+            with self.subTest(pattern, action=action):
+                self.assertIs(awsproxy.Route(pattern, None).matches(action), matches)
+
+    def answer(self, proxy, call, service="sqs", **how):
+        return proxy.handle(signed(*call, service=service, **how))
+
+    def test_the_first_route_that_matches_decides(self):
+        embedded = awsproxy.Embedded(awsproxy.Sqs(lambda: EXAMPLE_TIME))
+        routes = [
+            awsproxy.Route("sqs:purge*", awsproxy.Deny()),
+            awsproxy.Route("sqs:*", embedded),
+            awsproxy.Route("sns:*", embedded),
+            awsproxy.Route("sqs:ListQueues", awsproxy.Deny()),
+        ]
+        proxy = self.aws(routes=routes)
+        publish = form_call("Action=Publish&Version=2010-03-31")
+        s3 = ("GET", "/bucket/key", (("X-Amz-Content-Sha256", EMPTY),))
+        for name, call, service, status, told in [
+            ("embedded", LIST, "sqs", 200, "{"),
+            (
+                "deny",
+                json_call("PurgeQueue"),
+                "sqs",
+                403,
+                "user/demo is not authorized to perform: sqs:PurgeQueue",
+            ),
+            (
+                "deny in XML",
+                form_call("Action=PurgeQueue&Version=2012-11-05"),
+                "sqs",
+                403,
+                "<Code>AccessDenied</Code>",
+            ),
+            ("not embedded", publish, "sns", 403, "embedded"),
+            ("no such operation", json_call("Nonsense"), "sqs", 400, "Nonsense"),
+            ("no route", s3, "s3", 403, "--route 's3:GetObject=aws'"),
+            ("no route, lambda", ("GET", "/2015-03-31/functions/"), "lambda", 403, "lambda:GET"),
+        ]:
+            with self.subTest(name):
+                reply = self.answer(
+                    proxy, call, service, payload_hash=EMPTY if service == "s3" else None
+                )
+                self.assertEqual(reply.status, status)
+                self.assertIn(told, reply.body.decode())
+        self.assertEqual(self.pool.asked, [])
+
+    def test_the_actions_of_amazon_s3(self):
+        for method, target, action in [
+            ("GET", "/", "ListAllMyBuckets"),
+            ("GET", "/b", "ListBucket"),
+            ("GET", "/b/", "ListBucket"),
+            ("HEAD", "/b", "ListBucket"),
+            ("GET", "/b?list-type=2", "ListBucket"),
+            ("GET", "/b?versions", "ListBucketVersions"),
+            ("GET", "/b?uploads", "ListBucketMultipartUploads"),
+            ("PUT", "/b", "CreateBucket"),
+            ("DELETE", "/b", "DeleteBucket"),
+            ("POST", "/b?delete", "DeleteObject"),
+            ("GET", "/b/k", "GetObject"),
+            ("HEAD", "/b/k", "GetObject"),
+            ("GET", "/b/k?versionId=1", "GetObjectVersion"),
+            ("PUT", "/b/k", "PutObject"),
+            ("PUT", "/b/k?partNumber=1&uploadId=a", "PutObject"),
+            ("POST", "/b/k?uploads", "PutObject"),
+            ("POST", "/b/k?uploadId=a", "PutObject"),
+            ("DELETE", "/b/k?uploadId=a", "AbortMultipartUpload"),
+            ("GET", "/b/k?uploadId=a", "ListMultipartUploadParts"),
+            ("DELETE", "/b/k", "DeleteObject"),
+            ("DELETE", "/b/k?versionId=1", "DeleteObjectVersion"),
+            ("GET", "/b?acl", "GetBucketAcl"),
+            ("PUT", "/b/k?acl", "PutObjectAcl"),
+            ("GET", "/b?policy", "GetBucketPolicy"),
+            ("PUT", "/b?policy", "PutBucketPolicy"),
+            ("DELETE", "/b?policy", "DeleteBucketPolicy"),
+            ("PUT", "/b/k?tagging", "PutObjectTagging"),
+            ("DELETE", "/b/k?tagging", "DeleteObjectTagging"),
+            ("DELETE", "/b?cors", "PutBucketCORS"),
+            ("GET", "/b//", "GetObject"),
+            ("GET", "/b?location", "GetBucketLocation"),
+            ("PATCH", "/b/k", "PATCH"),
+        ]:
+            path = target[2:] if target.startswith("/b") else None
+            hosts = [("localhost:8081", target)]
+            if path is not None:
+                path = path if path.startswith("/") else "/" + path
+                hosts += [("b.localhost:8081", path), ("b.s3.us-east-1.amazonaws.com", path)]
+            for host, given in hosts:
+                request = Request(method, given, (("Host", host),), io.BytesIO())
+                with self.subTest(f"{method} {host}{given}"):
+                    self.assertEqual(awsproxy.s3_action(request), action)
+
+    def test_where_services_answer(self):
+        streams = "DynamoDBStreams_20120810.ListStreams"
+        for service, region, target, host in [
+            ("sqs", "us-east-1", "", "sqs.us-east-1.amazonaws.com"),
+            ("sqs", "cn-north-1", "", "sqs.cn-north-1.amazonaws.com.cn"),
+            ("sqs", "us-gov-west-1", "", "sqs.us-gov-west-1.amazonaws.com"),
+            ("sqs", "us-iso-east-1", "", "sqs.us-iso-east-1.c2s.ic.gov"),
+            ("sqs", "us-isob-east-1", "", "sqs.us-isob-east-1.sc2s.sgov.gov"),
+            ("sqs", "eusc-de-east-1", "", "sqs.eusc-de-east-1.amazonaws.eu"),
+            ("s3", "eu-west-1", "", "s3.eu-west-1.amazonaws.com"),
+            ("iam", "us-east-1", "", "iam.amazonaws.com"),
+            ("iam", "cn-north-1", "", "iam.cn-north-1.amazonaws.com.cn"),
+            ("iam", "us-gov-west-1", "", "iam.us-gov.amazonaws.com"),
+            ("route53", "us-east-1", "", "route53.amazonaws.com"),
+            ("cloudfront", "us-east-1", "", "cloudfront.amazonaws.com"),
+            ("organizations", "us-east-1", "", "organizations.us-east-1.amazonaws.com"),
+            ("ecr", "eu-west-1", "", "api.ecr.eu-west-1.amazonaws.com"),
+            ("ses", "eu-west-1", "", "email.eu-west-1.amazonaws.com"),
+            ("dynamodb", "eu-west-1", "", "dynamodb.eu-west-1.amazonaws.com"),
+            ("dynamodb", "eu-west-1", streams, "streams.dynamodb.eu-west-1.amazonaws.com"),
+            ("sts", "eu-west-1", "", "sts.eu-west-1.amazonaws.com"),
+        ]:
+            with self.subTest(f"{service} in {region}"):
+                endpoint = awsproxy.endpoint_for(service, region, target)
+                self.assertEqual(endpoint, ("https", host, 443))
+
+    def test_buckets_in_the_host_and_hosts_of_others(self):
+        proxy, east = self.aws(), "s3.us-east-1.amazonaws.com"
+        declared = ("X-Amz-Content-Sha256", EMPTY)
+        for host, target, region, wanted in [
+            ("localhost:8081", "/b/k", "us-east-1", east),
+            ("b.localhost:8081", "/k", "us-east-1", f"b.{east}"),
+            ("b.c.localhost:8081", "/k", "us-east-1", east),
+            ("b.s3.localhost", "/k", "us-east-1", f"b.{east}"),
+            ("b.s3.eu-west-1.amazonaws.com", "/k", "us-east-1", f"b.{east}"),
+            ("s3.eu-west-1.amazonaws.com", "/k", "us-east-1", east),
+            ("evil.example", "/k", "us-east-1", east),
+            ("169.254.169.254", "/latest", "us-east-1", east),
+            ("b.localhost", "/k", "cn-north-1", "b.s3.cn-north-1.amazonaws.com.cn"),
+            ("evil.example:80", "//evil.example/", "us-east-1", east),
+        ]:
+            headers = (("Host", host), declared)
+            with self.subTest(host), self.assertLogs("awsproxy", "WARNING"):
+                request = signed(
+                    "GET", target, headers, service="s3", region=region, payload_hash=EMPTY
+                )
+                self.assertEqual(proxy.handle(request).status, 503)
+                self.assertEqual(self.pool.asked.pop(), ("https", wanted, 443))
+
+    def test_what_is_no_endpoint_is_refused(self):
+        for url, wanted in [
+            ("http://localhost:4566", ("http", "localhost", 4566)),
+            ("https://sqs.example/", ("https", "sqs.example", 443)),
+            ("http://[::1]:80", ("http", "::1", 80)),
+            ("ftp://a", None),
+            ("localhost:4566", None),
+            ("http://", None),
+            ("", None),
+            ("http://a/b", None),
+            ("http://a?b", None),
+            ("http://a#b", None),
+            ("http://u:p@a", None),
+            ("http://u@a", None),
+            ("http://@a", None),
+            ("http://169.254.169.254", None),
+            ("http://169.254.170.2:80", None),
+            ("http://[fe80::1]", None),
+            ("http://[fd00:ec2::254]", None),
+            ("http://[::ffff:169.254.169.254]", None),
+            ("http://a:99999", None),
+            ("http://a:b", None),
+            ("http://[::1", None),
+            ("http://2852039166", None),
+            ("http://0xa9fea9fe", None),
+            ("http://169.254.43518", None),
+        ]:
+            with self.subTest(url):
+                if wanted:
+                    self.assertEqual(awsproxy.parse_endpoint(url), wanted)
+                else:
+                    with self.assertRaises(ValueError):
+                        awsproxy.parse_endpoint(url)
+
+    def test_a_claim_that_makes_no_host_is_not_a_fault_of_ours(self):
+        for service, region in (("a" * 64, "us-east-1"), ("a", "b" * 64)):
+            request = signed("GET", "/", service=service, region=region)
+            target = awsproxy.Upstream(
+                None, lambda c: Keys(OUR_KEYS), awsproxy.Pool(1, 1), clock=lambda: EXAMPLE_TIME
+            )
+            proxy = self.aws(routes=[awsproxy.Route("*", target)])
+            with self.subTest(service, region=region), self.assertLogs("awsproxy"):
+                self.assertEqual(proxy.handle(request).status, 503)
+
+
+class NoVerifyTest(Through):
+    def test_what_an_unsigned_call_is_for_is_told_by_what_it_says(self):
+        scope = "Credential=any/20150830/eu-west-1/sns/aws4_request"
+        claimed = (
+            ("Authorization", f"AWS4-HMAC-SHA256 {scope}, SignedHeaders=host, Signature=a"),
+        )
+        host = (("Host", "lambda.eu-north-1.amazonaws.com"),)
+        dualstack = (("Host", "b.s3.dualstack.eu-west-2.amazonaws.com"),)
+        for name, sign_as, call, service, region in [
+            ("a target", ("", ""), LIST, "sqs", "us-east-1"),
+            (
+                "a claim",
+                ("", ""),
+                ("POST", "/", (*claimed, FORM), b"Action=Publish"),
+                "sns",
+                "eu-west-1",
+            ),
+            ("a host", ("", ""), ("GET", "/a", host, b""), "lambda", "eu-north-1"),
+            ("a host of Amazon S3", ("", ""), ("GET", "/a", dualstack, b""), "s3", "eu-west-2"),
+            ("a flag", ("s3", "eu-west-3"), ("PUT", "/b/k", (), b"abc"), "s3", "eu-west-3"),
+            ("a flag, and a target", ("s3", "eu-west-3"), LIST, "sqs", "eu-west-3"),
+        ]:
+            self.start(verified=False, sign_as=sign_as)
+            method, target, headers, body = call
+            framing = (("Content-Length", len(body)),) if body else ()
+            with self.subTest(name):
+                got = self.put(raw_request(method, target, (*headers, *framing), body), method)
+                self.assertEqual(got.status, 200, got.body)
+                arrived = self.upstream.next()
+                content = self.assert_signed(arrived, service, region=region)
+                self.assertEqual(content, body)
+
+    def test_chunks_of_any_kind_are_forwarded_whole(self):
+        self.start(verified=False, sign_as=("s3", "us-east-1"), timeout=0.5)
+        for kind, trailers in (
+            (CHUNKS, ()),
+            (CHUNKS_TRAILER, CRC32),
+            (UNSIGNED_TRAILER, CRC32),
+            (UNSIGNED_TRAILER, (("x-amz-checksum-crc32c", "mnG7TA=="),)),
+        ):
+            for unsigned in (False, True):
+                made, body = streamed(kind, (b"hello",), trailers)
+                if unsigned:
+                    made = [pair for pair in made if pair[0] != "Authorization"]
+                framing = ("Content-Length", len(body))
+                with self.subTest(kind, unsigned=unsigned):
+                    got = self.put(raw_request("PUT", "/b/k", (*made, framing), body), "PUT")
+                    self.assertEqual(got.status, 200, got.body)
+                    arrived = self.upstream.next()
+                    self.assertTrue(arrived.complete)
+                    declared = arrived.one("x-amz-content-sha256")
+                    self.assertEqual(self.assert_signed(arrived, "s3"), b"hello")
+                    if not declared.startswith("STREAMING"):
+                        self.assertIsNone(arrived.one("content-encoding"))
+                        self.assertIsNone(arrived.one("x-amz-decoded-content-length"))
+
+    def test_nonsense_is_not_a_fault_of_ours(self):
+        self.start(verified=False)
+        for header in ("", "AWS4-HMAC-SHA256", "Basic a", "AWS4-HMAC-SHA256 Credential=a/b/c/d/e"):
+            for call in (LIST, LIST_FORM, ("GET", "/b", (), b"")):
+                method, target, headers, body = call
+                framing = (("Content-Length", len(body)), ("Authorization", header))
+                with self.subTest(header, call=call):
+                    got = self.put(raw_request(method, target, (*headers, *framing), body), method)
+                    self.assertLess(got.status, 500)
+
+
+MOTO = importlib.util.find_spec("moto") and importlib.util.find_spec("boto3")
+
+
+@unittest.skipUnless(MOTO, "moto or boto3 is not installed")
+class MotoTest(unittest.TestCase):
+    """boto3 through the proxy to moto, which answers for many services."""
+
+    @classmethod
+    def setUpClass(cls):
+        import moto.server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BOTO"))}
+        patch = mock.patch.dict(os.environ, {**kept, **nothing, "NO_PROXY": "*"}, clear=True)
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        moto_server = moto.server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto_server.start()
+        cls.addClassCleanup(moto_server.stop)
+        endpoint = awsproxy.Endpoint("http", *moto_server.get_host_and_port())
+        keys, pool = Keys(OUR_KEYS), awsproxy.Pool(5, 30)
+        target = awsproxy.Upstream(endpoint, lambda client: keys, pool)
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, routes=[awsproxy.Route("*", target)])
+        cls.running = Running(proxy)
+        cls.addClassCleanup(cls.running.stop)
+        cls.addClassCleanup(Through.drain, cls, pool, endpoint)
+
+    def client(self, service, **settings):
+        import boto3
+        import botocore.config
+
+        host, port = self.running.address
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, **settings)
+        client = boto3.client(
+            service, region_name="us-east-1", endpoint_url=f"http://{host}:{port}", config=config,
+            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
+        )  # fmt: skip
+        self.addCleanup(client.close)
+        return client
+
+    def test_amazon_sqs(self):
+        sqs = self.client("sqs")
+        url = sqs.create_queue(QueueName="jobs")["QueueUrl"]
+        self.assertTrue(url.startswith("http://{}:{}/".format(*self.running.address)), url)
+        self.assertEqual(sqs.list_queues()["QueueUrls"], [url])
+        sqs.send_message(QueueUrl=url, MessageBody="hello \u00e9")
+        (message,) = sqs.receive_message(QueueUrl=url)["Messages"]
+        self.assertEqual(message["Body"], "hello \u00e9")
+        sqs.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        with self.assertRaises(sqs.exceptions.QueueDoesNotExist):
+            sqs.get_queue_url(QueueName="none")
+
+    def test_amazon_s3(self):
+        s3 = self.client("s3", s3={"addressing_style": "path"}, signature_version="s3v4")
+        s3.create_bucket(Bucket="things")
+        keys = ["a//b", "a+b c", "\u00e9/\u65e5", "/leading", "a/../b", "a%2Fb", "~(b)'!*=&?#"]
+        for key in keys:
+            with self.subTest(key):
+                s3.put_object(Bucket="things", Key=key, Body=key.encode(), Metadata={"a": "b"})
+                got = s3.get_object(Bucket="things", Key=key)
+                self.assertEqual((got["Body"].read(), got["Metadata"]), (key.encode(), {"a": "b"}))
+                self.assertEqual(
+                    s3.head_object(Bucket="things", Key=key)["ContentLength"], len(key.encode())
+                )
+        listed = [o["Key"] for o in s3.list_objects_v2(Bucket="things")["Contents"]]
+        self.assertEqual(sorted(listed), sorted(keys))
+        found = s3.list_objects_v2(Bucket="things", Prefix="a+b ")["Contents"]
+        self.assertEqual([o["Key"] for o in found], ["a+b c"])
+        big = os.urandom(6 * MEBIBYTE)
+        upload = s3.create_multipart_upload(Bucket="things", Key="big")["UploadId"]
+        parts = []
+        for number, data in enumerate((big, b"end"), 1):
+            etag = s3.upload_part(
+                Bucket="things", Key="big", UploadId=upload, PartNumber=number, Body=data
+            )["ETag"]
+            parts.append({"PartNumber": number, "ETag": etag})
+        s3.complete_multipart_upload(
+            Bucket="things", Key="big", UploadId=upload, MultipartUpload={"Parts": parts}
+        )
+        s3.copy_object(Bucket="things", Key="copy", CopySource={"Bucket": "things", "Key": "big"})
+        self.assertEqual(s3.get_object(Bucket="things", Key="copy")["Body"].read(), big + b"end")
+        part = s3.get_object(Bucket="things", Key="big", Range="bytes=1-5")
+        self.assertEqual(part["Body"].read(), big[1:6])
+        for key in ("a+b c", "\u00e9/\u65e5", "a//b"):
+            link = s3.generate_presigned_url("get_object", Params={"Bucket": "things", "Key": key})
+            with urllib.request.urlopen(link) as answered:
+                self.assertEqual(answered.read(), key.encode())
+        s3.delete_object(Bucket="things", Key="big")
+        with self.assertRaises(s3.exceptions.NoSuchKey):
+            s3.get_object(Bucket="things", Key="big")
+
+    def test_other_services(self):
+        table = self.client("dynamodb")
+        table.create_table(
+            TableName="t", BillingMode="PAY_PER_REQUEST",
+            KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        )  # fmt: skip
+        table.put_item(TableName="t", Item={"k": {"S": "a"}})
+        self.assertEqual(
+            table.get_item(TableName="t", Key={"k": {"S": "a"}})["Item"]["k"]["S"], "a"
+        )
+        self.assertIn("Arn", self.client("sts").get_caller_identity())
+        sns = self.client("sns")
+        topic = sns.create_topic(Name="news")["TopicArn"]
+        self.assertIn("MessageId", sns.publish(TopicArn=topic, Message="a"))
+        self.assertEqual(self.client("lambda").list_functions()["Functions"], [])
+        iam = self.client("iam")
+        iam.create_user(UserName="bob")
+        self.assertEqual([u["UserName"] for u in iam.list_users()["Users"]], ["bob"])
+
+
+UPSTREAM_KEYS = awsproxy.Credentials("upstreamkey", "upstreamsecret", "upstreamtoken")
+UPSTREAM = Client("up", *UPSTREAM_KEYS[:3])
+
+
+class SomeKeys:
+    """Stands in for a CredentialCache."""
+
+    def __init__(self, *several):
+        self.several = list(several or [UPSTREAM_KEYS])
+        self.refused = []
+
+    def get(self):
+        return self.several[0]
+
+    ready = get
+
+    def expire(self, keys):
+        self.refused.append(keys)
+        return len(self.several) > 1 and bool(self.several.pop(0))
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nx-amzn-RequestId: r\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class FakeUpstream:
+    """An upstream on plain sockets: keeps what arrives, answers what it was given.
+
+    An answer is bytes; after b"" the connection is closed unanswered.
+    """
+
+    def __init__(self, test, *answers, default=ANSWER):
+        self.answers = list(answers)
+        self.default = default
+        self.requests = []  # Requests, their body read; None for one that was cut short
+        self.connections = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = awsproxy.Endpoint("http", "127.0.0.1", self.listener.getsockname()[1])
+        test.addCleanup(self.listener.close)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        source = awsproxy.Stream(connection.recv)
+        with connection, contextlib.suppress(OSError):
+            while True:
+                raw = awsproxy.read_head(source)
+                if not raw:
+                    return
+                head = awsproxy.parse_head(raw)
+                length = awsproxy.body_framing(head)
+                make = awsproxy.ChunkedBody if length is None else awsproxy.LengthBody
+                try:
+                    body = make(source, sys.maxsize if length is None else length).read()
+                except ServiceError:
+                    self.requests.append(None)
+                    return
+                request = Request(head.method, head.target, head.headers, io.BytesIO(body))
+                self.requests.append(request)
+                answer = self.answers.pop(0) if self.answers else self.default
+                if not answer:
+                    return
+                connection.sendall(answer)
+                if b"close" in answer.partition(b"\r\n\r\n")[0]:
+                    return
+
+
+class ForwardCase(unittest.TestCase):
+    def proxy(self, recorder, keys=None, timeout=5, **settings):
+        """Return a Proxy that forwards all there, with a standing clock."""
+        keys = keys or SomeKeys()
+        pool = awsproxy.Pool(2, timeout)
+        upstream = awsproxy.Upstream(
+            recorder.endpoint, lambda client: keys, pool, lambda: EXAMPLE_TIME
+        )
+        settings.setdefault("routes", [awsproxy.Route("*", upstream)])
+        return Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, **settings)
+
+    def check(self, request, client=UPSTREAM):
+        """Check that a request that went upstream is signed as AWS wants it."""
+        return awsproxy.verify(request, {client.access_key_id: [client]}, EXAMPLE_TIME)
+
+    def forwarded(self, proxy, recorder, request):
+        """Return the answer, and the request that came of it."""
+        before = len(recorder.requests)
+        reply = proxy.handle(request)
+        body = reply.body if isinstance(reply.body, bytes) else b"".join(reply.body)
+        (sent,) = recorder.requests[before:] or [None]
+        return reply._replace(body=body), sent
+
+
+def table_call(operation="ListTables", body=b"{}", headers=(), service="dynamodb", **how):
+    target = ("X-Amz-Target", f"DynamoDB_20120810.{operation}")
+    length = ("Content-Length", str(len(body)))
+    return signed("POST", "/", (target, length, *headers), body, service=service, **how)
+
+
+def object_request(method="GET", target="/b/k", headers=(), body=b"", declared=None, **how):
+    declared = declared or sha256(body)
+    headers = [*headers, ("X-Amz-Content-Sha256", declared)]
+    if body or method == "PUT":
+        headers.append(("Content-Length", str(len(body))))
+    how.setdefault("payload_hash", declared)
+    return signed(method, target, headers, body, service="s3", **how)
+
+
+class AbuseTest(ForwardCase):
+    """What a hostile or broken upstream, or client, must not bring about."""
+
+    def test_an_answer_too_many_is_nobodys(self):
+        surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected"
+        for name, answer in (
+            ("two answers", ANSWER + surplus),
+            ("a body where there is none", b"HTTP/1.1 204 No\r\n\r\n" + surplus),
+        ):
+            for repeated in (False, True):
+                with self.subTest(name, on_a_kept_connection=repeated):
+                    recorder = FakeUpstream(self, *[ANSWER] * repeated, answer)
+                    proxy = self.proxy(recorder)
+                    for _ in range(repeated + 1):
+                        proxy.handle(table_call())
+                    reply = proxy.handle(table_call())
+                    self.assertEqual(reply.body, b"{}")
+                    self.assertEqual(recorder.connections, 2)
+
+    def test_a_request_cut_short_does_not_swallow_the_next(self):
+        """The upstream answers from the head alone and keeps the connection."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        seen = []
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                head = connection.recv(65536).partition(b"\r\n\r\n")[0]
+                seen.append(head.partition(b" HTTP")[0])
+                connection.sendall(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno")
+                kept.append(connection)
+
+        kept = []
+        self.addCleanup(lambda: [connection.close() for connection in kept])
+        threading.Thread(target=serve, daemon=True).start()
+        upstream = type("At", (), {})
+        upstream.endpoint = awsproxy.Endpoint("http", *listener.getsockname())
+        proxy = self.proxy(upstream)
+        body = b"x" * 8000000
+        reply = proxy.handle(object_request("PUT", body=body, declared="UNSIGNED-PAYLOAD"))
+        self.assertEqual((reply.status, reply.body), (503, b"no"))
+        self.assertEqual(proxy.handle(object_request(target="/b/second")).status, 503)
+        self.assertEqual(seen, [b"PUT /b/k", b"GET /b/second"])
+
+    def raw(self, request, version="1.1"):
+        lines = [f"{name}: {value}" for name, value in request.headers]
+        first = f"{request.method} {request.target} HTTP/{version}"
+        return "\r\n".join([first, *lines, "", ""]).encode() + request.body.read()
+
+    def running(self, recorder):
+        running = Running(self.proxy(recorder))
+        self.addCleanup(running.stop)
+        return running
+
+    def test_an_old_client_is_not_told_a_false_length(self):
+        chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+        for answer, complete in ((chunks + b"0\r\n\r\n", True), (chunks + b"5\r\nab", False)):
+            recorder = FakeUpstream(self, answer, b"")
+            recorder.answers[0] = answer.replace(b"OK\r\n", b"OK\r\nConnection: close\r\n")
+            running = self.running(recorder)
+            with self.subTest(complete=complete), contextlib.ExitStack() as stack:
+                if not complete:
+                    stack.enter_context(self.assertLogs("awsproxy", "WARNING"))
+                wire = stack.enter_context(socket.create_connection(running.address, 5))
+                wire.sendall(self.raw(object_request(), "1.0"))
+                got, reset = b"", False
+                try:
+                    got = b"".join(iter(lambda wire=wire: wire.recv(65536), b""))
+                except ConnectionResetError:
+                    reset = True
+                self.assertNotIn(b"Content-Length", got)
+                self.assertEqual(reset, not complete)
+                self.assertTrue(not complete or got.endswith(b"\r\n\r\nabc"))
+
+    def test_what_an_upstream_says_is_passed_on_at_once(self):
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nevent\r\n"
+        recorder = FakeUpstream(self, head)  # and no end
+        with socket.create_connection(self.running(recorder).address, 5) as wire:
+            wire.sendall(self.raw(object_request()))
+            got = b""
+            while b"event" not in got:
+                data = wire.recv(65536)
+                self.assertTrue(data)
+                got += data
+
+    def test_an_upstream_cannot_keep_a_call_for_ever(self):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+
+        def serve():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                connection.recv(65536)
+                for _ in range(200):
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    time.sleep(0.05)
+
+        threading.Thread(target=serve, daemon=True).start()
+        upstream = type("At", (), {})
+        upstream.endpoint = awsproxy.Endpoint("http", *listener.getsockname())
+        begin = time.monotonic()
+        with self.assertLogs("awsproxy", "WARNING"):
+            reply = self.proxy(upstream, timeout=0.3).handle(table_call())
+        self.assertEqual(reply.status, 503)
+        self.assertLess(time.monotonic() - begin, 3)
+
+    def test_a_client_that_hangs_up_in_its_body_is_no_fault_of_ours(self):
+        recorder = FakeUpstream(self)
+        running = self.running(recorder)
+        raw = self.raw(object_request("PUT", body=b"x" * 300000))
+        with self.assertNoErrorLogged():
+            with socket.create_connection(running.address, 5) as wire:
+                wire.sendall(raw[:100000])
+            request = self.raw(table_call())
+            with socket.create_connection(running.address, 5) as wire:
+                wire.sendall(request)
+                self.assertIn(b"200 OK", wire.recv(65536))
+
+    @contextlib.contextmanager
+    def assertNoErrorLogged(self):
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            awsproxy.log.warning("so that there is one")
+            yield
+        self.assertEqual([r for r in logged.records if r.levelname != "WARNING"], [])
+
+    def test_calls_wait_for_an_upstream_without_holding_up_others(self):
+        recorder = FakeUpstream(self, ANSWER, b"HTTP/1.1 200 OK\r\nContent-")
+        upstream = awsproxy.Upstream(
+            recorder.endpoint, lambda client: SomeKeys(), awsproxy.Pool(2, 5), lambda: EXAMPLE_TIME
+        )
+        routes = [
+            awsproxy.Route("sqs:*", awsproxy.Embedded(awsproxy.Sqs())),
+            awsproxy.Route("*", upstream),
+        ]
+        running = Running(self.proxy(recorder, routes=routes))
+        self.addCleanup(running.stop)
+
+        def raw(request):
+            lines = [f"{n}: {v}" for n, v in request.headers]
+            return "\r\n".join(["POST / HTTP/1.1", *lines, "", ""]).encode() + b"{}"
+
+        first, slow, other = (running.connect() for _ in range(3))
+        first.send(raw(table_call()))
+        self.assertEqual(first.answer().status, 200)
+        slow.send(raw(table_call()) + raw(table_call()))  # the second behind it must wait its turn
+        length = ("Content-Length", "2")
+        target = ("X-Amz-Target", "AmazonSQS.ListQueues")
+        other.send(raw(signed("POST", "/", (target, length), b"{}")))
+        self.assertEqual(other.answer().status, 200)
 
 
 # ==== 7. Hooks ====
