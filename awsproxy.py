@@ -6356,6 +6356,7 @@ class InFlight(Hook):
     """
 
     FORGET_SECONDS = 60  # after which a queue is asked again
+    REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     NOTED = frozenset(
         "ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage DeleteMessageBatch"
         " DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
@@ -6371,7 +6372,8 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._held: Dict[str, Tuple[str, float]] = {}  # handle -> queue, until when; inf: unknown
+        self._messages: OrderedDict[str, str] = OrderedDict()  # receipt handle -> message id
+        self._held: Dict[str, Tuple[str, float]] = {}  # message id -> queue, until when; or inf
         self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: Dict[str, Tuple[int, float]] = {}  # queue -> its timeout, as of when
 
@@ -6407,7 +6409,7 @@ class InFlight(Hook):
         operation, given = call.operation, call.input
         queue = _queue_name(given.get("QueueUrl") or call.request.path)
         if operation == "ReceiveMessage":
-            self._take(call, queue, given.get("VisibilityTimeout"), receipt_handles(reply))
+            self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle([given], queue)
         elif operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
@@ -6419,56 +6421,59 @@ class InFlight(Hook):
         elif operation == "SetQueueAttributes":
             self._timeouts.pop(queue, None)
 
-    def _take(
-        self, call: Call, queue: str, timeout: Optional[int], handles: Sequence[str]
-    ) -> None:
-        if not handles:
+    def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
+        ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
+        if not ids:
             return
         now = self._clock()
         known = self._timeouts.get(queue, (0, -math.inf))
         if timeout is None and now < known[1] + self.FORGET_SECONDS:
             timeout = known[0]
         with self._lock:
-            for handle in handles:
-                self._hold(handle, queue, math.inf if timeout is None else now + timeout)
+            for message_id, handle in zip(ids, receipt_handles(reply)):
+                self._messages[handle] = message_id
+                self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
+            while len(self._messages) > self.REMEMBERED:
+                self._messages.popitem(last=False)
         if timeout is None:
-            self._run(functools.partial(self._learn, call, queue, now, handles))
+            self._run(functools.partial(self._learn, call, queue, now, ids))
 
-    def _learn(self, call: Call, queue: str, taken: float, handles: Sequence[str]) -> None:
+    def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[str]) -> None:
         """Ask how long the messages are held that were taken then."""
         try:
             timeout = self._ask(call, queue)
         except Exception as error:
-            log.warning(
-                "the visibility timeout of %s is not known, 30 s are taken: %s", queue, error
-            )
+            log.warning("the timeout of %s is not known, 30 s are taken: %s", queue, error)
             timeout = 30  # what a queue has if nobody set another
         self._timeouts[queue] = (timeout, self._clock())
         with self._lock:
-            for handle in handles:
-                if self._held.get(handle) == (queue, math.inf):
-                    self._hold(handle, queue, taken + timeout)
+            for message_id in ids:
+                if self._held.get(message_id) == (queue, math.inf):
+                    self._hold(message_id, queue, taken + timeout)
 
-    def _hold(self, handle: str, queue: str, until: float) -> None:
-        self._held[handle] = (queue, until)
+    def _hold(self, message_id: str, queue: str, until: float) -> None:
+        self._held[message_id] = (queue, until)
         if until < math.inf:
-            heapq.heappush(self._ends, (until, handle))
+            heapq.heappush(self._ends, (until, message_id))
 
     def _settle(self, entries: Sequence[Mapping[str, Any]], queue: str) -> None:
+        """Any handle of a message, an older one too, is good for it."""
         with self._lock:
             for entry in entries:
-                handle, timeout = entry["ReceiptHandle"], entry.get("VisibilityTimeout")
-                if timeout:
-                    self._hold(handle, queue, self._clock() + timeout)
+                message_id = self._messages.get(entry["ReceiptHandle"])
+                if message_id is None:
+                    continue
+                if entry.get("VisibilityTimeout"):
+                    self._hold(message_id, queue, self._clock() + entry["VisibilityTimeout"])
                 else:
-                    self._held.pop(handle, None)
+                    self._held.pop(message_id, None)
 
     def _expire(self) -> None:
         now = self._clock()
         while self._ends and self._ends[0][0] <= now:
-            until, handle = heapq.heappop(self._ends)
-            if self._held.get(handle, ("", 0.0))[1] == until:
-                del self._held[handle]
+            until, message_id = heapq.heappop(self._ends)
+            if self._held.get(message_id, ("", 0.0))[1] == until:
+                del self._held[message_id]
 
 
 def _queue_name(url: str) -> str:
@@ -6476,6 +6481,7 @@ def _queue_name(url: str) -> str:
     return "/".join(url.rstrip("/").split("/")[-2:])
 
 
+_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
 _XML_ID = re.compile(rb"<\w+BatchResultEntry><Id>([^<]*)<")
 
 
@@ -7360,6 +7366,7 @@ class Server(http.server.HTTPServer):
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
         self._returned: Deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
+        self._cut_short: Set[Pending] = set()
         self._wake, self._woken = socket.socketpair()
         self._stopping = False
         self._stopped = threading.Event()
@@ -7418,16 +7425,25 @@ class Server(http.server.HTTPServer):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is being answered."""
-        return not self._pending and all(c.parked for c in self._conversations)
+        """Whether no call is being answered, and no message put back."""
+        return not (self._pending or self._cut_short) and all(
+            c.parked for c in self._conversations
+        )
 
     def cut_polls_short(self) -> None:
         """Answer the calls that wait for an upstream's messages with none; from the loop."""
         for pending in [p for p in self._pending if p.is_poll]:
             reply, put_back = pending.cut_short()
             self._selector.unregister(pending.socket)
-            self._workers.run(put_back)
+            self._cut_short.add(pending)
+            self._workers.run(functools.partial(self._put_back, pending, put_back))
             self._settle(pending, reply)
+
+    def _put_back(self, pending: Pending, put_back: Callable[[], None]) -> None:
+        try:
+            put_back()
+        finally:
+            self._cut_short.discard(pending)
 
     @property
     def connections(self) -> int:

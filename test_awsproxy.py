@@ -11042,6 +11042,334 @@ class MetricsTest(unittest.TestCase):
             self.assertEqual((entry["name"], entry["region"]), ("demo", "us-east-1"))
 
 
+class LedgerCase(unittest.TestCase):
+    def caller(self, protocol="json", ledger=None, **settings):
+        """Return a Caller whose calls a ledger takes note of."""
+        caller = Caller(protocol)
+        self.asked = []
+
+        def ask(call, queue):
+            self.asked.append(queue)
+            return caller.proxy.visibility_timeout(call, queue)
+
+        self.ledger = ledger or awsproxy.InFlight(ask, lambda act: act(), caller.clock)
+        caller.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            clock=caller.clock,
+            sqs=caller.sqs,
+            hooks=[self.ledger],
+            **settings,
+        )
+        return caller
+
+
+class InFlightTest(LedgerCase):
+    def test_messages_are_held_until_they_are_settled(self):
+        for protocol in ("json", "query"):
+            with self.subTest(protocol):
+                caller = self.caller(protocol)
+                url = caller.queue(VisibilityTimeout="40")
+                entries = [{"Id": f"{n}", "MessageBody": f"{n}"} for n in range(10)]
+                caller("SendMessageBatch", QueueUrl=url, Entries=entries)
+                held = [m["ReceiptHandle"] for m in caller.receive(url, MaxNumberOfMessages=10)]
+                self.assertEqual(self.ledger.counts(), {"000000000000/jobs": 10})
+                caller("DeleteMessage", QueueUrl=url, ReceiptHandle=held[0])
+                given = {"QueueUrl": url, "ReceiptHandle": held[1]}
+                caller("ChangeMessageVisibility", VisibilityTimeout=0, **given)
+                batch = [{"Id": "a", "ReceiptHandle": held[2]}, {"Id": "b", "ReceiptHandle": "x"}]
+                caller("DeleteMessageBatch", QueueUrl=url, Entries=batch)
+                self.assertEqual(self.ledger.total, 7)
+                changes = [
+                    {"Id": "c", "ReceiptHandle": held[3], "VisibilityTimeout": 100},
+                    {"Id": "d", "ReceiptHandle": held[4], "VisibilityTimeout": 0},
+                ]
+                caller("ChangeMessageVisibilityBatch", QueueUrl=url, Entries=changes)
+                self.assertEqual(self.ledger.total, 6)
+                caller.clock.now += 39.9
+                self.assertEqual(self.ledger.total, 6)
+                caller.clock.now += 0.2
+                self.assertEqual(self.ledger.total, 1)
+                caller.clock.now += 60
+                self.assertEqual(self.ledger.counts(), {})
+
+    def test_the_timeout_is_that_of_the_call_or_asked_for_once(self):
+        caller = self.caller()
+        url = caller.queue(VisibilityTimeout="50")
+        for body in "abcd":
+            caller("SendMessage", QueueUrl=url, MessageBody=body)
+        caller.receive(url, VisibilityTimeout=10)
+        self.assertEqual(self.asked, [])
+        caller.receive(url)
+        caller.receive(url)
+        self.assertEqual(self.asked, ["000000000000/jobs"])
+        caller.clock.now += 11
+        self.assertEqual(self.ledger.total, 2)
+        caller("SetQueueAttributes", QueueUrl=url, Attributes={"VisibilityTimeout": "5"})
+        caller.receive(url)
+        self.assertEqual(len(self.asked), 2)
+        caller.clock.now += 6
+        self.assertEqual(self.ledger.total, 2)
+
+    def test_refused_calls_change_nothing_and_a_purge_settles_all(self):
+        caller = self.caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="m")
+        caller.receive(url)
+        with self.assertRaises(Refused):
+            caller("DeleteMessage", QueueUrl=url, ReceiptHandle="x")
+        self.assertEqual(self.ledger.total, 1)
+        caller("PurgeQueue", QueueUrl=url)
+        self.assertEqual(self.ledger.total, 0)
+
+    def test_it_agrees_with_the_queue_whatever_happens(self):
+        caller = self.caller()
+        url, random_ = caller.queue(VisibilityTimeout="20"), random.Random(4)
+        held = []
+        for number in range(600):
+            act = random_.random()
+            if act < 0.35:
+                caller("SendMessage", QueueUrl=url, MessageBody="m")
+            elif act < 0.65:
+                held += [m["ReceiptHandle"] for m in caller.receive(url, MaxNumberOfMessages=3)]
+            elif act < 0.9 and held:
+                given = {"QueueUrl": url, "ReceiptHandle": held.pop(random_.randrange(len(held)))}
+                operation = random_.choice(["DeleteMessage", "ChangeMessageVisibility"])
+                if operation == "ChangeMessageVisibility":
+                    given["VisibilityTimeout"] = random_.choice([0, 1, 30])
+                with contextlib.suppress(Refused):
+                    caller(operation, **given)
+            else:
+                caller.clock.now += random_.choice([0.1, 1, 7])
+            names = ["ApproximateNumberOfMessagesNotVisible"]
+            shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
+            count = int(shown["Attributes"][names[0]])
+            self.assertEqual(self.ledger.total, count, number)
+
+
+class TaskProtectionTest(LedgerCase):
+    def protecting(self, *answers):
+        """Return a Caller with a TaskProtection whose agent answers so, then as is right."""
+        self.asked_of_agent, left = [], list(answers)
+
+        def put(url, body, timeout):
+            self.asked_of_agent.append((url, json.loads(body)))
+            answer = left.pop(0) if left else b'{"protection":{}}'
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        clock = Clock()
+        self.protection = awsproxy.TaskProtection(
+            "http://agent/v4/x", lambda *_: 30, lambda act: act(), clock, put
+        )
+        caller = self.caller(ledger=self.protection)
+        caller.clock = clock
+        caller.sqs._clock = clock
+        caller.proxy._clock = clock
+        return caller
+
+    def wanted(self):
+        return [body["ProtectionEnabled"] for _, body in self.asked_of_agent]
+
+    def test_the_task_is_protected_while_messages_are_in_flight(self):
+        caller = self.protecting()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        caller("SendMessage", QueueUrl=url, MessageBody="b")
+        self.assertEqual(self.asked_of_agent, [])
+        (first,) = caller.receive(url)
+        expected = {"ProtectionEnabled": True, "ExpiresInMinutes": 60}
+        at = "http://agent/v4/x/task-protection/v1/state"
+        self.assertEqual(self.asked_of_agent, [(at, expected)])
+        (second,) = caller.receive(url)
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=first["ReceiptHandle"])
+        self.assertEqual(self.wanted(), [True])
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=second["ReceiptHandle"])
+        self.assertEqual(self.wanted(), [True, False])
+        self.protection.tend_later()
+        self.assertEqual(self.wanted(), [True, False])
+
+    def test_it_is_renewed_ahead_of_its_end(self):
+        caller = self.protecting()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        caller.receive(url, VisibilityTimeout=43200)
+        self.assertEqual(self.asked_of_agent[0][1]["ExpiresInMinutes"], 1440)
+        for minutes, count in ((719, 1), (2, 2)):
+            caller.clock.now += minutes * 60
+            self.protection.tend_later()
+            self.assertEqual(len(self.asked_of_agent), count, minutes)
+
+    def test_no_message_fails_because_of_the_agent(self):
+        blocked = b'{"failure":{"Reason":"DEPLOYMENT_BLOCKED"}}'
+        for answer in (awsproxy.Skipped("agent answered 500"), blocked, b"garbage", b"[]"):
+            with self.subTest(answer):
+                caller = self.protecting(answer, answer)
+                url = caller.queue()
+                caller("SendMessage", QueueUrl=url, MessageBody="a")
+                with self.assertLogs("awsproxy", "WARNING"):
+                    self.assertEqual(caller.bodies(url), ["a"])
+                for seconds, count in ((0.5, 1), (1, 2), (1, 2), (1.5, 3)):
+                    caller.clock.now += seconds
+                    self.protection.tend_later()
+                    self.assertEqual(len(self.asked_of_agent), count)
+                self.assertEqual(self.wanted(), [True] * 3)
+
+    def test_outside_ecs_one_line_says_so(self):
+        environment = {k: v for k, v in os.environ.items() if k != "ECS_AGENT_URI"}
+        program = Program(self.addCleanup, "--task-protection", env=environment)
+        caller = program.caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        self.assertEqual(caller.bodies(url), ["a"])
+        self.assertEqual(len(program.warnings), 1)
+        self.assertIn("ECS_AGENT_URI", program.warnings[0])
+
+    def test_a_real_agent_is_asked(self):
+        seen = queue.Queue()
+
+        class Agent(http.server.BaseHTTPRequestHandler):
+            def do_PUT(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                seen.put((self.path, json.loads(body)))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"protection":{}}')
+
+            def log_message(self, *_):
+                pass
+
+        agent = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Agent)
+        agent.handle_error = lambda *_: None  # the program may end before it has read all
+        self.addCleanup(agent.server_close)
+        self.addCleanup(agent.shutdown)
+        threading.Thread(target=agent.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{agent.server_address[1]}/api/x"
+        environment = {**os.environ, "ECS_AGENT_URI": uri}
+        program = Program(self.addCleanup, "--task-protection", "--quiet", env=environment)
+        caller = program.caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        (message,) = caller.receive(url)
+        path, body = seen.get(timeout=5)
+        self.assertEqual(path, "/api/x/task-protection/v1/state")
+        self.assertTrue(body["ProtectionEnabled"])
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        self.assertFalse(seen.get(timeout=5)[1]["ProtectionEnabled"])
+
+
+class DrainTest(unittest.TestCase):
+    def get(self, address, path):
+        """Return status and body of one of our own paths."""
+        connection = http.client.HTTPConnection(*address, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", f"/_awsproxy/{path}")
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def poll(self, caller, url):
+        """Begin a long poll; return its thread, and where its outcome will be."""
+        outcome = []
+
+        def run():
+            begin = time.monotonic()
+            messages = caller.receive(url, WaitTimeSeconds=20)
+            outcome.append((messages, time.monotonic() - begin))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(0.3)
+        return thread, outcome
+
+    def test_messages_in_flight_are_waited_for(self):
+        program = Program(self.addCleanup, "--drain-seconds", "20", "--quiet")
+        caller = program.caller()
+        url, other = caller.queue(), caller.queue("other")
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        (message,) = caller.receive(url)
+        self.assertEqual(self.get(program.address, "ready")[0], 200)
+        status, body = self.get(program.address, "in-flight")
+        self.assertEqual((status, json.loads(body)), (200, {"000000000000/jobs": 1}))
+        thread, outcome = self.poll(program.caller(), other)
+        program.process.send_signal(signal.SIGTERM)
+        thread.join(5)
+        ((messages, seconds),) = outcome
+        self.assertEqual(messages, [])
+        self.assertLess(seconds, 5)
+        self.assertEqual(self.get(program.address, "ready")[0], 503)
+        self.assertEqual(self.get(program.address, "health")[0], 200)
+        caller("SendMessage", QueueUrl=url, MessageBody="b")
+        self.assertEqual(caller.bodies(url), [])
+        self.assertIsNone(program.process.poll())
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        self.assertEqual(program.process.wait(5), 0)
+
+    def test_it_ends_at_once_where_nothing_is_in_flight_or_asked_again(self):
+        for held, signals in ((False, 1), (True, 2)):
+            with self.subTest(held=held):
+                program = Program(self.addCleanup, "--drain-seconds", "30", "--quiet")
+                caller = program.caller()
+                url = caller.queue()
+                caller("SendMessage", QueueUrl=url, MessageBody="a")
+                if held:
+                    caller.receive(url)
+                for _ in range(signals):
+                    program.process.send_signal(signal.SIGTERM)
+                    time.sleep(0.2)
+                self.assertEqual(program.process.wait(5), 0)
+
+    def test_it_does_not_wait_for_ever(self):
+        program = Program(self.addCleanup, "--drain-seconds", "0.5", "--quiet")
+        caller = program.caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        caller.receive(url)
+        self.assertEqual(program.end()[0], 0)
+
+    def test_forwarded_polls_end_and_lose_no_message(self):
+        clients = write(
+            os.path.join(folder(self), "clients"), section("up", "upstreamkey", "upstreamsecret")
+        )
+        upstream = Program(self.addCleanup, "--clients", clients, "--quiet")
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        program = Program(
+            self.addCleanup,
+            *("--upstream", f"http://127.0.0.1:{upstream.address[1]}"),
+            *("--drain-seconds", "10", "--quiet"),
+            env={**os.environ, **keys},
+        )
+        caller = program.caller()
+        url = caller.queue()
+        caller("ListQueues")  # so that a connection is kept
+        thread, outcome = self.poll(program.caller(), url)
+        program.process.send_signal(signal.SIGTERM)
+        thread.join(5)
+        ((messages, seconds),) = outcome
+        self.assertEqual(messages, [])
+        self.assertLess(seconds, 5)
+        direct = upstream.caller(client=Client("up", "upstreamkey", "upstreamsecret"))
+        direct("SendMessage", QueueUrl="jobs", MessageBody="late")
+        deadline, bodies = time.monotonic() + 8, []
+        while not bodies and time.monotonic() < deadline:
+            bodies = direct.bodies("jobs")
+        self.assertEqual(bodies, ["late"])
+
+    def test_our_paths_have_a_listener_of_their_own(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            admin = free.getsockname()
+        flags = ("--admin", f"127.0.0.1:{admin[1]}", "--quiet")
+        program = Program(self.addCleanup, *flags)
+        self.assertEqual(self.get(program.address, "health")[0], 403)
+        for path, status in (("health", 200), ("metrics", 200), ("in-flight", 200), ("x", 404)):
+            self.assertEqual(self.get(admin, path)[0], status)
+        done = subprocess.run(
+            [sys.executable, awsproxy.__file__, "--port", "0", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
+
+
 # ==== 9. The server ====
 
 
