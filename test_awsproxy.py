@@ -11145,6 +11145,59 @@ class InFlightTest(LedgerCase):
             count = int(shown["Attributes"][names[0]])
             self.assertEqual(self.ledger.total, count, number)
 
+    def test_eight_workers_over_10000_messages_leave_it_exactly_right(self):
+        caller = self.caller()
+        url = caller.queue(VisibilityTimeout="20")
+        for start in range(0, 10000, 10):
+            entries = [{"Id": f"{n}", "MessageBody": f"{n}"} for n in range(start, start + 10)]
+            caller("SendMessageBatch", QueueUrl=url, Entries=entries)
+        done = dict.fromkeys(range(8), 0)
+
+        def work(seed):
+            random_, own = random.Random(seed), Caller(("json", "query")[seed % 2])
+            own.clock, own.proxy = caller.clock, caller.proxy
+            while True:
+                if random_.random() < 0.02:
+                    together.wait()  # all stand still while the clock moves, then compare
+                    together.wait()
+                    together.wait()
+                    if finished:
+                        return
+                held = own.receive(url, MaxNumberOfMessages=random_.randint(1, 10))
+                for message in held:
+                    act = random_.random()
+                    given = {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
+                    if act < 0.6:
+                        own("DeleteMessage", **given)
+                        done[seed] += 1
+                    elif act < 0.8:
+                        seconds = random_.choice([0, 5, 60])
+                        own("ChangeMessageVisibility", VisibilityTimeout=seconds, **given)
+                    elif act < 0.9:
+                        entries = [{"Id": "a", "ReceiptHandle": message["ReceiptHandle"]}]
+                        own("DeleteMessageBatch", QueueUrl=url, Entries=entries)
+                        done[seed] += 1
+
+        together, finished = threading.Barrier(9, timeout=60), []
+        threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        while not finished:
+            together.wait()
+            caller.clock.now += 7
+            together.wait()
+            shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
+            left, count = (int(shown["Attributes"][name]) for name in names)
+            self.assertEqual(self.ledger.total, count)
+            self.assertEqual(left + count, 10000 - sum(done.values()))
+            if left + count == 0:
+                finished.append(True)
+            together.wait()
+        for thread in threads:
+            thread.join(10)
+        self.assertEqual(sum(done.values()), 10000)
+
 
 class TaskProtectionTest(LedgerCase):
     def protecting(self, *answers):
@@ -11326,18 +11379,40 @@ class DrainTest(unittest.TestCase):
         caller.receive(url)
         self.assertEqual(program.end()[0], 0)
 
-    def test_forwarded_polls_end_and_lose_no_message(self):
-        clients = write(
-            os.path.join(folder(self), "clients"), section("up", "upstreamkey", "upstreamsecret")
-        )
+    def forwarding(self, *flags):
+        """Return a Program that forwards to another one, that one, and a client of that one."""
+        client = Client("up", "upstreamkey", "upstreamsecret")
+        clients = write(os.path.join(folder(self), "clients"), section(*client[:3]))
         upstream = Program(self.addCleanup, "--clients", clients, "--quiet")
         keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
-        program = Program(
-            self.addCleanup,
-            *("--upstream", f"http://127.0.0.1:{upstream.address[1]}"),
-            *("--drain-seconds", "10", "--quiet"),
-            env={**os.environ, **keys},
-        )
+        there = ("--upstream", f"http://127.0.0.1:{upstream.address[1]}")
+        program = Program(self.addCleanup, *there, *flags, "--quiet", env={**os.environ, **keys})
+        return program, upstream, client
+
+    def test_forwarded_messages_are_counted_too(self):
+        program, _, _ = self.forwarding()
+
+        def counted():
+            return json.loads(self.get(program.address, "in-flight")[1])
+
+        for protocol in ("json", "query"):
+            with self.subTest(protocol):
+                caller = program.caller(protocol)
+                url = caller.queue(protocol, VisibilityTimeout="300")
+                for body in "abc":
+                    caller("SendMessage", QueueUrl=url, MessageBody=body)
+                held = [m for _ in range(3) for m in caller.receive(url)]
+                self.assertEqual(counted(), {f"000000000000/{protocol}": 3})
+                entries = [{"Id": "x", "ReceiptHandle": held[0]["ReceiptHandle"]}]
+                caller("DeleteMessageBatch", QueueUrl=url, Entries=entries)
+                again = {"ReceiptHandle": held[1]["ReceiptHandle"], "VisibilityTimeout": 0}
+                caller("ChangeMessageVisibility", QueueUrl=url, **again)
+                self.assertEqual(counted(), {f"000000000000/{protocol}": 1})
+                caller("DeleteMessage", QueueUrl=url, ReceiptHandle=held[2]["ReceiptHandle"])
+                self.assertEqual(counted(), {})
+
+    def test_forwarded_polls_end_and_lose_no_message(self):
+        program, upstream, client = self.forwarding("--drain-seconds", "10")
         caller = program.caller()
         url = caller.queue()
         caller("ListQueues")  # so that a connection is kept
@@ -11347,7 +11422,7 @@ class DrainTest(unittest.TestCase):
         ((messages, seconds),) = outcome
         self.assertEqual(messages, [])
         self.assertLess(seconds, 5)
-        direct = upstream.caller(client=Client("up", "upstreamkey", "upstreamsecret"))
+        direct = upstream.caller(client=client)
         direct("SendMessage", QueueUrl="jobs", MessageBody="late")
         deadline, bodies = time.monotonic() + 8, []
         while not bodies and time.monotonic() < deadline:
