@@ -7450,6 +7450,11 @@ class Server(http.server.HTTPServer):
         """How many connections are open."""
         return len(self._conversations)
 
+    @property
+    def calls(self) -> int:
+        """How many calls wait for an upstream, a message or a hook."""
+        return sum(not c.parked for c in list(self._conversations))
+
     # ---- Connections come and go ----
 
     def _accept(self) -> None:
@@ -7851,6 +7856,7 @@ class Program:
         if options.admin:
             self.admin = self._listen(options.admin, Admin(self._status), "--admin")
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
+        metrics.gauge("calls", "Calls being answered.", lambda: self.server.calls)
         metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
         metrics.gauge(
             "credentials_seconds",

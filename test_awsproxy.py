@@ -11417,6 +11417,8 @@ class DrainTest(unittest.TestCase):
         url = caller.queue()
         caller("ListQueues")  # so that a connection is kept
         thread, outcome = self.poll(program.caller(), url)
+        metrics = self.get(program.address, "metrics")[1].decode()
+        self.assertIn("\nawsproxy_calls 1\n", metrics)
         program.process.send_signal(signal.SIGTERM)
         thread.join(5)
         ((messages, seconds),) = outcome
