@@ -11262,10 +11262,10 @@ class TaskProtectionTest(LedgerCase):
                 caller("SendMessage", QueueUrl=url, MessageBody="a")
                 with self.assertLogs("awsproxy", "WARNING"):
                     self.assertEqual(caller.bodies(url), ["a"])
-                for seconds, count in ((0.5, 1), (1, 2), (1, 2), (1.5, 3)):
-                    caller.clock.now += seconds
-                    self.protection.tend_later()
-                    self.assertEqual(len(self.asked_of_agent), count)
+                    for seconds, count in ((0.5, 1), (1, 2), (1, 2), (1.5, 3)):
+                        caller.clock.now += seconds
+                        self.protection.tend_later()
+                        self.assertEqual(len(self.asked_of_agent), count)
                 self.assertEqual(self.wanted(), [True] * 3)
 
     def test_outside_ecs_one_line_says_so(self):
@@ -11278,16 +11278,24 @@ class TaskProtectionTest(LedgerCase):
         self.assertEqual(len(program.warnings), 1)
         self.assertIn("ECS_AGENT_URI", program.warnings[0])
 
-    def test_a_real_agent_is_asked(self):
-        seen = queue.Queue()
+    def agent(self, *answers):
+        """Return the URI of a fake agent, and the queue of what it is asked.
+
+        It answers with those, status and body, then as is right; None hangs.
+        """
+        seen, left = queue.Queue(), list(answers)
 
         class Agent(http.server.BaseHTTPRequestHandler):
             def do_PUT(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 seen.put((self.path, json.loads(body)))
-                self.send_response(200)
+                answer = left.pop(0) if left else (200, b'{"protection":{}}')
+                if answer is None:
+                    self.connection.recv(1)  # until the other side gives up
+                    return
+                self.send_response(answer[0])
                 self.end_headers()
-                self.wfile.write(b'{"protection":{}}')
+                self.wfile.write(answer[1])
 
             def log_message(self, *_):
                 pass
@@ -11297,10 +11305,15 @@ class TaskProtectionTest(LedgerCase):
         self.addCleanup(agent.server_close)
         self.addCleanup(agent.shutdown)
         threading.Thread(target=agent.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{agent.server_address[1]}/api/x"
+        return f"http://127.0.0.1:{agent.server_address[1]}/api/x", seen
+
+    def program(self, uri):
         environment = {**os.environ, "ECS_AGENT_URI": uri}
-        program = Program(self.addCleanup, "--task-protection", "--quiet", env=environment)
-        caller = program.caller()
+        return Program(self.addCleanup, "--task-protection", "--quiet", env=environment)
+
+    def test_a_real_agent_is_asked(self):
+        uri, seen = self.agent()
+        caller = self.program(uri).caller()
         url = caller.queue()
         caller("SendMessage", QueueUrl=url, MessageBody="a")
         (message,) = caller.receive(url)
@@ -11309,6 +11322,22 @@ class TaskProtectionTest(LedgerCase):
         self.assertTrue(body["ProtectionEnabled"])
         caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
         self.assertFalse(seen.get(timeout=5)[1]["ProtectionEnabled"])
+
+    def test_an_agent_that_refuses_or_hangs_holds_up_no_message_for_long(self):
+        limited = b'{"error":{"Code":"ThrottlingException","Message":"Rate exceeded"}}'
+        for answer in ((429, limited), (400, b'{"error":{"Code":"InvalidParameter"}}'), None):
+            with self.subTest(answer):
+                uri, seen = self.agent(answer)
+                program = self.program(uri)
+                caller = program.caller()
+                url = caller.queue()
+                caller("SendMessage", QueueUrl=url, MessageBody="a")
+                begin = time.monotonic()
+                self.assertEqual(caller.bodies(url), ["a"])
+                self.assertLess(time.monotonic() - begin, 6)
+                for _ in range(2):  # asked again, after a pause
+                    self.assertTrue(seen.get(timeout=8)[1]["ProtectionEnabled"])
+                self.assertIn("task protection not changed", program.line())
 
 
 class DrainTest(unittest.TestCase):
