@@ -269,7 +269,8 @@ class Call:
     """A Request that has been understood: which operation, with what input, by whom.
 
     `body` is as it was verified, and so is `payload_hash`, the hash that it was signed with.
-    `rewrites` are what hooks do to the call when it is forwarded.
+    `rewrites` are what hooks do to the call when it is forwarded.  `began` is on the monotonic
+    clock.
     """
 
     request: Request
@@ -287,6 +288,7 @@ class Call:
     changed: bool = False  # whether a hook has changed the input
     upstream_seconds: float = 0.0  # how long its upstream took, if it was forwarded
     rewrites: Sequence[Callable[[Call, Request], Request]] = ()
+    began: float = dataclasses.field(default_factory=time.monotonic)
     _input: Optional[Dict[str, Any]] = None
 
     @property
@@ -5509,7 +5511,10 @@ def found_in(reply: Reply, element: Pattern[bytes], member: str, key: str) -> Li
     try:
         if not _is_json(reply):
             return [html.unescape(found.decode()) for found in element.findall(reply.body)]
-        return [item[key] for item in read_json(reply.body.decode()).get(member) or []]
+        output = read_json(reply.body.decode())
+        for ending in ("Response", "Result"):  # in the JSON of old, that of query
+            output = next((v for k, v in output.items() if k.endswith(ending)), output)
+        return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
     except (ValueError, TypeError, AttributeError, KeyError):
         return []
 
@@ -5607,8 +5612,9 @@ class Waiting:
         try:
             connection.socket.settimeout(connection.timeout)
             reply = self._upstream._reply(connection, connection.answer(), call.request.method)
+            reply = self._upstream._gathered(reply)
             self._upstream._release(call, outgoing, receipt_handles(reply))
-        except UpstreamError as error:
+        except (UpstreamError, ServiceError) as error:
             log.warning("messages may stay hidden, the upstream did not answer: %s", error)
 
 
@@ -5675,6 +5681,7 @@ class Upstream:
         reply = self._gathered(reply)
         if call.operation == "ReceiveMessage" and call.request.abandoned():
             self._release(call, outgoing, receipt_handles(reply))
+            return reply._replace(body=b"")  # nobody will have them
         return rewrite_queue_urls(call, reply)
 
     def _gathered(self, reply: Reply) -> Reply:
@@ -6347,6 +6354,15 @@ def file_sha256() -> str:
         return hashlib.sha256(source.read()).hexdigest()
 
 
+_QueueKey = Tuple[str, str]  # region, account/name
+
+
+class _Hold(NamedTuple):
+    queue: _QueueKey
+    until: float  # infinity while the timeout is being asked for
+    since: float  # on the monotonic clock
+
+
 class InFlight(Hook):
     """Counts the messages that workers hold, by queue, of SQS in memory and of forwarded SQS.
 
@@ -6372,16 +6388,16 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[str, str] = OrderedDict()  # receipt handle -> message id
-        self._held: Dict[str, Tuple[str, float]] = {}  # message id -> queue, until when; or inf
+        self._messages: OrderedDict[str, Tuple[str, _QueueKey]] = OrderedDict()  # by handle
+        self._held: Dict[str, _Hold] = {}  # by message id
         self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: Dict[str, Tuple[int, float]] = {}  # queue -> its timeout, as of when
+        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # the timeout, as of when
 
     def counts(self) -> Dict[str, int]:
         """Return how many messages are held, by queue, those with any."""
         with self._lock:
             self._expire()
-            return dict(collections.Counter(queue for queue, _ in self._held.values()))
+            return dict(collections.Counter(hold.queue[1] for hold in self._held.values()))
 
     @property
     def total(self) -> int:
@@ -6394,7 +6410,7 @@ class InFlight(Hook):
     def longest(self) -> float:
         """How many seconds the longest hold has left; 0 if nothing is held."""
         with self._lock:
-            ends = [until for _, until in self._held.values() if until < math.inf]
+            ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
             return max(ends, default=self._clock()) - self._clock()
 
     def observe(self, exchange: Exchange) -> None:
@@ -6407,21 +6423,22 @@ class InFlight(Hook):
         if call.operation not in self.NOTED or call.service != "sqs" or reply.status != 200:
             return
         operation, given = call.operation, call.input
-        queue = _queue_name(given.get("QueueUrl") or call.request.path)
+        queue = _queue_key(call, given.get("QueueUrl") or call.request.path)
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
-            self._settle([given], queue)
+            self._settle(call, [given])
         elif operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
             done = successful_ids(reply)
-            self._settle([entry for entry in given["Entries"] if entry["Id"] in done], queue)
+            self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
         elif operation in ("PurgeQueue", "DeleteQueue"):
+            self._timeouts.pop(queue, None)
             with self._lock:
-                self._held = {h: held for h, held in self._held.items() if held[0] != queue}
+                self._held = {m: hold for m, hold in self._held.items() if hold.queue != queue}
         elif operation == "SetQueueAttributes":
             self._timeouts.pop(queue, None)
 
-    def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
+    def _take(self, call: Call, queue: _QueueKey, timeout: Optional[int], reply: Reply) -> None:
         ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
         if not ids:
             return
@@ -6430,59 +6447,73 @@ class InFlight(Hook):
         if timeout is None and now < known[1] + self.FORGET_SECONDS:
             timeout = known[0]
         with self._lock:
+            self._expire()
             for message_id, handle in zip(ids, receipt_handles(reply)):
-                self._messages[handle] = message_id
+                self._messages[handle] = message_id, queue
                 self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
             while len(self._messages) > self.REMEMBERED:
                 self._messages.popitem(last=False)
         if timeout is None:
             self._run(functools.partial(self._learn, call, queue, now, ids))
 
-    def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[str]) -> None:
+    def _learn(self, call: Call, queue: _QueueKey, taken: float, ids: Sequence[str]) -> None:
         """Ask how long the messages are held that were taken then."""
         try:
-            timeout = self._ask(call, queue)
+            timeout = self._ask(call, queue[1])
         except Exception as error:
-            log.warning("the timeout of %s is not known, 30 s are taken: %s", queue, error)
+            log.warning("the timeout of %s is not known, 30 s are taken: %s", queue[1], error)
             timeout = 30  # what a queue has if nobody set another
         self._timeouts[queue] = (timeout, self._clock())
         with self._lock:
             for message_id in ids:
-                if self._held.get(message_id) == (queue, math.inf):
+                hold = self._held.get(message_id)
+                if hold and hold.queue == queue and hold.until == math.inf:
                     self._hold(message_id, queue, taken + timeout)
 
-    def _hold(self, message_id: str, queue: str, until: float) -> None:
-        self._held[message_id] = (queue, until)
+    def _hold(self, message_id: str, queue: _QueueKey, until: float) -> None:
+        self._held[message_id] = _Hold(queue, until, time.monotonic())
         if until < math.inf:
             heapq.heappush(self._ends, (until, message_id))
+        if len(self._ends) > 2 * len(self._held) + 1000:
+            self._ends = [
+                (hold.until, m) for m, hold in self._held.items() if hold.until < math.inf
+            ]
+            heapq.heapify(self._ends)
 
-    def _settle(self, entries: Sequence[Mapping[str, Any]], queue: str) -> None:
-        """Any handle of a message, an older one too, is good for it."""
+    def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Any handle of a message, an older one too, is good for it, in its own queue."""
         with self._lock:
             for entry in entries:
-                message_id = self._messages.get(entry["ReceiptHandle"])
-                if message_id is None:
+                message_id, queue = self._messages.get(entry["ReceiptHandle"], ("", None))
+                hold = self._held.get(message_id)
+                if queue is None or (hold and hold.queue != queue):
                     continue
-                if entry.get("VisibilityTimeout"):
-                    self._hold(message_id, queue, self._clock() + entry["VisibilityTimeout"])
-                else:
+                timeout = entry.get("VisibilityTimeout")
+                if timeout:
+                    self._hold(message_id, queue, self._clock() + timeout)
+                elif timeout is None:
                     self._held.pop(message_id, None)
+                    del self._messages[entry["ReceiptHandle"]]
+                elif hold and hold.since < call.began:  # else somebody has it again already
+                    del self._held[message_id]
 
     def _expire(self) -> None:
         now = self._clock()
         while self._ends and self._ends[0][0] <= now:
             until, message_id = heapq.heappop(self._ends)
-            if self._held.get(message_id, ("", 0.0))[1] == until:
+            hold = self._held.get(message_id)
+            if hold and hold.until == until:
                 del self._held[message_id]
 
 
-def _queue_name(url: str) -> str:
-    """Return `account/name`, or the name alone if that is all there is."""
-    return "/".join(url.rstrip("/").split("/")[-2:])
+def _queue_key(call: Call, url: str) -> _QueueKey:
+    """Return the region and `account/name` of a queue, whichever way it is spelled."""
+    *_, account_id, name = ("", *url.rstrip("/").split("/"))
+    return call.region, f"{account_id or call.caller.account_id}/{name}"
 
 
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry><Id>([^<]*)<")
+_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
 
 def successful_ids(reply: Reply) -> Set[str]:
@@ -6523,7 +6554,10 @@ class TaskProtection(InFlight):
 
     def after(self, call: Call, reply: Reply) -> Reply:
         """Take note; on the edge to busy, wait for protection, within bounds."""
-        self.note(call, reply)
+        try:
+            self.note(call, reply)
+        except Exception as error:  # an upstream may take what we would not
+            log.warning("in flight: %s not taken note of: %r", call.operation, error)
         if call.operation == "ReceiveMessage" and self.total:
             if self._protected_until <= self._clock():
                 self.tend()
@@ -6547,12 +6581,14 @@ class TaskProtection(InFlight):
             wanted: Dict[str, Any] = {"ProtectionEnabled": busy}
             if busy:
                 wanted["ExpiresInMinutes"] = minutes
+            else:  # whoever gets a message from now on waits, and asks anew
+                self._protected_until = min(self._protected_until, now)
             try:
                 answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
                 failure = answer.get("failure") or answer.get("error")
                 if failure:
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
-            except (Skipped, ValueError, AttributeError) as error:
+            except (Skipped, ValueError, AttributeError, RecursionError) as error:
                 pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
                 self._failures += 1
                 self._not_before = now + pause
@@ -6978,7 +7014,9 @@ class Proxy:
         )
         exchange.call = call
         target = self._target(call.action)
-        return call, NoMessages() if self.draining and call.action == RECEIVE else target
+        if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
+            target = NoMessages()
+        return call, target
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
         """Return the visibility timeout of the queue that a call is about, in seconds.
