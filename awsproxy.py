@@ -288,7 +288,7 @@ class Call:
     changed: bool = False  # whether a hook has changed the input
     upstream_seconds: float = 0.0  # how long its upstream took, if it was forwarded
     rewrites: Sequence[Callable[[Call, Request], Request]] = ()
-    began: float = dataclasses.field(default_factory=time.monotonic)
+    began: float = math.inf
     _input: Optional[Dict[str, Any]] = None
 
     @property
@@ -5303,6 +5303,7 @@ class Connection:
             raise UpstreamError(message, unanswered=not self.heard) from error
 
 
+RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 65  # how long an answer may take: longer than the longest poll
 
 
@@ -5318,6 +5319,23 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
         self._tls: Optional[ssl.SSLContext] = None
+        self.draining = False  # whether polls are to end
+        self.given_up: Set[Waiting] = set()  # polls whose messages will be put back
+
+    def awaits(self, connection: Connection) -> bool:
+        """Wait until an answer begins, and return True; False once draining ends the wait.
+
+        Raises UpstreamError where none begins in time.
+        """
+        poll, until = select.poll(), time.monotonic() + self._timeout
+        poll.register(connection.socket, select.POLLIN)
+        while not connection.is_stale():
+            if self.draining:
+                return False
+            if time.monotonic() > until:
+                raise UpstreamError(f"no answer from {connection.endpoint.origin} in time")
+            poll.poll(500)
+        return True
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
         """Return a kept connection that still stands, or None."""
@@ -5681,7 +5699,7 @@ class Upstream:
         reply = self._gathered(reply)
         if call.operation == "ReceiveMessage" and call.request.abandoned():
             self._release(call, outgoing, receipt_handles(reply))
-            return reply._replace(body=b"")  # nobody will have them
+            return call.wire.output(call, SQS_MODEL, {}, random_id())
         return rewrite_queue_urls(call, reply)
 
     def _gathered(self, reply: Reply) -> Reply:
@@ -5846,6 +5864,8 @@ class Upstream:
                 raise self._down(error) from error
             try:
                 self._send(connection, call, outgoing, keys)
+                if call.action == RECEIVE and not self._pool.awaits(connection):
+                    return self._cut_short(call, Waiting(self, call, outgoing, keys, connection))
                 head = connection.answer()
                 return self._reply(connection, head, call.request.method)
             except UpstreamError as error:
@@ -5857,6 +5877,20 @@ class Upstream:
                 connection.close()  # a body that proved wrong: what was sent is not complete
                 raise
         raise AssertionError("unreachable")
+
+    def _cut_short(self, call: Call, waiting: Waiting) -> Reply:
+        """Return an answer without messages; those that still come are put back."""
+        given_up = self._pool.given_up
+        given_up.add(waiting)
+
+        def put_back() -> None:
+            try:
+                waiting.put_back()
+            finally:
+                given_up.discard(waiting)
+
+        threading.Thread(target=put_back, daemon=True).start()
+        return call.wire.output(call, SQS_MODEL, {}, random_id())
 
     def _down(self, error: UpstreamError) -> ServiceError:
         log.warning("upstream: %s", error)
@@ -6390,6 +6424,7 @@ class InFlight(Hook):
         self._lock = threading.Lock()
         self._messages: OrderedDict[str, Tuple[str, _QueueKey]] = OrderedDict()  # by handle
         self._held: Dict[str, _Hold] = {}  # by message id
+        self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # the timeout, as of when
 
@@ -6449,6 +6484,8 @@ class InFlight(Hook):
         with self._lock:
             self._expire()
             for message_id, handle in zip(ids, receipt_handles(reply)):
+                if self._deleted.get(message_id, -math.inf) > call.began:
+                    continue  # by another handle, while this answer was on its way
                 self._messages[handle] = message_id, queue
                 self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
             while len(self._messages) > self.REMEMBERED:
@@ -6494,6 +6531,9 @@ class InFlight(Hook):
                 elif timeout is None:
                     self._held.pop(message_id, None)
                     del self._messages[entry["ReceiptHandle"]]
+                    self._deleted[message_id] = time.monotonic()
+                    if len(self._deleted) > self.REMEMBERED // 100:
+                        self._deleted.popitem(last=False)
                 elif hold and hold.since < call.began:  # else somebody has it again already
                     del self._held[message_id]
 
@@ -6611,9 +6651,6 @@ DEMO_CLIENTS: Clients = {
         Client("demo", "dummykey", "dummysecret", "dummysession"),
     )
 }
-
-
-RECEIVE = "sqs:ReceiveMessage"
 
 
 class Target(Protocol):
@@ -7013,6 +7050,7 @@ class Proxy:
             encoded,
         )
         exchange.call = call
+        call.began = time.monotonic()
         target = self._target(call.action)
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             target = NoMessages()
@@ -7955,7 +7993,8 @@ class Program:
             self._in_flight.tend_later()
         if self._drain_until < math.inf:
             self.server.cut_polls_short()
-            settled = self.server.is_idle and not self._in_flight.total
+            busy = not self.server.is_idle or self._pool.given_up
+            settled = not busy and not self._in_flight.total
             if settled or time.monotonic() > self._drain_until:
                 self.server.stop()
 
@@ -7965,7 +8004,7 @@ class Program:
             self.server.stop()
             return
         self._drain_until = time.monotonic() + self._options.drain_seconds
-        self.proxy.draining = self._status.draining = True
+        self.proxy.draining = self._status.draining = self._pool.draining = True
         self._sqs.drain()
 
     def serve(self) -> int:

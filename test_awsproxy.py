@@ -11042,6 +11042,40 @@ class MetricsTest(unittest.TestCase):
             self.assertEqual((entry["name"], entry["region"]), ("demo", "us-east-1"))
 
 
+NOT_VISIBLE = "ApproximateNumberOfMessagesNotVisible"
+JOBS = "000000000000/jobs"
+
+
+def fill(caller, url, count=1):
+    for number in range(count):
+        caller("SendMessage", QueueUrl=url, MessageBody=str(number))
+
+
+def handles(caller, url, **given):
+    return [message["ReceiptHandle"] for message in caller.receive(url, **given)]
+
+
+def own_path(address, path, method="GET"):
+    connection = http.client.HTTPConnection(*address, timeout=5)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+class Beforehand(awsproxy.InFlight):
+    """Has something happen between an operation and its note in the ledger."""
+
+    plan = ("", None)
+
+    def note(self, call, reply):
+        operation, act = self.plan
+        if call.operation == operation:
+            self.plan = ("", None)
+            act()
+        super().note(call, reply)
+
+
 class LedgerCase(unittest.TestCase):
     def caller(self, protocol="json", ledger=None, **settings):
         """Return a Caller whose calls a ledger takes note of."""
@@ -11198,6 +11232,234 @@ class InFlightTest(LedgerCase):
             thread.join(10)
         self.assertEqual(sum(done.values()), 10000)
 
+    def not_visible(self, caller, url):
+        shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=[NOT_VISIBLE])
+        return int(shown["Attributes"][NOT_VISIBLE])
+
+    def test_one_queue_has_one_name(self):
+        for spelled in ("jobs", "/000000000000/jobs", "http://elsewhere/000000000000/jobs/"):
+            with self.subTest(spelled):
+                caller = self.caller()
+                url = caller.queue()
+                fill(caller, url)
+                caller.receive(url)
+                self.assertEqual(self.ledger.counts(), {JOBS: 1})
+                caller("PurgeQueue", QueueUrl=spelled)
+                self.assertEqual(self.ledger.counts(), {})
+                fill(caller, url)
+                caller.receive(spelled)
+                self.assertEqual(self.ledger.counts(), {JOBS: 1})
+
+    def test_queues_of_another_region_are_others(self):
+        caller = self.caller()
+        url = caller.queue(VisibilityTimeout="20")
+        fill(caller, url)
+        caller.receive(url)
+        caller.region = "eu-west-1"
+        caller.queue(VisibilityTimeout="90")
+        fill(caller, url)
+        caller.receive(url)
+        caller.clock.now += 21
+        self.assertEqual(self.ledger.total, 1)
+        caller.region = "us-east-1"
+        caller("PurgeQueue", QueueUrl=url)
+        self.assertEqual(self.ledger.total, 1)
+
+    def test_a_queue_made_anew_has_a_timeout_of_its_own(self):
+        caller = self.caller()
+        for seconds in (100, 10):
+            url = caller.queue(VisibilityTimeout=str(seconds))
+            fill(caller, url, 2)
+            caller.receive(url)
+            caller.clock.now += seconds - 1
+            self.assertEqual(self.ledger.total, 1)
+            caller.clock.now += 2
+            self.assertEqual(self.ledger.total, 0)
+            caller.receive(url)
+            caller("DeleteQueue", QueueUrl=url)
+            self.assertEqual(self.ledger.total, 0)
+
+    def test_answers_in_the_json_of_old_count_too(self):
+        caller = self.caller("query")
+        url = caller.queue()
+        fill(caller, url, 2)
+        given = {"QueueUrl": url, "MaxNumberOfMessages": 2}
+        legacy = [FORM, ("Accept", "application/json")]
+
+        def call(operation, **given):
+            fields = [("Action", operation), ("Version", "2012-11-05"), *form(operation, given)]
+            body = urllib.parse.urlencode(fields).encode()
+            return json.loads(reply_to(caller, "POST", "/", legacy, body).body)
+
+        result = call("ReceiveMessage", **given)["ReceiveMessageResponse"]
+        held = result["ReceiveMessageResult"]["messages"]
+        self.assertEqual(len(held), 2)
+        self.assertEqual(self.ledger.counts(), {JOBS: 2})
+        entries = [{"Id": "a", "ReceiptHandle": held[0]["ReceiptHandle"]}]
+        call("DeleteMessageBatch", QueueUrl=url, Entries=entries)
+        self.assertEqual(self.ledger.counts(), {JOBS: 1})
+
+    def test_a_handle_of_the_source_queue_is_no_good_for_the_dead_letter_queue(self):
+        caller = self.caller()
+        dead = caller.queue("dead")
+        url = caller.queue(RedrivePolicy=redrive("dead", 1), VisibilityTimeout="5")
+        fill(caller, url)
+        (old,) = handles(caller, url)
+        caller.clock.now += 6
+        self.assertEqual(caller.receive(url), [])
+        self.assertEqual(len(caller.receive(dead)), 1)
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=old)  # too late, and no error
+        self.assertEqual(self.not_visible(caller, dead), 1)
+        self.assertEqual(self.ledger.counts(), {"000000000000/dead": 1})
+
+    def test_notes_out_of_order_lose_and_leave_nothing(self):
+        ledger = Beforehand(lambda *_: 30, lambda act: act(), None)
+        for name, planned, expected in (
+            ("released, and received before that is noted", "ChangeMessageVisibility", 1),
+            ("received, and deleted before that is noted", "ReceiveMessage", 0),
+        ):
+            with self.subTest(name):
+                caller = self.caller(ledger=ledger)
+                ledger._clock = caller.clock
+                url = caller.queue()
+                fill(caller, url)
+                (old,) = handles(caller, url)
+                given = {"QueueUrl": url, "ReceiptHandle": old}
+                receive = functools.partial(handles, caller, url)
+                if planned == "ReceiveMessage":
+                    caller.clock.now += 31
+                    ledger.plan = (planned, functools.partial(caller, "DeleteMessage", **given))
+                    receive()
+                else:
+                    ledger.plan = (planned, receive)
+                    caller(planned, VisibilityTimeout=0, **given)
+                self.assertEqual(self.not_visible(caller, url), expected)
+                self.assertEqual(ledger.total, expected)
+                caller("PurgeQueue", QueueUrl=url)
+
+    def test_what_is_over_is_forgotten_though_nobody_asks(self):
+        ledger = awsproxy.InFlight(lambda *_: 30, lambda act: act(), clock := Clock())
+        ledger.REMEMBERED = 100
+        request = Request("POST", "/", (), io.BytesIO())
+
+        def note(operation, reply=b"{}", **given):
+            call = awsproxy.Call(
+                request, awsproxy.AWS_JSON["1.0"], "sqs", operation, "", DEMO, io.BytesIO()
+            )
+            call.input = {"QueueUrl": "/1/jobs", **given}
+            ledger.note(call, Reply(200, (("Content-Type", JSON_1_0),), reply))
+
+        def work(count):
+            for number in range(count):
+                message = {"MessageId": f"{number:036}", "ReceiptHandle": f"{number:0200}"}
+                note("ReceiveMessage", json.dumps({"Messages": [message]}).encode())
+                if number % 2:
+                    note("DeleteMessage", ReceiptHandle=message["ReceiptHandle"])
+                clock.now += 1
+
+        work(300)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before = tracemalloc.get_traced_memory()[0]
+        work(10000)
+        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 200000)
+
+
+class ForwardedInFlightTest(ForwardCase):
+    """The same, of what an upstream says."""
+
+    MESSAGE = MappingProxyType({"MessageId": "m", "ReceiptHandle": "h", "Body": "b"})
+
+    def ledger(self, *answers, **settings):
+        upstream = FakeUpstream(self, *answers, default=self.answer({}))
+        clock = Clock()
+        ledger = awsproxy.InFlight(lambda *_: 30, lambda act: act(), clock)
+        return ledger, self.proxy(upstream, hooks=[ledger], **settings), upstream
+
+    def answer(self, document, chunked=False, kind=JSON_1_0):
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        body = in_chunks(body, 1000) if chunked else body
+        return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: %b\r\n%b\r\n\r\n%b" % (
+            kind.encode(), framing, body,
+        )  # fmt: skip
+
+    def request(self, operation, **given):
+        body = json.dumps({"QueueUrl": url_of("jobs"), **given}).encode()
+        target = ("X-Amz-Target", f"AmazonSQS.{operation}")
+        length = ("Content-Length", str(len(body)))
+        return signed("POST", "/", (target, ("Content-Type", JSON_1_0), length), body)
+
+    def test_messages_count_however_they_come(self):
+        big = {**self.MESSAGE, "Body": "b" * 200000}
+        pretty = (
+            b'<?xml version="1.0"?>\n<ReceiveMessageResponse>\n <ReceiveMessageResult>\n'
+            b"  <Message>\n   <MessageId>m</MessageId>\n   <ReceiptHandle>h</ReceiptHandle>\n"
+            b"  </Message>\n </ReceiveMessageResult>\n</ReceiveMessageResponse>\n"
+        )
+        for name, answer in (
+            ("as is usual", self.answer({"Messages": [dict(self.MESSAGE)]})),
+            ("in chunks", self.answer({"Messages": [dict(self.MESSAGE)]}, True)),
+            ("long", self.answer({"Messages": [big]})),
+            ("XML with space between", self.answer(pretty, kind="text/xml")),
+        ):
+            with self.subTest(name):
+                ledger, proxy, _ = self.ledger(answer)
+                self.assertEqual(proxy.handle(self.request("ReceiveMessage")).status, 200)
+                self.assertEqual(ledger.counts(), {JOBS: 1})
+                self.assertEqual(
+                    proxy.handle(self.request("DeleteMessage", ReceiptHandle="h")).status, 200
+                )
+                self.assertEqual(ledger.counts(), {})
+
+    def test_batches_count_in_xml_with_space_between(self):
+        messages = [{**self.MESSAGE, "MessageId": n, "ReceiptHandle": n} for n in "ab"]
+        done = (
+            b'<?xml version="1.0"?>\n<DeleteMessageBatchResponse>\n <DeleteMessageBatchResult>\n'
+            b"  <DeleteMessageBatchResultEntry>\n   <Id>1</Id>\n"
+            b"  </DeleteMessageBatchResultEntry>\n"
+            b"  <BatchResultErrorEntry>\n   <Id>2</Id>\n  </BatchResultErrorEntry>\n"
+            b" </DeleteMessageBatchResult>\n</DeleteMessageBatchResponse>\n"
+        )
+        ledger, proxy, _ = self.ledger(
+            self.answer({"Messages": messages}), self.answer(done, kind="text/xml")
+        )
+        proxy.handle(self.request("ReceiveMessage"))
+        entries = [{"Id": "1", "ReceiptHandle": "a"}, {"Id": "2", "ReceiptHandle": "b"}]
+        proxy.handle(self.request("DeleteMessageBatch", Entries=entries))
+        self.assertEqual(ledger.counts(), {JOBS: 1})
+
+    def test_messages_whose_receiver_is_gone_are_not_held(self):
+        ledger, proxy, upstream = self.ledger(self.answer({"Messages": [dict(self.MESSAGE)]}))
+        request = self.request("ReceiveMessage")
+        object.__setattr__(request, "abandoned", lambda: True)
+        with self.assertLogs("awsproxy", "WARNING"):
+            proxy.handle(request)
+        self.assertEqual(len(upstream.requests), 2)  # the second makes it visible again
+        self.assertEqual(ledger.counts(), {})
+
+    def test_a_lenient_upstream_is_not_failed_by_task_protection(self):
+        """Whatever the input, what the upstream has answered is passed on."""
+        for name, operation, given, document in (
+            ("a number as text", "ReceiveMessage", {"VisibilityTimeout": "30"},
+             {"Messages": [dict(self.MESSAGE)]}),
+            ("entries without an id", "DeleteMessageBatch",
+             {"Entries": [{"ReceiptHandle": "h"}]}, {"Successful": [], "Failed": []}),
+            ("no handle", "DeleteMessage", {}, {}),
+            ("messages that are none", "ReceiveMessage", {}, {"Messages": [{"Body": 1}, 2]}),
+        ):  # fmt: skip
+            with self.subTest(name):
+                upstream = FakeUpstream(self, self.answer(document))
+                protection = awsproxy.TaskProtection(
+                    "http://agent", lambda *_: 30, lambda act: act(), Clock(),
+                    lambda *_: b'{"protection":{}}',
+                )  # fmt: skip
+                proxy = self.proxy(upstream, hooks=[protection])
+                with contextlib.redirect_stderr(io.StringIO()):
+                    reply = proxy.handle(self.request(operation, **given))
+                if upstream.requests:
+                    self.assertEqual((reply.status, json.loads(reply.body)), (200, document))
+
 
 class TaskProtectionTest(LedgerCase):
     def protecting(self, *answers):
@@ -11339,6 +11601,150 @@ class TaskProtectionTest(LedgerCase):
                     self.assertTrue(seen.get(timeout=8)[1]["ProtectionEnabled"])
                 self.assertIn("task protection not changed", program.line())
 
+    def test_it_is_asked_before_the_messages_go_out(self):
+        caller = self.protecting()
+        url = caller.queue()
+        fill(caller, url, 3)
+        states = []
+        handle = caller.proxy.handle
+
+        def noting(request, refused=None):
+            reply = handle(request, refused)
+            states.append(self.wanted())
+            return reply
+
+        caller.proxy.handle = noting
+        (first,) = handles(caller, url, VisibilityTimeout=0)
+        self.assertEqual(states[-1], [])
+        (first,) = handles(caller, url)
+        self.assertEqual(states[-1], [True])
+        with self.assertRaises(Refused):
+            caller("DeleteMessage", QueueUrl=url, ReceiptHandle="x")
+        caller.clock.now += 29
+        self.protection.tend_later()
+        handles(caller, url)
+        self.assertEqual(self.wanted(), [True])
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=first)
+        caller.clock.now += 31  # the other one expires, and nobody calls
+        self.protection.tend_later()
+        self.assertEqual(self.wanted(), [True, False])
+        handles(caller, url)
+        self.assertEqual(self.wanted(), [True, False, True])
+        for minutes in (29, 29, 29):
+            caller.clock.now += minutes * 60
+            handles(caller, url)
+        minutes = [b["ExpiresInMinutes"] for _, b in self.asked_of_agent if len(b) > 1]
+        self.assertTrue(all(1 <= m <= 2880 for m in minutes), minutes)
+
+    def test_messages_do_not_go_out_while_protection_is_given_back(self):
+        states, begun, go_on = [], threading.Event(), threading.Event()
+
+        def put(url, body, timeout):
+            wanted = json.loads(body)["ProtectionEnabled"]
+            if not wanted:
+                begun.set()
+                go_on.wait(5)
+            states.append(wanted)
+            return b'{"protection":{}}'
+
+        caller = self.protecting()
+        self.protection._put = put
+        run = []
+
+        def begin(act):
+            run.append(threading.Thread(target=act))
+            run[-1].start()
+
+        self.protection._run = begin
+        url = caller.queue()
+        fill(caller, url, 2)
+        (first,) = handles(caller, url, VisibilityTimeout=30)
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=first)
+        self.assertTrue(begun.wait(5))
+        timer = threading.Timer(0.2, go_on.set)
+        timer.start()
+        handles(caller, url, VisibilityTimeout=30)
+        seen = list(states)
+        for thread in (*run, timer):
+            thread.join()
+        self.assertEqual(seen[-1:], [True], "handed out unprotected")
+        self.assertEqual(states, [True, False, True])
+
+    def test_no_answer_of_the_agent_fails_a_message(self):
+        for name, answer in (
+            ("nested too deep", b"[" * 200000),
+            ("null", b"null"),
+            ("a number", b"1"),
+            ("no UTF-8", b"\xff\xfe{"),
+            ("empty", b""),
+            ("failure of another shape", b'{"failure":["x"]}'),
+            ("failure without a reason", b'{"failure":{"Arn":"a"}}'),
+            ("error", b'{"error":{"Code":"ServerException"},"protection":null}'),
+            ("4xx", awsproxy.Skipped("agent answered 400")),
+            ("too many", awsproxy.Skipped("agent answered 429")),
+        ):
+            with self.subTest(name):
+                caller = self.protecting(*[answer] * 4)
+                url = caller.queue()
+                fill(caller, url)
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    (handle,) = handles(caller, url, VisibilityTimeout=40000)
+                    asked = []
+                    for second in range(40):
+                        caller.clock.now += 1
+                        before = len(self.asked_of_agent)
+                        self.protection.tend_later()
+                        asked += [second + 1] * (len(self.asked_of_agent) - before)
+                self.assertEqual(asked, [1, 3, 8, 18])  # then it worked
+                self.assertEqual(len(logged.output), 4)
+                self.assertTrue(all(len(line) < 300 for line in logged.output))
+                caller("DeleteMessage", QueueUrl=url, ReceiptHandle=handle)
+                self.assertEqual(self.wanted(), [True] * 5 + [False])
+
+    def test_what_could_not_be_given_back_is_given_back_later(self):
+        caller = self.protecting(b"{}", awsproxy.Skipped("agent answered 500"))
+        url = caller.queue()
+        fill(caller, url)
+        (handle,) = handles(caller, url)
+        with self.assertLogs("awsproxy", "WARNING"):
+            caller("DeleteMessage", QueueUrl=url, ReceiptHandle=handle)
+        self.protection.tend_later()
+        self.assertEqual(self.wanted(), [True, False])
+        caller.clock.now += 1.1
+        self.protection.tend_later()
+        self.protection.tend_later()
+        self.assertEqual(self.wanted(), [True, False, False])
+
+    def test_an_agent_that_hangs_holds_up_a_receive_for_three_seconds(self):
+        def serve(listener, drips):
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    threading.Thread(target=answer, args=(connection, drips), daemon=True).start()
+
+        def answer(connection, drips):
+            with contextlib.suppress(OSError), connection:
+                if drips:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
+                for _ in range(40):
+                    time.sleep(0.2)
+                    connection.sendall(b" " * drips)
+
+        for name, drips in (("hangs", 0),):
+            with self.subTest(name):
+                listener = socket.create_server(("127.0.0.1", 0))
+                self.addCleanup(listener.close)
+                threading.Thread(target=serve, args=(listener, drips), daemon=True).start()
+                caller = self.protecting()
+                self.protection._put = awsproxy._put
+                self.protection._url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
+                url = caller.queue()
+                fill(caller, url)
+                begin = time.monotonic()
+                with self.assertLogs("awsproxy", "WARNING"):
+                    self.assertEqual(caller.bodies(url), ["0"])
+                self.assertLess(time.monotonic() - begin, 4)
+
 
 class DrainTest(unittest.TestCase):
     def get(self, address, path):
@@ -11474,6 +11880,132 @@ class DrainTest(unittest.TestCase):
             text=True,
         )
         self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
+
+    def test_polls_end_whatever_way_they_went(self):
+        hook = write(
+            os.path.join(folder(self), "hook.py"), "def after(call, reply):\n    return reply\n"
+        )
+        for name, flags, kept in (
+            ("on a kept connection", (), True),
+            ("on a connection of its own", (), False),
+            ("by way of a hook", ("--hook", hook), True),
+        ):
+            with self.subTest(name):
+                program, upstream, client = self.forwarding("--drain-seconds", "5", *flags)
+                direct = upstream.caller(client=client)
+                url = program.caller().queue()
+                if not kept:  # its only kept connection is in use
+                    other, _ = self.poll(program.caller(), program.caller().queue("other"))
+                thread, outcome = self.poll(program.caller(), url)
+                began = time.monotonic()
+                program.process.send_signal(signal.SIGTERM)
+                thread.join(2)
+                ended = time.monotonic() - began
+                messages = [received for received, _ in outcome]
+                direct("SendMessage", QueueUrl="jobs", MessageBody="late")
+                deadline, bodies = time.monotonic() + 4, []
+                while not bodies and time.monotonic() < deadline:
+                    bodies = direct.bodies("jobs")
+                if not kept:
+                    other.join(5)
+                program.stop()
+                thread.join(5)
+                self.assertEqual((messages, bodies), ([[]], ["late"]))
+                self.assertLess(ended, 1.2)
+
+    def test_a_long_message_is_put_back_too(self):
+        program, upstream, client = self.forwarding("--drain-seconds", "10")
+        direct = upstream.caller(client=client)
+        caller = program.caller()
+        url = caller.queue()
+        thread, outcome = self.poll(program.caller(), url)
+        program.process.send_signal(signal.SIGTERM)
+        thread.join(5)
+        self.assertEqual(outcome[0][0], [])
+        direct("SendMessage", QueueUrl="jobs", MessageBody="m" * 200000)
+        deadline, bodies = time.monotonic() + 5, []
+        while not bodies and time.monotonic() < deadline:
+            bodies = direct.bodies("jobs")
+        self.assertEqual([len(body) for body in bodies], [200000])
+
+    def test_it_does_not_hand_out_what_arrives_and_may_not_be_received(self):
+        program = Program(
+            self.addCleanup, "--drain-seconds", "10", "--quiet",
+            "--route", "sqs:ReceiveMessageX=deny", "--route", "sqs:*=embedded",
+        )  # fmt: skip
+        caller = program.caller()
+        url = caller.queue()
+        fill(caller, url, 2)
+        (held,) = handles(caller, url)
+        program.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        for path, expected in (
+            ("ready", (503, b"draining\n")),
+            ("health", (200, b"ok\n")),
+            ("in-flight", (200, b'{"000000000000/jobs": 1}')),
+        ):
+            self.assertEqual(own_path(program.address, f"/_awsproxy/{path}"), expected)
+        for protocol in ("json", "query"):
+            began = time.monotonic()
+            self.assertEqual(program.caller(protocol).receive(url, WaitTimeSeconds=20), [])
+            self.assertLess(time.monotonic() - began, 0.5)
+        with self.assertRaises(Refused):
+            program.caller(client=DEMO._replace(secret_access_key="wrong")).receive(url)
+        given = {"QueueUrl": url, "ReceiptHandle": held, "VisibilityTimeout": 0}
+        caller("ChangeMessageVisibility", **given)
+        self.assertEqual(program.process.wait(2), 0)
+
+    def test_a_denied_receive_stays_denied(self):
+        routes = [awsproxy.Route("*", awsproxy.Deny())]
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, routes=routes, clock=Clock())
+        proxy.draining = True
+        request = signed(
+            headers=[("X-Amz-Target", "AmazonSQS.ReceiveMessage")], body=b'{"QueueUrl":"jobs"}'
+        )
+        self.assertEqual(proxy.handle(request).status, 403)
+
+
+class AdminTest(unittest.TestCase):
+    def test_it_tells_our_paths_and_no_others(self):
+        status = awsproxy.Status(awsproxy.Metrics(), awsproxy.InFlight(None, None))
+        running = Running(awsproxy.Admin(status))
+        self.addCleanup(running.stop)
+        for method, path, expected in (
+            ("GET", "/_awsproxy/health", 200),
+            ("HEAD", "/_awsproxy/health", 200),
+            ("GET", "/_awsproxy/ready?x=1", 200),
+            ("GET", "/_awsproxy/in-flight", 200),
+            ("GET", "/_awsproxy/", 404),
+            ("GET", "/_awsproxy", 404),
+            ("GET", "/", 404),
+            ("GET", "/health", 404),
+            ("GET", "/x/_awsproxy/health", 404),
+            ("GET", "/?Action=ListQueues", 404),
+            ("POST", "/", 405),
+            ("POST", "/_awsproxy/health", 405),
+        ):
+            with self.subTest(f"{method} {path}"):
+                self.assertEqual(own_path(running.address, path, method)[0], expected)
+        status.draining = True
+        self.assertEqual(own_path(running.address, "/_awsproxy/ready")[0], 503)
+        self.assertEqual(own_path(running.address, "/_awsproxy/health")[0], 200)
+        wire, answer = running.ask(raw_post(b"Content-Length: 5") + b"hello")
+        self.assertIn(answer.status, (405, 413))
+        self.assertTrue(wire.ended())
+
+    def test_wrong_values_end_it_with_code_2(self):
+        for value in ("", ":1", "x", "x:", "x:y", "127.0.0.1:65536", "127.0.0.1:-1", "[::1]", "1"):
+            with self.subTest(value):
+                ended = subprocess.run(
+                    [sys.executable, awsproxy.__file__, "--port", "0", f"--admin={value}"],
+                    capture_output=True, text=True, timeout=10,
+                )  # fmt: skip
+                self.assertEqual(ended.returncode, 2)
+                self.assertNotIn("Traceback", ended.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
 
 
 # ==== 9. The server ====
