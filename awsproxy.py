@@ -313,6 +313,7 @@ class Call:
 
     @input.setter
     def input(self, value: Dict[str, Any]) -> None:
+        """Have another input; `changed` says whether it is encoded anew."""
         self._input = value
 
 
@@ -1827,9 +1828,11 @@ class _Crc32:
         self._value = 0
 
     def update(self, data: bytes) -> None:
+        """Take in more of the data, as the objects of hashlib do."""
         self._value = zlib.crc32(data, self._value)
 
     def digest(self) -> bytes:
+        """Return the checksum as Amazon S3 spells it: four bytes, big-endian."""
         return self._value.to_bytes(4, "big")
 
 
@@ -2000,6 +2003,7 @@ def aws_chunks(
     """Yield the content of a body in aws-chunked form again, signed anew if it was signed."""
 
     def header(data: bytes) -> bytes:
+        """Return the line that begins a chunk."""
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
         return f"{len(data):x}{signed}\r\n".encode()
 
@@ -3418,6 +3422,7 @@ class Setting(NamedTuple):
 
 def _whole(low: int, high: int) -> Callable[[str], str]:
     def normal(text: str) -> str:
+        """Return the value as it is kept; ValueError if it is not allowed."""
         if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
             raise ValueError(text)
         return str(int(text))
@@ -3429,6 +3434,7 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     by_lower = {value.lower(): value for value in allowed}
 
     def normal(text: str) -> str:
+        """Return the value as it is kept; ValueError if it is not allowed."""
         if text.lower() not in by_lower:
             raise ValueError(text)
         return by_lower[text.lower()]
@@ -5624,6 +5630,10 @@ class Waiting:
         log.warning("upstream: no answer from %s in time", connection.endpoint.origin)
         connection.close()
 
+    def let_go(self) -> None:
+        """Have it known that nobody waits any longer; `put_back` is to follow."""
+        self._upstream._pool.given_up.add(self)
+
     def put_back(self) -> None:
         """Wait for the messages that nobody will have, and make them visible again."""
         call, outgoing, _, connection = self._about
@@ -5634,6 +5644,8 @@ class Waiting:
             self._upstream._release(call, outgoing, receipt_handles(reply))
         except (UpstreamError, ServiceError) as error:
             log.warning("messages may stay hidden, the upstream did not answer: %s", error)
+        finally:
+            self._upstream._pool.given_up.discard(self)
 
 
 class Upstream:
@@ -5880,16 +5892,8 @@ class Upstream:
 
     def _cut_short(self, call: Call, waiting: Waiting) -> Reply:
         """Return an answer without messages; those that still come are put back."""
-        given_up = self._pool.given_up
-        given_up.add(waiting)
-
-        def put_back() -> None:
-            try:
-                waiting.put_back()
-            finally:
-                given_up.discard(waiting)
-
-        threading.Thread(target=put_back, daemon=True).start()
+        waiting.let_go()
+        threading.Thread(target=waiting.put_back, daemon=True).start()
         return call.wire.output(call, SQS_MODEL, {}, random_id())
 
     def _down(self, error: UpstreamError) -> ServiceError:
@@ -6817,6 +6821,7 @@ class Pending:
         call = self._exchange.call
         assert call
         act = functools.partial(NoMessages().answer, call, self._exchange.request_id)
+        self._waiting.let_go()
         return self._proxy.complete(self._exchange, act), self._waiting.put_back
 
     def give_up(self) -> Reply:
@@ -6879,6 +6884,7 @@ class Proxy:
 
     @clients.setter
     def clients(self, clients: Clients) -> None:
+        """Have others from the next request on."""
         account_id = self._account_id  # of those that name none
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
@@ -6967,6 +6973,7 @@ class Proxy:
         outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
 
         def run() -> None:
+            """Have the outcome put where it is waited for."""
             try:
                 outcome.put((moment(*given), None))
             except Exception as error:
@@ -7329,6 +7336,7 @@ class Conversation:
         began, total = time.monotonic(), 0
 
         def receive(size: int) -> bytes:
+            """Return what has come of the body, b"" at its end."""
             nonlocal total
             late = began + self.server.timeout_seconds + total / MIN_BODY_RATE
             try:
@@ -7442,7 +7450,6 @@ class Server(http.server.HTTPServer):
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
         self._returned: Deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
-        self._cut_short: Set[Pending] = set()
         self._wake, self._woken = socket.socketpair()
         self._stopping = False
         self._stopped = threading.Event()
@@ -7501,25 +7508,16 @@ class Server(http.server.HTTPServer):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is being answered, and no message put back."""
-        return not (self._pending or self._cut_short) and all(
-            c.parked for c in self._conversations
-        )
+        """Whether no call is being answered."""
+        return not self._pending and all(c.parked for c in self._conversations)
 
     def cut_polls_short(self) -> None:
         """Answer the calls that wait for an upstream's messages with none; from the loop."""
         for pending in [p for p in self._pending if p.is_poll]:
             reply, put_back = pending.cut_short()
             self._selector.unregister(pending.socket)
-            self._cut_short.add(pending)
-            self._workers.run(functools.partial(self._put_back, pending, put_back))
+            self._workers.run(put_back)
             self._settle(pending, reply)
-
-    def _put_back(self, pending: Pending, put_back: Callable[[], None]) -> None:
-        try:
-            put_back()
-        finally:
-            self._cut_short.discard(pending)
 
     @property
     def connections(self) -> int:
@@ -7758,6 +7756,7 @@ class _Version(argparse.Action):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
+        """Return the number; ArgumentTypeError if it is out of range."""
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -7958,6 +7957,7 @@ class Program:
 
     def _build_in_flight(self) -> InFlight:
         def ask(call: Call, queue: str) -> int:
+            """Ask the proxy, which is built later."""
             return self.proxy.visibility_timeout(call, queue)
 
         run, agent = Workers().run, os.environ.get("ECS_AGENT_URI", "")
