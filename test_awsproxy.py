@@ -12004,10 +12004,6 @@ class AdminTest(unittest.TestCase):
                 self.assertNotIn("Traceback", ended.stderr)
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 # ==== 9. The server ====
 
 
