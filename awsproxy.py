@@ -4670,8 +4670,40 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
         """Return None: it is an error."""
 
 
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected)
-_PROXIED = urllib.request.build_opener(_Unredirected)
+class _Hurried(http.client.HTTPConnection):
+    """Is cut when its timeout is over: a socket's own begins anew with each byte that comes."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._until = time.monotonic() + (self.timeout or 0)
+
+    def connect(self) -> None:
+        """Connect, and from then on be watched."""
+        super().connect()
+        cut = functools.partial(self._cut, self.sock)
+        timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
+        timer.daemon = True
+        timer.start()
+
+    def _cut(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+class _HurriedTls(_Hurried, http.client.HTTPSConnection):
+    """The same with TLS."""
+
+
+class _Hurry(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Hurried, request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HurriedTls, request)
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Hurry)
+_PROXIED = urllib.request.build_opener(_Unredirected, _Hurry)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
 
 
@@ -4683,23 +4715,27 @@ def fetch(
     method: Optional[str] = None,
     timeout: float = 5,
 ) -> bytes:
-    """Return the body of a successful answer.  Raises Skipped otherwise.
+    """Return the body of a successful answer that is there after `timeout` seconds.
 
-    No proxy is asked for link-local and loopback addresses.
+    No proxy is asked for link-local and loopback addresses.  Raises Skipped.
     """
+    until = time.monotonic() + timeout
     host = host_of(url)
     near = is_link_local(host) or is_loopback(host) or host in _CONTAINER_HOSTS
-    opener = _NO_PROXY if near else _PROXIED
+    opener = _DIRECT if near else _PROXIED
     try:
         request = urllib.request.Request(url, data, dict(headers), method=method)
         with opener.open(request, timeout=timeout) as answer:
-            return bytes(answer.read(1048576))
+            body = bytes(answer.read(1048576))
     except urllib.error.HTTPError as error:
         raise Skipped(f"{host} answered {error.code}") from error
     except OSError as error:
         raise Skipped(f"{host} did not answer: {getattr(error, 'reason', error)}") from error
     except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
         raise Skipped(f"{host} could not be asked: {type(error).__name__}") from error
+    if time.monotonic() > until:  # and may have been cut
+        raise Skipped(f"{host} took longer than {timeout} s")
+    return body
 
 
 def host_of(url: str) -> str:
@@ -4717,9 +4753,10 @@ def host_of(url: str) -> str:
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine, as far as its name tells."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _expiry(text: Any) -> float:
@@ -8011,7 +8048,7 @@ class Program:
         """Serve until a signal ends it; return the exit code."""
         options = self._options
         address = str(self.server.server_address[0]).partition("%")[0]
-        if not ipaddress.ip_address(address).is_loopback:
+        if not is_loopback(address):
             if options.no_verify:
                 raise UsageError("--no-verify is for a loopback --host alone, and this is not one")
             if not options.clients:
@@ -8023,9 +8060,9 @@ class Program:
             signal.signal(number, lambda *_: threading.Thread(target=self.end).start())
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        port = self.server.server_address[1]
-        print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
+        if self.admin:
+            _announce("admin on", options.admin[0], self.admin)
+        _announce("listening on", options.host, self.server)
         # What exists now stays; messages in memory are many, and a collector that visits them all
         # again and again would find nothing, for what a call leaves behind has no cycles.
         gc.freeze()
@@ -8045,6 +8082,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UsageError as error:
         print(f"awsproxy: {error}", file=sys.stderr)
         return 2
+
+
+def _announce(what: str, host: str, server: Server) -> None:
+    port = server.server_address[1]
+    host = f"[{host}]" if ":" in host else host
+    print(f"{what} http://{host}:{port}", file=sys.stderr, flush=True)
 
 
 def _nothing() -> None:
