@@ -6887,6 +6887,7 @@ class Proxy:
         regions: Sequence[str] = (),
         account_id: str = "000000000000",
         public_url: str = "",
+        scheme: str = "http",
         max_body: int = 16777216,
         hooks: Sequence[Any] = (),
         status: Optional[Status] = None,
@@ -6906,6 +6907,7 @@ class Proxy:
         self._clock_skew = clock_skew
         self._regions = regions
         self._public_url = public_url.rstrip("/")
+        self._scheme = scheme
         self.max_body = max_body
         self._hooks = hooks
         self._status = status
@@ -7079,7 +7081,8 @@ class Proxy:
             found = self._unverified(request, service)
         client, scope = found.client, found.scope
         operation, encoded = wire.operation(request, scope.service, found.body)
-        base_url = self._public_url or f"http://{request.header('host') or 'localhost'}"
+        host = request.header("host") or "localhost"
+        base_url = self._public_url or f"{self._scheme}://{host}"
         call = Call(
             request,
             wire,
@@ -7197,7 +7200,7 @@ class Proxy:
 SPOOLED_IN_MEMORY = 1048576
 
 
-# ==== 9. The server: Conversation, Server ====
+# ==== 9. The server: Certificate, Conversation, Server ====
 #
 # One thread reads all connections that are idle or sending a request, and answers whatever can
 # be answered without waiting: threads would fight over the interpreter for such calls.  A call
@@ -7213,6 +7216,56 @@ _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | selec
 @lru_cache(maxsize=4)
 def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
+
+
+class Certificate:
+    """What a Server shows of itself with TLS 1.2 or later; read again when its files change.
+
+    `path` is a file in PEM form, with the chain after the certificate; `key` is where its private
+    key is, if not there.  Raises OSError, ssl.SSLError among them, or ValueError.
+    """
+
+    def __init__(self, path: str, key: str = "") -> None:
+        self._path = path
+        self._key = key
+        self._stamp = self._stamps()
+        self._context = self._read()
+
+    def _stamps(self) -> Sequence[object]:
+        return [stamp_of(path) for path in (self._path, self._key) if path]
+
+    def _read(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(self._path, self._key or None, self._refuse_to_ask)
+        return context
+
+    @staticmethod
+    def _refuse_to_ask() -> str:
+        raise ValueError("its key is encrypted, and nobody is here to be asked for the password")
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed; a broken new version is left alone."""
+        stamp = self._stamps()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._context = self._read()
+        except (OSError, ValueError) as error:
+            log.error("%s not read again, the certificate stays as it was: %s", self._path, error)
+            return
+        log.warning("%s read again", self._path)
+
+    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
+        """Return the connection with TLS, its hands not yet shaken."""
+        return self._context.wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False
+        )
+
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Manner(NamedTuple):
@@ -7240,11 +7293,28 @@ class Conversation:
 
     # ---- In the loop ----
 
+    def shake_hands(self) -> None:
+        """Go on with the handshake of TLS."""
+        assert isinstance(self.socket, ssl.SSLSocket)
+        try:
+            self.socket.do_handshake()
+        except ssl.SSLWantReadError:
+            self.server.listen_to(self, selectors.EVENT_READ, self.shake_hands)
+        except ssl.SSLWantWriteError:
+            self.server.listen_to(self, selectors.EVENT_WRITE, self.shake_hands)
+        except OSError as error:
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                self.server.work(self, self._ask_for_tls)
+            else:
+                self.close()
+        else:
+            self.server.listen_to(self, selectors.EVENT_READ, self.readable)
+
     def readable(self) -> None:
         """Take in what has arrived, and answer what is complete."""
         try:
             data = self.socket.recv(65536)
-        except BlockingIOError:
+        except WOULD_BLOCK:
             return
         except OSError:
             data = b""
@@ -7321,7 +7391,7 @@ class Conversation:
         data = encode_reply(reply, _http_date(int(time.time())), close, manner.head_only)
         try:
             sent = self.socket.send(data)
-        except BlockingIOError:
+        except WOULD_BLOCK:
             sent = 0
         except OSError:
             self.close()
@@ -7333,12 +7403,38 @@ class Conversation:
             self.close()
         return not close
 
+    def resume(self) -> None:
+        """Go on with what came while a worker had the connection."""
+        if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            self.readable()  # no selector sees what is decrypted already
+        elif self.buffer:
+            self.proceed()
+
     def close(self) -> None:
         """End the connection."""
         self.server.forget(self)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the socket, having said so if it is TLS: no end of an answer is a guess then."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            self._say_goodbye(self.socket)
         self.socket.close()
 
+    @staticmethod
+    def _say_goodbye(connection: ssl.SSLSocket) -> None:
+        """Send close_notify without waiting for the other side's (RFC 8446, 6.1)."""
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or never shook hands
+            connection.setblocking(False)
+            connection.unwrap()
+
     # ---- In a worker, which may wait; each returns whether the connection goes on ----
+
+    def _ask_for_tls(self) -> bool:
+        error = ServiceError("BadRequest", "This port speaks TLS: the URL must begin with https.")
+        socket.socket.sendall(self.socket, self.server.refusal(error, self.peer))
+        self._linger()
+        return False
 
     def _finish(self, reply: Union[Reply, Callable[[], Reply]], manner: Manner) -> bool:
         return self._write(reply if isinstance(reply, Reply) else reply(), manner)
@@ -7412,6 +7508,7 @@ class Conversation:
             if not chunked and not measured:  # a mere end would look like that of the body
                 abort = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
+            self.socket.close()
             return False
         finally:
             if isinstance(reply.body, collections.abc.Generator):
@@ -7441,6 +7538,8 @@ class Conversation:
 
     def _linger(self) -> None:
         """Drop what still arrives, for a moment: a reset would overtake the answer."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            self._say_goodbye(self.socket)
         self.socket.shutdown(socket.SHUT_WR)
         self.socket.settimeout(0.5)
         until = time.monotonic() + 2
@@ -7470,12 +7569,16 @@ class Server(http.server.HTTPServer):
         timeout: float = 60,
         max_connections: int = 10000,
         every_half_second: Callable[[], None] = lambda: None,
+        certificate: Optional[Certificate] = None,
+        reuse_port: bool = False,
     ) -> None:
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.proxy = proxy
         self.timeout_seconds = timeout
         self._max_connections = max_connections
+        self._reuse_port = reuse_port
+        self._certificate = certificate
         self._regular = (
             self._give_up_late,
             self._give_up_pending,
@@ -7498,6 +7601,8 @@ class Server(http.server.HTTPServer):
 
     def server_bind(self) -> None:
         """Bind without asking a name server for our name."""
+        if self._reuse_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -7578,28 +7683,50 @@ class Server(http.server.HTTPServer):
                 log.warning("no connection can be accepted: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            conversation = Conversation(self, connection, address[0])
             if len(self._conversations) >= self._max_connections:
-                self._refuse(conversation)
+                self._refuse(connection, address[0])
                 continue
-            self._conversations.add(conversation)
             # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._welcome(connection, address[0])
+
+    def _welcome(self, connection: socket.socket, peer: str) -> None:
+        if self._certificate is None:
+            conversation = Conversation(self, connection, peer)
+            self._conversations.add(conversation)
             self._park(conversation)
+            return
+        connection.setblocking(False)
+        try:
+            connection = self._certificate.wrap(connection)
+        except (OSError, ValueError):  # it is gone already
+            connection.close()
+            return
+        conversation = Conversation(self, connection, peer)
+        self._conversations.add(conversation)
+        self._park(conversation)
+        conversation.shake_hands()
 
     def _listen_again(self) -> None:
         if self.socket not in self._selector.get_map():
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
-    def _refuse(self, conversation: Conversation) -> None:
-        """Tell a connection too many that it is."""
-        connection = conversation.socket
-        request = Request("GET", "/", (), io.BytesIO(), conversation.peer)
+    def _refuse(self, connection: socket.socket, peer: str) -> None:
+        """Tell a connection too many that it is; with TLS there is no saying it."""
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
-        reply = self.proxy.handle(request, error)
+        answer = self.refusal(error, peer)
         connection.setblocking(False)
         with connection, contextlib.suppress(OSError):  # whoever it is, we tried
-            connection.send(encode_reply(reply, _http_date(int(time.time())), True))
+            connection.send(b"" if self._certificate else answer)
+
+    def refusal(self, error: ServiceError, peer: str) -> bytes:
+        """Return what answers a connection that nothing has been read from."""
+        reply = self.proxy.handle(Request("GET", "/", (), io.BytesIO(), peer), error)
+        return encode_reply(reply, _http_date(int(time.time())), True)
+
+    def listen_to(self, conversation: Conversation, events: int, act: Callable[[], None]) -> None:
+        """Have the loop do that when the connection is ready for it."""
+        self._selector.modify(conversation.socket, events, act)
 
     def _park(self, conversation: Conversation) -> None:
         """Have the loop wait for what the connection says next."""
@@ -7677,7 +7804,7 @@ class Server(http.server.HTTPServer):
         except Exception:
             log.exception("a connection failed")
         if not goes_on:
-            conversation.socket.close()
+            conversation.hang_up()
         self._returned.append(conversation)
         with contextlib.suppress(OSError):  # the server is closed
             self._wake.send(b"x")
@@ -7690,8 +7817,7 @@ class Server(http.server.HTTPServer):
                 self._conversations.discard(conversation)
                 continue
             self._park(conversation)
-            if conversation.buffer:
-                self._guarded(conversation.proceed, conversation.socket)
+            self._guarded(conversation.resume, conversation.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
@@ -7890,10 +8016,18 @@ def _add_listening(add: Callable[..., Any]) -> None:
         help="port to listen on; 0 picks one")  # fmt: skip
     add("--admin", type=_address, metavar="HOST:PORT",
         help="where to tell /_awsproxy/ paths, if not to this machine on --port")  # fmt: skip
+    add("--tls-cert", default="", metavar="FILE",
+        help="speak TLS, with this certificate and its chain (PEM); read again when it"
+        " changes")  # fmt: skip
+    add("--tls-key", default="", metavar="FILE",
+        help="where its private key is, if not in the same file")  # fmt: skip
+    add("--reuse-port", action="store_true",
+        help="share the port with other processes, where all calls are forwarded")  # fmt: skip
     add("--drain-seconds", type=_number(float, 0, 86400), default=0, metavar="SECONDS",
         help="how long, at the end, to wait for messages in flight to be settled")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
-        help="what queue URLs begin with, if not http:// and the Host of the request")  # fmt: skip
+        help="what queue URLs begin with, if not http:// (https:// with TLS) and the Host of the"
+        " request")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
         help="longest request body taken")  # fmt: skip
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
@@ -7939,6 +8073,7 @@ class Program:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._watched: Optional[ClientsFile] = None
+        self._certificate = self._read_certificate()
         self._drain_until = math.inf
         self._sqs = Sqs(cooldown=options.cooldown)
         clients = self._read_clients()
@@ -7946,6 +8081,8 @@ class Program:
         keyring = Keyring(os.environ, options.profile)
         self._pool = Pool()
         routes = build_routes(options, keyring, self._sqs, self._pool)
+        if options.reuse_port:
+            check_sharing(options, routes)
         check_upstream_keys(routes, keyring, clients)
         self._in_flight = self._build_in_flight()
         self._status = Status(metrics, self._in_flight)
@@ -7958,6 +8095,7 @@ class Program:
             regions=options.region,
             account_id=options.account_id,
             public_url=options.public_url or "",
+            scheme="https" if self._certificate else "http",
             max_body=options.max_body,
             hooks=[metrics, self._in_flight, *self._read_hooks()],
             status=None if options.admin else self._status,
@@ -7986,6 +8124,18 @@ class Program:
             raise UsageError(f"the clients file {path} cannot be used: {error}") from error
         return self._watched.clients
 
+    def _read_certificate(self) -> Optional[Certificate]:
+        path, key = self._options.tls_cert, self._options.tls_key
+        if not path:
+            if key:
+                raise UsageError("--tls-key is of no use without --tls-cert")
+            return None
+        try:
+            return Certificate(path, key)
+        except (OSError, ValueError) as error:
+            files = f"{path} and {key}" if key else path
+            raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
+
     def _read_hooks(self) -> List[Any]:
         try:
             return [*build_logs(self._options), *map(HookFile, self._options.hook)]
@@ -8013,6 +8163,8 @@ class Program:
                 timeout=self._options.timeout,
                 max_connections=self._options.max_connections,
                 every_half_second=self._tick if isinstance(proxy, Proxy) else _nothing,
+                certificate=self._certificate if isinstance(proxy, Proxy) else None,
+                reuse_port=self._options.reuse_port and isinstance(proxy, Proxy),
             )
         except (OSError, UnicodeError) as error:
             raise UsageError(
@@ -8026,6 +8178,8 @@ class Program:
         self._pool.close_idle()
         if self._watched:
             self._watched.refresh(self.proxy)
+        if self._certificate:
+            self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):
             self._in_flight.tend_later()
         if self._drain_until < math.inf:
@@ -8061,8 +8215,9 @@ class Program:
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
         if self.admin:
-            _announce("admin on", options.admin[0], self.admin)
-        _announce("listening on", options.host, self.server)
+            _announce("admin on http", options.admin[0], self.admin)
+        scheme = "https" if self._certificate else "http"
+        _announce(f"listening on {scheme}", options.host, self.server)
         # What exists now stays; messages in memory are many, and a collector that visits them all
         # again and again would find nothing, for what a call leaves behind has no cycles.
         gc.freeze()
@@ -8087,7 +8242,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _announce(what: str, host: str, server: Server) -> None:
     port = server.server_address[1]
     host = f"[{host}]" if ":" in host else host
-    print(f"{what} http://{host}:{port}", file=sys.stderr, flush=True)
+    print(f"{what}://{host}:{port}", file=sys.stderr, flush=True)
 
 
 def _nothing() -> None:
@@ -8110,6 +8265,17 @@ def build_routes(
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
     return [Route(pattern, targets[name]) for pattern, name in given or [("sqs:*", "embedded")]]
+
+
+def check_sharing(options: argparse.Namespace, routes: Sequence[Route]) -> None:
+    """UsageError where processes that share a port would each have a part of the truth."""
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise UsageError("--reuse-port is nothing that this system knows")
+    if any(isinstance(route.target, Embedded) for route in routes):
+        message = "--reuse-port with an embedded route: each process would have its own queues"
+        raise UsageError(f"{message}; forward with --upstream")
+    if options.task_protection:
+        raise UsageError("--reuse-port with --task-protection: each process counts for itself")
 
 
 def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> None:

@@ -33,6 +33,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -12270,9 +12271,7 @@ class StreamTest(SocketTest):
         for name, data in (("by length", by_length(body)), ("chunked", by_chunks(body, 65536))):
             with self.subTest(name):
                 wire = self.running.connect()
-                sender = threading.Thread(target=wire.send, args=(data + SECOND,))
-                sender.start()
-                self.addCleanup(sender.join)
+                wire.send(data + SECOND)
                 self.assertTrue(wire.answer().body == body)
                 self.assertEqual(wire.answer().body, b"second")
 
@@ -12697,6 +12696,205 @@ class ServerSettingsTest(unittest.TestCase):
         self.assertEqual(answer.body, b"second")
 
 
+# ==== 9. TLS ====
+
+
+def made_certificate(test, name="localhost"):
+    """Return the path of a new certificate, signed by itself, with its key in the same file."""
+    if not shutil.which("openssl"):
+        raise unittest.SkipTest("openssl is not installed")
+    where = tempfile.mkdtemp()
+    test.addClassCleanup(shutil.rmtree, where)
+    path = os.path.join(where, "both.pem")
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+        f" -keyout {path}.key -out {path}.crt -subj /CN={name}"
+        f" -addext subjectAltName=DNS:{name},IP:127.0.0.1"
+    )
+    subprocess.run(command.split(), check=True, stderr=subprocess.DEVNULL)
+    with open(path, "wb") as both:
+        for part in (".crt", ".key"):
+            with open(path + part, "rb") as file:
+                both.write(file.read())
+    return path
+
+
+class TlsWire(Wire):
+    """The same over TLS; that it ends is believed only if the server has said so."""
+
+    def __init__(self, address, context):
+        super().__init__(address)
+        self.stream.close()
+        self.socket = context.wrap_socket(
+            self.socket, server_hostname="localhost", suppress_ragged_eofs=False
+        )
+        self.stream = self.socket.makefile("rb")
+
+    def send(self, data, piece=0):
+        with contextlib.suppress(ssl.SSLError):  # by now it has closed
+            super().send(data, piece)
+
+    def done(self):
+        """Say so, and wait for the server to say it too: ssl knows no half-closed connection."""
+        self.socket.unwrap()
+
+
+class RunningTls(Running):
+    def __init__(self, proxy, path, **settings):
+        self.certificate = awsproxy.Certificate(path)
+        self.context = ssl.create_default_context(cafile=path)
+        super().__init__(proxy, certificate=self.certificate, **settings)
+
+    def connect(self):
+        self.wires.append(TlsWire(self.address, self.context))
+        return self.wires[-1]
+
+
+class StreamOverTlsTest(StreamTest):
+    """All of it once more, in records; but for what half-closes a connection."""
+
+    test_who_has_finished_sending_is_answered = None
+    test_a_request_that_stops_early_is_never_answered_as_a_whole = None
+    test_an_answer_cannot_be_split_by_a_header = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.proxy = Echo()
+        cls.running = RunningTls(cls.proxy, made_certificate(cls))
+        cls.addClassCleanup(cls.running.stop)
+
+
+class TlsTest(SocketTest):
+    @classmethod
+    def setUpClass(cls):
+        cls.path = made_certificate(cls)
+        cls.other = made_certificate(cls)
+
+    def start(self, proxy=None, **settings):
+        running = RunningTls(proxy or Echo(), self.path, **settings)
+        self.addCleanup(running.stop)
+        return running
+
+    def test_1_2_and_1_3_are_spoken_and_nothing_older(self):
+        running = self.start()
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            running.context.minimum_version = running.context.maximum_version = version
+            running.context.set_alpn_protocols(["h2", "http/1.1"])
+            wire, answer = running.ask(SECOND)
+            self.assertEqual(
+                (answer.body, wire.socket.version()[-3:]),
+                (b"second", version.name[-3:].replace("_", ".")),
+            )
+            self.assertEqual(wire.socket.selected_alpn_protocol(), "http/1.1")
+        with socket.create_connection(running.address, 3) as connection:
+            connection.sendall(TLS_1_1_HELLO)
+            answer = connection.recv(100)
+        self.assertEqual(answer[:1] + answer[5:7], b"\x15\x02\x46")  # fatal: protocol_version
+
+    def test_a_record_that_holds_more_than_a_worker_reads_is_not_forgotten(self):
+        wire = self.start().connect()
+        wire.send(by_chunks(b"first") + SECOND * 3)
+        self.assertEqual([wire.answer().body for _ in range(4)], [b"first"] + [b"second"] * 3)
+
+    def test_a_handshake_keeps_nobody_waiting(self):
+        running = self.start(timeout=0.5)
+        begun = []
+        for data in (b"", b"\x16\x03\x01", TLS_1_1_HELLO[:-20]):
+            for _ in range(20):
+                begun.append(socket.create_connection(running.address, 3))
+                self.addCleanup(begun[-1].close)
+                begun[-1].sendall(data)
+        self.assertEqual(running.ask(SECOND)[1].body, b"second")
+        for connection in begun:
+            self.assertEqual(connection.recv(1), b"")
+
+    def test_who_speaks_without_tls_is_told(self):
+        running = self.start(Proxy(awsproxy.DEMO_CLIENTS))
+        nonsense = socket.create_connection(running.address, 3)
+        self.addCleanup(nonsense.close)
+        nonsense.sendall(b"\0" * 50)
+        for data in (raw_call(), raw_call(body=b"{}".ljust(9000))):
+            with socket.create_connection(running.address, 3) as connection:
+                connection.sendall(data)
+                answer = read_answer(connection.makefile("rb"))
+                self.assertEqual((answer.status, answer.closes), (400, True))
+                self.assertIn(b"https", answer.body)
+        with contextlib.suppress(ConnectionResetError):
+            self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
+
+    def test_an_answer_that_breaks_off_does_not_seem_to_have_ended(self):
+        def blocks():
+            yield b"x" * 100
+            raise ServiceError("ServiceUnavailable", "gone")
+
+        running = self.start()
+        running.server.proxy.begin = lambda request: Reply(200, (), blocks())
+        wire = running.connect()
+        with self.assertLogs("awsproxy"), self.assertRaises(OSError):
+            wire.send(b"GET / HTTP/1.0\r\n\r\n")
+            wire.stream.read()
+
+    def test_a_new_certificate_is_shown_and_a_broken_one_is_not(self):
+        path = os.path.join(folder(self), "cert.pem")
+        with open(self.path, "rb") as old, open(self.other, "rb") as new:
+            old, new = old.read(), new.read()
+        write(path, old)
+        running = RunningTls(Echo(), path)
+        self.addCleanup(running.stop)
+        kept = running.connect()
+        for content, age, level, known in (
+            (b"nonsense", 1, "ERROR", self.path),
+            (old[: old.index(b"-----END")], 2, "ERROR", self.path),
+            (new, 3, "WARNING", self.other),
+        ):
+            write(path, content, age)
+            with self.assertLogs("awsproxy", level) as logs:
+                running.certificate.refresh()
+                running.certificate.refresh()
+            self.assertEqual(len(logs.records), 1)
+            running.context = ssl.create_default_context(cafile=known)
+            self.assertEqual(running.ask(SECOND)[1].body, b"second")
+        kept.send(SECOND)
+        self.assertEqual(kept.answer().body, b"second")
+
+    def test_queue_urls_begin_with_https(self):
+        program = Program(self.addCleanup, "--tls-cert", self.path, "--quiet")
+        with socket.create_connection(program.address, 5) as connection:
+            self.assertEqual(program.scheme, "https")
+            context = ssl.create_default_context(cafile=self.path)
+            with context.wrap_socket(connection, server_hostname="localhost") as secured:
+                body = b'{"QueueName":"jobs"}'
+                kind = (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1])
+                secured.sendall(raw_call(kind, body, at=time.time()))
+                answer = read_answer(secured.makefile("rb"))
+        url = json.loads(answer.body)["QueueUrl"]
+        self.assertEqual(url, f"https://{HOST}/000000000000/jobs")
+
+    def test_what_cannot_be_used_is_refused_with_one_line(self):
+        secret = os.path.join(folder(self), "secret.pem")
+        command = f"openssl ec -aes256 -passout pass:p -in {self.path} -out {secret}"
+        subprocess.run(command.split(), check=True, stderr=subprocess.DEVNULL)
+        for words, expected in (
+            ((f"--tls-key={self.path}",), "--tls-cert"),
+            ((f"--tls-cert={self.path}.not",), "No such file"),
+            ((f"--tls-cert={self.path}.crt",), "cannot be used"),
+            ((f"--tls-cert={self.path}", f"--tls-key={self.other}"), "cannot be used"),
+            ((f"--tls-cert={awsproxy.__file__}",), "cannot be used"),
+            ((f"--tls-cert={self.path}.crt", f"--tls-key={secret}"), "encrypted"),
+        ):
+            with self.subTest(words):
+                ended = subprocess.run(
+                    [sys.executable, awsproxy.__file__, "--port=0", *words],
+                    capture_output=True, text=True, timeout=10,
+                )  # fmt: skip
+                self.assertEqual((ended.returncode, ended.stderr.count("\n")), (2, 1))
+                self.assertIn(expected, ended.stderr)
+
+
+# What a client says first that knows TLS 1.1 and nothing later (RFC 4346, 7.4.1.2).
+TLS_1_1_HELLO = b"\x16\x03\x01\0\x2f\x01\0\0\x2b\x03\x02" + bytes(33) + b"\0\x04\0\x2f\0\x35\x01\0"
+
+
 # ==== The program as a process of its own, called by our own signer ====
 
 
@@ -12739,9 +12937,10 @@ class Program:
     def address(self):
         """Wait until it listens; return where."""
         for line in iter(self.line, None):
-            match = re.fullmatch(r"listening on http://(\[.+\]|[^:]+):([0-9]+)", line)
+            match = re.fullmatch(r"listening on (https?)://(\[.+\]|[^:]+):([0-9]+)", line)
             if match:
-                return match[1].strip("[]"), int(match[2])
+                self.scheme = match[1]
+                return match[2].strip("[]"), int(match[3])
             self.warnings.append(line)
         raise AssertionError(f"it never listened, but printed {self.warnings}")
 
@@ -12820,7 +13019,7 @@ FLAGS = (
     " --route --upstream --profile --sign-as --hook --log-file --max-connections --admin"
     " --drain-seconds --task-protection "
     "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
-    " --no-verify --port --public-url --quiet --region --timeout --version"
+    " --no-verify --port --public-url --quiet --region --reuse-port --timeout --tls-cert --tls-key --version"
 ).split()
 LOG_FIELDS = "time client key action status error ms request_id".split()
 
@@ -12909,6 +13108,30 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aawsproxy: [^\n]+\n\Z")
                 self.assertIn(remedy, errors)
+
+    def test_a_port_is_shared_by_processes_that_keep_nothing(self):
+        sink = Running(Echo())
+        self.addCleanup(sink.stop)
+        flags = ("--reuse-port", "--quiet", "--upstream", "http://{}:{}".format(*sink.address))
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        keys = {**os.environ, **keys}
+        first = Program(self.addCleanup, *flags, env=keys)
+        port = first.address[1]
+        second = Program(self.addCleanup, *flags, f"--port={port}", env=keys)
+        self.assertEqual(second.address[1], port)
+        first.caller()("ListQueues")
+        self.assertEqual(first.end()[0], 0)
+        second.caller()("ListQueues")
+        self.assertEqual(len(sink.server.proxy.requests), 2)
+        for more, expected in (
+            (("--reuse-port",), "embedded"),
+            ((*flags, "--task-protection"), "--task-protection"),
+            (flags[1:], "in use"),
+        ):
+            command = [sys.executable, awsproxy.__file__, f"--port={port}", *more]
+            ended = subprocess.run(command, env=keys, capture_output=True, text=True, timeout=10)
+            self.assertEqual((ended.returncode, ended.stderr.count("\n")), (2, 1), ended.stderr)
+            self.assertIn(expected, ended.stderr)
 
     def test_a_clients_file_that_cannot_be_used_is_refused_with_one_line(self):
         at = folder(self)
