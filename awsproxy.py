@@ -95,7 +95,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import (
     Any,
@@ -143,6 +143,19 @@ log = logging.getLogger("awsproxy")
 # understood.  All are immutable: a stage makes a new value or raises ServiceError.
 
 Headers = Tuple[Tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
+Fields = Mapping[str, List[str]]  # by name in lower case, the values in the order received
+
+
+def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
+    """Return the headers by name."""
+    fields: Dict[str, List[str]] = {}
+    for name, value in headers:
+        lower = name.lower()
+        if lower in fields:
+            fields[lower].append(value)
+        else:
+            fields[lower] = [value]
+    return fields
 
 
 class Body(Protocol):
@@ -193,12 +206,9 @@ class Request:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
 
     @_Once
-    def fields(self) -> Mapping[str, List[str]]:
+    def fields(self) -> Fields:
         """The header values under each name in lower case, in the order received."""
-        fields: Dict[str, List[str]] = {}
-        for name, value in self.headers:
-            fields.setdefault(name.lower(), []).append(value)
-        return fields
+        return fields_of(self.headers)
 
     def with_headers(self, headers: Headers) -> Request:
         """Return the same request with other headers."""
@@ -284,12 +294,12 @@ class Call:
     presigned: bool = False
     base_url: str = ""  # what a QueueUrl begins with
     encoded: Any = None  # what `input` is decoded from
-    may_wait: bool = True
-    changed: bool = False  # whether a hook has changed the input
-    upstream_seconds: float = 0.0  # how long its upstream took, if it was forwarded
-    rewrites: Sequence[Callable[[Call, Request], Request]] = ()
     began: float = math.inf
-    _input: Optional[Dict[str, Any]] = None
+    may_wait: bool = field(default=True, init=False)
+    changed: bool = field(default=False, init=False)  # whether a hook has changed the input
+    upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
+    rewrites: Sequence[Callable[[Call, Request], Request]] = field(default=(), init=False)
+    _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
@@ -470,6 +480,13 @@ class Head(NamedTuple):
     target: str
     version: str  # "1.0" or "1.1"
     headers: Headers
+    fields: Fields
+
+    def request(self, body: Body, peer: str, abandoned: Callable[[], bool]) -> Request:
+        """Return the request that this is the head of."""
+        request = Request(self.method, self.target, self.headers, body, peer, abandoned)
+        request.__dict__["fields"] = self.fields  # once is enough
+        return request
 
 
 def parse_head(raw: bytes) -> Head:
@@ -505,12 +522,13 @@ def parse_head(raw: bytes) -> Head:
         raise ServiceError(
             "RequestHeaderFieldsTooLarge", f"A request may have {MAX_HEADERS} header lines."
         )
-    hosts = [value for name, value in headers if len(name) == 4 and name.lower() == "host"]
+    fields = fields_of(headers)
+    hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
     if hosts and not _HOST.fullmatch(hosts[0]):
         raise ServiceError("BadRequest", "The Host header is not a host and port.")
-    return Head(method, target, "1." + minor, tuple(headers))
+    return Head(method, target, "1." + minor, tuple(headers), fields)
 
 
 _REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
@@ -521,14 +539,18 @@ def salvage_head(raw: bytes) -> Head:
     """Return what can be told of a head that was refused, so as to refuse it in its protocol."""
     text = raw.decode("latin-1")
     line = _REFUSED_LINE.match(text)
-    fields = _REFUSED_FIELDS.findall(text)[:MAX_HEADERS]
-    return Head(line[1] if line else "", (line and line[2]) or "/", "1.0", tuple(fields))
+    headers = tuple(_REFUSED_FIELDS.findall(text)[:MAX_HEADERS])
+    method, target = (line[1], line[2] or "/") if line else ("", "/")
+    return Head(method, target, "1.0", headers, fields_of(headers))
 
 
-def asks_to_close(request: Request) -> bool:
+def asks_to_close(head: Head) -> bool:
     """Whether the connection is to end with the answer (RFC 9112, 9.6)."""
-    values = request.fields.get("connection", ())
-    return any("close" in map(str.strip, value.lower().split(",")) for value in values)
+    values = head.fields.get("connection")
+    if values is None:
+        return head.version == "1.0"
+    named = any("close" in map(str.strip, value.lower().split(",")) for value in values)
+    return named or head.version == "1.0"
 
 
 def expects_continue(head: Head) -> bool:
@@ -536,8 +558,8 @@ def expects_continue(head: Head) -> bool:
 
     Raises ServiceError ExpectationFailed for anything else that it expects.
     """
-    expected = [v for name, v in head.headers if len(name) == 6 and name.lower() == "expect"]
-    if head.version == "1.0" or not expected:
+    expected = head.fields.get("expect")
+    if not expected or head.version == "1.0":
         return False
     if {value.lower() for value in expected} != {"100-continue"}:
         raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
@@ -550,14 +572,8 @@ def body_framing(head: Head) -> Optional[int]:
     Raises ServiceError BadRequest where two readers could disagree about the end of the
     body (RFC 9112, 6.1 to 6.3).
     """
-    lengths, codings = [], []
-    for name, value in head.headers:
-        if len(name) in (14, 17):
-            lower = name.lower()
-            if lower == "content-length":
-                lengths.append(value)
-            elif lower == "transfer-encoding":
-                codings.append(value)
+    lengths = head.fields.get("content-length")
+    codings = head.fields.get("transfer-encoding")
     if codings:
         if head.version == "1.0":
             raise ServiceError("BadRequest", "HTTP/1.0 knows no Transfer-Encoding.")
@@ -570,7 +586,7 @@ def body_framing(head: Head) -> Optional[int]:
         return None
     if not lengths:
         return 0
-    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
+    if (len(lengths) > 1 and len(set(lengths)) > 1) or not _DIGITS.fullmatch(lengths[0]):
         raise ServiceError("BadRequest", "Content-Length must be one decimal number.")
     return int(lengths[0])
 
@@ -863,10 +879,8 @@ def encode_reply(
     if not isinstance(body, bytes):
         raise ValueError("a body that streams is not encoded as a whole")
     lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
-    names = set()
-    for name, value in headers:
-        names.add(name.lower())
-        lines.append(f"{name}: {value}")
+    lines += [f"{name}: {value}" for name, value in headers]
+    names = [name.lower() for name, _ in headers]
     if "date" not in names:
         lines.append(f"Date: {date}")
     bodiless = status < 200 or status in (204, 304) or (head_only and not body)
@@ -1173,6 +1187,8 @@ def parse_authorization(request: Request) -> Authorization:
     scheme than AWS4-HMAC-SHA256, or not in the exact syntax.
     """
     headers = request.fields.get("authorization", ())
+    if len(headers) == 1 and "?" not in request.target:
+        return _parse_header(request, headers[0])
     if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
         raise refusal("query", request)
     names = {name.lower() for name, _ in request.query}
@@ -1405,7 +1421,11 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     """Return a line for each name; values trimmed, blanks collapsed, repeats joined in order."""
     lines = []
     for name in names:
-        value = ",".join([value.strip(" \t") for value in fields[name]])
+        values = fields[name]
+        if len(values) == 1:
+            value = values[0].strip(" \t")
+        else:
+            value = ",".join([value.strip(" \t") for value in values])
         if "  " in value or "\t" in value:
             value = _BLANKS.sub(" ", value)
         lines.append(f"{name}:{value}\n")
@@ -1416,13 +1436,16 @@ def canonical_parts(
     request: Request, authorization: Authorization, payload_hash: str, profile: Profile
 ) -> Tuple[str, ...]:
     """Return the lines of a canonical request: method, path, query, headers, names, payload."""
-    without = [b"X-Amz-Signature"] if authorization.presigned else []
-    if authorization.presigned and profile.unsigned_token:
-        without.append(b"X-Amz-Security-Token")
+    path, _, query = request.target.partition("?")
+    if query:
+        without = [b"X-Amz-Signature"] if authorization.presigned else []
+        if authorization.presigned and profile.unsigned_token:
+            without.append(b"X-Amz-Security-Token")
+        query = canonical_query(request.query, without)
     return (
         request.method,
-        canonical_path(request.path, profile.normalize_path),
-        canonical_query(request.query, without),
+        canonical_path(path, profile.normalize_path),
+        query,
         canonical_headers(request.fields, authorization.signed_headers),
         ";".join(authorization.signed_headers),
         payload_hash,
@@ -2767,11 +2790,11 @@ def _to_form(
             ]
         elif isinstance(value, list):
             items = [(f"{element}.{index}", item) for index, item in enumerate(value, 1)]
-        for field, item in items:
+        for member, item in items:
             if isinstance(item, dict):
-                yield from _to_form(item, names, operation, field + ".")
+                yield from _to_form(item, names, operation, member + ".")
             else:
-                yield field, _plain_text(item)
+                yield member, _plain_text(item)
 
 
 def _plain_text(value: Any) -> str:
@@ -6058,23 +6081,19 @@ class Upstream:
 class Exchange:
     """A request, and what became of it, as `Hook.observe` sees it."""
 
-    __slots__ = (
-        "call", "error", "reason", "reply", "reply_bytes", "request", "request_id", "seconds",
-        "started", "status", "wire",
-    )  # fmt: skip
+    call: Optional[Call] = None  # once it is known who calls
+    status = 0
+    error = "-"  # the code that the caller was told
+    reason = ""  # the row of REFUSALS, if its signature was refused
+    seconds = 0.0
+    reply_bytes = 0
+    reply: Optional[Reply] = None
 
     def __init__(self, request: Request, started: float, request_id: str) -> None:
         self.request = request
         self.started = started  # seconds since 1970
         self.request_id = request_id
         self.wire = wire_protocol(request)
-        self.call: Optional[Call] = None  # once it is known who calls
-        self.status = 0
-        self.error = "-"  # the code that the caller was told
-        self.reason = ""  # the row of REFUSALS, if its signature was refused
-        self.seconds = 0.0
-        self.reply_bytes = 0
-        self.reply: Optional[Reply] = None
 
     @property
     def access_key_id(self) -> str:
@@ -6095,13 +6114,14 @@ class Exchange:
     @property
     def request_bytes(self) -> int:
         """The Content-Length; 0 where there is none that is a number."""
-        length = self.request.header("content-length") or ""
-        return int(length) if _DIGITS.fullmatch(length) else 0
+        length = self.request.header("content-length")
+        return int(length) if length and _DIGITS.fullmatch(length) else 0
 
     @property
     def attempt(self) -> int:
         """Which try of its SDK this is, from 1 on; 0 where the SDK does not tell."""
-        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
+        header = self.request.header("amz-sdk-request")
+        match = header and _ATTEMPT.search(header)
         return int(match[1]) if match else 0
 
 
@@ -6306,12 +6326,10 @@ class Metrics(Hook):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._operations: Set[str] = set()
-        self._calls: Dict[Tuple[str, ...], int] = collections.Counter()
-        self._attempts: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._operations: Set[Tuple[str, str]] = set()
+        # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
+        self._rows: Dict[Tuple[Any, ...], List[int]] = {}
         self._refusals: Dict[Tuple[str, ...], int] = collections.Counter()
-        self._bytes: Dict[Tuple[str, ...], int] = collections.Counter()
-        self._throttles = 0
         self._seconds = Histogram(self.BUCKETS)
         self._upstream_seconds = Histogram(self.BUCKETS)
         self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
@@ -6322,41 +6340,55 @@ class Metrics(Hook):
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
-        call = exchange.call
-        client, service, operation = "-", "-", "-"
+        call, attempt = exchange.call, exchange.attempt
+        of_call: Tuple[str, str, str] = ("-", "-", "-")
         if call:
-            client, service, operation = call.caller.name, call.service, call.operation
+            of_call = (call.caller.name, call.service, call.operation)
+        key = (*of_call, exchange.status, exchange.error, attempt)
         with self._lock:
-            if call and call.action not in self._operations:
-                if len(self._operations) < self.MAX_OPERATIONS:
-                    self._operations.add(call.action)
-                else:
-                    service, operation = "other", "other"
-            labels = (client, service, operation, str(exchange.status), exchange.error)
-            self._calls[labels] += 1
-            self._attempts[(str(min(exchange.attempt, 10)),)] += 1
-            self._bytes[("in",)] += exchange.request_bytes
-            self._bytes[("out",)] += exchange.reply_bytes
+            row = self._rows.get(key) or self._new_row(key)
+            row[0] += 1
+            row[1] += exchange.request_bytes
+            row[2] += exchange.reply_bytes
             self._seconds.add(exchange.seconds)
             if call and call.upstream_seconds > 0:
                 self._upstream_seconds.add(call.upstream_seconds)
             if exchange.reason:
                 self._refusals[(exchange.reason,)] += 1
-            if exchange.error in self.THROTTLES or exchange.status == 429:
-                self._throttles += 1
+
+    def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
+        """Return where to count such calls; operations beyond the most are counted as one."""
+        client, *operation, status, code, attempt = key
+        if len(self._operations) < self.MAX_OPERATIONS:
+            self._operations.add((operation[0], operation[1]))
+        if tuple(operation) not in self._operations:
+            operation = ["other", "other"]
+        key = (client, *operation, status, code, min(attempt, 10))
+        return self._rows.setdefault(key, [0, 0, 0])
 
     def text(self) -> str:
         """Return all of it (Prometheus, "Exposition formats", text format 0.0.4)."""
         lines: List[str] = []
-        throttles: Dict[Tuple[str, ...], int] = {(): self._throttles}
+        calls: Dict[Tuple[str, ...], int] = collections.Counter()
+        attempts: Dict[Tuple[str, ...], int] = collections.Counter()
+        totals: Dict[Tuple[str, ...], int] = {("in",): 0, ("out",): 0}
+        throttles: Dict[Tuple[str, ...], int] = {(): 0}
         with self._lock:
+            for key, (count, came, went) in self._rows.items():
+                *of_call, status, code, attempt = key
+                calls[tuple(map(str, (*of_call, status, code)))] += count
+                attempts[(str(attempt),)] += count
+                totals[("in",)] += came
+                totals[("out",)] += went
+                if code in self.THROTTLES or status == 429:
+                    throttles[()] += count
             for name, labels, help_text, counts in (
                 ("requests_total", ("client", "service", "operation", "status", "code"),
-                 "Requests answered.", self._calls),
+                 "Requests answered.", calls),
                 ("attempts_total", ("attempt",), "Requests by attempt of their SDK; 0 is none.",
-                 self._attempts),
+                 attempts),
                 ("refusals_total", ("reason",), "Signatures refused.", self._refusals),
-                ("bytes_total", ("direction",), "Bytes of bodies.", self._bytes),
+                ("bytes_total", ("direction",), "Bytes of bodies.", totals),
                 ("throttles_total", (), "Answers that throttle.", throttles),
             ):  # fmt: skip
                 _counter(lines, name, labels, help_text, counts)
@@ -6956,24 +6988,30 @@ class Proxy:
         exchange = Exchange(request, self._clock(), self._new_id())
         try:
             call, target = self._understood(exchange)
-            act = functools.partial(target.answer, call, exchange.request_id)
-            if self._before or self._after or self._rewrite:
-                hooked = functools.partial(self._hooked, call, act)
-                return functools.partial(self.complete, exchange, hooked)
-            if isinstance(target, Upstream):
-                waiting = target.begin(call)
-                if waiting:
-                    return Pending(self, exchange, waiting)
-            if target.may_block:
-                return functools.partial(self.complete, exchange, act)
+            if self._hooked_calls or target.may_block:
+                return self._begun(exchange, call, target)
             call.may_wait = False
-            reply = act()
+            reply = target.answer(call, exchange.request_id)
         except WouldWait:
             call.may_wait = True
+            act = functools.partial(target.answer, call, exchange.request_id)
             return functools.partial(self.complete, exchange, act)
         except Exception as error:
             return self.refuse(exchange, error)
         return self.observed(exchange, reply)
+
+    def _begun(
+        self, exchange: Exchange, call: Call, target: Target
+    ) -> Union[Pending, Callable[[], Reply]]:
+        """Return what has the answer later, or what answers when called."""
+        act = functools.partial(target.answer, call, exchange.request_id)
+        if self._hooked_calls:
+            act = functools.partial(self._hooked, call, act)
+        elif isinstance(target, Upstream):
+            waiting = target.begin(call)
+            if waiting:
+                return Pending(self, exchange, waiting)
+        return functools.partial(self.complete, exchange, act)
 
     def arrange_hooks(self) -> None:
         """Take the moments of the hooks as they are now."""
@@ -6984,6 +7022,7 @@ class Proxy:
         )
         self._after.reverse()
         self._observe.reverse()
+        self._hooked_calls = bool(self._before or self._rewrite or self._after)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed."""
@@ -7095,9 +7134,9 @@ class Proxy:
             found.presigned,
             base_url,
             encoded,
+            time.monotonic(),
         )
         exchange.call = call
-        call.began = time.monotonic()
         target = self._target(call.action)
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             target = NoMessages()
@@ -7350,8 +7389,7 @@ class Conversation:
         try:
             head = parse_head(buffer[:end])
             length = body_framing(head)
-            small = min(SMALL_BODY, self.server.proxy.max_body)
-            waits = length is None or length > small or expects_continue(head)
+            waits = length is None or length > self.server.gathered or expects_continue(head)
         except ServiceError as error:
             refused, waits, length = error, True, 0
             head = salvage_head(buffer[:end])
@@ -7364,10 +7402,8 @@ class Conversation:
             self.needed = beyond
             return False
         self.buffer = buffer[beyond:]
-        method, target, version, headers = head
-        body = io.BytesIO(buffer[end:beyond])
-        request = Request(method, target, headers, body, self.peer, self._abandoned)
-        manner = _manner(request, version)
+        request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self._abandoned)
+        manner = _manner(head)
         reply = self.server.proxy.begin(request)
         if isinstance(reply, Reply) and isinstance(reply.body, bytes):
             return self.send(reply, manner)
@@ -7443,7 +7479,6 @@ class Conversation:
         self, head: Head, length: Optional[int], refused: Optional[ServiceError]
     ) -> bool:
         """Answer a request whose body is read as it is wanted."""
-        method, target, version, headers = head
         source = Stream(self._receiver(), self.buffer)
         self.buffer = b""
         longest = self.server.proxy.longest_body(head)
@@ -7454,9 +7489,9 @@ class Conversation:
         else:
             body = LengthBody(source, length, begin)
             refused = too_large(longest) if length > longest else refused
-        request = Request(method, target, headers, body, self.peer, self._abandoned)
+        request = head.request(body, self.peer, self._abandoned)
         reply = self.server.proxy.handle(request, refused)
-        manner = _manner(request, version)
+        manner = _manner(head)
         unread = refused is not None or body.unread
         goes_on = self._write(reply, manner._replace(close=True) if unread else manner)
         self.buffer = source.buffer
@@ -7547,9 +7582,8 @@ class Conversation:
             pass
 
 
-def _manner(request: Request, version: str) -> Manner:
-    old = version == "1.0"
-    return Manner(old or asks_to_close(request), request.method == "HEAD", old)
+def _manner(head: Head) -> Manner:
+    return Manner(asks_to_close(head), head.method == "HEAD", head.version == "1.0")
 
 
 class Server(http.server.HTTPServer):
@@ -7576,6 +7610,7 @@ class Server(http.server.HTTPServer):
             self.address_family = socket.AF_INET6
         self.proxy = proxy
         self.timeout_seconds = timeout
+        self.gathered = min(SMALL_BODY, proxy.max_body)  # what a body may have to be gathered
         self._max_connections = max_connections
         self._reuse_port = reuse_port
         self._certificate = certificate

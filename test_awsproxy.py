@@ -951,7 +951,8 @@ class BodyFramingTest(unittest.TestCase):
         ):
             for value in values:
                 with self.subTest(name, value=value):
-                    head = awsproxy.Head("POST", "/", "1.1", ((name, value),))
+                    fields = {name.lower(): [value]}
+                    head = awsproxy.Head("POST", "/", "1.1", ((name, value),), fields)
                     self.assertEqual(refused_with(awsproxy.body_framing, head), 400)
 
 
