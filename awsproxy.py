@@ -6082,6 +6082,7 @@ class Exchange:
     """A request, and what became of it, as `Hook.observe` sees it."""
 
     call: Optional[Call] = None  # once it is known who calls
+    target: Optional[Target] = None  # once it is known what answers
     status = 0
     error = "-"  # the code that the caller was told
     reason = ""  # the row of REFUSALS, if its signature was refused
@@ -6824,9 +6825,9 @@ class Admin:
     def __init__(self, status: Status) -> None:
         self._status = status
 
-    def begin(self, request: Request) -> Reply:
-        """Return what the path tells."""
-        return self._status.answer(request)
+    def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
+        """Return what the paths tell."""
+        return [self._status.answer(request) for request in requests]
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """The same; or the refusal."""
@@ -6898,6 +6899,9 @@ class Pending:
         self._waiting.give_up()
         message = "The upstream of this proxy did not answer in time."
         return self._proxy.refuse(self._exchange, ServiceError("ServiceUnavailable", message))
+
+
+Outcome = Union[Reply, Pending, Callable[[], Reply]]
 
 
 class Proxy:
@@ -6972,38 +6976,58 @@ class Proxy:
         if refused:
             exchange = Exchange(request, self._clock(), self._new_id())
             return self.refuse(exchange, refused)
-        reply = self.begin(request)
-        if isinstance(reply, Pending):
-            reply = reply.wait()
-        return reply if isinstance(reply, Reply) else reply()
+        (outcome,) = self.begin([request])
+        if isinstance(outcome, Pending):
+            outcome = outcome.wait()
+        return outcome if isinstance(outcome, Reply) else outcome()
 
-    def begin(self, request: Request) -> Union[Reply, Pending, Callable[[], Reply]]:
-        """Answer one request if nothing is to be waited for.
+    def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
+        """Answer requests, those where nothing is to be waited for.
 
-        Else return what has the answer once its socket is readable, or what answers when called.
+        The outcome of one is its reply; or what has the reply once its socket is readable; or
+        what returns the reply when called.  Each step is taken for all of them before the next: a
+        step just taken is at hand in the processor's caches, which saves a third of the time.
         """
-        if self._status and request.target.startswith(Status.PREFIX):
-            if is_loopback(request.peer):  # no bucket is called as these paths are
-                return self._status.answer(request)
-        exchange = Exchange(request, self._clock(), self._new_id())
+        outcomes: List[Any] = [
+            self._own_path(request) or Exchange(request, self._clock(), self._new_id())
+            for request in requests
+        ]
+        for step in (self._understand, self._act, self._finish):
+            outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
+        return outcomes
+
+    def _own_path(self, request: Request) -> Optional[Reply]:
+        """Return what a path of our own tells: no bucket is called as these are."""
+        if self._status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
+            return self._status.answer(request)
+        return None
+
+    def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
+        """Find out what is meant, or refuse."""
         try:
-            call, target = self._understood(exchange)
+            exchange.call, exchange.target = self._understood(exchange)
+        except Exception as error:
+            return self.refuse(exchange, error)
+        return exchange
+
+    def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
+        """Have the target answer, as far as it need not wait."""
+        call, target = exchange.call, exchange.target
+        assert call and target
+        try:
             if self._hooked_calls or target.may_block:
-                return self._begun(exchange, call, target)
+                return self._act_later(exchange, call, target)
             call.may_wait = False
-            reply = target.answer(call, exchange.request_id)
+            exchange.reply = target.answer(call, exchange.request_id)
         except WouldWait:
             call.may_wait = True
             act = functools.partial(target.answer, call, exchange.request_id)
             return functools.partial(self.complete, exchange, act)
         except Exception as error:
             return self.refuse(exchange, error)
-        return self.observed(exchange, reply)
+        return exchange
 
-    def _begun(
-        self, exchange: Exchange, call: Call, target: Target
-    ) -> Union[Pending, Callable[[], Reply]]:
-        """Return what has the answer later, or what answers when called."""
+    def _act_later(self, exchange: Exchange, call: Call, target: Target) -> Outcome:
         act = functools.partial(target.answer, call, exchange.request_id)
         if self._hooked_calls:
             act = functools.partial(self._hooked, call, act)
@@ -7012,6 +7036,10 @@ class Proxy:
             if waiting:
                 return Pending(self, exchange, waiting)
         return functools.partial(self.complete, exchange, act)
+
+    def _finish(self, exchange: Exchange) -> Reply:
+        assert exchange.reply
+        return self.observed(exchange, exchange.reply)
 
     def arrange_hooks(self) -> None:
         """Take the moments of the hooks as they are now."""
@@ -7136,7 +7164,7 @@ class Proxy:
             encoded,
             time.monotonic(),
         )
-        exchange.call = call
+        exchange.call = call  # whose refusal is told with its name
         target = self._target(call.action)
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             target = NoMessages()
@@ -7247,6 +7275,7 @@ SPOOLED_IN_MEMORY = 1048576
 # has the connection to itself meanwhile and then gives it back.
 
 SMALL_BODY = 131072  # up to here a body is gathered before its call begins
+AT_ONCE = 32  # so many connections are seen to before the first is answered
 MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
 
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
@@ -7365,15 +7394,13 @@ class Conversation:
         self.buffer += data
         if len(self.buffer) >= self.needed:
             self.needed = 0
-            self.proceed()
+            self.server.arrived.append(self)
 
-    def proceed(self) -> None:
-        """Answer each request that the buffer holds, until one must wait or be waited for."""
-        while self.buffer and self._next_request():
-            pass
+    def next_request(self) -> Optional[Tuple[Request, Manner]]:
+        """Return the next request, and how it wants its answer, if the buffer holds all of it.
 
-    def _next_request(self) -> bool:
-        """Answer the next request here, or have a worker do it; whether to look for another."""
+        None if not, or if a worker is to read it.
+        """
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = self.buffer[2:]
         buffer = self.buffer
@@ -7382,7 +7409,7 @@ class Conversation:
             at = max(self.scanned - 1, 0)
             if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, at):
                 self.scanned = len(buffer)
-                return False
+                return None
             end = len(buffer)
         self.scanned = 0
         refused: Optional[ServiceError] = None
@@ -7396,55 +7423,47 @@ class Conversation:
         if waits:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, head, length, refused))
-            return False
+            return None
         beyond = end + (length or 0)
         if len(buffer) < beyond:
             self.needed = beyond
-            return False
+            return None
         self.buffer = buffer[beyond:]
         request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self._abandoned)
-        manner = _manner(head)
-        reply = self.server.proxy.begin(request)
-        if isinstance(reply, Reply) and isinstance(reply.body, bytes):
-            return self.send(reply, manner)
-        if isinstance(reply, Pending):
-            self.server.wait(self, reply, manner)
-            return False
-        self.server.work(self, functools.partial(self._finish, reply, manner))
-        return False
+        return request, _manner(head)
 
-    def answered(self, reply: Union[Reply, Callable[[], Reply]], manner: Manner) -> None:
-        """Send the reply that was waited for, and go on."""
-        if isinstance(reply, Reply) and isinstance(reply.body, bytes):
-            if self.send(reply, manner):
-                self.proceed()
-            return
-        self.server.work(self, functools.partial(self._finish, reply, manner))
+    def answer(self, outcome: Outcome, manner: Manner) -> None:
+        """Send a reply, or have it waited for; then go on with what the buffer holds."""
+        if isinstance(outcome, Pending):
+            self.server.wait(self, outcome, manner)
+        elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
+            date = _http_date(int(time.time()))
+            self._send(encode_reply(outcome, date, manner.close, manner.head_only), manner.close)
+        else:
+            self.server.work(self, functools.partial(self._finish, outcome, manner))
 
-    def send(self, reply: Reply, manner: Manner) -> bool:
-        """Send a reply from the loop; whether the connection is ready for the next request."""
-        close = manner.close
-        data = encode_reply(reply, _http_date(int(time.time())), close, manner.head_only)
+    def _send(self, data: bytes, close: bool) -> None:
+        """Send a whole reply from the loop."""
         try:
             sent = self.socket.send(data)
         except WOULD_BLOCK:
             sent = 0
         except OSError:
             self.close()
-            return False
+            return
         if sent < len(data):
             self.server.work(self, functools.partial(self._write_rest, data[sent:], close))
-            return False
-        if close:
+        elif close:
             self.close()
-        return not close
+        elif self.buffer:
+            self.server.arrived.append(self)
 
     def resume(self) -> None:
         """Go on with what came while a worker had the connection."""
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
             self.readable()  # no selector sees what is decrypted already
         elif self.buffer:
-            self.proceed()
+            self.server.arrived.append(self)
 
     def close(self) -> None:
         """End the connection."""
@@ -7623,6 +7642,8 @@ class Server(http.server.HTTPServer):
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
+        self.arrived: List[Conversation] = []  # whose buffers may hold a request
+        self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
         self._returned: Deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
         self._wake, self._woken = socket.socketpair()
@@ -7645,13 +7666,44 @@ class Server(http.server.HTTPServer):
         self._stopped.clear()
         tick = time.monotonic() + poll_interval
         while not self._stopping:
-            for key, _ in self._selector.select(max(0.0, tick - time.monotonic())):
-                self._guarded(key.data, key.fileobj)
+            ready = self._selector.select(max(0.0, tick - time.monotonic()))
+            for start in range(0, len(ready), AT_ONCE):
+                for key, _ in ready[start : start + AT_ONCE]:
+                    self._guarded(key.data, key.fileobj)
+                self._answer()
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
                 for act in self._regular:
                     self._guarded(act)
+                self._answer()
         self._stopped.set()
+
+    def _answer(self) -> None:
+        """Answer what has arrived, of clients and of upstreams."""
+        while self.arrived or self._replies:
+            arrived, self.arrived = self.arrived, []
+            replies, self._replies = self._replies, []
+            found: List[Tuple[Conversation, Request, Manner]] = []
+            for conversation in arrived:
+                self._guarded(
+                    functools.partial(self._find_request, conversation, found), conversation.socket
+                )
+            outcomes = self.proxy.begin([request for _, request, _ in found])
+            replies += [
+                (conversation, outcome, manner)
+                for (conversation, _, manner), outcome in zip(found, outcomes)
+            ]
+            for conversation, outcome, manner in replies:
+                act = functools.partial(conversation.answer, outcome, manner)
+                self._guarded(act, conversation.socket)
+
+    @staticmethod
+    def _find_request(
+        conversation: Conversation, found: List[Tuple[Conversation, Request, Manner]]
+    ) -> None:
+        request = conversation.next_request()
+        if request:
+            found.append((conversation, *request))
 
     def _guarded(self, act: Callable[[], None], connection: Any = None) -> None:
         """Do it; what goes wrong must not end the server."""
@@ -7809,8 +7861,7 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
         self._park(conversation)
-        act = functools.partial(conversation.answered, reply, manner)
-        self._guarded(act, conversation.socket)
+        self._replies.append((conversation, reply, manner))
 
     def _give_up_pending(self) -> None:
         oldest = time.monotonic() - UPSTREAM_SECONDS

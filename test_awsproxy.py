@@ -12109,7 +12109,9 @@ class Echo(Proxy):
         super().__init__(awsproxy.DEMO_CLIENTS, max_body=5000000)
         self.requests = []
         self.headers = ()
-        self.begin = self.handle
+
+    def begin(self, requests):
+        return list(map(self.handle, requests))
 
     def handle(self, request, refused=None):
         if refused:
@@ -12829,7 +12831,7 @@ class TlsTest(SocketTest):
             raise ServiceError("ServiceUnavailable", "gone")
 
         running = self.start()
-        running.server.proxy.begin = lambda request: Reply(200, (), blocks())
+        running.server.proxy.begin = lambda requests: [Reply(200, (), blocks())]
         wire = running.connect()
         with self.assertLogs("awsproxy"), self.assertRaises(OSError):
             wire.send(b"GET / HTTP/1.0\r\n\r\n")
