@@ -7275,7 +7275,7 @@ SPOOLED_IN_MEMORY = 1048576
 # has the connection to itself meanwhile and then gives it back.
 
 SMALL_BODY = 131072  # up to here a body is gathered before its call begins
-AT_ONCE = 32  # so many connections are seen to before the first is answered
+AT_ONCE = 16  # so many connections are seen to before the first is answered
 MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
 
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
@@ -7685,33 +7685,22 @@ class Server(http.server.HTTPServer):
             replies, self._replies = self._replies, []
             found: List[Tuple[Conversation, Request, Manner]] = []
             for conversation in arrived:
-                self._guarded(
-                    functools.partial(self._find_request, conversation, found), conversation.socket
-                )
+                request = self._guarded(conversation.next_request, conversation.socket)
+                if request:
+                    found.append((conversation, *request))
             outcomes = self.proxy.begin([request for _, request, _ in found])
-            replies += [
-                (conversation, outcome, manner)
-                for (conversation, _, manner), outcome in zip(found, outcomes)
-            ]
+            replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
             for conversation, outcome, manner in replies:
-                act = functools.partial(conversation.answer, outcome, manner)
-                self._guarded(act, conversation.socket)
+                self._guarded(conversation.answer, conversation.socket, outcome, manner)
 
-    @staticmethod
-    def _find_request(
-        conversation: Conversation, found: List[Tuple[Conversation, Request, Manner]]
-    ) -> None:
-        request = conversation.next_request()
-        if request:
-            found.append((conversation, *request))
-
-    def _guarded(self, act: Callable[[], None], connection: Any = None) -> None:
-        """Do it; what goes wrong must not end the server."""
+    def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
+        """Return what it returns; what goes wrong must not end the server."""
         try:
-            act()
+            return act(*given)
         except Exception:
             log.exception("a connection failed")
             self._drop(connection)
+            return None
 
     def stop(self) -> None:
         """Have `serve_forever` return."""
