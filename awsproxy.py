@@ -829,8 +829,9 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
     """
     if method == "HEAD" or head.status in (204, 304):
         return 0
-    lengths = {value for name, value in head.headers if name.lower() == "content-length"}
-    codings = [value for name, value in head.headers if name.lower() == "transfer-encoding"]
+    fields = fields_of(head.headers)
+    lengths = set(fields.get("content-length", ()))
+    codings = fields.get("transfer-encoding")
     if codings:
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
             raise ValueError(f"it has the transfer coding {codings[0][:40]!r}")
@@ -2130,18 +2131,19 @@ def sign(
     if profile.declared_payload:
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
-    names = sorted(n for n in request.fields if n in _SIGNED or n.startswith("x-amz-"))
-    claimed = Authorization(credentials.access_key_id, scope, tuple(names), "", amz_date)
+    names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
+    key_id = credentials.access_key_id
+    claimed = Authorization(key_id, scope, names, "", amz_date)
     text = string_to_sign(
         amz_date, scope, canonical_request(request, claimed, payload_hash, profile)
     )
     made = signature(credentials.secret_access_key, scope, text)
     header = (
-        f"{ALGORITHM} Credential={credentials.access_key_id}/{scope},"
+        f"{ALGORITHM} Credential={key_id}/{scope},"
         f" SignedHeaders={';'.join(names)}, Signature={made}"
     )
-    claimed = claimed._replace(signature=made)
-    return request.with_headers((*request.headers, ("Authorization", header))), claimed
+    signed = request.with_headers((*request.headers, ("Authorization", header)))
+    return signed, Authorization(key_id, scope, names, made, amz_date)
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -5486,22 +5488,24 @@ _REPLACED = HOP_BY_HOP | frozenset(
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
+_ANSWER_DROPS = HOP_BY_HOP | _FRAMING  # of an answer that has a length of its own here
 MAX_WHOLE_REPLY = 65536  # a longer one is passed on as it comes
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
 
 def end_to_end(headers: Headers, dropped: FrozenSet[str] = HOP_BY_HOP) -> List[Tuple[str, str]]:
     """Return the headers less those dropped, and those that Connection names."""
-    named = {
-        token.strip().lower()
-        for name, value in headers
-        if name.lower() == "connection"
-        for token in value.split(",")
-    }
+    kept = []
+    named: Set[str] = set()
+    for name, value in headers:
+        lower = name.lower()
+        if lower not in dropped:
+            kept.append((name, value))
+        elif lower == "connection":
+            named.update(token.strip().lower() for token in value.split(","))
     # What decides what a request means was signed, and is not to be taken away like this.
     named = {name for name in named if name not in _SIGNED and not name.startswith("x-amz-")}
-    gone = dropped | named if named else dropped
-    return [(n, v) for n, v in headers if n.lower() not in gone]
+    return [(n, v) for n, v in kept if n.lower() not in named] if named else kept
 
 
 def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
@@ -5680,8 +5684,8 @@ class Waiting:
         refused = head.status in (400, 401, 403)
         if refused or (call.operation == "ReceiveMessage" and call.request.abandoned()):
             return connection.blocking(received)
-        connection.source.buffer = buffer[end + 4 :]
-        reply = self._upstream._reply(connection, head, call.request.method)
+        body, connection.source.buffer = buffer[end + 4 :][:length], buffer[end + 4 + length :]
+        reply = self._upstream.whole(connection, head, call.request.method, body)
         return self._upstream.finish(call, outgoing, reply)
 
     def give_up(self) -> None:
@@ -5822,14 +5826,15 @@ class Upstream:
         if call.presigned:
             target, hoisted = strip_presigned(target)
         headers = end_to_end(request.headers, _REPLACED)
-        headers = [(n, v) for n, v in headers if not n.lower().startswith("x-forwarded-")]
-        present = {name.lower() for name, _ in headers}
-        headers += [(name, value) for name, value in hoisted if name not in present]
+        headers = [(n, v) for n, v in headers if n[:12].lower() != "x-forwarded-"]
+        if hoisted:
+            present = {name.lower() for name, _ in headers}
+            headers += [(name, value) for name, value in hoisted if name not in present]
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_endpoint(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
-            target = path + mark + restore_queue_url(query, call, endpoint)
+            target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
         if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
@@ -6015,12 +6020,16 @@ class Upstream:
             except (OSError, ServiceError) as error:
                 message = f"{connection.endpoint.origin} broke off its answer"
                 raise UpstreamError(message, unanswered=False) from error
-            self._done(connection, keep)
-            if method != "HEAD":
-                headers = [(n, v) for n, v in headers if n.lower() != "content-length"]
-            return Reply(head.status, tuple(headers), body)
+            return self.whole(connection, head, method, body)
         connection.deadline = math.inf  # each part of what streams has its own time
         return Reply(head.status, tuple(headers), self._stream(connection, reader, keep))
+
+    def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
+        """Return an answer whose body has been read, and do without its connection."""
+        self._done(connection, head.keeps)
+        # An answer to HEAD tells the length of what it has not.
+        headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
+        return Reply(head.status, tuple(headers), body)
 
     def _done(self, connection: Connection, keep: bool) -> None:
         """Keep a connection on which all that was sent and received has its end, or close it."""
@@ -7347,14 +7356,17 @@ class Manner(NamedTuple):
 class Conversation:
     """A connection: what has arrived and was not used yet, and when it is given up."""
 
-    __slots__ = ("buffer", "deadline", "needed", "parked", "peer", "scanned", "server", "socket")
+    __slots__ = (
+        "buffer", "deadline", "needed", "parked", "peer", "scanned", "server", "socket", "waits",
+    )  # fmt: skip
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
         self.server = server
         self.socket = connection
         self.peer = peer
         self.buffer = b""
-        self.parked = False  # whether the loop waits for it
+        self.parked = False  # whether the selector has it
+        self.waits = False  # for an upstream's answer to its call
         self.needed = 0  # so much must be in the buffer before it is worth a look
         self.scanned = 0  # the buffer holds no end of a head before this
         self.deadline = 0.0
@@ -7379,7 +7391,10 @@ class Conversation:
             self.server.listen_to(self, selectors.EVENT_READ, self.readable)
 
     def readable(self) -> None:
-        """Take in what has arrived, and answer what is complete."""
+        """Take in what has arrived."""
+        if self.waits:  # one call at a time: the next one, or that it hangs up, can wait
+            self.server.unpark(self)
+            return
         try:
             data = self.socket.recv(65536)
         except WOULD_BLOCK:
@@ -7745,7 +7760,7 @@ class Server(http.server.HTTPServer):
     @property
     def calls(self) -> int:
         """How many calls wait for an upstream, a message or a hook."""
-        return sum(not c.parked for c in list(self._conversations))
+        return sum(c.waits or not c.parked for c in list(self._conversations))
 
     # ---- Connections come and go ----
 
@@ -7806,17 +7821,20 @@ class Server(http.server.HTTPServer):
 
     def _park(self, conversation: Conversation) -> None:
         """Have the loop wait for what the connection says next."""
-        conversation.parked = True
-        conversation.socket.setblocking(False)
         conversation.deadline = time.monotonic() + self.timeout_seconds
-        self._selector.register(conversation.socket, selectors.EVENT_READ, conversation.readable)
+        if not conversation.parked:
+            conversation.parked = True
+            conversation.socket.setblocking(False)
+            act = conversation.readable
+            self._selector.register(conversation.socket, selectors.EVENT_READ, act)
 
     def forget(self, conversation: Conversation) -> None:
         """Leave a connection that is closed."""
         self._conversations.discard(conversation)
-        self._unpark(conversation)
+        self.unpark(conversation)
 
-    def _unpark(self, conversation: Conversation) -> None:
+    def unpark(self, conversation: Conversation) -> None:
+        """Have the loop not wait for it any more."""
         if conversation.parked:
             conversation.parked = False
             self._selector.unregister(conversation.socket)
@@ -7835,7 +7853,7 @@ class Server(http.server.HTTPServer):
 
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
         """Have the loop wait for the answer of an upstream."""
-        self._unpark(conversation)
+        conversation.waits, conversation.deadline = True, math.inf
         self._pending[pending] = (time.monotonic(), conversation, manner)
         act = functools.partial(self._proceed, pending)
         self._selector.register(pending.socket, selectors.EVENT_READ, act)
@@ -7849,6 +7867,7 @@ class Server(http.server.HTTPServer):
         _, conversation, manner = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
+        conversation.waits = False
         self._park(conversation)
         self._replies.append((conversation, reply, manner))
 
@@ -7862,7 +7881,7 @@ class Server(http.server.HTTPServer):
 
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
         """Have a worker do what may wait, and then park the connection, if it goes on."""
-        self._unpark(conversation)
+        self.unpark(conversation)
         try:
             self._workers.run(functools.partial(self._do, conversation, act))
         except RuntimeError as error:  # no more threads
