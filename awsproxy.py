@@ -5643,7 +5643,7 @@ def is_repeatable(call: Call) -> bool:
 
 
 class Waiting:
-    """A call that was sent, and whose answer is read from `socket` as it comes."""
+    """A call that is sent by `send`, and whose answer is read from `socket` as it comes."""
 
     def __init__(
         self,
@@ -5652,11 +5652,23 @@ class Waiting:
         outgoing: Outgoing,
         keys: Credentials,
         connection: Connection,
+        data: bytes = b"",
     ) -> None:
         self.socket = connection.socket
         self.timeout = connection.timeout
         self._upstream = upstream
         self._about = (call, outgoing, keys, connection)
+        self._data = data
+
+    def send(self) -> bool:
+        """Send it without waiting; False if that can't be, and nothing comes of it."""
+        call, _, _, connection = self._about
+        call.upstream_seconds = -self._upstream._clock()  # until the answer is there
+        if connection.send_now(self._data):
+            return True
+        connection.close()  # what was sent is not complete
+        call.upstream_seconds = 0.0
+        return False
 
     def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
         """Take in what has arrived, without waiting.
@@ -5747,9 +5759,9 @@ class Upstream:
         return self.finish(call, outgoing, reply)
 
     def begin(self, call: Call) -> Optional[Waiting]:
-        """Send a small call on a kept connection, without waiting; return what has its answer.
+        """Return what sends a small call on a kept connection, and has its answer.
 
-        None where that can't be done: `answer` can.
+        None where that can't be done without waiting: `answer` can.
         """
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
@@ -5760,11 +5772,8 @@ class Upstream:
             return None
         signed, _ = self._signed(call, outgoing, keys)
         assert isinstance(signed.body, io.BytesIO)
-        call.upstream_seconds = -self._clock()  # until the answer is there
-        if not connection.send_now(encode_head(signed) + signed.body.getvalue()):
-            connection.close()  # what was sent is not complete, so nothing came of it
-            return None
-        return Waiting(self, call, outgoing, keys, connection)
+        data = encode_head(signed) + signed.body.getvalue()
+        return Waiting(self, call, outgoing, keys, connection, data)
 
     def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
@@ -6862,11 +6871,20 @@ class NoMessages:
 class Pending:
     """A call that is answered elsewhere; the answer will come from `socket`."""
 
-    def __init__(self, proxy: Proxy, exchange: Exchange, waiting: Waiting) -> None:
+    def __init__(
+        self, proxy: Proxy, exchange: Exchange, waiting: Waiting, act: Callable[[], Reply]
+    ) -> None:
         self.socket = waiting.socket
         self._proxy = proxy
         self._exchange = exchange
         self._waiting = waiting
+        self._act = act
+
+    def send(self) -> Union[Pending, Callable[[], Reply]]:
+        """Send the call; if that can't be without waiting, return what does, and has its reply."""
+        if self._waiting.send():
+            return self
+        return functools.partial(self._proxy.complete, self._exchange, self._act)
 
     def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
         """Return the reply, what returns it and may block, or None if it is not complete."""
@@ -7003,7 +7021,7 @@ class Proxy:
         ]
         for step in (self._understand, self._act, self._finish):
             outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
-        return outcomes
+        return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
     def _own_path(self, request: Request) -> Optional[Reply]:
         """Return what a path of our own tells: no bucket is called as these are."""
@@ -7043,7 +7061,7 @@ class Proxy:
         elif isinstance(target, Upstream):
             waiting = target.begin(call)
             if waiting:
-                return Pending(self, exchange, waiting)
+                return Pending(self, exchange, waiting, act)
         return functools.partial(self.complete, exchange, act)
 
     def _finish(self, exchange: Exchange) -> Reply:
