@@ -7676,6 +7676,7 @@ class Server(http.server.HTTPServer):
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
         self.arrived: List[Conversation] = []  # whose buffers may hold a request
+        self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
         self._returned: Deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
@@ -7713,6 +7714,11 @@ class Server(http.server.HTTPServer):
 
     def _answer(self) -> None:
         """Answer what has arrived, of clients and of upstreams."""
+        results = [(pending, pending.proceed()) for pending in self._heard]
+        self._heard.clear()
+        for pending, reply in results:
+            if reply is not None:
+                self._settle(pending, reply)
         while self.arrived or self._replies:
             arrived, self.arrived = self.arrived, []
             replies, self._replies = self._replies, []
@@ -7873,13 +7879,8 @@ class Server(http.server.HTTPServer):
         """Have the loop wait for the answer of an upstream."""
         conversation.waits, conversation.deadline = True, math.inf
         self._pending[pending] = (time.monotonic(), conversation, manner)
-        act = functools.partial(self._proceed, pending)
+        act = functools.partial(self._heard.append, pending)
         self._selector.register(pending.socket, selectors.EVENT_READ, act)
-
-    def _proceed(self, pending: Pending) -> None:
-        reply = pending.proceed()
-        if reply is not None:
-            self._settle(pending, reply)
 
     def _settle(self, pending: Pending, reply: Union[Reply, Callable[[], Reply]]) -> None:
         _, conversation, manner = self._pending.pop(pending)
