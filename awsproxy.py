@@ -7297,9 +7297,11 @@ SPOOLED_IN_MEMORY = 1048576
 # ==== 9. The server: Certificate, Conversation, Server ====
 #
 # One thread reads all connections that are idle or sending a request, and answers whatever can
-# be answered without waiting: threads would fight over the interpreter for such calls.  A call
-# that may wait (a long poll, a forwarded call, a long body) is run by a worker thread, which
-# has the connection to itself meanwhile and then gives it back.
+# be answered without waiting: threads would fight over the interpreter for such calls.  What
+# has arrived together goes through each step together (see Proxy.begin).  A small forwarded
+# call is waited for in the same loop.  A call that may wait otherwise (a long poll, a hook, a
+# long body) is run by a worker thread, which has the connection to itself meanwhile and then
+# gives it back.
 
 SMALL_BODY = 131072  # up to here a body is gathered before its call begins
 AT_ONCE = 16  # so many connections are seen to before the first is answered
