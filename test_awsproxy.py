@@ -2,11 +2,13 @@
 
 python -m unittest                   all tests
 python test_awsproxy.py bench        how quick it is
+python test_awsproxy.py abuse        how it holds out
 """
 
 import ast
 import base64
 import calendar
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -23,11 +25,13 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -14053,12 +14057,16 @@ def peak_memory(process):
         return 0
 
 
-def start(*words):
-    """Start a server; return its process, its port and the seconds until it listened."""
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(*words, port=0, before=()):
+    """Start a server; return its process, its port and the seconds until it listened."""
+    port = port or free_port()
     begin = time.perf_counter()
-    command = [sys.executable, *words, "--port", str(port)]
+    command = [*before, sys.executable, *words, "--port", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while time.perf_counter() < begin + 10:
         try:
@@ -14123,6 +14131,22 @@ def receive_and_delete(url):
     return request
 
 
+def receive_answer(connection):
+    """Return the next answer; OSError where it breaks off."""
+    answer = connection.recv(65536)
+    head = answer.find(b"\r\n\r\n")
+    if head < 0:
+        raise ConnectionError("no whole head at once")
+    length = answer.find(b"Content-Length: ", 0, head) + 16
+    size = head + 4 + int(answer[length : answer.index(b"\r", length)])
+    while len(answer) < size:
+        more = connection.recv(65536)
+        if not more:
+            raise ConnectionError("it broke off")
+        answer += more
+    return answer
+
+
 def drive(port, count, request, seconds=60.0, calls=sys.maxsize):
     """Call on so many connections for so long, or so often; return calls and seconds."""
     connections, poll = {}, select.poll()
@@ -14137,12 +14161,7 @@ def drive(port, count, request, seconds=60.0, calls=sys.maxsize):
     while now < begin + seconds and done < calls:
         for number, _ in poll.poll():
             connection = connections[number]
-            answer = connection.recv(65536)
-            head = answer.find(b"\r\n\r\n")
-            length = answer.find(b"Content-Length: ", 0, head) + 16
-            size = head + 4 + int(answer[length : answer.index(b"\r", length)])
-            while len(answer) < size:
-                answer += connection.recv(65536)
+            answer = receive_answer(connection)
             if not answer.startswith(b"HTTP/1.1 200 ") or answer.endswith(b"{}"):  # no message
                 raise SystemExit(answer.decode())
             connection.send(request(answer))
@@ -14223,6 +14242,498 @@ def bench(argv):
             f"{method} of 4 x 256 MiB at once: {1074 / direct:.0f} MB/s direct,"
             f" {1074 / through:.0f} MB/s forwarded; at most {peak:.1f} MB resident"
         )
+
+
+# ---- How it holds out ----
+#
+# Who abuses it does so in a process of its own, so as not to take the good clients' time.
+
+SLOW_HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nX-Slow: "
+QUEUES = [f"http://{HOST}/000000000000/queue-{number}" for number in range(10)]
+FEW_FILES = ("sh", "-c", 'ulimit -n "$0" && exec "$@"')  # a limit and a command are to follow
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER of a socket whose end is to be a reset
+
+
+def open_many_files():
+    """Be allowed as many open files as can be had; return how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def connected(port, count, begun=b""):
+    """Return so many connections on which a request has begun."""
+    made = []
+    for _ in range(count):
+        made.append(socket.create_connection(("127.0.0.1", port), 30))
+        made[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made[-1].sendall(begun)
+    return made
+
+
+def ready():
+    """Tell `Abuser` that it has begun."""
+    print("ready", flush=True)
+
+
+def call_with_body(framing):
+    """Return the head of a signed call whose body is framed so."""
+    head, _, _ = prepared("ListQueues", 1)(b"").partition(b"\r\nContent-Length")
+    return head + b"\r\n" + framing + b"\r\n\r\n"
+
+
+def idle(port, count):
+    kept = connected(port, count)
+    ready()
+    while kept:
+        signal.pause()
+
+
+def drip(begun, port, count):
+    """Send a byte a second on each connection, and connect again where that fails."""
+    wires = connected(port, count, begun)
+    ready()
+    turns = 20  # of a second
+    for turn in itertools.cycle(range(turns)):
+        time.sleep(1 / turns)
+        for number in range(turn, count, turns):
+            try:
+                wires[number].send(b"a")
+            except OSError:
+                wires[number].close()
+                (wires[number],) = connected(port, 1, begun)
+
+
+def slow_heads(port, count):
+    drip(SLOW_HEAD, port, count)
+
+
+def slow_small_bodies(port, count):
+    drip(call_with_body(b"Content-Length: 100000"), port, count)
+
+
+def slow_large_bodies(port, count):
+    drip(call_with_body(b"Content-Length: 1000000"), port, count)
+
+
+def slow_chunks(port, count):
+    drip(call_with_body(b"Transfer-Encoding: chunked") + b"f4240\r\n", port, count)
+
+
+def polls(port, count):
+    several = [prepared("ReceiveMessage", 300, QueueUrl=u, WaitTimeSeconds=20) for u in QUEUES]
+    following = itertools.cycle(several).__next__
+    callers = Callers(port, count)
+    callers.send(lambda answer: following()(b""))
+    ready()
+    while True:
+        callers.run(lambda answer: following()(b""), 3600)
+
+
+def deaf(port, count):
+    """Send calls until no more are taken, and read no answer."""
+    following = prepared("ListQueues")
+    wires = connected(port, count)
+    for wire in wires:
+        wire.setblocking(False)
+    ready()
+    while True:
+        for wire in wires:
+            with contextlib.suppress(OSError):
+                while True:
+                    wire.send(following(b""))
+        time.sleep(0.1)
+
+
+def churn(port, count):
+    request = prepared("ListQueues")
+    ready()
+    while True:
+        with contextlib.suppress(OSError):
+            for wire in connected(port, count, request(b"")):
+                with wire:
+                    wire.recv(65536)
+
+
+def resets(port, count):
+    ready()
+    while True:
+        with contextlib.suppress(OSError):
+            for wire in connected(port, count, SLOW_HEAD):
+                with wire:
+                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def forgeries(port, count):
+    """Make calls whose signature does not hold."""
+    following, callers = prepared("ListQueues"), Callers(port, count)
+    ready()
+    while True:
+        callers.run(lambda answer: following(b"").replace(b"umber: ", b"umber: 1"), 3600)
+
+
+def rounds(port, count):
+    """Send, receive and delete messages; each of the connections in turn."""
+    sends = prepared("SendMessage", QueueUrl=QUEUES[0], MessageBody="m" * 1024)
+    others = receive_and_delete(QUEUES[0])
+
+    def request(answer):
+        return others(answer) if b'"MessageId"' in answer else sends(answer)
+
+    callers = Callers(port, count)
+    ready()
+    while True:
+        callers.run(request, 3600)
+
+
+ABUSES = {
+    act.__name__: act
+    for act in (
+        idle, slow_heads, slow_small_bodies, slow_large_bodies, slow_chunks, polls, deaf, churn,
+        resets, forgeries, rounds,
+    )
+}  # fmt: skip
+
+
+class Abuser:
+    """A process that does one of the abuses, until it is stopped."""
+
+    def __init__(self, name, port, count):
+        words = [sys.executable, __file__, "abuse", name, "--port", str(port), str(count)]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE)
+        if self.process.stdout.readline() != b"ready\n":
+            self.stop()
+            raise SystemExit(f"{name} did not get ready")
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Callers:
+    """Clients on connections that are kept, all in this thread; what each call took is noted."""
+
+    def __init__(self, port, count):
+        self.wires = connected(port, count)
+        self.begun = {}  # connection -> when its call began
+        self.seconds = []  # what each call took
+        self.statuses = collections.Counter()  # 0 for a connection that was cut
+
+    def send(self, request, answer=b""):
+        """Begin a call on each connection that has none."""
+        for wire in self.wires:
+            if wire not in self.begun:
+                wire.send(request(answer))
+                self.begun[wire] = time.perf_counter()
+
+    def run(self, request, seconds):
+        """Make calls for so long, and have the last ones answered; return calls a second."""
+        self.seconds, self.statuses = [], collections.Counter()
+        poll, begin = select.poll(), time.perf_counter()
+        numbered = {wire.fileno(): wire for wire in self.wires}
+        for wire in self.wires:
+            poll.register(wire, select.POLLIN)
+        self.send(request)
+        while self.begun and time.perf_counter() < begin + seconds + 30:
+            for number, _ in poll.poll(1000):
+                wire = numbered[number]
+                answer = self.answer(wire)
+                if not answer:
+                    poll.unregister(wire)
+                    self.wires.remove(wire)
+                    wire.close()
+                elif time.perf_counter() < begin + seconds:
+                    self.begun[wire] = time.perf_counter()
+                    wire.send(request(answer))
+        return len(self.seconds) / (time.perf_counter() - begin)
+
+    def answer(self, wire):
+        """Take an answer, and note what it took; b"" where there is none."""
+        began = self.begun.pop(wire)
+        try:
+            answer = receive_answer(wire)
+        except OSError:
+            self.statuses[0] += 1
+            return b""
+        self.seconds.append(time.perf_counter() - began)
+        self.statuses[int(answer[9:12])] += 1
+        return answer
+
+    def quantile(self, part):
+        """Return in how many milliseconds that part of the calls was answered."""
+        ordered = sorted(self.seconds) or [math.inf]
+        return 1000 * ordered[min(int(part * len(ordered)), len(ordered) - 1)]
+
+    def close(self):
+        for wire in self.wires:
+            wire.close()
+
+
+def new_calls(port, count=20, seconds=3):
+    """Return the statuses of so many calls, each on a new connection: "cut" and "none" are two."""
+    statuses, wires, until = collections.Counter(), [], time.monotonic() + seconds
+    request = prepared("ListQueues", count)
+    try:
+        for _ in range(count):
+            wires.append(socket.create_connection(("127.0.0.1", port), 30))
+            with contextlib.suppress(ConnectionError):  # refused already: the answer may be there
+                wires[-1].sendall(request(b""))
+        for wire in wires:
+            wire.settimeout(max(until - time.monotonic(), 0.01))
+            try:
+                statuses[int(receive_answer(wire)[9:12])] += 1
+            except socket.timeout:
+                statuses["none"] += 1
+            except OSError:
+                statuses["cut"] += 1
+    finally:
+        for wire in wires:
+            wire.close()
+    return statuses
+
+
+def make_queues(port):
+    for url in QUEUES:
+        drive(port, 1, prepared("CreateQueue", 2, QueueName=url.rpartition("/")[2]), calls=1)
+
+
+def end(process):
+    process.kill()
+    process.wait()
+
+
+def hold_out(title, name, count, each, flags=(), before=()):
+    """Print how 16 clients fare undisturbed, beside abusers, and undisturbed again."""
+    request = prepared("ListQueues")
+    with contextlib.ExitStack() as stack:
+        process, port, _ = start(awsproxy.__file__, "--quiet", *flags, before=before)
+        stack.callback(end, process)
+        make_queues(port)
+        callers = Callers(port, 16)
+        stack.callback(callers.close)
+        callers.run(request, each / 4)
+        rates, memory, others = [], [cpu_and_memory(process)[1] / 1e6], []
+        for disturbed in (False, True, False):
+            abuser = Abuser(name, port, count) if disturbed else None
+            if abuser:
+                stack.callback(abuser.stop)
+            rates.append(callers.run(request, each))
+            statuses = dict(callers.statuses)
+            if abuser:
+                times = [callers.quantile(part) for part in (0.5, 0.99, 1)]
+                failed = sum(statuses.values()) - statuses.get(200, 0)
+                memory.append(cpu_and_memory(process)[1] / 1e6)
+                others.append(new_calls(port))
+                abuser.stop()
+                time.sleep(0.6)  # until a server without files listens again
+        others.append(new_calls(port))
+        memory.append(cpu_and_memory(process)[1] / 1e6)
+    usual = (rates[0] + rates[2]) / 2
+    new = ", then ".join(
+        " ".join(f"{times}x{status}" for status, times in sorted(of.items(), key=str))
+        for of in others
+    )
+    print(
+        f"{title:34}{rates[1]:8.0f}{rates[1] / usual:7.2f}"
+        + "".join(f"{it:8.1f}" for it in times)
+        + f"{failed:7}"
+        + "".join(f"{it:7.0f}" for it in memory)
+        + f"  {new}",
+        flush=True,
+    )
+
+
+NOTING = """
+import os
+from awsproxy import Reply
+file = os.open({path!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def before(call):
+    os.write(file, call.input["MessageBody"].encode() + b"\\n")
+    return Reply(200, (("x-amzn-RequestId", "r"),), b"{{}}")
+"""
+FORWARDING_KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "example"}
+
+
+class Sent(NamedTuple):
+    body: str
+    began: float
+    ended: float
+    answer: object  # an Answer; None where the connection was cut
+
+
+class Senders:
+    """Clients in threads that send messages, no two the same, and note what becomes of each."""
+
+    def __init__(self, address, count=16):
+        self.address = address
+        self.sent = []
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self):
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number):
+        target, wire = ("X-Amz-Target", "AmazonSQS.SendMessage"), None
+        for serial in itertools.count():
+            if self._stopping.is_set():
+                break
+            body = f"{number}-{serial}"
+            given = json.dumps({"QueueUrl": QUEUES[0], "MessageBody": body}).encode()
+            data = to_wire(sign(headers=(target,), body=given, at=time.time()), given)
+            began = time.monotonic()
+            wire = wire or Wire(self.address)
+            wire.send(data)
+            try:
+                answer = wire.answer()
+            except AssertionError:
+                answer = None
+            self.sent.append(Sent(body, began, time.monotonic(), answer))
+            if answer is None:
+                wire.close()
+                wire = None
+            if answer is None or answer.status != 200:
+                time.sleep(0.02)
+        if wire:
+            wire.close()
+
+
+class Interrupted(NamedTuple):
+    """What came of calls whose upstream was killed with the calls under way, and came back."""
+
+    sent: list  # of Sent
+    noted: list  # the bodies that arrived at the upstream, as often as they did
+    killed: float
+    back: float
+
+
+def interrupt(stack, seconds):
+    """Send through a proxy for so long, twice; in between its upstream is away for a while."""
+    directory = stack.enter_context(tempfile.TemporaryDirectory())
+    noted = os.path.join(directory, "noted")
+    hook = write(os.path.join(directory, "noting.py"), NOTING.format(path=noted))
+    words = (awsproxy.__file__, "--no-verify", "--quiet", "--hook", hook)
+    upstream, port, _ = start(*words)
+    stack.callback(end, upstream)
+    with mock.patch.dict(os.environ, FORWARDING_KEYS):
+        there = ("--upstream", f"http://127.0.0.1:{port}")
+        front, front_port, _ = start(awsproxy.__file__, "--quiet", *there)
+    stack.callback(end, front)
+    senders = Senders(("127.0.0.1", front_port))
+    stack.callback(senders.stop)
+    time.sleep(seconds)
+    killed = time.monotonic()
+    end(upstream)
+    time.sleep(seconds / 4)
+    upstream, _, _ = start(*words, port=port)
+    stack.callback(end, upstream)
+    back = time.monotonic()
+    time.sleep(seconds)
+    senders.stop()
+    with open(noted, encoding="ascii") as lines:
+        return Interrupted(senders.sent, lines.read().split(), killed, back)
+
+
+def print_interrupted(seconds):
+    with contextlib.ExitStack() as stack:
+        sent, noted, killed, back = interrupt(stack, seconds)
+    statuses = collections.Counter(it.answer.status if it.answer else "cut" for it in sent)
+    late = sum(it.began > back and (not it.answer or it.answer.status != 200) for it in sent)
+    lost = {it.body for it in sent if it.answer and it.answer.status == 200} - set(noted)
+    twice = [body for body, times in collections.Counter(noted).items() if times > 1]
+    print(
+        f"upstream killed, away for {back - killed:.1f} s: {dict(statuses)}; failed once it was"
+        f" back: {late}, arrived twice: {len(twice)}, answered but not arrived: {len(lost)}"
+    )
+
+
+def files_and_threads(process):
+    """Return how many files a process has open, and its threads; 0 without /proc."""
+    with contextlib.suppress(OSError):
+        at = f"/proc/{process.pid}"
+        return len(os.listdir(f"{at}/fd")), len(os.listdir(f"{at}/task"))
+    return 0, 0
+
+
+def mixed(minutes):
+    """Print the memory of two proxies, one forwarding to the other, under load of all kinds."""
+    slice_seconds = min(max(60 * minutes / 20, 10), 300)
+    until = time.monotonic() + 60 * minutes
+    with contextlib.ExitStack() as stack:
+        clients = [section("up", "AKIDEXAMPLE", "example"), section("demo", *DEMO[1:3])]
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        path = write(os.path.join(directory, "clients"), "".join(clients))
+        inner, inner_port, _ = start(awsproxy.__file__, "--quiet", "--clients", path)
+        stack.callback(end, inner)
+        with mock.patch.dict(os.environ, FORWARDING_KEYS):
+            there = ("--upstream", f"http://127.0.0.1:{inner_port}")
+            front, front_port, _ = start(awsproxy.__file__, "--quiet", *there)
+        stack.callback(end, front)
+        make_queues(inner_port)
+        told = f"{'MB':>8}{'files':>8}{'threads':>8}"
+        print(f"{'':16}in memory{'':15}forwarding\n{'s':>8}{told}{told}{'calls/s':>10}")
+        request, begin, rate = prepared("ListQueues"), time.monotonic(), 0
+        while True:
+            cells = "".join(
+                f"{cpu_and_memory(of)[1] / 1e6:8.1f}{files:8}{threads:8}"
+                for of in (inner, front)
+                for files, threads in [files_and_threads(of)]
+            )
+            print(f"{time.monotonic() - begin:8.0f}{cells}{rate:10.0f}", flush=True)
+            if time.monotonic() >= until:
+                return
+            request = prepared("ListQueues")
+            with contextlib.ExitStack() as slice_stack:
+                for port in (inner_port, front_port):
+                    kinds = ("rounds", 8), ("polls", 50), ("forgeries", 2), ("churn", 4)
+                    for name, count in (*kinds, ("resets", 4), ("slow_large_bodies", 20)):
+                        slice_stack.callback(Abuser(name, port, count).stop)
+                callers = Callers(inner_port, 4)
+                slice_stack.callback(callers.close)
+                left = max(until - time.monotonic(), 1)
+                rate = callers.run(request, min(slice_seconds, left))
+
+
+def abuse(argv):
+    """Print how good clients fare beside bad ones: abuse [SECONDS], or abuse --minutes M."""
+    if argv[1:2] == ["--port"]:  # started by `Abuser`
+        ABUSES[argv[0]](int(argv[2]), int(argv[3]))
+        return
+    most = open_many_files() - 200
+    if argv[:1] == ["--minutes"]:
+        mixed(float(argv[1]))
+        return
+    rows = [
+        ("idle connections", "idle", 5000),
+        ("slow heads", "slow_heads", 1000),
+        ("slow bodies of 100 kB", "slow_small_bodies", 500),
+        ("slow bodies of 1 MB", "slow_large_bodies", 500),
+        ("slow chunks", "slow_chunks", 500),
+        ("long polls", "polls", 1000),
+        ("who read no answers", "deaf", 200),
+        ("who connect, call and close", "churn", 16),
+        ("who reset half a head", "resets", 16),
+        ("forged calls", "forgeries", 16),
+        ("connections beyond 256 files", "idle", 400, (), (*FEW_FILES, "256")),
+        ("connections beyond the most", "idle", 84, ("--max-connections", "100")),
+    ]
+    each = float((*argv, 60)[0]) / len(rows) / 4
+    print(
+        f"awsproxy {awsproxy.__version__}, Python {platform.python_version()}, {os.cpu_count()}"
+        f" CPUs: 16 clients beside others, {each:.1f} s each\n\n"
+        f"{'':34}{'calls/s':>8}{'share':>7}{'p50 ms':>8}{'p99 ms':>8}{'most ms':>8}{'failed':>7}"
+        f"{'MB':>7}{'during':>7}{'after':>7}  new ones during and after"
+    )
+    for title, name, count, *how in rows:
+        count = min(count, most)
+        hold_out(f"{count:,} {title}", name, count, each, *how)
+    print()
+    print_interrupted(each)
 
 
 # ==== The official cases, as data ====
@@ -14929,5 +15440,7 @@ VECTORS = [
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["abuse"]:
+        abuse(sys.argv[2:])
     else:
         unittest.main()
