@@ -10784,6 +10784,25 @@ class AbuseTest(ForwardCase):
             yield
         self.assertEqual([r for r in logged.records if r.levelname != "WARNING"], [])
 
+    def test_no_call_is_made_twice_where_connections_break(self):
+        """Nor does any fail but those whose connection broke with the call under way."""
+        recorder = FakeUpstream(self, *[ANSWER, ANSWER, b""] * 1000)
+        upstream = awsproxy.Upstream(
+            recorder.endpoint, lambda client: SomeKeys(), awsproxy.Pool(2, 5)
+        )
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, routes=[awsproxy.Route("*", upstream)])
+        running = Running(proxy)
+        self.addCleanup(running.stop)
+        with self.assertNoErrorLogged():
+            senders = Senders(running.address)
+            time.sleep(0.3)
+            senders.stop()
+        bodies = [json.loads(request.body.read())["MessageBody"] for request in recorder.requests]
+        self.assertEqual(sorted(bodies), sorted(it.body for it in senders.sent))
+        statuses = collections.Counter(it.answer.status for it in senders.sent)
+        self.assertEqual(set(statuses), {200, 503})
+        self.assertEqual(statuses[503], len(bodies) // 3)
+
     def test_calls_wait_for_an_upstream_without_holding_up_others(self):
         recorder = FakeUpstream(self, ANSWER, b"HTTP/1.1 200 OK\r\nContent-")
         upstream = awsproxy.Upstream(
@@ -12703,6 +12722,133 @@ class ServerSettingsTest(unittest.TestCase):
         self.assertEqual(answer.body, b"second")
 
 
+def half(data):
+    """Return a request's bytes in two parts, the second beginning within the body."""
+    return data[:-20], data[-20:]
+
+
+class CrowdTest(SocketTest):
+    """What many clients at once, slow, deaf or gone, must not bring about."""
+
+    def start(self, proxy=None, **settings):
+        running = Running(proxy or Echo(), **settings)
+        self.addCleanup(running.stop)
+        return running
+
+    def wait_for(self, condition, seconds=5):
+        until = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), until, "it never came about")
+            time.sleep(0.01)
+
+    def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(self):
+        running = self.start()
+        body = b"0123456789" * 5
+        kinds = [
+            (200, half(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"), b""),
+            (50, half(by_length(body)), body),
+            (25, half(by_length(body * 3000)), body * 3000),
+            (25, half(by_chunks(body, 50)), body),
+        ]
+        slow = []
+        for count, (begun, rest), expected in kinds:
+            for _ in range(count):
+                slow.append((running.connect(), rest, expected))
+                slow[-1][0].send(begun)
+        good = [running.connect() for _ in range(4)]
+        began = time.monotonic()
+        for step in range(15):
+            for wire, rest, _ in slow:
+                wire.send(rest[step : step + 1])
+            for wire in good:
+                wire.send(SECOND)
+                self.assertEqual(wire.answer().body, b"second")
+        self.assertLess(time.monotonic() - began, 5)
+        for wire, rest, expected in slow:
+            wire.send(rest[15:])
+            self.assertTrue(wire.answer().body == expected)
+
+    def test_who_sends_too_slowly_is_given_up(self):
+        """However regular the bytes are: a request has the timeout, or a rate to keep to."""
+        running = self.start(timeout=0.3)
+        large = raw_post(b"Content-Length: 200000")
+        slow = [
+            ("a head", raw_post(b"X-Slow: a")[:-4], None),
+            ("a body", raw_post(b"Content-Length: 1000"), None),
+            ("a large body", large, "RequestTimeout"),
+            ("a chunk", raw_post(b"Transfer-Encoding: chunked") + b"ff\r\n", "RequestTimeout"),
+            ("the size of a chunk", raw_post(b"Transfer-Encoding: chunked"), "RequestTimeout"),
+        ]
+        wires = [running.connect() for _ in slow]
+        for wire, (_, begun, _) in zip(wires, slow):
+            wire.send(begun)
+        for _ in range(10):
+            for wire in wires:
+                wire.send(b"1")
+            time.sleep(0.1)
+        for wire, (name, _, code) in zip(wires, slow):
+            with self.subTest(name):
+                self.assertTrue(awsproxy.is_readable(wire.socket), "not given up")
+                if code:
+                    answer = wire.answer()
+                    self.assertEqual((answer.status, answer.closes), (400, True))
+                    self.assertEqual(answer.refusal[1], code)
+                self.assertTrue(wire.ended())
+        self.wait_for(lambda: not running.server.connections)
+
+    def test_connections_beyond_the_most_are_refused_until_others_end(self):
+        running = self.start(max_connections=10)
+        kept = [running.ask(SECOND)[0] for _ in range(10)]
+        for data in (b"", SECOND):
+            for _ in range(20):
+                wire, answer = running.ask(data)
+                self.assertEqual((answer.status, answer.closes), (503, True))
+                self.assertEqual(answer.refusal[1], "ServiceUnavailable")
+                self.assertTrue(wire.ended())
+        for wire in kept:
+            wire.send(SECOND)
+            self.assertEqual(wire.answer().body, b"second")
+        for wire in kept[:5]:
+            wire.close()
+        self.wait_for(lambda: running.server.connections == 5)
+        for _ in range(5):
+            self.assertEqual(running.ask(SECOND)[1].status, 200)
+        self.assertEqual(running.ask(SECOND)[1].status, 503)
+
+    def test_who_comes_and_goes_leaves_nothing_behind(self):
+        running = self.start()
+        files = len(os.listdir("/dev/fd"))
+        most = threading.active_count() + 3 * 20
+        large = by_length(b"a" * 200000)
+        for data in (b"", SECOND[:-1], SECOND, by_chunks(b"abc")[:-5], large[:-9], large):
+            for reset in (False, True):
+                for _ in range(3):
+                    wires = [Wire(running.address) for _ in range(20)]
+                    for wire in wires:
+                        wire.send(data)
+                    for wire in wires:
+                        wire.close(reset)
+                    self.assertLessEqual(threading.active_count(), most)
+                    self.wait_for(lambda: not running.server.connections)
+        self.wait_for(lambda: len(os.listdir("/dev/fd")) <= files)
+        self.assertTrue(running.server.is_idle)
+        self.assertEqual(running.ask(SECOND)[1].body, b"second")
+
+    def test_a_crowd_of_calls_sent_ahead_is_answered_in_order(self):
+        """So much ahead that they have to wait for their answers to be read."""
+        running = self.start()
+        bodies = [b"%d" % (index % 10) * 60000 for index in range(100)]
+        data = b"".join(map(by_length, bodies))
+        wires = [running.connect() for _ in range(5)]
+        for wire in wires:
+            sender = threading.Thread(target=wire.send, args=(data,))
+            sender.start()
+            self.addCleanup(sender.join)
+        self.assertEqual(running.ask(SECOND)[1].body, b"second")
+        for wire in wires:
+            self.assertTrue([wire.answer().body for _ in bodies] == bodies)
+
+
 # ==== 9. TLS ====
 
 
@@ -12908,8 +13054,8 @@ TLS_1_1_HELLO = b"\x16\x03\x01\0\x2f\x01\0\0\x2b\x03\x02" + bytes(33) + b"\0\x04
 class Program:
     """awsproxy.py as a process; it can stand in for a Proxy, to which a Caller talks."""
 
-    def __init__(self, cleanup, *flags, python=(), path=awsproxy.__file__, **how):
-        command = [sys.executable, *python, path, "--port", "0", *flags]
+    def __init__(self, cleanup, *flags, before=(), python=(), path=awsproxy.__file__, **how):
+        command = [*before, sys.executable, *python, path, "--port", "0", *flags]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -13533,6 +13679,115 @@ class CommandLineTest(unittest.TestCase):
             [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=20
         )
         self.assertEqual(ended.stdout.splitlines()[1:], ["__main__"], ended.stderr)
+
+
+class HoldingOutTest(unittest.TestCase):
+    """A program under abuse by more clients than it has time, memory or files for."""
+
+    def start(self, *flags, **how):
+        program = Program(self.addCleanup, "--quiet", *flags, **how)
+        make_queues(program.address[1])
+        return program
+
+    def callers(self, program, count=8):
+        callers = Callers(program.address[1], count)
+        self.addCleanup(callers.close)
+        return callers
+
+    def connected(self, program, count, begun=b""):
+        wires = connected(program.address[1], count, begun)
+        self.addCleanup(lambda: [wire.close() for wire in wires])
+        return wires
+
+    def assert_answered(self, callers, seconds=0.3):
+        """Check that all calls are answered, none after more than 5 seconds."""
+        callers.run(prepared("ListQueues", 300), seconds)
+        self.assertEqual(set(callers.statuses), {200})
+        self.assertGreaterEqual(len(callers.seconds), len(callers.wires))
+        self.assertLess(callers.quantile(1), 5000)
+
+    def test_who_is_connected_is_served_when_no_files_are_left(self):
+        program = self.start(before=(*FEW_FILES, "64"))
+        callers = self.callers(program)
+        crowd = connected(program.address[1], 100)
+        try:
+            self.assert_answered(callers)
+            cpu = cpu_and_memory(program.process)[0]
+            time.sleep(0.6)
+            self.assertLess(cpu_and_memory(program.process)[0] - cpu, 0.3)
+        finally:
+            for wire in crowd:
+                wire.close()
+        self.assertEqual(new_calls(program.address[1], seconds=5), {200: 20})
+        self.assert_answered(callers, 0.1)
+        self.assertEqual(program.end()[0], 0)
+        others = [line for line in program.rest() if "no connection can be accepted" not in line]
+        self.assertEqual(others, [])
+
+    def test_memory_is_bounded_whatever_is_sent_or_not_read(self):
+        large = call_with_body(b"Content-Length: 16000000")
+        head = SLOW_HEAD + b"a" * 65000
+        following = prepared("ListQueues", 300)
+        many = b"".join(following(b"") for _ in range(300)) * 2
+        for name, begun, count in (
+            ("large bodies announced", large, 200),
+            ("the beginnings of large bodies", large + b"a" * 100000, 100),
+            ("heads without an end", head, 200),
+            ("heads too long", head * 40, 50),
+            ("calls whose answers are not read", many, 20),
+        ):
+            with self.subTest(name):
+                program = self.start()
+                before = cpu_and_memory(program.process)[1]
+                for wire in self.connected(program, count):
+                    wire.settimeout(0.05)
+                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    with contextlib.suppress(OSError):
+                        wire.sendall(begun)
+                time.sleep(0.2)  # until it has read what it wants
+                self.assertEqual(new_calls(program.address[1], 1, 5), {200: 1})
+                more = cpu_and_memory(program.process)[1] - before
+                self.assertLess(more, 30e6)
+                program.stop()
+
+    def test_many_polls_at_once_neither_spin_nor_hold_up_others(self):
+        program = self.start()
+        port, count = program.address[1], 200
+        polls = Callers(port, count)
+        self.addCleanup(polls.close)
+        following = prepared("ReceiveMessage", count, QueueUrl=QUEUES[0], WaitTimeSeconds=20)
+        polls.send(following)
+        self.assert_answered(self.callers(program))
+        cpu = cpu_and_memory(program.process)[0]
+        time.sleep(0.6)
+        self.assertLess(cpu_and_memory(program.process)[0] - cpu, 0.3)
+        sender, received = self.callers(program, 1), set()
+        for number in range(count):
+            body = {"QueueUrl": QUEUES[0], "MessageBody": str(number)}
+            sender.run(prepared("SendMessage", 1, **body), 0)
+        for wire in polls.wires:
+            wire.settimeout(5)
+            answer = receive_answer(wire)
+            (message,) = json.loads(answer.partition(b"\r\n\r\n")[2])["Messages"]
+            received.add(message["Body"])
+        self.assertEqual(received, set(map(str, range(count))))
+
+    def test_no_call_arrives_twice_when_the_upstream_is_killed_and_started_again(self):
+        with contextlib.ExitStack() as stack:
+            sent, noted, killed, back = interrupt(stack, 0.5)
+        arrived = collections.Counter(noted)
+        self.assertEqual({body: times for body, times in arrived.items() if times > 1}, {})
+        for it in sent:
+            self.assertIsNotNone(it.answer, "a connection was cut")
+            if it.answer.status == 200:
+                self.assertIn(it.body, arrived)
+            else:
+                self.assertEqual((it.answer.status, it.answer.closes), (503, False))
+                self.assertEqual(it.answer.refusal, ("json", "ServiceUnavailable"))
+                self.assertGreater(it.ended, killed)
+                self.assertLess(it.began, back)
+        for begun in (0, back):
+            self.assertIn(200, {it.answer.status for it in sent if it.began > begun})
 
 
 # ==== Real clients ====
