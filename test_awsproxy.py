@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -1011,6 +1012,24 @@ class BodyTest(unittest.TestCase):
             with self.subTest(name):
                 body = awsproxy.ChunkedBody(io.BytesIO(wire), 10)
                 self.assertIn(refused_with(body.read), expected)
+
+    def test_a_body_in_small_parts_takes_no_more_room(self):
+        size, parts = 200000, [b"%x" % number for number in range(16, 256)]
+        for chunked in (False, True):
+            coded = itertools.cycle(part for p in parts for part in (b"2\r\n", p, b"\r\n"))
+            source = awsproxy.Stream(lambda _, it=coded: next(it) + b"")
+            body = awsproxy.ChunkedBody(source, size)
+            if not chunked:
+                whole = io.BytesIO(bytes(size))
+                source = awsproxy.Stream(lambda _, whole=whole: whole.read(2))
+                body = awsproxy.LengthBody(source, size)
+            with self.subTest(chunked=chunked):
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+                self.assertEqual(len(body.read(size)), size)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.assertLess(peak, 4 * size)
 
     def test_a_body_is_asked_for_once_and_only_when_it_is_wanted(self):
         for make, wire in (
@@ -10674,6 +10693,15 @@ class AbuseTest(ForwardCase):
                     self.assertEqual(reply.body, b"{}")
                     self.assertEqual(recorder.connections, 2)
 
+    def test_a_message_is_not_sent_twice_though_it_is_sent_by_get(self):
+        recorder = FakeUpstream(self, ANSWER, b"")
+        proxy = self.proxy(recorder)
+        url = urllib.parse.quote(url_of("jobs"), safe="")
+        target = f"/?Action=SendMessage&Version=2012-11-05&QueueUrl={url}&MessageBody=a"
+        with self.assertLogs("awsproxy", "WARNING"):
+            statuses = [proxy.handle(signed("GET", target)).status for _ in range(2)]
+        self.assertEqual((statuses, len(recorder.requests)), ([200, 503], 2))
+
     def test_a_request_cut_short_does_not_swallow_the_next(self):
         """The upstream answers from the head alone and keeps the connection."""
         listener = socket.create_server(("127.0.0.1", 0))
@@ -12834,6 +12862,45 @@ class CrowdTest(SocketTest):
         self.assertTrue(running.server.is_idle)
         self.assertEqual(running.ask(SECOND)[1].body, b"second")
 
+    def test_who_sends_many_calls_ahead_has_no_more_turns_than_others(self):
+        proxy, held = Echo(), threading.Event()
+
+        def hold(request):
+            if request.path == "/hold":
+                held.wait(5)
+            return proxy.handle(request)
+
+        proxy.begin = hold
+        running = self.start(proxy)
+        first, many, one = (running.connect() for _ in range(3))
+        first.send(by_length(b"", b"/hold"))
+        many.send(by_length(b"") * 500)
+        one.send(SECOND)
+        held.set()
+        self.assertEqual(one.answer().body, b"second")
+        self.assertLess([it.path for it in proxy.requests].index("/second"), 100)
+        self.assertEqual({many.answer().status for _ in range(500)}, {200})
+
+    def test_a_poll_ends_soon_once_its_caller_has_hung_up(self):
+        """Else polls begun and left would hold connections and threads that others need."""
+        caller = Caller("json")
+        given = {"QueueUrl": caller.queue(), "WaitTimeSeconds": 20}
+        target = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"),)
+        request = signed("POST", "/", target, json.dumps(given).encode(), at=caller.clock())
+        before = caller.clock()
+        reply = caller.proxy.handle(dataclasses.replace(request, abandoned=lambda: True))
+        self.assertEqual(reply.status, 200)
+        self.assertLessEqual(caller.clock() - before, 5)
+
+    def test_who_never_ceases_to_send_is_not_given_up(self):
+        """The buffer is never empty: the beginning of a request arrives with each end."""
+        wire = self.start(timeout=0.3).connect()
+        wire.send(SECOND[:20])
+        for _ in range(30):
+            wire.send(SECOND[20:] + SECOND[:20])
+            self.assertEqual(wire.answer().body, b"second")
+            time.sleep(0.02)
+
     def test_a_crowd_of_calls_sent_ahead_is_answered_in_order(self):
         """So much ahead that they have to wait for their answers to be read."""
         running = self.start()
@@ -13364,6 +13431,18 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn(path, line)
         self.assertNotIn("hunter2", line)
         self.assertEqual(refused_code(second), "")
+
+    def test_a_clients_file_is_read_later_where_it_cannot_be_opened_now(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "keyA", "secret"))
+        watched = awsproxy.ClientsFile(path)
+        proxy = Proxy(watched.clients)
+        write(path, section("b", "keyB", "secret"), age=9)
+        with self.assertLogs("awsproxy"):
+            with mock.patch("builtins.open", side_effect=OSError(errno.EMFILE, "too many")):
+                watched.refresh(proxy)
+            self.assertEqual(list(proxy.clients), ["keyA"])
+            watched.refresh(proxy)
+        self.assertEqual(list(proxy.clients), ["keyB"])
 
     def test_a_clients_file_is_told_of_once_each_time_it_changes(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "first"))
