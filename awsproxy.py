@@ -57,6 +57,7 @@ import dataclasses
 import datetime
 import difflib
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -77,6 +78,7 @@ import os
 import queue as queues
 import random
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -622,14 +624,13 @@ class Stream:
         """Return `size` bytes; fewer only at the end of the stream."""
         buffer = self.buffer
         if len(buffer) < size:
-            parts, left = [buffer], size - len(buffer)
-            while left > 0:
-                data = self._receive(min(left, 262144))
+            whole = bytearray(buffer)  # small parts kept one by one would take much more room
+            while len(whole) < size:
+                data = self._receive(min(size - len(whole), 262144))
                 if not data:
                     break
-                parts.append(data)
-                left -= len(data)
-            buffer = b"".join(parts)
+                whole += data
+            buffer = bytes(whole)
         self.buffer = buffer[size:]
         return buffer[:size]
 
@@ -714,7 +715,7 @@ class ChunkedBody:
         if self._begin:
             self._begin()
             self._begin = None
-        parts = []
+        whole = bytearray()
         while self.unread and size:
             if not self._left and not self._next_chunk():
                 break
@@ -722,12 +723,12 @@ class ChunkedBody:
             data = self._source.read(wanted)
             if len(data) < wanted:
                 raise ServiceError("IncompleteBody", "The request body ended within a chunk.")
-            parts.append(data)
+            whole += data
             self._left -= wanted
             size -= wanted if size > 0 else 0
             if not self._left and self._line() != b"\r\n":
                 raise ServiceError("BadRequest", "A chunk is longer than its size.")
-        return b"".join(parts)
+        return bytes(whole)
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes as soon as there are any; the source is a Stream."""
@@ -3107,6 +3108,9 @@ SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
 }  # fmt: skip
 
 
+MAX_WAIT = 5  # seconds until it is looked whether who waits is still there
+
+
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
     """Return the error for a row of SQS_REFUSALS."""
     code, message = SQS_REFUSALS[reason]
@@ -3467,15 +3471,34 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return normal
 
 
+MAX_POLICY_DEPTH = 32
+
+
+def _read_policy(text: str) -> Any:
+    """Return a policy; ValueError for one so deep that it could be read now, but not written."""
+    policy = read_json(text)
+    level: List[Any] = [policy]
+    for _ in range(MAX_POLICY_DEPTH):
+        level = [
+            below
+            for node in level
+            if isinstance(node, (dict, list))
+            for below in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise ValueError("too deeply nested")
+    return policy
+
+
 def _a_policy(text: str) -> str:
-    if not isinstance(read_json(text), dict):
+    if not isinstance(_read_policy(text), dict):
         raise ValueError(text)
     return text
 
 
 def _redrive_policy(text: str) -> str:
     try:
-        policy = read_json(text)
+        policy = _read_policy(text)
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
     except (ValueError, TypeError, KeyError) as error:
         raise _bad_value(
@@ -3489,7 +3512,7 @@ def _redrive_policy(text: str) -> str:
 
 def _redrive_allow_policy(text: str) -> str:
     try:
-        policy = read_json(text)
+        policy = _read_policy(text)
         permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
     except (ValueError, TypeError, KeyError, AttributeError):
         permission, sources = "", []
@@ -4102,7 +4125,7 @@ class Sqs:
                 break
             if not call.may_wait:
                 raise WouldWait
-            self._wait(queue.changed, self._next_change(queue, deadline) - now)
+            self._wait(queue.changed, min(self._next_change(queue, deadline) - now, MAX_WAIT))
             now = self._clock()
             if self._running:
                 self._move_messages(now)
@@ -5639,7 +5662,10 @@ class Outgoing(NamedTuple):
 
 def is_repeatable(call: Call) -> bool:
     """Whether a call can be made twice with the effect of once."""
-    return call.request.method in _IDEMPOTENT or call.operation.startswith(_READ_ONLY)
+    if call.operation.startswith(_READ_ONLY):
+        return True
+    # In the query protocol, an Action sends messages by GET too.
+    return call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
 
 
 class Waiting:
@@ -6255,6 +6281,8 @@ class HookFile:
             self.module = self._load()
         except (OSError, ValueError) as error:
             log.error("%s not loaded again, the hook stays as it was: %s", self.path, error)
+            if lacks_descriptors(error):
+                self._stamp = (0, 0)
             return False
         log.warning("%s loaded again", self.path)
         return True
@@ -6267,6 +6295,11 @@ def stamp_of(path: str) -> Tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_mtime_ns, status.st_size
+
+
+def lacks_descriptors(error: Exception) -> bool:
+    """Whether a file could not be opened because too many are, so that it may be opened later."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 class AccessLog(Hook):
@@ -7352,6 +7385,8 @@ class Certificate:
             self._context = self._read()
         except (OSError, ValueError) as error:
             log.error("%s not read again, the certificate stays as it was: %s", self._path, error)
+            if lacks_descriptors(error):
+                self._stamp = []
             return
         log.warning("%s read again", self._path)
 
@@ -7377,7 +7412,8 @@ class Conversation:
     """A connection: what has arrived and was not used yet, and when it is given up."""
 
     __slots__ = (
-        "buffer", "deadline", "needed", "parked", "peer", "scanned", "server", "socket", "waits",
+        "buffer", "deadline", "needed", "parked", "peer", "pending", "queued", "scanned",
+        "server", "socket",
     )  # fmt: skip
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
@@ -7386,7 +7422,8 @@ class Conversation:
         self.peer = peer
         self.buffer = b""
         self.parked = False  # whether the selector has it
-        self.waits = False  # for an upstream's answer to its call
+        self.queued = False  # whether the loop is to look for a request in the buffer
+        self.pending: Optional[Pending] = None  # the call of its that an upstream answers
         self.needed = 0  # so much must be in the buffer before it is worth a look
         self.scanned = 0  # the buffer holds no end of a head before this
         self.deadline = 0.0
@@ -7412,8 +7449,10 @@ class Conversation:
 
     def readable(self) -> None:
         """Take in what has arrived."""
-        if self.waits:  # one call at a time: the next one, or that it hangs up, can wait
-            self.server.unpark(self)
+        if self.queued:  # one thing after the other
+            return
+        if self.pending:
+            self.server.interrupted(self, self.pending)
             return
         try:
             data = self.socket.recv(65536)
@@ -7429,14 +7468,15 @@ class Conversation:
         self.buffer += data
         if len(self.buffer) >= self.needed:
             self.needed = 0
-            self.server.arrived.append(self)
+            self.server.queue(self)
 
     def next_request(self) -> Optional[Tuple[Request, Manner]]:
         """Return the next request, and how it wants its answer, if the buffer holds all of it.
 
         None if not, or if a worker is to read it.
         """
-        if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
+        self.queued = False
+        while self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = self.buffer[2:]
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
@@ -7451,7 +7491,7 @@ class Conversation:
         try:
             head = parse_head(buffer[:end])
             length = body_framing(head)
-            waits = length is None or length > self.server.gathered or expects_continue(head)
+            waits = expects_continue(head) or length is None or length > self.server.gathered
         except ServiceError as error:
             refused, waits, length = error, True, 0
             head = salvage_head(buffer[:end])
@@ -7464,7 +7504,9 @@ class Conversation:
             self.needed = beyond
             return None
         self.buffer = buffer[beyond:]
-        request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self._abandoned)
+        if self.buffer:
+            self.deadline = time.monotonic() + self.server.timeout_seconds
+        request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
         return request, _manner(head)
 
     def answer(self, outcome: Outcome, manner: Manner) -> None:
@@ -7491,14 +7533,14 @@ class Conversation:
         elif close:
             self.close()
         elif self.buffer:
-            self.server.arrived.append(self)
+            self.server.queue(self)
 
     def resume(self) -> None:
         """Go on with what came while a worker had the connection."""
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
             self.readable()  # no selector sees what is decrypted already
         elif self.buffer:
-            self.server.arrived.append(self)
+            self.server.queue(self)
 
     def close(self) -> None:
         """End the connection."""
@@ -7543,7 +7585,7 @@ class Conversation:
         else:
             body = LengthBody(source, length, begin)
             refused = too_large(longest) if length > longest else refused
-        request = head.request(body, self.peer, self._abandoned)
+        request = head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
         manner = _manner(head)
         unread = refused is not None or body.unread
@@ -7617,7 +7659,7 @@ class Conversation:
     def _continue(self) -> None:
         self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _abandoned(self) -> bool:
+    def abandoned(self) -> bool:
         """Whether the other side has hung up; what it has sent stays where it is."""
         if self.socket.fileno() < 0:
             return True
@@ -7677,12 +7719,13 @@ class Server(http.server.HTTPServer):
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
-        self.arrived: List[Conversation] = []  # whose buffers may hold a request
+        self._queue: Deque[Conversation] = collections.deque()  # whose buffers may hold a request
         self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
         self._returned: Deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
         self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = False
         self._stopped = threading.Event()
         self._stopped.set()
@@ -7702,10 +7745,13 @@ class Server(http.server.HTTPServer):
         self._stopped.clear()
         tick = time.monotonic() + poll_interval
         while not self._stopping:
-            ready = self._selector.select(max(0.0, tick - time.monotonic()))
+            wait = 0.0 if self._queue else max(0.0, tick - time.monotonic())
+            ready = self._selector.select(wait)
             for start in range(0, len(ready), AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
+                self._answer()
+            if self._queue:
                 self._answer()
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
@@ -7715,24 +7761,28 @@ class Server(http.server.HTTPServer):
         self._stopped.set()
 
     def _answer(self) -> None:
-        """Answer what has arrived, of clients and of upstreams."""
+        """Answer what has arrived, of upstreams, and of the clients whose turn it is."""
         results = [(pending, pending.proceed()) for pending in self._heard]
         self._heard.clear()
         for pending, reply in results:
             if reply is not None:
                 self._settle(pending, reply)
-        while self.arrived or self._replies:
-            arrived, self.arrived = self.arrived, []
-            replies, self._replies = self._replies, []
-            found: List[Tuple[Conversation, Request, Manner]] = []
-            for conversation in arrived:
-                request = self._guarded(conversation.next_request, conversation.socket)
-                if request:
-                    found.append((conversation, *request))
-            outcomes = self.proxy.begin([request for _, request, _ in found])
-            replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
-            for conversation, outcome, manner in replies:
-                self._guarded(conversation.answer, conversation.socket, outcome, manner)
+        found: List[Tuple[Conversation, Request, Manner]] = []
+        for _ in range(min(len(self._queue), AT_ONCE)):
+            conversation = self._queue.popleft()
+            request = self._guarded(conversation.next_request, conversation.socket)
+            if request:
+                found.append((conversation, *request))
+        replies, self._replies = self._replies, []
+        outcomes = self.proxy.begin([request for _, request, _ in found])
+        replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
+        for conversation, outcome, manner in replies:
+            self._guarded(conversation.answer, conversation.socket, outcome, manner)
+
+    def queue(self, conversation: Conversation) -> None:
+        """Have a request looked for in what it has sent, in its turn."""
+        conversation.queued = True
+        self._queue.append(conversation)
 
     def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
         """Return what it returns; what goes wrong must not end the server."""
@@ -7768,15 +7818,25 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Whether no call is being answered."""
-        return not self._pending and all(c.parked for c in self._conversations)
+        busy = self._pending or self._queue or self._replies
+        return not busy and all(c.parked for c in self._conversations)
 
     def cut_polls_short(self) -> None:
         """Answer the calls that wait for an upstream's messages with none; from the loop."""
         for pending in [p for p in self._pending if p.is_poll]:
-            reply, put_back = pending.cut_short()
-            self._selector.unregister(pending.socket)
-            self._workers.run(put_back)
-            self._settle(pending, reply)
+            self._cut_short(pending)
+
+    def interrupted(self, conversation: Conversation, pending: Pending) -> None:
+        """End the poll of a client that has hung up; what another says can wait."""
+        self.unpark(conversation)
+        if pending.is_poll and conversation.abandoned():
+            self._cut_short(pending)
+
+    def _cut_short(self, pending: Pending) -> None:
+        reply, put_back = pending.cut_short()
+        self._selector.unregister(pending.socket)
+        self._workers.run(put_back)
+        self._settle(pending, reply)
 
     @property
     def connections(self) -> int:
@@ -7786,7 +7846,7 @@ class Server(http.server.HTTPServer):
     @property
     def calls(self) -> int:
         """How many calls wait for an upstream, a message or a hook."""
-        return sum(c.waits or not c.parked for c in list(self._conversations))
+        return sum(not c.parked or c.pending is not None for c in list(self._conversations))
 
     # ---- Connections come and go ----
 
@@ -7803,26 +7863,22 @@ class Server(http.server.HTTPServer):
             if len(self._conversations) >= self._max_connections:
                 self._refuse(connection, address[0])
                 continue
-            # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._welcome(connection, address[0])
+            try:
+                self._welcome(connection, address[0])
+            except (OSError, ValueError):  # it is gone already
+                connection.close()
 
     def _welcome(self, connection: socket.socket, peer: str) -> None:
-        if self._certificate is None:
-            conversation = Conversation(self, connection, peer)
-            self._conversations.add(conversation)
-            self._park(conversation)
-            return
+        # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setblocking(False)
-        try:
+        if self._certificate:
             connection = self._certificate.wrap(connection)
-        except (OSError, ValueError):  # it is gone already
-            connection.close()
-            return
         conversation = Conversation(self, connection, peer)
-        self._conversations.add(conversation)
         self._park(conversation)
-        conversation.shake_hands()
+        self._conversations.add(conversation)
+        if self._certificate:
+            conversation.shake_hands()
 
     def _listen_again(self) -> None:
         if self.socket not in self._selector.get_map():
@@ -7834,7 +7890,10 @@ class Server(http.server.HTTPServer):
         answer = self.refusal(error, peer)
         connection.setblocking(False)
         with connection, contextlib.suppress(OSError):  # whoever it is, we tried
-            connection.send(b"" if self._certificate else answer)
+            if not self._certificate:
+                connection.send(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(65536)  # left unread, it would make a reset of the end
 
     def refusal(self, error: ServiceError, peer: str) -> bytes:
         """Return what answers a connection that nothing has been read from."""
@@ -7879,7 +7938,7 @@ class Server(http.server.HTTPServer):
 
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
         """Have the loop wait for the answer of an upstream."""
-        conversation.waits, conversation.deadline = True, math.inf
+        conversation.pending, conversation.deadline = pending, math.inf
         self._pending[pending] = (time.monotonic(), conversation, manner)
         act = functools.partial(self._heard.append, pending)
         self._selector.register(pending.socket, selectors.EVENT_READ, act)
@@ -7888,7 +7947,7 @@ class Server(http.server.HTTPServer):
         _, conversation, manner = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
-        conversation.waits = False
+        conversation.pending = None
         self._park(conversation)
         self._replies.append((conversation, reply, manner))
 
@@ -8003,6 +8062,8 @@ class ClientsFile:
             proxy.clients = read_clients(self.path)
         except (OSError, ValueError) as error:
             log.error("%s not read again, its clients stay as they were: %s", self.path, error)
+            if lacks_descriptors(error):
+                self._stamp = (0, 0)
             return
         signing_key.cache_clear()
         log.warning("%s read again: %d keys", self.path, len(proxy.clients))
@@ -8195,7 +8256,7 @@ class Program:
         metrics = Metrics()
         keyring = Keyring(os.environ, options.profile)
         self._pool = Pool()
-        routes = build_routes(options, keyring, self._sqs, self._pool)
+        self._routes = routes = build_routes(options, keyring, self._sqs, self._pool)
         if options.reuse_port:
             check_sharing(options, routes)
         check_upstream_keys(routes, keyring, clients)
@@ -8216,6 +8277,7 @@ class Program:
             status=None if options.admin else self._status,
             hook_seconds=options.timeout,
         )
+        self._connections = self._most_connections()
         self.server = self._listen((options.host, options.port), self.proxy, "--host and --port")
         self.admin = None
         if options.admin:
@@ -8270,13 +8332,27 @@ class Program:
             return InFlight(ask, run)
         return TaskProtection(agent, ask, run)
 
+    def _most_connections(self) -> int:
+        """Return how many connections there may be: each needs a file, and one to its upstream."""
+        wanted = self._options.max_connections
+        forwards = any(isinstance(route.target, Upstream) for route in self._routes)
+        each = 2 if forwards else 1
+        allowed = allow_files(SPARE_FILES + wanted * each)
+        most = (allowed - min(SPARE_FILES, allowed // 3)) // each
+        if most < wanted // 2:  # of a few less nobody need be told
+            message = (
+                "at most %d connections at once: this process may have %d files open (ulimit -n)"
+            )
+            log.warning(message, most, allowed)
+        return min(most, wanted)
+
     def _listen(self, address: Tuple[str, int], proxy: Union[Proxy, Admin], flags: str) -> Server:
         try:
             return Server(
                 address,
                 proxy,
                 timeout=self._options.timeout,
-                max_connections=self._options.max_connections,
+                max_connections=self._connections,
                 every_half_second=self._tick if isinstance(proxy, Proxy) else _nothing,
                 certificate=self._certificate if isinstance(proxy, Proxy) else None,
                 reuse_port=self._options.reuse_port and isinstance(proxy, Proxy),
@@ -8380,6 +8456,23 @@ def build_routes(
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
     return [Route(pattern, targets[name]) for pattern, name in given or [("sqs:*", "embedded")]]
+
+
+SPARE_FILES = 64  # for what is no connection: listeners, logs, long bodies, the interpreter
+
+
+def allow_files(wanted: int) -> int:
+    """Have this process allowed so many open files, if it may; return how many it is allowed."""
+    soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
+    endless = resource.RLIM_INFINITY
+    if soft == endless or soft >= wanted:
+        return wanted
+    more = wanted if hard == endless else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (OSError, ValueError):  # the system has a limit of its own besides
+        return soft
+    return more
 
 
 def check_sharing(options: argparse.Namespace, routes: Sequence[Route]) -> None:
