@@ -3,8 +3,10 @@
 python -m unittest                   all tests
 python test_awsproxy.py bench        how quick it is
 python test_awsproxy.py abuse        how it holds out
+python test_awsproxy.py fuzz         random cases: --seconds N [--seed S]
 """
 
+import argparse
 import ast
 import base64
 import calendar
@@ -14189,6 +14191,1177 @@ class Boto3Test(unittest.TestCase):
         self.assertIn("s3v4", error.findtext("Message"))
 
 
+# ==== Fuzzing ====
+#
+# A case begins valid and signed by the signer above, and is then spoilt in up to three places;
+# some are made odd first and signed then.  Whether it may be answered 2xx is decided by a second
+# reading of RFC 9112 and of the IAM User Guide, made for this, that knows no mercy but for what
+# is said beside it.
+#
+# A case hangs on seed, kind and number, and a document's on what the few before it have left.
+
+
+def must(held):
+    if not held:
+        raise ValueError("not as the specification has it")
+
+
+TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TEXT_BYTES = bytes([9, *range(32, 127), *range(128, 256)])
+TARGET_BYTES = bytes([*range(33, 127), *range(128, 256)])  # AWS takes them raw from 128 on, too
+
+
+class Sighted(NamedTuple):
+    """A request as the second reader sees it; `raw` are its bytes, `last` that it closes."""
+
+    method: str
+    target: str
+    headers: tuple
+    body: bytes
+    raw: bytes = b""
+    last: bool = False
+
+    def values(self, name):
+        return [value for given, value in self.headers if given.lower() == name]
+
+
+def requests_in(data):
+    """Return the requests that a strict reader sees in a stream, and what it cannot read."""
+    seen, at = [], 0
+    while not (seen and seen[-1].last):
+        begin = at
+        while data.startswith(b"\r\n", at):  # of empty lines one must be taken, more may be
+            at += 2
+        if at == len(data):
+            break
+        try:
+            request = request_at(data, at)
+        except ValueError:
+            return seen, data[at:]
+        at += len(request.raw)
+        seen.append(request._replace(raw=data[begin:at]))
+    return seen, b""
+
+
+def request_at(data, at):
+    """Return the request that begins there; ValueError if it is malformed, or incomplete."""
+    end = data.index(b"\r\n\r\n", at)
+    line, *fields = data[at:end].split(b"\r\n")
+    method, target, version = line.split(b" ")
+    must(method and not method.translate(None, TOKEN_BYTES))
+    must(target.startswith(b"/") and b"#" not in target)
+    must(not target.translate(None, TARGET_BYTES) and version in (b"HTTP/1.1", b"HTTP/1.0"))
+    headers = tuple(map(field_of, fields))
+    seen = Sighted(method.decode(), target.decode("latin-1"), headers, b"")
+    lengths, codings = set(seen.values("content-length")), seen.values("transfer-encoding")
+    must(len(seen.values("host")) == 1 or (version == b"HTTP/1.0" and not seen.values("host")))
+    end += 4
+    if codings:
+        must(
+            version == b"HTTP/1.1" and not lengths and [c.lower() for c in codings] == ["chunked"]
+        )
+        body, end = chunks_at(data, end)
+    else:
+        length = lengths.pop() if lengths else "0"
+        must(not lengths and re.fullmatch("[0-9]{1,40}", length))
+        must(len(data) >= end + int(length))
+        body, end = data[end : end + int(length)], end + int(length)
+    options = ",".join(seen.values("connection")).lower().split(",")
+    last = version == b"HTTP/1.0" or "close" in [option.strip(" \t") for option in options]
+    return seen._replace(body=body, raw=data[at:end], last=last)
+
+
+def field_of(line):
+    name, colon, value = line.partition(b":")
+    must(name and colon and not name.translate(None, TOKEN_BYTES))
+    must(not value.translate(None, TEXT_BYTES))
+    return name.decode(), value.decode("latin-1").strip(" \t")
+
+
+def chunks_at(data, at):
+    """Return the content of a chunked body, and where it ends."""
+    content = b""
+    while True:
+        end = data.index(b"\r\n", at)
+        # What an extension says is nobody's business here; RFC 9112 has a grammar for it.
+        size, _, extension = data[at:end].partition(b";")
+        if extension:
+            must(not extension.translate(None, TEXT_BYTES))
+            size = size.rstrip(b" \t")
+        must(size and not size.translate(None, b"0123456789ABCDEFabcdef"))
+        at, size = end + 2, int(size, 16)
+        if not size:
+            break
+        must(data[at + size : at + size + 2] == b"\r\n")
+        content, at = content + data[at : at + size], at + size + 2
+    while not data.startswith(b"\r\n", at):
+        end = data.index(b"\r\n", at)
+        field_of(data[at:end])
+        at = end + 2
+    return content, at + 2
+
+
+class Proof(NamedTuple):
+    """What proves that a request is signed."""
+
+    service: str
+    payload: str
+    signature: str
+    scope: str
+    at: int
+
+
+def proof(request, now):
+    """Return what proves that one of the demo's keys has signed; ValueError if nothing does."""
+    pairs = [tuple(part.decode("latin-1") for part in p) for p in query_pairs(request.target)]
+    given = {name: value for name, value in pairs if name.startswith("X-Amz-")}
+    headers = request.values("authorization")
+    presigned = bool({"X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature"} & set(given))
+    must(len(headers) + presigned == 1)
+    if presigned:
+        alike = [name.lower() for name, _ in pairs if name.lower().startswith("x-amz-")]
+        must(len(alike) == len(given) and given["X-Amz-Algorithm"] == "AWS4-HMAC-SHA256")
+        stamp, tokens = given["X-Amz-Date"], [given.get("X-Amz-Security-Token", "")]
+        credential, names, made = (
+            given["X-Amz-" + name] for name in ("Credential", "SignedHeaders", "Signature")
+        )
+    else:
+        scheme, _, rest = headers[0].partition(" ")
+        must(scheme == "AWS4-HMAC-SHA256")
+        # Blanks around the commas are the only freedom that clients take.
+        parts = [part.strip(" \t").partition("=")[::2] for part in rest.split(",")]
+        must(sorted(name for name, _ in parts) == ["Credential", "Signature", "SignedHeaders"])
+        credential, made, names = (value for _, value in sorted(parts))
+        dated_by = "x-amz-date" if request.values("x-amz-date") else "date"
+        (stamp,) = request.values(dated_by)
+        tokens = request.values("x-amz-security-token") or [""]
+    at = seconds_of(stamp)
+    key, scope = credential.split("/", 1)
+    day, region, service, last = scope.split("/")
+    must(last == "aws4_request" and day == amz_date(at)[:8] and region and service)
+    (client,) = (
+        c for c in (DEMO, SESSION) if [c.access_key_id, c.session_token] == [key, *tokens]
+    )
+    if "X-Amz-Expires" in given and presigned:
+        must(re.fullmatch("[0-9]+", given["X-Amz-Expires"]))
+        expires = int(given["X-Amz-Expires"])
+        must(1 <= expires <= 604800 and at - 900 <= now <= at + expires)
+    else:
+        must(service != "s3" or not presigned)
+        must(abs(now - at) <= 900)
+    names = names.split(";")
+    must(names == sorted(set(names)) and "host" in names and (presigned or dated_by in names))
+    must(all(name == name.lower() and request.values(name) for name in names))
+    for name, _ in request.headers:
+        of_payload = service == "s3" and name.lower() == "x-amz-content-sha256"  # signed anyway
+        must(not name.lower().startswith("x-amz-") or name.lower() in names or of_payload)
+    payload = payload_of(request, service, given if presigned else {"": ""})
+    path, query = plain_target(request.target, service, presigned)
+    path = canonical_path(path, service)
+    signed_ = signature(
+        client, request.method, path, query, request.headers, names, payload, at, scope
+    )
+    must(signed_.hex == made)
+    return Proof(service, payload, made, scope, at)
+
+
+def query_pairs(target):
+    query = target.partition("?")[2]
+    must(not re.search("%(?![0-9A-Fa-f]{2})", query))
+    # AWS takes `+` for a blank, `a` for `a=`, and nothing between two `&` for nothing.
+    parts = [part.partition("=")[::2] for part in query.replace("+", " ").split("&") if part]
+    unquote = urllib.parse.unquote_to_bytes
+    return [(unquote(n.encode("latin-1")), unquote(v.encode("latin-1"))) for n, v in parts]
+
+
+def plain_target(target, service, presigned=False):
+    """Return path and query as `sign` wants them: resolved, and the query canonical."""
+    pairs = [
+        pair for pair in query_pairs(target) if not presigned or pair[0] != b"X-Amz-Signature"
+    ]
+    encoded = sorted((escaped(name, b""), escaped(value, b"")) for name, value in pairs)
+    path, kept = target.partition("?")[0], []
+    must(not re.search("%(?![0-9A-Fa-f]{2})", path))
+    for segment in path.split("/"):
+        if service == "s3":
+            raw = urllib.parse.unquote_to_bytes(segment.encode("latin-1"))
+            kept.append(escaped(raw, b""))
+        elif segment == "..":
+            kept.pop() if kept else must(False)
+        elif segment not in ("", "."):
+            kept.append(segment)
+    if service != "s3":
+        kept = ["", *kept, ""] if path.endswith("/") and kept else ["", *kept]
+    return "/".join(kept) or "/", "&".join("=".join(pair) for pair in encoded)
+
+
+def seconds_of(stamp):
+    """Return the time of ISO 8601's basic format, or of RFC 9110's; a Date may have either."""
+    if re.fullmatch("[0-9]{8}T[0-9]{6}Z", stamp):
+        at = calendar.timegm(time.strptime(stamp, "%Y%m%dT%H%M%SZ"))
+        must(amz_date(at) == stamp)
+        return at
+    return int(email.utils.parsedate_to_datetime(stamp).timestamp())
+
+
+def payload_of(request, service, given):
+    """Return the payload line of a canonical request, which must be true."""
+    declared = request.values("x-amz-content-sha256")
+    must(len(declared) < 2)
+    computed = sha256(request.body)
+    if service != "s3":
+        must(declared in ([], [computed]))
+        return computed
+    if not declared and "" not in given:
+        declared = [given.get("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD")]
+    kinds = (CHUNKS, CHUNKS_TRAILER, UNSIGNED_TRAILER)
+    must(declared in ([computed], ["UNSIGNED-PAYLOAD"], *([kind] for kind in kinds)))
+    return declared[0]
+
+
+TRAILERS = re.compile(
+    # As some clients write them: LF alone, LF CR LF, and no empty line at the end.
+    rb"((?:[^\r\n]+(?:\r\n|\n(?:\r\n)?))*)(?:\r\n)?"
+)
+
+
+def content_of(request, held):
+    """Return the content of a body that is what its signatures and checksums say."""
+    if not held.payload.startswith("STREAMING-"):
+        return request.body
+    (length,) = request.values("x-amz-decoded-content-length")
+    must(re.fullmatch("[0-9]+", length))
+    stream, pieces, given = io.BytesIO(request.body), [], []
+    while True:
+        line = stream.readline()
+        size, semicolon, signed_with = line[:-2].partition(b";chunk-signature=")
+        must(
+            line.endswith(b"\r\n") and size and not size.translate(None, b"0123456789ABCDEFabcdef")
+        )
+        must(bool(semicolon) == (held.payload != UNSIGNED_TRAILER))
+        given += [signed_with] if semicolon else []
+        if not int(size, 16):
+            break
+        pieces.append(stream.read(int(size, 16)))
+        must(len(pieces[-1]) == int(size, 16) and stream.read(2) == b"\r\n")
+    lines = TRAILERS.fullmatch(stream.read())[1].decode("ascii")
+    trailers = [line.partition(":")[::2] for line in re.split("[\r\n]+", lines) if line]
+    trailers = [(name.lower(), value.strip(" \t")) for name, value in trailers]
+    if given and trailers:
+        name, value = trailers.pop()
+        must(name == "x-amz-trailer-signature")
+        given.append(value.encode())
+    announced = ",".join(request.values("x-amz-trailer")[:1]).lower().split(",")
+    announced = sorted(name.strip(" \t") for name in announced if name.strip(" \t"))
+    must(announced == sorted(name for name, _ in trailers))
+    must(bool(announced) == held.payload.endswith("-TRAILER"))
+    if given:
+        again = aws_chunked(pieces, held.signature, trailers, DEMO, held.scope, held.at)
+        must(re.findall(rb"signature[=:]([0-9a-f]{64})\r\n", again) == given)
+    content = b"".join(pieces)
+    must(len(content) == int(length))
+    for name, value in trailers:
+        kind = name.rpartition("-")[2]
+        must(kind not in ("crc32", "sha1", "sha256") or checksum(kind, content) == value)
+    return content
+
+
+def proven(request):
+    """Return the proof of a request and its content, twice None if there is none."""
+    try:
+        held = proof(request, EXAMPLE_TIME)
+        return held, content_of(request, held)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None, None
+
+
+# ---- What cases are made of ----
+
+ODD_WORDS = (
+    *" \t,;=&/%+?.:~\"'\xe9\xff-", "", "..", "/./", "//", "%2F", "%2f", "%20", "%41", "%00", "%zz",
+    "&&", "a", "A", "0", "-1", "9" * 30, "0" * 64, "host", "Host", "date", "x-amz-date", "sqs",
+    "s3", "us-east-1", "aws4_request", "20150830", "20150831", "dummykey", "UNSIGNED-PAYLOAD",
+    "X-Amz-Signature=", "X-Amz-Algorithm=AWS4-HMAC-SHA256", "AWS4-HMAC-SHA256", "Credential=",
+    "SignedHeaders=", "Signature=", "&X-Amz-Date=20150830T123600Z", "&Action=DeleteQueue",
+)  # fmt: skip
+ODD_FIELDS = (
+    ("X-Amz-Date", "20150830T123600Z"), ("X-Amz-Date", "20150830T120000Z"), ("Date", "x"),
+    ("Date", "Sun, 30 Aug 2015 12:36:00 GMT"), ("X-Amz-Security-Token", "dummysession"),
+    ("X-Amz-Security-Token", ""), ("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"),
+    ("X-Amz-Content-Sha256", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+    ("Host", "localhost"), ("X-Amz-Target", "AmazonSQS.ListQueues"), ("X-Amz-Target", "x"),
+    ("X-Amz-New", "1"), ("X-B", "1"), ("Content-Type", "application/json"), ("Accept", "*/*"),
+    ("Authorization", "AWS4-HMAC-SHA256 Credential=a"), ("Authorization", "Basic eDp5"),
+    ("Smithy-Protocol", "rpc-v2-cbor"), ("X-Http-Method-Override", "GET"),
+)  # fmt: skip
+ODD_PIECES = (
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\n\n", b"\0", b" ", b"\t", b":", b";", b"\x0b", b"\x0c",
+    b"\x1c", b"\x7f", b"\x85", b"\xff", b"0", b"/", b"%00", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+    b"\r\n ", b"\r\r\n", b"",
+)  # fmt: skip
+ODD_LINES = (
+    b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: +5", b"Content-Length: -1",
+    b"Content-Length: 0x5", b"Content-Length: 5, 5", b"Content-Length: 5;", b"Content-Length:",
+    b"Content-Length: 5\x0b", b"Content-Length: \xd9\xa3", b"Content-Length: 1_0",
+    b"Content-Length: 10000", b"Content-Length: " + b"9" * 18, b"Content-Length: " + b"9" * 19,
+    b"Content-Length: " + b"9" * 5000, b"Content-Length : 5", b"Content_Length: 5",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding:\tCHUNKED ", b"Transfer-Encoding: identity",
+    b"Transfer-Encoding: chunked, chunked", b"Transfer-Encoding: gzip, chunked",
+    b"Transfer-Encoding: xchunked", b"Transfer-Encoding : chunked", b"Transfer-Encoding:",
+    b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding: \"chunked\"", b"Transfer-Encoding",
+    b"X: y\r\n Transfer-Encoding: chunked", b"X:\r\n\tContent-Length: 3", b"X: \0", b"X: a\rb",
+    b"Host: b", b"Host: a b", b"Expect: 100-continue", b"Expect: 200-ok", b"Connection: close",
+    b"Connection: x, Close", b"Connection: keep-alive", b"Upgrade: h2c", b"TE: trailers", b": x",
+    b"X", b"", b"\xe9: 1", b"X-A: \xe9\x80", b"Trailer: X", b"X y: 1", b"X: " + b"y" * 70000,
+    b"\r\n".join([b"X: y"] * 101),
+)  # fmt: skip
+ODD_TARGETS = (
+    b"http://localhost:8081/", b"HTTP://a/?b", b"*", b"localhost:8081", b"//a/b", b"/../", b"",
+    b"/?#a", b"/#", b"/a b", b"/\xe9", b"/%", b"/\x7f", b"\\", b"/?" + b"a" * 66000,
+)  # fmt: skip
+ODD_VERSIONS = (
+    b"HTTP/1.0", b"HTTP/1.1 ", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/0.9", b"http/1.1", b"HTTP/1.10",
+    b"HTTP/01.1", b"HTTP/1,1", b"", b"X HTTP/1.1",
+)  # fmt: skip
+ODD_JSON = (
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "-0",
+        "01",
+        "0x1",
+        "1.",
+        ".5",
+        "9" * 5000,
+        "1e99999",
+    ),
+    *('"\\ud800"', '"\\x"', '"\t"', "'a'", "tru", "[1,]", '{"a":1,}', '{"a":1,"a":2}', "", "/**/"),
+    *("[" * 5000, '{"a":' * 3000 + "1" + "}" * 3000, "[" * 100000 + "]" * 100000, "\ufeff1"),
+)
+NESTED = tuple(
+    "[" * depth + "]" * depth for depth in (30, 300, 930, 960, 970, 980, 990, 1000, 3000)
+)
+ODD_VALUES = (
+    None, True, False, 0, -1, 1, 10, 11, 901, 43201, 2**31, 2**63, 10**19, -(10**19), 10**25, 0.5,
+    1e308, [], [[]], {}, {"": ""}, {"a": None}, {"Name": {"DataType": "String"}}, ["a"] * 11, ["", 1],
+    "", "0", "x", "-0", "+1", "1e3", "1_0", " 1", "1\n", "\u0663", "\uff19", "9" * 30, "true", "All",
+    ".*", "*", "a.*", "x" * 81, "x" * 300, "aws.a", "a..b", "\0", "\r\n\t", "\ud800", "\udc00\ud800",
+    "\ufffe", "\U0001f600", "\xe9" * 80, "String", "Number.\ud800", "Binary.x", "Number",
+    "DelaySeconds", "Policy", "RedrivePolicy", "RedriveAllowPolicy", "VisibilityTimeout", "QueueArn",
+    "FifoQueue", "KmsMasterKeyId", "MessageRetentionPeriod", "AWSTraceHeader", "SendMessage", "/",
+    "//", "http://a", "jobs", "jobs.fifo", "arn:aws:sqs:::", "arn:aws:sqs:us-east-1:000000000000:jobs",
+    "arn:aws:sqs:us-east-1:000000000000:dead", "000000000000", "AQEB", "AQEBAAAA", "AQEB====", "=",
+    as_base64(b"\xff"), as_base64(b"{}"), as_base64(b"[]"), as_base64(b'"a"'), as_base64(b"\0" * 99),
+    as_base64(b'{"taskId":[],"sourceArn":{}}'), as_base64(b"[" * 3000),
+    *("{", "{}", "[]", "null", "1", '"a"', "NaN", '{"a":NaN}', '{"a":1e999}', '{"a":"\\ud800"}'),
+    '{"deadLetterTargetArn":[],"maxReceiveCount":{}}', '{"deadLetterTargetArn":"x"}',
+    '{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:dead","maxReceiveCount":1e2}',
+    '{"deadLetterTargetArn":"arn:aws:sqs:us-east-1:000000000000:jobs","maxReceiveCount":"2"}',
+    '{"deadLetterTargetArn":"\\ud800","maxReceiveCount":true}', '{"redrivePermission":[]}',
+    '{"redrivePermission":"byQueue","sourceQueueArns":[[]]}', '{"redrivePermission":"denyAll"}',
+    '{"redrivePermission":"byQueue","sourceQueueArns":{"a":1}}', '{"redrivePermission":null}',
+    '{"Statement":null}', '{"Statement":{"Sid":[]}}', '{"Statement":[1,{"Sid":1},[]]}',
+    '{"Statement":"a","Version":[]}', *NESTED, *(f'{{"a":{nested}}}' for nested in NESTED),
+)  # fmt: skip
+ODD_NAMES = (
+    *("", ".", "..", ".1", "1", "Action", "QueueUrl", "Attribute", "Attribute.1", "Tag.1.Key"),
+    *("Attribute.1.Name", "Attribute.0.Name", "Attribute.-1.Name", "Attribute.9999999999.Name"),
+    *("Attribute.\u0663.Name", "Attribute.1.Name.1", "Attributes", "Entries", "MessageAttribute"),
+    *("MessageAttribute.1.Value", "SendMessageBatchRequestEntry.1", "AttributeName.x", "\xe9"),
+    *("MessageAttribute.1.Value.StringListValue.1", "a." * 5000, "QueueUrl.1", "tags.1.Key", "\0"),
+)
+
+
+def tokens(text):
+    return re.findall(r"%[0-9A-Fa-f]{2}|[A-Za-z0-9_.-]+|.", text, re.DOTALL)
+
+
+def respelled(chance, text):
+    """Return the text with a word of it dropped, doubled, moved, exchanged or spelled otherwise."""
+    words = tokens(text) or [""]
+    at = chance.randrange(len(words))
+    what, word = chance.randrange(9), words[at]
+    if what == 0:
+        del words[at]
+    elif what == 1:
+        words.insert(at, word)
+    elif what == 2:
+        other = chance.randrange(len(words))
+        words[at], words[other] = words[other], word
+    elif what == 3:
+        words[at] = word.swapcase()
+    elif what == 4:
+        inside = chance.randrange(len(word) + 1)
+        words[at] = word[:inside] + chance.choice(ODD_WORDS) + word[inside:]
+    elif what == 5 and word:
+        inside = chance.randrange(len(word))
+        code = chance.choice(("%%%02X", "%%%02x")) % (ord(word[inside]) & 255)
+        words[at] = word[:inside] + code + word[inside + 1 :]
+    elif what == 6:
+        words[at] = chance.choice((*ODD_WORDS, word.upper(), word.lower(), word[:-1], word + word))
+    else:
+        words.insert(at, chance.choice(ODD_WORDS))
+    return "".join(words)
+
+
+def reordered(chance, text, joint):
+    """Return the text with a part dropped, doubled, respelled, or the parts shuffled."""
+    parts = text.split(joint)
+    at, what = chance.randrange(len(parts)), chance.randrange(5)
+    if what == 0:
+        del parts[at]
+    elif what == 1:
+        parts.insert(chance.randrange(len(parts) + 1), parts[at])
+    elif what == 2:
+        chance.shuffle(parts)
+    elif what == 3:
+        parts[at] = respelled(chance, parts[at])
+    else:
+        parts.insert(at, chance.choice(ODD_WORDS))
+    return joint.join(parts)
+
+
+class Draft:
+    """A request that is still worked on; what no framing lets through is left out at the end."""
+
+    def __init__(self, method, target, headers, body):
+        self.method = method
+        self.target = target
+        self.headers = list(headers)
+        self.body = body
+
+    def spoil(self, chance):
+        what = chance.randrange(10)
+        if what < 3:
+            self.spoil_value(chance, "authorization")
+        elif what < 4:
+            self.spoil_value(chance, chance.choice(self.headers)[0].lower())
+        elif what < 6:
+            self.spoil_headers(chance)
+        elif what < 9:
+            self.spoil_target(chance)
+        else:
+            self.method = chance.choice(("GET", "POST", "PUT", "HEAD", "get", "X"))
+            self.body = chance.choice((self.body, self.body + b"x", self.body[:-1]))
+
+    def spoil_value(self, chance, name):
+        for at, (given, value) in enumerate(self.headers):
+            if given.lower() == name:
+                joint = chance.choice((", ", ",", ";", "/"))
+                changed = reordered(chance, value, joint) if chance.random() < 0.4 else None
+                self.headers[at] = (given, changed or respelled(chance, value))
+
+    def spoil_headers(self, chance):
+        at, what = chance.randrange(len(self.headers)), chance.randrange(7)
+        name, value = self.headers[at]
+        if what == 0:
+            del self.headers[at]
+        elif what == 1:
+            self.headers.insert(chance.randrange(len(self.headers) + 1), (name, value))
+        elif what == 2:
+            self.headers[at] = (name.swapcase(), re.sub("[ ,]", chance.choice((" ", "  ")), value))
+        elif what == 3:
+            chance.shuffle(self.headers)
+        elif what == 4 and "," in value:
+            self.headers[at : at + 1] = [(name, part) for part in value.split(",")]
+        else:
+            self.headers.insert(at, chance.choice(ODD_FIELDS))
+
+    def spoil_target(self, chance):
+        path, mark, query = self.target.partition("?")
+        if query and chance.random() < 0.4:
+            query = reordered(chance, query, "&")
+        elif query and chance.random() < 0.6:
+            query = respelled(chance, query)
+        else:
+            path = "/" + respelled(chance, path)[1:]
+        self.target = path + mark + query
+
+    def request(self):
+        headers = [
+            (name, re.sub("[\0-\x08\n-\x1f\x7f]", "", value).strip(" \t"))
+            for name, value in self.headers
+        ]
+        target = re.sub("[\0- \x7f#]", "", self.target)
+        return Sighted(self.method, target, tuple(headers), self.body)
+
+
+def to_raw(request):
+    """Return what a request looks like on the wire."""
+    lines = [f"{request.method} {request.target} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in request.headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + request.body
+
+
+def spoilt_bytes(chance, raw):
+    """Return the bytes with a few of them replaced, mostly where lines end."""
+    ends = [found.start() for found in re.finditer(b"[\r\n:; ]", raw)]
+    at = chance.choice(ends) if ends and chance.random() < 0.7 else chance.randrange(len(raw) + 1)
+    end = min(len(raw), at + chance.choice((0, 0, 1, 1, 2, 4, 30)))
+    return raw[:at] + chance.choice((*ODD_PIECES, raw[at:end] * 2, raw[-9:])) + raw[end:]
+
+
+def spoilt_wire(chance, raw):
+    """Return the bytes of a request with one thing changed in its framing."""
+    head, blank, body = raw.partition(b"\r\n\r\n")
+    lines, what = head.split(b"\r\n"), chance.randrange(9)
+    at = chance.randrange(1, len(lines)) if len(lines) > 1 else 0
+    if what == 0:
+        lines.insert(at, chance.choice(ODD_LINES))
+    elif what == 1:
+        chance.choice((lines.pop, lambda at: lines.append(lines[at])))(at)
+    elif what == 2:
+        words = lines[0].split(b" ")
+        which = chance.randrange(len(words))
+        odd = ((b"HEAD", b"get", b"PRI", b"G\xc9T", b""), ODD_TARGETS, ODD_VERSIONS)
+        words[which] = chance.choice(odd[min(which, 2)])
+        lines[0] = b" ".join(words)
+    elif what == 3:
+        name, _, value = lines[at].partition(b":")
+        joint = chance.choice(
+            (b" : ", b":\r\n ", b":\t", b"::", b": \0", b":\r\n\r\n", b":\n", b"\r:")
+        )
+        lines[at] = name + joint + value
+    elif what == 4:
+        body = chance.choice((body[:-1], body + b"\r\n", body + b"x", body[1:], b"", body * 2))
+    elif what == 5:
+        number = chance.choice((b"0", b"1", b"%d" % (len(body) + 1), b"%d" % (len(body) + 300)))
+        lines = [re.sub(b"^(Content-Length: ).*", rb"\g<1>" + number, line) for line in lines]
+    elif what == 6:
+        blank = chance.choice(
+            (b"\n\n", b"\r\n\n", b"\n\r\n", b"\r\r\n\r\n", b"\r\n \r\n", b"\r\n")
+        )
+    else:
+        return spoilt_bytes(chance, raw)
+    return b"\r\n".join(lines) + blank + body
+
+
+def odd_chunks(chance, body):
+    """Return a chunked body that is spelled in ways that are allowed, or not quite."""
+
+    def odd(usual, *others):
+        return chance.choice(others) if chance.random() < 0.12 else usual
+
+    data = b""
+    while body:
+        size = chance.randint(1, len(body))
+        line = b"%x" % size
+        others = (
+            b"0x" + line,
+            b"+" + line,
+            b" " + line,
+            line + b" ",
+            line + b";a=b",
+            line + b" ;a",
+        )
+        more = (
+            line.upper(),
+            b"0" * 9 + line,
+            b"0" * 30 + line,
+            line + b";\r",
+            line + b"\0",
+            b"-1",
+        )
+        wrong = (b"%x" % (size + 1), b"%x" % (size - 1), b"f" * 16, b"", line + b";" + b"a" * 5000)
+        end = odd(b"\r\n", b"\n", b"", b"\r\n\r\n", b"xx", b"\r")
+        data += odd(line, *others, *more, *wrong) + odd(b"\r\n", b"\n", b"\r") + body[:size] + end
+        body = body[size:]
+    trailers = (
+        b"X: y\r\n",
+        b"X : y\r\n",
+        b"X: y\n",
+        b"Content-Length: 5\r\n",
+        b"\0\r\n",
+        b" y\r\n",
+    )
+    last = odd(b"0", b"000", b"0;a", b"00000000000000000", b"", b"-0", b"0 ")
+    return (
+        data + last + b"\r\n" + odd(b"", *trailers, b"X: y\r\n" * 102) + odd(b"\r\n", b"", b"\n")
+    )
+
+
+class Taker:
+    """Answers what is meant for other services with the body it was sent, read in its own way."""
+
+    may_block = False
+    size = -1
+
+    def answer(self, call, request_id):
+        body = call.body if call.service == "s3" else io.BytesIO(awsproxy.read_again(call.body))
+        content = b"".join(iter(lambda: body.read(self.size), b""))
+        kind = ("Content-Type", "application/octet-stream")
+        return Reply(200, (("x-amzn-RequestId", request_id), kind), content)
+
+
+class Noted(logging.Handler):
+    """Keeps what is logged as an error."""
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.setFormatter(logging.Formatter())
+        self.told = []
+
+    def emit(self, record):
+        self.told.append(self.format(record))
+
+
+def deeper(frames, act):
+    """Call with so many frames more on the stack."""
+    return deeper(frames - 1, act) if frames else act()
+
+
+# ---- The cases ----
+
+
+class Fuzzer:
+    """Makes cases and has them answered; AssertionError for the first that is not as it must be.
+
+    `counts` tells how many cases of which kind were answered how.
+    """
+
+    KINDS = ("framing", "authorization", "target", "chunks", "document")
+    WORLD = 25  # cases in the same queues
+
+    def __init__(self, seed, **settings):
+        self.seed = seed
+        self.counts = {kind: dict.fromkeys(("2xx", "4xx", "cut"), 0) for kind in self.KINDS}
+        self.noted = Noted()
+        self.taker = Taker()
+        sqs = awsproxy.Sqs(lambda: EXAMPLE_TIME)
+        routes = (awsproxy.Route("sqs:*", awsproxy.Embedded(sqs)), awsproxy.Route("*", self.taker))
+        self.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            routes=routes,
+            clock=lambda: EXAMPLE_TIME,
+            max_body=3000,
+            **settings,
+        )
+        self.running = None
+        self.caller = None
+        self.sent = b""
+
+    def __enter__(self):
+        logging.getLogger("awsproxy").addHandler(self.noted)
+        self.running = Running(self.proxy)
+        return self
+
+    def __exit__(self, *_):
+        self.running.stop()
+        logging.getLogger("awsproxy").removeHandler(self.noted)
+
+    def case(self, kind, number):
+        """Have one case answered."""
+        self.sent = b""
+        try:
+            getattr(self, kind)(random.Random(f"{self.seed} {kind} {number}"), number)
+            assert not self.noted.told, f"logged: {self.noted.told}"
+        except Exception as error:
+            told = f"seed {self.seed}, case {number} of {kind}: {error!r}"
+            raise AssertionError(f"{told}\nsent: {self.sent!r}") from error
+
+    def count(self, kind, status):
+        """Count an answer, None for none; neither may be another than 2xx or 4xx."""
+        assert status is None or status // 100 in (2, 4), f"answered {status}"
+        self.counts[kind][f"{status // 100}xx" if status else "cut"] += 1
+
+    # ---- Bytes on a connection ----
+
+    def framing(self, chance, number):
+        """Have valid requests before and behind a spoilt one, on one connection."""
+        names, intact = {}, set()
+        first = [self.call(chance, names, intact) for _ in range(chance.choice((0, 0, 1, 2)))]
+        spoilt = self.call(chance, names, intact, odd=chance.random() < 0.3)
+        for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
+            spoilt = spoilt_wire(chance, spoilt)
+        marker = self.call(chance, names, intact)
+        data = b"".join([*first, chance.choice((b"", b"", b"", b"\r\n", b"\n")), spoilt, marker])
+        cuts = {chance.randrange(len(data)) for _ in range(chance.choice((0, 0, 1, 2, 4)))}
+        if chance.random() < 0.5:
+            cuts.add(len(data) - len(marker))
+        if chance.random() < 0.01 and len(data) < 4000:
+            cuts = set(range(len(data)))
+        self.sent = data
+        at = sorted({0, *cuts, len(data)})
+        received = self.exchange(
+            [data[a:b] for a, b in zip(at, at[1:])], chance.choice((0, 0, 0.001))
+        )
+        self.check_answers(data, received, names, intact)
+
+    def call(self, chance, names, intact, odd=False):
+        """Return the bytes of a signed CreateQueue; its answer repeats the name of the queue."""
+        name = f"m{chance.randrange(90)}-{len(names)}"
+        style = chance.choice(("json", "form", "decoy", "query"))
+        method, target, body, headers = "POST", "/", b"", [FORM]
+        if style == "json":
+            body = json.dumps({"QueueName": name}).encode()
+            headers = [("X-Amz-Target", "AmazonSQS.CreateQueue"), ("Content-Type", JSON_1_0)]
+        elif style == "query":
+            method, headers = "GET", []
+            target = presign("GET", f"/?Action=CreateQueue&QueueName={name}&Version=2012-11-05")
+        else:
+            body = f"Action=CreateQueue&QueueName={name}".encode()
+        if style == "decoy":  # whoever takes the body for requests answers this one
+            inside = f'{{"QueueName":"decoy{name}"}}'.encode()
+            given = [("X-Amz-Target", "AmazonSQS.CreateQueue"), ("Content-Type", JSON_1_0)]
+            made = sign("POST", "/", given, inside)
+            names[made[-1][1][-64:]] = f"decoy{name}"
+            head = Sighted("POST", "/", (*made, ("Content-Length", str(len(inside)))), inside)
+            body += b"&x=\r\n\r\n" + to_raw(head)
+        made = [("Host", HOST)] if style == "query" else sign(method, target, headers, body)
+        names[(target if style == "query" else made[-1][1])[-64:]] = name
+        extra = chance.choice(((), (), (), ("Expect: 100-continue",), ("Connection: keep-alive",)))
+        lines = [f"{method} {target} HTTP/1.1", *(f"{n}: {v}" for n, v in made), *extra]
+        if odd or (body and chance.random() < 0.3):
+            lines.append("Transfer-Encoding: chunked")
+            wire = odd_chunks(chance, body) if odd else in_chunks(body, chance.randint(20, 300))
+        else:
+            lines += [f"Content-Length: {len(body)}"] if body else []
+            wire = body
+        raw = "\r\n".join([*lines, "", ""]).encode() + wire
+        if not odd:
+            intact.update((raw, b"\r\n" + raw))
+        return raw
+
+    def exchange(self, pieces, pause):
+        """Send the pieces on a connection of their own; return all that comes back."""
+        received = []
+        with socket.create_connection(self.running.address, timeout=5) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for piece in pieces:
+                    connection.sendall(piece)
+                    if pause and len(pieces) < 9:
+                        time.sleep(pause)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                received = list(iter(lambda: connection.recv(65536), b""))
+        return b"".join(received)
+
+    def check_answers(self, data, received, names, intact):
+        """Compare the answers, one by one, with the requests that the second reader sees."""
+        seen, rest = requests_in(data)
+        stream = io.BytesIO(received)
+        for request in seen:
+            answer = self.answer_of(stream, request.method == "HEAD")
+            self.count("framing", answer and answer.status)
+            assert answer, f"no answer to {request.raw}"
+            if request.raw in intact:
+                assert answer.status == 200, f"{answer.status} to {request.raw}"
+            if answer.status < 300:
+                held, _ = proven(request)
+                assert held, f"{answer.status} though not signed: {request.raw}"
+                name = names[held.signature]
+                told = f"another answer than that of {name}: {answer}"
+                assert request.method == "HEAD" or f"/{name}<" in told or f'/{name}"' in told, told
+            assert answer.closes or not request.last, "not closed though asked to"
+            if answer.closes:
+                rest = None
+                break
+        if rest:
+            head_only = rest.startswith(b"HEAD ")
+            answer = self.answer_of(stream, head_only)
+            self.count("framing", answer and answer.status)
+            assert not answer or (answer.status >= 400 and answer.closes), f"{answer} to {rest}"
+            if head_only:  # or not: what is left of a broken head decides
+                return
+        left = stream.read()
+        assert not left, f"more answers than requests: {left}"
+
+    @staticmethod
+    def answer_of(stream, head_only):
+        answer = read_answer(stream, head_only)
+        while answer and answer.status == 100:
+            answer = read_answer(stream, head_only)
+        return answer
+
+    # ---- Requests without a socket ----
+
+    def settle(self, kind, request, intact):
+        """Have a request answered and check the answer; return it."""
+        self.sent = to_raw(request)
+        body = io.BytesIO(request.body)
+        given = Request(request.method, request.target, request.headers, body)
+        reply = self.proxy.handle(given)
+        self.count(kind, reply.status)
+        self.check_readable(reply)
+        held, content = proven(request)
+        assert held or reply.status >= 400, f"{reply.status} though not signed"
+        if held and reply.status < 300 and held.service != "sqs":
+            assert reply.body == content, f"another content: {reply.body}"
+        # Of what decides how a request is read, more must be signed than AWS says.
+        if held and b"which were not signed" not in reply.body:
+            refused = b"SignatureDoesNotMatch" in reply.body or b"InvalidSignature" in reply.body
+            assert not refused, f"refused though it is signed: {reply.body}"
+        assert not intact or reply.status == 200, f"{reply.status} {reply.body}"
+        return reply
+
+    @staticmethod
+    def check_readable(reply):
+        """Check that the answer can be sent and is a document of its kind."""
+        awsproxy.encode_reply(reply, DATE, False)
+        kind = header(reply, "content-type")
+        if "json" in kind and reply.body:
+            json.loads(reply.body)
+        elif "xml" in kind:
+            ElementTree.fromstring(reply.body)
+
+    @staticmethod
+    def draft(chance):
+        """Return a valid request that says enough to be worth spoiling, and how to sign it."""
+        service = chance.choice(("sqs", "sqs", "s3", "execute-api"))
+        how = {"service": service, "client": chance.choice((DEMO, SESSION))}
+        headers = [("X-Amz-Meta-A", "one  two, 3"), ("X-B", "1"), ("X-B", "caff\xc3\xa0")]
+        path = chance.choice(("/", "/a/b%20c", "/a//b/", "/%C3%A9/x~y", "/000000000000/jobs"))
+        if service != "s3" and chance.random() < 0.3:
+            path = chance.choice(("/a/../", "/./a/b/../c", "//a/."))
+        query = chance.choice(("", "k=&l=%2F&a=1", "b=2&a=1&a=1&a-b=c"))
+        method, body = "POST", b"hello, x=1"
+        if service == "sqs":
+            query += ("&" if query else "") + "Action=ListQueues&QueueNamePrefix=a%2Bb"
+            path, body = path if path[-4:] != "jobs" else "/", b""
+        elif service == "s3":
+            method = "PUT"
+            hashed = chance.choice((sha256(body), "UNSIGNED-PAYLOAD"))
+            how["payload_hash"] = hashed
+            headers.append(("X-Amz-Content-Sha256", hashed))
+        return method, f"{path}?{query}" if query else path, headers, body, how
+
+    def signed_draft(self, chance):
+        method, target, headers, body, how = self.draft(chance)
+        plain = "?".join(filter(None, plain_target(target, how["service"])))
+        if chance.random() < 0.5:
+            if chance.random() < 0.1:
+                headers.append(("Date", email.utils.formatdate(EXAMPLE_TIME, usegmt=True)))
+            made = sign(method, plain, headers, body, **how)
+            return Draft(method, target, made, body)
+        headers = [pair for pair in headers if pair[0] != "X-Amz-Content-Sha256"]
+        how["payload_hash"] = "UNSIGNED-PAYLOAD" if how["service"] == "s3" else sha256(b"")
+        body = body if how["service"] == "s3" else b""
+        target = presign(method, plain, headers, **how)
+        return Draft(method, target, [("Host", HOST), *headers], body)
+
+    def authorization(self, chance, number):
+        """Spoil what is signed, or how that is told."""
+        draft = self.signed_draft(chance)
+        times = chance.choice((0, 1, 1, 1, 2, 3))
+        for _ in range(times):
+            draft.spoil(chance)
+        self.settle("authorization", draft.request(), times == 0)
+
+    def target(self, chance, number):
+        """Spoil path and query, and sign what has become of them, mostly."""
+        method, target, headers, body, how = self.draft(chance)
+        draft, times = Draft(method, target, headers, body), chance.choice((0, 1, 1, 2, 3))
+        for _ in range(times):
+            draft.spoil_target(chance)
+        target, plain = draft.request().target, target
+        with contextlib.suppress(ValueError):
+            plain = "?".join(filter(None, plain_target(target, how["service"])))
+        draft = Draft(method, target, sign(method, plain, headers, body, **how), body)
+        if chance.random() < 0.2:
+            draft.spoil_target(chance)
+            times += 1
+        self.settle("target", draft.request(), times == 0)
+
+    def chunks(self, chance, number):
+        """Spoil a body in aws-chunked form."""
+        kind = chance.choice((CHUNKS, CHUNKS_TRAILER, UNSIGNED_TRAILER))
+        content = bytes(chance.choice(b"abc\r\n;0") for _ in range(chance.randrange(60)))
+        pieces = re.findall(b".{1,%d}" % chance.randint(1, 30), content, re.DOTALL)
+        trailers = [
+            (f"x-amz-checksum-{name}", checksum(name, content))
+            for name in chance.sample(("crc32", "sha1", "sha256"), chance.randint(1, 2))
+        ]
+        how = {"trailers": trailers if kind != CHUNKS else ()}
+        times = chance.choice((0, 1, 1, 2))
+        if times and chance.random() < 0.1:
+            how["length"] = chance.choice((len(content) + 1, len(content) - 1, "", "0x5", 10**30))
+        elif times and chance.random() < 0.1:
+            how["announced"] = chance.choice(("x-amz-checksum-crc32", "a,b", ",", "X-Amz-Meta-A"))
+        made, body = streamed(kind, pieces, **how)
+        for _ in range(times):
+            body = self.spoilt_chunks(chance, body)
+        draft = Draft("PUT", "/bucket/key", made, body)
+        if times and chance.random() < 0.1:
+            draft.spoil_headers(chance)
+        self.taker.size = chance.choice((1, 7, 65536, -1))
+        self.settle("chunks", draft.request(), times == 0)
+
+    @staticmethod
+    def spoilt_chunks(chance, body):
+        lines = body.split(b"\r\n")
+        at, what = chance.randrange(len(lines)), chance.randrange(7)
+        if what == 0:
+            lines.insert(at, lines[at])
+        elif what == 1:
+            del lines[at]
+        elif what == 2:
+            other = chance.randrange(len(lines))
+            lines[at], lines[other] = lines[other], lines[at]
+        elif what == 3:
+            lines[at] = chance.choice((lines[at].upper(), b"0" + lines[at], lines[at] + b" "))
+        elif what == 4:
+            lines[at] = lines[at].replace(b":", b": ").replace(b";", b" ;")
+        else:
+            return spoilt_bytes(chance, body)
+        return b"\r\n".join(lines)
+
+    # ---- What the operations are given ----
+
+    def renew(self, number):
+        """Make queues with something in them, the same each time."""
+        ids = map("{:08x}-0000-4000-a000-000000000000".format, itertools.count(1))
+        self.caller = caller = Caller("json", new_id=ids.__next__, secret=b"secret")
+        self.url = caller.queue("jobs")
+        caller.queue("dead")
+        self.fifo = caller.queue("jobs.fifo", FifoQueue="true", ContentBasedDeduplication="true")
+        caller.queue("source", RedrivePolicy=redrive("dead", 3))
+        caller.queue("gone")
+        for body in "abcd":
+            caller("SendMessage", QueueUrl=self.url, MessageBody=body)
+            caller("SendMessage", QueueUrl=self.fifo, MessageBody=body, MessageGroupId="g")
+        caller("AddPermission", QueueUrl=self.url, Label="l", AWSAccountIds=["1"], Actions=["*"])
+        ordinary, ordered = caller.receive(self.url), caller.receive(self.fifo)
+        self.handles = [m["ReceiptHandle"] for m in (*ordinary, *ordered)]
+
+    def inputs(self, chance):
+        """Return the operations, each with an input that is right in queues just made."""
+        held, url = {"ReceiptHandle": self.handles[0]}, {"QueueUrl": self.url}
+        attributes = {"a": string("1"), "b": {"DataType": "Binary", "BinaryValue": "YQ=="}}
+        trace = {"AWSTraceHeader": string("Root=1")}
+        entry = {"MessageBody": "m", "MessageAttributes": attributes}
+        grouped = {"MessageGroupId": "g", "MessageDeduplicationId": "d"}
+        settings = {"DelaySeconds": "1", "RedrivePolicy": redrive("dead", 3), "Policy": "{}"}
+        return {
+            "AddPermission": {**url, "Label": "m", "AWSAccountIds": ["1"], "Actions": ["*"]},
+            "CancelMessageMoveTask": {"TaskHandle": as_base64(b'{"taskId":"a","sourceArn":"b"}')},
+            "ChangeMessageVisibility": {**url, **held, "VisibilityTimeout": 5},
+            "ChangeMessageVisibilityBatch": {
+                **url,
+                "Entries": [{"Id": "a", **held, "VisibilityTimeout": 5}, {"Id": "b", **held}],
+            },
+            "CreateQueue": {"QueueName": "new", "Attributes": settings, "tags": {"a": "b"}},
+            "DeleteMessage": {**url, **held},
+            "DeleteMessageBatch": {**url, "Entries": [{"Id": "a", **held}, {"Id": "b", **held}]},
+            "DeleteQueue": {"QueueUrl": url_of("gone")},
+            "GetQueueAttributes": {**url, "AttributeNames": ["All", "QueueArn"]},
+            "GetQueueUrl": {"QueueName": "jobs", "QueueOwnerAWSAccountId": ACCOUNT},
+            "ListDeadLetterSourceQueues": {"QueueUrl": url_of("dead"), "MaxResults": 1},
+            "ListMessageMoveTasks": {"SourceArn": arn("dead"), "MaxResults": 1},
+            "ListQueueTags": url,
+            "ListQueues": {"QueueNamePrefix": "j", "MaxResults": 1, "NextToken": "YQ=="},
+            "PurgeQueue": url,
+            "ReceiveMessage": {
+                "QueueUrl": chance.choice((self.url, self.fifo, url_of("gone"))),
+                "AttributeNames": ["All"],
+                "MessageAttributeNames": ["a.*", "All"],
+                "MaxNumberOfMessages": 2,
+                "VisibilityTimeout": 5,
+                "WaitTimeSeconds": 1,
+                "ReceiveRequestAttemptId": "r",
+            },
+            "RemovePermission": {**url, "Label": "l"},
+            "SendMessage": chance.choice((
+                {**url, **entry, "DelaySeconds": 1, "MessageSystemAttributes": trace},
+                {"QueueUrl": self.fifo, **entry, **grouped},
+            )),
+            "SendMessageBatch": chance.choice((
+                {**url, "Entries": [{"Id": "a", **entry}, {"Id": "b", **entry, "DelaySeconds": 1}]},
+                {"QueueUrl": self.fifo, "Entries": [{"Id": "a", **entry, **grouped}]},
+            )),
+            "SetQueueAttributes": {**url, "Attributes": settings},
+            "StartMessageMoveTask": {
+                "SourceArn": arn("dead"),
+                "DestinationArn": arn("jobs"),
+                "MaxNumberOfMessagesPerSecond": 5,
+            },
+            "TagQueue": {**url, "Tags": {"a": "b"}},
+            "UntagQueue": {**url, "TagKeys": ["a"]},
+        }  # fmt: skip
+
+    def document(self, chance, number):
+        """Make an operation's input odd, and sign it."""
+        fresh = number % self.WORLD == 0 or self.caller is None
+        if fresh:
+            self.renew(number)
+        self.caller.clock.waits = 0
+        operation, given = chance.choice(sorted(self.inputs(chance).items()))
+        given, raw = copy.deepcopy(given), {}
+        times = 0 if fresh else chance.choice((0, 1, 1, 2, 3))
+        for _ in range(times):
+            spoil_document(chance, given, raw)
+        try:
+            spell = chance.choice((self.as_json, self.as_form))
+            made = spell(chance, operation, given, raw, times)
+        except (AttributeError, TypeError):  # no form has a text where a map is due
+            made = self.as_json(chance, operation, given, raw, times)
+        method, target, headers, body = made
+        headers = sign(method, target, headers, body, at=int(self.caller.clock()))
+        self.sent = to_raw(Sighted(method, target, headers, body))
+        request = Request(method, target, headers, io.BytesIO(body))
+        handle = functools.partial(self.caller.proxy.handle, request)
+        reply = deeper(chance.choice((0, 0, 0, 15, 40)), handle)
+        self.count("document", reply.status)
+        self.check_readable(reply)
+        unknown = operation == "CancelMessageMoveTask"  # none is ever slow enough to be cancelled
+        expected = 404 if unknown else 200
+        assert not fresh or reply.status == expected, f"{reply.status} {reply.body}"
+
+    @staticmethod
+    def as_json(chance, operation, given, raw, times):
+        text = json.dumps(given, ensure_ascii=chance.random() < 0.8)
+        for name, spelled in raw.items():
+            text = text.replace(f'"{name}"', spelled)
+        body = text.encode("utf-8", "surrogatepass")
+        if times and chance.random() < 0.1:
+            body = chance.choice((
+                body[:-1], b"\xef\xbb\xbf" + body, text.encode("utf-16", "surrogatepass"), body * 2,
+                b"[" + body + b"]", b"", b"null", spoilt_bytes(chance, body),
+            ))  # fmt: skip
+        elif times and chance.random() < 0.1:
+            body = respelled(chance, text).encode("utf-8", "surrogatepass")
+        target, kind = "/", ("Content-Type", chance.choice((JSON_1_0, JSON_1_1)))
+        if chance.random() < 0.1:
+            return "POST", f"/?Action={operation}", [kind], body
+        return "POST", target, [("X-Amz-Target", f"AmazonSQS.{operation}"), kind], body
+
+    @staticmethod
+    def as_form(chance, operation, given, raw, times):
+        fields = [("Action", operation), ("Version", "2012-11-05"), *form(operation, given)]
+        fields = [(name, raw.get(str(value), value)) for name, value in fields]
+        for _ in range(times):
+            at, what = chance.randrange(len(fields)), chance.randrange(7)
+            name, value = fields[at]
+            if what == 0:
+                name = re.sub("[0-9]+", chance.choice(("0", "2", "-1", "9" * 9, "01", "")), name)
+                fields[at] = (name, value)
+            elif what == 1:
+                fields.append((chance.choice((*ODD_NAMES, name)), value))
+            elif what == 2:
+                fields[at] = (chance.choice((*ODD_NAMES, name + ".1", name.lower())), value)
+            elif what == 3:
+                fields[at] = (name, chance.choice(ODD_VALUES))
+        fields = [
+            tuple(str(text).encode("utf-8", "surrogatepass") for text in pair) for pair in fields
+        ]
+        body = "&".join("=".join(escaped(text, b"") for text in pair) for pair in fields).encode()
+        of_queue = times or "QueueUrl" in given  # not all operations may be called on a queue
+        path = chance.choice(("/", "/000000000000/jobs")) if of_queue else "/"
+        headers = [chance.choice((FORM, FORM_UTF_8))]
+        if chance.random() < 0.1:
+            headers.append(("Accept", "application/json"))
+        if chance.random() < 0.1 and len(body) < 9000:
+            return "GET", f"{path}?{body.decode()}", headers[1:], b""
+        if times and chance.random() < 0.2:
+            body = spoilt_bytes(chance, body)
+        return "POST", path, headers, body
+
+
+def spoil_document(chance, document, raw):
+    """Change one thing in a tree of dicts and lists; `raw` is for what JSON cannot spell."""
+    places, found = [], [document]
+    for node in found:
+        keys = range(len(node)) if isinstance(node, list) else list(node)
+        places += [(node, key) for key in keys]
+        found += [node[key] for key in keys if isinstance(node[key], (dict, list))]
+    if not places:
+        return
+    (node, key), (other, there) = chance.choice(places), chance.choice(places)
+    what, odd = chance.randrange(8), copy.deepcopy(chance.choice(ODD_VALUES))
+    if what < 3:
+        node[key] = odd
+    elif what == 3:
+        del node[key]
+    elif what == 4:
+        node[key] = copy.deepcopy(chance.choice((other[there], [node[key]], {"a": node[key]})))
+    elif what == 5 and isinstance(node, dict):
+        name = chance.choice((str(odd), key.lower(), key + "s", str(there)))
+        node[name] = node.pop(key)
+    elif what == 6 and isinstance(node, dict):
+        node[str(odd)] = copy.deepcopy(chance.choice(ODD_VALUES))
+    else:
+        name = f"raw {len(raw)}"
+        node[key], raw[name] = name, chance.choice(ODD_JSON)
+
+
+class FuzzTest(unittest.TestCase):
+    """The first cases of a seed; `python test_awsproxy.py fuzz` goes on with others."""
+
+    SEED = 1
+
+    @classmethod
+    def setUpClass(cls):
+        cls.fuzzer = Fuzzer(cls.SEED).__enter__()
+        cls.addClassCleanup(cls.fuzzer.__exit__)
+
+    def run_cases(self, kind, cases):
+        for number in range(cases):
+            self.fuzzer.case(kind, number)
+        return self.fuzzer.counts[kind]
+
+    def assert_mixed(self, counts, share):
+        """Expect neither all to be refused nor all to be answered: that would prove nothing."""
+        cases = sum(counts.values())
+        self.assertGreater(counts["2xx"], cases * share, counts)
+        self.assertGreater(counts["4xx"], cases * share, counts)
+
+    def test_no_bytes_bring_a_connection_out_of_step(self):
+        self.assert_mixed(self.run_cases("framing", 500), 0.1)
+
+    def test_no_other_authorization_than_the_right_one_is_taken(self):
+        self.assert_mixed(self.run_cases("authorization", 2500), 0.1)
+
+    def test_no_target_is_taken_for_another_than_was_signed(self):
+        self.assert_mixed(self.run_cases("target", 1500), 0.1)
+
+    def test_no_chunked_body_is_taken_for_what_it_is_not(self):
+        self.assert_mixed(self.run_cases("chunks", 1500), 0.1)
+
+    def test_no_input_makes_an_operation_fail(self):
+        self.assert_mixed(self.run_cases("document", 2000), 0.1)
+
+    def test_a_proxy_that_verifies_nothing_is_found_out(self):
+        with Fuzzer(self.SEED, verified=False) as fuzzer:
+            for kind in ("framing", "authorization", "target", "chunks"):
+                with (
+                    self.subTest(kind),
+                    self.assertRaisesRegex(AssertionError, "though not signed"),
+                ):
+                    for number in range(200):
+                        fuzzer.case(kind, number)
+
+
+def fuzz(argv):
+    """Run cases of all kinds for so long; exit 1 with the first that is not as it must be."""
+    parser = argparse.ArgumentParser(prog="test_awsproxy.py fuzz")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=None)
+    arguments = parser.parse_args(argv)
+    seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
+    began, violation = time.monotonic(), None
+    print(f"seed {seed}", flush=True)
+    with Fuzzer(seed) as fuzzer:
+        try:
+            for number in itertools.count():
+                if time.monotonic() > began + arguments.seconds:
+                    break
+                for kind in Fuzzer.KINDS:
+                    fuzzer.case(kind, number)
+        except AssertionError as error:
+            violation = error
+    took = time.monotonic() - began
+    print(f"{(number + 1) * len(Fuzzer.KINDS) / took:.0f} cases a second")
+    for kind, counts in fuzzer.counts.items():
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        print(f"{kind:14} {number} cases, answers: {told}")
+    if violation:
+        print(violation)
+        raise SystemExit(1)
+
+
 # ==== What README says ====
 
 
@@ -15777,5 +16950,7 @@ if __name__ == "__main__":
         bench(sys.argv[2:])
     elif sys.argv[1:2] == ["abuse"]:
         abuse(sys.argv[2:])
+    elif sys.argv[1:2] == ["fuzz"]:
+        fuzz(sys.argv[2:])
     else:
         unittest.main()
