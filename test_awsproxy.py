@@ -3,7 +3,7 @@
 python -m unittest                   all tests
 python test_awsproxy.py bench        how quick it is
 python test_awsproxy.py abuse        how it holds out
-python test_awsproxy.py fuzz         random cases: --seconds N [--seed S]
+python test_awsproxy.py fuzz         random requests: --seconds N [--seed S]
 """
 
 import argparse
@@ -14494,6 +14494,24 @@ ODD_FIELDS = (
     ("Authorization", "AWS4-HMAC-SHA256 Credential=a"), ("Authorization", "Basic eDp5"),
     ("Smithy-Protocol", "rpc-v2-cbor"), ("X-Http-Method-Override", "GET"),
 )  # fmt: skip
+STRANGERS = (
+    DEMO._replace(access_key_id="stranger"),
+    DEMO._replace(secret_access_key="other"),
+    DEMO._replace(session_token="other"),
+)
+ODD_SIGNING = (
+    *(("at", EXAMPLE_TIME + seconds) for seconds in (-86400, -901, -900, 900, 901)),
+    *(("unsigned", (name,)) for name in ("host", "x-amz-date", "x-amz-meta-a", "x-b")),
+    *(("scope", f"{day}/us-east-1/{{}}/aws4_request") for day in (20150829, 20150831, "")),
+    *(("scope", f"20150830/{rest}") for rest in ("a/{}/aws4", "/{}/aws4_request", "a/{}/")),
+    *(("client", client) for client in STRANGERS),
+    *(("payload_hash", spelled) for spelled in ("UNSIGNED-PAYLOAD", "0" * 64, "", CHUNKS)),
+)
+ODD_PRESIGNING = (
+    *(("at", EXAMPLE_TIME + seconds) for seconds in (-86400, -3601, -3600, 900, 901)),
+    *(("expires", seconds) for seconds in (None, 0, 604800, 604801, -1)),
+    *(("client", client) for client in STRANGERS),
+)
 ODD_PIECES = (
     b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\n\n", b"\0", b" ", b"\t", b":", b";", b"\x0b", b"\x0c",
     b"\x1c", b"\x7f", b"\x85", b"\xff", b"0", b"/", b"%00", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
@@ -14565,6 +14583,21 @@ ODD_VALUES = (
     '{"Statement":null}', '{"Statement":{"Sid":[]}}', '{"Statement":[1,{"Sid":1},[]]}',
     '{"Statement":"a","Version":[]}', *NESTED, *(f'{{"a":{nested}}}' for nested in NESTED),
 )  # fmt: skip
+ODD_CHARACTERS = (
+    "\udfff",
+    "\ud800",
+    "\0",
+    "\x1b",
+    "\x85",
+    "\ufffe",
+    "\U0001f600",
+    "\r",
+    " ",
+    ".",
+    ":",
+    "/",
+    "\u0663",
+)
 ODD_NAMES = (
     *("", ".", "..", ".1", "1", "Action", "QueueUrl", "Attribute", "Attribute.1", "Tag.1.Key"),
     *("Attribute.1.Name", "Attribute.0.Name", "Attribute.-1.Name", "Attribute.9999999999.Name"),
@@ -14823,10 +14856,12 @@ class Fuzzer:
 
     KINDS = ("framing", "authorization", "target", "chunks", "document")
     WORLD = 25  # cases in the same queues
+    RICH = ("CreateQueue", "SendMessage", "SendMessageBatch", "SetQueueAttributes")  # in members
 
     def __init__(self, seed, **settings):
         self.seed = seed
         self.counts = {kind: dict.fromkeys(("2xx", "4xx", "cut"), 0) for kind in self.KINDS}
+        self.cases = dict.fromkeys(self.KINDS, 0)
         self.noted = Noted()
         self.taker = Taker()
         sqs = awsproxy.Sqs(lambda: EXAMPLE_TIME)
@@ -14853,13 +14888,15 @@ class Fuzzer:
 
     def case(self, kind, number):
         """Have one case answered."""
+        self.cases[kind] += 1
         self.sent = b""
         try:
             getattr(self, kind)(random.Random(f"{self.seed} {kind} {number}"), number)
-            assert not self.noted.told, f"logged: {self.noted.told}"
+            assert not self.noted.told, "an error was logged"
         except Exception as error:
-            told = f"seed {self.seed}, case {number} of {kind}: {error!r}"
-            raise AssertionError(f"{told}\nsent: {self.sent!r}") from error
+            told = f"seed {self.seed}, case {kind}:{number}: {error!r}\nsent: {self.sent!r}"
+            logged, self.noted.told = self.noted.told, []
+            raise AssertionError("\n".join([told, *logged])) from error
 
     def count(self, kind, status):
         """Count an answer, None for none; neither may be another than 2xx or 4xx."""
@@ -14877,9 +14914,11 @@ class Fuzzer:
             spoilt = spoilt_wire(chance, spoilt)
         marker = self.call(chance, names, intact)
         data = b"".join([*first, chance.choice((b"", b"", b"", b"\r\n", b"\n")), spoilt, marker])
+        if chance.random() < 0.1:
+            data = data[: -chance.randrange(1, 500)]
         cuts = {chance.randrange(len(data)) for _ in range(chance.choice((0, 0, 1, 2, 4)))}
         if chance.random() < 0.5:
-            cuts.add(len(data) - len(marker))
+            cuts.add(data.rfind(marker[:9]))
         if chance.random() < 0.01 and len(data) < 4000:
             cuts = set(range(len(data)))
         self.sent = data
@@ -14937,7 +14976,7 @@ class Fuzzer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionResetError):
-                received = list(iter(lambda: connection.recv(65536), b""))
+                received += iter(lambda: connection.recv(65536), b"")
         return b"".join(received)
 
     def check_answers(self, data, received, names, intact):
@@ -15022,34 +15061,43 @@ class Fuzzer:
         if service == "sqs":
             query += ("&" if query else "") + "Action=ListQueues&QueueNamePrefix=a%2Bb"
             path, body = path if path[-4:] != "jobs" else "/", b""
-        elif service == "s3":
-            method = "PUT"
-            hashed = chance.choice((sha256(body), "UNSIGNED-PAYLOAD"))
+        hashed = sha256(body)
+        if service == "s3":
+            method, hashed = "PUT", chance.choice((hashed, "UNSIGNED-PAYLOAD"))
             how["payload_hash"] = hashed
+        if service == "s3" or chance.random() < 0.2:
             headers.append(("X-Amz-Content-Sha256", hashed))
         return method, f"{path}?{query}" if query else path, headers, body, how
 
-    def signed_draft(self, chance):
+    def signed_draft(self, chance, odd):
+        """Return a draft that is signed, in an odd way if asked to."""
         method, target, headers, body, how = self.draft(chance)
         plain = "?".join(filter(None, plain_target(target, how["service"])))
         if chance.random() < 0.5:
             if chance.random() < 0.1:
                 headers.append(("Date", email.utils.formatdate(EXAMPLE_TIME, usegmt=True)))
+            if odd:
+                name, value = chance.choice(ODD_SIGNING)
+                how[name] = value.format(how["service"]) if name == "scope" else value
+                if name == "payload_hash":
+                    headers = [*headers[:3], ("X-Amz-Content-Sha256", value)]
             made = sign(method, plain, headers, body, **how)
             return Draft(method, target, made, body)
         headers = [pair for pair in headers if pair[0] != "X-Amz-Content-Sha256"]
         how["payload_hash"] = "UNSIGNED-PAYLOAD" if how["service"] == "s3" else sha256(b"")
         body = body if how["service"] == "s3" else b""
+        how.update([chance.choice(ODD_PRESIGNING)] if odd else [])
         target = presign(method, plain, headers, **how)
         return Draft(method, target, [("Host", HOST), *headers], body)
 
     def authorization(self, chance, number):
         """Spoil what is signed, or how that is told."""
-        draft = self.signed_draft(chance)
-        times = chance.choice((0, 1, 1, 1, 2, 3))
+        odd = chance.random() < 0.15
+        draft = self.signed_draft(chance, odd)
+        times = 0 if odd else chance.choice((0, 1, 1, 1, 2, 3))
         for _ in range(times):
             draft.spoil(chance)
-        self.settle("authorization", draft.request(), times == 0)
+        self.settle("authorization", draft.request(), times == 0 and not odd)
 
     def target(self, chance, number):
         """Spoil path and query, and sign what has become of them, mostly."""
@@ -15102,7 +15150,9 @@ class Fuzzer:
             other = chance.randrange(len(lines))
             lines[at], lines[other] = lines[other], lines[at]
         elif what == 3:
-            lines[at] = chance.choice((lines[at].upper(), b"0" + lines[at], lines[at] + b" "))
+            line = lines[at]
+            others = (line.upper(), b"0" + line, line + b" ", b"1" + line[1:], b"0" + line[1:])
+            lines[at] = chance.choice(others)
         elif what == 4:
             lines[at] = lines[at].replace(b":", b": ").replace(b";", b" ;")
         else:
@@ -15188,8 +15238,9 @@ class Fuzzer:
         if fresh:
             self.renew(number)
         self.caller.clock.waits = 0
-        operation, given = chance.choice(sorted(self.inputs(chance).items()))
-        given, raw = copy.deepcopy(given), {}
+        inputs, raw = self.inputs(chance), {}
+        operation = chance.choice((*sorted(inputs), *self.RICH, *self.RICH))
+        given = copy.deepcopy(inputs[operation])
         times = 0 if fresh else chance.choice((0, 1, 1, 2, 3))
         for _ in range(times):
             spoil_document(chance, given, raw)
@@ -15270,9 +15321,12 @@ def spoil_document(chance, document, raw):
     if not places:
         return
     (node, key), (other, there) = chance.choice(places), chance.choice(places)
-    what, odd = chance.randrange(8), copy.deepcopy(chance.choice(ODD_VALUES))
+    what, odd = chance.randrange(10), copy.deepcopy(chance.choice(ODD_VALUES))
     if what < 3:
         node[key] = odd
+    elif what > 7 and isinstance(node[key], str):
+        inside = chance.randrange(len(node[key]) + 1)
+        node[key] = node[key][:inside] + chance.choice(ODD_CHARACTERS) + node[key][inside:]
     elif what == 3:
         del node[key]
     elif what == 4:
@@ -15335,28 +15389,31 @@ class FuzzTest(unittest.TestCase):
 
 
 def fuzz(argv):
-    """Run cases of all kinds for so long; exit 1 with the first that is not as it must be."""
+    """Run cases of all kinds for so long, or one; exit 1 with the first that goes wrong."""
     parser = argparse.ArgumentParser(prog="test_awsproxy.py fuzz")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=None)
-    arguments = parser.parse_args(argv)
-    seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser.add_argument("--case", metavar="KIND:NUMBER", help="this one alone")
+    given = parser.parse_args(argv)
+    print(f"seed {given.seed}", flush=True)
+    cases = ((kind, number) for number in itertools.count() for kind in Fuzzer.KINDS)
+    if given.case:
+        kind, _, number = given.case.partition(":")
+        first = int(number) // Fuzzer.WORLD * Fuzzer.WORLD if kind == "document" else int(number)
+        cases = [(kind, each) for each in range(first, int(number) + 1)]
     began, violation = time.monotonic(), None
-    print(f"seed {seed}", flush=True)
-    with Fuzzer(seed) as fuzzer:
+    with Fuzzer(given.seed) as fuzzer:
         try:
-            for number in itertools.count():
-                if time.monotonic() > began + arguments.seconds:
+            for kind, number in cases:
+                if time.monotonic() > began + given.seconds:
                     break
-                for kind in Fuzzer.KINDS:
-                    fuzzer.case(kind, number)
+                fuzzer.case(kind, number)
         except AssertionError as error:
             violation = error
-    took = time.monotonic() - began
-    print(f"{(number + 1) * len(Fuzzer.KINDS) / took:.0f} cases a second")
     for kind, counts in fuzzer.counts.items():
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        print(f"{kind:14} {number} cases, answers: {told}")
+        print(f"{kind + ':':15}{fuzzer.cases[kind]:7} cases; answers: {told}")
+    print(f"{sum(fuzzer.cases.values()) / (time.monotonic() - began):.0f} cases a second")
     if violation:
         print(violation)
         raise SystemExit(1)
