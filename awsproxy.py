@@ -7750,21 +7750,21 @@ class Server(http.server.HTTPServer):
             for start in range(0, len(ready), AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
-                self._answer()
+                self._guarded(self._answer)
             if self._queue:
-                self._answer()
+                self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
                 for act in self._regular:
                     self._guarded(act)
-                self._answer()
+                self._guarded(self._answer)
         self._stopped.set()
 
     def _answer(self) -> None:
         """Answer what has arrived, of upstreams, and of the clients whose turn it is."""
-        results = [(pending, pending.proceed()) for pending in self._heard]
+        heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
         self._heard.clear()
-        for pending, reply in results:
+        for pending, reply in [(pending, pending.proceed()) for pending in heard]:
             if reply is not None:
                 self._settle(pending, reply)
         found: List[Tuple[Conversation, Request, Manner]] = []
@@ -8334,15 +8334,13 @@ class Program:
 
     def _most_connections(self) -> int:
         """Return how many connections there may be: each needs a file, and one to its upstream."""
-        wanted = self._options.max_connections
+        wanted: int = self._options.max_connections
         forwards = any(isinstance(route.target, Upstream) for route in self._routes)
         each = 2 if forwards else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
         if most < wanted // 2:  # of a few less nobody need be told
-            message = (
-                "at most %d connections at once: this process may have %d files open (ulimit -n)"
-            )
+            message = "at most %d connections at once: ulimit -n allows %d open files"
             log.warning(message, most, allowed)
         return min(most, wanted)
 
