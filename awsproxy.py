@@ -5545,7 +5545,10 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
         if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
             continue
         if lower.startswith("x-amz-"):
-            hoisted.append((lower, urllib.parse.unquote_plus(value, "latin-1")))
+            header = urllib.parse.unquote_plus(value, "latin-1")
+            if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
+                raise ServiceError("BadRequest", f"{name[:80]} is not what a header may be.")
+            hoisted.append((lower, header))
         else:
             kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
@@ -5701,7 +5704,7 @@ class Waiting:
 
         Return the answer, or None if it is not complete, or what returns it and may block.
         """
-        call, outgoing, _, connection = self._about
+        call, _, _, connection = self._about
         received = functools.partial(self._upstream.received, *self._about)
         ended = not connection.receive_now()
         buffer = connection.source.buffer
@@ -5724,7 +5727,7 @@ class Waiting:
             return connection.blocking(received)
         body, connection.source.buffer = buffer[end + 4 :][:length], buffer[end + 4 + length :]
         reply = self._upstream.whole(connection, head, call.request.method, body)
-        return self._upstream.finish(call, outgoing, reply)
+        return self._upstream.shown(call, reply)
 
     def give_up(self) -> None:
         """Close the connection, whose answer comes too late."""
@@ -5792,26 +5795,31 @@ class Upstream:
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
         keys = self._credentials(call.caller).ready()
-        outgoing = self._outgoing(call)
-        connection = self._pool.idle(outgoing.endpoint) if keys else None
-        if not keys or not connection:
+        if not keys:
             return None
+        outgoing = self._outgoing(call)
         signed, _ = self._signed(call, outgoing, keys)
         assert isinstance(signed.body, io.BytesIO)
         data = encode_head(signed) + signed.body.getvalue()
+        connection = self._pool.idle(outgoing.endpoint)
+        if not connection:
+            return None
         return Waiting(self, call, outgoing, keys, connection, data)
 
     def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+        """Return the answer to the call; the messages that nobody is left to get are put back."""
+        if call.operation == "ReceiveMessage" and call.service == "sqs":
+            reply = self._gathered(reply)
+            if call.request.abandoned():
+                self._release(call, outgoing, receipt_handles(reply))
+                reply = call.wire.output(call, SQS_MODEL, {}, random_id())
+        return self.shown(call, reply)
+
+    def shown(self, call: Call, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
         if call.upstream_seconds < 0:
             call.upstream_seconds += self._clock()
-        if call.service != "sqs":
-            return reply
-        reply = self._gathered(reply)
-        if call.operation == "ReceiveMessage" and call.request.abandoned():
-            self._release(call, outgoing, receipt_handles(reply))
-            return call.wire.output(call, SQS_MODEL, {}, random_id())
-        return rewrite_queue_urls(call, reply)
+        return rewrite_queue_urls(call, self._gathered(reply)) if call.service == "sqs" else reply
 
     def _gathered(self, reply: Reply) -> Reply:
         """Return an answer of Amazon SQS whole, since it is read here: its size is bounded."""
@@ -6378,7 +6386,7 @@ class Metrics(Hook):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._operations: Set[Tuple[str, str]] = set()
+        self._operations: Set[Tuple[str, str]] = {("-", "-")}
         # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
         self._rows: Dict[Tuple[Any, ...], List[int]] = {}
         self._refusals: Dict[Tuple[str, ...], int] = collections.Counter()
@@ -6411,7 +6419,7 @@ class Metrics(Hook):
     def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
         """Return where to count such calls; operations beyond the most are counted as one."""
         client, *operation, status, code, attempt = key
-        if len(self._operations) < self.MAX_OPERATIONS:
+        if len(self._operations) <= self.MAX_OPERATIONS:
             self._operations.add((operation[0], operation[1]))
         if tuple(operation) not in self._operations:
             operation = ["other", "other"]
@@ -7337,6 +7345,7 @@ SPOOLED_IN_MEMORY = 1048576
 # gives it back.
 
 SMALL_BODY = 131072  # up to here a body is gathered before its call begins
+AT_A_TIME = 65536  # of an answer: TLS takes all it is given or nothing, within one timeout
 AT_ONCE = 16  # so many connections are seen to before the first is answered
 MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
 
@@ -7368,6 +7377,7 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         context.load_cert_chain(self._path, self._key or None, self._refuse_to_ask)
         return context
 
@@ -7395,9 +7405,6 @@ class Certificate:
         return self._context.wrap_socket(
             connection, server_side=True, do_handshake_on_connect=False
         )
-
-
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Manner(NamedTuple):
@@ -7449,16 +7456,16 @@ class Conversation:
 
     def readable(self) -> None:
         """Take in what has arrived."""
-        if self.queued:  # one thing after the other
+        if self.queued or not self.parked:  # its turn comes, or a worker has had it since
             return
         if self.pending:
             self.server.interrupted(self, self.pending)
             return
         try:
             data = self.socket.recv(65536)
-        except WOULD_BLOCK:
+        except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError:
+        except OSError:  # or TLS has key updates to answer, and the other side does not read
             data = b""
         if not data:
             self.close()
@@ -7521,10 +7528,12 @@ class Conversation:
 
     def _send(self, data: bytes, close: bool) -> None:
         """Send a whole reply from the loop."""
+        sent, left = 0, memoryview(data)
         try:
-            sent = self.socket.send(data)
-        except WOULD_BLOCK:
-            sent = 0
+            while sent < len(data):
+                sent += self.socket.send(left[sent : sent + AT_A_TIME])
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass  # a worker has more time
         except OSError:
             self.close()
             return
@@ -7650,7 +7659,7 @@ class Conversation:
         """Send all of it; each part that is taken has the whole timeout."""
         left = memoryview(data)
         while left:
-            left = left[self.socket.send(left) :]
+            left = left[self.socket.send(left[:AT_A_TIME]) :]
 
     def _write_rest(self, data: bytes, close: bool) -> bool:
         self._send_all(data)
@@ -7781,8 +7790,9 @@ class Server(http.server.HTTPServer):
 
     def queue(self, conversation: Conversation) -> None:
         """Have a request looked for in what it has sent, in its turn."""
-        conversation.queued = True
-        self._queue.append(conversation)
+        if not conversation.queued:
+            conversation.queued = True
+            self._queue.append(conversation)
 
     def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
         """Return what it returns; what goes wrong must not end the server."""
@@ -7810,7 +7820,10 @@ class Server(http.server.HTTPServer):
         for pending in list(self._pending):
             pending.give_up()
         for conversation in list(self._conversations):
-            conversation.close()
+            if conversation.parked:
+                conversation.close()
+            else:  # a worker's, perhaps in the middle of an answer: no goodbye
+                conversation.socket.close()
         self._selector.close()
         self._wake.close()
         self._woken.close()
@@ -7834,9 +7847,8 @@ class Server(http.server.HTTPServer):
 
     def _cut_short(self, pending: Pending) -> None:
         reply, put_back = pending.cut_short()
-        self._selector.unregister(pending.socket)
-        self._workers.run(put_back)
         self._settle(pending, reply)
+        self._workers.run(put_back)
 
     @property
     def connections(self) -> int:

@@ -5001,6 +5001,14 @@ class AttributesTest(Spoken):
             self.assertEqual(caught.exception.status, 400)
             self.assertEqual(self.attributes(url), DEFAULTS)
 
+    def test_a_policy_is_no_deeper_than_can_be_written_again(self):
+        url, given = self.sqs.queue("jobs"), {"AWSAccountIds": ["1"], "Actions": ["*"]}
+        for depth in (29, 30, 500, 900, 950, 980, 982, 984, 990):
+            with self.subTest(depth=depth), contextlib.suppress(Refused):
+                self.set(url, Policy='{"Statement":[{"a":' + "[" * depth + "]" * depth + "}]}")
+                self.assertEqual(depth, 29)
+            self.sqs("AddPermission", QueueUrl=url, Label=f"at-{depth}", **given)
+
     def test_a_key_turns_the_other_encryption_off_for_good(self):
         url = self.sqs.queue("jobs")
         self.set(url, KmsMasterKeyId="alias/aws/sqs", KmsDataKeyReusePeriodSeconds="600")
@@ -10705,6 +10713,15 @@ class AbuseTest(ForwardCase):
             statuses = [proxy.handle(signed("GET", target)).status for _ in range(2)]
         self.assertEqual((statuses, len(recorder.requests)), ([200, 503], 2))
 
+    def test_a_parameter_cannot_break_out_of_the_header_it_becomes(self):
+        recorder = FakeUpstream(self, ANSWER)
+        proxy = self.proxy(recorder)
+        for text in ("a%0D%0AX-Amz-Acl%3A%20public-read", "a%0Ab", "a%00b", "a%0Db"):
+            with self.subTest(text):
+                target = presign(target=f"/b/k?X-Amz-Meta-A={text}", service="s3")
+                reply = proxy.handle(Request("GET", target, (("Host", HOST),), io.BytesIO()))
+                self.assertEqual((reply.status, recorder.requests), (400, []))
+
     def test_a_request_cut_short_does_not_swallow_the_next(self):
         """The upstream answers from the head alone and keeps the connection."""
         listener = socket.create_server(("127.0.0.1", 0))
@@ -11026,6 +11043,22 @@ class MetricsTest(unittest.TestCase):
             awsproxy.DEMO_CLIENTS, clock=caller.clock, sqs=caller.sqs, hooks=[metrics]
         )
         return metrics, caller
+
+    def test_operations_beyond_the_most_are_one_and_refusals_none(self):
+        metrics = awsproxy.Metrics()
+        caller = Caller("json")
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=caller.clock, hooks=[metrics], routes=[])
+        wrong = DEMO._replace(secret_access_key="wrong")
+        for number in range(520):
+            kind = (("X-Amz-Target", f"AmazonSQS.Made{number}"),)
+            proxy.handle(signed("POST", "/", kind, b"{}", at=caller.clock()))
+        proxy.handle(signed("POST", "/", OF_JSON, b"{}", at=caller.clock(), client=wrong))
+        text = metrics.text()
+        self.assertIn('{client="demo",service="other",operation="other",status="403"', text)
+        refused = 'client="-",service="-",operation="-",status="403",code="SignatureDoesNotMatch"'
+        self.assertIn(f"{{{refused}}} 1\n", text)
+        counts = re.findall("^awsproxy_requests_total.* ([0-9]+)$", text, re.M)
+        self.assertEqual((len(counts), sum(map(int, counts))), (502, 521))
 
     def test_calls_and_refusals_are_counted(self):
         metrics, caller = self.counting()
@@ -12257,7 +12290,7 @@ class StreamTest(SocketTest):
 
     def test_a_stream_may_be_cut_anywhere(self):
         # The empty line is what old clients send behind a body (RFC 9112, 2.2).
-        stream = by_length(b"one") + b"\r\n" + by_chunks(b"three", 3)
+        stream = by_length(b"one") + b"\r\n\r\n" + by_chunks(b"three", 3)
         for length in range(1, len(stream)):
             with self.subTest(upto=stream[:length][-12:]):
                 wire = self.running.connect()
@@ -12367,6 +12400,8 @@ class StreamTest(SocketTest):
         for status, lines in (
             (413, b"Host: a\r\nContent-Length: 9999999"),
             (417, b"Host: a\r\nExpect: more"),
+            (417, b"Host: a\r\nExpect: more\r\nTransfer-Encoding: chunked"),
+            (417, b"Host: a\r\nExpect: more\r\nContent-Length: 200000"),
             (400, b"Host: a\r\nContent-Length: x"),
             (400, b"X: 1"),
         ):
@@ -12987,6 +13022,48 @@ class StreamOverTlsTest(StreamTest):
         cls.addClassCleanup(cls.running.stop)
 
 
+class LoopTest(unittest.TestCase):
+    """The loop by hand, where the selector's word can be an old one."""
+
+    def setUp(self):
+        self.server = Server(("127.0.0.1", 0), Echo())
+        self.addCleanup(self.server.server_close)
+        self.ours, self.client = socket.socketpair()
+        for end in (self.ours, self.client):
+            self.addCleanup(end.close)
+            end.setblocking(False)
+        self.conversation = awsproxy.Conversation(self.server, self.ours, "")
+
+    def test_what_has_arrived_for_a_worker_is_left_to_it(self):
+        self.client.send(SECOND)
+        self.conversation.readable()
+        self.assertEqual(self.ours.recv(1000), SECOND)
+
+    def test_a_request_has_one_turn_however_often_it_is_told_of(self):
+        self.server._park(self.conversation)
+        self.client.send(SECOND * 2)
+        for _ in range(3):
+            self.conversation.readable()
+            self.server.queue(self.conversation)
+            self.conversation.resume()
+        self.server._answer()
+        self.assertEqual(len(self.server.proxy.requests), 1)
+        self.server._answer()
+        self.server._answer()
+        self.assertEqual(len(self.server.proxy.requests), 2)
+
+    def test_no_descriptor_left_is_a_pause_and_not_the_end(self):
+        listener = self.server.socket
+        self.server.socket = mock.Mock(fileno=listener.fileno, close=listener.close)
+        self.server.socket.accept.side_effect = OSError(errno.EMFILE, "Too many open files")
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.server._accept()
+        self.assertNotIn(listener, self.server._selector.get_map())
+        self.server.socket = listener
+        self.server._listen_again()
+        self.assertIn(listener, self.server._selector.get_map())
+
+
 class TlsTest(SocketTest):
     @classmethod
     def setUpClass(cls):
@@ -13044,6 +13121,18 @@ class TlsTest(SocketTest):
                 self.assertIn(b"https", answer.body)
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
+
+    def test_who_reads_slowly_but_steadily_gets_all(self):
+        running = self.start(timeout=0.4)
+        wire = running.connect()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        body = b"0123456789abcdef" * 250000
+        wire.send(by_length(body))
+        received = wire.stream.read(200)
+        while not received.endswith(body[-100:]) or len(received) < len(body):
+            received += wire.stream.read1(65536)
+            time.sleep(0.01)
+        self.assertTrue(received.endswith(b"\r\n\r\n" + body))
 
     def test_an_answer_that_breaks_off_does_not_seem_to_have_ended(self):
         def blocks():
