@@ -5261,13 +5261,6 @@ class Keyring:
 # ---- Connections ----
 
 
-def is_readable(connection: socket.socket) -> bool:
-    """Whether something has arrived, or the other side has hung up."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 class UpstreamError(Exception):
     """A connection that failed; `unanswered` if no byte of an answer had come."""
 
@@ -5301,6 +5294,8 @@ class Connection:
         self.socket = connect.sock
         self.socket.settimeout(timeout)
         self.source = Stream(self._receive)
+        self._arrival = select.poll()
+        self._arrival.register(self.socket, select.POLLIN)
 
     def _receive(self, size: int) -> bytes:
         if time.monotonic() > self.deadline:
@@ -5312,7 +5307,7 @@ class Connection:
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent something: an answer, or too much."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
-        return bool(self.source.buffer or decrypted) or is_readable(self.socket)
+        return bool(self.source.buffer or decrypted or self._arrival.poll(0))
 
     def close(self) -> None:
         """Close it."""
