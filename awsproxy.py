@@ -4744,9 +4744,11 @@ class _HurriedTls(_Hurried, http.client.HTTPSConnection):
 
 class _Hurry(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open it with a deadline."""
         return self.do_open(_Hurried, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open it with a deadline, and TLS."""
         return self.do_open(_HurriedTls, request)
 
 
@@ -7691,6 +7693,7 @@ class Server(http.server.HTTPServer):
 
     `timeout` is how long, in seconds, a connection may stay silent, a request head or small
     body take to arrive, and a write wait.  Beyond `max_connections` a new one is refused.
+    With a `certificate` it speaks TLS.
     """
 
     request_queue_size = 1024
@@ -7955,8 +7958,9 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
         conversation.pending = None
-        self._park(conversation)
-        self._replies.append((conversation, reply, manner))
+        if conversation in self._conversations:
+            self._park(conversation)
+            self._replies.append((conversation, reply, manner))
 
     def _give_up_pending(self) -> None:
         oldest = time.monotonic() - UPSTREAM_SECONDS
@@ -7996,9 +8000,12 @@ class Server(http.server.HTTPServer):
             conversation = self._returned.popleft()
             if conversation.socket.fileno() < 0:
                 self._conversations.discard(conversation)
-                continue
-            self._park(conversation)
-            self._guarded(conversation.resume, conversation.socket)
+            else:
+                self._guarded(self._go_on, conversation.socket, conversation)
+
+    def _go_on(self, conversation: Conversation) -> None:
+        self._park(conversation)
+        conversation.resume()
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====

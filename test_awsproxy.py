@@ -13994,6 +13994,16 @@ class CurlTest(unittest.TestCase):
         body, _, told = ended.stdout.rpartition("\n")
         return (*told.split(" ", 1), body)
 
+    def test_calls_over_tls(self):
+        path = made_certificate(type(self))
+        program = Program(self.addCleanup, "--quiet", f"--tls-cert={path}")
+        url = f"https://localhost:{program.address[1]}"
+        call = f"""{url} KEYS -H "X-Amz-Target: AmazonSQS.CreateQueue" --cacert {path}"""
+        for name in ("one", "two"):
+            told = self.curl(f"""{call} -d '{{"QueueName": "{name}"}}'""")
+            self.assertEqual(told[0], "200", told)
+            self.assertEqual(json.loads(told[2])["QueueUrl"], f"{url}/000000000000/{name}")
+
     def test_calls_as_one_types_them(self):
         token = '-H "X-Amz-Security-Token: dummysession"'
         of_json = '-H "Content-Type: application/x-amz-json-1.0"'
