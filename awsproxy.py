@@ -36,7 +36,7 @@ The chapters, each using only earlier ones:
     6  Upstream              endpoint_for, CredentialChain, Pool, Upstream
     7  Hooks                 Workers, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
     8  The proxy             Route, Embedded, Deny, Proxy
-    9  The server            Conversation, Server
+    9  The server            Certificate, Conversation, Server
     10 Command line          build_parser, Program, main
 
 Chapters 1 to 4 are pure: bytes in, bytes out, the time an argument.  The names in
