@@ -6221,6 +6221,13 @@ class Hook:
     InternalFailure.
     """
 
+    def concerns(self, call: Call) -> bool:
+        """Whether `before`, `rewrite` and `after` are for this call; it must not wait.
+
+        A call that no hook is for is answered as quickly as if there were none.
+        """
+        return True
+
     def before(self, call: Call) -> Optional[Reply]:
         """Called once the call is verified; a Reply answers it, None lets it go on.
 
@@ -6240,6 +6247,7 @@ class Hook:
 
 
 MOMENTS = ("before", "rewrite", "after", "observe")
+_OF_A_HOOK = (*MOMENTS, "concerns")
 
 
 class HookFile:
@@ -6268,8 +6276,8 @@ class HookFile:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
-            if own and inspect.isfunction(value) and name not in MOMENTS and name[0] != "_":
-                close = difflib.get_close_matches(name, MOMENTS, 1)
+            if own and inspect.isfunction(value) and name not in _OF_A_HOOK and name[0] != "_":
+                close = difflib.get_close_matches(name, _OF_A_HOOK, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
         if not any(hasattr(module, moment) for moment in MOMENTS):
@@ -6719,8 +6727,16 @@ class TaskProtection(InFlight):
         self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
+    def concerns(self, call: Call) -> bool:
+        """Whether its answer may have to wait for protection."""
+        return call.operation == "ReceiveMessage" and call.service == "sqs"
+
     def observe(self, exchange: Exchange) -> None:
-        """`after` has taken note."""
+        """Take note of the other calls, and give protection back with the last message."""
+        if exchange.call and not self.concerns(exchange.call):
+            super().observe(exchange)
+        if self._protected_until and not self.total:
+            self._run(self.tend)
 
     def after(self, call: Call, reply: Reply) -> Reply:
         """Take note; on the edge to busy, wait for protection, within bounds."""
@@ -6728,11 +6744,8 @@ class TaskProtection(InFlight):
             self.note(call, reply)
         except Exception as error:  # an upstream may take what we would not
             log.warning("in flight: %s not taken note of: %r", call.operation, error)
-        if call.operation == "ReceiveMessage" and self.total:
-            if self._protected_until <= self._clock():
-                self.tend()
-        elif self._protected_until and not self.total:
-            self._run(self.tend)
+        if self.total and self._protected_until <= self._clock():
+            self.tend()
         return reply
 
     def tend_later(self) -> None:
@@ -6822,10 +6835,19 @@ class Deny:
         raise ServiceError("AccessDenied", message)
 
 
-def _has_moment(hook: Any, moment: str) -> bool:
-    """Whether a hook does something then; those of Hook itself do nothing."""
-    found = getattr(hook, moment, None)
-    return found is not None and getattr(type(hook), moment, None) is not getattr(Hook, moment)
+def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
+    """Return what a hook does then, None for nothing, which is what those of Hook itself do."""
+    found: Optional[Callable[..., Any]] = getattr(hook, name, None)
+    return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
+
+
+class Moments(NamedTuple):
+    """What a hook does to the calls that concern it, all if `concerns` is None."""
+
+    concerns: Optional[Callable[[Call], bool]]
+    before: Optional[Callable[[Call], Optional[Reply]]]
+    rewrite: Optional[Callable[[Call, Request], Request]]
+    after: Optional[Callable[[Call, Reply], Reply]]
 
 
 class Route(NamedTuple):
@@ -7080,8 +7102,9 @@ class Proxy:
         call, target = exchange.call, exchange.target
         assert call and target
         try:
-            if self._hooked_calls or target.may_block:
-                return self._act_later(exchange, call, target)
+            hooks = [it for it in self._moments if not it.concerns or it.concerns(call)]
+            if hooks or target.may_block:
+                return self._act_later(exchange, call, target, hooks)
             call.may_wait = False
             exchange.reply = target.answer(call, exchange.request_id)
         except WouldWait:
@@ -7092,10 +7115,12 @@ class Proxy:
             return self.refuse(exchange, error)
         return exchange
 
-    def _act_later(self, exchange: Exchange, call: Call, target: Target) -> Outcome:
+    def _act_later(
+        self, exchange: Exchange, call: Call, target: Target, hooks: Sequence[Moments]
+    ) -> Outcome:
         act = functools.partial(target.answer, call, exchange.request_id)
-        if self._hooked_calls:
-            act = functools.partial(self._hooked, call, act)
+        if hooks:
+            act = functools.partial(self._hooked, call, hooks, act)
         elif isinstance(target, Upstream):
             waiting = target.begin(call)
             if waiting:
@@ -7109,32 +7134,29 @@ class Proxy:
     def arrange_hooks(self) -> None:
         """Take the moments of the hooks as they are now."""
         hooks = [h.module if isinstance(h, HookFile) else h for h in self._hooks]
-        self._before, self._rewrite, self._after, self._observe = (
-            [getattr(hook, moment) for hook in hooks if _has_moment(hook, moment)]
-            for moment in MOMENTS
-        )
-        self._after.reverse()
-        self._observe.reverse()
-        self._hooked_calls = bool(self._before or self._rewrite or self._after)
+        observers = [_moment(hook, "observe") for hook in hooks]
+        self._observe = [observe for observe in reversed(observers) if observe]
+        moments = [Moments(*(_moment(hook, name) for name in Moments._fields)) for hook in hooks]
+        self._moments = [it for it in moments if it.before or it.rewrite or it.after]
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed."""
         if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
             self.arrange_hooks()
 
-    def _hooked(self, call: Call, act: Callable[[], Reply]) -> Reply:
+    def _hooked(self, call: Call, hooks: Sequence[Moments], act: Callable[[], Reply]) -> Reply:
         """Return the answer as the hooks have it."""
         reply = None
-        for before in self._before:
-            reply = self._bounded(before, call)
-            if reply is not None:
-                break
+        for hook in hooks:
+            if hook.before and reply is None:
+                reply = self._bounded(hook.before, call)
         if reply is None:
             call.changed = call.is_read and call.wire.input(call) != call.input
-            call.rewrites = self._rewrite
+            call.rewrites = [hook.rewrite for hook in hooks if hook.rewrite]
             reply = act()
-        for after in self._after:
-            reply = self._bounded(after, call, reply)
+        for hook in reversed(hooks):
+            if hook.after:
+                reply = self._bounded(hook.after, call, reply)
         if not isinstance(reply, Reply):
             raise TypeError("a hook returned no Reply")
         return reply

@@ -10909,6 +10909,37 @@ class HookTest(unittest.TestCase):
             seen, ["before a", "before b", "after b", "after a", "observe b", "observe a"]
         )
 
+    def test_a_call_that_concerns_no_hook_makes_no_detour(self):
+        path = self.folder_with(
+            "seen = []\n"
+            "def concerns(call):\n"
+            "    return {'CreateQueue': False, 'DeleteMessage': True}[call.operation]\n"
+            "def before(call):\n"
+            "    seen.append(call.operation)\n"
+        )
+        hook = awsproxy.HookFile(path)
+
+        class Every(awsproxy.Hook):
+            def observe(self, exchange):
+                hook.module.seen.append(f"{exchange.call.operation}, observed")
+
+        proxy = self.caller("json", Every(), hook).proxy
+        for operation, body, direct, status in (
+            ("CreateQueue", b'{"QueueName":"a"}', True, 200),
+            ("DeleteMessage", b'{"QueueUrl":"a","ReceiptHandle":"x"}', False, 404),
+            ("ListQueues", b"{}", True, 500),
+        ):
+            kind = (("X-Amz-Target", f"AmazonSQS.{operation}"),)
+            request = signed("POST", "/", kind, body, at=EXAMPLE_TIME)
+            with self.subTest(operation), contextlib.ExitStack() as logs:
+                if status == 500:
+                    logs.enter_context(self.assertLogs("awsproxy", "ERROR"))
+                (outcome,) = proxy.begin([request])
+                self.assertEqual(isinstance(outcome, Reply), direct)
+                self.assertEqual((outcome if direct else outcome()).status, status)
+        observed = [f"{name}, observed" for name in ("CreateQueue", "DeleteMessage", "ListQueues")]
+        self.assertEqual(hook.module.seen, [observed[0], "DeleteMessage", *observed[1:]])
+
     def test_input_is_the_same_in_either_protocol_and_may_be_changed(self):
         given = {"QueueUrl": "jobs", "MessageBody": "hello"}
 
