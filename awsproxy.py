@@ -4971,12 +4971,12 @@ class CredentialChain:
     def _section(self, profile: str) -> Dict[str, str]:
         config, credentials = self._files()
         settings: Dict[str, str] = {}
-        for parser, name in (
-            (config, "default" if profile == "default" else f"profile {profile}"),
-            (credentials, profile),
-        ):
-            if parser.has_section(name):
-                settings.update(parser.items(name))
+        # [profile default] has the last word over [default].
+        for section in sorted(config.sections(), key="default".__ne__):
+            if _profile_of(section) == profile:
+                settings.update(config.items(section))
+        if credentials.has_section(profile):
+            settings.update(credentials.items(profile))
         if not settings:
             raise Skipped("there is no such section in ~/.aws/config and ~/.aws/credentials")
         session = settings.get("sso_session")
@@ -5129,11 +5129,24 @@ def _read_text(path: str) -> str:
         raise Skipped(f"{path} cannot be read") from error
 
 
+def _profile_of(section: str) -> str:
+    """Return the profile that a section of ~/.aws/config is about, "" for none."""
+    try:
+        kind, *names = shlex.split(section)  # a name with blanks may be quoted
+    except ValueError:
+        return ""
+    return "default" if section == "default" else " ".join(names) if kind == "profile" else ""
+
+
 def _from_process(command: str) -> Credentials:
     """Return what a `credential_process` prints."""
     try:
         done = subprocess.run(
-            shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=30,
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise Skipped(f"its process failed: {type(error).__name__}") from error

@@ -8000,6 +8000,11 @@ class SourceTest(ChainTest):
             ("named", {"AWS_PROFILE": "y"}, "", f"[y]\n{q}[x]\n{p}", "x"),
             ("named, not the environment", environment("E"), "", f"[x]\n{p}", "x"),
             ("other files", files, "[default]\n" + q, "[default]\n" + q, ""),
+            ("[profile default]", {}, "[profile default]\n" + p, "", ""),
+            ("both, one way", {}, f"[profile default]\n{p}[default]\n{q}", "", ""),
+            ("both, the other", {}, f"[default]\n{q}[profile default]\n{p}", "", ""),
+            ("quoted", {}, f"[profile 'x']\n{q}[profile \"a b\"]\n{p}", "", "a b"),
+            ("not quoted", {}, f"[profile a b]\n{p}[a b]\n{q}[profile ']\n{q}", "", "a b"),
         ]
         for name, environ, config, credentials, profile in rows:
             with self.subTest(name):
