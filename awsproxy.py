@@ -7560,10 +7560,10 @@ class Conversation:
 
     def _send(self, data: bytes, close: bool) -> None:
         """Send a whole reply from the loop."""
-        sent, left = 0, memoryview(data)
+        sent = 0
         try:
             while sent < len(data):
-                sent += self.socket.send(left[sent : sent + AT_A_TIME])
+                sent += self.socket.send(data[sent : sent + AT_A_TIME])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass  # a worker has more time
         except OSError:

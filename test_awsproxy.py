@@ -15670,10 +15670,11 @@ class DocumentationTest(unittest.TestCase):
 # ==== How quick it is ====
 #
 # The client is one thread on plain sockets; the row "nothing" shows how quick it can be.
-# The row "bare" is what http.server costs with nothing behind it.
+# The row "bare" is what http.server costs with nothing behind it, at its quickest; "plain" is
+# the same as one would write it, and as it logs.
 
 
-class Plain(http.server.ThreadingHTTPServer):
+class Threads(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 
 
@@ -15701,6 +15702,14 @@ class Bare(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+class Plain(http.server.BaseHTTPRequestHandler):
+    """Does the same as one would write it, in two writes, and with the line that is logged."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each call takes 40 ms
+    do_POST = Bare.do_POST
 
 
 class Sink(http.server.BaseHTTPRequestHandler):
@@ -15897,14 +15906,14 @@ def drive(port, count, request, seconds=60.0, calls=sys.maxsize):
 def bench(argv):
     """Print how many calls a second there are, and what each costs the server: bench [SECONDS]."""
     if argv[1:2] == ["--port"]:  # started by `start`
-        Plain(("127.0.0.1", int(argv[2])), globals()[argv[0]]).serve_forever()
+        Threads(("127.0.0.1", int(argv[2])), globals()[argv[0]]).serve_forever()
     until, servers, rows, runs = time.perf_counter() + float((*argv, 40)[0]), [], [], {}
     try:
-        for words in ((__file__, "bench", "Nothing"), (__file__, "bench", "Bare")):
-            servers.append(start(*words))
+        for name in ("Nothing", "Bare", "Plain"):
+            servers.append(start(__file__, "bench", name))
         for flags in ((), ("--quiet",)):
             servers.append(start(awsproxy.__file__, *flags))
-        nothing, bare, logged, quiet = servers
+        nothing, bare, plain, logged, quiet = servers
         os.environ.update(AWS_ACCESS_KEY_ID="AKIDEXAMPLE", AWS_SECRET_ACCESS_KEY="example")
         sink = start(__file__, "bench", "Sink")
         servers.append(sink)
@@ -15916,7 +15925,7 @@ def bench(argv):
         jobs, waiting = f"http://{HOST}/000000000000/jobs", f"http://{HOST}/000000000000/waiting"
         lists, pairs = prepared("ListQueues"), receive_and_delete(jobs)
         sends = prepared("SendMessage", QueueUrl=jobs, MessageBody="m" * 1024)
-        rows = [("nothing", nothing, lists), ("bare", bare, lists)]
+        rows = [("nothing", nothing, lists), ("bare", bare, lists), ("plain", plain, lists)]
         for told, server in (("", quiet), (", logged", logged)):
             for name in ("jobs", "waiting"):
                 drive(server[1], 1, prepared("CreateQueue", 2, QueueName=name), calls=1)
