@@ -7008,8 +7008,9 @@ class Proxy:
     """Answers requests: who calls is verified, what is meant is found, and the reply made.
 
     `clients` are the keys that callers may sign with; without `verified` nobody needs one, and
-    what they leave out is of `sign_as`.  The first of the `routes` that matches decides.
-    `hooks` are objects, modules or HookFiles with any of the moments of Hook.
+    what they leave out is of `sign_as`.  The first of the `routes` that matches decides.  Queue
+    URLs begin with `public_url`, or with `scheme` and the Host of the request.  `hooks` are
+    objects, modules or HookFiles with any of the moments of Hook.
     """
 
     def __init__(
