@@ -300,7 +300,9 @@ class Call:
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
     upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
-    rewrites: Sequence[Callable[[Call, Request], Request]] = field(default=(), init=False)
+    rewrites: Sequence[Callable[[Call, Request], Optional[Request]]] = field(
+        default=(), init=False
+    )
     _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
     @property
@@ -5665,12 +5667,35 @@ def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
     return kept
 
 
+_CODE = re.compile("[A-Za-z0-9._-]{1,128}")
+_CODE_IN_BODY = re.compile(
+    rb"<Code>([A-Za-z0-9._-]{1,128})<"
+    rb'|"(?:__type|code|Code)" *: *"(?:[^"#]*#)?([A-Za-z0-9._-]{1,128})"'
+)
+
+
+def error_code(reply: Reply) -> str:
+    """Return the code of an error that an upstream answers, "-" where it tells none."""
+    fields = fields_of(reply.headers)
+    for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
+        code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
+        if _CODE.fullmatch(code):
+            return code
+    found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
+    return (found[1] or found[2]).decode() if found else "-"
+
+
 class Outgoing(NamedTuple):
     """A request on its way upstream, not yet signed; `payload_hash` is what it is signed with."""
 
     endpoint: Endpoint
     request: Request
     payload_hash: str
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what a function is called, and where it is from."""
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 def is_repeatable(call: Call) -> bool:
@@ -5791,7 +5816,12 @@ class Upstream:
         """
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
-            outgoing = self._rewritten(outgoing, rewrite(call, outgoing.request))
+            request = rewrite(call, outgoing.request)
+            if not isinstance(request, (Request, type(None))):
+                raise TypeError(
+                    f"{name_of(rewrite)} returned {request!r:.80}, which is no Request"
+                )
+            outgoing = self._rewritten(outgoing, request) if request else outgoing
         began = self._clock()
         reply = self._answered(call, outgoing)
         call.upstream_seconds = self._clock() - began
@@ -6247,13 +6277,14 @@ class Hook:
         `call.input` may be changed; the call is then encoded anew in its own protocol.
         """
 
-    def rewrite(self, call: Call, outgoing: Request) -> Request:
-        """Return what to send upstream: called after hop-by-hop removal and before signing."""
-        return outgoing
+    def rewrite(self, call: Call, outgoing: Request) -> Optional[Request]:
+        """Called before a call is signed and sent upstream; return what to send instead, or None.
 
-    def after(self, call: Call, reply: Reply) -> Reply:
-        """Return what to answer, having seen the answer of ours or of the upstream."""
-        return reply
+        Hop-by-hop headers are gone by then.
+        """
+
+    def after(self, call: Call, reply: Reply) -> Optional[Reply]:
+        """Called with the answer, ours or the upstream's; return another one, or None."""
 
     def observe(self, exchange: Exchange) -> None:
         """Called when a request was answered, also one that was refused; it must not wait."""
@@ -6293,6 +6324,9 @@ class HookFile:
                 close = difflib.get_close_matches(name, _OF_A_HOOK, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
+        for name in _OF_A_HOOK:
+            if not callable(getattr(module, name, len)):
+                raise ValueError(f"{name} is no function")
         if not any(hasattr(module, moment) for moment in MOMENTS):
             raise ValueError(f"it has none of {', '.join(MOMENTS)}")
         return module
@@ -6859,8 +6893,8 @@ class Moments(NamedTuple):
 
     concerns: Optional[Callable[[Call], bool]]
     before: Optional[Callable[[Call], Optional[Reply]]]
-    rewrite: Optional[Callable[[Call, Request], Request]]
-    after: Optional[Callable[[Call, Reply], Reply]]
+    rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
+    after: Optional[Callable[[Call, Reply], Optional[Reply]]]
 
 
 class Route(NamedTuple):
@@ -7170,12 +7204,10 @@ class Proxy:
             reply = act()
         for hook in reversed(hooks):
             if hook.after:
-                reply = self._bounded(hook.after, call, reply)
-        if not isinstance(reply, Reply):
-            raise TypeError("a hook returned no Reply")
+                reply = self._bounded(hook.after, call, reply) or reply
         return reply
 
-    def _bounded(self, moment: Callable[..., Any], *given: Any) -> Any:
+    def _bounded(self, moment: Callable[..., Any], *given: Any) -> Optional[Reply]:
         """Return what a hook returns; TimeoutError if it takes longer than a call may."""
         outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
 
@@ -7190,10 +7222,12 @@ class Proxy:
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
         except queues.Empty as late:
-            where = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__name__', moment)}"
-            raise TimeoutError(f"{where} took longer than {self._hook_seconds} s") from late
+            message = f"{name_of(moment)} took longer than {self._hook_seconds} s"
+            raise TimeoutError(message) from late
         if error:
             raise error
+        if not isinstance(result, (Reply, type(None))):
+            raise TypeError(f"{name_of(moment)} returned {result!r:.80}, which is no Reply")
         return result
 
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
@@ -7207,7 +7241,9 @@ class Proxy:
         """Return the answer that refuses; what is no ServiceError is a fault of ours."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
-            error = ServiceError("InternalFailure", "The proxy failed; its log tells more.")
+            error = ServiceError(
+                "InternalFailure", "The proxy failed; its standard error tells more."
+            )
         exchange.error = exchange.wire.fault(exchange.request, error).code
         exchange.reason = error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
@@ -7217,6 +7253,8 @@ class Proxy:
         """Have the reply logged, and return it."""
         exchange.reply = reply
         exchange.status = reply.status
+        if reply.status >= 400 and exchange.error == "-":
+            exchange.error = error_code(reply)
         exchange.seconds = self._clock() - exchange.started
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
         if exchange.call and isinstance(exchange.call.body, io.BufferedRandom):
@@ -7309,7 +7347,8 @@ class Proxy:
         raise ServiceError(
             "AccessDenied",
             f"No route of this proxy answers {action}."
-            f" Start it with --route '{action}=aws' or --upstream aws to have it forwarded.",
+            f" Start it with --route 'sqs:*=embedded' --route '{action}=aws' to have it forwarded,"
+            " or with --upstream aws to have all forwarded.",
         )
 
     def _unverified(self, request: Request, service: Optional[str]) -> Verified:
@@ -8062,6 +8101,9 @@ def read_clients(path: str) -> Clients:
     try:
         with open(path, encoding="utf-8") as lines:
             parser.read_file(lines)
+    except configparser.ParsingError as error:  # not what the line says: it may be a secret
+        (line, _), *_ = getattr(error, "errors", ()) or [(getattr(error, "lineno", 1), "")]
+        raise ValueError(f"line {line} is malformed") from error
     except configparser.Error as error:
         raise ValueError(str(error).splitlines()[0]) from error
     clients: Dict[str, List[Client]] = {}
@@ -8128,7 +8170,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reads `@FILE` as a shell would read its lines."""
+    """Reads `@FILE` as a shell would read its lines, and complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help tells all flags)\n")
 
     def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
         """Split a line of a file of flags."""
@@ -8280,7 +8326,8 @@ def _add_routes(add: Callable[..., Any]) -> None:
         " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--hook", action="append", default=[], metavar="FILE",
-        help="a Python file with before, rewrite, after or observe; repeatable")  # fmt: skip
+        help="a Python file (.py) with before, rewrite, after, observe or concerns;"
+        " repeatable")  # fmt: skip
     add("--task-protection", action="store_true",
         help="keep the ECS task from being scaled in while messages are in flight")  # fmt: skip
     add("--profile", default="", metavar="NAME",
@@ -8364,10 +8411,15 @@ class Program:
             raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
 
     def _read_hooks(self) -> List[Any]:
+        hooks: List[Any] = []
+        path = self._options.log_file
         try:
-            return [*build_logs(self._options), *map(HookFile, self._options.hook)]
+            hooks += build_logs(self._options)
+            for path in self._options.hook:
+                hooks.append(HookFile(path))
         except (OSError, ValueError) as error:
-            raise UsageError(f"a hook or the log file cannot be used: {error}") from error
+            raise UsageError(f"the file {path} cannot be used: {error}") from error
+        return hooks
 
     def _build_in_flight(self) -> InFlight:
         def ask(call: Call, queue: str) -> int:
@@ -8547,7 +8599,8 @@ def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clie
     """Warn where there are no keys to forward with; UsageError if one is a client's, too."""
     if not any(isinstance(route.target, Upstream) for route in routes):
         return
-    for client in itertools.chain.from_iterable(clients.values()):
+    named = {client.name: client for same_key in clients.values() for client in same_key}
+    for client in named.values():
         try:
             keys = keyring.of(client).get()
         except Skipped as reason:
