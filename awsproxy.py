@@ -8089,6 +8089,12 @@ _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 
 
+_OF_A_CLIENT = {
+    "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
+    "upstream_profile", "upstream_role_arn",
+}  # fmt: skip
+
+
 def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
@@ -8115,6 +8121,9 @@ def read_clients(path: str) -> Clients:
                 f"[{name}] needs aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
                 " and aws_secret_access_key"
             )
+        for word in set(section) - _OF_A_CLIENT:
+            for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
+                raise ValueError(f"[{name}] has {word}; did you mean {meant}?")
         account = section.get("aws_account_id", "")
         if account and not _ACCOUNT_ID.fullmatch(account):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")

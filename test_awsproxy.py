@@ -13558,6 +13558,18 @@ class CommandLineTest(unittest.TestCase):
                 self.assertIn(path, errors)
                 self.assertNotIn(hidden, errors)
 
+    def test_a_word_misspelt_in_the_clients_file_is_told(self):
+        right = section("a", "keyA", "secret")
+        for word, meant in (
+            ("aws_acount_id", "aws_account_id"), ("upstream_profil", "upstream_profile"),
+            ("aws_session_tokens", "aws_session_token"),
+        ):  # fmt: skip
+            path = write(os.path.join(folder(self), "clients"), f"{right}{word} = x\n")
+            with self.subTest(word), self.assertRaisesRegex(ValueError, f"{word}.*{meant}"):
+                awsproxy.read_clients(path)
+        path = write(os.path.join(folder(self), "clients"), f"{right}region = x\noutput = json\n")
+        self.assertEqual(list(awsproxy.read_clients(path)), ["keyA"])
+
     def test_clients_come_from_a_file_and_one_key_may_have_several_tokens(self):
         text = (
             section("old", "akid", "s3cr%t#;", "one", "111111111111")
@@ -15947,11 +15959,23 @@ def drive(port, count, request, seconds=60.0, calls=sys.maxsize):
     return done, now - begin
 
 
+def options(command, argv, **more):
+    """Return what the words after a command say."""
+    parser = argparse.ArgumentParser(prog=f"test_awsproxy.py {command}")
+    parser.add_argument(
+        "seconds", nargs="?", type=float, default=60, help="about how long it takes"
+    )
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", type=float, help=text)
+    return parser.parse_args(argv)
+
+
 def bench(argv):
     """Print how many calls a second there are, and what each costs the server: bench [SECONDS]."""
     if argv[1:2] == ["--port"]:  # started by `start`
         Threads(("127.0.0.1", int(argv[2])), globals()[argv[0]]).serve_forever()
-    until, servers, rows, runs = time.perf_counter() + float((*argv, 40)[0]), [], [], {}
+    until = time.perf_counter() + options("bench", argv).seconds
+    servers, rows, runs = [], [], {}
     try:
         for name in ("Nothing", "Bare", "Plain"):
             servers.append(start(__file__, "bench", name))
@@ -16478,9 +16502,12 @@ def abuse(argv):
     if argv[1:2] == ["--port"]:  # started by `Abuser`
         ABUSES[argv[0]](int(argv[2]), int(argv[3]))
         return
+    given = options(
+        "abuse", argv, minutes="of all at once, to see its memory, in place of the rows"
+    )
     most = open_many_files() - 200
-    if argv[:1] == ["--minutes"]:
-        mixed(float(argv[1]))
+    if given.minutes:
+        mixed(given.minutes)
         return
     rows = [
         ("idle connections", "idle", 5000),
@@ -16496,7 +16523,7 @@ def abuse(argv):
         ("connections beyond 256 files", "idle", 400, (), (*FEW_FILES, "256")),
         ("connections beyond the most", "idle", 84, ("--max-connections", "100")),
     ]
-    each = float((*argv, 60)[0]) / len(rows) / 4
+    each = given.seconds / len(rows) / 4
     print(
         f"awsproxy {awsproxy.__version__}, Python {platform.python_version()}, {os.cpu_count()}"
         f" CPUs: 16 clients beside others, {each:.1f} s each\n\n"
