@@ -550,9 +550,7 @@ def salvage_head(raw: bytes) -> Head:
 
 def asks_to_close(head: Head) -> bool:
     """Whether the connection is to end with the answer (RFC 9112, 9.6)."""
-    values = head.fields.get("connection")
-    if values is None:
-        return head.version == "1.0"
+    values = head.fields.get("connection", ())
     named = any("close" in map(str.strip, value.lower().split(",")) for value in values)
     return named or head.version == "1.0"
 
@@ -590,7 +588,7 @@ def body_framing(head: Head) -> Optional[int]:
         return None
     if not lengths:
         return 0
-    if (len(lengths) > 1 and len(set(lengths)) > 1) or not _DIGITS.fullmatch(lengths[0]):
+    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ServiceError("BadRequest", "Content-Length must be one decimal number.")
     return int(lengths[0])
 
@@ -3023,6 +3021,7 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
+MAX_WAIT = 5  # seconds of a poll, until it is looked whether its client is still there
 SECONDS_COOLING = 60  # between two purges, and between deleting a queue and making it anew
 MAX_IN_FLIGHT = 120000
 MAX_ATTRIBUTES = 10
@@ -3108,9 +3107,6 @@ SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
     "task handle": ("InvalidParameterValue", "Value for parameter TaskHandle is invalid."),
     "no task": ("ResourceNotFoundException", "Task does not exist."),
 }  # fmt: skip
-
-
-MAX_WAIT = 5  # seconds until it is looked whether who waits is still there
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
@@ -3477,7 +3473,7 @@ MAX_POLICY_DEPTH = 32
 
 
 def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError for one so deep that it could be read now, but not written."""
+    """Return a policy; ValueError for one so deep that writing it would fail."""
     policy = read_json(text)
     level: List[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
@@ -4728,7 +4724,7 @@ class _Hurried(http.client.HTTPConnection):
         self._until = time.monotonic() + (self.timeout or 0)
 
     def connect(self) -> None:
-        """Connect, and from then on be watched."""
+        """Connect; what follows is watched."""
         super().connect()
         cut = functools.partial(self._cut, self.sock)
         timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
@@ -4767,7 +4763,7 @@ def fetch(
     method: Optional[str] = None,
     timeout: float = 5,
 ) -> bytes:
-    """Return the body of a successful answer that is there after `timeout` seconds.
+    """Return the body of a successful answer that is there within `timeout` seconds.
 
     No proxy is asked for link-local and loopback addresses.  Raises Skipped.
     """
@@ -5523,7 +5519,7 @@ _REPLACED = HOP_BY_HOP | frozenset(
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
-_ANSWER_DROPS = HOP_BY_HOP | _FRAMING  # of an answer that has a length of its own here
+_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # of an answer that is framed anew
 MAX_WHOLE_REPLY = 65536  # a longer one is passed on as it comes
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
@@ -5675,7 +5671,7 @@ _CODE_IN_BODY = re.compile(
 
 
 def error_code(reply: Reply) -> str:
-    """Return the code of an error that an upstream answers, "-" where it tells none."""
+    """Return the code in the answer of an upstream or a hook, "-" where it tells none."""
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
@@ -5691,11 +5687,6 @@ class Outgoing(NamedTuple):
     endpoint: Endpoint
     request: Request
     payload_hash: str
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return what a function is called, and where it is from."""
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 def is_repeatable(call: Call) -> bool:
@@ -5817,14 +5808,10 @@ class Upstream:
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
             request = rewrite(call, outgoing.request)
-            if not isinstance(request, (Request, type(None))):
-                raise TypeError(
-                    f"{name_of(rewrite)} returned {request!r:.80}, which is no Request"
-                )
             outgoing = self._rewritten(outgoing, request) if request else outgoing
         began = self._clock()
         reply = self._answered(call, outgoing)
-        call.upstream_seconds = self._clock() - began
+        call.upstream_seconds = max(0.0, self._clock() - began)
         return self.finish(call, outgoing, reply)
 
     def begin(self, call: Call) -> Optional[Waiting]:
@@ -5858,7 +5845,7 @@ class Upstream:
     def shown(self, call: Call, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
         if call.upstream_seconds < 0:
-            call.upstream_seconds += self._clock()
+            call.upstream_seconds = max(0.0, call.upstream_seconds + self._clock())
         return rewrite_queue_urls(call, self._gathered(reply)) if call.service == "sqs" else reply
 
     def _gathered(self, reply: Reply) -> Reply:
@@ -6089,11 +6076,9 @@ class Upstream:
         except ValueError as error:
             message = f"{connection.endpoint.origin} answered out of form: {error}"
             raise UpstreamError(message, unanswered=False) from error
-        headers = end_to_end(head.headers)
         reader: Union[LengthBody, ChunkedBody, None] = None
         if length is None:
             reader = ChunkedBody(connection.source, sys.maxsize)
-            headers = [(n, v) for n, v in headers if n.lower() != "content-length"]
         elif length != UNTIL_CLOSE:
             reader = LengthBody(connection.source, length)
         keep = reader is not None and head.keeps
@@ -6105,10 +6090,11 @@ class Upstream:
                 raise UpstreamError(message, unanswered=False) from error
             return self.whole(connection, head, method, body)
         connection.deadline = math.inf  # each part of what streams has its own time
+        headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
         return Reply(head.status, tuple(headers), self._stream(connection, reader, keep))
 
     def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
-        """Return an answer whose body has been read, and do without its connection."""
+        """Return an answer whose body has been read, and keep or close its connection."""
         self._done(connection, head.keeps)
         # An answer to HEAD tells the length of what it has not.
         headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
@@ -6174,7 +6160,7 @@ class Exchange:
     """A request, and what became of it, as `Hook.observe` sees it."""
 
     call: Optional[Call] = None  # once it is known who calls
-    target: Optional[Target] = None  # once it is known what answers
+    target: Optional[Target] = None  # what answers, for Proxy
     status = 0
     error = "-"  # the code that the caller was told
     reason = ""  # the row of REFUSALS, if its signature was refused
@@ -6291,7 +6277,7 @@ class Hook:
 
 
 MOMENTS = ("before", "rewrite", "after", "observe")
-_OF_A_HOOK = (*MOMENTS, "concerns")
+_OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
 
 
 class HookFile:
@@ -6325,7 +6311,7 @@ class HookFile:
                 meant = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
         for name in _OF_A_HOOK:
-            if not callable(getattr(module, name, len)):
+            if hasattr(module, name) and not callable(getattr(module, name)):
                 raise ValueError(f"{name} is no function")
         if not any(hasattr(module, moment) for moment in MOMENTS):
             raise ValueError(f"it has none of {', '.join(MOMENTS)}")
@@ -6426,11 +6412,13 @@ class Metrics(Hook):
     """Counts calls, and tells the counts in Prometheus's text format.
 
     What strangers name is not counted by its name: before a signature held the client is "-",
-    and beyond MAX_OPERATIONS an operation that was not seen before is "other".
+    and beyond MAX_OPERATIONS an operation that was not seen before is "other", as is, beyond
+    MAX_ROWS, a code.
     """
 
     BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     MAX_OPERATIONS = 500
+    MAX_ROWS = 5000
     THROTTLES = frozenset(
         "OverLimit RequestLimitExceeded RequestThrottled SlowDown Throttling"
         " ThrottlingException TooManyRequestsException".split()
@@ -6475,6 +6463,8 @@ class Metrics(Hook):
             self._operations.add((operation[0], operation[1]))
         if tuple(operation) not in self._operations:
             operation = ["other", "other"]
+        if len(self._rows) >= self.MAX_ROWS:
+            code = "other"
         key = (client, *operation, status, code, min(attempt, 10))
         return self._rows.setdefault(key, [0, 0, 0])
 
@@ -6782,7 +6772,8 @@ class TaskProtection(InFlight):
         """Take note of the other calls, and give protection back with the last message."""
         if exchange.call and not self.concerns(exchange.call):
             super().observe(exchange)
-        if self._protected_until and not self.total:
+        idle = self._protected_until and not self.total
+        if idle and self._clock() >= self._not_before and not self._agent.locked():
             self._run(self.tend)
 
     def after(self, call: Call, reply: Reply) -> Reply:
@@ -6882,6 +6873,11 @@ class Deny:
         raise ServiceError("AccessDenied", message)
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what a function is called, and where it is from."""
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
 def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
     """Return what a hook does then, None for nothing, which is what those of Hook itself do."""
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
@@ -6922,7 +6918,14 @@ class Status:
         self._in_flight = in_flight
 
     def answer(self, request: Request) -> Reply:
-        """Return what a path tells, 404 for one that tells nothing."""
+        """Return what a path tells, 404 for one that tells nothing.  Never raises."""
+        try:
+            return self._told(request)
+        except Exception:
+            log.exception("%s cannot be told", request.path)
+            return self._reply(500, "standard error tells more\n")
+
+    def _told(self, request: Request) -> Reply:
         name = request.path.replace(self.PREFIX, "", 1)
         if request.method not in ("GET", "HEAD"):
             return self._reply(405, "GET is all there is\n")
@@ -7197,19 +7200,23 @@ class Proxy:
         reply = None
         for hook in hooks:
             if hook.before and reply is None:
-                reply = self._bounded(hook.before, call)
+                reply = self._bounded(Reply, hook.before, call)
         if reply is None:
             call.changed = call.is_read and call.wire.input(call) != call.input
-            call.rewrites = [hook.rewrite for hook in hooks if hook.rewrite]
+            bounded = functools.partial(self._bounded, Request)
+            call.rewrites = [functools.partial(bounded, it.rewrite) for it in hooks if it.rewrite]
             reply = act()
         for hook in reversed(hooks):
             if hook.after:
-                reply = self._bounded(hook.after, call, reply) or reply
+                reply = self._bounded(Reply, hook.after, call, reply) or reply
         return reply
 
-    def _bounded(self, moment: Callable[..., Any], *given: Any) -> Optional[Reply]:
-        """Return what a hook returns; TimeoutError if it takes longer than a call may."""
-        outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
+    def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
+        """Return what a hook returns, of that kind or None.
+
+        Raises TypeError for what is neither, TimeoutError if it takes longer than a call may.
+        """
+        outcome: queues.SimpleQueue[Tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
 
         def run() -> None:
             """Have the outcome put where it is waited for."""
@@ -7226,8 +7233,9 @@ class Proxy:
             raise TimeoutError(message) from late
         if error:
             raise error
-        if not isinstance(result, (Reply, type(None))):
-            raise TypeError(f"{name_of(moment)} returned {result!r:.80}, which is no Reply")
+        if not isinstance(result, (kind, type(None))):
+            message = f"{name_of(moment)} returned {result!r:.80}, which is no {kind.__name__}"
+            raise TypeError(message)
         return result
 
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
@@ -7589,7 +7597,7 @@ class Conversation:
         return request, _manner(head)
 
     def answer(self, outcome: Outcome, manner: Manner) -> None:
-        """Send a reply, or have it waited for; then go on with what the buffer holds."""
+        """Send a reply, or have it made or waited for."""
         if isinstance(outcome, Pending):
             self.server.wait(self, outcome, manner)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
@@ -7629,7 +7637,7 @@ class Conversation:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the socket, having said so if it is TLS: no end of an answer is a guess then."""
+        """Close the socket; with TLS say so, for the other side to know the end from a cut."""
         if isinstance(self.socket, ssl.SSLSocket):
             self._say_goodbye(self.socket)
         self.socket.close()
@@ -7852,11 +7860,17 @@ class Server(http.server.HTTPServer):
         found: List[Tuple[Conversation, Request, Manner]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
             conversation = self._queue.popleft()
+            if conversation not in self._conversations:
+                continue  # closed since
             request = self._guarded(conversation.next_request, conversation.socket)
             if request:
                 found.append((conversation, *request))
         replies, self._replies = self._replies, []
-        outcomes = self.proxy.begin([request for _, request, _ in found])
+        outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
+        if outcomes is None:  # none of them will be answered
+            for conversation, *_ in found:
+                conversation.close()
+            outcomes = ()
         replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
         for conversation, outcome, manner in replies:
             self._guarded(conversation.answer, conversation.socket, outcome, manner)
@@ -7893,10 +7907,11 @@ class Server(http.server.HTTPServer):
         for pending in list(self._pending):
             pending.give_up()
         for conversation in list(self._conversations):
-            if conversation.parked:
+            if conversation.parked or conversation.pending:
                 conversation.close()
-            else:  # a worker's, perhaps in the middle of an answer: no goodbye
-                conversation.socket.close()
+            else:  # a worker's, which a mere close would have go on without TLS
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
         self._selector.close()
         self._wake.close()
         self._woken.close()
@@ -7941,6 +7956,8 @@ class Server(http.server.HTTPServer):
                 connection, address = self.socket.accept()
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:
+                continue
             except OSError as error:  # no file descriptor is left: look again in a moment
                 log.warning("no connection can be accepted: %s", error)
                 self._selector.unregister(self.socket)
@@ -8040,7 +8057,6 @@ class Server(http.server.HTTPServer):
     def _give_up_pending(self) -> None:
         oldest = time.monotonic() - UPSTREAM_SECONDS
         for pending in [p for p, (since, *_) in self._pending.items() if since < oldest]:
-            self._selector.unregister(pending.socket)
             self._settle(pending, pending.give_up())
 
     # ---- Workers ----
@@ -8108,7 +8124,8 @@ def read_clients(path: str) -> Clients:
         with open(path, encoding="utf-8") as lines:
             parser.read_file(lines)
     except configparser.ParsingError as error:  # not what the line says: it may be a secret
-        (line, _), *_ = getattr(error, "errors", ()) or [(getattr(error, "lineno", 1), "")]
+        errors = getattr(error, "errors", ())  # not of each kind before Python 3.13
+        line = errors[0][0] if errors else getattr(error, "lineno", 1)
         raise ValueError(f"line {line} is malformed") from error
     except configparser.Error as error:
         raise ValueError(str(error).splitlines()[0]) from error
@@ -8360,6 +8377,7 @@ class Program:
         self._sqs = Sqs(cooldown=options.cooldown)
         clients = self._read_clients()
         metrics = Metrics()
+        file_sha256()  # that of the copy that runs, whatever will lie there later
         keyring = Keyring(os.environ, options.profile)
         self._pool = Pool()
         self._routes = routes = build_routes(options, keyring, self._sqs, self._pool)
@@ -8450,7 +8468,7 @@ class Program:
         each = 2 if forwards else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
-        if most < wanted // 2:  # of a few less nobody need be told
+        if most < wanted * 9 // 10:  # of a few less nobody need be told
             message = "at most %d connections at once: ulimit -n allows %d open files"
             log.warning(message, most, allowed)
         return min(most, wanted)
@@ -8461,7 +8479,9 @@ class Program:
                 address,
                 proxy,
                 timeout=self._options.timeout,
-                max_connections=self._connections,
+                max_connections=self._connections
+                if isinstance(proxy, Proxy)
+                else ADMIN_CONNECTIONS,
                 every_half_second=self._tick if isinstance(proxy, Proxy) else _nothing,
                 certificate=self._certificate if isinstance(proxy, Proxy) else None,
                 reuse_port=self._options.reuse_port and isinstance(proxy, Proxy),
@@ -8514,7 +8534,6 @@ class Program:
             signal.signal(number, lambda *_: threading.Thread(target=self.end).start())
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
-        if self.admin:
             _announce("admin on http", options.admin[0], self.admin)
         scheme = "https" if self._certificate else "http"
         _announce(f"listening on {scheme}", options.host, self.server)
@@ -8576,11 +8595,12 @@ def build_routes(
     return [Route(pattern, targets[name]) for pattern, name in given or [("sqs:*", "embedded")]]
 
 
-SPARE_FILES = 64  # for what is no connection: listeners, logs, long bodies, the interpreter
+SPARE_FILES = 64  # for admin connections and what is none: logs, long bodies, the interpreter
+ADMIN_CONNECTIONS = 32
 
 
 def allow_files(wanted: int) -> int:
-    """Have this process allowed so many open files, if it may; return how many it is allowed."""
+    """Have this process allowed so many open files, if it may; return how many of them it is."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     endless = resource.RLIM_INFINITY
     if soft == endless or soft >= wanted:
@@ -8627,9 +8647,11 @@ def build_logs(options: argparse.Namespace) -> List[AccessLog]:
 
     SIGHUP has the log file opened again, for those who rotate it.
     """
-    if options.quiet:
-        return []
     path = options.log_file
+    if options.quiet:
+        if path and hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return []
     stream = open_log(path) if path else sys.stderr
     if stream is None:  # there is no standard error
         return []

@@ -11124,6 +11124,24 @@ class MetricsTest(unittest.TestCase):
         )
         return metrics, caller
 
+    def test_codes_beyond_the_most_are_one(self):
+        metrics = awsproxy.Metrics()
+        for number in range(metrics.MAX_ROWS + 9):
+            exchange = awsproxy.Exchange(signed("POST", "/"), 0, "")
+            exchange.error = f"Code{number}"
+            metrics.observe(exchange)
+        text = metrics.text()
+        self.assertIn('code="other"} 9\n', text)
+        self.assertEqual(text.count("\nawsproxy_requests_total{"), metrics.MAX_ROWS + 1)
+
+    def test_what_cannot_be_told_is_500(self):
+        metrics = awsproxy.Metrics()
+        metrics.gauge("broken", "It is.", lambda: 1 / 0)
+        proxy = Proxy({}, status=awsproxy.Status(metrics))
+        request = Request("GET", "/_awsproxy/metrics", (), io.BytesIO(), "127.0.0.1")
+        with self.assertLogs("awsproxy", "ERROR"):
+            self.assertEqual(proxy.handle(request).status, 500)
+
     def test_operations_beyond_the_most_are_one_and_refusals_none(self):
         metrics = awsproxy.Metrics()
         caller = Caller("json")
@@ -13121,6 +13139,7 @@ class LoopTest(unittest.TestCase):
 
     def test_a_request_has_one_turn_however_often_it_is_told_of(self):
         self.server._park(self.conversation)
+        self.server._conversations.add(self.conversation)
         self.client.send(SECOND * 2)
         for _ in range(3):
             self.conversation.readable()
@@ -13142,6 +13161,26 @@ class LoopTest(unittest.TestCase):
         self.server.socket = listener
         self.server._listen_again()
         self.assertIn(listener, self.server._selector.get_map())
+
+    def test_a_closed_connection_makes_no_calls(self):
+        self.server._park(self.conversation)
+        self.server._conversations.add(self.conversation)
+        self.client.send(SECOND)
+        self.conversation.readable()
+        self.conversation.close()
+        self.server._answer()
+        self.assertEqual(self.server.proxy.requests, [])
+
+    def test_a_proxy_that_fails_ends_its_connections_alone(self):
+        self.server._park(self.conversation)
+        self.server._conversations.add(self.conversation)
+        self.client.send(SECOND)
+        self.conversation.readable()
+        self.server.proxy.begin = None
+        with self.assertLogs("awsproxy", "ERROR"):
+            self.server._answer()
+        self.assertEqual(self.client.recv(1), b"")
+        self.assertEqual(self.server.connections, 0)
 
 
 class TlsTest(SocketTest):
