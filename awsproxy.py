@@ -6280,21 +6280,60 @@ MOMENTS = ("before", "rewrite", "after", "observe")
 _OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
 
 
-class HookFile:
-    """A hook in a file of its own, a plain module, loaded again when it changes.
+def stamp_of(path: str) -> Tuple[int, int]:
+    """Return what changes when a file does; (0, 0) where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
 
-    A new version that does not load is logged, and the old one stays.  Raises OSError or
-    ValueError where the first one does not load.
+
+def lacks_descriptors(error: Exception) -> bool:
+    """Whether a file could not be opened because too many are, so that it may be opened later."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+class Watched:
+    """What files say, read again when they change; a broken new version is logged and left.
+
+    Raises OSError or ValueError where the first one cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._stamp = stamp_of(path)
-        self.module = self._load()
+    def __init__(self, *paths: str) -> None:
+        self._paths = [path for path in paths if path]
+        self._stamps = self._stamps_now()
+        self.value = self._read()
 
-    def _load(self) -> Any:
-        name = os.path.splitext(os.path.basename(self.path))[0]
-        spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", self.path)
+    def _read(self) -> Any:
+        raise NotImplementedError
+
+    def _stamps_now(self) -> Sequence[object]:
+        return [stamp_of(path) for path in self._paths]
+
+    def refresh(self) -> bool:
+        """Read again what has changed; whether there is a new value."""
+        stamps = self._stamps_now()
+        if stamps == self._stamps:
+            return False
+        self._stamps = stamps
+        try:
+            self.value = self._read()
+        except (OSError, ValueError) as error:
+            log.error("%s not read again, what it said stays: %s", self._paths[0], error)
+            if lacks_descriptors(error):
+                self._stamps = ()
+            return False
+        log.warning("%s read again", self._paths[0])
+        return True
+
+
+class HookFile(Watched):
+    """A hook in a file of its own: `value` is the module, a plain one."""
+
+    def _read(self) -> Any:
+        name = os.path.splitext(os.path.basename(self._paths[0]))[0]
+        spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", self._paths[0])
         if spec is None or spec.loader is None:
             raise ValueError("its name does not end in .py")
         module = importlib.util.module_from_spec(spec)
@@ -6316,36 +6355,6 @@ class HookFile:
         if not any(hasattr(module, moment) for moment in MOMENTS):
             raise ValueError(f"it has none of {', '.join(MOMENTS)}")
         return module
-
-    def refresh(self) -> bool:
-        """Load the file again if it has changed; whether there is a new version."""
-        stamp = stamp_of(self.path)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp
-        try:
-            self.module = self._load()
-        except (OSError, ValueError) as error:
-            log.error("%s not loaded again, the hook stays as it was: %s", self.path, error)
-            if lacks_descriptors(error):
-                self._stamp = (0, 0)
-            return False
-        log.warning("%s loaded again", self.path)
-        return True
-
-
-def stamp_of(path: str) -> Tuple[int, int]:
-    """Return what changes when a file does; (0, 0) where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
-
-
-def lacks_descriptors(error: Exception) -> bool:
-    """Whether a file could not be opened because too many are, so that it may be opened later."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 class AccessLog(Hook):
@@ -7184,7 +7193,7 @@ class Proxy:
 
     def arrange_hooks(self) -> None:
         """Take the moments of the hooks as they are now."""
-        hooks = [h.module if isinstance(h, HookFile) else h for h in self._hooks]
+        hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         observers = [_moment(hook, "observe") for hook in hooks]
         self._observe = [observe for observe in reversed(observers) if observe]
         moments = [Moments(*(_moment(hook, name) for name in Moments._fields)) for hook in hooks]
@@ -7437,54 +7446,30 @@ def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-class Certificate:
-    """What a Server shows of itself with TLS 1.2 or later; read again when its files change.
+class Certificate(Watched):
+    """What a Server shows of itself with TLS 1.2 or later: `value` is the context.
 
-    `path` is a file in PEM form, with the chain after the certificate; `key` is where its private
-    key is, if not there.  Raises OSError, ssl.SSLError among them, or ValueError.
+    The first file is in PEM form, with the chain after the certificate; the second, if given,
+    has the private key.
     """
-
-    def __init__(self, path: str, key: str = "") -> None:
-        self._path = path
-        self._key = key
-        self._stamp = self._stamps()
-        self._context = self._read()
-
-    def _stamps(self) -> Sequence[object]:
-        return [stamp_of(path) for path in (self._path, self._key) if path]
 
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-        context.load_cert_chain(self._path, self._key or None, self._refuse_to_ask)
+        key = self._paths[-1]  # if it has a file of its own
+        context.load_cert_chain(self._paths[0], key, self._refuse_to_ask)
         return context
 
     @staticmethod
     def _refuse_to_ask() -> str:
         raise ValueError("its key is encrypted, and nobody is here to be asked for the password")
 
-    def refresh(self) -> None:
-        """Read the files again if they have changed; a broken new version is left alone."""
-        stamp = self._stamps()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._context = self._read()
-        except (OSError, ValueError) as error:
-            log.error("%s not read again, the certificate stays as it was: %s", self._path, error)
-            if lacks_descriptors(error):
-                self._stamp = []
-            return
-        log.warning("%s read again", self._path)
-
     def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
         """Return the connection with TLS, its hands not yet shaken."""
-        return self._context.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False
-        )
+        context: ssl.SSLContext = self.value
+        return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
 
 
 class Manner(NamedTuple):
@@ -8162,29 +8147,11 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-class ClientsFile:
-    """Keeps a proxy's clients as a file has them; a broken new version leaves the old ones."""
+class ClientsFile(Watched):
+    """The clients of a file: `value` is what `read_clients` returns."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._stamp = stamp_of(self.path)
-        self.clients = read_clients(path)
-
-    def refresh(self, proxy: Proxy) -> None:
-        """Read the file again if it has changed, and give the proxy what it says."""
-        stamp = stamp_of(self.path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            proxy.clients = read_clients(self.path)
-        except (OSError, ValueError) as error:
-            log.error("%s not read again, its clients stay as they were: %s", self.path, error)
-            if lacks_descriptors(error):
-                self._stamp = (0, 0)
-            return
-        signing_key.cache_clear()
-        log.warning("%s read again: %d keys", self.path, len(proxy.clients))
+    def _read(self) -> Clients:
+        return read_clients(self._paths[0])
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -8423,7 +8390,8 @@ class Program:
             self._watched = ClientsFile(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"the clients file {path} cannot be used: {error}") from error
-        return self._watched.clients
+        found: Clients = self._watched.value
+        return found
 
     def _read_certificate(self) -> Optional[Certificate]:
         path, key = self._options.tls_cert, self._options.tls_key
@@ -8496,8 +8464,9 @@ class Program:
         """Do what is due each half second."""
         self.proxy.refresh_hooks()
         self._pool.close_idle()
-        if self._watched:
-            self._watched.refresh(self.proxy)
+        if self._watched and self._watched.refresh():
+            self.proxy.clients = self._watched.value
+            signing_key.cache_clear()
         if self._certificate:
             self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):

@@ -10959,7 +10959,7 @@ class HookTest(unittest.TestCase):
 
         class Every(awsproxy.Hook):
             def observe(self, exchange):
-                hook.module.seen.append(f"{exchange.call.operation}, observed")
+                hook.value.seen.append(f"{exchange.call.operation}, observed")
 
         proxy = self.caller("json", Every(), hook).proxy
         for operation, body, direct, status in (
@@ -10976,7 +10976,7 @@ class HookTest(unittest.TestCase):
                 self.assertEqual(isinstance(outcome, Reply), direct)
                 self.assertEqual((outcome if direct else outcome()).status, status)
         observed = [f"{name}, observed" for name in ("CreateQueue", "DeleteMessage", "ListQueues")]
-        self.assertEqual(hook.module.seen, [observed[0], "DeleteMessage", *observed[1:]])
+        self.assertEqual(hook.value.seen, [observed[0], "DeleteMessage", *observed[1:]])
 
     def test_input_is_the_same_in_either_protocol_and_may_be_changed(self):
         given = {"QueueUrl": "jobs", "MessageBody": "hello"}
@@ -13658,19 +13658,17 @@ class CommandLineTest(unittest.TestCase):
     def test_a_clients_file_is_read_later_where_it_cannot_be_opened_now(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "keyA", "secret"))
         watched = awsproxy.ClientsFile(path)
-        proxy = Proxy(watched.clients)
         write(path, section("b", "keyB", "secret"), age=9)
         with self.assertLogs("awsproxy"):
             with mock.patch("builtins.open", side_effect=OSError(errno.EMFILE, "too many")):
-                watched.refresh(proxy)
-            self.assertEqual(list(proxy.clients), ["keyA"])
-            watched.refresh(proxy)
-        self.assertEqual(list(proxy.clients), ["keyB"])
+                self.assertFalse(watched.refresh())
+            self.assertEqual(list(watched.value), ["keyA"])
+            self.assertTrue(watched.refresh())
+        self.assertEqual(list(watched.value), ["keyB"])
 
     def test_a_clients_file_is_told_of_once_each_time_it_changes(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "first"))
         watched = awsproxy.ClientsFile(path)
-        proxy = Proxy(watched.clients)
         rows = [
             ("untouched", lambda: None, "first", ""),
             ("changed", lambda: write(path, section("a", "akid", "2nd"), 1), "2nd", "read again"),
@@ -13682,9 +13680,9 @@ class CommandLineTest(unittest.TestCase):
         for name, change, secret, told in rows:
             with self.subTest(name), mock.patch.object(awsproxy.log, "_log") as log:
                 change()
-                for _ in range(3):
-                    watched.refresh(proxy)
-                self.assertEqual(proxy.clients["akid"][0].secret_access_key, secret)
+                fresh = [watched.refresh() for _ in range(3)]
+                self.assertEqual(fresh, [told == "read again", False, False])
+                self.assertEqual(watched.value["akid"][0].secret_access_key, secret)
                 texts = [call.args[1] % call.args[2] for call in log.call_args_list]
                 self.assertEqual(len(texts), bool(told), texts)
                 self.assertTrue(all(text.startswith(f"{path} {told}") for text in texts), texts)
