@@ -101,6 +101,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -6161,6 +6162,9 @@ class Exchange:
 
     call: Optional[Call] = None  # once it is known who calls
     target: Optional[Target] = None  # what answers, for Proxy
+    spooled: Optional[BinaryIO] = (
+        None  # the file that a long body is kept in, until it is answered
+    )
     status = 0
     error = "-"  # the code that the caller was told
     reason = ""  # the row of REFUSALS, if its signature was refused
@@ -7274,8 +7278,8 @@ class Proxy:
             exchange.error = error_code(reply)
         exchange.seconds = self._clock() - exchange.started
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
-        if exchange.call and isinstance(exchange.call.body, io.BufferedRandom):
-            exchange.call.body.close()  # a file that a long body was kept in
+        if exchange.spooled:
+            exchange.spooled.close()
         for observe in self._observe:
             try:
                 observe(exchange)
@@ -7298,10 +7302,10 @@ class Proxy:
                 regions=self._regions,
                 clock_skew=self._clock_skew,
                 must_be_signed=wire.must_be_signed,
-                spool=self._spool,
+                spool=functools.partial(self._spool, exchange),
             )
         else:
-            found = self._unverified(request, service)
+            found = self._unverified(exchange, service)
         client, scope = found.client, found.scope
         operation, encoded = wire.operation(request, scope.service, found.body)
         host = request.header("host") or "localhost"
@@ -7368,8 +7372,9 @@ class Proxy:
             " or with --upstream aws to have all forwarded.",
         )
 
-    def _unverified(self, request: Request, service: Optional[str]) -> Verified:
+    def _unverified(self, exchange: Exchange, service: Optional[str]) -> Verified:
         """Return what a request says of itself, for want of proof."""
+        request = exchange.request
         key, scope = claim(request)
         of_host = service_of_host(request.header("host") or "")
         name = service or scope.service or self._sign_as[0] or of_host[0] or "sqs"
@@ -7382,7 +7387,7 @@ class Proxy:
             nobody = Authorization(key, scope, (), "", "")
             body = streamed_body(request, nobody, declared, b"", checked=False)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
-        body, payload_hash = self._spool(request.body)
+        body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
 
     # ---- Bodies ----
@@ -7392,7 +7397,7 @@ class Proxy:
         request = Request(head.method, head.target, head.headers, io.BytesIO())
         return sys.maxsize if claim(request)[1].service in S3_FAMILY else self.max_body
 
-    def _spool(self, body: Body) -> Tuple[Body, str]:
+    def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         whole = isinstance(body, io.BytesIO)  # the server has gathered it
         data = body.read(-1 if whole else SPOOLED_IN_MEMORY)
@@ -7404,7 +7409,7 @@ class Proxy:
             return body if whole else io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
         try:
-            file = tempfile.TemporaryFile()
+            file = exchange.spooled = tempfile.TemporaryFile()
         except OSError as error:
             log.warning("a long body cannot be kept: %s", error)
             message = "The proxy has no room for so long a body."
@@ -7412,7 +7417,6 @@ class Proxy:
         while data:
             size += len(data)
             if size > self.max_body:
-                file.close()
                 raise too_large(self.max_body)
             digest.update(data)
             file.write(data)
@@ -7889,8 +7893,8 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         super().server_close()
-        for pending in list(self._pending):
-            pending.give_up()
+        while self._pending:
+            self._pending.popitem()[0].give_up()
         for conversation in list(self._conversations):
             if conversation.parked or conversation.pending:
                 conversation.close()

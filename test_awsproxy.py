@@ -10612,6 +10612,7 @@ class FakeUpstream:
         self.default = default
         self.requests = []  # Requests, their body read; None for one that was cut short
         self.connections = 0
+        self.open = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = awsproxy.Endpoint("http", "127.0.0.1", self.listener.getsockname()[1])
         test.addCleanup(self.listener.close)
@@ -10624,7 +10625,13 @@ class FakeUpstream:
             except OSError:
                 return
             self.connections += 1
+            self.open.append(connection)
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def hang_up(self):
+        for connection in self.open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def serve(self, connection):
         source = awsproxy.Stream(connection.recv)
@@ -10652,10 +10659,21 @@ class FakeUpstream:
 
 
 class ForwardCase(unittest.TestCase):
+    def pool(self, timeout=5):
+        """Return a Pool whose connections are closed at the end."""
+
+        def close():
+            for connection in itertools.chain.from_iterable(pool._idle.values()):
+                connection.close()
+
+        pool = awsproxy.Pool(2, timeout)
+        self.addCleanup(close)
+        return pool
+
     def proxy(self, recorder, keys=None, timeout=5, **settings):
         """Return a Proxy that forwards all there, with a standing clock."""
         keys = keys or SomeKeys()
-        pool = awsproxy.Pool(2, timeout)
+        pool = self.pool(timeout)
         upstream = awsproxy.Upstream(
             recorder.endpoint, lambda client: keys, pool, lambda: EXAMPLE_TIME
         )
@@ -10829,6 +10847,10 @@ class AbuseTest(ForwardCase):
                 data = wire.recv(65536)
                 self.assertTrue(data)
                 got += data
+            with self.assertLogs("awsproxy", "WARNING"), contextlib.suppress(ConnectionResetError):
+                recorder.hang_up()
+                while wire.recv(65536):
+                    pass
 
     def test_an_upstream_cannot_keep_a_call_for_ever(self):
         listener = socket.create_server(("127.0.0.1", 0))
@@ -10837,10 +10859,11 @@ class AbuseTest(ForwardCase):
         def serve():
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
-                connection.recv(65536)
-                for _ in range(200):
-                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    time.sleep(0.05)
+                with connection:
+                    connection.recv(65536)
+                    for _ in range(200):
+                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                        time.sleep(0.05)
 
         threading.Thread(target=serve, daemon=True).start()
         upstream = type("At", (), {})
@@ -10892,7 +10915,7 @@ class AbuseTest(ForwardCase):
     def test_calls_wait_for_an_upstream_without_holding_up_others(self):
         recorder = FakeUpstream(self, ANSWER, b"HTTP/1.1 200 OK\r\nContent-")
         upstream = awsproxy.Upstream(
-            recorder.endpoint, lambda client: SomeKeys(), awsproxy.Pool(2, 5), lambda: EXAMPLE_TIME
+            recorder.endpoint, lambda client: SomeKeys(), self.pool(), lambda: EXAMPLE_TIME
         )
         routes = [
             awsproxy.Route("sqs:*", awsproxy.Embedded(awsproxy.Sqs())),
@@ -10913,6 +10936,8 @@ class AbuseTest(ForwardCase):
         target = ("X-Amz-Target", "AmazonSQS.ListQueues")
         other.send(raw(signed("POST", "/", (target, length), b"{}")))
         self.assertEqual(other.answer().status, 200)
+        with self.assertLogs("awsproxy", "WARNING"):
+            running.stop()  # which gives up the slow one
 
 
 # ==== 7. Hooks ====
