@@ -6162,9 +6162,7 @@ class Exchange:
 
     call: Optional[Call] = None  # once it is known who calls
     target: Optional[Target] = None  # what answers, for Proxy
-    spooled: Optional[BinaryIO] = (
-        None  # the file that a long body is kept in, until it is answered
-    )
+    spooled: Optional[BinaryIO] = None  # the file that a long body is kept in meanwhile
     status = 0
     error = "-"  # the code that the caller was told
     reason = ""  # the row of REFUSALS, if its signature was refused

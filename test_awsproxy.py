@@ -10769,6 +10769,16 @@ class AbuseTest(ForwardCase):
             self.assertEqual(proxy.handle(table_call()).status, 500)
         self.assertIn("returned b'bytes', which is no Request", "".join(logged.output))
 
+    def test_a_rewrite_that_hangs_costs_its_own_call_alone(self):
+        released = threading.Event()
+        self.addCleanup(released.set)
+        hook = mock.Mock(spec=["rewrite"])
+        hook.rewrite.side_effect = lambda call, outgoing: released.wait(30) and None
+        proxy = self.proxy(FakeUpstream(self, ANSWER), hooks=[hook], hook_seconds=0.05)
+        with self.assertLogs("awsproxy", "ERROR") as logged:
+            self.assertEqual(proxy.handle(table_call()).status, 500)
+        self.assertIn("took longer than 0.05 s", "".join(logged.output))
+
     def test_a_parameter_cannot_break_out_of_the_header_it_becomes(self):
         recorder = FakeUpstream(self, ANSWER)
         proxy = self.proxy(recorder)
@@ -11752,6 +11762,21 @@ class TaskProtectionTest(LedgerCase):
                         self.protection.tend_later()
                         self.assertEqual(len(self.asked_of_agent), count)
                 self.assertEqual(self.wanted(), [True] * 3)
+
+    def test_calls_do_not_queue_up_for_an_agent_that_is_slow(self):
+        caller = self.protecting()
+        url = caller.queue()
+        fill(caller, url)
+        (handle,) = handles(caller, url)
+        asked = []
+        self.protection._run = asked.append
+        with self.protection._agent:  # as while the agent has not answered
+            caller("DeleteMessage", QueueUrl=url, ReceiptHandle=handle)
+            for _ in range(5):
+                caller("ListQueues")
+        self.assertEqual(asked, [])
+        caller("ListQueues")
+        self.assertEqual(len(asked), 1)
 
     def test_outside_ecs_one_line_says_so(self):
         environment = {k: v for k, v in os.environ.items() if k != "ECS_AGENT_URI"}
