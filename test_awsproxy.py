@@ -10906,9 +10906,7 @@ class AbuseTest(ForwardCase):
     def test_no_call_is_made_twice_where_connections_break(self):
         """Nor does any fail but those whose connection broke with the call under way."""
         recorder = FakeUpstream(self, *[ANSWER, ANSWER, b""] * 1000)
-        upstream = awsproxy.Upstream(
-            recorder.endpoint, lambda client: SomeKeys(), awsproxy.Pool(2, 5)
-        )
+        upstream = awsproxy.Upstream(recorder.endpoint, lambda client: SomeKeys(), self.pool())
         proxy = Proxy(awsproxy.DEMO_CLIENTS, routes=[awsproxy.Route("*", upstream)])
         running = Running(proxy)
         self.addCleanup(running.stop)
