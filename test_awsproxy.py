@@ -11835,9 +11835,10 @@ class TaskProtectionTest(LedgerCase):
         threading.Thread(target=agent.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{agent.server_address[1]}/api/x", seen
 
-    def program(self, uri):
+    def program(self, uri, *flags):
         environment = {**os.environ, "ECS_AGENT_URI": uri}
-        return Program(self.addCleanup, "--task-protection", "--quiet", env=environment)
+        flags = ("--task-protection", "--quiet", *flags)
+        return Program(self.addCleanup, *flags, env=environment)
 
     def test_a_real_agent_is_asked(self):
         uri, seen = self.agent()
@@ -11852,18 +11853,27 @@ class TaskProtectionTest(LedgerCase):
         self.assertFalse(seen.get(timeout=DEADLINE)[1]["ProtectionEnabled"])
 
     def test_an_agent_that_refuses_or_hangs_holds_up_no_message_for_long(self):
+        self.assertLess(awsproxy.TaskProtection.PATIENCE, 6)
+        hook = write(
+            os.path.join(folder(self), "hook.py"),
+            "import awsproxy\nawsproxy.TaskProtection.PATIENCE = 0.5\ndef before(call): pass\n",
+        )
         limited = b'{"error":{"Code":"ThrottlingException","Message":"Rate exceeded"}}'
+        started = []
         for answer in ((429, limited), (400, b'{"error":{"Code":"InvalidParameter"}}'), None):
             with self.subTest(answer):
                 uri, seen = self.agent(answer)
-                program = self.program(uri)
+                program = self.program(uri, "--hook", hook)
                 caller = program.caller()
                 url = caller.queue()
                 caller("SendMessage", QueueUrl=url, MessageBody="a")
                 begin = time.monotonic()
                 self.assertEqual(caller.bodies(url), ["a"])
-                self.assertLess(time.monotonic() - begin, 6)
-                for _ in range(2):  # asked again, after a pause
+                self.assertLess(time.monotonic() - begin, DEADLINE / 2)
+                started.append((answer, seen, program))
+        for answer, seen, program in started:
+            with self.subTest(answer):
+                for _ in range(2):  # the program asks again, after a pause
                     self.assertTrue(seen.get(timeout=DEADLINE)[1]["ProtectionEnabled"])
                 self.assertIn("task protection not changed", program.line())
 
@@ -11982,30 +11992,36 @@ class TaskProtectionTest(LedgerCase):
         self.assertEqual(self.wanted(), [True, False, False])
 
     def test_an_agent_that_hangs_holds_up_a_receive_for_its_patience_at_the_most(self):
-        def serve(listener, dripped):
+        def serve(listener, *given):
             with contextlib.suppress(OSError):
                 while True:
-                    given = (listener.accept()[0], dripped)
-                    threading.Thread(target=answer, args=given, daemon=True).start()
+                    words = (listener.accept()[0], *given)
+                    threading.Thread(target=answer, args=words, daemon=True).start()
 
-        def answer(connection, dripped):
+        def answer(connection, at_once, dripped):
             with contextlib.suppress(OSError), connection:
-                for byte in dripped + bytes(40 - len(dripped)):
-                    time.sleep(0.1)
-                    connection.sendall(bytes([byte]) if dripped else b"")
+                connection.sendall(at_once)
+                if dripped is None:
+                    while connection.recv(65536):
+                        pass
+                    return
+                for byte in dripped + bytes(20 * DEADLINE):
+                    time.sleep(0.05)
+                    connection.sendall(bytes([byte]))
 
         head = b"HTTP/1.1 200 OK\r\n"
-        for name, dripped in (
-            ("silent", b""),
-            ("a head that drips", head + b"Content-Length: 2\r\n"),
-            ("a body that drips", head + b"\r\n{}"),
+        for name, at_once, dripped in (
+            ("a head that drips", b"", head + b"Content-Length: 2\r\n"),
+            ("a body that drips", head + b"\r\n", b"{}"),
+            ("silent", b"", None),
         ):
             with self.subTest(name):
                 listener = socket.create_server(("127.0.0.1", 0))
                 self.addCleanup(listener.close)
-                threading.Thread(target=serve, args=(listener, dripped), daemon=True).start()
+                words = (listener, at_once, dripped)
+                threading.Thread(target=serve, args=words, daemon=True).start()
                 caller = self.protecting()
-                self.protection.PATIENCE = 1
+                self.protection.PATIENCE = 0.4
                 self.protection._put = awsproxy._put
                 self.protection._url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
                 url = caller.queue()
@@ -12013,7 +12029,10 @@ class TaskProtectionTest(LedgerCase):
                 begin = time.monotonic()
                 with self.assertLogs("awsproxy", "WARNING"):
                     self.assertEqual(caller.bodies(url), ["0"])
-                self.assertLess(time.monotonic() - begin, 2)
+                self.assertLess(time.monotonic() - begin, DEADLINE / 2)
+
+
+LONG_DRAIN = "1000"  # seconds, far longer than any test waits
 
 
 class DrainTest(unittest.TestCase):
@@ -12025,9 +12044,19 @@ class DrainTest(unittest.TestCase):
             answer = connection.getresponse()
             return answer.status, answer.read()
 
-    def poll(self, caller, url):
-        """Begin a long poll; return its thread, and where its outcome will be."""
+    def calls(self, program):
+        """Return how many calls the program is answering."""
+        metrics = self.get(program.address, "metrics")[1].decode()
+        return int(re.search("^awsproxy_calls ([0-9]+)$", metrics, re.MULTILINE)[1])
+
+    def poll(self, caller, url, upstream=None):
+        """Begin a long poll, and wait until it has arrived at the program, or at its upstream.
+
+        Return its thread, and where its outcome will be.
+        """
         outcome = []
+        there = upstream or caller.proxy
+        before = self.calls(there)
 
         def run():
             begin = time.monotonic()
@@ -12036,11 +12065,26 @@ class DrainTest(unittest.TestCase):
 
         thread = threading.Thread(target=run)
         thread.start()
-        time.sleep(0.3)
+        wait_until(lambda: self.calls(there) > before)
         return thread, outcome
 
+    def begin_to_drain(self, program):
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.get(program.address, "ready")[0] == 503)
+
+    def bodies(self, caller):
+        """Return the bodies of the next messages to arrive."""
+        bodies = []
+
+        def received():
+            bodies.extend(caller.bodies("jobs"))
+            return bodies
+
+        wait_until(received)
+        return bodies
+
     def test_messages_in_flight_are_waited_for(self):
-        program = Program(self.addCleanup, "--drain-seconds", "20", "--quiet")
+        program = Program(self.addCleanup, "--drain-seconds", LONG_DRAIN, "--quiet")
         caller = program.caller()
         url, other = caller.queue(), caller.queue("other")
         caller("SendMessage", QueueUrl=url, MessageBody="a")
@@ -12050,31 +12094,30 @@ class DrainTest(unittest.TestCase):
         self.assertEqual((status, json.loads(body)), (200, {"000000000000/jobs": 1}))
         thread, outcome = self.poll(program.caller(), other)
         program.process.send_signal(signal.SIGTERM)
-        thread.join(5)
+        thread.join(DEADLINE)
         ((messages, seconds),) = outcome
         self.assertEqual(messages, [])
-        self.assertLess(seconds, 5)
+        self.assertLess(seconds, SHORTER)
         self.assertEqual(self.get(program.address, "ready")[0], 503)
         self.assertEqual(self.get(program.address, "health")[0], 200)
         caller("SendMessage", QueueUrl=url, MessageBody="b")
         self.assertEqual(caller.bodies(url), [])
         self.assertIsNone(program.process.poll())
         caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
-        self.assertEqual(program.process.wait(5), 0)
+        self.assertEqual(program.process.wait(DEADLINE), 0)
 
     def test_it_ends_at_once_where_nothing_is_in_flight_or_asked_again(self):
-        for held, signals in ((False, 1), (True, 2)):
+        for held in (False, True):
             with self.subTest(held=held):
-                program = Program(self.addCleanup, "--drain-seconds", "30", "--quiet")
+                program = Program(self.addCleanup, "--drain-seconds", LONG_DRAIN, "--quiet")
                 caller = program.caller()
                 url = caller.queue()
                 caller("SendMessage", QueueUrl=url, MessageBody="a")
                 if held:
                     caller.receive(url)
-                for _ in range(signals):
-                    program.process.send_signal(signal.SIGTERM)
-                    time.sleep(0.2)
-                self.assertEqual(program.process.wait(5), 0)
+                    self.begin_to_drain(program)
+                program.process.send_signal(signal.SIGTERM)
+                self.assertEqual(program.process.wait(DEADLINE), 0)
 
     def test_it_does_not_wait_for_ever(self):
         program = Program(self.addCleanup, "--drain-seconds", "0.5", "--quiet")
@@ -12117,24 +12160,20 @@ class DrainTest(unittest.TestCase):
                 self.assertEqual(counted(), {})
 
     def test_forwarded_polls_end_and_lose_no_message(self):
-        program, upstream, client = self.forwarding("--drain-seconds", "10")
+        program, upstream, client = self.forwarding("--drain-seconds", LONG_DRAIN)
         caller = program.caller()
         url = caller.queue()
         caller("ListQueues")  # so that a connection is kept
-        thread, outcome = self.poll(program.caller(), url)
-        metrics = self.get(program.address, "metrics")[1].decode()
-        self.assertIn("\nawsproxy_calls 1\n", metrics)
+        thread, outcome = self.poll(program.caller(), url, upstream)
+        self.assertEqual(self.calls(program), 1)
         program.process.send_signal(signal.SIGTERM)
-        thread.join(5)
+        thread.join(DEADLINE)
         ((messages, seconds),) = outcome
         self.assertEqual(messages, [])
-        self.assertLess(seconds, 5)
+        self.assertLess(seconds, SHORTER)
         direct = upstream.caller(client=client)
         direct("SendMessage", QueueUrl="jobs", MessageBody="late")
-        deadline, bodies = time.monotonic() + 8, []
-        while not bodies and time.monotonic() < deadline:
-            bodies = direct.bodies("jobs")
-        self.assertEqual(bodies, ["late"])
+        self.assertEqual(self.bodies(direct), ["late"])
 
     def test_our_paths_have_a_listener_of_their_own(self):
         program = Program(self.addCleanup, "--admin", "127.0.0.1:0", "--quiet")
@@ -12156,54 +12195,53 @@ class DrainTest(unittest.TestCase):
             ("by way of a hook", ("--hook", hook), True),
         ):
             with self.subTest(name):
-                program, upstream, client = self.forwarding("--drain-seconds", "5", *flags)
-                direct = upstream.caller(client=client)
-                url = program.caller().queue()
-                if not kept:  # its only kept connection is in use
-                    other, _ = self.poll(program.caller(), program.caller().queue("other"))
-                thread, outcome = self.poll(program.caller(), url)
-                began = time.monotonic()
-                program.process.send_signal(signal.SIGTERM)
-                thread.join(2)
-                ended = time.monotonic() - began
-                messages = [received for received, _ in outcome]
-                direct("SendMessage", QueueUrl="jobs", MessageBody="late")
-                deadline, bodies = time.monotonic() + 4, []
-                while not bodies and time.monotonic() < deadline:
-                    bodies = direct.bodies("jobs")
-                if not kept:
-                    other.join(5)
-                program.stop()
-                thread.join(5)
-                self.assertEqual((messages, bodies), ([[]], ["late"]))
-                self.assertLess(ended, 1.2)
+                seconds = []
+                while min(seconds, default=math.inf) >= 1.2 and len(seconds) < 5:
+                    seconds.append(self.seconds_until_a_poll_ends(kept, *flags))
+                self.assertLess(min(seconds), 1.2)
+
+    def seconds_until_a_poll_ends(self, kept, *flags):
+        """Drain while a forwarded poll waits; check that no message is lost."""
+        program, upstream, client = self.forwarding("--drain-seconds", LONG_DRAIN, *flags)
+        direct = upstream.caller(client=client)
+        url = program.caller().queue()
+        if not kept:  # its only kept connection is in use
+            other, _ = self.poll(program.caller(), program.caller().queue("other"), upstream)
+        thread, outcome = self.poll(program.caller(), url, upstream)
+        began = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        thread.join(DEADLINE)
+        ended = time.monotonic() - began
+        direct("SendMessage", QueueUrl="jobs", MessageBody="late")
+        bodies = self.bodies(direct)
+        if not kept:
+            other.join(DEADLINE)
+        program.stop()
+        self.assertEqual(([received for received, _ in outcome], bodies), ([[]], ["late"]))
+        return ended
 
     def test_a_long_message_is_put_back_too(self):
-        program, upstream, client = self.forwarding("--drain-seconds", "10")
+        program, upstream, client = self.forwarding("--drain-seconds", LONG_DRAIN)
         direct = upstream.caller(client=client)
         caller = program.caller()
         url = caller.queue()
-        thread, outcome = self.poll(program.caller(), url)
+        thread, outcome = self.poll(program.caller(), url, upstream)
         program.process.send_signal(signal.SIGTERM)
-        thread.join(5)
+        thread.join(DEADLINE)
         self.assertEqual(outcome[0][0], [])
         direct("SendMessage", QueueUrl="jobs", MessageBody="m" * 200000)
-        deadline, bodies = time.monotonic() + 5, []
-        while not bodies and time.monotonic() < deadline:
-            bodies = direct.bodies("jobs")
-        self.assertEqual([len(body) for body in bodies], [200000])
+        self.assertEqual([len(body) for body in self.bodies(direct)], [200000])
 
     def test_it_does_not_hand_out_what_arrives_and_may_not_be_received(self):
         program = Program(
-            self.addCleanup, "--drain-seconds", "10", "--quiet",
+            self.addCleanup, "--drain-seconds", LONG_DRAIN, "--quiet",
             "--route", "sqs:ReceiveMessageX=deny", "--route", "sqs:*=embedded",
         )  # fmt: skip
         caller = program.caller()
         url = caller.queue()
         fill(caller, url, 2)
         (held,) = handles(caller, url)
-        program.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        self.begin_to_drain(program)
         for path, expected in (
             ("ready", (503, b"draining\n")),
             ("health", (200, b"ok\n")),
@@ -12211,14 +12249,14 @@ class DrainTest(unittest.TestCase):
         ):
             self.assertEqual(own_path(program.address, f"/_awsproxy/{path}"), expected)
         for protocol in ("json", "query"):
-            began = time.monotonic()
-            self.assertEqual(program.caller(protocol).receive(url, WaitTimeSeconds=20), [])
-            self.assertLess(time.monotonic() - began, 0.5)
+            receive = functools.partial(program.caller(protocol).receive, url, WaitTimeSeconds=20)
+            self.assertEqual(receive(), [])
+            self.assertLess(fewest_seconds(receive, 0.5), 0.5)
         with self.assertRaises(Refused):
             program.caller(client=DEMO._replace(secret_access_key="wrong")).receive(url)
         given = {"QueueUrl": url, "ReceiptHandle": held, "VisibilityTimeout": 0}
         caller("ChangeMessageVisibility", **given)
-        self.assertEqual(program.process.wait(2), 0)
+        self.assertEqual(program.process.wait(DEADLINE), 0)
 
     def test_a_denied_receive_stays_denied(self):
         routes = [awsproxy.Route("*", awsproxy.Deny())]
@@ -13974,22 +14012,28 @@ class CommandLineTest(unittest.TestCase):
 
     def test_signals_end_it_within_a_second(self):
         """Also while a connection is idle, and a long poll waits on another."""
-        started = [(number, self.start("--quiet")) for number in (signal.SIGINT, signal.SIGTERM)]
-        for number, program in started:
+        for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number.name):
-                caller = program.caller()
-                given = {"QueueUrl": caller.queue(), "WaitTimeSeconds": 20}
-                target = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"),)
-                poll = signed("POST", "/", target, json.dumps(given).encode(), at=time.time())
-                with program.send(poll), socket.create_connection(program.address):
-                    caller("ListQueues")  # connections are accepted in order
-                    code, seconds = program.end(number)
-                self.assertEqual((code, program.rest()), (0, []))
-                self.assertLess(seconds, 1)
+                seconds = []
+                while min(seconds, default=math.inf) >= 1 and len(seconds) < 10:
+                    seconds.append(self.seconds_until_it_ends(number))
+                self.assertLess(min(seconds), 1)
+
+    def seconds_until_it_ends(self, number):
+        program = self.start("--quiet")
+        caller = program.caller()
+        given = {"QueueUrl": caller.queue(), "WaitTimeSeconds": 20}
+        target = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"),)
+        poll = signed("POST", "/", target, json.dumps(given).encode(), at=time.time())
+        with program.send(poll), socket.create_connection(program.address):
+            caller("ListQueues")  # connections are accepted in order
+            code, seconds = program.end(number)
+        self.assertEqual((code, program.rest()), (0, []))
+        return seconds
 
     def test_it_starts_quickly_and_first_says_where_it_listens(self):
-        quickest = 60
-        for _ in range(5):
+        quickest = math.inf
+        for _ in range(20):
             begin = time.monotonic()
             program = self.start()
             self.assertEqual(program.address[0], "127.0.0.1")
@@ -14258,14 +14302,17 @@ class CurlTest(unittest.TestCase):
         text = json.dumps({"QueueUrl": url, "MessageBody": "x" * 204800})
         path = write(os.path.join(folder(self), "message"), text)
         for asked in ("", '-H "Expect: 100-continue"', '-H "Transfer-Encoding: chunked"'):
-            with self.subTest(asked):
-                begin = time.monotonic()
-                status, _, body = self.curl(
-                    'localhost:PORT --aws-sigv4 "aws:amz:eu-west-1:sqs" -u dummykey:dummysecret'
-                    f' -H "X-Amz-Target: AmazonSQS.SendMessage" {asked} -d @{path}'
-                )
-                self.assertLess(time.monotonic() - begin, 0.9)
+            call = (
+                'localhost:PORT --aws-sigv4 "aws:amz:eu-west-1:sqs" -u dummykey:dummysecret'
+                f' -H "X-Amz-Target: AmazonSQS.SendMessage" {asked} -d @{path}'
+            )
+
+            def send(call=call):
+                status, _, body = self.curl(call)
                 self.assertEqual(status, "200", body)
+
+            with self.subTest(asked):
+                self.assertLess(fewest_seconds(send, 0.9), 0.9)
 
 
 @unittest.skipUnless(AWS, "the AWS command line is not installed")
