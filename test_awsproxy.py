@@ -15813,8 +15813,8 @@ class DocumentationTest(unittest.TestCase):
         if "import boto3" in block and not importlib.util.find_spec("boto3"):
             return
         done = self.run_in([sys.executable, "-c", block], os.environ)
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertTrue(done.stdout)
+        if done.returncode or not done.stdout:
+            self.fail(f"README's block\n\n{block}\nended with {done.returncode}:\n\n{done.stdout}")
 
     def run_command(self, command, expected, shell):
         if command.startswith("export "):
@@ -15824,7 +15824,8 @@ class DocumentationTest(unittest.TestCase):
             return
         done = self.run_in(command, shell)
         pattern = ".*".join(map(re.escape, expected.strip().split("...")))
-        self.assertRegex(done.stdout.strip(), re.compile(f"^{pattern}$", re.DOTALL))
+        if not re.search(f"^{pattern}$", done.stdout.strip(), re.DOTALL):
+            self.fail(f"README's block\n\n$ {command}{expected}\nprinted:\n\n{done.stdout}")
 
     @staticmethod
     def run_in(command, environment):
@@ -15852,11 +15853,20 @@ class DocumentationTest(unittest.TestCase):
     def test_it_shows_the_help_as_it_is(self):
         ((_, shown),) = self.blocks("text")
         words = awsproxy.build_parser().format_help().replace("optional arguments:", "options:")
-        self.assertEqual("".join(shown.split()), "".join(words.split()))
+        # argparse of other versions breaks lines elsewhere.
+        shown, words = "".join(shown.split()), "".join(words.split())
+        if shown != words:
+            pairs = itertools.zip_longest(shown, words)
+            at = next(at for at, (one, other) in enumerate(pairs) if one != other)
+            start = max(at - 60, 0)
+            self.fail(
+                f"README's help differs from --help: {shown[start : at + 60]!r}"
+                f" should be {words[start : at + 60]!r}"
+            )
 
     def test_it_names_each_operation(self):
-        for operation in awsproxy.OPERATIONS:
-            self.assertRegex(self.text, rf"\b{operation}\b")
+        named = set(re.findall(r"\w+", self.text))
+        self.assertEqual(set(awsproxy.OPERATIONS) - named, set())
 
     def test_the_source_survives_being_pasted(self):
         self.assertTrue(self.source.isascii())
