@@ -10827,10 +10827,10 @@ class AbuseTest(ForwardCase):
                     connection, _ = listener.accept()
                 except OSError:
                     return
+                kept.append(connection)
                 head = connection.recv(65536).partition(b"\r\n\r\n")[0]
                 seen.append(head.partition(b" HTTP")[0])
                 connection.sendall(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno")
-                kept.append(connection)
 
         kept = []
         self.addCleanup(lambda: [connection.close() for connection in kept])
@@ -15223,6 +15223,7 @@ class Fuzzer:
         return self
 
     def __exit__(self, *_):
+        wait_until(lambda: not self.running.server.connections)
         self.running.stop()
         logging.getLogger("awsproxy").removeHandler(self.noted)
 
