@@ -534,34 +534,34 @@ def parse_head(raw: bytes) -> Head:
     if not match:
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
-    check_method(method)
+    if method not in METHODS:
+        raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
         raise ServiceError(
             "BadRequest", "The request target must be a path, with a query or none (origin-form)."
         )
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
-    headers = []
-    for line in block.split(CRLF)[:-1]:
-        name, _, value = line.partition(":")
-        headers.append((name, value.strip(" \t")))
+    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
+    headers = tuple([(name, value.strip(" \t")) for name, _, value in lines])
+    fields: Fields = {name.lower(): [value] for name, value in headers}
+    if len(fields) < len(headers):
+        fields = fields_of(headers)  # some come more than once
     if len(headers) > MAX_HEADERS:
         raise ServiceError(
             "RequestHeaderFieldsTooLarge", f"A request may have {MAX_HEADERS} header lines."
         )
-    fields = fields_of(headers)
     hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
     if hosts and not _HOST.fullmatch(hosts[0]):
         raise ServiceError("BadRequest", "The Host header is not a host and port.")
-    return Head(method, target, "1." + minor, tuple(headers), fields)
+    return Head(method, target, "1." + minor, headers, fields)
 
 
-def check_method(method: str) -> None:
-    """Raise ServiceError NotImplemented for a method that no AWS service has."""
-    if method not in METHODS:
-        raise ServiceError("NotImplemented", f"No AWS service has the method {method[:40]}.")
+def not_implemented(method: str) -> ServiceError:
+    """Return the refusal of a method that no AWS service has."""
+    return ServiceError("NotImplemented", f"No AWS service has the method {method[:40]}.")
 
 
 _REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
@@ -1605,14 +1605,7 @@ def verify(
     gives no reason to refuse.  The body of Amazon S3's family is checked while it is read.
     """
     claimed, profile, client, declared = verify_head(
-        request,
-        clients,
-        now,
-        service=service,
-        regions=regions,
-        clock_skew=clock_skew,
-        must_be_signed=must_be_signed,
-        profiles=profiles,
+        request, clients, now, service, regions, clock_skew, must_be_signed, profiles
     )
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     # 11. The body is the declared one.
@@ -1634,7 +1627,6 @@ def verify_head(
     request: Request,
     clients: Clients,
     now: float,
-    *,
     service: Optional[str] = None,
     regions: Sequence[str] = (),
     clock_skew: Optional[int] = None,
@@ -1702,6 +1694,11 @@ def _check_scope(
     request: Request, claimed: Authorization, service: Optional[str], regions: Sequence[str]
 ) -> None:
     scope, day = claimed.scope, claimed.amz_date[:8]
+    if service in (None, scope.service) and not regions and day == scope.date:
+        if scope.terminator == "aws4_request" and _are_names(
+            scope.region[:65], scope.service[:65]
+        ):
+            return
     faults: List[Tuple[str, str]] = []  # as most services tell it, as Amazon S3 does
     if scope.terminator != "aws4_request":
         given = scope.terminator[:40]
@@ -1734,6 +1731,11 @@ def _check_scope(
         raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
 
 
+@lru_cache(maxsize=1024)
+def _are_names(*names: str) -> bool:
+    return all(map(_SCOPE_NAME.fullmatch, names))
+
+
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
@@ -1748,21 +1750,19 @@ def _find_client(request: Request, claimed: Authorization, clients: Clients) -> 
 def _check_signed_headers(
     request: Request, claimed: Authorization, profile: Profile, must_be_signed: Sequence[str]
 ) -> None:
-    fields, signed = request.fields, claimed.signed_headers
+    signed = claimed.signed_headers
     if "host" not in signed:
         raise refusal("host", request)
-    absent = [name for name in signed if name not in fields]
+    given = tuple(request.fields)
+    absent, others = _compare_names(signed, given) if len(given) < 40 else _differ(signed, given)
     if absent:
         raise refusal("absent headers", request, ", ".join(absent))
     unsigned = [
         name
-        for name in fields
-        if name not in signed
-        and (
-            name.startswith("x-amz-")
-            or name in must_be_signed
-            or (name == claimed.dated_by and not claimed.presigned)
-        )
+        for name in others
+        if name.startswith("x-amz-")
+        or name in must_be_signed
+        or (name == claimed.dated_by and not claimed.presigned)
     ]
     if profile.declared_payload and "x-amz-content-sha256" in unsigned:
         unsigned.remove("x-amz-content-sha256")  # it is a line of the canonical request anyway
@@ -1773,6 +1773,18 @@ def _check_signed_headers(
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
     if claimed.presigned:
         _check_hoisted(request)
+
+
+def _differ(
+    signed: Tuple[str, ...], names: Tuple[str, ...]
+) -> Tuple[Sequence[str], Sequence[str]]:
+    """Return the signed headers that a request has not, and its headers that are not signed."""
+    there, covered = set(names), set(signed)
+    absent = [name for name in signed if name not in there]
+    return absent, [name for name in names if name not in covered]
+
+
+_compare_names = lru_cache(maxsize=64)(_differ)  # a client's calls have the same
 
 
 def _check_hoisted(request: Request) -> None:
@@ -2476,7 +2488,20 @@ _CHARSET = re.compile('(?i:charset)[ \t]*=[ \t]*"?([^";, \t]{1,40})')
 
 
 def _media_type(request: Request) -> str:
-    return (request.header("content-type") or "").partition(";")[0].strip(" \t").lower()
+    kinds = request.fields.get("content-type")
+    if not kinds:
+        return ""
+    return (_content_type(kinds[0]) if len(kinds[0]) < 256 else _parse_content_type(kinds[0]))[0]
+
+
+def _parse_content_type(text: str) -> Tuple[str, str]:
+    """Return the media type and the charset of a Content-Type, in lower case."""
+    charset = _CHARSET.search(text)
+    media_type = text.partition(";")[0].strip(" \t").lower()
+    return media_type, charset[1].lower() if charset else ""
+
+
+_content_type = lru_cache(maxsize=256)(_parse_content_type)
 
 
 def _query_values(request: Request, wanted: bytes) -> List[str]:
@@ -2509,10 +2534,14 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if not speaks:
         return _guessed_protocol(request)
     if "json" in speaks:
-        smithy = request.header("smithy-protocol")
-        if smithy is not None or (_RPC_PATH.fullmatch(request.path) and service != "sqs"):
-            return RpcV2(smithy or "")
-        if "x-amz-target" in request.fields or len(speaks) == 1:
+        fields = request.fields
+        if "smithy-protocol" in fields:
+            return RpcV2(fields["smithy-protocol"][0])
+        if "x-amz-target" in fields:
+            return AWS_JSON[_json_version(request)]
+        if service != "sqs" and _RPC_PATH.fullmatch(request.path):
+            return RpcV2("")
+        if len(speaks) == 1:
             return AWS_JSON[_json_version(request)]
     if service == "sqs" and "json" in _media_type(request):
         return AwsJson(_json_version(request), ("content-type",))
@@ -2552,7 +2581,7 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
     """Raise ServiceError if another reader could find another operation in the request."""
     fields = request.fields
     fault = ""
-    if not _SERVICE_NAME.fullmatch(service) and service not in SPEAKS:
+    if service not in SPEAKS and not _SERVICE_NAME.fullmatch(service):
         fault = f"'{service[:40]}' is no signing name: they are lower case"
     elif len(fields.get("content-type", ())) > 1:
         fault = "it has two Content-Type headers"
@@ -2677,6 +2706,9 @@ def _operation_name(name: str) -> str:
     return name
 
 
+_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
+
+
 def _content(request: Request, body: Body, limit: int = 16777216) -> bytes:
     """Return a body of JSON or form fields, decompressed if it is coded in gzip.
 
@@ -2684,10 +2716,13 @@ def _content(request: Request, body: Body, limit: int = 16777216) -> bytes:
     could find something else.
     """
     data = read_again(body)
-    coding = (request.header("content-encoding") or "identity").lower()
-    charset = _CHARSET.search(request.header("content-type") or "")
-    fault = ""
-    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+    fields, fault = request.fields, ""
+    kind = fields.get("content-type", ("",))[0]
+    if kind in _USUAL_TYPES and "content-encoding" not in fields:
+        return data
+    charset = _content_type(kind)[1] if len(kind) < 256 else _parse_content_type(kind)[1]
+    coding = fields["content-encoding"][0].lower() if "content-encoding" in fields else "identity"
+    if charset and charset not in ("utf-8", "utf8", "us-ascii"):
         fault = "The body must be in UTF-8."
     elif coding == "gzip":
         try:
@@ -2734,25 +2769,26 @@ class AwsJson(WireProtocol):
 
     def meaning(self, request: Request, service: str, body: Body) -> Meaning:
         """As `named`; what is decoded is the JSON document."""
+        action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
-        if _RPC_PATH.fullmatch(request.path):
-            raise ambiguous(self, "its path names an operation, and so does X-Amz-Target")
-        action = self._action(request, service) if "?" in request.target else None
+        if request.target != "/":
+            if _RPC_PATH.fullmatch(request.path):
+                raise ambiguous(self, "its path names an operation, and so does X-Amz-Target")
+            action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
         if targets is None:
-            name = action or ""
+            name = _operation_name(action or "")
         else:
-            match = _TARGET.fullmatch(targets[0])
-            of_service = match and match[1] == TARGET_PREFIXES.get(service, match[1])
-            if len(targets) > 1 or not match or not of_service or action not in (None, match[2]):
+            prefix, name = _parse_target(targets[0][:512])
+            of_service = prefix == TARGET_PREFIXES.get(service, prefix)
+            if len(targets) > 1 or not name or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
-            name = match[2]
         document = self._document(request, body)
-        if service == "sqs":
+        if service == "sqs" and request.target != "/":
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
-        return Meaning(_operation_name(name), document)
+        return Meaning(name, document)
 
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
@@ -2767,9 +2803,9 @@ class AwsJson(WireProtocol):
 
     def _document(self, request: Request, body: Body) -> Any:
         """Return what the body says, None for CBOR; no body at all is an empty object."""
+        text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
-        text = _content(request, body)
         if len(text) > SMALL_JSON and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
             raise ServiceError("SerializationException", "The body has too many elements.")
         try:
@@ -2827,6 +2863,14 @@ _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A
 _BESIDE_JSON = (b"Action", b"Version")
 
 
+@lru_cache(maxsize=1024)
+def _parse_target(target: str) -> Tuple[str, str]:
+    """Return the prefix and the operation of an X-Amz-Target, "" for what names none."""
+    match = _TARGET.fullmatch(target)
+    named = match is not None and _OPERATION_NAME.fullmatch(match[2])
+    return (match[1], match[2]) if match and named else ("", "")
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")  # RFC 8259, 6
 
@@ -2851,6 +2895,7 @@ class _TwoValues(ValueError):
 _JSON = json.JSONDecoder(
     parse_constant=_no_constant, parse_int=_short_integer, object_pairs_hook=_each_once
 )
+_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
@@ -2859,6 +2904,11 @@ def read_json(text: str) -> Any:
     An object that has the same key twice is refused: its meaning depends on the reader.
     """
     try:
+        document, end = _SCAN(text, 0)
+        if end == len(text):  # there are no blanks around it, as a rule
+            return document
+        return _JSON.decode(text)
+    except StopIteration:
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -2871,8 +2921,15 @@ def _base64_text(value: bytes) -> str:
 _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
 
 
+# JSONEncoder makes one for each document, which takes longer than to encode a small document.
+_ENCODE = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, _base64_text, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True
+)  # fmt: skip
+
+
 def _to_json(document: Mapping[str, Any]) -> bytes:
-    return _COMPACT.encode(document).encode("ascii")
+    text = "".join(_ENCODE(document, 0)) if _ENCODE else _COMPACT.encode(document)
+    return text.encode("ascii")
 
 
 _KINDS = {
@@ -4399,9 +4456,9 @@ class Sqs:
         """Return a page of queue URLs, by name; a token only if a page was asked for."""
         reason = "Must be between 1 and 1000, if provided."
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults", reason)
-        token = call.input.get("NextToken", "")
+        token, after = call.input.get("NextToken", ""), ""
         try:
-            after = _from_base64(token).decode("utf-8")
+            after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
         ordered = sorted(queues, key=lambda queue: queue.name)
@@ -5863,11 +5920,10 @@ class Mask:
     """Hides our session token and signature in the answer of an upstream that repeats them."""
 
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
-        quoted = urllib.parse.quote(session_token, safe="")
-        secrets = {session_token, quoted, session_token.replace("/", r"\/")}
+        self._secrets = _forms_of_token(session_token) if session_token else ()
         if claimed:
-            secrets |= {claimed.signature, f"{claimed.access_key_id}/{claimed.scope}"}
-        self._secrets = [secret.encode() for secret in secrets if len(secret) >= 16]
+            credential = f"{claimed.access_key_id}/{claimed.scope}"
+            self._secrets = (*self._secrets, claimed.signature.encode(), credential.encode())
         self._held = b""
 
     def whole(self, data: bytes) -> bytes:
@@ -5879,6 +5935,9 @@ class Mask:
 
     def headers(self, headers: Sequence[Tuple[str, str]]) -> Headers:
         """Return the headers with asterisks in place of each secret."""
+        text = "\n".join([value for _, value in headers]).encode("latin-1")
+        if not any([secret in text for secret in self._secrets]):
+            return tuple(headers)
         whole = [(name, self.whole(value.encode("latin-1"))) for name, value in headers]
         return tuple((name, value.decode("latin-1")) for name, value in whole)
 
@@ -5892,6 +5951,13 @@ class Mask:
     def end(self) -> bytes:
         """Return what is still held back when the stream has ended."""
         return self._held
+
+
+@lru_cache(maxsize=64)
+def _forms_of_token(token: str) -> Tuple[bytes, ...]:
+    """Return how a session token can be spelled in an answer: plain, in a URL, in JSON."""
+    forms = {token, urllib.parse.quote(token, safe=""), token.replace("/", r"\/")}
+    return tuple(form.encode() for form in forms)
 
 
 def _overlap(data: bytes, secret: bytes) -> int:
@@ -5927,6 +5993,7 @@ class Connection:
         self.reused = False
         self.spoiled = False  # whether a request was not sent to its end, or might not be read
         self.mask = Mask()
+        self.streams_masked = True
         self.heard = False  # whether anything has come since it was taken
         self.idle_since = 0.0
         self.deadline = math.inf  # until when the answer must have come
@@ -6146,13 +6213,14 @@ HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
 )
-# What the caller signed with, and what is set anew.
-_REPLACED = HOP_BY_HOP | frozenset(
+# What is said of the way so far; it stays only if the caller signed it, as does X-Forwarded-*.
+_OF_THE_WAY = frozenset({"forwarded", "via"})
+# That, what the caller signed with, and what is set again.
+_SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
-# What is said of the way so far; it stays only if the caller signed it.
-_OF_THE_WAY = ("forwarded", "via", "x-forwarded-")
+_REPLACED = _SET_AGAIN | _OF_THE_WAY
 # How upstreams name a signature that does not hold; their text repeats what was signed.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
@@ -6180,10 +6248,12 @@ def end_to_end(
             kept.append((name, value))
         elif lower == "connection":
             named.update(token.strip().lower() for token in value.split(","))
+    if not named:
+        return kept
     # What was signed decides what the request means, and is not to be taken away like this.
     named -= {name for name in named if name in _SIGNED or name.startswith("x-amz-")}
     named.difference_update(signed)
-    return [(n, v) for n, v in kept if n.lower() not in named] if named else kept
+    return [(n, v) for n, v in kept if n.lower() not in named]
 
 
 def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
@@ -6582,11 +6652,14 @@ class Upstream:
         if call.presigned:
             target, hoisted = strip_presigned(target)
         signed = call.signed_headers
-        headers = end_to_end(request.headers, _REPLACED, signed)
+        dropped = (
+            _REPLACED
+            if _OF_THE_WAY.isdisjoint(signed)
+            else (_SET_AGAIN | _OF_THE_WAY.difference(signed))
+        )
+        headers = end_to_end(request.headers, dropped, signed)
         headers = [
-            (n, v)
-            for n, v in headers
-            if not n.lower().startswith(_OF_THE_WAY) or n.lower() in signed
+            (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
         ]
         if hoisted:
             present = {name.lower() for name, _ in headers}
@@ -6741,6 +6814,8 @@ class Upstream:
         self, connection: Connection, call: Call, outgoing: Outgoing, keys: Credentials
     ) -> None:
         signed, claimed = self._signed(call, outgoing, keys)
+        # An object holds what was stored; a refusal repeats what was sent.
+        connection.streams_masked = call.service not in ("s3", "s3express")
         connection.mask = Mask(claimed, keys.session_token)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
@@ -6790,6 +6865,8 @@ class Upstream:
                 raise UpstreamError(message, unanswered=False) from error
             return self.whole(connection, head, method, body)
         connection.deadline = math.inf  # each part of what streams has its own time
+        if head.status < 300 and not connection.streams_masked:
+            connection.mask = Mask()
         blocks = self._stream(connection, reader, keep)
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
         reply = Reply(head.status, connection.mask.headers(headers), blocks)
@@ -7954,6 +8031,11 @@ def check_page(request: Request, hosts: FrozenSet[str], any_address: bool = Fals
     """
     fields = request.fields
     host = (fields.get("host") or ("",))[0].lower()
+    if len(host) > 255 or (host and not _is_own_host(host, hosts, any_address)):
+        fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
+        raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
+    if "origin" not in fields and "sec-fetch-site" not in fields:
+        return
     sites = {value.strip().lower() for value in fields.get("sec-fetch-site", ())}
     origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
     fault = ""
@@ -7961,8 +8043,6 @@ def check_page(request: Request, hosts: FrozenSet[str], any_address: bool = Fals
         fault = "A web page of another site sent this request (Sec-Fetch-Site)."
     elif any(origin != host for origin in origins):
         fault = "A web page of another origin sent this request (Origin)."
-    elif host and not _is_own_host(host[:256], hosts, any_address):
-        fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
     if fault:
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
@@ -8003,7 +8083,8 @@ class Admin:
         try:
             if refused:
                 raise refused
-            check_method(request.method)
+            if request.method not in METHODS:
+                raise not_implemented(request.method)
             # Probes of Kubernetes name the pod's address, and rebinding needs a name.
             check_page(request, self._hosts, any_address=True)
         except ServiceError as error:
@@ -8226,7 +8307,8 @@ class Proxy:
         return None
 
     def _check_sender(self, request: Request) -> None:
-        check_method(request.method)
+        if request.method not in METHODS:
+            raise not_implemented(request.method)
         if self._is_public:
             check_page(request, self._hosts)
 
@@ -8412,17 +8494,18 @@ class Proxy:
             found.signed_headers,
         )
         exchange.call = call  # whose refusal is told with its name
-        call.route = self._route(call.action)
+        action = call.action
+        call.route = self._route(action)
         for path in meaning.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != call.route:
                 message = "The path can be read in two ways, which have different routes."
                 raise ServiceError("InvalidURI", message)
         if call.route is None:
-            raise ServiceError("AccessDenied", self._no_route(call.action))
+            raise ServiceError("AccessDenied", self._no_route(action))
         target = call.route.target
         if isinstance(target, Deny):
             call.advice = route_flag(call.action[:MAX_SHOWN], self._other_target(call.service))
-        if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
+        if self.draining and action == RECEIVE and not isinstance(target, Deny):
             target = NoMessages()
         return call, target
 
