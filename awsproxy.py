@@ -2922,8 +2922,9 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
 
 
 # JSONEncoder makes one for each document, which takes longer than to encode a small document.
-_ENCODE = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-    None, _base64_text, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True
+_encoder: Any = json.encoder
+_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
+    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
 )  # fmt: skip
 
 
@@ -7877,7 +7878,7 @@ CREDENTIAL_ACTIONS = tuple(
     datazone:GET/v2/domains/*/connections/* datazone:GET/v2/domains/*/environments/*/credentials
     deadline:GET/2023-10-12/farms/*-roles eks-auth:POST/clusters/*/assume-role-for-pod-identity
     finspace-api:GET/credentials/programmatic
-    finspace-api:GET/datasets/*/dataviewsv2/*/external-access-details
+    finspace-api:POST/datasets/*/dataviewsv2/*/external-access-details
     finspace-api:POST/workingLocationV1 gamelift:CreateBuild gamelift:GetComputeAccess
     gamelift:RequestUploadCredentials iam:CreateAccessKey iam:CreateServiceSpecificCredential
     iam:ResetServiceSpecificCredential lakeformation:POST/AssumeDecoratedRoleWithSAML
