@@ -4,6 +4,7 @@ python -m unittest                   all tests
 python test_awsproxy.py bench        how quick it is
 python test_awsproxy.py abuse        how it holds out
 python test_awsproxy.py fuzz         random requests: --seconds N [--seed S]
+python test_awsproxy.py regexes      how the time of each regex grows, a line of JSON each
 """
 
 import argparse
@@ -45,6 +46,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -10976,6 +10978,2288 @@ class AbuseTest(ForwardCase):
             running.stop()  # which gives up the slow one
 
 
+# ==== 4. What a call means ====
+
+REAL = Client("real", "AKIDREAL", "realsecret")
+REAL_SESSION = REAL._replace(session_token="realsession")
+CLIENTS = {REAL.access_key_id: [REAL, REAL_SESSION]}
+TOKEN = "FwoGZXIvYXdz/upstream+token=="
+TOKEN_KEYS = awsproxy.Credentials("AKIDUPSTREAM", "upstreamsecret", TOKEN)
+S3_SERVICES = ("s3", "s3express", "s3-object-lambda", "s3-outposts")
+TARGETS = {
+    "dynamodb": "DynamoDB_20120810",
+    "kms": "TrentService",
+    "sqs": "AmazonSQS",
+    "ssm": "AmazonSSM",
+    "cognito-identity": "AWSCognitoIdentityService",
+    "lightsail": "Lightsail_20161128",
+    "codepipeline": "CodePipeline_20150709",
+    "gamelift": "GameLift",
+    "tagging": "ResourceGroupsTaggingAPI_20170126",
+    "monitoring": "GraniteServiceVersion20100801",
+}
+CBOR = (("Smithy-Protocol", "rpc-v2-cbor"), ("Content-Type", "application/cbor"))
+INVOKE = "/2015-03-31/functions/f/invocations"
+
+
+def decoded(text):
+    return urllib.parse.unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
+
+
+def plain_path(path, service):
+    """Return the canonical path: Amazon S3 keeps each segment, others encode it once more."""
+    segments = path.split("/")
+    if service in S3_SERVICES:
+        unquote = urllib.parse.unquote_to_bytes
+        return "/".join(escaped(unquote(it.encode("latin-1")), b"") for it in segments)
+    kept = []
+    for segment in segments:
+        if segment == ".." and kept:
+            kept.pop()
+        elif segment not in ("", ".", ".."):
+            kept.append(segment)
+    slash = "/" if kept and path.endswith("/") else ""
+    return escaped(("/" + "/".join(kept) + slash).encode("latin-1"), b"/")
+
+
+def request(
+    method,
+    target,
+    headers=(),
+    body=b"",
+    *,
+    service,
+    client=REAL,
+    region="us-east-1",
+    host=HOST,
+    unsigned=(),
+    names=(),
+    order=(0, 1, 2),
+    at=EXAMPLE_TIME,
+):
+    """Return a request that is signed in its Authorization header.
+
+    unsigned: headers that the signature does not cover.
+    names: signed headers in place of all that there are.
+    order: of Credential, SignedHeaders and Signature.
+    """
+    headers = [("Host", host), ("X-Amz-Date", amz_date(at)), *headers]
+    if client.session_token:
+        headers.append(("X-Amz-Security-Token", client.session_token))
+    if service in S3_SERVICES:
+        headers.append(("X-Amz-Content-Sha256", sha256(body)))
+    names = names or sorted({name.lower() for name, _ in headers})
+    path, _, query = target.partition("?")
+    pairs = [part.partition("=")[::2] for part in query.split("&") if part]
+    pairs = sorted((escaped(decoded(k), b""), escaped(decoded(v), b"")) for k, v in pairs)
+    query = "&".join(f"{name}={value}" for name, value in pairs)
+    scope = f"{amz_date(at)[:8]}/{region}/{service}/aws4_request"
+    made = signature(
+        client, method, plain_path(path, service), query, headers, names, sha256(body), at, scope
+    )
+    parameters = (
+        f"Credential={client.access_key_id}/{scope}",
+        f"SignedHeaders={';'.join(names)}",
+        f"Signature={made.hex}",
+    )
+    value = "AWS4-HMAC-SHA256 " + ", ".join(parameters[index] for index in order)
+    headers += [("Authorization", value), *unsigned]
+    if body or method in ("POST", "PUT", "PATCH"):
+        headers.append(("Content-Length", str(len(body))))
+    return Request(method, target, tuple(headers), io.BytesIO(body), "127.0.0.1")
+
+
+def json_request(service, operation, body=b"{}", target="/", headers=(), **how):
+    """Return a call in AWS JSON."""
+    kind = (("X-Amz-Target", f"{TARGETS[service]}.{operation}"), ("Content-Type", JSON_1_1))
+    return request("POST", target, (*kind, *headers), body, service=service, **how)
+
+
+def form_request(service, body, target="/", headers=(), **how):
+    """Return a call in AWS Query, its fields in the body."""
+    body = body if isinstance(body, bytes) else body.encode("latin-1")
+    return request("POST", target, (FORM, *headers), body, service=service, **how)
+
+
+def cbor_request(operation, service="monitoring", target="", headers=(), body=b"\xa0", **how):
+    """Return a call in Smithy RPC v2 CBOR."""
+    target = target or f"/service/{TARGETS.get(service, 'X')}/operation/{operation}"
+    return request("POST", target, (*CBOR, *headers), body, service=service, **how)
+
+
+def signed_link(method, target, *, service, replace=(), headers=(), **how):
+    """Return a presigned request, then spelled in another way."""
+    how.setdefault("client", REAL)
+    target = presign(method, target, headers, service=service, **how)
+    for old, new in replace:
+        assert old in target, target
+        target = target.replace(old, new)
+    headers = (("Host", HOST), *headers)
+    return Request(method, target, headers, io.BytesIO(), "127.0.0.1")
+
+
+def body_of(reply):
+    return reply.body if isinstance(reply.body, bytes) else b"".join(reply.body)
+
+
+def local(tag):
+    """Return the name of an XML element without its namespace."""
+    return tag.rpartition("}")[2]
+
+
+def form_of(reply):
+    """Return how a refusal is spelled, and its code.
+
+    json, rest-json, cbor, s3 (<Error>), wrapped (<ErrorResponse><Error>), ec2 (<Response>).
+    """
+    body = body_of(reply)
+    kind = (header(reply, "content-type") or "").lower()
+    if kind.startswith("application/cbor"):
+        assert header(reply, "smithy-protocol") == "rpc-v2-cbor", reply
+        return "cbor", read_cbor(body)["__type"].rpartition("#")[2]
+    if body[:1] == b"{":
+        document = json.loads(body)
+        if kind.startswith("application/x-amz-json"):
+            return "json", document["__type"].rpartition("#")[2]
+        assert kind.startswith("application/json"), reply
+        return "rest-json", header(reply, "x-amzn-errortype").rpartition("#")[2]
+    root = ElementTree.fromstring(body)
+    for element in root.iter():
+        element.tag = local(element.tag)
+    form, path = {
+        "Error": ("s3", "."),
+        "ErrorResponse": ("wrapped", "Error"),
+        "Response": ("ec2", "Errors/Error"),
+    }[root.tag]
+    assert root.findtext(f"{path}/Message"), body
+    return form, root.findtext(f"{path}/Code")
+
+
+def message_of(reply):
+    """Return the message of a refusal."""
+    text = body_of(reply).decode()
+    if text.startswith("{"):
+        return json.loads(text)["message"]
+    for element in ElementTree.fromstring(text).iter():
+        if local(element.tag) == "Message":
+            return element.text
+    raise AssertionError(text)
+
+
+class Answering:
+    """A target that answers 200 and keeps the calls."""
+
+    may_block = False
+
+    def __init__(self):
+        self.calls = []
+
+    def answer(self, call, request_id):
+        self.calls.append(call)
+        return Reply(200, (("x-amzn-RequestId", request_id),), b"{}")
+
+
+class Watching:
+    """A hook that keeps the actions of the calls that it is shown."""
+
+    def __init__(self):
+        self.actions = []
+
+    def before(self, call):
+        self.actions.append(call.action)
+
+
+class MeaningCase(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        self.target = Answering()
+        self.hook = Watching()
+
+    def proxy(self, *patterns, clients=CLIENTS, **settings):
+        """Return a proxy that answers what the patterns match; `!` in front denies."""
+        routes = [
+            awsproxy.Route(it[1:], awsproxy.Deny())
+            if it.startswith("!")
+            else awsproxy.Route(it, self.target)
+            for it in patterns or ("*",)
+        ]
+        settings.setdefault("routes", routes)
+        return Proxy(
+            clients, clock=lambda: EXAMPLE_TIME, hooks=[self.hook], max_body=1 << 24, **settings
+        )
+
+    def answer(self, asked, *patterns, **settings):
+        """Return the reply to a request, and the call that the target was given, or None."""
+        asked.body.seek(0)
+        before = len(self.target.calls)
+        reply = self.proxy(*patterns, **settings).handle(asked)
+        (call,) = self.target.calls[before:] or [None]
+        return reply, call
+
+    def assert_refused(self, asked, form=None):
+        """Check for a 400 in that form, whichever the route, that no hook or target sees."""
+        for pattern in ("*", "!*"):
+            self.hook.actions.clear()
+            reply, call = self.answer(asked, pattern)
+            self.assertEqual((reply.status, call), (400, None), (self.hook.actions, reply))
+            self.assertEqual(self.hook.actions, [])
+            forms = (form,) if form else ("json", "wrapped")
+            self.assertIn(form_of(reply)[0], forms, reply)
+
+    def assert_named(self, asked, *actions, pattern="*"):
+        """Check that hook and target see one of these actions."""
+        self.hook.actions.clear()
+        reply, call = self.answer(asked, pattern)
+        self.assertEqual(reply.status, 200, reply)
+        self.assertIn(call.action, actions)
+        self.assertEqual(self.hook.actions, [call.action])
+        self.assertEqual(f"{call.service}:{call.operation}{call.path}", call.action)
+
+
+# ---- 1. One reading ----
+
+
+class HostileTest(MeaningCase):
+    """What names an operation in a place that the service does not read is refused with 400."""
+
+    def refuse(self, rows):
+        for name, form, asked in rows:
+            with self.subTest(name):
+                self.assert_refused(asked, form)
+
+    def test_target_header_of_rest_service_is_refused(self):
+        header = (("X-Amz-Target", "x.GetObject"),)
+        rows = []
+        for service, method, target, form in (
+            ("s3", "DELETE", "/bkt/key", "s3"),
+            ("s3", "GET", "/", "s3"),
+            ("s3", "GET", "/v20180820/accessgrantsinstance/dataaccess", "s3"),
+            ("s3express", "PUT", "/bkt/key", "s3"),
+            ("lambda", "POST", INVOKE, "rest-json"),
+            ("apigateway", "DELETE", "/restapis/x", "rest-json"),
+            ("eks", "DELETE", "/clusters/x", "rest-json"),
+            ("route53", "DELETE", "/2013-04-01/hostedzone/Z", "wrapped"),
+            ("cloudfront", "DELETE", "/2020-05-31/distribution/D", "wrapped"),
+        ):
+            row = (f"{service} {method}", form, request(method, target, header, service=service))
+            rows.append(row)
+            kind = (("Content-Type", JSON_1_0), ("X-Amz-Target", "AmazonSQS.ListQueues"))
+            other = request(method, target, kind, service=service)
+            rows.append((f"{service} {method} as SQS", form, other))
+            empty = request(method, target, (("X-Amz-Target", ""),), service=service)
+            rows.append((f"{service} {method} empty", form, empty))
+        self.refuse(rows)
+
+    def test_unsigned_target_header_is_refused(self):
+        """A header that is not signed names nothing, even where the service would read it."""
+        for service, method, target, form in (
+            ("s3", "DELETE", "/bkt/key", "s3"),
+            ("lambda", "POST", INVOKE, "rest-json"),
+        ):
+            unsigned = (("X-Amz-Target", "x.GetObject"),)
+            asked = request(method, target, service=service, unsigned=unsigned)
+            with self.subTest(service):
+                reply, call = self.answer(asked)
+                self.assertIn(reply.status, (400, 403))
+                self.assertIsNone(call)
+                self.assertEqual(form_of(reply)[0], form)
+
+    def test_target_header_of_query_service_is_refused(self):
+        rows = []
+        for service, action, form in (
+            ("sns", "DeleteTopic", "wrapped"),
+            ("iam", "CreateUser", "wrapped"),
+            ("sts", "GetCallerIdentity", "wrapped"),
+            ("rds", "DeleteDBInstance", "wrapped"),
+            ("cloudformation", "DeleteStack", "wrapped"),
+            ("autoscaling", "DeleteAutoScalingGroup", "wrapped"),
+            ("ec2", "TerminateInstances", "ec2"),
+        ):
+            header = (("X-Amz-Target", "x.ListTopics"),)
+            same = (("X-Amz-Target", f"x.{action}"),)
+            body = f"Action={action}&Version=2010-03-31"
+            rows += [
+                (f"{service} form", form, form_request(service, body, headers=header)),
+                (f"{service} the same", form, form_request(service, body, headers=same)),
+                (
+                    f"{service} query",
+                    form,
+                    request("GET", f"/?{body}", header, service=service),
+                ),
+                (
+                    f"{service} alone",
+                    form,
+                    request("POST", "/", header, b"{}", service=service),
+                ),
+            ]
+        body = "Action=PurgeQueue&Version=2012-11-05"
+        header = (("X-Amz-Target", "AmazonSQS.ListQueues"),)
+        rows.append(("sqs form", None, form_request("sqs", body, headers=header)))
+        other = (("X-Amz-Target", "x.ListTopics"),)
+        rows.append(("sqs form, other", None, form_request("sqs", body, headers=other)))
+        self.refuse(rows)
+
+    def test_action_of_rest_service_is_refused(self):
+        rows = []
+        for service, method, target, form in (
+            ("s3", "DELETE", "/bkt/key", "s3"),
+            ("s3", "PUT", "/bkt/key", "s3"),
+            ("lambda", "POST", INVOKE, "rest-json"),
+            ("route53", "DELETE", "/2013-04-01/hostedzone/Z", "wrapped"),
+            ("cloudfront", "DELETE", "/2020-05-31/distribution/D", "wrapped"),
+        ):
+            for query in ("Action=GetObject", "%41ction=GET", "Action", "x=1&Action=GET"):
+                for kind in ((), (("Content-Type", JSON_1_0),), (FORM,)):
+                    asked = request(method, f"{target}?{query}", kind, service=service)
+                    rows.append((f"{service} {method} {query} {kind}", form, asked))
+        self.refuse(rows)
+
+    def test_action_of_json_service_is_refused(self):
+        delete = "DeleteTable"
+        kind = (("Content-Type", JSON_1_0),)
+        rows = [
+            (
+                f"{target} with {headers}",
+                "json",
+                request("POST", target, headers, body, service="dynamodb"),
+            )
+            for target, headers, body in (
+                ("/?Action=ListTables", kind, b"{}"),
+                ("/?Action=ListTables", (FORM,), b""),
+                ("/?Action=ListTables", (), b""),
+                ("/", (FORM,), b"Action=ListTables&Version=2012-08-10"),
+                ("/", kind, b"{}"),
+                ("/", (), b""),
+            )
+        ]
+        both = json_request("dynamodb", delete, target="/?Action=ListTables")
+        same = json_request("kms", "ScheduleKeyDeletion", target="/?Action=ScheduleKeyDeletion")
+        rows += [("both", "json", both), ("the same twice", "json", same)]
+        self.refuse(rows)
+
+    def test_operation_named_twice_is_refused(self):
+        kind = (("Content-Type", JSON_1_0),)
+        text = (("Content-Type", "text/plain"),)
+        lists, deletes = "Action=ListTopics", b"Action=DeleteTopic"
+        two_targets = (
+            ("X-Amz-Target", "DynamoDB_20120810.ListTables"),
+            ("X-Amz-Target", "DynamoDB_20120810.DeleteTable"),
+        )
+        same_targets = (two_targets[0], two_targets[0])
+        listed = (("X-Amz-Target", "DynamoDB_20120810.ListTables,DynamoDB_20120810.DeleteTable"),)
+        two_types = (FORM, ("Content-Type", JSON_1_0))
+        two_forms = (FORM, FORM)
+        json_types = (("Content-Type", JSON_1_0), ("Content-Type", JSON_1_0))
+        rows = [
+            (name, form, request("POST", target, headers, body, service=service))
+            for name, form, service, target, headers, body in (
+                ("query", "wrapped", "sns", f"/?{lists}&Action=DeleteTopic", (), b""),
+                ("query, JSON", "wrapped", "sns", f"/?{lists}&Action=DeleteTopic", kind, b"{}"),
+                ("query, the same", "wrapped", "sns", f"/?{lists}&{lists}", (), b""),
+                ("query, escaped", "wrapped", "sns", f"/?{lists}&%41ction=DeleteTopic", (), b""),
+                ("form", "wrapped", "sns", "/", (FORM,), lists.encode() + b"&" + deletes),
+                ("form, escaped", "wrapped", "sns", "/", (FORM,),
+                 lists.encode() + b"&%41c%74ion=DeleteTopic"),
+                ("query and form", "wrapped", "sns", f"/?{lists}", (FORM,), deletes),
+                ("query and the same", "wrapped", "sns", f"/?{lists}", (FORM,), lists.encode()),
+                ("query and JSON", "wrapped", "sns", f"/?{lists}", kind, deletes),
+                ("query and text", "wrapped", "sns", f"/?{lists}", text, deletes),
+                ("query and no type", "wrapped", "sns", f"/?{lists}", (), deletes),
+                ("query and form of EC2", "ec2", "ec2", "/?Action=DescribeInstances", (FORM,),
+                 b"Action=TerminateInstances"),
+                ("query and form of SQS", None, "sqs", "/?Action=ListQueues", (FORM,),
+                 b"Action=PurgeQueue"),
+                ("query of SQS", None, "sqs", "/?Action=ListQueues&Action=PurgeQueue", kind,
+                 b"{}"),
+                ("two targets", "json", "dynamodb", "/", (*two_targets, *kind), b"{}"),
+                ("the same target twice", "json", "dynamodb", "/", (*same_targets, *kind), b"{}"),
+                ("two in one header", "json", "dynamodb", "/", (*listed, *kind), b"{}"),
+                ("two types", "wrapped", "sns", "/", two_types, deletes),
+                ("the same type twice", "wrapped", "sns", "/", two_forms, deletes),
+                ("two types of JSON", "json", "dynamodb", "/", (two_targets[0], *json_types),
+                 b"{}"),
+                ("two types of REST", "rest-json", "lambda", INVOKE, json_types, b"{}"),
+                ("two types of S3", "s3", "s3", "/bkt/key", json_types, b"{}"),
+            )
+        ]  # fmt: skip
+        self.refuse(rows)
+
+    def test_presigned_target_is_refused(self):
+        deletes = "DynamoDB_20120810.DeleteTable"
+        rows = []
+        for service, target, form in (
+            ("dynamodb", "/", "json"),
+            ("sns", "/?Action=ListTopics", "wrapped"),
+            ("lambda", "/2015-03-31/functions/", "rest-json"),
+            ("s3", "/bkt/key", "s3"),
+            ("sqs", "/?Action=ListQueues", None),
+        ):
+            mark = "&" if "?" in target else "?"
+            for name in ("X-Amz-Target", "x-amz-target", "X-AMZ-TARGET", "X-Amz-target"):
+                for method in ("GET", "POST"):
+                    asked = signed_link(method, f"{target}{mark}{name}={deletes}", service=service)
+                    rows.append((f"{service} {method} {name}", form, asked))
+            replace = [("X-Amz-Target", "X-Amz-%54arget")]
+            asked = signed_link(
+                "POST", f"{target}{mark}X-Amz-Target={deletes}", service=service, replace=replace
+            )
+            rows.append((f"{service} escaped", form, asked))
+        asked = json_request("dynamodb", "ListTables", target=f"/?X-Amz-Target={deletes}")
+        rows.append(("in a query, the header signed", "json", asked))
+        self.refuse(rows)
+
+    def test_escaped_name_of_signing_parameter_is_refused(self):
+        rows = []
+        for service, target, form in (
+            ("s3", "/bkt/key", "s3"),
+            ("s3", "/bkt/key?Action=GetObject", "s3"),
+            ("lambda", "/2015-03-31/functions/", "rest-json"),
+            ("sns", "/?Action=ListTopics", "wrapped"),
+            ("sqs", "/?Action=ListQueues", None),
+        ):
+            for old, new in (
+                ("X-Amz-Credential", "X-Amz-%43redential"),
+                ("X-Amz-Credential", "%58-Amz-Credential"),
+                ("X-Amz-Signature", "X-Amz-Signat%75re"),
+                ("X-Amz-SignedHeaders", "X%2DAmz-SignedHeaders"),
+                ("X-Amz-Date", "X-Amz-%44ate"),
+                ("X-Amz-Algorithm", "X-Amz-Algorith%6d"),
+                ("X-Amz-Expires", "X-Am%7A-Expires"),
+                ("X-Amz-Security-Token", "X-Amz-Security-%54oken"),
+            ):
+                how = {"service": service, "client": REAL_SESSION, "replace": [(old, new)]}
+                rows.append((f"{target} {new}", form, signed_link("GET", target, **how)))
+        # A request that names no service in the clear may be refused in any form.
+        for name, form, asked in rows:
+            with self.subTest(name):
+                reply, call = self.answer(asked)
+                self.assertEqual((reply.status, call), (400, None), reply)
+                if "redential" not in name and form:
+                    self.assertEqual(form_of(reply)[0], form)
+
+    NAMES = (
+        "PurgeQueue%00", "PurgeQueue+", "+PurgeQueue", "PurgeQueue%20", "PurgeQueue%0A",
+        "PurgeQueue%0D%0A", "PurgeQueue%C2%A0", "PurgeQueue\xa0", "PurgeQueue%A0", "PurgeQueue#x",
+        "PurgeQueue%23x", "PurgeQueue%3Fx", "PurgeQueue%2F", "PurgeQueue/x", "Purge.Queue",
+        "Purge-Queue", "Purge_Queue", "%EF%BC%B0urgeQueue", "PurgeQueu%D0%B5", "PurgeQueue;x",
+        "PurgeQueue%26Action", "PurgeQueue*", "?urgeQueue", "1PurgeQueue", "sqs:PurgeQueue",
+        "x.PurgeQueue", "A" * 129, "", "%20", "%00",
+    )  # fmt: skip
+
+    def test_operation_name_of_other_characters_is_refused(self):
+        """Only [A-Za-z][A-Za-z0-9]{0,127} names an operation, in each place for a name."""
+        for service, form in (("sqs", None), ("sns", "wrapped"), ("ec2", "ec2")):
+            for name in self.NAMES:
+                with self.subTest(service, form=name):
+                    self.assert_refused(form_request(service, f"Action={name}"), form)
+                if "#" in name or "\xa0" in name:
+                    continue
+                with self.subTest(service, query=name):
+                    asked = request("GET", f"/?Action={name}", service=service)
+                    self.assert_refused(asked, form)
+        for name in self.NAMES:
+            name = decoded(name).decode("latin-1")
+            if "." in name or re.search("[\0\r\n]", name) or name != name.rstrip():
+                continue  # no header has such a value, or its prefix is another
+            for service in ("sqs", "dynamodb"):
+                with self.subTest(service, target=name):
+                    self.assert_refused(json_request(service, name), "json")
+
+    def test_operation_without_a_name_is_refused(self):
+        for name, form, asked in (
+            ("no field", "wrapped", form_request("sns", "Version=2010-03-31")),
+            ("no body", "wrapped", request("GET", "/", service="sns")),
+            ("JSON", "wrapped", request("POST", "/", (), b'{"Action": "x"}', service="iam")),
+            ("no dot behind", "json", json_request("dynamodb", "")),
+            ("no header", "json", request("POST", "/", (), b"{}", service="dynamodb")),
+            ("GET", "json", request("GET", "/", service="kms")),
+            ("of SQS", None, request("POST", "/", (("Content-Type", JSON_1_0),), b"{}",
+                                     service="sqs")),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assert_refused(asked, form)
+
+    def test_operation_name_of_4_megabytes_is_refused(self):
+        name = "A" * 4000000
+        for service, form in (("sns", "wrapped"), ("sqs", None), ("ec2", "ec2")):
+            with self.subTest(service):
+                asked = form_request(service, f"Action={name}")
+                self.assert_refused(asked, form)
+                reply, _ = self.answer(asked)
+                self.assertLess(len(reply.body), 2000)
+        asked = json_request("dynamodb", "A" * 60000)
+        self.assert_refused(asked, "json")
+        self.assertLess(len(self.answer(asked)[0].body), 2000)
+
+    def test_duplicate_key_in_json_is_refused(self):
+        pad = "x" * (1 << 20)
+        bodies = {
+            "twice": '{"TableName":"secret","TableName":"ok"}',
+            "the same": '{"TableName":"ok","TableName":"ok"}',
+            "escaped": r'{"TableName":"secret","\u0054ableName":"ok"}',
+            "escaped first": r'{"Table\u004eame":"secret","TableName":"ok"}',
+            "a pair of surrogates": '{"\\ud83d\\ude00":"secret","\U0001f600":"ok"}',
+            "a solidus": r'{"a\/b":"secret","a/b":"ok"}',
+            "empty": '{"":1,"":2}',
+            "deeper": '{"Key":{"id":{"S":"secret"},"id":{"S":"ok"}}}',
+            "in a list": '{"Items":[{"id":1},{"id":1,"x":2,"id":3}]}',
+            "far apart": '{"TableName":"secret","Pad":"' + pad + '","TableName":"ok"}',
+            "behind": '{"Pad":"' + pad + '","Key":[{"id":1,"id":2}]}',
+            "behind blanks": '{"TableName":"secret",%s"TableName":"ok"}' % (" " * (1 << 21)),
+        }
+        for name, text in bodies.items():
+            for service, operation in (("dynamodb", "GetItem"), ("sqs", "SendMessage")):
+                with self.subTest(name, service=service):
+                    asked = json_request(service, operation, text.encode("utf-8"))
+                    self.assert_refused(asked, "json")
+
+    def test_keys_that_differ_are_no_duplicates(self):
+        pad = "x" * (1 << 20)
+        for text in (
+            '{"TableName":"a","tableName":"b"}',
+            '{"Items":[{"id":1},{"id":2}],"id":3}',
+            '{"a":{"a":{"a":1}}}',
+            '{"a":"\\"a\\":1,\\"a\\":2"}',
+            '{"Pad":"' + pad + '","Items":[{"id":1},{"id":2}]}',
+            "{}",
+            "",
+        ):
+            with self.subTest(text[:60]):
+                asked = json_request("dynamodb", "GetItem", text.encode())
+                self.assert_named(asked, "dynamodb:GetItem")
+
+    def test_slash_in_a_bucket_position_is_refused(self):
+        for method, target, host in (
+            ("DELETE", "/bkt%2Fkey", HOST),
+            ("DELETE", "/bkt%2fkey", HOST),
+            ("DELETE", "/%2Fbkt/key", HOST),
+            ("PUT", "/bkt%2Fkey/more", HOST),
+            ("DELETE", "/bkt%2Fkey?acl", HOST),
+            ("DELETE", "/", "bkt%2Fkey.localhost:8081"),
+            ("DELETE", "/", "bkt%2fkey.s3.us-east-1.amazonaws.com"),
+            ("PUT", "/key", "bkt%2Fkey.localhost:8081"),
+        ):
+            with self.subTest(f"{method} {host}{target}"):
+                self.assert_refused(request(method, target, service="s3", host=host), "s3")
+
+    def test_scope_service_that_is_not_lower_case_is_refused(self):
+        sqs = (("X-Amz-Target", "AmazonSQS.PurgeQueue"), ("Content-Type", JSON_1_0))
+        for service, asked in (
+            ("SQS", request("POST", "/", sqs, b"{}", service="SQS")),
+            ("Sqs", form_request("Sqs", "Action=PurgeQueue")),
+            ("sqS", request("GET", "/?Action=PurgeQueue", service="sqS")),
+            ("SNS", form_request("SNS", "Action=DeleteTopic")),
+            ("Lambda", request("POST", INVOKE, service="Lambda")),
+            ("DynamoDB", request("POST", "/", sqs, b"{}", service="DynamoDB")),
+        ):
+            with self.subTest(service):
+                reply, call = self.answer(asked)
+                self.assertEqual((reply.status, call), (400, None), reply)
+
+    def test_escape_in_a_queue_path_is_refused(self):
+        for path in ("/000000000000/secre%74", "/%30000000000/secret", "/000000000000%2Fsecret"):
+            with self.subTest(path):
+                form = form_request("sqs", "Action=PurgeQueue", path)
+                self.assert_refused(form)
+                self.assert_refused(request("GET", f"{path}?Action=PurgeQueue", service="sqs"))
+                self.assert_refused(json_request("sqs", "PurgeQueue", target=path))
+
+
+class OneReadingTest(MeaningCase):
+    """What a well-formed call is called."""
+
+    def test_operation_is_read_where_the_protocol_names_it(self):
+        for asked, action in (
+            (json_request("dynamodb", "DeleteTable"), "dynamodb:DeleteTable"),
+            (json_request("kms", "Decrypt"), "kms:Decrypt"),
+            (json_request("sqs", "PurgeQueue"), "sqs:PurgeQueue"),
+            (form_request("sqs", "Action=PurgeQueue"), "sqs:PurgeQueue"),
+            (form_request("sqs", "Version=2012-11-05&Action=PurgeQueue",
+                          "/000000000000/jobs"), "sqs:PurgeQueue"),
+            (form_request("sns", "Action=DeleteTopic"), "sns:DeleteTopic"),
+            (form_request("sns", "Version=2010-03-31", "/?Action=ListTopics"), "sns:ListTopics"),
+            (request("GET", "/?Action=ListTopics", service="sns"), "sns:ListTopics"),
+            (form_request("iam", "Action=CreateUser"), "iam:CreateUser"),
+            (form_request("ec2", "Action=RunInstances"), "ec2:RunInstances"),
+            (form_request("rds", "Action=DescribeDBInstances"), "rds:DescribeDBInstances"),
+            (signed_link("GET", "/?Action=GetCallerIdentity", service="sts"), "sts:GetCallerIdentity"),
+            (request("POST", INVOKE, service="lambda"), f"lambda:POST{INVOKE}"),
+            (request("POST", INVOKE, (FORM,), b"Action=ListTopics", service="lambda"),
+             f"lambda:POST{INVOKE}"),
+            (request("GET", "/2013-04-01/hostedzone", service="route53"),
+             "route53:GET/2013-04-01/hostedzone"),
+            (request("GET", "/2021-01-01/opensearch/domain/d/domainMaintenances?action=REBOOT",
+                     service="es"), "es:GET/2021-01-01/opensearch/domain/d/domainMaintenances"),
+        ):  # fmt: skip
+            with self.subTest(action):
+                self.assert_named(asked, action)
+
+    def test_media_type_does_not_choose_the_protocol(self):
+        """Anybody may store an object of any media type."""
+        for kind in (JSON_1_0, JSON_1_1, FORM[1], "application/cbor", "application/json"):
+            given = (("Content-Type", kind),)
+            with self.subTest(kind):
+                asked = request("PUT", "/b/k", given, b"{}", service="s3")
+                self.assert_named(asked, "s3:PutObject")
+                asked = request("PUT", "/b/k", (), b"{}", service="s3", unsigned=given)
+                reply, call = self.answer(asked)
+                if reply.status == 200:
+                    self.assertEqual(call.action, "s3:PutObject")
+                else:
+                    self.assertIn(reply.status, (400, 403))
+                asked = request("POST", INVOKE, given, b"{}", service="lambda")
+                self.assert_named(asked, f"lambda:POST{INVOKE}")
+
+    def test_form_of_ses_and_cloudsearch_names_its_operation(self):
+        for service, operation in (("ses", "SendEmail"), ("cloudsearch", "DeleteDomain")):
+            with self.subTest(service):
+                self.assert_named(
+                    form_request(service, f"Action={operation}"), f"{service}:{operation}"
+                )
+                asked = request("GET", f"/?Action={operation}", service=service)
+                self.assert_named(asked, f"{service}:{operation}")
+                reply, call = self.answer(
+                    form_request(service, f"Action={operation}"), f"!{service}:{operation}", "*"
+                )
+                self.assertEqual((reply.status, call), (403, None))
+        asked = request("POST", "/v2/email/outbound-emails", (), b"{}", service="ses")
+        self.assert_named(asked, "ses:POST/v2/email/outbound-emails")
+        asked = request("GET", "/2013-01-01/search?q=x", service="cloudsearch")
+        self.assert_named(asked, "cloudsearch:GET/2013-01-01/search")
+
+    def test_order_of_authorization_parameters_does_not_matter(self):
+        """`claim` and the verifier read one scope, wherever it stands."""
+        for order in itertools.permutations(range(3)):
+            how = {"order": order}
+            for asked, action in (
+                (request("DELETE", "/bkt/key", service="s3", **how), "s3:DeleteObject"),
+                (form_request("sns", "Action=DeleteTopic", **how), "sns:DeleteTopic"),
+                (json_request("dynamodb", "DeleteTable", **how), "dynamodb:DeleteTable"),
+                (request("POST", INVOKE, service="lambda", **how), f"lambda:POST{INVOKE}"),
+                (cbor_request("DeleteAlarms", **how), "monitoring:DeleteAlarms"),
+            ):
+                with self.subTest(action, order=order):
+                    self.assert_named(asked, action, action.replace("monitoring", "cloudwatch"))
+            for service, target, form in (
+                ("s3", "/bkt/key?Action=GetObject", "s3"),
+                ("lambda", INVOKE + "?Action=GET", "rest-json"),
+            ):
+                with self.subTest(f"{service} with Action", order=order):
+                    self.assert_refused(request("DELETE", target, service=service, **how), form)
+
+    def test_refusal_of_a_wrong_signature_has_the_same_form_in_any_order(self):
+        wrong = REAL._replace(secret_access_key="wrong")
+        for service, method, target, form in (
+            ("s3", "DELETE", "/bkt/key", "s3"),
+            ("lambda", "POST", INVOKE, "rest-json"),
+            ("route53", "GET", "/2013-04-01/hostedzone", "wrapped"),
+            ("sns", "GET", "/?Action=ListTopics", "wrapped"),
+        ):
+            for order in itertools.permutations(range(3)):
+                asked = request(method, target, service=service, client=wrong, order=order)
+                with self.subTest(service, order=order):
+                    reply, call = self.answer(asked)
+                    self.assertEqual((reply.status, call), (403, None))
+                    self.assertEqual(form_of(reply)[0], form)
+
+
+class ArticleTest(unittest.TestCase):
+    """The calls of the article: `?Action=ListQueues` and a JSON body."""
+
+    KIND = ("Content-Type", JSON_1_0)
+    SAME = ("X-Amz-Target", "AmazonSQS.ListQueues")
+
+    def setUp(self):
+        self.caller = Caller("json")
+        self.url = self.caller.queue()
+
+    def ask(self, target, headers, body=b"{}"):
+        asked = request("POST", target, headers, body, service="sqs", client=DEMO)
+        return self.caller.proxy.handle(asked)
+
+    def test_action_with_a_json_body_is_answered_in_json(self):
+        for name, target, headers, body in (
+            ("alone", "/?Action=ListQueues", (self.KIND,), b"{}"),
+            ("with its version", "/?Action=ListQueues&Version=2012-11-05", (self.KIND,), b"{}"),
+            ("with the target", "/?Action=ListQueues", (self.KIND, self.SAME), b"{}"),
+            ("with input", "/?Action=ListQueues", (self.KIND,), b'{"QueueNamePrefix":"jo"}'),
+        ):
+            with self.subTest(name):
+                reply = self.ask(target, headers, body)
+                self.assertEqual(reply.status, 200, reply)
+                self.assertEqual(json.loads(reply.body), {"QueueUrls": [self.url]})
+
+    def test_another_operation_in_the_target_is_refused(self):
+        for operation in ("PurgeQueue", "listqueues", "ListQueuesX", ""):
+            with self.subTest(operation):
+                other = ("X-Amz-Target", f"AmazonSQS.{operation}")
+                reply = self.ask("/?Action=ListQueues", (self.KIND, other))
+                self.assertEqual((reply.status, form_of(reply)[0]), (400, "json"))
+        for prefix in ("AmazonSNS", "x", "DynamoDB_20120810"):
+            with self.subTest(prefix):
+                other = ("X-Amz-Target", f"{prefix}.ListQueues")
+                reply = self.ask("/?Action=ListQueues", (self.KIND, other))
+                self.assertEqual(reply.status, 400)
+
+
+class ForwardMeaning(ForwardCase):
+    """Forwards to a recording upstream, in memory on our side."""
+
+    def upstream(self, recorder, keys=None):
+        keys = keys or SomeKeys(TOKEN_KEYS)
+        return awsproxy.Upstream(
+            recorder.endpoint, lambda client: keys, self.pool(), lambda: EXAMPLE_TIME
+        )
+
+    def routed(self, recorder, *patterns, **settings):
+        """Return a proxy that forwards what the patterns match."""
+        target = self.upstream(recorder)
+        settings.setdefault("clients", CLIENTS)
+        clients = settings.pop("clients")
+        return Proxy(
+            clients,
+            clock=lambda: EXAMPLE_TIME,
+            routes=[awsproxy.Route(pattern, target) for pattern in patterns or ("*",)],
+            **settings,
+        )
+
+
+class ForwardedMeaningTest(ForwardMeaning):
+    def test_article_call_is_forwarded_with_one_name(self):
+        kind, same = ("Content-Type", JSON_1_0), ("X-Amz-Target", "AmazonSQS.ListQueues")
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        for headers in ((kind,), (kind, same)):
+            for target in ("/?Action=ListQueues", "/?Action=ListQueues&Version=2012-11-05"):
+                with self.subTest(target, headers=headers):
+                    asked = request("POST", target, headers, b"{}", service="sqs")
+                    reply, sent = self.forwarded(proxy, recorder, asked)
+                    self.assertEqual(reply.status, 200, reply)
+                    self.assertEqual(sent.fields["x-amz-target"], ["AmazonSQS.ListQueues"])
+                    self.assertNotIn("Action", sent.target)
+                    self.assertEqual(sent.path, "/")
+                    self.assertEqual(sent.fields["content-type"], [JSON_1_0])
+                    self.assertEqual(sent.body.read(), b"{}")
+                    sent.body.seek(0)
+                    self.check(sent, Client("up", *TOKEN_KEYS[:3]))
+
+    def test_form_is_forwarded_as_it_is(self):
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        body = b"Action=ListTopics&Version=2010-03-31"
+        reply, sent = self.forwarded(proxy, recorder, form_request("sns", body))
+        self.assertEqual((reply.status, sent.target, sent.body.read()), (200, "/", body))
+        self.assertNotIn("x-amz-target", sent.fields)
+
+    def test_input_in_the_query_of_a_json_call_is_not_forwarded(self):
+        """`QueueUrl` of the query and of the body would be two readings of one call."""
+        recorder = FakeUpstream(self)
+        kind = (("Content-Type", JSON_1_0),)
+        url = escaped(f"http://{HOST}/000000000000/secret".encode(), b"")
+        body = b'{"QueueUrl":"http://localhost:8081/000000000000/ok","MessageBody":"a"}'
+        target = f"/?Action=SendMessage&QueueUrl={url}"
+        asked = request("POST", target, kind, body, service="sqs")
+        reply, sent = self.forwarded(self.routed(recorder), recorder, asked)
+        self.assertEqual(reply.status, 400 if sent is None else 200, reply)
+        if sent:
+            self.assertNotIn("secret", sent.target)
+
+    def test_hostile_request_does_not_reach_the_upstream(self):
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        target = (("X-Amz-Target", "x.GetObject"),)
+        for name, asked in (
+            ("a", request("DELETE", "/bkt/key", target, service="s3")),
+            ("c", request("DELETE", "/bkt/key?Action=GetObject", service="s3", order=(2, 0, 1))),
+            ("d", signed_link("DELETE", "/bkt/key?Action=GetObject", service="s3",
+                       replace=[("X-Amz-Credential", "X-Amz-%43redential")])),
+            ("e", request("POST", INVOKE + "?Action=GET", service="lambda")),
+            ("f", form_request("sns", "Action=DeleteTopic",
+                               headers=(("X-Amz-Target", "x.ListTopics"),))),
+            ("g", signed_link("POST", "/?X-Amz-Target=DynamoDB_20120810.DeleteTable",
+                       service="dynamodb")),
+            ("h", request("POST", "/?Action=ListTopics&Action=DeleteTopic",
+                          (("Content-Type", JSON_1_0),), b"{}", service="sns")),
+            ("j", form_request("sqs", "Action=PurgeQueue%00")),
+            ("k", json_request("dynamodb", "GetItem", b'{"TableName":"a","TableName":"b"}')),
+        ):  # fmt: skip
+            with self.subTest(name):
+                reply, sent = self.forwarded(proxy, recorder, asked)
+                self.assertEqual((reply.status, sent), (400, None))
+
+
+# ---- 2. Amazon S3 ----
+
+
+class S3ActionTest(MeaningCase):
+    def hosts(self, target):
+        """Return (Host, target) pairs that mean the same."""
+        yield HOST, target
+        if target.startswith("/b"):
+            rest = target[2:] if target[2:3] == "/" else "/" + target[2:]
+            yield "b.localhost:8081", rest
+            yield "b.s3.us-east-1.amazonaws.com", rest
+
+    def named(self, method, target, *actions):
+        for host, given in self.hosts(target):
+            with self.subTest(f"{method} {host}{given}"):
+                asked = request(method, given, service="s3", host=host)
+                self.assert_named(asked, *(f"s3:{action}" for action in actions))
+
+    def test_requests_that_exist_have_the_action_of_iam(self):
+        for method, target, action in (
+            ("GET", "/", "ListAllMyBuckets"),
+            ("GET", "/b", "ListBucket"),
+            ("HEAD", "/b", "ListBucket"),
+            ("GET", "/b?list-type=2&prefix=acl", "ListBucket"),
+            ("GET", "/b?versions", "ListBucketVersions"),
+            ("GET", "/b?uploads", "ListBucketMultipartUploads"),
+            ("GET", "/b?uploads&prefix=x&max-uploads=2", "ListBucketMultipartUploads"),
+            ("GET", "/b?location", "GetBucketLocation"),
+            ("GET", "/b?acl", "GetBucketAcl"),
+            ("GET", "/b?policyStatus", "GetBucketPolicyStatus"),
+            ("PUT", "/b", "CreateBucket"),
+            ("PUT", "/b?acl", "PutBucketAcl"),
+            ("PUT", "/b?policy", "PutBucketPolicy"),
+            ("PUT", "/b?tagging", "PutBucketTagging"),
+            ("PUT", "/b?versioning", "PutBucketVersioning"),
+            ("DELETE", "/b", "DeleteBucket"),
+            ("DELETE", "/b?policy", "DeleteBucketPolicy"),
+            ("DELETE", "/b?website", "DeleteBucketWebsite"),
+            ("DELETE", "/b?cors", "PutBucketCORS"),
+            ("DELETE", "/b?tagging", "PutBucketTagging"),
+            ("DELETE", "/b?lifecycle", "PutLifecycleConfiguration"),
+            ("DELETE", "/b?publicAccessBlock", "PutBucketPublicAccessBlock"),
+            ("POST", "/b?delete", "DeleteObject"),
+            ("POST", "/b", "PutObject"),
+            ("GET", "/b/k", "GetObject"),
+            ("HEAD", "/b/k", "GetObject"),
+            ("GET", "/b/k?response-content-type=acl", "GetObject"),
+            ("GET", "/b/k?versionId=1", "GetObjectVersion"),
+            ("GET", "/b/k?acl", "GetObjectAcl"),
+            ("GET", "/b/k?attributes", "GetObjectAttributes"),
+            ("GET", "/b/k?torrent", "GetObjectTorrent"),
+            ("GET", "/b/k?tagging", "GetObjectTagging"),
+            ("GET", "/b/k?retention", "GetObjectRetention"),
+            ("GET", "/b/k?legal-hold", "GetObjectLegalHold"),
+            ("GET", "/b/k?uploadId=u", "ListMultipartUploadParts"),
+            ("PUT", "/b/k", "PutObject"),
+            ("PUT", "/b/k?partNumber=1&uploadId=u", "PutObject"),
+            ("PUT", "/b/k?acl", "PutObjectAcl"),
+            ("PUT", "/b/k?tagging", "PutObjectTagging"),
+            ("PUT", "/b/k?retention", "PutObjectRetention"),
+            ("PUT", "/b/k?legal-hold", "PutObjectLegalHold"),
+            ("POST", "/b/k?uploads", "PutObject"),
+            ("POST", "/b/k?uploadId=u", "PutObject"),
+            ("POST", "/b/k?restore", "RestoreObject"),
+            ("DELETE", "/b/k", "DeleteObject"),
+            ("DELETE", "/b/k?versionId=1", "DeleteObjectVersion"),
+            ("DELETE", "/b/k?tagging", "DeleteObjectTagging"),
+            ("DELETE", "/b/k?uploadId=u", "AbortMultipartUpload"),
+            ("GET", "/b//", "GetObject"),
+            ("DELETE", "/b/a%2Fb", "DeleteObject"),
+            ("DELETE", "/b/a/../b", "DeleteObject"),
+        ):
+            self.named(method, target, action)
+
+    def test_version_keeps_the_sub_resource(self):
+        for name, noun in (("acl", "Acl"), ("tagging", "Tagging"), ("attributes", "Attributes")):
+            self.named(
+                "GET", f"/b/k?{name}&versionId=1", f"GetObject{noun}", f"GetObjectVersion{noun}"
+            )
+
+    def test_other_requests_have_the_strongest_action(self):
+        """AWS and moto ignore a sub-resource that does not exist there, and run the plain one."""
+        for method, level, action, names in (
+            ("DELETE", "/b/k", "DeleteObject",
+             "torrent attributes acl retention legal-hold restore select policy location ACL"),
+            ("PUT", "/b/k", "PutObject",
+             "torrent attributes uploads policy location versions TAGGING lifecycle delete"),
+            ("PUT", "/b", "CreateBucket",
+             "location policyStatus uploads versions torrent attributes retention delete"),
+            ("DELETE", "/b", "DeleteBucket",
+             "acl versioning logging location policyStatus requestPayment uploads versions"),
+            ("GET", "/b/k", "GetObject", "policy website versions location delete"),
+            ("HEAD", "/b/k", "GetObject", "acl tagging torrent policy"),
+            ("GET", "/b", "ListBucket", "torrent retention legal-hold attributes"),
+            ("POST", "/b/k", "PutObject", "acl torrent policy"),
+        ):  # fmt: skip
+            for name in names.split():
+                for value in ("", "=", "=1"):
+                    self.named(method, f"{level}?{name}{value}", action)
+
+    def test_post_is_named(self):
+        for target in ("/b/k?delete", "/b/k", "/b?acl", "/b?policy", "/b/k?x-id=DeleteObjects"):
+            self.named("POST", target, "PutObject", "DeleteObject")
+
+    def test_two_sub_resources_are_refused(self):
+        for method, target in (
+            ("DELETE", "/b?acl&policy"),
+            ("DELETE", "/b/k?acl&tagging"),
+            ("DELETE", "/b/k?tagging&torrent"),
+            ("DELETE", "/b/k?tagging&uploadId=u"),
+            ("PUT", "/b/k?acl&tagging"),
+            ("PUT", "/b?policy&versioning"),
+            ("GET", "/b?acl&policy"),
+            ("GET", "/b?uploads&versions"),
+            ("GET", "/b/k?acl&attributes"),
+            ("POST", "/b?delete&acl"),
+            ("POST", "/b/k?uploads&uploadId=u"),
+            ("POST", "/b/k?restore&select"),
+        ):
+            for host, given in self.hosts(target):
+                with self.subTest(f"{method} {host}{given}"):
+                    self.assert_refused(request(method, given, service="s3", host=host), "s3")
+
+    def test_escaped_sub_resource_is_read_decoded_or_refused(self):
+        for target, action in (
+            ("/b/k?%61cl", "PutObjectAcl"),
+            ("/b/k?tag%67ing", "PutObjectTagging"),
+        ):
+            asked = request("PUT", target, service="s3")
+            with self.subTest(target):
+                reply, call = self.answer(asked)
+                if reply.status == 200:
+                    self.assertEqual(call.action, f"s3:{action}")
+                else:
+                    self.assertEqual(reply.status, 400)
+
+    def test_control_path_is_no_object(self):
+        account = (("x-amz-account-id", "111122223333"),)
+        for method, path in (
+            ("GET", "/v20180820/accessgrantsinstance/dataaccess"),
+            ("DELETE", "/v20180820/bucket/b"),
+            ("PUT", "/v20180820/configuration/publicAccessBlock"),
+            ("POST", "/v20180820/jobs"),
+        ):
+            for query in ("", "?permission=READ&target=s3%3A%2F%2Fb%2F%2A", "?acl"):
+                for host in (HOST, "111122223333.localhost:8081",
+                             "111122223333.s3-control.us-east-1.amazonaws.com"):  # fmt: skip
+                    with self.subTest(f"{method} {host}{path}{query}"):
+                        asked = request(method, path + query, account, service="s3", host=host)
+                        action = f"s3:{method}{path}"  # GetDataAccess needs it exactly
+                        self.assert_named(asked, action, pattern=action)
+
+    def test_control_path_is_routed_by_its_path(self):
+        path = "/v20180820/jobs"
+        asked = request("GET", path, service="s3")
+        for pattern, status in (
+            (f"!s3:GET{path}", 403),
+            ("!s3:GET/v20180820/*", 403),
+            ("!s3:GetObject", 200),
+            ("!s3:GetObject*", 200),
+        ):
+            with self.subTest(pattern):
+                self.assertEqual(self.answer(asked, pattern, "*")[0].status, status)
+
+    def test_denied_actions_stop_all_that_store_or_delete(self):
+        names = ("", "torrent", "attributes", "acl", "retention", "legal-hold", "policy", "x")
+        for method, action in (("DELETE", "s3:Delete*"), ("PUT", "s3:Put*")):
+            for name in names:
+                with self.subTest(method, name=name):
+                    asked = request(method, f"/b/k?{name}", service="s3")
+                    self.assertEqual(self.answer(asked, f"!{action}", "*")[0].status, 403)
+
+    def test_s3express_is_of_the_family(self):
+        host = "b--use1-az4--x-s3.s3express-use1-az4.us-east-1.amazonaws.com"
+        for method, target in (("PUT", "/a%20b/c"), ("GET", "/k"), ("GET", "/?list-type=2")):
+            with self.subTest(f"{method} {target}"):
+                asked = request(method, target, (), b"", service="s3express", host=host)
+                reply, call = self.answer(asked)
+                self.assertEqual(reply.status, 200, reply)
+                self.assertRegex(call.action, "^s3express:")
+        wrong = REAL._replace(secret_access_key="wrong")
+        asked = request("GET", "/k", service="s3express", host=host, client=wrong)
+        self.assertEqual(form_of(self.answer(asked)[0])[0], "s3")
+
+
+# ---- 3. Routes in the words of IAM ----
+
+
+class RouteWordsTest(MeaningCase):
+    def routed(self, rows):
+        for pattern, asked, matches in rows:
+            with self.subTest(pattern, asked=f"{asked.method} {asked.target}"):
+                status = self.answer(asked, f"!{pattern}", "*")[0].status
+                self.assertIn(status, (400, 403) if matches else (200,))
+                status = self.answer(asked, pattern)[0].status
+                self.assertIn(status, (200,) if matches else (400, 403))
+
+    def test_action_covers_its_batch(self):
+        rows = []
+        for service, operation in (
+            ("sqs", "SendMessage"),
+            ("sqs", "DeleteMessage"),
+            ("sqs", "ChangeMessageVisibility"),
+            ("sns", "Publish"),
+        ):
+            batch = form_request(service, f"Action={operation}Batch&Version=x")
+            single = form_request(service, f"Action={operation}&Version=x")
+            rows += [
+                (f"{service}:{operation}", batch, True),
+                (f"{service}:{operation.upper()}", batch, True),
+                (f"{service}:*{operation[1:]}", batch, True),
+                (f"{service}:{operation}", single, True),
+                (f"{service}:{operation}Batch", batch, True),
+                (f"{service}:{operation}Batch", single, False),
+            ]
+        rows += [
+            ("sqs:SendMessage", json_request("sqs", "SendMessageBatch"), True),
+            ("sqs:DeleteMessage", json_request("sqs", "SendMessageBatch"), False),
+            ("dynamodb:GetItem", json_request("dynamodb", "BatchGetItem"), False),
+            ("sqs:SendMessage", json_request("sqs", "SendMessageX"), False),
+        ]
+        self.routed(rows)
+
+    def test_prefix_of_iam_matches_the_signing_name(self):
+        form = form_request("monitoring", "Action=DeleteAlarms&Version=2010-08-01")
+        self.routed(
+            [
+                ("cloudwatch:DeleteAlarms", form, True),
+                ("cloudwatch:Delete*", form, True),
+                ("CloudWatch:deletealarms", form, True),
+                ("cloudwatch:*", form, True),
+                ("monitoring:DeleteAlarms", form, True),
+                ("cloudwatch:PutMetricData", form, False),
+                ("logs:*", form, False),
+                ("cloudwatch:DeleteAlarms", json_request("monitoring", "DeleteAlarms"), True),
+                ("cloudwatch:DeleteAlarms", cbor_request("DeleteAlarms"), True),
+                ("tag:GetResources", json_request("tagging", "GetResources"), True),
+            ]
+        )
+
+    def test_rest_call_is_matched_by_its_path(self):
+        invoke = request("POST", INVOKE, service="lambda")
+        tag = request("POST", "/2017-03-31/tags/x", service="lambda")
+        query = request("POST", INVOKE + "?Qualifier=1", service="lambda")
+        lists = request("GET", "/2015-03-31/functions", service="lambda")
+        pattern = "lambda:POST/2015-03-31/functions/*/invocations"
+        self.routed(
+            [
+                (pattern, invoke, True),
+                (pattern, query, True),
+                (pattern, tag, False),
+                (pattern, lists, False),
+                ("lambda:POST/2015-03-31/functions/f/invocations", invoke, True),
+                ("lambda:POST/2015-03-31/functions/g/invocations", invoke, False),
+                ("lambda:POST/2015-03-31/functions/f", invoke, False),
+                ("lambda:POST", invoke, True),
+                ("lambda:POST", tag, True),
+                ("lambda:POST", lists, False),
+                ("lambda:GET", invoke, False),
+                ("lambda:POST/*", invoke, True),
+                ("lambda:*", invoke, True),
+                ("lambda:*/invocations", invoke, True),
+                ("*:POST*", invoke, True),
+                ("lambda:GET/2015-03-31/functions", lists, True),
+            ]
+        )
+
+    def test_escaped_unreserved_character_is_matched_decoded(self):
+        pattern = "lambda:POST/2015-03-31/functions/secret/invocations"
+        start = "/2015-03-31/functions/"
+        self.routed(
+            (pattern, request("POST", path, service="lambda"), matches)
+            for path, matches in (
+                (f"{start}secre%74/invocations", True),
+                (f"{start}%73%65%63ret/invocations", True),
+                (f"{start}secret/invocation%73", True),
+                ("/2015%2D03%2d31/functions/secret/invocations", True),
+                ("/2015-03-31/%66unctions/secret/invocations", True),
+                (f"{start}secre%2574/invocations", False),
+                (f"{start}arn%3Aaws%3Alambda%3Aus-east-1%3A1%3Afunction%3Af/invocations", False),
+            )
+        )
+
+    def test_path_with_two_readings_is_refused(self):
+        for service, form, paths in (
+            ("lambda", "rest-json", (
+                "/2015-03-31/functions/./f/invocations",
+                "/2015-03-31/functions/x/../f/invocations",
+                "/x/../2015-03-31/functions/f/invocations",
+                "/2015-03-31/functions//f/invocations",
+                "//2015-03-31/functions/f/invocations",
+                "/2015-03-31/functions/f/invocations/.",
+                "/2015-03-31/functions/f/invocations/x/..",
+                "/2015-03-31/functions/f/invocations//",
+                "/2015-03-31/functions/x/%2e%2e/f/invocations",
+                "/2015-03-31/functions/x/.%2E/f/invocations",
+                "/2015-03-31/functions/%2e/f/invocations",
+            )),
+            ("route53", "wrapped", ("/2013-04-01/./hostedzone", "/2013-04-01//hostedzone")),
+        ):  # fmt: skip
+            for path in paths:
+                with self.subTest(path):
+                    self.assert_refused(request("POST", path, service=service), form)
+
+    def test_object_key_may_have_dots_and_slashes(self):
+        for path in ("/b/a//b", "/b/./a", "/b/a/../b", "/b//", "/b/.."):
+            with self.subTest(path):
+                asked = request("DELETE", path, service="s3")
+                self.assert_named(asked, "s3:DeleteObject")
+
+
+class UnmatchablePatternTest(unittest.TestCase):
+    """A pattern that can match nothing is a warning at start, not silence."""
+
+    def warnings(self, *patterns):
+        flags = itertools.chain.from_iterable(("--route", f"{it}=deny") for it in patterns)
+        program = Program(self.addCleanup, *flags, "--route", "sqs:*=embedded")
+        try:
+            self.assertTrue(program.address)
+        except AssertionError:
+            pass
+        return program.warnings
+
+    def test_warning_names_the_nearest_pattern_that_can_match(self):
+        rows = (
+            ("sqs:SendMesage", r"sqs:SendMessage\b"),
+            ("sqs:PurgeQueues", r"sqs:PurgeQueue\b"),
+            ("cloudwach:*", r"cloudwatch:"),
+            ("dynamo:*", r"dynamodb:"),
+            ("s3:HeadObject", r"s3:GetObject\b"),
+            ("s3:ListObjects", r"s3:ListBucket|s3:\w+Object"),
+            ("lambda:InvokeFunction", r"lambda:(POST|\*)"),
+            ("dynamodb:GET/x", r"dynamodb:[A-Z*]\w*"),
+        )
+        lines = self.warnings(*(pattern for pattern, _ in rows))
+        for pattern, nearest in rows:
+            with self.subTest(pattern):
+                found = [line for line in lines if pattern in line]
+                self.assertEqual(len(found), 1, lines)
+                self.assertRegex(found[0].replace(pattern, "", 1), nearest)
+
+    def test_pattern_that_can_match_is_no_warning(self):
+        lines = self.warnings(
+            "SQS:sendmessage", "sqs:SendMessageBatch", "sqs:Send*", "s3:GetObject", "s3:Put*",
+            "s3:GET/v20180820/*", "cloudwatch:DeleteAlarms", "monitoring:*",
+            "lambda:POST/2015-03-31/functions/*/invocations", "lambda:POST", "lambda:*",
+            "sts:GetSessionToken", "dynamodb:GetItem", "ses:SendEmail", "ec2:Run*", "*:*Message",
+            "sqs:*", "*",
+        )  # fmt: skip
+        self.assertEqual(lines, [])
+
+
+class DenialTest(MeaningCase):
+    """A denial says that this proxy refused, why, and which flag would help."""
+
+    CALLS = (
+        ("sqs:PurgeQueue", lambda: json_request("sqs", "PurgeQueue")),
+        ("sns:Publish", lambda: form_request("sns", "Action=Publish")),
+        ("s3:DeleteObject", lambda: request("DELETE", "/b/k", service="s3")),
+        (f"lambda:POST{INVOKE}", lambda: request("POST", INVOKE, service="lambda")),
+    )
+
+    def suggested(self, message):
+        """Return pattern and target of the first --route that a message suggests."""
+        match = re.search(r"--route[ =]('[^']*'|\"[^\"]*\"|\S+)", message)
+        self.assertTrue(match, message)
+        pattern, _, target = shlex.split(match[1])[0].rpartition("=")
+        return pattern, target.rstrip(".,;")
+
+    def test_denial_names_its_route(self):
+        for action, make in self.CALLS:
+            pattern = action[:-3] + "*"
+            with self.subTest(action):
+                reply, _ = self.answer(make(), f"!{pattern}", "*")
+                self.assertEqual(reply.status, 403)
+                message = message_of(reply)
+                self.assertIn(pattern, message)
+                self.assertRegex(message, "(?i)this proxy")
+                suggested, target = self.suggested(message)
+                self.assertIn(target, ("aws", "embedded"))
+                again = self.answer(make(), suggested, f"!{pattern}", "*")[0]
+                self.assertEqual(again.status, 200, message)
+
+    def test_denial_for_want_of_a_route_says_so(self):
+        for action, make in self.CALLS:
+            with self.subTest(action):
+                reply, _ = self.answer(make(), "kms:*")
+                self.assertEqual(reply.status, 403)
+                message = message_of(reply)
+                self.assertRegex(message, "(?i)no route")
+                self.assertRegex(message, "(?i)this proxy")
+                self.assertIn(action, message)
+                again = self.answer(make(), "kms:*", self.suggested(message)[0])[0]
+                self.assertEqual(again.status, 200, message)
+
+
+# ---- 4. RPC v2 CBOR ----
+
+
+class RpcV2Test(ForwardMeaning):
+    def setUp(self):
+        self.recorder = FakeUpstream(self)
+        self.hook = Watching()
+
+    def ask(self, asked, *patterns):
+        proxy = self.routed(self.recorder, *patterns, hooks=[self.hook])
+        return self.forwarded(proxy, self.recorder, asked)
+
+    def test_call_is_forwarded_as_it_is(self):
+        body = b"\xbfiNamespacecfoo\xff\x00\x80"
+        answer = (
+            b"HTTP/1.1 200 OK\r\nSmithy-Protocol: rpc-v2-cbor\r\nContent-Length: 1\r\n\r\n\xa0"
+        )
+        self.recorder.answers = [answer]
+        reply, sent = self.ask(cbor_request("ListMetrics", body=body))
+        self.assertEqual((reply.status, reply.body), (200, b"\xa0"), reply)
+        self.assertEqual(header(reply, "smithy-protocol"), "rpc-v2-cbor")
+        target = "/service/GraniteServiceVersion20100801/operation/ListMetrics"
+        self.assertEqual((sent.method, sent.target), ("POST", target))
+        self.assertEqual(sent.fields["smithy-protocol"], ["rpc-v2-cbor"])
+        self.assertEqual(sent.fields["content-type"], ["application/cbor"])
+        self.assertEqual(sent.body.read(), body)
+        sent.body.seek(0)
+        self.check(sent, Client("up", *TOKEN_KEYS[:3]))
+        self.assertEqual([it.partition(":")[2] for it in self.hook.actions], ["ListMetrics"])
+
+    def test_last_segment_is_the_operation(self):
+        for pattern, status in (
+            ("cloudwatch:DeleteAlarms", 200),
+            ("cloudwatch:Delete*", 200),
+            ("monitoring:DeleteAlarms", 200),
+            ("cloudwatch:ListMetrics", 403),
+            ("cloudwatch:POST*", 403),
+        ):
+            with self.subTest(pattern):
+                reply, sent = self.ask(cbor_request("DeleteAlarms"), pattern)
+                self.assertEqual((reply.status, sent is None), (status, status != 200))
+                if status != 200:
+                    self.assertEqual(form_of(reply)[0], "cbor")
+
+    def test_hostile_call_is_refused_in_cbor(self):
+        path = "/service/GraniteServiceVersion20100801/operation/"
+        for name, asked in (
+            ("Action", cbor_request("", target=f"{path}DeleteAlarms?Action=ListMetrics")),
+            ("a target", cbor_request("DeleteAlarms", headers=(
+                ("X-Amz-Target", "GraniteServiceVersion20100801.ListMetrics"),))),
+            ("no operation", cbor_request("", target=path)),
+            ("no path", cbor_request("", target="/")),
+            ("a segment more", cbor_request("", target=f"{path}DeleteAlarms/ListMetrics")),
+            ("an escape", cbor_request("", target=f"{path}DeleteAlarm%73")),
+            ("a NUL", cbor_request("", target=f"{path}DeleteAlarms%00")),
+            ("a space", cbor_request("", target=f"{path}DeleteAlarms%20")),
+            ("a slash", cbor_request("", target=f"{path}x%2FDeleteAlarms")),
+            ("dots", cbor_request("", target=f"{path}ListMetrics/../DeleteAlarms")),
+            ("two slashes", cbor_request("", target=f"{path}/DeleteAlarms")),
+            ("a long name", cbor_request("", target=path + "A" * 129)),
+            ("two types", cbor_request("DeleteAlarms", headers=(("Content-Type", JSON_1_0),))),
+            ("two protocols", cbor_request("DeleteAlarms", headers=(
+                ("Smithy-Protocol", "rpc-v2-cbor"),))),
+        ):  # fmt: skip
+            with self.subTest(name):
+                reply, sent = self.ask(asked)
+                self.assertEqual((reply.status, sent), (400, None), reply)
+                self.assertEqual(form_of(reply)[0], "cbor")
+
+    def test_form_in_the_body_of_a_cbor_call_names_nothing(self):
+        asked = cbor_request("DeleteAlarms", body=b"Action=ListMetrics&Version=2010-08-01")
+        reply, sent = self.ask(asked, "cloudwatch:ListMetrics")
+        self.assertEqual((reply.status, sent), (403, None))
+
+    def test_other_services_do_not_speak_it(self):
+        """The header must not give a REST or query call another name."""
+        for service, method, target, headers, body, wrong in (
+            ("s3", "DELETE", "/service/x/operation/GetObject", (), b"", "s3:GetObject"),
+            ("lambda", "POST", "/service/x/operation/GET", (), b"", "lambda:GET"),
+            ("sns", "POST", "/service/x/operation/ListTopics", (FORM,), b"Action=DeleteTopic",
+             "sns:ListTopics"),
+        ):  # fmt: skip
+            with self.subTest(service):
+                headers = (CBOR[0], *headers)
+                asked = request(method, target, headers, body, service=service)
+                reply, sent = self.ask(asked, wrong)
+                self.assertIn(reply.status, (400, 403))
+                self.assertIsNone(sent)
+
+    def test_embedded_queues_refuse_it(self):
+        caller = Caller("json")
+        caller.queue()
+        for operation in ("ListQueues", "PurgeQueue"):
+            with self.subTest(operation):
+                asked = cbor_request(operation, "sqs", client=DEMO)
+                reply = caller.proxy.handle(asked)
+                self.assertIn(reply.status, (400, 403))
+                self.assertEqual(form_of(reply)[0], "cbor")
+
+
+# ---- 5. Credentials, methods, echoes ----
+
+
+def credential_calls():
+    """Return (exact action, request, patterns that are not exact) of what hands out keys."""
+    for operation in (
+        "GetSessionToken", "AssumeRole", "AssumeRoleWithSAML", "AssumeRoleWithWebIdentity",
+        "GetFederationToken", "AssumeRoot", "GetDelegatedAccessToken",
+    ):  # fmt: skip
+        patterns = ("sts:*", f"sts:{operation[:3]}*", f"sts:{operation[:-1]}?", f"s?s:{operation}")
+        body = f"Action={operation}&Version=2011-06-15"
+        yield f"sts:{operation}", form_request("sts", body), patterns
+        yield f"sts:{operation}", request("GET", f"/?{body}", service="sts"), patterns
+    body = "Action=CreateAccessKey&Version=2010-05-08"
+    yield "iam:CreateAccessKey", form_request("iam", body), ("iam:*", "iam:Create*")
+    for service, operation in (
+        ("cognito-identity", "GetCredentialsForIdentity"),
+        ("ssm", "GetAccessToken"),
+        ("lightsail", "CreateBucketAccessKey"),
+        ("codepipeline", "PollForJobs"),
+        ("codepipeline", "GetJobDetails"),
+        ("codepipeline", "GetThirdPartyJobDetails"),
+        ("gamelift", "RequestUploadCredentials"),
+        ("gamelift", "GetComputeAccess"),
+        ("gamelift", "CreateBuild"),
+    ):
+        patterns = (f"{service}:*", f"{service}:{operation[:4]}*", f"*:{operation}")
+        yield f"{service}:{operation}", json_request(service, operation), patterns
+        if service in ("codepipeline", "gamelift"):
+            yield f"{service}:{operation}", cbor_request(operation, service), patterns
+    for service, method, path, target in (
+        ("lakeformation", "POST", "/GetTemporaryGlueTableCredentials", ""),
+        ("lakeformation", "POST", "/GetTemporaryGluePartitionCredentials", ""),
+        ("lakeformation", "POST", "/GetTemporaryDataLocationCredentials", ""),
+        ("lakeformation", "POST", "/AssumeDecoratedRoleWithSAML", ""),
+        ("eks-auth", "POST", "/clusters/c/assume-role-for-pod-identity", ""),
+        ("datazone", "GET", "/v2/domains/d/environments/e/credentials", ""),
+        ("deadline", "GET", "/2023-10-12/farms/f/queues/q/user-roles", ""),
+        ("deadline", "GET", "/2023-10-12/farms/f/fleets/l/workers/w/fleet-roles", ""),
+        ("awsssoportal", "GET", "/federation/credentials", "?account_id=1&role_name=r"),
+        ("signin", "POST", "/v1/token", ""),
+        ("s3", "GET", "/v20180820/accessgrantsinstance/dataaccess", "?permission=READ"),
+        ("s3", "GET", "/v20180820/accessgrantsinstance/%64ataaccess", ""),
+    ):
+        asked = request(method, path + target, service=service)
+        exact = f"{service}:{method}{path}".replace("%64", "d")
+        start = path[: path.rindex("/") + 1]
+        patterns = (
+            f"{service}:*", f"{service}:{method}", f"{service}:{method}{start}*",
+            f"{exact[:-1]}?", f"{service}:*{path}",
+        )  # fmt: skip
+        yield exact, asked, patterns
+    for service in ("s3", "s3express"):
+        for target, host in (
+            ("/bkt?session", HOST),
+            ("/bkt?session=", HOST),
+            ("/?session", "bkt.s3.us-east-1.amazonaws.com"),
+        ):
+            asked = request("GET", target, service=service, host=host)
+            patterns = (f"{service}:*", f"{service}:Create*", "s3*:CreateSession")
+            yield f"{service}:CreateSession", asked, patterns
+
+
+class CredentialsTest(ForwardMeaning):
+    """Operations that return credentials need a route that names them exactly."""
+
+    def test_route_with_a_wildcard_does_not_forward_them(self):
+        recorder = FakeUpstream(self)
+        for exact, asked, patterns in credential_calls():
+            for pattern in ("*", *patterns):
+                with self.subTest(exact, pattern=pattern, method=asked.method):
+                    proxy = self.routed(recorder, pattern)
+                    asked.body.seek(0)
+                    reply, sent = self.forwarded(proxy, recorder, asked)
+                    self.assertIn(reply.status, (400, 403), reply)
+                    self.assertIsNone(sent)
+                    self.assertIn(form_of(reply)[1][:12], ("AccessDenied",))
+
+    def test_exact_route_forwards_them(self):
+        recorder = FakeUpstream(self)
+        for exact, asked, _ in credential_calls():
+            for patterns in ((exact,), (exact, "*"), ("kms:*", exact)):
+                with self.subTest(exact, patterns=patterns, method=asked.method):
+                    proxy = self.routed(recorder, *patterns)
+                    asked.body.seek(0)
+                    reply, sent = self.forwarded(proxy, recorder, asked)
+                    self.assertEqual(reply.status, 200, reply)
+                    self.assertTrue(sent.path.endswith(asked.path), sent.path)
+
+    def test_refusal_names_the_route_that_would_forward(self):
+        recorder = FakeUpstream(self)
+        seen = set()
+        for exact, asked, _ in credential_calls():
+            if exact not in seen:
+                seen.add(exact)
+                with self.subTest(exact):
+                    reply, _ = self.forwarded(self.routed(recorder, "*"), recorder, asked)
+                    if form_of(reply)[0] != "cbor":
+                        self.assertRegex(message_of(reply), f"--route '{re.escape(exact)}=")
+
+    def test_other_operations_of_the_services_are_forwarded(self):
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        for asked in (
+            form_request("sts", "Action=GetCallerIdentity&Version=2011-06-15"),
+            form_request("iam", "Action=ListAccessKeys&Version=2010-05-08"),
+            form_request("iam", "Action=DeleteAccessKey&Version=2010-05-08"),
+            json_request("ssm", "GetParameter"),
+            json_request("cognito-identity", "GetId"),
+            json_request("gamelift", "ListBuilds"),
+            request("POST", "/GetDataLakeSettings", service="lakeformation"),
+            request("GET", "/v20180820/jobs", service="s3"),
+            request("GET", "/bkt", service="s3"),
+            request("GET", "/bkt/key?session", service="s3"),
+        ):
+            with self.subTest(f"{asked.method} {asked.target}"):
+                reply, sent = self.forwarded(proxy, recorder, asked)
+                self.assertEqual(reply.status, 200, reply)
+                self.assertIsNotNone(sent)
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_each_output_with_a_secret_key_is_kept_inside(self):
+        """Every operation of the models that returns a secret key and a session token."""
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        count = 0
+        for model in models():
+            for operation in model.operations:
+                if not model.returns_keys(operation):
+                    continue
+                count += 1
+                for asked in model.requests(operation):
+                    with self.subTest(f"{model.signing}:{operation}"):
+                        reply, sent = self.forwarded(proxy, recorder, asked)
+                        self.assertIn(reply.status, (400, 403), asked.target)
+                        self.assertIsNone(sent)
+        self.assertGreater(count, 30)
+
+
+class MethodTest(MeaningCase):
+    NOT_IMPLEMENTED = (
+        "BREW", "post", "Get", "gET", "PROPFIND", "CONNECT", "TRACE", "TRACK", "LINK", "QUERY",
+        "DELETE1", "PUT_", "X",
+    )  # fmt: skip
+
+    def test_other_methods_get_501(self):
+        for method in self.NOT_IMPLEMENTED:
+            for service, target, headers, body in (
+                ("sqs", "/?Action=ListQueues", (), b""),
+                ("sqs", "/", (FORM,), b"Action=ListQueues"),
+                ("dynamodb", "/", (("X-Amz-Target", "DynamoDB_20120810.ListTables"),), b"{}"),
+                ("s3", "/b/k", (), b""),
+                ("lambda", INVOKE, (), b""),
+            ):
+                with self.subTest(method, service=service):
+                    asked = request(method, target, headers, body, service=service)
+                    reply, call = self.answer(asked)
+                    self.assertEqual((reply.status, call), (501, None))
+        self.assertEqual(self.hook.actions, [])
+
+    def test_seven_methods_are_known(self):
+        for method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"):
+            with self.subTest(method):
+                asked = request(method, "/2015-03-31/functions/f", service="lambda")
+                reply, call = self.answer(asked)
+                self.assertEqual(reply.status, 200)
+                self.assertEqual(call.action, f"lambda:{method}/2015-03-31/functions/f")
+
+    def test_other_methods_get_501_over_a_socket(self):
+        running = Running(self.proxy())
+        self.addCleanup(running.stop)
+        for method in ("BREW", "post", "PROPFIND", "CONNECT", "TRACE"):
+            for service, target in (("sqs", "/?Action=ListQueues"), ("s3", "/b/k")):
+                asked = request(method, target, service=service)
+                headers = (*asked.headers, ("Connection", "close"))
+                with self.subTest(method, service=service):
+                    wire = running.connect()
+                    wire.send(raw_request(method, target, headers))
+                    self.assertEqual(wire.answer().status, 501)
+                    wire.close()
+        with self.subTest("CONNECT to an authority"):
+            wire = running.connect()
+            wire.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n")
+            self.assertIn(wire.answer().status, (400, 403, 501))
+        self.assertEqual(self.target.calls, [])
+
+
+CANONICAL = (
+    "POST\n/\n\nhost:upstream.example\nx-amz-content-sha256:" + "0" * 64 + "\n"
+    "x-amz-date:20150830T123600Z\nx-amz-security-token:" + TOKEN + "\n\n"
+    "host;x-amz-content-sha256;x-amz-date;x-amz-security-token\n" + "0" * 64
+)
+TO_SIGN = "AWS4-HMAC-SHA256\n20150830T123600Z\n20150830/us-east-1/s3/aws4_request\n" + "1" * 64
+MISMATCH = (
+    "The request signature we calculated does not match the signature you provided. Check your"
+    " AWS Secret Access Key and signing method. Consult the service documentation for details."
+    f"\n\nThe Canonical String for this request should have been\n'{CANONICAL}'\n\n"
+    f"The String-to-Sign should have been\n'{TO_SIGN}'\n"
+)
+AUTHORIZATION = (
+    "AWS4-HMAC-SHA256 Credential=AKIDUPSTREAM/20150830/us-east-1/s3/aws4_request,"
+    " SignedHeaders=host;x-amz-date, Signature=" + "2" * 64
+)
+
+
+class EchoTest(ForwardMeaning):
+    """What an upstream repeats of our signing does not reach the caller."""
+
+    def of_s3(self, pad=""):
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SignatureDoesNotMatch</Code>'
+            "<Message>The request signature we calculated does not match the signature you"
+            " provided. Check your key and signing method.</Message>"
+            f"<AWSAccessKeyId>AKIDUPSTREAM</AWSAccessKeyId><StringToSign>{TO_SIGN}</StringToSign>"
+            f"<SignatureProvided>{'2' * 64}</SignatureProvided>"
+            f"<StringToSignBytes>{TO_SIGN.encode().hex(' ')}</StringToSignBytes>"
+            f"<CanonicalRequest>{CANONICAL}{pad}</CanonicalRequest>"
+            f"<CanonicalRequestBytes>{(CANONICAL + pad).encode().hex(' ')}</CanonicalRequestBytes>"
+            "<RequestId>r</RequestId><HostId>h</HostId></Error>"
+        ).encode()
+
+    def of_json(self, pad=""):
+        document = {
+            "__type": "com.amazon.coral.service#InvalidSignatureException",
+            "message": MISMATCH + pad,
+        }
+        return json.dumps(document).encode()
+
+    def of_query(self, pad=""):
+        return (
+            "<ErrorResponse><Error><Type>Sender</Type><Code>SignatureDoesNotMatch</Code>"
+            f"<Message>{MISMATCH}{pad}</Message></Error></ErrorResponse>"
+        ).encode()
+
+    def of_rest_json(self, pad=""):
+        return json.dumps({"message": MISMATCH + pad}).encode()
+
+    def assert_clean(self, reply):
+        text = body_of(reply).decode("utf-8", "replace")
+        text += "".join(f"\n{name}: {value}" for name, value in reply.headers)
+        for secret in (
+            TOKEN,
+            TOKEN.replace("/", "\\/"),
+            TOKEN.replace("+", "\\u002b").replace("=", "\\u003d"),
+            urllib.parse.quote(TOKEN, safe=""),
+            TOKEN.encode().hex(" "),
+            TOKEN.encode().hex(" ").upper(),
+            "host:upstream.example",
+            b"host:upstream.example".hex(" "),
+            "Credential=AKIDUPSTREAM",
+        ):
+            with self.subTest(secret=secret[:30]):
+                self.assertNotIn(secret, text)
+
+    def ask(self, asked, status, headers, body, chunked=False, kept=False):
+        """Return what the caller gets; kept: on a connection that has answered before."""
+        lines = [f"HTTP/1.1 {status} No", *(f"{name}: {value}" for name, value in headers)]
+        if chunked:
+            lines.append("Transfer-Encoding: chunked")
+            pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(it), it) for it in pieces) + b"0\r\n\r\n"
+        else:
+            lines.append(f"Content-Length: {len(body)}")
+        answer = "\r\n".join([*lines, "", ""]).encode() + body
+        recorder = FakeUpstream(self, *[ANSWER] * kept, answer)
+        proxy = self.routed(recorder)
+        if kept:
+            self.forwarded(proxy, recorder, json_request("dynamodb", "ListTables"))
+        reply, sent = self.forwarded(proxy, recorder, asked)
+        self.assertEqual(sent.fields["x-amz-security-token"], [TOKEN])
+        return reply
+
+    def test_mismatch_of_the_upstream_is_not_shown(self):
+        error_type = ("x-amzn-ErrorType", "InvalidSignatureException")
+        for name, make, status, body, headers in (
+            ("s3", lambda: request("GET", "/b/k", service="s3"), 403, self.of_s3,
+             [("Content-Type", "application/xml")]),
+            ("json", lambda: json_request("dynamodb", "ListTables"), 400, self.of_json,
+             [("Content-Type", JSON_1_0)]),
+            ("sqs", lambda: json_request("sqs", "ListQueues"), 403, self.of_json,
+             [("Content-Type", JSON_1_0),
+              ("x-amzn-query-error", "SignatureDoesNotMatch;Sender")]),
+            ("query", lambda: form_request("sns", "Action=ListTopics"), 403, self.of_query,
+             [("Content-Type", "text/xml")]),
+            ("rest-json", lambda: request("POST", INVOKE, service="lambda"), 403,
+             self.of_rest_json, [("Content-Type", "application/json"), error_type]),
+        ):  # fmt: skip
+            for pad in ("", "\n" + "x" * 70000):
+                for chunked in (False, True):
+                    for kept in (False, True):
+                        with self.subTest(name, long=bool(pad), chunked=chunked, kept=kept):
+                            how = {"chunked": chunked, "kept": kept}
+                            reply = self.ask(make(), status, headers, body(pad), **how)
+                            self.assertGreaterEqual(reply.status, 400)
+                            self.assert_clean(reply)
+
+    def test_authorization_that_the_upstream_repeats_is_not_shown(self):
+        for name, asked, headers, body in (
+            ("body", json_request("dynamodb", "ListTables"), [("Content-Type", JSON_1_0)],
+             json.dumps({"__type": "IncompleteSignatureException",
+                         "message": f"not a valid key=value pair: '{AUTHORIZATION}'"}).encode()),
+            ("xml", request("GET", "/b/k", service="s3"), [("Content-Type", "application/xml")],
+             f"<Error><Code>InvalidArgument</Code><Message>Unsupported</Message><ArgumentValue>"
+             f"{AUTHORIZATION}</ArgumentValue></Error>".encode()),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assert_clean(self.ask(asked, 400, headers, body))
+
+    def test_token_that_the_upstream_repeats_is_not_shown(self):
+        xml, kind = [("Content-Type", "application/xml")], [("Content-Type", JSON_1_0)]
+        of_s3 = (
+            "<Error><Code>{}</Code><Message>The provided token is malformed or otherwise"
+            f" invalid.</Message><Token-0>{TOKEN}</Token-0><RequestId>r</RequestId></Error>"
+        )
+        get = lambda: request("GET", "/b/k", service="s3")  # noqa: E731
+        table = lambda: json_request("dynamodb", "ListTables")  # noqa: E731
+        escaped_json = json.dumps({"message": f"bad token {TOKEN}"}).replace("/", "\\/")
+        for name, make, status, headers, body in (
+            ("InvalidToken", get, 400, xml, of_s3.format("InvalidToken").encode()),
+            ("ExpiredToken", get, 400, xml, of_s3.format("ExpiredToken").encode()),
+            ("another code", get, 403, xml, of_s3.format("AccessDenied").encode()),
+            ("JSON", table, 400, kind, json.dumps({"message": f"bad token {TOKEN}"}).encode()),
+            ("escaped in JSON", table, 400, kind, escaped_json.encode()),
+            ("a header", table, 400, [*kind, ("X-Echo", f"token {TOKEN}")], b"{}"),
+            ("500", table, 500, kind, json.dumps({"headers": {"token": TOKEN}}).encode()),
+            ("200", table, 200, kind, json.dumps({"headers": {"token": TOKEN}}).encode()),
+            ("a header of 200", table, 200, [*kind, ("X-Amz-Security-Token", TOKEN)], b"{}"),
+        ):
+            for chunked, kept in itertools.product((False, True), repeat=2):
+                if chunked and name == "200":
+                    continue  # it streams
+                with self.subTest(name, chunked=chunked, kept=kept):
+                    how = {"chunked": chunked, "kept": kept}
+                    reply = self.ask(make(), status, headers, body, **how)
+                    self.assert_clean(reply)
+
+    def test_other_errors_reach_the_caller_unchanged(self):
+        body = b"<Error><Code>NoSuchKey</Code><Message>The key does not exist.</Message></Error>"
+        kind = [("Content-Type", "application/xml")]
+        for chunked, kept in itertools.product((False, True), repeat=2):
+            with self.subTest(chunked=chunked, kept=kept):
+                asked = request("GET", "/b/k", service="s3")
+                reply = self.ask(asked, 404, kind, body, chunked=chunked, kept=kept)
+                self.assertEqual((reply.status, body_of(reply)), (404, body))
+
+
+# ---- 6. Browsers, --client, --admin ----
+
+
+class BrowserTest(MeaningCase):
+    """A web page must not call a proxy whose key is public or that checks no signature."""
+
+    CROSS = (
+        ("cross-site", (("Sec-Fetch-Site", "cross-site"),)),
+        ("same-site", (("Sec-Fetch-Site", "same-site"),)),
+        ("cross-site, upper case", (("sec-fetch-site", "Cross-Site"),)),
+        ("an image", (("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Mode", "no-cors"),
+                      ("Sec-Fetch-Dest", "image"))),
+        ("two values", (("Sec-Fetch-Site", "none"), ("Sec-Fetch-Site", "cross-site"))),
+        ("a foreign origin", (("Origin", "https://evil.example"),)),
+        ("a null origin", (("Origin", "null"),)),
+        ("an origin that begins as ours", (("Origin", "http://localhost:8081.evil.example"),)),
+        ("an origin that ends as ours", (("Origin", "http://evil-localhost:8081"),)),
+        ("two origins", (("Origin", f"http://{HOST}"), ("Origin", "https://evil.example"))),
+        ("none, but a foreign origin",
+         (("Sec-Fetch-Site", "none"), ("Origin", "https://evil.example"))),
+    )  # fmt: skip
+    OWN = (
+        ("no header", ()),
+        ("none", (("Sec-Fetch-Site", "none"),)),
+        ("same-origin", (("Sec-Fetch-Site", "same-origin"), ("Origin", f"http://{HOST}"))),
+        ("our origin", (("Origin", f"http://{HOST}"),)),
+    )
+    FOREIGN = (
+        "rebind.evil.example", "rebind.evil.example:8081", "localhost.evil.example",
+        "127.0.0.1.evil.example", "evil-localhost", "notlocalhost:8081", "192.168.1.7:8081",
+        "10.0.0.1", "[fd00::1]:8081", "amazonaws.com.evil.example",
+        "sqs.us-east-1.amazonaws.com.evil.example", "evilamazonaws.com", "8.8.8.8",
+        "proxy.internal.example",
+    )  # fmt: skip
+    LOCAL = (
+        "localhost", "localhost:8081", "LocalHost:8081", "sqs.localhost:8081", "127.0.0.1:8081",
+        "127.1.2.3:8081", "[::1]:8081", "sqs.us-east-1.amazonaws.com",
+        "sqs.us-east-1.amazonaws.com:443", "sqs.cn-north-1.amazonaws.com.cn",
+    )  # fmt: skip
+
+    def asks(self, headers=(), host=HOST, client=DEMO):
+        """Yield one call as its SDK, a form and a signed_link would make it."""
+        how = {"service": "sqs", "host": host, "client": client, "unsigned": headers}
+        yield "json", json_request("sqs", "ListQueues", **{k: v for k, v in how.items()
+                                                           if k != "service"})  # fmt: skip
+        yield "query", request("GET", "/?Action=ListQueues", **how)
+        target = presign("GET", "/?Action=ListQueues", (("Host", host),), client=client)
+        headers = (("Host", host), *headers)
+        yield "signed_link", Request("GET", target, headers, io.BytesIO(), "127.0.0.1")
+
+    def statuses(self, headers=(), host=HOST, client=DEMO, **settings):
+        settings.setdefault("clients", awsproxy.DEMO_CLIENTS)
+        for name, asked in self.asks(headers, host, client):
+            reply, call = self.answer(asked, **settings)
+            self.assertEqual(call is None, reply.status != 200)
+            yield name, reply.status
+
+    def test_page_of_another_site_is_refused(self):
+        for settings in ({}, {"verified": False}, {"verified": False, "clients": CLIENTS}):
+            for name, headers in self.CROSS:
+                for kind, status in self.statuses(headers, **settings):
+                    with self.subTest(name, kind=kind, settings=settings):
+                        self.assertEqual(status, 403)
+            for name, headers in self.OWN:
+                for kind, status in self.statuses(headers, **settings):
+                    with self.subTest(name, kind=kind, settings=settings):
+                        self.assertEqual(status, 200)
+
+    def test_foreign_host_is_refused(self):
+        """With DNS rebinding, the Host is the name of the page's own site."""
+        for settings in ({}, {"verified": False}):
+            for hosts, wanted in ((self.FOREIGN, 403), (self.LOCAL, 200)):
+                for host in hosts:
+                    for kind, status in self.statuses(host=host, **settings):
+                        with self.subTest(host, kind=kind, settings=settings):
+                            self.assertEqual(status, wanted)
+
+    def test_host_of_the_public_url_is_ours(self):
+        url = "https://proxy.internal.example:8443/aws"
+        for host, wanted in (
+            ("proxy.internal.example:8443", 200),
+            ("proxy.internal.example", 200),
+            ("localhost:8081", 200),
+            ("other.internal.example:8443", 403),
+            ("proxy.internal.example.evil.example", 403),
+        ):
+            for kind, status in self.statuses(host=host, public_url=url):
+                with self.subTest(host, kind=kind):
+                    self.assertEqual(status, wanted)
+
+    def test_real_clients_are_not_checked(self):
+        settings = {"clients": CLIENTS, "client": REAL}
+        for name, headers in self.CROSS:
+            for kind, status in self.statuses(headers, **settings):
+                with self.subTest(name, kind=kind):
+                    self.assertEqual(status, 200)
+        for host in self.FOREIGN:
+            for kind, status in self.statuses(host=host, **settings):
+                with self.subTest(host, kind=kind):
+                    self.assertEqual(status, 200)
+
+    def test_plain_form_of_another_site_is_refused_without_verify(self):
+        body = b"Action=CreateUser&Version=2010-05-08"
+        for name, headers, status in (
+            (
+                "a form",
+                (("Origin", "https://evil.example"), ("Sec-Fetch-Site", "cross-site")),
+                403,
+            ),
+            ("curl", (), 200),
+        ):
+            with self.subTest(name):
+                asked = Request(
+                    "POST", "/", (("Host", HOST), FORM, *headers), io.BytesIO(body), "127.0.0.1"
+                )
+                how = {"verified": False, "sign_as": ("iam", "us-east-1")}
+                reply, _ = self.answer(asked, clients=awsproxy.DEMO_CLIENTS, **how)
+                self.assertEqual(reply.status, status)
+
+    def test_refused_page_does_not_reach_a_hook(self):
+        for _, asked in self.asks((("Sec-Fetch-Site", "cross-site"),)):
+            self.answer(asked, clients=awsproxy.DEMO_CLIENTS)
+        self.assertEqual(self.hook.actions, [])
+
+    def test_own_paths_are_checked_always(self):
+        for clients in (CLIENTS, awsproxy.DEMO_CLIENTS):
+            proxy = self.proxy(clients=clients, status=awsproxy.Status(awsproxy.Metrics()))
+            rows = [(host, (), 403) for host in self.FOREIGN]
+            rows += [(host, (), 200) for host in self.LOCAL if "amazonaws" not in host]
+            rows += [(HOST, headers, 403) for _, headers in self.CROSS]
+            rows += [(HOST, headers, 200) for _, headers in self.OWN]
+            for host, headers, status in rows:
+                for path in ("/_awsproxy/health", "/_awsproxy/metrics"):
+                    with self.subTest(path, host=host, headers=headers):
+                        asked = Request(
+                            "GET", path, (("Host", host), *headers), io.BytesIO(), "127.0.0.1"
+                        )
+                        self.assertEqual(proxy.handle(asked).status, status)
+
+    def test_admin_takes_any_address_and_no_foreign_name(self):
+        """Kubernetes probes send the address of the pod; DNS rebinding needs a name."""
+        program = Program(self.addCleanup, "--admin", "127.0.0.1:0")
+        self.assertTrue(program.address)
+        (line,) = [line for line in program.warnings if line.startswith("admin on ")]
+        port = int(line.rpartition(":")[2])
+        rows = [
+            (host, (), 200)
+            for host in ("10.1.2.3", "10.1.2.3:9000", "192.168.1.7:8081", "[fd00::1]:9000",
+                         "127.0.0.1:9000", "[::1]", "localhost:9000", "x.localhost")
+        ]  # fmt: skip
+        names = ("evil.example", "rebind.evil.example:80", "10.1.2.3.evil.example", "a.b",
+                 "localhost.evil.example", "1.2.3.4.nip.io")  # fmt: skip
+        rows += [(host, (), 403) for host in names]
+        rows += [("127.0.0.1", headers, 403) for _, headers in self.CROSS]
+        for host, headers, status in rows:
+            with self.subTest(host, headers=headers):
+                wire = socket.create_connection(("127.0.0.1", port), 5)
+                with contextlib.closing(wire):
+                    given = (("Host", host), *headers, ("Connection", "close"))
+                    wire.sendall(raw_request("GET", "/_awsproxy/health", given))
+                    with contextlib.closing(wire.makefile("rb")) as stream:
+                        self.assertEqual(int(stream.readline().split()[1]), status)
+
+
+class ClientFlagTest(unittest.TestCase):
+    """`--client KEY:SECRET`, and what the public demo key is not good for."""
+
+    LOCAL = Client("local", "AKIDLOCAL", "local:secret/+")
+    SECOND = Client("second", "AKIDSECOND", "secondsecret")
+
+    def setUp(self):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        keys = {"AWS_ACCESS_KEY_ID": "AKIDUPSTREAM", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        self.environ = {**kept, **keys, **NO_METADATA, "HOME": folder(self)}
+
+    def refused(self, *flags):
+        """Check that the program does not start; return its one line."""
+        ended = None
+        program = Program(self.addCleanup, *flags, env=self.environ)
+        lines = []
+        for line in iter(program.line, None):
+            lines.append(line)
+            if line.startswith("listening on"):
+                break
+        else:
+            ended = program.process.wait(10)
+        self.assertEqual((ended, len(lines)), (2, 1), lines)
+        return lines[0]
+
+    def test_demo_client_is_not_forwarded_to_aws(self):
+        demo = section("demo", "dummykey", "dummysecret")
+        path = write(os.path.join(folder(self), "clients"), demo)
+        for flags in (
+            ["--upstream", "aws"],
+            ["--route", "s3:*=aws"],
+            ["--route", "sqs:*=embedded", "--route", "sts:GetCallerIdentity=aws"],
+            ["--upstream", "aws", "--client", "dummykey:dummysecret"],
+            ["--upstream", "aws", "--client", "AKIDLOCAL:x", "--client", "dummykey:dummysecret"],
+            ["--upstream", "aws", "--clients", path],
+        ):
+            with self.subTest(flags):
+                line = self.refused(*flags)
+                self.assertRegex(line, r"--clients\b")
+                self.assertRegex(line, r"--client\b(?!s)")
+
+    def test_demo_client_may_be_forwarded_elsewhere(self):
+        program = Program(self.addCleanup, "--upstream", "http://127.0.0.1:9", env=self.environ)
+        self.assertTrue(program.address)
+
+    def test_client_of_the_command_line_may_call(self):
+        program = Program(
+            self.addCleanup,
+            *("--client", f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"),
+            *("--client", f"{self.SECOND.access_key_id}:{self.SECOND.secret_access_key}"),
+        )
+        for client in (self.LOCAL, self.SECOND):
+            for protocol in ("json", "query"):
+                with self.subTest(client.name, protocol=protocol):
+                    caller = program.caller(protocol, client=client)
+                    self.assertEqual(refused_code(caller), "")
+        wrong = self.LOCAL._replace(secret_access_key="local")
+        self.assertEqual(refused_code(program.caller(client=wrong)), "SignatureDoesNotMatch")
+        self.assertEqual(refused_code(program.caller()), "InvalidClientTokenId")
+
+    def test_client_of_the_command_line_is_enough_for_aws(self):
+        program = Program(
+            self.addCleanup, "--upstream", "aws", "--client", "AKIDLOCAL:x", env=self.environ
+        )
+        self.assertTrue(program.address)
+
+    def test_client_of_the_command_line_is_enough_off_loopback(self):
+        """The port is one of the system's choice; nothing but this test calls it."""
+        flags = ("--host", "0.0.0.0")
+        self.assertRegex(self.refused(*flags), "--client")
+        demo = self.refused(*flags, "--client", "dummykey:dummysecret")
+        self.assertRegex(demo, "--client")
+        client = self.LOCAL._replace(secret_access_key=os.urandom(16).hex())
+        value = f"{client.access_key_id}:{client.secret_access_key}"
+        program = Program(self.addCleanup, *flags, "--client", value)
+        self.assertTrue(program.address)
+        self.assertEqual(refused_code(program.caller(client=client)), "")
+
+    def test_malformed_client_is_refused_without_its_secret(self):
+        for value in (
+            "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
+            "AKID/LOCAL:verysecret",
+        ):  # fmt: skip
+            with self.subTest(value):
+                line = self.refused("--client", value)
+                self.assertIn("--client", line)
+                self.assertNotIn("verysecret", line)
+
+    def test_help_names_the_flag(self):
+        text = subprocess.run(
+            [sys.executable, awsproxy.__file__, "--help"],
+            capture_output=True, text=True, timeout=10, env={**self.environ, "COLUMNS": "100"},
+        ).stdout  # fmt: skip
+        self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
+
+
+# ---- 7. Accounts ----
+
+
+OTHER = "111122223333"
+
+
+class AccountTest(Spoken):
+    """What crosses accounts or regions is refused as if it did not exist."""
+
+    def start(self):
+        other = REAL._replace(account_id=OTHER)
+        super().start(client=other)
+        self.other, self.mine = self.sqs, self.another()
+        self.elsewhere = self.another(region="eu-west-1")
+
+    def refusal(self, caller, operation, /, **given):
+        """Return status, code and message of a refusal, the account and region left out."""
+        with self.assertRaises(Refused) as caught:
+            caller(operation, **given)
+        error = caught.exception
+        message = re.sub(f"{OTHER}|000000000000", "ACCOUNT", error.message)
+        message = message.replace("eu-west-1", "us-east-1")
+        return error.status, error.code, message.replace("none", "dead")
+
+    def policy(self, name, **where):
+        target = {"deadLetterTargetArn": arn(name, **where), "maxReceiveCount": 1}
+        return {"RedrivePolicy": json.dumps(target)}
+
+    def test_dead_letter_queue_of_another_account_does_not_exist(self):
+        self.other.queue("dead")
+        self.elsewhere.queue("dead")
+        url = self.mine.queue("jobs")
+        for where in ({"account": OTHER}, {"region": "eu-west-1"}):
+            dead, none = self.policy("dead", **where), self.policy("none", **where)
+            for operation, given in (
+                ("CreateQueue", {"QueueName": "more"}),
+                ("SetQueueAttributes", {"QueueUrl": url}),
+            ):
+                with self.subTest(operation, **where):
+                    exists = self.refusal(self.mine, operation, Attributes=dead, **given)
+                    missing = self.refusal(self.mine, operation, Attributes=none, **given)
+                    self.assertEqual(exists, missing)
+                    own = self.refusal(
+                        self.mine, operation, Attributes=self.policy("none"), **given
+                    )
+                    self.assertEqual(exists, own)
+        names = ["RedrivePolicy"]
+        shown = self.mine("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
+        self.assertEqual(shown.get("Attributes", {}), {})
+
+    def test_messages_do_not_cross_accounts(self):
+        dead = self.other.queue("dead")
+        url = self.mine.queue("jobs")
+        with contextlib.suppress(Refused):
+            policy = self.policy("dead", account=OTHER)
+            self.mine("SetQueueAttributes", QueueUrl=url, Attributes=policy)
+        self.mine("SendMessage", QueueUrl=url, MessageBody="mine")
+        for _ in range(3):
+            self.mine.bodies(url, VisibilityTimeout=0)
+        self.assertEqual(self.other.bodies(dead), [])
+        self.assertEqual(self.mine.bodies(url), ["mine"])
+
+    def test_sources_of_another_account_are_not_listed(self):
+        dead = self.other.queue("dead")
+        own = self.other.queue("jobs", **self.policy("dead", account=OTHER))
+        with contextlib.suppress(Refused):
+            self.mine.queue("secret", **self.policy("dead", account=OTHER))
+        listed = self.other("ListDeadLetterSourceQueues", QueueUrl=dead)
+        self.assertEqual(listed.get("queueUrls"), [own])
+
+    def moving(self, caller, account):
+        """Have messages moved back in an account, one a second; return source and handle."""
+        dead = caller.queue("dead")
+        url = caller.queue("jobs", **self.policy("dead", account=account))
+        for number in range(5):
+            caller("SendMessage", QueueUrl=url, MessageBody=str(number))
+        for _ in range(2):
+            caller.bodies(url, VisibilityTimeout=0)
+        source = arn("dead", account=account)
+        started = caller("StartMessageMoveTask", SourceArn=source, MaxNumberOfMessagesPerSecond=1)
+        return dead, source, started["TaskHandle"]
+
+    def test_move_task_does_not_cross_accounts(self):
+        _, source, handle = self.moving(self.other, OTHER)
+        missing = arn("none", account=OTHER)
+        for operation, given, other in (
+            ("StartMessageMoveTask", {"SourceArn": source}, {"SourceArn": missing}),
+            ("ListMessageMoveTasks", {"SourceArn": source}, {"SourceArn": missing}),
+            ("CancelMessageMoveTask", {"TaskHandle": handle}, None),
+        ):
+            with self.subTest(operation):
+                refused = self.refusal(self.mine, operation, **given)
+                self.assertEqual(refused[:2], (404, "ResourceNotFoundException"))
+                if other:
+                    self.assertEqual(refused, self.refusal(self.mine, operation, **other))
+        (task,) = self.other("ListMessageMoveTasks", SourceArn=source)["Results"]
+        self.assertEqual(task["Status"], "RUNNING")
+        self.other("CancelMessageMoveTask", TaskHandle=handle)
+
+    def test_move_task_has_no_destination_in_another_account(self):
+        self.mine.queue("dead")
+        self.mine.queue("jobs", **self.policy("dead"))
+        self.other.queue("dead")
+        self.elsewhere.queue("dead")
+        for where in ({"account": OTHER}, {"region": "eu-west-1"}):
+            with self.subTest(**where):
+                given = {"SourceArn": arn("dead"), "DestinationArn": arn("dead", **where)}
+                exists = self.refusal(self.mine, "StartMessageMoveTask", **given)
+                given["DestinationArn"] = arn("none", **where)
+                missing = self.refusal(self.mine, "StartMessageMoveTask", **given)
+                self.assertEqual(exists, missing)
+                self.assertEqual(exists[:2], (404, "ResourceNotFoundException"))
+
+
+# ---- How refusals look ----
+
+
+class RefusalFormTest(MeaningCase):
+    """A refusal is in the protocol of the service, whatever it is for."""
+
+    CALLS = (
+        ("s3", "s3", "GET", "/b/k", (), b""),
+        ("s3express", "s3", "GET", "/b/k", (), b""),
+        ("route53", "wrapped", "GET", "/2013-04-01/hostedzone", (), b""),
+        ("route53", "wrapped", "POST", "/2013-04-01/hostedzone", (), b"<a/>"),
+        ("cloudfront", "wrapped", "GET", "/2020-05-31/distribution", (), b""),
+        ("lambda", "rest-json", "POST", INVOKE, (), b"{}"),
+        ("apigateway", "rest-json", "GET", "/restapis", (), b""),
+        ("sns", "wrapped", "POST", "/", (FORM,), b"Action=ListTopics"),
+        ("sns", "wrapped", "GET", "/?Action=ListTopics", (), b""),
+        ("iam", "wrapped", "POST", "/", (FORM,), b"Action=ListUsers"),
+        ("ses", "wrapped", "POST", "/", (FORM,), b"Action=SendEmail"),
+        ("ses", "rest-json", "POST", "/v2/email/outbound-emails", (), b"{}"),
+        ("ec2", "ec2", "POST", "/", (FORM,), b"Action=RunInstances"),
+        ("dynamodb", "json", "POST", "/", (("X-Amz-Target", "DynamoDB_20120810.ListTables"),
+                                           ("Content-Type", JSON_1_0)), b"{}"),
+        ("monitoring", "cbor", "POST",
+         "/service/GraniteServiceVersion20100801/operation/ListMetrics", CBOR, b"\xa0"),
+    )  # fmt: skip
+
+    def test_refusal_has_the_form_of_the_service(self):
+        nobody = REAL._replace(access_key_id="AKIDNOBODY")
+        wrong = REAL._replace(secret_access_key="wrong")
+        for service, form, method, target, headers, body in self.CALLS:
+            for name, how, pattern in (
+                ("an unknown key", {"client": nobody}, "*"),
+                ("a wrong secret", {"client": wrong}, "*"),
+                ("an old date", {"at": EXAMPLE_TIME - 86400}, "*"),
+                ("a denial", {}, "!*"),
+                ("no route", {}, "kms:*"),
+            ):
+                with self.subTest(name, service=service, method=method):
+                    asked = request(method, target, headers, body, service=service, **how)
+                    reply, call = self.answer(asked, pattern)
+                    self.assertIn(reply.status, (400, 401, 403))
+                    self.assertIsNone(call)
+                    got, code = form_of(reply)
+                    self.assertEqual(got, form, reply)
+                    self.assertTrue(code)
+
+    def test_refusal_is_not_in_the_namespace_of_another_service(self):
+        wrong = REAL._replace(secret_access_key="wrong")
+        for service in ("sns", "iam", "sts", "rds", "ec2", "cloudformation"):
+            for name, client, pattern in (("denied", REAL, "!*"), ("wrong", wrong, "*")):
+                with self.subTest(service, name=name):
+                    asked = form_request(service, "Action=ListThings", client=client)
+                    reply, _ = self.answer(asked, pattern)
+                    self.assertNotIn(b"queue.amazonaws.com", reply.body)
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_botocore_reads_code_and_message(self):
+        from botocore.parsers import create_parser
+
+        for service, protocol, method, target in (
+            ("route53", "rest-xml", "GET", "/2013-04-01/hostedzone"),
+            ("cloudfront", "rest-xml", "GET", "/2020-05-31/distribution"),
+            ("s3", "rest-xml", "GET", "/b/k"),
+            ("sns", "query", "GET", "/?Action=ListTopics"),
+            ("ec2", "ec2", "GET", "/?Action=RunInstances"),
+            ("lambda", "rest-json", "GET", "/2015-03-31/functions"),
+        ):
+            with self.subTest(service):
+                reply, _ = self.answer(request(method, target, service=service), "!*")
+                document = {
+                    "status_code": reply.status,
+                    "headers": {name.lower(): value for name, value in reply.headers},
+                    "body": reply.body,
+                }
+                parsed = create_parser(protocol).parse(document, None)
+                self.assertRegex(parsed["Error"]["Code"], "AccessDenied")
+                self.assertRegex(parsed["Error"]["Message"], "(?i)proxy")
+
+    def test_sqs_target_in_the_scope_of_s3_is_refused_as_s3(self):
+        kind = (("Content-Type", JSON_1_0), ("X-Amz-Target", "AmazonSQS.ListQueues"))
+        wrong = REAL._replace(secret_access_key="wrong")
+        for client in (REAL, wrong):
+            asked = request("POST", "/", kind, b"{}", service="s3", client=client)
+            reply, call = self.answer(asked)
+            self.assertIn(reply.status, (400, 403))
+            self.assertIsNone(call)
+            self.assertEqual(form_of(reply)[0], "s3")
+
+    def test_authorization_is_never_repeated(self):
+        """Neither as a signed header, which it cannot be, nor from another request."""
+        for service, method, target, headers, body in (
+            ("sqs", "GET", "/?Action=ListQueues", (), b""),
+            ("dynamodb", "POST", "/", (("X-Amz-Target", "DynamoDB_20120810.ListTables"),), b"{}"),
+            ("s3", "GET", "/b/k", (), b""),
+            ("lambda", "POST", INVOKE, (), b"{}"),
+        ):
+            made = request(method, target, headers, body, service=service)
+            names = sorted(name.lower() for name, _ in made.headers if name != "Content-Length")
+            value = made.header("authorization")
+            value = re.sub("SignedHeaders=[^,]*", f"SignedHeaders={';'.join(names)}", value)
+            given = tuple((n, value if n == "Authorization" else v) for n, v in made.headers)
+            with self.subTest(service):
+                reply, call = self.answer(Request(method, target, given, made.body))
+                self.assertIn(reply.status, (400, 403))
+                self.assertIsNone(call)
+                text = body_of(reply).decode()
+                self.assertNotIn("AWS4-HMAC-SHA256 Credential=", text)
+                self.assertNotIn("authorization:AWS4", text)
+                hexadecimal = b"AWS4-HMAC-SHA256 Credential=".hex(" ")
+                self.assertNotIn(hexadecimal, text)
+
+
+# ---- Against the models of botocore ----
+
+
+class ServiceModel:
+    """What botocore's data say of one service."""
+
+    LABELS = ("x", "arn%3Aaws%3Ax%3Aus-east-1%3A111122223333%3Ax%2Fy")
+
+    def __init__(self, model):
+        meta = model["metadata"]
+        self.shapes, self.operations, self.meta = model["shapes"], model["operations"], meta
+        self.signing = meta.get("signingName") or meta["endpointPrefix"]
+        self.protocols = meta.get("protocols") or [meta["protocol"]]
+
+    def members(self, operation):
+        shape = self.operations[operation].get("input")
+        shape = self.shapes[shape["shape"]] if shape else {}
+        return shape.get("members", {}), shape.get("required", ())
+
+    def returns_keys(self, operation):
+        """Return whether the output has both a secret key and a session token."""
+        output, seen, names = self.operations[operation].get("output"), set(), set()
+        todo = [output["shape"]] if output else []
+        for _ in range(10000):
+            if not todo:
+                break
+            name = todo.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            shape = self.shapes[name]
+            for member, each in shape.get("members", {}).items():
+                names.add(member.lower())
+                todo.append(each["shape"])
+            todo += [shape[kind]["shape"] for kind in ("member", "value") if kind in shape]
+        keys = {"secretaccesskey", "secretkey"} & names
+        return bool(keys and "sessiontoken" in names)
+
+    def requests(self, operation):
+        """Yield the requests of a client in each protocol of the service."""
+        for protocol in self.protocols:
+            yield from getattr(self, "of_" + protocol.replace("-", "_"))(operation)
+
+    def of_smithy_rpc_v2_cbor(self, operation):
+        target = f"/service/{self.meta['targetPrefix']}/operation/{operation}"
+        yield request("POST", target, CBOR, b"\xa0", service=self.signing)
+
+    def of_json(self, operation):
+        prefix, version = self.meta["targetPrefix"], self.meta.get("jsonVersion", "1.0")
+        headers = (
+            ("X-Amz-Target", f"{prefix}.{operation}"),
+            ("Content-Type", f"application/x-amz-json-{version}"),
+        )
+        yield request("POST", "/", headers, b"{}", service=self.signing)
+
+    def of_query(self, operation):
+        target = self.operations[operation]["http"].get("requestUri", "/")
+        version = self.meta["apiVersion"]
+        body = f"Action={operation}&Version={version}".encode()
+        yield request("POST", target, (FORM,), body, service=self.signing)
+
+    of_ec2 = of_query
+
+    def of_rest_xml(self, operation):
+        return self.of_rest(operation, "application/xml", b"")
+
+    def of_rest_json(self, operation):
+        return self.of_rest(operation, "application/json", b"{}")
+
+    def of_rest(self, operation, kind, body):
+        http = self.operations[operation]["http"]
+        members, required = self.members(operation)
+        path, _, query = http["requestUri"].partition("?")
+        given = [query] if query else []
+        for name, member in members.items():
+            wanted = name in required or self.signing != "s3"
+            if member.get("location") == "querystring" and wanted:
+                given.append(f"{member.get('locationName', name)}=x")
+        mark = "?" if given else ""
+        method = http["method"]
+        headers, body = (((("Content-Type", kind),), body) if method in ("POST", "PUT", "PATCH")
+                         else ((), b""))  # fmt: skip
+        labels = self.LABELS if "{" in path and self.signing != "s3" else self.LABELS[:1]
+        for label in labels:
+            filled = re.sub(r"\{[^}]*\+\}", "x/y", path)
+            filled = re.sub(r"\{[^}]*\}", label, filled)
+            target = filled + mark + "&".join(given)
+            yield request(method, target, headers, body, service=self.signing)
+
+
+def models():
+    """Yield the newest model of each service."""
+    from botocore.loaders import Loader
+
+    loader = Loader()
+    for name in loader.list_available_services("service-2"):
+        yield ServiceModel(loader.load_service_model(name, "service-2"))
+
+
+@unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+class BotocoreModelTest(MeaningCase):
+    """No well-formed call of any operation is refused, and each has its name."""
+
+    SECONDS = 10  # of requests; then one operation of seven is tried, the same ones each time
+
+    def test_well_formed_call_of_each_operation_is_understood(self):
+        proxy = self.proxy()
+        began, count, wrong, index = time.monotonic(), 0, [], 0
+        for model in models():
+            for operation in model.operations:
+                index += 1
+                if time.monotonic() - began > self.SECONDS and index % 7:
+                    continue
+                for asked in model.requests(operation):
+                    count += 1
+                    self.target.calls.clear()
+                    reply = proxy.handle(asked)
+                    fault = self.fault(model, operation, asked, reply)
+                    if fault:
+                        line = f"{model.signing} {operation}: {asked.method} {asked.target}"
+                        wrong.append(f"{line}: {fault}")
+        self.assertGreater(count, 3000)
+        self.assertEqual(wrong[:20], [], f"{len(wrong)} of {count}")
+
+    def fault(self, model, operation, asked, reply):
+        """Return what is wrong with the reply to a well-formed call, "" if nothing is."""
+        if reply.status == 403 and model.returns_keys(operation):
+            return ""  # it needs an exact route
+        if reply.status != 200 or not self.target.calls:
+            return f"{reply.status} {reply.body[:200]!r}"
+        (call,) = self.target.calls
+        if call.service != model.signing:
+            return f"service {call.service}"
+        if "x-amz-target" in asked.fields or "smithy-protocol" in asked.fields:
+            return "" if call.operation == operation else call.operation
+        if FORM in asked.headers:
+            return "" if call.operation == operation else call.operation
+        if model.signing.startswith("s3"):
+            return ""
+        start = f"{model.signing}:{asked.method}/"
+        return "" if call.action.startswith(start) else call.action
+
+
 # ==== 7. Hooks ====
 
 
@@ -12399,6 +14683,9 @@ class Echo(Proxy):
         super().__init__(awsproxy.DEMO_CLIENTS, max_body=5000000)
         self.requests = []
         self.headers = ()
+
+    def judge(self, request):
+        return None
 
     def begin(self, requests):
         return list(map(self.handle, requests))
@@ -14200,6 +16487,1889 @@ class HoldingOutTest(unittest.TestCase):
                 self.assertLess(it.began, back)
         for begun in (0, back):
             self.assertIn(200, {it.answer.status for it in sent if it.began > begun})
+
+
+# ==== What one sender can break ====
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LONG_NAME = 60000  # bytes: nearly a whole head
+MAX_LINE = 4096  # bytes of a log line
+logging.getLogger("awsproxy").addHandler(logging.NullHandler())  # no warnings in the output
+LINUX = sys.platform.startswith("linux")
+UPSTREAM_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "upstreamkey",
+    "AWS_SECRET_ACCESS_KEY": "upstreamsecret",
+}
+
+
+def run_apart(test, code, seconds=5):
+    """Run code in a process of its own; return the JSON that it prints.
+
+    The test fails if the process takes longer, or more than 1 GiB of memory.
+    """
+    prelude = f"""\
+        import json, resource, sys, time
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        resource.setrlimit(resource.RLIMIT_CPU, ({seconds + 5}, {seconds + 5}))
+        sys.path.insert(0, {HERE!r})
+        import awsproxy
+        """
+    text = textwrap.dedent(prelude) + textwrap.dedent(code)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        test.fail(f"it took longer than {seconds} s")
+    test.assertEqual(ended.returncode, 0, ended.stderr[-2000:])
+    return json.loads(ended.stdout)
+
+
+def cpu_of(act):
+    """Return the CPU seconds that a call takes in this thread."""
+    begin = time.thread_time()
+    act()
+    return time.thread_time() - begin
+
+
+def memory_of(pid, name="VmRSS"):
+    """Return a size from /proc/PID/status, in bytes."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as lines:
+        (line,) = [line for line in lines if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
+
+
+def comes_true(condition, seconds=3.0):
+    """Return whether a condition comes true in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def metric(address, name):
+    """Return the value of a metric without labels."""
+    text = own_path(address, "/_awsproxy/metrics")[1].decode()
+    (value,) = re.findall(rf"(?m)^{name} (\S+)$", text) or [None]
+    return None if value is None else float(value)
+
+
+def named_by(service, key="dummykey", region="us-east-1"):
+    """Return an Authorization header with a wrong signature."""
+    return (
+        "Authorization",
+        f"AWS4-HMAC-SHA256 Credential={key}/20150830/{region}/{service}/aws4_request,"
+        f" SignedHeaders=host;x-amz-date, Signature={'0' * 64}",
+    )
+
+
+class Unverified:
+    """Sends JSON calls of Amazon SQS to a Proxy that checks no signature: 20,000 a second."""
+
+    def __init__(self, hooks=(), **settings):
+        self.clock = Clock()
+        self.sqs = awsproxy.Sqs(self.clock, wait=self.clock.wait, **settings)
+        self.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, verified=False, clock=self.clock, sqs=self.sqs, hooks=hooks
+        )
+
+    def __call__(self, operation, /, **given):
+        headers = (
+            ("Host", HOST),
+            ("X-Amz-Target", f"AmazonSQS.{operation}"),
+            ("Content-Type", "application/x-amz-json-1.0"),
+        )
+        body = io.BytesIO(json.dumps(given).encode())
+        reply = self.proxy.handle(Request("POST", "/", headers, body))
+        assert reply.status == 200, reply
+        return json.loads(reply.body or b"{}")
+
+
+class ProgramTest(unittest.TestCase):
+    """What the tests of whole processes share."""
+
+    def start(self, *flags, hook="", **how):
+        if hook:
+            hook = write(os.path.join(folder(self), "hook.py"), textwrap.dedent(hook))
+            flags = (*flags, "--hook", hook)
+        self.hook = hook
+        return Program(self.addCleanup, *flags, **how)
+
+    def connect(self, program, seconds=2.0):
+        connection = socket.create_connection(program.address, seconds)
+        self.addCleanup(connection.close)
+        return connection
+
+    def status_of(self, program, data, seconds=2.0):
+        """Send bytes on a connection of their own; return the status of the answer."""
+        with self.connect(program, seconds) as connection:
+            connection.sendall(data)
+            try:
+                line = connection.recv(15)
+            except socket.timeout:
+                self.fail(f"no answer within {seconds} s")
+        self.assertTrue(line.startswith(b"HTTP/1.1 "), line)
+        return int(line[9:12])
+
+    def assert_alive(self, program):
+        self.assertIsNone(program.process.poll(), "the process has ended")
+        self.assertEqual(own_path(program.address, "/_awsproxy/health")[0], 200)
+
+
+# ==== 1. Host names ====
+
+
+class HostNameTest(ProgramTest):
+    def test_hosts_of_many_labels_are_answered_at_once(self):
+        program = self.start()
+        claimed = "X-Amz-Credential=a/20150830/us-east-1/s3/aws4_request"
+        for host in (
+            "a.s3" + "-a" * 40 + "!",
+            "a.s3" + ".a" * 40 + "!",
+            "a.s3" + "-a.b" * 5000 + "!",
+            "a.s3" + ".amazonaws.com" * 3000 + "!",
+            "a" + ".s3" * 15000 + "!",
+            "a.s3." + "-" * 50000 + "!",
+            "." * 50000 + "amazonaws.com",
+            "a." * 25000 + "api.aws!",
+            "a:" + "1" * 5000,
+        ):
+            head = f"GET /b/k?{claimed} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+            status = self.status_of(program, head.encode())
+            self.assertIn(status, range(400, 500), host[:40])
+            request = raw_request("GET", "/k", (("Host", host), named_by("s3")))
+            self.assertIn(self.status_of(program, request), range(400, 500), host[:40])
+        self.assertEqual(program.end()[0], 0)
+
+    def test_hosts_of_many_labels_name_no_bucket_slowly(self):
+        took = run_apart(
+            self,
+            """
+            took = []
+            for unit in ("-a", ".a", ".-", "-a.b", ".s3", ".localhost", ".amazonaws.com", "a."):
+                for end in ("!", "", ".localhost", ".amazonaws.com", ":1x"):
+                    host = "a.s3" + unit * (50000 // len(unit)) + end
+                    begin = time.process_time()
+                    awsproxy.bucket_of_host(host)
+                    awsproxy.service_of_host(host)
+                    took.append(time.process_time() - begin)
+            print(json.dumps(max(took)))
+            """,
+        )
+        self.assertLess(took, 0.5)
+
+
+# ==== 2. A long answer on a kept connection ====
+
+
+class Torrent:
+    """A socket on which an upstream sends faster than anybody can read.
+
+    The head and the last byte of the answer come from the upstream, all else at once.
+    """
+
+    def __init__(self, connection, head, size):
+        self._connection = connection
+        self._head = head
+        self._left = size - 1
+        self.given = 0
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def recv(self, size, *flags):
+        if flags and flags[0]:
+            return self._connection.recv(size, *flags)
+        data = b""
+        if self._head:
+            data = self._connection.recv(min(size, self._head))
+            self._head -= len(data)
+        if not self._head and self._left:
+            count = min(self._left, size - len(data))
+            self._left -= count
+            data += b"x" * count
+        self.given += len(data)
+        return data or self._connection.recv(size)
+
+    def recv_into(self, buffer, size=0, *flags):
+        data = self.recv(size or len(buffer), *flags)
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+
+class TorrentPool(awsproxy.Pool):
+    """A pool whose next kept connection is a Torrent, if `head` and `size` are set."""
+
+    head = size = 0
+    torrent = None
+
+    def idle(self, endpoint):
+        connection = super().idle(endpoint)
+        if connection and self.size:
+            self.torrent = Torrent(connection.socket, self.head, self.size)
+            connection.socket = self.torrent
+            self.size = 0
+        return connection
+
+
+class LongAnswerTest(Through):
+    SIZE = 20 * MEBIBYTE
+    service = "s3"
+
+    def setUp(self):
+        with mock.patch.object(awsproxy, "Pool", TorrentPool):
+            super().setUp()
+
+    def ask(self, client, line, size=SIZE):
+        """Have a call answered at length, with a line in the head, on a kept connection."""
+        self.assertEqual(self.s3("GET", "/b/first").body, b"ok")
+        head = answer(b"200 OK", line)
+        self.pool.torrent, self.pool.head, self.pool.size = None, len(head), size
+        self.upstream.answers = [then_close(head + b"x")]
+        given = (("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"),)
+        made = sign("GET", "/b/long", given, service="s3", payload_hash="UNSIGNED-PAYLOAD")
+        client.settimeout(5)
+        client.connect(self.running.address)
+        client.sendall(raw_request("GET", "/b/long", made))
+        self.assertTrue(comes_true(lambda: self.pool.torrent and self.pool.torrent.given))
+
+    def read(self, client, size=SIZE):
+        got = 0
+        while got < size:
+            data = client.recv(262144)
+            self.assertTrue(data, f"it broke off after {got} bytes")
+            got += len(data)
+
+    def test_long_answers_on_a_kept_connection_stream(self):
+        """The proxy takes no more than its caller reads, and answers others meanwhile."""
+        for line in (b"Content-Length: %d" % self.SIZE, b"Connection: close"):
+            with self.subTest(line), socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                self.ask(client, line)
+                torrent = self.pool.torrent
+                begin = time.monotonic()
+                self.assertEqual(self.s3("GET", "/b/other").body, b"ok")
+                self.assertLess(time.monotonic() - begin, 1)
+                time.sleep(0.1)
+                self.assertLess(torrent.given, 0.7 * self.SIZE, "the proxy has taken it all in")
+                self.read(client)
+
+    def test_long_answers_on_a_kept_connection_cost_little(self):
+        """The buffer must not be copied for each part that comes or is read of it."""
+        size = 2 * self.SIZE
+        with socket.socket() as client:
+            begin = time.process_time()
+            self.ask(client, b"Content-Length: %d" % size, size)
+            self.read(client, size)
+            self.assertLess(time.process_time() - begin, 1)
+
+
+# ==== 3. Numbers ====
+
+
+class NumberTest(unittest.TestCase):
+    def test_long_numbers_are_judged_quickly(self):
+        took = run_apart(
+            self,
+            """
+            from test_awsproxy import Caller, Refused
+            caller = Caller("json")
+            url = caller.queue()
+            took = []
+            for text in ("1" * 20000 + "x", "1" * 20000 + ".x", "." + "1" * 20000 + "x",
+                         "+" + "1" * 200000 + "e", "0" * 200000 + "e1x", "1" * 200000):
+                number = {"DataType": "Number", "StringValue": text}
+                begin = time.process_time()
+                try:
+                    caller("SendMessage", QueueUrl=url, MessageBody="a",
+                           MessageAttributes={"a": number})
+                except Refused:
+                    pass
+                took.append(time.process_time() - begin)
+            print(json.dumps(max(took)))
+            """,
+        )
+        self.assertLess(took, 0.2)
+
+    def test_good_numbers_are_taken(self):
+        caller = Caller("json")
+        url = caller.queue()
+        for text in ("1", "-1.5", "+.5", "1.", "1e5", "1.5E-100", "0" * 30):
+            number = {"DataType": "Number", "StringValue": text}
+            with self.subTest(text):
+                caller(
+                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
+                )
+        for text in ("x", "1x", ".", "", "e5", "1e", "1e5000", "--1", "1.5.5", "1 ", "\u0661"):
+            number = {"DataType": "Number", "StringValue": text}
+            with self.subTest(text), self.assertRaises(Refused):
+                caller(
+                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
+                )
+
+
+# ==== 4. Names that callers make up ====
+
+
+class MadeUpNameTest(unittest.TestCase):
+    def calls(self):
+        """Yield requests, each well signed and each with another long name."""
+        form = ("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+        for number in range(8):
+            body = b"Version=2012-11-05&Action=A%d" % number + b"a" * 4 * MEBIBYTE
+            for service in ("sqs", "sns"):
+                yield signed("POST", "/", (form,), body, service=service)
+        for number in range(40):
+            name = f"A{number}" + "a" * LONG_NAME
+            for service, prefix in (("sqs", "AmazonSQS"), ("dynamodb", "DynamoDB_20120810")):
+                kind = (("X-Amz-Target", f"{prefix}.{name}"), OF_JSON[1])
+                yield signed("POST", "/", kind, b"{}", service=service)
+            yield signed("GET", f"/?Version=2012-11-05&Action={name}")
+            yield signed("POST", f"/2015-03-31/functions/{name}/invocations", service="lambda")
+            declared = (("X-Amz-Content-Sha256", EMPTY),)
+            yield signed("GET", f"/b/{name}", declared, service="s3", payload_hash=EMPTY)
+            yield signed("GET", f"/?{name}", declared, service="s3", payload_hash=EMPTY)
+            smithy = (("Smithy-Protocol", "rpc-v2-cbor"),)
+            target = f"/service/S/operation/{name}"
+            yield signed("POST", target, smithy, b"\xa0", service="cloudwatch")
+            yield signed(name, "/", service="lambda")
+
+    def test_made_up_names_do_not_fill_the_memory(self):
+        metrics = awsproxy.Metrics()
+        path = os.path.join(folder(self), "log")
+        log = awsproxy.AccessLog(awsproxy.open_log(path), False)
+        self.addCleanup(lambda: log._stream.close())
+        routes = [awsproxy.Route("a*:b", awsproxy.Deny()), awsproxy.Route("*", awsproxy.Deny())]
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes, hooks=[metrics, log]
+        )
+        proxy.handle(signed("POST", "/", OF_JSON, b"{}"))
+        gc.collect()
+        tracemalloc.start(1)
+        self.addCleanup(tracemalloc.stop)
+        for request in self.calls():
+            reply = proxy.handle(request)
+            self.assertIn(reply.status, range(400, 502))
+            self.assertLess(len(reply.body), 20000, reply.body[:99])
+        del request, reply
+        gc.collect()
+        kept = tracemalloc.get_traced_memory()[0]
+        self.assertLess(len(metrics.text()), MEBIBYTE)
+        self.assertLess(kept, 4 * MEBIBYTE)
+        with open(path, encoding="ascii") as lines:
+            self.assertLess(max(map(len, lines)), MAX_LINE)
+
+
+# ==== 5. Heads and bodies of strangers ====
+
+
+class StrangerTest(SocketTest):
+    @classmethod
+    def setUpClass(cls):
+        cls.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        cls.running = Running(cls.proxy)
+        cls.addClassCleanup(cls.running.stop)
+
+    def test_heads_are_judged_before_the_body_has_come(self):
+        stranger = DEMO._replace(access_key_id="AKIDSTRANGER")
+        body = b"{}" + b" " * 100000
+        length = (("Content-Length", str(len(body))),)
+        declared = (("X-Amz-Content-Sha256", sha256(body)),)
+        for name, headers in (
+            ("unsigned", OF_JSON),
+            ("unknown key", sign("POST", "/", OF_JSON, body, client=stranger)),
+            ("too old", sign("POST", "/", OF_JSON, body, at=EXAMPLE_TIME - 9999)),
+            ("for no date", sign("POST", "/", OF_JSON, body, date="nonsense")),
+            ("malformed", (*OF_JSON, ("Authorization", "AWS4-HMAC-SHA256 nonsense"))),
+            ("no Host signed", sign("POST", "/", OF_JSON, body, unsigned=("host",))),
+            ("token", sign("POST", "/", OF_JSON, body, client=DEMO._replace(session_token="x"))),
+            ("declared", sign("POST", "/", (*OF_JSON, *declared), body, client=stranger)),
+        ):
+            with self.subTest(name):
+                wire = self.running.connect()
+                wire.socket.settimeout(0.7)
+                wire.send(raw_request("POST", "/", (*headers, *length)) + body[:50000])
+                got = wire.answer()
+                self.assertIn(got.status, (400, 403))
+                self.assertTrue(got.closes)
+
+    def test_a_well_signed_body_that_comes_in_parts_is_answered(self):
+        data = raw_call(body=b"{}" + b" " * 100000)
+        for at in (1, 100, len(data) - 100002, len(data) - 50000, len(data) - 1):
+            wire = self.running.connect()
+            wire.send(data[:at])
+            time.sleep(0.02)
+            wire.send(data[at:])
+            self.assertEqual(wire.answer().status, 200)
+
+
+@unittest.skipUnless(LINUX, "it reads /proc")
+class CrowdOfStrangersTest(ProgramTest):
+    def connections(self, program, count):
+        """Return as many connections, or as many as the system allows."""
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        count = min(count, awsproxy.allow_files(count + 200) - 200)
+        return [self.connect(program) for _ in range(count)]
+
+    def test_heads_without_an_end_do_not_fill_the_memory(self):
+        program = self.start("--quiet")
+        program.caller()("ListQueues")
+        before = memory_of(program.process.pid)
+        data = b"POST / HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 60000
+        for connection in self.connections(program, 2000):
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+        program.caller()("ListQueues")
+        grown = memory_of(program.process.pid) - before
+        self.assertLess(grown, 100 * MEBIBYTE)
+
+    def test_bodies_of_strangers_do_not_fill_the_memory(self):
+        program = self.start("--quiet")
+        program.caller()("ListQueues")
+        before = memory_of(program.process.pid)
+        padding = (("X-A", "a" * 59000), *OF_JSON, ("Content-Length", "131072"))
+        data = raw_request("POST", "/", padding) + b" " * 130000
+        crowd = self.connections(program, 300)
+        for connection in crowd:
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+        program.caller()("ListQueues")
+        grown = memory_of(program.process.pid) - before
+        self.assertLess(grown, 32 * MEBIBYTE)
+        for connection in crowd[::30]:
+            with contextlib.suppress(ConnectionResetError):
+                self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
+
+
+# ==== 6. Lines of the log ====
+
+
+class LogLineTest(unittest.TestCase):
+    def requests(self):
+        """Yield requests that try to forge columns or to write long lines."""
+        host = ("Host", HOST)
+        long = "a" * LONG_NAME
+        forged = "200 - 0.33 842c3448"
+        yield "GET", "/?Action=ListQueues+200+-+0.33+842c3448", (host,)
+        yield "GET", "/?Action=List%20Queues%09x%0a%0d%00%1b[31m", (host,)
+        yield "GET", "/?Action=List%A0Queues%85%E2%80%A8x", (host,)
+        yield "GET", "/?Action=" + long, (host,)
+        yield "GET", "/?Action=" + "%E4" * 20000, (host,)
+        for value in (f"AmazonSQS.List {forged}", "AmazonSQS." + long, "AmazonSQS.\xa0\x85\xe4"):
+            yield "POST", "/", (host, ("X-Amz-Target", value), OF_JSON[1])
+            yield "POST", "/", (host, ("X-Amz-Target", value), named_by("dynamodb"))
+        for value in (f"curl {forged}", long, "\xe4" * LONG_NAME, '"\\' * 30000):
+            yield "POST", "/", (host, *OF_JSON, ("User-Agent", value))
+            yield "POST", "/", (host, *OF_JSON, ("X-Amzn-Trace-Id", value))
+            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-request", f"attempt=1{value}"))
+            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-invocation-id", value))
+            yield "POST", "/", (host, *OF_JSON, ("X-Forwarded-For", value))
+            yield "POST", "/", (host, *OF_JSON, ("Content-Length", value))
+        yield long, "/", (host, named_by("lambda"))
+        yield "A" * LONG_NAME, "/", (host,)
+        for key in ("k" * 128, "\xe4" * 128, "k\\n" * 40, "k" * LONG_NAME, f"key {forged}"):
+            yield "GET", "/", (host, named_by("s3", key))
+            yield "GET", f"/?X-Amz-Credential={key}/20150830/us-east-1/s3/aws4_request", (host,)
+            yield "GET", "/", (host, named_by("s3", "key", key))
+            yield "GET", "/", (host, named_by(key))
+        for path in (long, "%20" * 20000, "\xe4" * LONG_NAME, "a b 200"):
+            yield "POST", f"/2015-03-31/functions/{path}", (host, named_by("lambda"))
+            yield "POST", f"/b/{path}", (host, named_by("s3"))
+            smithy = ("Smithy-Protocol", "rpc-v2-cbor")
+            yield "POST", f"/service/S/operation/{path}", (host, smithy, named_by("logs"))
+        yield "GET", "/", (("Host", f"a b {forged}.s3.amazonaws.com"), named_by("s3"))
+        yield "GET", "/", (("Host", "a." * 30000), named_by("s3"))
+
+    def signed_requests(self):
+        """Yield requests that are signed well, and try the same."""
+        for name in ("List Queues", "A" * LONG_NAME, "\xe4" * 9000, "ListQueues\t200"):
+            query = f"/?Version=2012-11-05&Action={escaped(name.encode(), b'')}"
+            if len(query) < LONG_NAME + 100:
+                yield signed("GET", query)
+            yield signed("POST", "/", (("X-Amz-Target", f"AmazonSQS.{name}"), OF_JSON[1]), b"{}")
+            yield signed("POST", "/", (*OF_JSON, ("User-Agent", name)), b"{}")
+
+    def lines(self, of_json):
+        """Return what both kinds of requests write into a log."""
+        path = os.path.join(folder(self), "log")
+        stream = awsproxy.open_log(path)
+        self.addCleanup(stream.close)
+        log = awsproxy.AccessLog(stream, of_json)
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[log])
+        made = [Request(*given, io.BytesIO(b"{}"), "127.0.0.1") for given in self.requests()]
+        for it in self.signed_requests():
+            made.append(Request(it.method, it.target, it.headers, it.body, "127.0.0.1"))
+        for request in made:
+            proxy.handle(request)
+
+        def read():
+            with open(path, "rb") as lines:
+                return lines.read().split(b"\n")[:-1]
+
+        self.assertTrue(comes_true(lambda: len(read()) >= len(made)), "lines are missing")
+        self.assertEqual(len(read()), len(made), "a line too many")
+        return list(zip(made, read()))
+
+    def test_callers_forge_no_columns_of_the_text_log(self):
+        for request, line in self.lines(of_json=False):
+            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
+                self.assertEqual(len(line.split(b" ")), len(LOG_FIELDS), line[:200])
+                self.assertRegex(line, rb"\A[ -~]*\Z")
+                self.assertEqual(len(line.split()), len(LOG_FIELDS), line[:200])
+
+    def test_lines_of_the_log_are_short(self):
+        for of_json in (False, True):
+            for request, line in self.lines(of_json):
+                with self.subTest(f"{request.method[:9]} {request.target[:50]}", json=of_json):
+                    self.assertLessEqual(len(line) + 1, MAX_LINE)
+
+    def test_lines_of_the_json_log_are_json(self):
+        for request, line in self.lines(of_json=True):
+            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
+                self.assertLessEqual(set(LOG_FIELDS), set(json.loads(line)))
+                self.assertRegex(line, rb"\A[ -~]*\Z")
+
+
+# ==== 7. Idle connections ====
+
+
+class IdleConnectionTest(SocketTest):
+    def start(self, proxy, most):
+        self.running = Running(proxy, max_connections=most)
+        self.addCleanup(self.running.stop)
+        return self.running
+
+    def admin(self):
+        return self.start(awsproxy.Admin(awsproxy.Status(awsproxy.Metrics())), 32)
+
+    def assert_healthy(self):
+        status = own_path(self.running.address, "/_awsproxy/health")[0]
+        self.assertEqual(status, 200)
+
+    def test_idle_admin_connections_give_way(self):
+        running = self.admin()
+        for _ in range(32):
+            running.connect()
+        self.assert_healthy()
+        for _ in range(100):
+            running.connect()
+        self.assert_healthy()
+
+    def test_admin_connections_kept_alive_give_way(self):
+        running = self.admin()
+        for _ in range(40):
+            wire = running.connect()
+            wire.send(raw_request("GET", "/_awsproxy/health", ()))
+            self.assertEqual(wire.answer().status, 200)
+        self.assert_healthy()
+
+    def test_admin_connections_with_half_a_head_give_way(self):
+        running = self.admin()
+        for _ in range(32):
+            running.connect().send(b"GET /_awsproxy/health HTTP/1.1\r\nHo")
+        self.assert_healthy()
+
+    def proxy(self, **settings):
+        settings.setdefault("clock", lambda: EXAMPLE_TIME)
+        return Proxy(awsproxy.DEMO_CLIENTS, **settings)
+
+    def ask(self, wire):
+        wire.send(raw_call())
+        self.assertEqual(wire.answer().status, 200)
+
+    def test_the_connection_that_idles_longest_gives_way(self):
+        running = self.start(self.proxy(), 8)
+        wires = [running.connect() for _ in range(8)]
+        for wire in wires:
+            self.ask(wire)
+            time.sleep(0.01)
+        newer = running.connect()
+        self.ask(newer)
+        self.assertTrue(wires[0].ended(), "the oldest connection is still open")
+        for wire in (*wires[1:], newer):
+            self.ask(wire)
+        self.assertLessEqual(running.server.connections, 8)
+
+    def test_a_connection_that_is_used_does_not_give_way_to_one_that_idles_longer(self):
+        running = self.start(self.proxy(), 8)
+        wires = [running.connect() for _ in range(8)]
+        for wire in (*wires, wires[0]):
+            self.ask(wire)
+            time.sleep(0.01)
+        newer = running.connect()
+        self.ask(newer)
+        self.assertTrue(wires[1].ended(), "another connection has given way")
+        self.ask(wires[0])
+
+    def test_polls_do_not_give_way(self):
+        running = self.start(self.proxy(), 8)
+        create = raw_call(
+            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
+        )
+        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
+        url = f"http://{HOST}/000000000000/q"
+        first = running.connect()
+        first.send(create)
+        self.assertEqual(first.answer().status, 200)
+        first.send(raw_call(poll, json.dumps({"QueueUrl": url, "WaitTimeSeconds": 20}).encode()))
+        others = [running.connect() for _ in range(7)]
+        for wire in others:
+            self.ask(wire)
+        newer = running.connect()
+        send = (("X-Amz-Target", "AmazonSQS.SendMessage"), OF_JSON[1])
+        newer.send(raw_call(send, json.dumps({"QueueUrl": url, "MessageBody": "hi"}).encode()))
+        self.assertEqual(newer.answer().status, 200)
+        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
+        got = first.answer()
+        self.assertIn(b'"hi"', got.body)
+
+    def test_a_new_connection_is_refused_if_all_others_are_busy(self):
+        clock = RealTime()
+        running = self.start(self.proxy(sqs=awsproxy.Sqs(clock)), 4)
+        create = raw_call(
+            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
+        )
+        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
+        url = f"http://{HOST}/000000000000/q"
+        wires = [running.connect() for _ in range(4)]
+        wires[0].send(create)
+        self.assertEqual(wires[0].answer().status, 200)
+        body = json.dumps({"QueueUrl": url, "WaitTimeSeconds": 1}).encode()
+        for wire in wires:
+            wire.send(raw_call(poll, body))
+        self.assertTrue(comes_true(lambda: running.server.calls == 4))
+        self.assertEqual(running.connect().answer().status, 503)
+        for wire in wires:
+            self.assertEqual(wire.answer().status, 200)
+
+
+class RealTime:
+    def __call__(self):
+        return time.time()
+
+
+class ForwardedIdleTest(Through):
+    def test_calls_that_an_upstream_answers_do_not_give_way(self):
+        running = Running(self.proxy, max_connections=4)
+        self.addCleanup(running.stop)
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def slow(connection, arrived):
+            go_on.wait(5)
+            return OK
+
+        first = running.connect()
+        first.send(raw_call())
+        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")  # a connection is kept
+        while first.stream.readline() != b"\r\n":
+            pass
+        first.stream.read(2)
+        self.upstream.answers = [slow]
+        first.send(raw_call())
+        self.assertTrue(comes_true(lambda: not self.upstream.answers))
+        others = [running.connect() for _ in range(3)]
+        self.assertTrue(comes_true(lambda: running.server.connections == 4))
+        newer = running.connect()
+        newer.send(raw_call())
+        self.assertEqual(newer.stream.readline(), b"HTTP/1.1 200 OK\r\n")
+        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
+        go_on.set()
+        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")
+
+
+class AdminProgramTest(ProgramTest):
+    def test_the_health_check_works_next_to_idle_connections(self):
+        program = self.start("--admin", "127.0.0.1:0", "--max-connections", "8")
+        address = program.address
+        (line,) = [line for line in program.warnings if line.startswith("admin on ")]
+        admin = ("127.0.0.1", int(line.rpartition(":")[2]))
+        for _ in range(40):
+            idle = socket.create_connection(admin, 2)
+            self.addCleanup(idle.close)
+        self.assertEqual(own_path(admin, "/_awsproxy/health")[0], 200)
+        for _ in range(16):
+            idle = socket.create_connection(address, 2)
+            self.addCleanup(idle.close)
+        program.caller()("ListQueues")
+
+
+# ==== 8. to 10. Signals and the log ====
+
+
+class SignalTest(ProgramTest):
+    def test_a_log_file_that_cannot_be_opened_again_ends_nothing(self):
+        parent = folder(self)
+        path = os.path.join(parent, "logs", "log")
+        os.mkdir(os.path.dirname(path))
+        program = self.start("--log-file", path)
+        program.caller()("ListQueues")
+        os.rename(os.path.dirname(path), os.path.join(parent, "gone"))
+        for _ in range(2):
+            program.process.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            self.assert_alive(program)
+            program.caller()("ListQueues")
+        os.mkdir(os.path.dirname(path))
+        program.process.send_signal(signal.SIGHUP)
+        self.assertTrue(comes_true(lambda: os.path.exists(path)), "no new log file")
+        program.caller()("ListQueues")
+        self.assertTrue(comes_true(lambda: os.path.getsize(path)), "it logs no more")
+        self.assertEqual(program.end()[0], 0)
+
+    NO_THREADS = """\
+        import threading
+        def _start(self):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = _start
+        def observe(exchange):
+            pass
+        """
+
+    def test_sigterm_ends_a_process_that_can_start_no_thread(self):
+        program = self.start(hook=self.NO_THREADS)
+        program.caller()("ListQueues")
+        try:
+            code, _ = program.end()
+        except subprocess.TimeoutExpired:
+            self.fail("SIGTERM is lost")
+        self.assertEqual(code, 0)
+
+    def test_sigterm_drains_a_process_that_can_start_no_thread(self):
+        program = self.start("--drain-seconds", "10", hook=self.NO_THREADS)
+        caller = program.caller()
+        url = caller.queue()
+        caller("SendMessage", QueueUrl=url, MessageBody="a")
+        (message,) = caller.receive(url, VisibilityTimeout=60)
+        program.process.send_signal(signal.SIGTERM)
+        self.assertTrue(
+            comes_true(lambda: own_path(program.address, "/_awsproxy/ready")[0] == 503),
+            "it does not drain",
+        )
+        self.assertIsNone(program.process.poll())
+        caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        self.assertEqual(program.process.wait(5), 0)
+
+    def unread(self, *flags):
+        """Start a program whose standard error nobody reads; return it and its address."""
+        command = [sys.executable, awsproxy.__file__, "--port", "0", *flags]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+        def stop():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stderr.close()
+
+        self.addCleanup(stop)
+        printed = b""
+        while not re.search(rb"listening on http://[^\n]*\n", printed):
+            data = os.read(process.stderr.fileno(), 4096)
+            self.assertTrue(data, printed)
+            printed += data
+        port = int(re.search(rb"listening on [^\n]*:([0-9]+)\n", printed)[1])
+        return process, ("127.0.0.1", port)
+
+    def call_often(self, address, count):
+        """Send as many calls on one connection, some at a time; return how many are answered."""
+        data, many = raw_call(at=int(time.time())), 50
+        with socket.create_connection(address, 2) as connection:
+            stream = connection.makefile("rb")
+            with stream:
+                for answered in range(0, count, many):
+                    try:
+                        connection.sendall(data * many)
+                        for _ in range(many):
+                            status, length = stream.readline(), 0
+                            self.assertTrue(status.startswith(b"HTTP/1.1 200"), status)
+                            line = b""
+                            while line != b"\r\n":
+                                line = stream.readline()
+                                if line.lower().startswith(b"content-length:"):
+                                    length = int(line[15:])
+                            stream.read(length)
+                    except socket.timeout:
+                        self.fail(f"everything stops after some {answered} calls")
+
+    def assert_ends(self, process):
+        process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(3)
+        except subprocess.TimeoutExpired:
+            self.fail("SIGTERM has no effect")
+        self.assertEqual(code, 0)
+
+    def test_a_log_that_nobody_reads_stops_nothing(self):
+        process, address = self.unread()
+        self.call_often(address, 5000)
+        self.assert_ends(process)
+
+    def test_warnings_that_nobody_reads_stop_nothing(self):
+        text = "def observe(exchange):\n    raise ValueError('x' * 500)\n"
+        hook = write(os.path.join(folder(self), "hook.py"), text)
+        process, address = self.unread("--quiet", "--hook", hook)
+        self.call_often(address, 1000)
+        self.assert_ends(process)
+
+    def test_a_log_file_that_is_a_pipe_that_nobody_reads_stops_nothing(self):
+        path = os.path.join(folder(self), "fifo")
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        process, address = self.unread("--log-file", path)
+        self.call_often(address, 2000)
+        self.assert_ends(process)
+
+    def test_a_log_that_is_read_has_each_line(self):
+        """A log that never blocks must not lose the lines of a log that works."""
+        path = os.path.join(folder(self), "log")
+        program = self.start("--log-file", path)
+        self.call_often(program.address, 1000)
+        self.assertEqual(program.end()[0], 0)
+        with open(path, "rb") as lines:
+            self.assertEqual(len(lines.readlines()), 1000)
+
+
+# ==== 11. to 13. What goes upstream ====
+
+
+class EmptyBodyTest(Through):
+    service = "s3"
+
+    def test_empty_bodies_are_checked_before_anything_goes_upstream(self):
+        declared = sha256(b"hello")
+        zero = (("Content-Length", "0"),)
+        for method in ("PUT", "DELETE", "GET", "POST", "HEAD"):
+            for kept in (False, True):
+                with self.subTest(method, kept=kept):
+                    after = () if method in ("PUT", "POST") else zero
+                    if kept:
+                        self.s3("GET", "/b/first")
+                        self.upstream.next()
+                    self.check(self.s3(method, "/b/k", payload_hash=declared, after=after), method)
+        for method in ("GET", "DELETE"):
+            with self.subTest(method, length="none"):
+                self.check(self.s3(method, "/b/k", payload_hash=declared), method)
+        given = (("X-Amz-Content-Sha256", declared),)
+        for method in ("PUT", "POST", "DELETE"):
+            made = sign(method, "/b/k", given, service="s3", payload_hash=declared)
+            made = (*made, ("Transfer-Encoding", "chunked"))
+            with self.subTest(method, length="chunked"):
+                raw = raw_request(method, "/b/k", made, b"0\r\n\r\n")
+                self.check(self.put(raw, method), method, (400, 411))
+
+    def check(self, got, method, statuses=(400,)):
+        self.assertIn(got.status, statuses)
+        if method != "HEAD" and got.status == 400:
+            self.assertIn(b"XAmzContentSHA256Mismatch", got.body)
+        self.assertEqual(self.s3("GET", "/b/after").body, b"ok")
+        time.sleep(0.01)
+        arrived = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                arrived.append(self.upstream.arrived.get_nowait())
+        whole = [f"{it.method} {it.target}" for it in arrived if it.complete]
+        self.assertEqual(whole, ["GET /b/after"])
+
+    def test_empty_bodies_with_the_right_hash_are_sent(self):
+        for method in ("PUT", "DELETE", "GET", "POST"):
+            with self.subTest(method):
+                self.assertEqual(self.s3(method, "/b/k").status, 200)
+                self.assertEqual(self.upstream.next().method, method)
+
+
+class SignedHeaderTest(Through):
+    service = "s3"
+
+    SIGNED = (
+        ("PUT", "If-None-Match", "*"),
+        ("PUT", "If-Match", '"a"'),
+        ("GET", "Range", "bytes=0-1"),
+        ("GET", "If-Modified-Since", "Sat, 29 Oct 1994 19:43:31 GMT"),
+        ("PUT", "Cache-Control", "no-store"),
+        ("PUT", "Content-Encoding", "gzip"),
+        ("PUT", "Content-Type", "text/plain"),
+        ("PUT", "X-Amz-Copy-Source", "/b/other"),
+        ("PUT", "X-Other", "1"),
+        ("GET", "X-Forwarded-For", "192.0.2.1"),
+    )
+
+    def test_connection_takes_no_signed_header_away(self):
+        for method, name, value in self.SIGNED:
+            for connection in (name, name.lower(), f"keep-alive, {name}", f"close,{name.upper()}"):
+                after = (("Connection", connection),)
+                with self.subTest(name, connection=connection):
+                    got = self.s3(method, "/b/k", ((name, value),), after=after)
+                    self.assertEqual(got.status, 200)
+                    self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_connection_takes_no_header_away_that_a_presigned_url_signs(self):
+        for method, name, value in self.SIGNED:
+            target = presign(method, "/b/k", ((name, value),), service="s3")
+            headers = ((name, value), ("Connection", name))
+            if method == "PUT":
+                headers += (("Content-Length", "0"),)
+            with self.subTest(name):
+                self.assertEqual(self.put(raw_request(method, target, headers)).status, 200)
+                self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_connection_takes_no_signed_header_of_another_service_away(self):
+        kind = (("X-Amz-Target", "DynamoDB_20120810.ListTables"), OF_JSON[1], ("X-Other", "1"))
+        after = (("Connection", "X-Other, X-Amz-Target, Content-Type"),)
+        got = self.call("POST", "/", kind, b"{}", service="dynamodb", after=after)
+        self.assertEqual(got.status, 200)
+        arrived = self.upstream.next()
+        for name, value in kind:
+            self.assertEqual(arrived.one(name.lower()), value)
+
+    def test_signed_headers_of_the_way_are_kept(self):
+        for name, value in (("X-Forwarded-For", "192.0.2.1"), ("X-Forwarded-Proto", "https")):
+            with self.subTest(name):
+                self.assertEqual(self.s3("GET", "/b/k", ((name, value),)).status, 200)
+                self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_unsigned_headers_of_the_connection_are_dropped(self):
+        for name, value in (("X-Other", "1"), ("X-Forwarded-For", "192.0.2.1"), ("TE", "gzip")):
+            after = ((name, value), ("Connection", name))
+            with self.subTest(name):
+                self.assertEqual(self.s3("GET", "/b/k", after=after).status, 200)
+                self.assertEqual(self.upstream.next().all(name.lower()), [])
+
+
+class Heedless:
+    """An upstream that reads heads alone: it takes a body for the next request."""
+
+    def __init__(self, cleanup):
+        self.seen = []  # connection, method, target
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.open = []
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+        self.threads[0].start()
+        cleanup(self.stop)
+
+    def stop(self):
+        for each in (self.listener, *self.open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            self.open.append(connection)
+            number = len(self.open)
+            self.threads.append(
+                threading.Thread(target=self.serve, args=(connection, number), daemon=True)
+            )
+            self.threads[-1].start()
+
+    def serve(self, connection, number):
+        buffer = b""
+        with connection, contextlib.suppress(OSError):
+            while True:
+                while b"\r\n\r\n" not in buffer:
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    buffer += data
+                head, _, buffer = buffer.partition(b"\r\n\r\n")
+                method, target, *_ = head.decode("latin-1").split(" ")
+                self.seen.append((number, method, target))
+                body = b"" if method.endswith("HEAD") else target.encode()
+                connection.sendall(answer(b"200 OK", length_of(target.encode()), body=body))
+
+
+class IgnoredBodyTest(Through):
+    service = "s3"
+
+    def test_connections_are_not_used_again_after_a_body_that_may_be_ignored(self):
+        for service, path in (("s3", "/b/"), ("lambda", "/2015-03-31/functions/")):
+            for method in ("GET", "HEAD", "DELETE"):
+                for body in (b"hello", b"GET /evil HTTP/1.1\r\nHost: a\r\n\r\n"):
+                    with self.subTest(method, service=service, body=body):
+                        self.check(service, path, method, body)
+
+    def check(self, service, path, method, body):
+        call = self.s3 if service == "s3" else self.call
+        how = {} if service == "s3" else {"service": service}
+        heedless = Heedless(self.addCleanup)
+        self.start(awsproxy.Endpoint("http", "127.0.0.1", heedless.port))
+        self.assertEqual(call("GET", path + "one", **how).body, (path + "one").encode())
+        self.assertEqual(call(method, path + "two", (), body, **how).status, 200)
+        for name in ("three", "four"):
+            self.assertEqual(call("GET", path + name, **how).body, (path + name).encode())
+        numbers = {target: number for number, _, target in heedless.seen}
+        self.assertEqual(numbers[path + "one"], numbers[path + "two"], "it was not kept")
+        self.assertNotEqual(numbers[path + "two"], numbers[path + "three"], "it was used again")
+
+
+# ==== 14. Clocks ====
+
+
+class ClockTest(ProgramTest):
+    LAUNCHER = """\
+        import signal, sys, time
+        real, offset = time.time, [0.0]
+        time.time = lambda: real() + offset[0]
+        def shift(*_):
+            with open({path!r}) as text:
+                offset[0] = float(text.read())
+        signal.signal(signal.SIGUSR1, shift)
+        sys.path.insert(0, {here!r})
+        import awsproxy
+        sys.exit(awsproxy.main())
+        """
+
+    def setUp(self):
+        at = folder(self)
+        self.path = os.path.join(at, "offset")
+        text = textwrap.dedent(self.LAUNCHER).format(path=self.path, here=HERE)
+        self.program = self.start(path=write(os.path.join(at, "launcher.py"), text))
+        self.assertTrue(self.program.address)  # a signal before that would end it
+        self.caller = self.program.caller()
+
+    def shift(self, seconds):
+        """Set the program's clock, and that of its callers."""
+        write(self.path, str(seconds))
+        self.program.process.send_signal(signal.SIGUSR1)
+        self.caller = self.program.caller(seconds=seconds)
+        self.assertTrue(comes_true(lambda: not refused_code(self.caller)))
+
+    def held(self):
+        return json.loads(own_path(self.program.address, "/_awsproxy/in-flight")[1])
+
+    def test_a_clock_that_is_set_back_delays_nothing(self):
+        empty, jobs = self.caller.queue("empty"), self.caller.queue("jobs")
+        self.caller("SendMessage", QueueUrl=jobs, MessageBody="a")
+        self.assertEqual(len(self.caller.receive(jobs, VisibilityTimeout=1)), 1)
+        delayed = self.caller.queue("delayed")
+        self.caller("SendMessage", QueueUrl=delayed, MessageBody="b", DelaySeconds=1)
+        ended = threading.Event()
+
+        def poll(caller):
+            with contextlib.suppress(OSError, Refused):
+                caller.receive(empty, WaitTimeSeconds=1)
+                ended.set()
+
+        threading.Thread(target=poll, args=(self.program.caller(),), daemon=True).start()
+        self.assertTrue(comes_true(lambda: metric(self.program.address, "awsproxy_calls") == 1))
+        self.shift(-3600)
+        self.assertTrue(ended.wait(2), "a poll of 1 s does not return")
+        self.assertTrue(comes_true(lambda: self.held() == {}, 1), "a message is held for ever")
+        self.assertEqual(self.caller.bodies(jobs, WaitTimeSeconds=1), ["a"])
+        self.assertEqual(self.caller.bodies(delayed, WaitTimeSeconds=1), ["b"])
+
+    def test_a_clock_that_is_set_forward_hurries_nothing(self):
+        jobs = self.caller.queue("jobs", MessageRetentionPeriod="60")
+        self.caller("SendMessage", QueueUrl=jobs, MessageBody="a")
+        self.assertEqual(len(self.caller.receive(jobs, VisibilityTimeout=600)), 1)
+        self.caller("SendMessage", QueueUrl=jobs, MessageBody="b", DelaySeconds=600)
+        self.caller("SendMessage", QueueUrl=jobs, MessageBody="c")
+        self.shift(3600)
+        self.assertEqual(self.caller.bodies(jobs), ["c"])
+        self.assertEqual(self.held(), {"000000000000/jobs": 2})
+
+    def test_what_callers_are_told_is_the_time_of_day(self):
+        url = self.caller.queue()
+        self.caller("SendMessage", QueueUrl=url, MessageBody="a")
+        (message,) = self.caller.receive(url, AttributeNames=["All"])
+        now = time.time()
+        given = message["Attributes"]
+        for name in ("SentTimestamp", "ApproximateFirstReceiveTimestamp"):
+            self.assertAlmostEqual(int(given[name]) / 1000, now, delta=10)
+        wanted = ["CreatedTimestamp", "LastModifiedTimestamp"]
+        told = self.caller("GetQueueAttributes", QueueUrl=url, AttributeNames=wanted)
+        for value in told["Attributes"].values():
+            self.assertAlmostEqual(int(value), now, delta=10)
+
+
+# ==== 15. The clients file ====
+
+
+class ClientsFileTest(ProgramTest):
+    def test_a_revoked_secret_stops_working_though_size_and_mtime_stay(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret-1"))
+        program = self.start("--clients", path)
+        secrets = [DEMO._replace(access_key_id="akid", secret_access_key=f"secret-{n}")
+                   for n in range(5)]  # fmt: skip
+
+        def code(number):
+            return refused_code(program.caller(client=secrets[number]))
+
+        self.assertEqual(code(1), "")
+        status = os.stat(path)
+
+        def in_place(text):
+            with open(path, "r+", encoding="utf-8") as file:
+                file.write(text)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        def by_rename(text):
+            write(path, text)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        for number, replace in enumerate((by_rename, in_place), 2):
+            replace(section("a", "akid", f"secret-{number}"))
+            now = os.stat(path)
+            self.assertEqual((now.st_size, now.st_mtime_ns), (status.st_size, status.st_mtime_ns))
+            with self.subTest(replace.__name__):
+                revoked = comes_true(lambda number=number: code(number - 1), 2)
+                self.assertTrue(revoked, "the revoked secret still works")
+                self.assertEqual(code(number), "")
+
+    def test_a_client_with_the_key_of_the_upstream_is_refused_later_too(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
+        flags = ("--clients", path, "--upstream", "http://127.0.0.1:1", "--quiet")
+        program = self.start(*flags, env={**os.environ, **UPSTREAM_ENVIRONMENT})
+        old = DEMO._replace(access_key_id="akid", secret_access_key="secret")
+        new = DEMO._replace(access_key_id="upstreamkey", secret_access_key="upstreamsecret")
+        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
+        text = section("a", "akid", "secret") + section("b", "upstreamkey", "upstreamsecret")
+        write(path, text)
+        line = ""
+        while path not in line and "upstreamkey" not in line:
+            line = program.line(5)
+            self.assertIsNotNone(line)
+        self.assertNotIn("upstreamsecret", line)
+        code = refused_code(program.caller(client=new))
+        self.assertNotIn(code, ("", "ServiceUnavailable"), line)
+        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
+
+
+# ==== 16. What costs CPU ====
+
+
+class CostTest(unittest.TestCase):
+    def test_blanks_in_trailers_cost_little(self):
+        for value in ("x" + " " * 3900 + "y", "x" + " y" * 1950, "x" + " \t" * 1900 + "y"):
+            trailers = [(f"x-t{number}", value) for number in range(15)]
+            made, body = streamed(kind=UNSIGNED_TRAILER, trailers=trailers)
+            took = cpu_of(lambda made=made, body=body: taken(checked_body(made, body), 65536))
+            self.assertLess(took, 0.2)
+
+    def test_route_patterns_cost_little(self):
+        took = run_apart(
+            self,
+            """
+            took = []
+            for pattern in ("lambda:*a*c", "lambda:*a*a*c", "lambda:*/a*/a*/a*x", "*a*a*a*a*a*a*b",
+                            "lambda:*?a*?a*c", "lambda:POST/*a*", "*" * 30 + "x"):
+                for action in ("lambda:POST/" + "a" * 60000, "lambda:POST" + "/a" * 30000):
+                    begin = time.process_time()
+                    awsproxy.Route(pattern, None).matches(action)
+                    took.append(time.process_time() - begin)
+            print(json.dumps(max(took)))
+            """,
+            3,
+        )
+        self.assertLess(took, 0.2)
+
+    def test_route_patterns_match_as_before(self):
+        for pattern, action, matches in (
+            ("a:*b*c", "a:bc", True),
+            ("a:*b*c", "a:xbxbxcxc", True),
+            ("a:*b*c", "a:xcxb", False),
+            ("a:*b?c*", "a:bbcbxc", True),
+            ("a:?*b", "a:b", False),
+            ("a:?*b", "a:bb", True),
+            ("a:**b", "a:b", True),
+            ("a:*?b", "a:xb", True),
+            ("a:b*", "a:b", True),
+            ("a:*b*b", "a:b", False),
+            ("a:b*b", "a:b", False),
+            ("a:b*b", "a:bb", True),
+            ("*", "a:b\nc", True),
+        ):
+            with self.subTest(pattern, action=action):
+                self.assertIs(awsproxy.Route(pattern, None).matches(action), matches)
+
+    def test_long_signed_chunks_are_not_copied_for_each_part(self):
+        made, body = streamed(pieces=(b"a" * (16 * MEBIBYTE),))
+        whole = cpu_of(lambda: taken(checked_body(made, body), 16 * MEBIBYTE))
+        parts = cpu_of(lambda: taken(checked_body(made, body), 4096))
+        self.assertLess(parts, 5 * whole + 0.2)
+
+    def test_queries_of_many_parameters_cost_in_proportion(self):
+        wrong = DEMO._replace(secret_access_key="wrong")
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        took = []
+        for count in (14000, 28000):
+            query = "&".join(chr(97 + number * 7 % 26) for number in range(count))
+            request = signed("GET", f"/?Action=ListQueues&{query}", client=wrong)
+            self.assertIn(proxy.handle(request).status, range(400, 502))
+            took.append(min(cpu_of(lambda r=request: proxy.handle(r)) for _ in range(3)))
+        self.assertLess(took[1], 3 * took[0] + 0.02)
+        self.assertLess(took[1], 0.3)
+
+    def test_deep_and_broken_bodies_cost_in_proportion(self):
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        form = (("Content-Type", "application/x-www-form-urlencoded"),)
+        for unit in (
+            b"[",
+            b'{"a":',
+            b"9",
+            b'"',
+            b"\\",
+            b" ",
+            b"&",
+            b"a=1&",
+            b"%",
+            b"Attribute.1.",
+        ):
+            took = []
+            for size in (100000, 200000):
+                body = unit * (size // len(unit))
+                requests = [
+                    signed("POST", "/", OF_JSON, body),
+                    signed("POST", "/", OF_JSON, b'{"QueueNamePrefix":"' + body),
+                    signed("POST", "/", form, b"Version=2012-11-05&Action=ListQueues&" + body),
+                ]
+                took.append(cpu_of(lambda rs=requests: [proxy.handle(r) for r in rs]))
+            with self.subTest(unit):
+                self.assertLess(took[1], 4 * took[0] + 0.1)
+
+
+# ==== 17. Odd hosts and claims without verification ====
+
+
+class OddHostTest(unittest.TestCase):
+    def status(self, proxy, headers, target="/?Action=ListQueues&Version=2012-11-05"):
+        reply = proxy.handle(Request("GET", target, headers, io.BytesIO(), "127.0.0.1"))
+        self.assertNotIn(b"InternalFailure", reply.body)
+        return reply.status
+
+    def test_odd_hosts_are_not_a_fault_of_the_proxy(self):
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, verified=False)
+        for host in (
+            "dualstack.amazonaws.com", "dualstack.dualstack.api.aws", "amazonaws.com",
+            ".amazonaws.com", "..amazonaws.com", "us-east-1.amazonaws.com", "api.aws",
+            "dualstack.us-east-1.amazonaws.com", "-fips.us-east-1.amazonaws.com", "-fips.api.aws",
+            "s3.amazonaws.com", ".s3.amazonaws.com", "s3.dualstack.amazonaws.com.cn", "-", ".",
+            ":", "localhost:", "localhost:x", "[::1]", "[::1]:80", "[", "", "%", "a" * LONG_NAME,
+            "a." * 30000 + "amazonaws.com", "\xe4.amazonaws.com", "DUALSTACK.AMAZONAWS.COM",
+            "dualstack.amazonaws.com:8081", "dualstack..amazonaws.com", "a b.amazonaws.com",
+        ):  # fmt: skip
+            for more in ((), OF_JSON, (named_by("s3"),), (named_by(""),)):
+                with self.subTest(host[:40], more=more):
+                    self.assertLess(self.status(proxy, (("Host", host), *more)), 500)
+        self.assertLess(self.status(proxy, ()), 500)
+
+    def test_odd_claims_lead_nowhere(self):
+        pool, keys = Nowhere(), Keys(OUR_KEYS)
+        aws = awsproxy.Upstream(None, lambda c: keys, pool, clock=lambda: EXAMPLE_TIME)
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            clock=lambda: EXAMPLE_TIME,
+            verified=False,
+            routes=[awsproxy.Route("*", aws)],
+        )
+        for odd in ("a.b", "a@evil.example", "..", "evil.example#", "a?b", "a\\b", "\xe4", "a:1",
+                    "-", "_", "a_b", "A", "%2f", "x" * 64, "169.254.169.254"):  # fmt: skip
+            for service, region in ((odd, "us-east-1"), ("sqs", odd), (odd, odd)):
+                headers = (("Host", HOST), named_by(service, region=region))
+                with self.subTest(service=service, region=region):
+                    status = self.status(proxy, headers)
+                    if (service, region) not in (("x" * 64, "us-east-1"), ("a_b", "us-east-1")):
+                        self.assertEqual(pool.asked, [])
+                        self.assertIn(status, range(400, 502))
+                    pool.asked.clear()
+
+
+# ==== 18. Disks that are full, and hooks that misbehave ====
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a full disk, which fails where it is told to."""
+
+    def __init__(self, *failing):
+        super().__init__()
+        self._failing = failing
+
+    def _fail(self, name):
+        if name in self._failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self, data):
+        self._fail("write")
+        return len(data)
+
+    def seek(self, *where):
+        self._fail("seek")
+        return 0
+
+    def flush(self):
+        self._fail("flush")
+
+    def close(self):
+        self._fail("close")
+
+
+class FullDiskTest(SocketTest):
+    def test_a_full_disk_is_service_unavailable(self):
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        self.running = Running(proxy)
+        self.addCleanup(self.running.stop)
+        long_call = raw_call(body=b'{"QueueNamePrefix":"' + b"a" * 3 * MEBIBYTE + b'"}')
+        for failing in (("write",), ("seek",), ("flush", "seek"), ("write", "close")):
+            with self.subTest(failing), mock.patch.object(
+                tempfile, "TemporaryFile", lambda *_, f=failing, **__: FullDisk(*f)
+            ):  # fmt: skip
+                _, got = self.running.ask(long_call)
+                self.assertEqual(got.status, 503, got.body[:200])
+                self.assertIn(b"ServiceUnavailable", got.body)
+            wire = self.running.connect()
+            wire.send(raw_call())
+            self.assertEqual(wire.answer().status, 200)
+
+
+class HookThatExitsTest(ProgramTest):
+    HOOK = """\
+        import sys
+        def _may_exit(request, moment):
+            wanted, _, kind = (request.header("x-exit") or "").partition(" ")
+            if wanted == moment:
+                raise {"exit": SystemExit, "interrupt": KeyboardInterrupt, "base": BaseException,
+                       "generator": GeneratorExit}[kind](3)
+        def concerns(call):
+            _may_exit(call.request, "concerns")
+            return True
+        def before(call):
+            _may_exit(call.request, "before")
+        def rewrite(call, outgoing):
+            _may_exit(call.request, "rewrite")
+        def after(call, reply):
+            _may_exit(call.request, "after")
+        def observe(exchange):
+            _may_exit(exchange.request, "observe")
+        """
+
+    def setUp(self):
+        sink = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(sink.close)
+        flags = ("--route", "sqs:*=embedded", "--quiet", "--upstream")
+        there = f"http://127.0.0.1:{sink.getsockname()[1]}"
+        self.program = self.start(
+            *flags, there, hook=self.HOOK, env={**os.environ, **UPSTREAM_ENVIRONMENT}
+        )
+
+    def ask(self, moment, kind):
+        """Return the status of a call that has a hook exit."""
+        target = "DynamoDB_20120810.ListTables" if moment == "rewrite" else "AmazonSQS.ListQueues"
+        service = "dynamodb" if moment == "rewrite" else "sqs"
+        headers = (("X-Amz-Target", target), OF_JSON[1], ("X-Exit", f"{moment} {kind}"))
+        made = sign("POST", "/", headers, b"{}", service=service, at=int(time.time()))
+        data = raw_request("POST", "/", (*made, ("Content-Length", "2")), b"{}")
+        return self.status_of(self.program, data, 1.5)
+
+    def test_hooks_that_exit_end_nothing(self):
+        self.program.caller()("ListQueues")
+        for moment in ("before", "after", "rewrite", "concerns", "observe"):
+            with self.subTest(moment):
+                expected = 200 if moment == "observe" else 500
+                self.assertEqual(self.ask(moment, "exit"), expected)
+                self.assert_alive(self.program)
+        self.program.caller()("ListQueues")
+
+    def test_hooks_that_raise_what_is_no_exception_end_nothing(self):
+        self.program.caller()("ListQueues")
+        for kind in ("interrupt", "base", "generator"):
+            for moment in ("before", "observe"):
+                with self.subTest(moment, kind=kind):
+                    expected = 200 if moment == "observe" else 500
+                    self.assertEqual(self.ask(moment, kind), expected)
+                    self.assert_alive(self.program)
+
+    def test_a_new_hook_file_that_exits_ends_nothing(self):
+        self.program.caller()("ListQueues")
+        write(self.hook, "import sys\nsys.exit(3)\n", age=1)
+        line = ""
+        while line is not None and self.hook not in line:
+            line = self.program.line(3)
+        self.assertIsNotNone(line, "the process has ended")
+        self.assert_alive(self.program)
+        self.assertEqual(self.ask("before", "nothing"), 500)  # KeyError: the old hook stays
+
+
+class BadReplyTest(SocketTest):
+    def bad_replies(self):
+        for name, headers in (
+            ("CR LF in a value", (("X-A", "a\r\nX-B: c"),)),
+            ("LF in a value", (("X-A", "a\nX-B: c"),)),
+            ("CR in a value", (("X-A", "a\rb"),)),
+            ("NUL in a value", (("X-A", "a\0b"),)),
+            ("line break in a name", (("X-A: b\r\nX-B", "c"),)),
+            ("blank in a name", (("X A", "b"),)),
+            ("colon in a name", (("X-A:", "b"),)),
+            ("no name", (("", "b"),)),
+            ("a name of bytes", ((b"X-A", "b"),)),
+            ("a value of bytes", (("X-A", b"b"),)),
+            ("a value that is a number", (("X-A", 1),)),
+            ("a value that is None", (("X-A", None),)),
+            ("a value not in Latin-1", (("X-A", "\u20ac"),)),
+            ("no pair", (("X-A",),)),
+            ("a string for a pair", ("X-A",)),
+            ("None", None),
+            ("a number", 1),
+        ):
+            yield f"headers: {name}", Reply(200, headers, b"{}")
+        for status in (9999, 1000, 99, 0, -1, 100, "200", None, 200.5, b"200"):
+            yield f"status: {status!r}", Reply(status, (), b"{}")
+        for body in ("{}", None, 1, 1.5, {"a": 1}):
+            yield f"body: {body!r}", Reply(200, (), body)
+
+    def test_bad_replies_of_hooks_are_an_internal_failure(self):
+        reply = None
+
+        class Before(awsproxy.Hook):
+            def before(self, call):
+                return reply
+
+        class After(awsproxy.Hook):
+            def after(self, call, given):
+                return reply
+
+        for hook in (Before(), After()):
+            clock = lambda: EXAMPLE_TIME  # noqa: E731
+            proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=clock, hooks=[hook], hook_seconds=2)
+            self.running = Running(proxy)
+            self.addCleanup(self.running.stop)
+            for name, reply in self.bad_replies():  # noqa: B007
+                with self.subTest(name, hook=type(hook).__name__):
+                    wire = self.running.connect()
+                    wire.socket.settimeout(0.7)
+                    wire.send(raw_call())
+                    got = wire.answer()
+                    self.assertIsNotNone(got, "closed without an answer")
+                    self.assertEqual(got.status, 500)
+                    self.assertIn(b"InternalFailure", got.body)
+
+    def test_good_replies_of_hooks_are_sent(self):
+        reply = Reply(299, (("X-A", "\xe4 b\tc"), ("x-amzn-RequestId", "r")), b"{}")
+
+        class Before(awsproxy.Hook):
+            def before(self, call):
+                return reply
+
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[Before()])
+        self.running = Running(proxy)
+        self.addCleanup(self.running.stop)
+        _, got = self.running.ask(raw_call())
+        self.assertEqual((got.status, got.body), (299, b"{}"))
+
+
+# ==== 19. What is remembered ====
+
+
+class MemoryTest(unittest.TestCase):
+    def start_tracing(self):
+        gc.collect()
+        tracemalloc.start(1)
+        self.addCleanup(tracemalloc.stop)
+
+    def kept(self):
+        """Return the bytes kept of what was allocated since the tracing began."""
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    def test_receive_attempts_are_forgotten(self):
+        call = Unverified()
+        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
+             MessageDeduplicationId="d")  # fmt: skip
+        self.start_tracing()
+        for number in range(20000):
+            given = {"ReceiveRequestAttemptId": f"{number:a>128}", "VisibilityTimeout": 0}
+            call("ReceiveMessage", QueueUrl=url, **given)
+        self.assertLess(self.kept(), 3 * MEBIBYTE)
+
+    def test_the_latest_receive_attempt_is_remembered(self):
+        call = Unverified()
+        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
+             MessageDeduplicationId="d")  # fmt: skip
+        for number in range(200):
+            call("ReceiveMessage", QueueUrl=url + "", ReceiveRequestAttemptId=f"other{number}",
+                 VisibilityTimeout=0)  # fmt: skip
+        first = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
+        again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
+        self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
+
+    def test_receipt_handles_in_flight_take_little_memory(self):
+        count, per_call = 5000, 10
+        numbers = iter(range(count))
+
+        class Handles:
+            may_block = False
+
+            def answer(self, call, request_id):
+                if call.operation != "ReceiveMessage":
+                    return Reply(200, OF_JSON[1:], b"{}")
+                messages = [
+                    {"MessageId": f"{n:0>36}", "ReceiptHandle": f"{n:A>1024}", "Body": "b"}
+                    for n in (next(numbers) for _ in range(per_call))
+                ]
+                return Reply(200, OF_JSON[1:], json.dumps({"Messages": messages}).encode())
+
+        ledger = awsproxy.InFlight(lambda call, q: 30, lambda act: act(), lambda: EXAMPLE_TIME)
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            clock=lambda: EXAMPLE_TIME,
+            verified=False,
+            routes=[awsproxy.Route("*", Handles())],
+            hooks=[ledger],
+        )
+
+        def call(operation, **given):
+            kind = (("Host", HOST), ("X-Amz-Target", f"AmazonSQS.{operation}"), OF_JSON[1])
+            given["QueueUrl"] = f"http://{HOST}/000000000000/q"
+            body = io.BytesIO(json.dumps(given).encode())
+            self.assertEqual(proxy.handle(Request("POST", "/", kind, body)).status, 200)
+
+        call("DeleteMessage", ReceiptHandle="none")
+        self.start_tracing()
+        for _ in range(count // per_call):
+            call("ReceiveMessage", VisibilityTimeout=300)
+        self.assertEqual(ledger.total, count)
+        self.assertLess(self.kept() / count, 1000)
+        call("DeleteMessage", ReceiptHandle=f"{7:A>1024}")
+        entries = [{"Id": "a", "ReceiptHandle": f"{8:A>1024}", "VisibilityTimeout": 0}]
+        self.assertEqual(ledger.total, count - 1)
+        call("ChangeMessageVisibility", **{k: v for k, v in entries[0].items() if k != "Id"})
+        call("DeleteMessage", ReceiptHandle="another")
+        self.assertGreaterEqual(ledger.total, count - 2)
+
+    def test_names_of_deleted_queues_are_forgotten(self):
+        """Nothing but memory shows whether the table of deleted names shrinks."""
+        call = Unverified(cooldown=True)
+
+        def make_and_delete(numbers):
+            for number in numbers:
+                name = f"{number:a>80}"
+                url = call("CreateQueue", QueueName=name)["QueueUrl"]
+                call("DeleteQueue", QueueUrl=url)
+
+        make_and_delete(range(200))  # which fills the caches
+        call.clock.now += 61
+        make_and_delete(range(200, 210))
+        self.start_tracing()
+        for step in range(10):
+            start = 1000 * (step + 1)
+            make_and_delete(range(start, start + 300))
+            call.clock.now += 61
+        make_and_delete(range(20000, 20010))
+        self.assertLess(self.kept(), 3000 * 60)
+
+    def test_names_of_deleted_queues_are_remembered_for_a_minute(self):
+        caller = Caller("json", cooldown=True)
+        for _ in range(3):
+            caller("DeleteQueue", QueueUrl=caller.queue("jobs"))
+            caller.clock.now += 59
+            for number in range(5):
+                caller("DeleteQueue", QueueUrl=caller.queue(f"other{caller.clock.now}{number}"
+                                                            .replace(".", "")))  # fmt: skip
+            self.assertIn("QueueDeletedRecently",
+                          refused_code(caller, "CreateQueue", QueueName="jobs"))  # fmt: skip
+            caller.clock.now += 2
+
+
+# ==== 20. Hosts of others ====
+
+
+class HostOfOthersTest(unittest.TestCase):
+    def setUp(self):
+        self.pool, keys = Nowhere(), Keys(OUR_KEYS)
+        aws = awsproxy.Upstream(None, lambda c: keys, self.pool, clock=lambda: EXAMPLE_TIME)
+        routes = [awsproxy.Route("*", aws)]
+        self.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
+
+    def ask(self, service, region, target="/"):
+        headers = (("X-Amz-Content-Sha256", EMPTY),)
+        request = signed("GET", target, headers, service=service, region=region)
+        return self.proxy.handle(request)
+
+    def test_scopes_that_are_no_service_in_a_region_go_nowhere(self):
+        for service, region in (
+            ("ec2-1-2-3-4", "compute-1"),
+            ("ec2-52-1-2-3", "compute"),
+            ("my-bucket", "s3"),
+            ("my-bucket", "s3-us-west-2"),
+            ("my-bucket", "s3-website-us-east-1"),
+            ("my-bucket", "s3-accelerate"),
+            ("abc123", "execute-api"),
+            ("my-lb-1234", "elb"),
+            ("x", "cloudfront"),
+            ("sqs", "compute-1"),
+            ("s3", "compute-1"),
+            ("sqs", "a"),
+            ("sqs", "us-east-1-evil"),
+            ("sqs", "us_east_1"),
+            ("sqs", "US-EAST-1"),
+            ("sqs", "1"),
+            ("sqs", "-"),
+        ):
+            with self.subTest(service, region=region):
+                reply = self.ask(service, region)
+                self.assertEqual(self.pool.asked, [])
+                self.assertIn(reply.status, range(400, 502))
+            self.pool.asked.clear()
+
+    def test_scopes_of_services_lead_to_them(self):
+        for service, region, host in (
+            ("lambda", "us-east-1", "lambda.us-east-1.amazonaws.com"),
+            ("lambda", "us-gov-west-1", "lambda.us-gov-west-1.amazonaws.com"),
+            ("lambda", "ap-southeast-7", "lambda.ap-southeast-7.amazonaws.com"),
+            ("lambda", "mx-central-1", "lambda.mx-central-1.amazonaws.com"),
+            ("lambda", "cn-north-1", "lambda.cn-north-1.amazonaws.com.cn"),
+            ("lambda", "us-isob-east-1", "lambda.us-isob-east-1.sc2s.sgov.gov"),
+            ("lambda", "eusc-de-east-1", "lambda.eusc-de-east-1.amazonaws.eu"),
+        ):
+            with self.subTest(service, region=region):
+                self.assertEqual(self.ask(service, region, "/2015-03-31/functions").status, 503)
+                self.assertEqual(self.pool.asked.pop(), ("https", host, 443))
+
+
+# ==== The lag of the loop ====
+
+
+class LagTest(ProgramTest):
+    def test_the_lag_of_the_loop_is_told_and_reset(self):
+        hook = """\
+            import time
+            def observe(exchange):
+                if exchange.call and exchange.call.operation == "ListQueues":
+                    time.sleep(0.5)
+            """
+        program = self.start("--quiet", hook=hook)
+        name = "awsproxy_loop_lag_seconds"
+        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
+        program.caller()("ListQueues")
+        self.assertGreater(metric(program.address, name), 0.4)
+        self.assertLess(metric(program.address, name), 0.4)
+        time.sleep(0.7)  # an idle loop does not lag
+        self.assertLess(metric(program.address, name), 0.4)
+
+
+# ==== Regular expressions ====
+
+
+def patterns_of(module):
+    """Return the compiled regexes of a module's globals and classes, by where they stand."""
+    found = {}
+
+    def visit(name, value, depth):
+        if isinstance(value, re.Pattern):
+            if all(value is not other for other in found.values()):
+                found[name] = value
+        elif depth and isinstance(value, dict):
+            for key, item in value.items():
+                visit(f"{name}[{key!r:.20}]", key, depth - 1)
+                visit(f"{name}[{key!r:.20}]", item, depth - 1)
+        elif depth and isinstance(value, (list, tuple, set, frozenset)):
+            for number, item in enumerate(value):
+                visit(f"{name}[{number}]", item, depth - 1)
+        elif depth and isinstance(value, type) and value.__module__ == module.__name__:
+            for key, item in vars(value).items():
+                visit(f"{name}.{key}", item, depth - 1)
+
+    for name, value in vars(module).items():
+        if not name.startswith("__"):
+            visit(name, value, 4)
+    return found
+
+
+def _parser():
+    if sys.version_info >= (3, 11):
+        import re._parser as parser
+    else:
+        import sre_parse as parser
+    return parser
+
+
+def _one_of(items):
+    """Return a character that a set of a regex has."""
+
+    def has_it(character):
+        code = ord(character)
+        negated = False
+        hit = False
+        for kind, value in items:
+            name = str(kind)
+            if name == "NEGATE":
+                negated = True
+            elif name == "LITERAL":
+                hit = hit or code == value
+            elif name == "RANGE":
+                hit = hit or value[0] <= code <= value[1]
+            elif name == "CATEGORY":
+                kinds = {"DIGIT": str.isdigit, "SPACE": str.isspace, "WORD": str.isalnum}
+                for word, test in kinds.items():
+                    if str(value).endswith(word):
+                        hit = hit or test(character) != ("NOT" in str(value))
+        return hit != negated
+
+    for character in "a1-. /!" + "".join(map(chr, range(9, 127))):
+        if has_it(character):
+            return character
+    return "a"
+
+
+def pieces_of(parsed, variant):
+    """Return the parts of a text that a regex may match, at each repeat once or as it must."""
+    pieces = []
+    for kind, value in parsed:
+        name = str(kind)
+        if name == "LITERAL":
+            pieces.append(chr(value))
+        elif name == "NOT_LITERAL":
+            pieces.append("a" if value != 97 else "b")
+        elif name == "ANY":
+            pieces.append("a")
+        elif name == "IN":
+            pieces.append(_one_of(value))
+        elif name.endswith("_REPEAT"):
+            low, _, inner = value
+            pieces += pieces_of(inner, variant) * min(max(low, 1), 64)
+        elif name == "SUBPATTERN":
+            pieces += pieces_of(value[-1], variant)
+        elif name == "ATOMIC_GROUP":
+            pieces += pieces_of(value, variant)
+        elif name == "BRANCH":
+            pieces += pieces_of(value[1][variant % len(value[1])], variant)
+    return pieces
+
+
+UNITS = (
+    *'a A 1 - . / : ; = , % < " # & ! + _'.split(), " ", "\t", "\r\n", "\n", "\r", "\xe4",
+    "a-", "-a", "a.", ".a", "/a", "a:", ":1", "a ", "a, ", "a=", "a&", "<a>", "<a", '"a', "%4",
+    "1.", "a\t ", "a:\r\n", "a;", "host:",
+)  # fmt: skip
+SPOILERS = ("", "\0")
+
+
+def attacks_on(pattern):
+    """Return (prefix, unit, spoiler) for texts that may make a regex slow."""
+    text = pattern.pattern
+    text = text.decode("latin-1") if isinstance(text, bytes) else text
+    prefixes, literals = {""}, set()
+    for variant in range(3):
+        pieces = pieces_of(_parser().parse(text, pattern.flags & ~re.UNICODE), variant)
+        literals.add("".join(pieces))
+        at = {len(pieces) * step // 12 for step in range(13)} if len(pieces) > 13 else None
+        for end in range(1, len(pieces) + 1):
+            if at is None or end in at or pieces[end - 1] in ".:;=<\"/- '":
+                prefixes.add("".join(pieces[:end]))
+    chosen = sorted(prefixes, key=len)
+    chosen = chosen[:: len(chosen) // 8 + 1]
+    units = [*UNITS, *(literal for literal in literals if len(literal) > 1)]
+    return [(p, unit, s) for p in chosen for unit in units for s in SPOILERS]
+
+
+class TooSlow(Exception):
+    """A regex takes longer than it may."""
+
+
+def methods_of(name, source):
+    """Return the names of the methods that are used of a regex, those of a table's together."""
+    used = set(re.findall(rf"\b{re.escape(name.partition('[')[0])}\.([a-z]+)\b", source))
+    used &= {"search", "match", "fullmatch", "sub", "findall", "finditer", "split"}
+    return sorted(used) or ["findall", "fullmatch"]  # one that is passed on, or of a table
+
+
+def _time_of(pattern, methods, attack, size, seconds=0.4):
+    """Return the CPU seconds of the slowest of the methods; `seconds` if it is cut off."""
+    prefix, unit, spoiler = attack
+    text = prefix + unit * max(1, size // len(unit)) + spoiler
+    text = text.encode("latin-1") if isinstance(pattern.pattern, bytes) else text
+    slowest = 0.0
+    for name in methods:
+        method = getattr(pattern, name)
+        begin = time.process_time()
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            if name == "sub":
+                method(text[:0], text)
+            else:
+                collections.deque(method(text) or (), 0) if name == "finditer" else method(text)
+        except TooSlow:
+            return seconds
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        slowest = max(slowest, time.process_time() - begin)
+    return slowest
+
+
+def growth_of(pattern, methods):
+    """Return whether a regex is slow, and the attack, n, and CPU seconds for n and for 2 n.
+
+    The first look is at 400 characters: a quadratic regex takes some 200 us, a linear one 5.
+    """
+
+    def measure(attack, size):
+        once = min(_time_of(pattern, methods, attack, size) for _ in range(2))
+        twice = min(_time_of(pattern, methods, attack, 2 * size) for _ in range(2))
+        slow = twice >= 0.4 or (twice > 3 * once and twice > 0.003)
+        return slow, attack, size, once, twice
+
+    times = []
+    for attack in attacks_on(pattern):
+        begin = time.perf_counter()  # the clock of CPU time may tick every 10 ms
+        _time_of(pattern, methods, attack, 400)
+        took = time.perf_counter() - begin
+        times.append((took, attack))
+        if took > 0.0006:
+            result = measure(attack, 4000)
+            if result[0]:
+                return result
+    for _, attack in sorted(times, reverse=True)[:3]:
+        result = measure(attack, 20000)
+        if result[0]:
+            break
+    return result
+
+
+def check_regexes():
+    """Print a line of JSON for each regex of awsproxy."""
+
+    def interrupt(*_):
+        raise TooSlow
+
+    signal.signal(signal.SIGVTALRM, interrupt)
+    with open(awsproxy.__file__, encoding="utf-8") as lines:
+        source = lines.read()
+    for name, pattern in patterns_of(awsproxy).items():
+        methods = methods_of(name, source)
+        print(json.dumps([name, methods, *growth_of(pattern, methods)]), flush=True)
+
+
+class RegexTest(unittest.TestCase):
+    def test_all_regexes_are_linear(self):
+        """Each takes about twice as long for a text of twice the length."""
+        command = [sys.executable, os.path.abspath(__file__), "regexes"]
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+        try:
+            output, _ = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        rows = [json.loads(line) for line in output.splitlines()]
+        for name, methods, slow, (prefix, unit, spoiler), size, once, twice in rows:
+            with self.subTest(name, methods=methods):
+                shown = f"{prefix!r:.80} + {unit!r} * n + {spoiler!r}"
+                message = f"{shown}: {once:.4f} s for {size}, {twice:.4f} s for {2 * size}"
+                self.assertFalse(slow, message)
+        self.assertEqual(process.returncode, 0, f"{len(rows)} regexes were checked")
+        self.assertEqual([row[0] for row in rows], list(patterns_of(awsproxy)))
 
 
 # ==== Real clients ====
@@ -17426,5 +21596,7 @@ if __name__ == "__main__":
         abuse(sys.argv[2:])
     elif sys.argv[1:2] == ["fuzz"]:
         fuzz(sys.argv[2:])
+    elif sys.argv[1:2] == ["regexes"]:
+        check_regexes()
     else:
         unittest.main()
