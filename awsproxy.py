@@ -3007,7 +3007,7 @@ class AwsQuery(WireProtocol):
     def meaning(self, request: Request, service: str, body: Body) -> Meaning:
         """The field `Action`, and all fields."""
         content = _content(request, body)
-        if request.method not in ("GET", "POST") or (content and request.method == "GET"):
+        if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
             raise ambiguous(self, "a call in AWS Query is a POST, or a GET without a body")
         fields = self._fields(request, content)
         if "Action" not in fields:
@@ -6981,7 +6981,8 @@ class Exchange:
         self.started = started  # seconds since 1970
         self.began = time.monotonic()
         self.request_id = request_id
-        self.wire = wire_protocol(request, service)
+        self.service = service or claim(request)[1].service
+        self.wire = wire_protocol(request, self.service)
 
     @property
     def access_key_id(self) -> str:
@@ -8290,7 +8291,8 @@ class Proxy:
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return why a request is refused whatever its body is; None if the body is wanted."""
-        wire = self._exchange(request).wire
+        exchange = self._exchange(request)
+        wire = exchange.wire
         try:
             self._check_sender(request)
             if self._verified:
@@ -8303,6 +8305,7 @@ class Proxy:
                     clock_skew=self._clock_skew,
                     must_be_signed=wire.must_be_signed,
                 )
+            check_one_reading(request, wire, exchange.service)
         except ServiceError as error:
             return error.without_frames()
         return None
@@ -8474,7 +8477,8 @@ class Proxy:
         else:
             found = self._unverified(exchange)
         client, scope = found.client, found.scope
-        check_one_reading(request, wire, scope.service)
+        if scope.service in S3_FAMILY:  # the others are checked before their body is read
+            check_one_reading(request, wire, scope.service)
         meaning = wire.meaning(request, scope.service, found.body)
         host = request.header("host") or "localhost"
         base_url = self._public_url or f"{self._scheme}://{host}"
@@ -8620,6 +8624,7 @@ class Proxy:
 
     def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
+        check_one_reading(exchange.request, exchange.wire, exchange.service)
         whole = isinstance(body, io.BytesIO)  # the server has gathered it
         data = body.read(-1 if whole else SPOOLED_IN_MEMORY)
         if len(data) < SPOOLED_IN_MEMORY and not whole:
