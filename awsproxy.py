@@ -1298,7 +1298,8 @@ def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str
 
 
 def _parse_header(request: Request, header: str) -> Authorization:
-    usual, made = _usual_claims(header[:-64]), header[-64:]
+    usual = _usual_claims(header[:-64]) if len(header) < 1024 else None
+    made = header[-64:]
     amz_date = request.fields.get("x-amz-date", ())
     if usual and len(amz_date) == 1 and _SHA256_HEX.fullmatch(made):
         token = _single(request, "x-amz-security-token")
@@ -1753,16 +1754,19 @@ def _check_signed_headers(
     signed = claimed.signed_headers
     if "host" not in signed:
         raise refusal("host", request)
-    given = tuple(request.fields)
-    absent, others = _compare_names(signed, given) if len(given) < 40 else _differ(signed, given)
+    fields = request.fields
+    absent = [name for name in signed if name not in fields]
     if absent:
         raise refusal("absent headers", request, ", ".join(absent))
     unsigned = [
         name
-        for name in others
-        if name.startswith("x-amz-")
-        or name in must_be_signed
-        or (name == claimed.dated_by and not claimed.presigned)
+        for name in fields
+        if name not in signed
+        and (
+            name.startswith("x-amz-")
+            or name in must_be_signed
+            or (name == claimed.dated_by and not claimed.presigned)
+        )
     ]
     if profile.declared_payload and "x-amz-content-sha256" in unsigned:
         unsigned.remove("x-amz-content-sha256")  # it is a line of the canonical request anyway
@@ -1773,18 +1777,6 @@ def _check_signed_headers(
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
     if claimed.presigned:
         _check_hoisted(request)
-
-
-def _differ(
-    signed: Tuple[str, ...], names: Tuple[str, ...]
-) -> Tuple[Sequence[str], Sequence[str]]:
-    """Return the signed headers that a request has not, and its headers that are not signed."""
-    there, covered = set(names), set(signed)
-    absent = [name for name in signed if name not in there]
-    return absent, [name for name in names if name not in covered]
-
-
-_compare_names = lru_cache(maxsize=64)(_differ)  # a client's calls have the same
 
 
 def _check_hoisted(request: Request) -> None:
@@ -7218,8 +7210,6 @@ class LineWriter:
             self._arrived.wait()
             time.sleep(self.PAUSE)
             self._arrived.clear()
-            if self._reopens:
-                self._open()
             with self._lock:
                 lines, self._lines = self._lines, []
             text = "".join(lines)
@@ -7230,6 +7220,8 @@ class LineWriter:
                 self.dropped += len(lines)
             with self._lock:
                 self._waiting -= len(text)
+            if self._reopens:
+                self._open()
             self._written.set()
 
     def _open(self) -> None:
@@ -7932,7 +7924,6 @@ def _found(part: str, text: str, start: int, places: int = sys.maxsize) -> int:
     return -1
 
 
-@lru_cache(maxsize=1024)
 def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
     """Return an action's names in lower case, and the actions that IAM needs in its place.
 
@@ -8755,7 +8746,7 @@ class Conversation:
 
     __slots__ = (
         "buffer", "deadline", "found", "lingering", "needed", "parked", "peer", "pending",
-        "queued", "scanned", "server", "socket",
+        "queued", "scanned", "server", "socket", "used",
     )  # fmt: skip
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
@@ -8770,6 +8761,7 @@ class Conversation:
         self.scanned = 0  # the buffer holds no end of a head before this
         self.found: Optional[Tuple[Head, int, int]] = None  # a head, whose body is on its way
         self.lingering = False  # whether what still arrives is dropped
+        self.used = False  # whether a whole request has come
         self.deadline = 0.0
 
     # ---- In the loop ----
@@ -8838,7 +8830,7 @@ class Conversation:
                 self.found = found
             self.needed = beyond
             return None
-        self.found = None
+        self.found, self.used = None, True
         self.buffer = buffer[beyond:]
         if self.buffer:
             self.deadline = time.monotonic() + self.server.timeout_seconds
@@ -9304,9 +9296,12 @@ class Server(http.server.HTTPServer):
                 connection.close()
 
     def _make_room(self) -> bool:
-        """Close the connections that have idled longest; without any, those slowest to ask."""
+        """Close the connections that have idled longest, those never used before the others.
+
+        If none is idle, close those that are slowest to ask.
+        """
         waiting = [c for c in self._conversations if c.parked and not (c.pending or c.queued)]
-        waiting.sort(key=lambda c: (bool(c.buffer), c.deadline))
+        waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for conversation in waiting[: len(waiting) // 100 + 1]:
             conversation.close()
         return bool(waiting)
