@@ -162,6 +162,11 @@ def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
     return fields
 
 
+def pairs(table: str) -> Dict[str, str]:
+    """Return a table that is written as `name=value`, one behind the other."""
+    return dict(entry.split("=", 1) for entry in table.split())
+
+
 class Body(Protocol):
     """A request body: any binary reader."""
 
@@ -357,79 +362,58 @@ class Fault(NamedTuple):
     type: str
 
 
-def _framework(status: int, code: str, shape: str = "") -> Fault:
-    return Fault(status, code, f"com.amazon.coral.service#{shape or code + 'Exception'}")
+def _faults(table: str) -> Mapping[str, Fault]:
+    """Return the errors of a table: who models them, status, names with `=CODE:SHAPE` if needed.
+
+    Both are the name if they are left out.  A `.` before a name stands for the prefix of SQS.
+    """
+    faults, prefix = {}, "AWS.SimpleQueueService."
+    for owner, status, *names in map(str.split, table.strip().splitlines()):
+        namespace, ending = ("com.amazon.coral.service", "Exception")
+        if owner == "sqs":
+            namespace, ending = ("com.amazonaws.sqs", "")
+        for entry in names:
+            name, _, spelled = entry.lstrip(".").partition("=")
+            code, _, shape = spelled.partition(":")
+            code = (prefix if entry[0] == "." else "") + (code or name)
+            faults[name] = Fault(int(status), code, f"{namespace}#{shape or name + ending}")
+    return faults
 
 
-def _modelled(status: int, shape: str, code: str = "") -> Fault:
-    return Fault(status, code or shape, f"com.amazonaws.sqs#{shape}")
-
-
-_SQS = "AWS.SimpleQueueService."
-
-
-def _prefixed(shape: str, status: int = 400) -> Fault:
-    return _modelled(status, shape, _SQS + shape)
-
-
-# Statuses and spellings: the SQS service model, and answers recorded from AWS.
-ERRORS: Mapping[str, Fault] = {
-    # HTTP framing; nothing in AWS's models names these.
-    "BadRequest": _framework(400, "BadRequest"),
-    "ExpectationFailed": _framework(417, "ExpectationFailed"),
-    "IncompleteBody": _framework(400, "IncompleteBody"),
-    "RequestEntityTooLarge": _framework(413, "RequestEntityTooLarge"),
-    "RequestHeaderFieldsTooLarge": _framework(431, "RequestHeaderFieldsTooLarge"),
-    "RequestTimeout": _framework(400, "RequestTimeout"),
-    "ServiceUnavailable": _framework(503, "ServiceUnavailable", "ServiceUnavailable"),
-    # Authentication ("Common Error Types" of each API reference).
-    "AccessDenied": _framework(403, "AccessDenied"),
-    "AuthFailure": _framework(401, "AuthFailure"),
-    "IncompleteSignature": _framework(400, "IncompleteSignature"),
-    "InvalidClientTokenId": _framework(403, "InvalidClientTokenId", "UnrecognizedClientException"),
-    "MalformedQueryString": _framework(400, "MalformedQueryString"),
-    "MissingAuthenticationToken": _framework(403, "MissingAuthenticationToken"),
-    "SignatureDoesNotMatch": _framework(403, "SignatureDoesNotMatch", "InvalidSignatureException"),
-    # The same from Amazon S3 ("Error responses" of its API reference).
-    "AuthorizationHeaderMalformed": _framework(400, "AuthorizationHeaderMalformed"),
-    "AuthorizationQueryParametersError": _framework(400, "AuthorizationQueryParametersError"),
-    "BadDigest": _framework(400, "BadDigest"),
-    "InvalidAccessKeyId": _framework(403, "InvalidAccessKeyId"),
-    "InvalidArgument": _framework(400, "InvalidArgument"),
-    "InvalidRequest": _framework(400, "InvalidRequest"),
-    "InvalidToken": _framework(400, "InvalidToken"),
-    "InvalidURI": _framework(400, "InvalidURI"),
-    "MalformedTrailerError": _framework(400, "MalformedTrailerError"),
-    "MissingContentLength": _framework(411, "MissingContentLength"),
-    "NotImplemented": _framework(501, "NotImplemented"),
-    "RequestTimeTooSkewed": _framework(403, "RequestTimeTooSkewed"),
-    "XAmzContentSHA256Mismatch": _framework(400, "XAmzContentSHA256Mismatch"),
-    # Dispatch and decoding.
-    "InternalFailure": _framework(500, "InternalFailure", "InternalFailure"),
-    "InvalidAction": _framework(400, "InvalidAction", "UnknownOperationException"),
-    "InvalidParameterValue": _framework(400, "InvalidParameterValue"),
-    "MissingAction": _framework(400, "MissingAction"),
-    "MissingParameter": _framework(400, "MissingParameter", "MissingRequiredParameterException"),
-    "SerializationException": _framework(400, "MalformedInput", "SerializationException"),
-    "UnknownOperation": _framework(404, "UnknownOperation", "UnknownOperationException"),
-    # Modelled by Amazon SQS.
-    "InvalidAttributeName": _modelled(400, "InvalidAttributeName"),
-    "InvalidAttributeValue": _modelled(400, "InvalidAttributeValue"),
-    "BatchEntryIdsNotDistinct": _prefixed("BatchEntryIdsNotDistinct"),
-    "BatchRequestTooLong": _prefixed("BatchRequestTooLong"),
-    "EmptyBatchRequest": _prefixed("EmptyBatchRequest"),
-    "InvalidBatchEntryId": _prefixed("InvalidBatchEntryId"),
-    "InvalidMessageContents": _modelled(400, "InvalidMessageContents"),
-    "OverLimit": _modelled(403, "OverLimit"),
-    "PurgeQueueInProgress": _prefixed("PurgeQueueInProgress", 403),
-    "QueueDeletedRecently": _prefixed("QueueDeletedRecently"),
-    "QueueDoesNotExist": _modelled(400, "QueueDoesNotExist", _SQS + "NonExistentQueue"),
-    "QueueNameExists": _modelled(400, "QueueNameExists", "QueueAlreadyExists"),
-    "ReceiptHandleIsInvalid": _modelled(404, "ReceiptHandleIsInvalid"),
-    "ResourceNotFoundException": _modelled(404, "ResourceNotFoundException"),
-    "TooManyEntriesInBatchRequest": _prefixed("TooManyEntriesInBatchRequest"),
-    "UnsupportedOperation": _prefixed("UnsupportedOperation"),
-}
+# Statuses and spellings: the SQS service model, "Common Error Types" of each API reference, "Error
+# responses" of Amazon S3's, and answers recorded from AWS.
+ERRORS = _faults(
+    """
+    common 400 AuthorizationHeaderMalformed AuthorizationQueryParametersError
+    common 400 BadDigest BadRequest IncompleteBody IncompleteSignature
+    common 400 InvalidAction=InvalidAction:UnknownOperationException
+    common 400 InvalidArgument InvalidParameterValue InvalidRequest InvalidToken
+    common 400 InvalidURI MalformedQueryString MalformedTrailerError
+    common 400 MissingAction RequestTimeout XAmzContentSHA256Mismatch
+    common 400 MissingParameter=MissingParameter:MissingRequiredParameterException
+    common 400 SerializationException=MalformedInput:SerializationException
+    common 401 AuthFailure
+    common 403 AccessDenied InvalidAccessKeyId MissingAuthenticationToken
+    common 403 InvalidClientTokenId=InvalidClientTokenId:UnrecognizedClientException
+    common 403 RequestTimeTooSkewed
+    common 403 SignatureDoesNotMatch=SignatureDoesNotMatch:InvalidSignatureException
+    common 404 UnknownOperation
+    common 411 MissingContentLength
+    common 413 RequestEntityTooLarge
+    common 417 ExpectationFailed
+    common 431 RequestHeaderFieldsTooLarge
+    common 500 InternalFailure=InternalFailure:InternalFailure
+    common 501 NotImplemented
+    common 503 ServiceUnavailable=ServiceUnavailable:ServiceUnavailable
+    sqs 400 InvalidAttributeName InvalidAttributeValue InvalidMessageContents
+    sqs 400 QueueNameExists=QueueAlreadyExists .BatchEntryIdsNotDistinct
+    sqs 400 .BatchRequestTooLong .EmptyBatchRequest .InvalidBatchEntryId
+    sqs 400 .QueueDeletedRecently .QueueDoesNotExist=NonExistentQueue
+    sqs 400 .TooManyEntriesInBatchRequest .UnsupportedOperation
+    sqs 403 OverLimit .PurgeQueueInProgress
+    sqs 404 ReceiptHandleIsInvalid ResourceNotFoundException
+    """
+)
 
 
 class ServiceError(Exception):
@@ -2464,14 +2448,15 @@ REST_NAMES = """
 TARGET_PREFIXES = {"sqs": "AmazonSQS"}  # of X-Amz-Target, by name in the credential scope
 TARGET_SERVICES = {prefix: service for service, prefix in TARGET_PREFIXES.items()}
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = {
-    "autoscaling": "2011-01-01", "cloudformation": "2010-05-15", "cloudsearch": "2013-01-01",
-    "elasticache": "2015-02-02", "elasticbeanstalk": "2010-12-01",
-    "elasticloadbalancing": "2015-12-01", "iam": "2010-05-08", "importexport": "2010-06-01",
-    "monitoring": "2010-08-01", "rds": "2014-10-31", "redshift": "2012-12-01",
-    "sdb": "2009-04-15", "ses": "2010-12-01", "sns": "2010-03-31", "sqs": "2012-11-05",
-    "sts": "2011-06-15",
-}  # fmt: skip
+QUERY_VERSIONS = pairs(
+    """
+    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
+    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
+    sts=2011-06-15
+    """
+)
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
@@ -5095,26 +5080,21 @@ OPERATIONS: Mapping[str, Operation] = operations(
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
     {
-        "AWSAccountIds": QueryName("AWSAccountId"),
-        "Actions": QueryName("ActionName"),
-        "AttributeNames": QueryName("AttributeName"),
-        "Attributes": QueryName("Attribute", "Name", "Value"),
-        "BinaryListValues": QueryName("BinaryListValue"),
-        "Entries": QueryName("{}RequestEntry"),
-        "Failed": QueryName("BatchResultErrorEntry"),
-        "MessageAttributeNames": QueryName("MessageAttributeName"),
-        "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
-        "MessageSystemAttributeNames": QueryName("MessageSystemAttributeName"),
-        "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
-        "Messages": QueryName("Message"),
-        "QueueUrls": QueryName("QueueUrl"),
-        "Results": QueryName("{}ResultEntry"),
-        "StringListValues": QueryName("StringListValue"),
-        "Successful": QueryName("{}ResultEntry"),
-        "TagKeys": QueryName("TagKey"),
-        "Tags": QueryName("Tag", "Key", "Value"),
-        "queueUrls": QueryName("QueueUrl"),
-        "tags": QueryName("Tag", "Key", "Value"),
+        name: QueryName(*spelled.split(","))
+        for name, spelled in pairs(
+            """
+            AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
+            Attributes=Attribute,Name,Value BinaryListValues=BinaryListValue
+            Entries={}RequestEntry Failed=BatchResultErrorEntry
+            MessageAttributeNames=MessageAttributeName
+            MessageAttributes=MessageAttribute,Name,Value
+            MessageSystemAttributeNames=MessageSystemAttributeName
+            MessageSystemAttributes=MessageSystemAttribute,Name,Value Messages=Message
+            QueueUrls=QueueUrl Results={}ResultEntry StringListValues=StringListValue
+            Successful={}ResultEntry TagKeys=TagKey Tags=Tag,Key,Value queueUrls=QueueUrl
+            tags=Tag,Key,Value
+            """
+        ).items()
     },
     frozenset({"CreateQueue", "ListQueues"}),
 )
@@ -5164,34 +5144,19 @@ PARTITIONS = (
 
 # The endpoint prefix of a service that signs with another name; where several share a name, by
 # what their X-Amz-Target or their path begins with.
-ENDPOINT_PREFIXES: Mapping[str, str] = {
-    "IoTSecuredTunneling": "api.tunneling.iot",
-    "appstream": "appstream2",
-    "aws-marketplace": "metering.marketplace",
-    "awsssoportal": "portal.sso",
-    "cloudwatch": "cloudwatch-omni",
-    "detective": "api.detective",
-    "ecr": "api.ecr",
-    "ecr-public": "api.ecr-public",
-    "iot-jobs-data": "data.jobs.iot",
-    "iotdata": "data-ats.iot",
-    "iotdeviceadvisor": "api.iotdeviceadvisor",
-    "iotmanagedintegrations": "api.iotmanagedintegrations",
-    "iotwireless": "api.iotwireless",
-    "lex": "models-v2-lex",
-    "mediatailor": "api.mediatailor",
-    "memorydb": "memory-db",
-    "mobiletargeting": "pinpoint",
-    "partnercentral": "partnercentral-prm",
-    "payment-cryptography": "controlplane.payment-cryptography",
-    "pricing": "api.pricing",
-    "qapps": "data.qapps",
-    "sagemaker": "api.sagemaker",
-    "ses": "email",
-    "sso-oauth": "oidc",
-    "timestream": "query.timestream",
-    "wickr": "admin.wickr",
-}
+ENDPOINT_PREFIXES = pairs(
+    """
+    IoTSecuredTunneling=api.tunneling.iot appstream=appstream2
+    aws-marketplace=metering.marketplace awsssoportal=portal.sso cloudwatch=cloudwatch-omni
+    detective=api.detective ecr=api.ecr ecr-public=api.ecr-public iot-jobs-data=data.jobs.iot
+    iotdata=data-ats.iot iotdeviceadvisor=api.iotdeviceadvisor
+    iotmanagedintegrations=api.iotmanagedintegrations iotwireless=api.iotwireless
+    lex=models-v2-lex mediatailor=api.mediatailor memorydb=memory-db mobiletargeting=pinpoint
+    partnercentral=partnercentral-prm payment-cryptography=controlplane.payment-cryptography
+    pricing=api.pricing qapps=data.qapps sagemaker=api.sagemaker ses=email sso-oauth=oidc
+    timestream=query.timestream wickr=admin.wickr
+    """
+)
 SHARED_NAMES: Sequence[Tuple[str, str, str]] = (
     ("aws-marketplace", "AWSMPCommerceService_v20200301.", "agreement-marketplace"),
     ("aws-marketplace", "AWSMPEntitlementService.", "entitlement.marketplace"),
@@ -5209,36 +5174,29 @@ SHARED_NAMES: Sequence[Tuple[str, str, str]] = (
 
 # Global services, by partition; `{}` is the DNS suffix.
 GLOBAL_HOSTS: Mapping[str, Mapping[str, str]] = {
-    "aws": {
-        "budgets": "budgets.{}",
-        "ce": "ce.us-east-1.{}",
-        "cloudfront": "cloudfront.{}",
-        "globalaccelerator": "globalaccelerator.us-west-2.{}",
-        "health": "global.health.{}",
-        "iam": "iam.{}",
-        "importexport": "importexport.{}",
-        "networkmanager": "networkmanager.us-west-2.{}",
-        "organizations": "organizations.us-east-1.{}",
-        "route53": "route53.{}",
-        "route53domains": "route53domains.us-east-1.{}",
-        "savingsplans": "savingsplans.{}",
-        "shield": "shield.us-east-1.{}",
-        "waf": "waf.{}",
-    },
-    "aws-cn": {
-        "budgets": "budgets.{}",
-        "ce": "ce.cn-northwest-1.{}",
-        "cloudfront": "cloudfront.cn-northwest-1.{}",
-        "health": "global.health.{}",
-        "iam": "iam.cn-north-1.{}",
-        "organizations": "organizations.cn-northwest-1.{}",
-        "route53": "route53.{}",
-    },
-    "aws-us-gov": {
-        "iam": "iam.us-gov.{}",
-        "organizations": "organizations.us-gov-west-1.{}",
-        "route53": "route53.us-gov.{}",
-    },
+    "aws": pairs(
+        """
+        budgets=budgets.{} ce=ce.us-east-1.{} cloudfront=cloudfront.{}
+        globalaccelerator=globalaccelerator.us-west-2.{} health=global.health.{} iam=iam.{}
+        importexport=importexport.{} networkmanager=networkmanager.us-west-2.{}
+        organizations=organizations.us-east-1.{} route53=route53.{}
+        route53domains=route53domains.us-east-1.{} savingsplans=savingsplans.{}
+        shield=shield.us-east-1.{} waf=waf.{}
+        """
+    ),
+    "aws-cn": pairs(
+        """
+        budgets=budgets.{} ce=ce.cn-northwest-1.{} cloudfront=cloudfront.cn-northwest-1.{}
+        health=global.health.{} iam=iam.cn-north-1.{}
+        organizations=organizations.cn-northwest-1.{} route53=route53.{}
+        """
+    ),
+    "aws-us-gov": pairs(
+        """
+        iam=iam.us-gov.{} organizations=organizations.us-gov-west-1.{}
+        route53=route53.us-gov.{}
+        """
+    ),
 }
 
 
@@ -7825,37 +7783,27 @@ class Moments(NamedTuple):
 
 # IAM's prefixes for the signing names that differ from them ("Actions, resources, and condition
 # keys for AWS services", Service Authorization Reference).
-IAM_PREFIXES: Mapping[str, Sequence[str]] = {
-    "cloudcontrolapi": ("cloudformation",),
-    "iot-jobs-data": ("iotjobsdata", "iot"),
-    "iotdata": ("iot",),
-    "iotsecuredtunneling": ("iot",),
-    "monitoring": ("cloudwatch",),
-    "mturk-requester": ("mechanicalturk",),
-    "partnercentral-account": ("partnercentral",),
-    "partnercentral-benefits": ("partnercentral",),
-    "partnercentral-channel": ("partnercentral",),
-    "partnercentral-marketing": ("partnercentral",),
-    "partnercentral-selling": ("partnercentral",),
-    "tagging": ("tag",),
-}
-_PARTIQL = tuple(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
+IAM_PREFIXES = pairs(
+    """
+    cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
+    iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
+    partnercentral-account=partnercentral partnercentral-benefits=partnercentral
+    partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
+    partnercentral-selling=partnercentral tagging=tag
+    """
+)
+_PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
 # The actions that IAM asks for, where an operation has none of its own name.
-IAM_ACTIONS: Mapping[str, Sequence[str]] = {
-    "dynamodb:batchexecutestatement": _PARTIQL,
-    "dynamodb:executestatement": _PARTIQL,
-    "dynamodb:executetransaction": _PARTIQL,
-    "dynamodb:transactgetitems": ("dynamodb:GetItem",),
-    "dynamodb:transactwriteitems": (
-        "dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:DeleteItem",
-        "dynamodb:ConditionCheckItem",
-    ),
-    "kms:reencrypt": ("kms:ReEncryptFrom", "kms:ReEncryptTo"),
-    "sns:publishbatch": ("sns:Publish",),
-    "sqs:changemessagevisibilitybatch": ("sqs:ChangeMessageVisibility",),
-    "sqs:deletemessagebatch": ("sqs:DeleteMessage",),
-    "sqs:sendmessagebatch": ("sqs:SendMessage",),
-}  # fmt: skip
+IAM_ACTIONS = pairs(
+    f"""
+    dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
+    dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
+    dynamodb:transactwriteitems=dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem
+    kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
+    sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
+    sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
+    """
+)
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile(
     "(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]{1,100})"
@@ -7934,11 +7882,11 @@ def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
     method = operation.partition("/")[0]
     if method != operation:
         names = [operation.rstrip("/"), operation.rstrip("/") + "/", method]
-    services = (service, *IAM_PREFIXES.get(service, ()))
-    needed = IAM_ACTIONS.get(action.lower(), ())
+    services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
+    needed = [name for name in IAM_ACTIONS.get(action.lower(), "").split(",") if name]
     batch = _BATCHES.fullmatch(action.lower())
     if batch:
-        needed = (f"{batch[1]}:{batch[2]}",)
+        needed = [f"{batch[1]}:{batch[2]}"]
     return [f"{prefix}:{name}" for prefix in services for name in names], needed
 
 
@@ -10073,29 +10021,30 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
-    aliases = [alias for of_service in IAM_PREFIXES.values() for alias in of_service]
+    aliases = ",".join(IAM_PREFIXES.values()).split(",")
     names = {name.lower(): name for name in (*SPEAKS, *REST_NAMES.split(), *aliases)}
     services = [name for name in names if glob_matches(prefix, name)]
     if not services or not colon:
+        for service in ("sqs", "s3") if not colon else ():
+            for name in _known_operations(service):
+                if name.lower() == prefix:
+                    return f"{service}:{name}"
         close = difflib.get_close_matches(prefix, names, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
     service = services[0]
-    known = _known_operations(service)
-    if not known:
-        example = "POST/path" if _is_rest(service) else "OperationName"
-        return f"{names[service]}:{example}"
-    close = difflib.get_close_matches(operation, [name.lower() for name in known], 1, 0.5)
-    spelled = next((name for name in known if close and name.lower() == close[0]), "*")
-    return f"{names[service]}:{spelled}"
+    known = {name.lower(): name for name in _known_operations(service)}
+    close = difflib.get_close_matches(operation, known, 1, 0.5)
+    example = "POST/path" if not known and _is_rest(service) else "*"
+    return f"{names[service]}:{known[close[0]] if close else example}"
 
 
-def _known_operations(service: str) -> Sequence[str]:
+def _known_operations(service: str) -> Iterable[str]:
     if service in ("s3", "s3express"):
-        versioned = [name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED]
+        versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
         return sorted({*S3_ACTIONS.values(), *versioned})
-    return sorted(MODELS[service].operations) if service in MODELS else ()
+    return MODELS[service].operations if service in MODELS else ()
 
 
 def _is_rest(service: str) -> bool:
@@ -10104,27 +10053,17 @@ def _is_rest(service: str) -> bool:
 
 def _can_match(service: str, pattern: str) -> bool:
     """Return whether the part of a pattern behind the colon fits an operation of the service."""
-    if pattern in ("", "*"):
-        return bool(pattern)
-    spoken = SPEAKS.get(service, REST_JSON)
-    method, slash, _ = pattern.partition("/")
-    of_rest = [name for name in METHODS if glob_matches(method, name.lower())]
-    if "*" in method and not slash:
-        of_rest = [
-            name for name in METHODS if glob_matches(pattern, name.lower() + "/")
-        ] or of_rest
-        of_rest = of_rest or ["GET"] * pattern.startswith("*")
     known = _known_operations(service)
-    named = not known or any(glob_matches(pattern, name) for name in _spelled(service, known))
-    if service in ("s3", "s3express") and not slash:
-        return named
-    rest = _is_rest(service) and bool(of_rest)
-    return rest or (bool(spoken & {"json", "query"}) and not slash and named)
-
-
-def _spelled(service: str, operations: Iterable[str]) -> Iterator[str]:
-    for operation in operations:
-        yield operation.lower()
+    if known and "/" not in pattern:
+        return any(glob_matches(pattern, name.lower()) for name in known)
+    start = re.split("[*?]", pattern, maxsplit=1)[0]
+    wild = start != pattern
+    fits = any(
+        start == name or start.startswith(f"{name}/") or (wild and name.startswith(start))
+        for name in map(str.lower, METHODS)
+    )
+    named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
+    return (fits and _is_rest(service)) or bool(named and pattern and "/" not in pattern)
 
 
 def build_writers(options: argparse.Namespace, console: Optional[LineWriter]) -> List[LineWriter]:
