@@ -2461,7 +2461,7 @@ _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
-_CHARSET = re.compile('(?i:charset)[ \t]*=[ \t]*"?([^";, \t]{1,40})')
+_CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 
 
 def _media_type(request: Request) -> str:
@@ -2473,9 +2473,8 @@ def _media_type(request: Request) -> str:
 
 def _parse_content_type(text: str) -> Tuple[str, str]:
     """Return the media type and the charset of a Content-Type, in lower case."""
-    charset = _CHARSET.search(text)
     media_type = text.partition(";")[0].strip(" \t").lower()
-    return media_type, charset[1].lower() if charset else ""
+    return media_type, ",".join(_CHARSET.findall(text)).lower()
 
 
 _content_type = lru_cache(maxsize=256)(_parse_content_type)
@@ -3405,8 +3404,10 @@ def is_s3_control(request: Request) -> bool:
 
     An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
     """
-    bucket = bucket_of_host(request.header("host") or "")
-    return request.path.startswith(_S3_CONTROL) and (not bucket or _is_account(bucket))
+    if request.path.startswith(_S3_CONTROL):
+        bucket = bucket_of_host(request.header("host") or "")
+        return not bucket or _is_account(bucket)
+    return False
 
 
 def _is_account(text: str) -> bool:
@@ -3428,7 +3429,8 @@ def s3_meaning(request: Request, service: str) -> Meaning:
     else:
         bucket, level = first, 2 if key else 1 if first else 0
     name = urllib.parse.unquote(bucket, "latin-1")
-    if level and (not _BUCKET.fullmatch(name) or name in (".", "..")):
+    disguised = name != bucket and f"/{name}/" == _S3_CONTROL
+    if level and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
         raise ServiceError("InvalidURI", "The name of the bucket is not allowed.")
     if not level and request.path != "/":
         raise ServiceError("InvalidURI", "The path has no bucket before its key.")
@@ -6598,6 +6600,9 @@ class Upstream:
     def _outgoing(self, call: Call) -> Outgoing:
         """Return the call as it is to be sent, and where to."""
         request, endpoint = call.request, self._endpoint_of(call)
+        if call.changed:  # the body is encoded again, and not compressed
+            headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
+            request = request.with_headers(tuple(headers))
         hoisted: List[Tuple[str, str]] = []
         target = request.target
         if call.presigned:
