@@ -5875,8 +5875,7 @@ class Mask:
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
         self._secrets = _forms_of_token(session_token) if session_token else ()
         if claimed:
-            credential = f"{claimed.access_key_id}/{claimed.scope}"
-            self._secrets = (*self._secrets, claimed.signature.encode(), credential.encode())
+            self._secrets += (claimed.signature.encode(),)
         self._held = b""
 
     def whole(self, data: bytes) -> bytes:
@@ -7127,33 +7126,30 @@ class HookFile(Watched):
 class LineWriter:
     """Writes lines to a stream from a thread of its own: nobody waits for a slow reader.
 
-    At most MOST characters wait; lines beyond that are dropped and counted.  `open_again` returns
-    a new stream for `reopen`, and may raise OSError.
+    At most MOST lines wait; lines beyond that are dropped and counted.  `open_again` returns a
+    new stream for `reopen`, and may raise OSError.
     """
 
-    MOST = 1048576
-    PAUSE = 0.01  # seconds in which lines are gathered for one write
+    MOST = 5000
+    PAUSE = 0.02  # seconds in which lines are gathered for one write
 
     def __init__(self, stream: Any, open_again: Optional[Callable[[], Any]] = None) -> None:
         self.dropped = 0
         self._stream = stream
         self._open_again = open_again
         self._reopens = False
-        self._lines: List[str] = []
-        self._waiting = 0  # characters
-        self._lock = threading.Lock()
+        self._lines: Deque[str] = collections.deque()
+        self._writing = 0
         self._arrived = threading.Event()
         self._written = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Have a line written soon."""
-        with self._lock:
-            if self._waiting + len(line) > self.MOST:
-                self.dropped += 1
-                return
-            self._waiting += len(line)
-            self._lines.append(line)
+        if len(self._lines) + self._writing >= self.MOST:
+            self.dropped += 1
+            return
+        self._lines.append(line)
         if not self._arrived.is_set():
             self._arrived.set()
 
@@ -7173,16 +7169,14 @@ class LineWriter:
             self._arrived.wait()
             time.sleep(self.PAUSE)
             self._arrived.clear()
-            with self._lock:
-                lines, self._lines = self._lines, []
-            text = "".join(lines)
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._writing = len(lines)  # these wait, too
             try:
-                self._stream.write(text)
+                self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone, and the log is where it is told
                 self.dropped += len(lines)
-            with self._lock:
-                self._waiting -= len(text)
+            self._writing = 0
             if self._reopens:
                 self._open()
             self._written.set()
@@ -8438,7 +8432,7 @@ class Proxy:
             found.presigned,
             base_url,
             meaning.encoded,
-            time.monotonic(),
+            exchange.began,
             meaning.path,
             found.signed_headers,
         )
@@ -8569,14 +8563,18 @@ class Proxy:
     def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         check_one_reading(exchange.request, exchange.wire, exchange.service)
-        whole = isinstance(body, io.BytesIO)  # the server has gathered it
-        data = body.read(-1 if whole else SPOOLED_IN_MEMORY)
-        if len(data) < SPOOLED_IN_MEMORY and not whole:
+        if isinstance(body, io.BytesIO):  # the server has gathered it
+            data = body.getvalue()
+            if len(data) > self.max_body:
+                raise too_large(self.max_body)
+            return body, hashlib.sha256(data).hexdigest()
+        data = body.read(SPOOLED_IN_MEMORY)
+        if len(data) < SPOOLED_IN_MEMORY:
             data += body.read(SPOOLED_IN_MEMORY - len(data))
         if len(data) < SPOOLED_IN_MEMORY:
             if len(data) > self.max_body:
                 raise too_large(self.max_body)
-            return body if whole else io.BytesIO(data), hashlib.sha256(data).hexdigest()
+            return io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
         try:
             file = exchange.spooled = tempfile.TemporaryFile()
