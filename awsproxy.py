@@ -2407,7 +2407,7 @@ SPEAKS: Mapping[str, FrozenSet[str]] = _speaks(
     ),
     rest_json=(
         "aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize"
-        " sagemaker sdb servicecatalog ses sms-voice"
+        " s3-outposts sagemaker sdb servicecatalog ses sms-voice"
     ),
     rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
 )

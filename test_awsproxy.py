@@ -13244,7 +13244,7 @@ def models():
 class BotocoreModelTest(MeaningCase):
     """No well-formed call of any operation is refused, and each has its name."""
 
-    SECONDS = 10  # of requests; then one operation of seven is tried, the same ones each time
+    SECONDS = 5  # of requests; then one operation of seven is tried, the same ones each time
 
     @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
     def test_table_of_protocols_is_that_of_the_models(self):
