@@ -7792,12 +7792,15 @@ IAM_PREFIXES = pairs(
     """
 )
 _PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
+_TRANSACTION = ",".join(
+    f"dynamodb:{verb}Item" for verb in ("Put", "Update", "Delete", "ConditionCheck")
+)
 # The actions that IAM asks for, where an operation has none of its own name.
 IAM_ACTIONS = pairs(
     f"""
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems=dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem
+    dynamodb:transactwriteitems={_TRANSACTION}
     kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
@@ -9062,7 +9065,7 @@ class Server(http.server.HTTPServer):
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
-        self._stopping = False
+        self._stopping = self._closed = False
         self._stopped = threading.Event()
         self._stopped.set()
         super().__init__(address, http.server.BaseHTTPRequestHandler)  # never made: we converse
@@ -9179,6 +9182,7 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         super().server_close()
+        self._closed = True
         while self._pending:
             self._pending.popitem()[0].give_up()
         for conversation in list(self._conversations):
@@ -9187,6 +9191,8 @@ class Server(http.server.HTTPServer):
             else:  # a worker's, which a mere close would have go on without TLS
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
+        while self._returned:
+            self._returned.popleft().hang_up()
         self._selector.close()
         self._wake.close()
         self._woken.close()
@@ -9366,7 +9372,7 @@ class Server(http.server.HTTPServer):
             goes_on = False  # silent for too long, or gone: nobody is left to be told
         except FAILURES:
             log.exception("a connection failed")
-        if not goes_on:
+        if not goes_on or self._closed:
             conversation.hang_up()
         self._returned.append(conversation)
         self.wake()
