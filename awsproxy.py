@@ -312,7 +312,7 @@ class Call:
     path: str = ""  # of a REST call: the path as patterns spell it, else ""
     signed_headers: Sequence[str] = ()
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
-    advice: str = field(default="", init=False)  # the flag that would have it allowed
+    advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
     upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
@@ -1148,7 +1148,7 @@ _CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def authorization_of(request: Request) -> Authorization:
-    """Return what the request claims; the verifier and everybody else read it here, once.
+    """Return what the request claims.  The verifier and all others read the claim here, once.
 
     Raises the ServiceError of `parse_authorization`.
     """
@@ -2249,9 +2249,9 @@ def sign(
 # protocol names it; and a request that names an operation anywhere else is refused, since
 # another reader might look there.  A hint such as Content-Type never chooses between readings.
 #
-# `wire_protocol` cannot fail, so that even the refusal of nonsense looks as the caller expects;
-# the body is decoded only after its signature held.  Sources: the service models of the AWS
-# SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
+# `wire_protocol` cannot fail, so that even a refusal of nonsense has the form that the caller
+# expects.  A body is decoded only after its signature was verified.  Sources: the service models
+# of the AWS SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
 
 # ---- Shapes: what a service model says of an operation's input ----
 
@@ -2536,7 +2536,7 @@ _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JS
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
-    """Return what a request without a credential scope looks like: the form of its refusal."""
+    """Return the protocol that a request without a credential scope seems to speak."""
     smithy, media_type = request.header("smithy-protocol"), _media_type(request)
     if smithy is not None:
         return RpcV2(smithy)
@@ -2595,9 +2595,9 @@ def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> No
 
 
 class Meaning(NamedTuple):
-    """What a request asks for.
+    """The operation that a request asks for.
 
-    `encoded` is what the input is decoded from.  `path` is the path of a REST call as patterns
+    The input is decoded from `encoded`.  `path` is the path of a REST call as patterns
     spell it; `other_paths` are other forms of it that a service might read.
     """
 
@@ -2744,7 +2744,7 @@ class AwsJson(WireProtocol):
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body) -> Meaning:
-        """As `named`; what is decoded is the JSON document."""
+        """Return the operation that `named` returns, and the JSON document."""
         action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
@@ -2794,7 +2794,7 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON.") from error
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """Where the service has no model, it is the document as it is."""
+        """Return the checked input, or the whole document if the service has no model."""
         document = call.encoded
         if document is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
@@ -2833,7 +2833,7 @@ class AwsJson(WireProtocol):
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-SMALL_JSON = 131072  # bytes; what is longer is counted before it is decoded
+SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder holds the interpreter meanwhile
 _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
 _BESIDE_JSON = (b"Action", b"Version")
@@ -3366,7 +3366,7 @@ S3_ACTIONS = _s3_actions(
     """
 )
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
-# What every other request is taken for: the strongest action of its method at its level.
+# The action of every other request: the strongest one of the method at that level.
 _S3_STRONGEST = {
     "GET": ("ListAllMyBuckets", "ListBucket", "GetObject"),
     "PUT": ("CreateBucket", "CreateBucket", "PutObject"),
@@ -3454,7 +3454,7 @@ _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
 def rest_meaning(request: Request) -> Meaning:
     """Return method and path of a request, the path in the form that patterns are written in.
 
-    Escapes are decoded, but for those of a slash, a `%`, and what no path may hold.  Raises
+    All escapes are decoded but `%2F`, `%25` and the escapes that no path can do without.  Raises
     ServiceError InvalidURI where services could differ about which segments there are.
     """
     path = request.path
@@ -3481,7 +3481,7 @@ _PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 class Rest(WireProtocol):
     """Method and path name the operation (Smithy: restXml, restJson1).
 
-    `form` is how errors are told: "json", "xml", or "s3" for Amazon S3's own XML.
+    `form` is the form of errors: "json", "xml", or "s3" for Amazon S3's own XML.
     """
 
     def __init__(self, form: str) -> None:
@@ -3496,7 +3496,7 @@ class Rest(WireProtocol):
         return meaning.operation + meaning.path
 
     def meaning(self, request: Request, service: str, body: Body) -> Meaning:
-        """As `named`; and the body."""
+        """Return method and path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
             return s3_meaning(request, service)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
@@ -3504,7 +3504,7 @@ class Rest(WireProtocol):
         return rest_meaning(request)._replace(encoded=body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """As Amazon S3 answers, or the other services of restXml, or those of restJson1."""
+        """Return the refusal in the form of the service."""
         status, code, shape = self.fault(request, error)
         headers: Headers = (("x-amzn-RequestId", request_id),)
         if self.form == "json":
@@ -3548,7 +3548,7 @@ class RpcV2(WireProtocol):
         return request.path.rpartition("/")[2]
 
     def meaning(self, request: Request, service: str, body: Body) -> Meaning:
-        """As `named`; nothing of the body."""
+        """Return the operation that `named` returns; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
         coding = self.protocol.rpartition("-")[2]
         fault = ""
@@ -5901,7 +5901,7 @@ class Mask:
         return data[: len(data) - keep] if keep else data
 
     def end(self) -> bytes:
-        """Return what is still held back when the stream has ended."""
+        """Return the bytes that `next` still holds back at the end of the stream."""
         return self._held
 
 
@@ -6022,7 +6022,7 @@ class Connection:
     def receive_now(self) -> bool:
         """Take what has arrived into the buffer; whether there may be more to come.
 
-        What is too long to be answered from the loop is left where it is.
+        A long answer stays in the socket: a worker passes it on.
         """
         try:
             while len(self.source.buffer) <= MAX_WHOLE_REPLY:
@@ -6165,9 +6165,9 @@ HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
 )
-# What is said of the way so far; it stays only if the caller signed it, as does X-Forwarded-*.
+# Headers of proxies on the way; they stay only if the caller signed them, as does X-Forwarded-*.
 _OF_THE_WAY = frozenset({"forwarded", "via"})
-# That, what the caller signed with, and what is set again.
+# The hop-by-hop headers, the caller's signature, and the headers that forwarding sets again.
 _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
@@ -6476,7 +6476,7 @@ class Upstream:
 
     @property
     def name(self) -> str:
-        """What a route calls it: `aws`, or an origin."""
+        """The target's name in a route: `aws`, or an origin."""
         return self._endpoint.origin if self._endpoint else "aws"
 
     @property
@@ -7047,7 +7047,7 @@ _OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
 
 
 def stamp_of(path: str) -> Tuple[int, ...]:
-    """Return what changes when a file does, or is replaced; () where there is none."""
+    """Return values that change when a file changes or is replaced; () if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -7124,7 +7124,7 @@ class HookFile(Watched):
 
 
 class LineWriter:
-    """Writes lines to a stream from a thread of its own: nobody waits for a slow reader.
+    """Writes lines to a stream in a separate thread: callers never wait for a slow reader.
 
     At most MOST lines wait; lines beyond that are dropped and counted.  `open_again` returns a
     new stream for `reopen`, and may raise OSError.
@@ -7145,7 +7145,7 @@ class LineWriter:
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
-        """Have a line written soon."""
+        """Queue a line; it is written within a moment."""
         if len(self._lines) + self._writing >= self.MOST:
             self.dropped += 1
             return
@@ -7154,7 +7154,7 @@ class LineWriter:
             self._arrived.set()
 
     def reopen(self) -> None:
-        """Have the stream opened again: somebody has moved the file away."""
+        """Open the stream again soon: somebody has moved the file away."""
         self._reopens = True
         self._arrived.set()
 
@@ -7174,7 +7174,7 @@ class LineWriter:
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
-            except (OSError, ValueError):  # the reader is gone, and the log is where it is told
+            except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
             self._writing = 0
             if self._reopens:
@@ -7583,7 +7583,7 @@ class InFlight(Hook):
 
 
 def _digest(handle: str) -> bytes:
-    """Return what stands for a receipt handle in memory: those of AWS are long."""
+    """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
     return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
@@ -7795,7 +7795,7 @@ _PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "
 _TRANSACTION = ",".join(
     f"dynamodb:{verb}Item" for verb in ("Put", "Update", "Delete", "ConditionCheck")
 )
-# The actions that IAM asks for, where an operation has none of its own name.
+# The actions that IAM asks for, if no action has the operation's name.
 IAM_ACTIONS = pairs(
     f"""
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
@@ -8035,7 +8035,7 @@ class Admin:
         return self._status.answer(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
-        """Nothing is wrong before the body, which nobody sends."""
+        """Return None: any head is good enough."""
         return None
 
     def longest_body(self, head: Head) -> int:
@@ -8491,8 +8491,8 @@ class Proxy:
         return int(read_json(reply.body.decode())["Attributes"]["VisibilityTimeout"])
 
     def _route(self, action: str) -> Optional[Route]:
-        """Return the route of an action, None if there is none."""
-        # What is kept is bounded: an action holds a path that a caller chose.
+        """Return the route of an action, or None."""
+        # An action holds a path that a caller chose, so long ones are not cached.
         find = self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route
         return find(action)
 
@@ -8514,7 +8514,7 @@ class Proxy:
         return next((name for name in names if name.startswith("http")), "aws")
 
     def _no_route(self, action: str) -> str:
-        """Return why no route answers an action, with flags that would have it answered."""
+        """Return why no route answers an action, with the flags that would allow it."""
         target = self._other_target(action.partition(":")[0])
         flags = route_flag(action[:MAX_SHOWN], target)
         if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
@@ -8618,7 +8618,7 @@ def has_demo_key(clients: Clients) -> bool:
 
 
 def fault_of_reply(reply: Reply) -> str:
-    """Return what is wrong with a Reply of a hook, "" if it can be sent."""
+    """Return the fault of a hook's Reply, "" if it can be sent."""
     status, headers, body = reply
     if type(status) is not int or not 200 <= status <= 599:
         return f"the status {status!r:.40}"
@@ -8651,7 +8651,7 @@ AT_A_TIME = 65536  # of an answer: TLS takes all it is given or nothing, within 
 AT_ONCE = 16  # so many connections are seen to before the first is answered
 MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
 SECONDS_LINGERING = 2
-MAX_HELD = 67108864  # bytes of incomplete requests, of all connections together
+MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 
@@ -8792,7 +8792,7 @@ class Conversation:
         return request, _manner(head)
 
     def _find_head(self) -> Optional[Tuple[Head, int, int]]:
-        """Return the head in the buffer, the length of its body, and where it ends.
+        """Return the head in the buffer, the length of the body, and the end of the head.
 
         None if it is not complete, or refused, or if a worker is to read the body.
         """
@@ -9170,7 +9170,7 @@ class Server(http.server.HTTPServer):
         self.wake()
 
     def wake(self) -> None:
-        """Have the loop call `when_woken` soon; a signal handler may do this."""
+        """Make the loop call `when_woken` soon; a signal handler may call this."""
         with contextlib.suppress(OSError):  # it is awake already, or all is closed
             self._wake.send(b"x")
 
@@ -9255,7 +9255,7 @@ class Server(http.server.HTTPServer):
     def _make_room(self) -> bool:
         """Close the connections that have idled longest, those never used before the others.
 
-        If none is idle, close those that are slowest to ask.
+        If none is idle, close the connections that are slowest to send a request.
         """
         waiting = [c for c in self._conversations if c.parked and not (c.pending or c.queued)]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
