@@ -389,7 +389,7 @@ ERRORS = _faults(
     common 400 InvalidAction=InvalidAction:UnknownOperationException
     common 400 InvalidArgument InvalidParameterValue InvalidRequest InvalidToken
     common 400 InvalidURI MalformedQueryString MalformedTrailerError
-    common 400 MissingAction RequestTimeout XAmzContentSHA256Mismatch
+    common 400 MissingAction OutcomeUnknown RequestTimeout XAmzContentSHA256Mismatch
     common 400 MissingParameter=MissingParameter:MissingRequiredParameterException
     common 400 SerializationException=MalformedInput:SerializationException
     common 401 AuthFailure
@@ -446,7 +446,7 @@ class ServiceError(Exception):
 # cannot be framed beyond doubt is refused.
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
-MAX_HEADERS = 100
+MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
 CRLF = "\r\n"
 
@@ -693,7 +693,7 @@ class LengthBody:
 
     def read(self, size: int = -1) -> bytes:
         """Return up to `size` bytes, all if negative; ServiceError IncompleteBody if too few."""
-        if self._begin and self._left:
+        if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
             self._begin()
             self._begin = None
         wanted = self._left if size < 0 else min(size, self._left)
@@ -940,12 +940,15 @@ class Profile(NamedTuple):
     normalize_path: bool = True  # dot segments resolved, and the path encoded once more
     declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
     unsigned_token: bool = False  # clients append the session token after signing
+    unsigned_token_header: bool = False  # the same, of calls that are signed in their header
     clock_skew: int = 900  # seconds that a caller's clock may differ from ours
 
 
 PROFILES: Mapping[str, Profile] = {
     **dict.fromkeys(S3_FAMILY, Profile(normalize_path=False, declared_payload=True)),
     "iotdevicegateway": Profile(unsigned_token=True),  # "Protocols", AWS IoT Developer Guide
+    # Clients of these send it unsigned (soto#151, soto-core#99); it is compared anyway.
+    **dict.fromkeys(("kinesis", "sns", "sqs"), Profile(unsigned_token_header=True)),
     # AWS gives these five minutes, as measured by others (ministack#1745).
     **dict.fromkeys(("kms", "lambda", "monitoring", "route53"), Profile(clock_skew=300)),
 }
@@ -1752,9 +1755,11 @@ def _check_signed_headers(
             or (name == claimed.dated_by and not claimed.presigned)
         )
     ]
-    if profile.declared_payload and "x-amz-content-sha256" in unsigned:
-        unsigned.remove("x-amz-content-sha256")  # it is a line of the canonical request anyway
-    if profile.unsigned_token and "x-amz-security-token" in unsigned:
+    if "x-amz-content-sha256" in unsigned:  # it is compared with the body anyway
+        unsigned.remove("x-amz-content-sha256")
+    tokens_pass = profile.unsigned_token
+    tokens_pass |= profile.unsigned_token_header and not claimed.presigned
+    if tokens_pass and "x-amz-security-token" in unsigned:
         unsigned.remove("x-amz-security-token")
     if unsigned:
         names = ", ".join(unsigned)
@@ -1959,7 +1964,7 @@ CHECKSUMS: Mapping[str, Checksum] = {
     "x-amz-checksum-sha256": Checksum(44, hashlib.sha256),
 }
 
-_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
+_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
 
 
@@ -2169,9 +2174,8 @@ def streamed_body(
     Without `checked` it is only decoded.
     """
     if not declared.startswith("STREAMING-"):
-        if declared == "UNSIGNED-PAYLOAD" or not checked:
-            return request.body
-        body = HashedBody(request, declared)
+        unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
+        body = request.body if unchecked else HashedBody(request, declared)
         # Without a body there is no last byte to hold back until the hash is known.
         return io.BytesIO(body.read()) if has_no_body(request) else body
     length = request.header("x-amz-decoded-content-length") or ""
@@ -3708,7 +3712,7 @@ class Message:
 
     __slots__ = (
         "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
-        "received", "sent", "system",
+        "received", "received_before", "sent", "system",
     )  # fmt: skip
 
     def __init__(
@@ -3725,6 +3729,7 @@ class Message:
         self.system = system  # system attributes that do not change with a receive
         self.sent = sent
         self.received = 0  # how often
+        self.received_before = 0  # how often from other queues, which redrive policies disregard
         self.first_received = 0.0
         self.last_received = 0.0
         self.hidden_until = 0.0  # 0 while it is visible
@@ -4176,7 +4181,7 @@ _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
 _QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
 _BATCH_ID = re.compile("[A-Za-z0-9_-]{1,80}")
 _GROUP_ID = re.compile("[!-~]{1,128}")
-_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)[\w.-]{1,256}(?<!\.)")
+_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
@@ -4756,7 +4761,7 @@ class Sqs:
             if not picked:
                 break
             for message in picked:
-                if target and message.received >= most:
+                if target and message.received - message.received_before >= most:
                     queue.remove(message)
                     dead.append(message)
                 else:
@@ -4784,12 +4789,10 @@ class Sqs:
     def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
         """Give a message to the dead-letter queue; the count of its receives goes on."""
         message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
+        message.received_before = message.received
         if target.fifo:
             message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
         target.add(message)
-        onward, most = self._dead_letters(target)
-        if onward and message.received >= most:  # two waiters would move it to and fro for ever
-            target.hide(message, now + target.number("VisibilityTimeout") + 1)
 
     def _again(
         self, queue: Queue, given: Mapping[str, Any], timeout: int, now: float
@@ -5297,7 +5300,11 @@ def is_link_local(host: str) -> bool:
 
 
 class Skipped(Exception):
-    """Why a source has no credentials."""
+    """Why a source has no credentials; `passing` if it may have some in a moment."""
+
+    def __init__(self, message: str, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class Failed(Skipped):
@@ -5342,7 +5349,16 @@ class _Hurry(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """Open it with a deadline, and TLS."""
-        return self.do_open(_HurriedTls, request)
+        return self.do_open(_HurriedTls, request, context=tls_context())
+
+
+@lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
+    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
+
+
+_TOLD = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
 
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Hurry)
@@ -5371,13 +5387,21 @@ def fetch(
         with opener.open(request, timeout=timeout) as answer:
             body = bytes(answer.read(1048576))
     except urllib.error.HTTPError as error:
-        raise Skipped(f"{host} answered {error.code}") from error
+        passing = error.code >= 500 or error.code == 429
+        with error, contextlib.suppress(OSError):
+            told = _TOLD.search(error.read(65536).decode("latin-1"))
+            if told:
+                raise Skipped(
+                    f"{host} answered {error.code}: {told[1] or told[2]}", passing
+                ) from error
+        raise Skipped(f"{host} answered {error.code}", passing) from error
     except OSError as error:
-        raise Skipped(f"{host} did not answer: {getattr(error, 'reason', error)}") from error
+        reason = getattr(error, "reason", error)
+        raise Skipped(f"{host} did not answer: {reason}", passing=True) from error
     except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
         raise Skipped(f"{host} could not be asked: {type(error).__name__}") from error
     if time.monotonic() > until:  # and may have been cut
-        raise Skipped(f"{host} took longer than {timeout} s")
+        raise Skipped(f"{host} took longer than {timeout} s", passing=True)
     return body
 
 
@@ -5483,15 +5507,27 @@ class CredentialChain:
                 continue  # who names a profile wants no other
             try:
                 found = source()
-            except Failed as reason:
-                raise Skipped("; ".join([*tried, f"{name}: {reason}"])) from reason
             except Skipped as reason:
                 tried.append(f"{name}: {reason}")
+                if isinstance(reason, Failed) or self._is_set_up(name):
+                    # Another source would be another identity, which nobody asked for.
+                    raise Skipped("; ".join(tried), reason.passing) from reason
                 continue
             if self._role_arn:
                 return self._assume(found, self._role_arn, {"session": self._session_name})
             return found
         raise Skipped("; ".join(tried))
+
+    def _is_set_up(self, name: str) -> bool:
+        """Return whether the environment sets up a source, so that it is an error if it fails."""
+        given = self._environ.get
+        container = (
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        )
+        if name == "web identity":
+            return bool(given("AWS_WEB_IDENTITY_TOKEN_FILE") and given("AWS_ROLE_ARN"))
+        return name == "container" and any(map(given, container))
 
     # ---- Sources ----
 
@@ -5583,7 +5619,7 @@ class CredentialChain:
             return self._from_profile(self._profile, ())
         except Skipped as reason:
             if {"role_arn", "credential_process", "sso_account_id"} & set(settings):
-                raise Failed(str(reason)) from reason
+                raise Failed(str(reason), reason.passing) from reason
             raise
 
     def _from_profile(self, profile: str, visited: Tuple[str, ...]) -> Credentials:
@@ -5596,6 +5632,11 @@ class CredentialChain:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
+            if settings.get("mfa_serial"):
+                remedy = "credential_process = aws configure export-credentials --format process"
+                raise Failed(
+                    f"its role needs a code (mfa_serial), which nobody is here to type; {remedy}"
+                )
             return self._assume(self._source_of(settings, profile, visited), role, settings)
         if keys:
             key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
@@ -5674,7 +5715,8 @@ class CredentialChain:
         try:
             return self._ask_sts(fields, source)
         except Skipped as reason:
-            raise Failed(f"the role {role} cannot be assumed: {reason}") from reason
+            message = f"the role {role} cannot be assumed: {reason}"
+            raise Failed(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
         fields = {
@@ -5737,14 +5779,14 @@ def _from_process(command: str) -> Credentials:
         done = subprocess.run(
             shlex.split(command),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
             timeout=30,
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise Skipped(f"its process failed: {type(error).__name__}") from error
     if done.returncode:
-        raise Skipped(f"its process ended with {done.returncode}")
+        told = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
+        raise Skipped(f"its process ended with {done.returncode}: {told or 'it says nothing'}")
     return _from_document(done.stdout, "SessionToken")
 
 
@@ -5755,11 +5797,19 @@ class CredentialCache:
     """
 
     AHEAD = 300  # seconds before the end at which renewal is first tried
-    RETRY = 10  # seconds between tries that fail
+    RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
+    PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
-    def __init__(self, chain: CredentialChain, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        chain: CredentialChain,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._chain = chain
         self._clock = clock
+        self._sleep = sleep
+        self._passing = False
         self._lock = threading.Lock()
         self._current: Optional[Credentials] = None
         self._stale = False
@@ -5790,25 +5840,36 @@ class CredentialCache:
     def _renew(self, now: float) -> Credentials:
         current = self._current
         good = current is not None and current.expires > now
-        if now < self._tried + self.RETRY:
+        if now < self._tried + (1 if self._passing else self.RETRY):
             if current and good:
                 return current
             if self._reason:
-                raise Skipped(self._reason)
+                raise Skipped(self._reason, self._passing)
         self._tried = now
         try:
-            found = self._chain.find()
+            found = self._find(() if good else self.PAUSES)
             if found.expires <= now:
                 raise Skipped("the credentials found have expired")
             self._current = found
         except Skipped as reason:
-            self._reason = str(reason)
+            self._reason, self._passing = str(reason), reason.passing
+            log.warning("credentials not renewed: %s", reason)
             if current and good:
-                log.warning("credentials not renewed: %s", reason)
                 return current
             raise
         self._stale, self._reason = False, ""
         return self._current
+
+    def _find(self, pauses: Sequence[float]) -> Credentials:
+        """Return what the chain finds, tried again after each pause if the failure may pass."""
+        for pause in pauses:
+            try:
+                return self._chain.find()
+            except Skipped as reason:
+                if not reason.passing:
+                    raise
+            self._sleep(pause)
+        return self._chain.find()
 
     def expire(self, refused: Credentials) -> bool:
         """Have them read again, since AWS refused these; whether that may help."""
@@ -5955,6 +6016,7 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = connect.sock
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.socket.settimeout(timeout)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -6057,7 +6119,8 @@ class Connection:
 
 
 RECEIVE = "sqs:ReceiveMessage"
-UPSTREAM_SECONDS = 65  # how long an answer may take: longer than the longest poll
+UPSTREAM_SECONDS = 900  # how long an answer may take: as long as AWS Lambda runs a function
+POLL_SECONDS = 65  # the same of ReceiveMessage: longer than the longest poll
 
 
 class Pool:
@@ -6071,7 +6134,6 @@ class Pool:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
-        self._tls: Optional[ssl.SSLContext] = None
         self.draining = False  # whether polls are to end
         self.given_up: Set[Waiting] = set()  # polls whose messages will be put back
 
@@ -6080,7 +6142,7 @@ class Pool:
 
         Raises UpstreamError where none begins in time.
         """
-        poll, until = select.poll(), time.monotonic() + self._timeout
+        poll, until = select.poll(), time.monotonic() + connection.timeout
         poll.register(connection.socket, select.POLLIN)
         while not connection.is_stale():
             if self.draining:
@@ -6106,10 +6168,12 @@ class Pool:
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a connection, a kept one if there is one that still stands."""
         kept = None if fresh else self.idle(endpoint)
-        if kept:
-            kept.socket.settimeout(self._timeout)
-            return kept
-        return Connection(endpoint, self._client(endpoint), self._timeout)
+        return kept or Connection(endpoint, self._client(endpoint), self._timeout)
+
+    def allow(self, connection: Connection, call: Call) -> None:
+        """Set how long the answer to a call may take."""
+        poll = call.action == RECEIVE
+        connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
@@ -6136,20 +6200,17 @@ class Pool:
         host, port = endpoint.host, endpoint.port
         if endpoint.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
-        if self._tls is None:
-            bundle = os.environ.get("AWS_CA_BUNDLE") or None
-            self._tls = ssl.create_default_context(cafile=bundle)
         proxy = urllib.request.getproxies().get("https")
         if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
             return http.client.HTTPSConnection(
-                host, port, timeout=self._connect_timeout, context=self._tls
+                host, port, timeout=self._connect_timeout, context=tls_context()
             )
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
         tunnel = http.client.HTTPSConnection(
             parts.hostname or "",
             parts.port or 80,
             timeout=self._connect_timeout,
-            context=self._tls,
+            context=tls_context(),
         )
         headers = {}
         if parts.username:
@@ -6332,6 +6393,8 @@ def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
     return kept
 
 
+# Names of roles and paths, which are for the log and not for callers.
+_PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
     rb"<Code>([A-Za-z0-9._-]{1,128})<"
@@ -6353,6 +6416,14 @@ def error_code(reply: Reply) -> str:
             return code
     found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
     return (found[1] or found[2]).decode() if found else "-"
+
+
+def outcome_unknown() -> ServiceError:
+    """Return the refusal of a call that may have run, which no SDK repeats by itself."""
+    message = (
+        "The proxy lost the upstream's answer. The call may have run: look before you repeat it."
+    )
+    return ServiceError("OutcomeUnknown", message)
 
 
 class Outgoing(NamedTuple):
@@ -6446,7 +6517,7 @@ class Waiting:
         try:
             connection.socket.settimeout(connection.timeout)
             reply = self._upstream._reply(connection, connection.answer(), call.request.method)
-            reply = self._upstream._gathered(reply)
+            reply = self._upstream._gathered(call, reply)
             self._upstream._release(call, outgoing, receipt_handles(reply))
         except (UpstreamError, ServiceError) as error:
             log.warning("messages may stay hidden, the upstream did not answer: %s", error)
@@ -6520,12 +6591,13 @@ class Upstream:
         if not connection:
             return None
         connection.mask = Mask(claimed, keys.session_token)
+        self._pool.allow(connection, call)
         return Waiting(self, call, outgoing, keys, connection, data)
 
     def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
         """Return the answer to the call; the messages that nobody is left to get are put back."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
-            reply = self._gathered(reply)
+            reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
                 reply = call.wire.output(call, SQS_MODEL, {}, random_id())
@@ -6537,7 +6609,11 @@ class Upstream:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
-        return rewrite_queue_urls(call, self._gathered(reply)) if call.service == "sqs" else reply
+        return (
+            rewrite_queue_urls(call, self._gathered(call, reply))
+            if call.service == "sqs"
+            else reply
+        )
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
         """Return the refusal without what the upstream says that we signed."""
@@ -6550,14 +6626,15 @@ class Upstream:
         error = ServiceError("SignatureDoesNotMatch", message)
         return call.wire.error(call.request, error, request_id[:128])
 
-    def _gathered(self, reply: Reply) -> Reply:
+    def _gathered(self, call: Call, reply: Reply) -> Reply:
         """Return an answer of Amazon SQS whole, since it is read here: its size is bounded."""
         if isinstance(reply.body, bytes):
             return reply
         try:
             body = b"".join(reply.body)
         except (OSError, ServiceError) as error:
-            raise self._down(UpstreamError("an answer broke off", unanswered=False)) from error
+            broken = UpstreamError("an answer broke off", unanswered=False)
+            raise self._given_up(call, broken) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, body)
 
@@ -6570,7 +6647,7 @@ class Upstream:
         except UpstreamError as error:
             connection.close()
             if not error.unanswered or not is_repeatable(call):
-                raise self._down(error) from error
+                raise self._given_up(call, error, connection.reused) from error
             reply = self._attempt(call, outgoing, keys, True, fresh=True)
         if self._may_renew(call, keys, reply):
             reply = self._answered(call, outgoing, again=True)
@@ -6706,9 +6783,10 @@ class Upstream:
             try:
                 keys = cache.get()
             except Skipped as reason:
-                raise ServiceError(
-                    "AccessDenied", f"The proxy has no credentials to sign with: {reason}"
-                ) from reason
+                code = "ServiceUnavailable" if reason.passing else "AccessDenied"
+                told = _PRIVATE.sub("...", str(reason))[:500]
+                message = f"The proxy has no credentials to sign with: {told}"
+                raise ServiceError(code, message) from reason
             reply = self._attempt(call, outgoing, keys, replayable)
             renewed = self._may_renew(call, keys, reply)
             if last or not replayable or not renewed:
@@ -6732,6 +6810,8 @@ class Upstream:
                 connection = self._pool.take(outgoing.endpoint, fresh=again)
             except UpstreamError as error:
                 raise self._down(error) from error
+            self._pool.allow(connection, call)
+            connection.socket.settimeout(connection.timeout)
             try:
                 self._send(connection, call, outgoing, keys)
                 if call.action == RECEIVE and not self._pool.awaits(connection):
@@ -6742,7 +6822,7 @@ class Upstream:
                 connection.close()
                 retry = connection.reused and error.unanswered and replayable and repeatable
                 if again or not retry:
-                    raise self._down(error) from error
+                    raise self._given_up(call, error, connection.reused) from error
             except Exception:
                 connection.close()  # a body that proved wrong: what was sent is not complete
                 raise
@@ -6757,6 +6837,18 @@ class Upstream:
     def _down(self, error: UpstreamError) -> ServiceError:
         log.warning("upstream: %s", error)
         return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
+
+    def _given_up(self, call: Call, error: UpstreamError, reused: bool = False) -> ServiceError:
+        """Return the refusal of a call that was sent, and may have run.
+
+        SDKs repeat a call that is answered by 503; that must not run it twice.  A kept connection
+        that ends without a word was closed before the call arrived.
+        """
+        late = isinstance(error.__cause__, socket.timeout)
+        if is_repeatable(call) or (reused and error.unanswered and not late):
+            return self._down(error)
+        log.warning("upstream: %s", error)
+        return outcome_unknown()
 
     def _signed(
         self, call: Call, outgoing: Outgoing, keys: Credentials
@@ -8061,6 +8153,7 @@ class Pending:
         self, proxy: Proxy, exchange: Exchange, waiting: Waiting, act: Callable[[], Reply]
     ) -> None:
         self.socket = waiting.socket
+        self.timeout = waiting.timeout
         self._proxy = proxy
         self._exchange = exchange
         self._waiting = waiting
@@ -8111,7 +8204,10 @@ class Pending:
         """Return the refusal of a call whose answer comes too late."""
         self._waiting.give_up()
         message = "The upstream of this proxy did not answer in time."
-        return self._proxy.refuse(self._exchange, ServiceError("ServiceUnavailable", message))
+        call = self._exchange.call
+        again = call is not None and is_repeatable(call)
+        error = ServiceError("ServiceUnavailable", message) if again else outcome_unknown()
+        return self._proxy.refuse(self._exchange, error)
 
 
 Outcome = Union[Reply, Pending, Callable[[], Reply]]
@@ -9266,6 +9362,7 @@ class Server(http.server.HTTPServer):
     def _welcome(self, connection: socket.socket, peer: str) -> None:
         # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setblocking(False)
         if self._certificate:
             connection = self._certificate.wrap(connection)
@@ -9348,8 +9445,8 @@ class Server(http.server.HTTPServer):
             self._replies.append((conversation, reply, manner))
 
     def _give_up_pending(self) -> None:
-        oldest = time.monotonic() - UPSTREAM_SECONDS
-        for pending in [p for p, (since, *_) in self._pending.items() if since < oldest]:
+        now = time.monotonic()
+        for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
             self._settle(pending, pending.give_up())
 
     # ---- Workers ----
@@ -9648,6 +9745,9 @@ def _add_routes(add: Callable[..., Any]) -> None:
         " (lambda:POST/2015-03-31/functions/*): embedded (SQS in memory), aws,"
         " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
+    add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
+        metavar="SECONDS", help="how long an upstream may take to answer; 65 at the most for"
+        " ReceiveMessage")  # fmt: skip
     add("--hook", action="append", default=[], metavar="FILE",
         help="a Python file (.py) with before, rewrite, after, observe or concerns;"
         " repeatable")  # fmt: skip
@@ -9677,7 +9777,7 @@ class Program:
         metrics = Metrics()
         file_sha256()  # that of the copy that runs, whatever will lie there later
         self._keyring = keyring = Keyring(os.environ, options.profile)
-        self._pool = Pool()
+        self._pool = Pool(timeout=options.upstream_timeout)
         self._routes = routes = build_routes(options, keyring, self._sqs, self._pool)
         clients = self._read_clients()
         if options.reuse_port:
