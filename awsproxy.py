@@ -311,6 +311,7 @@ class Call:
     began: float = math.inf
     path: str = ""  # of a REST call: the path as patterns spell it, else ""
     signed_headers: Sequence[str] = ()
+    bucket: str = ""  # of Amazon S3, if it stands in the Host
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
     advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
@@ -2602,13 +2603,15 @@ class Meaning(NamedTuple):
     """The operation that a request asks for.
 
     The input is decoded from `encoded`.  `path` is the path of a REST call as patterns
-    spell it; `other_paths` are other forms of it that a service might read.
+    spell it; `other_paths` are other forms of it that a service might read.  `bucket` is the
+    bucket of Amazon S3, or the account of S3 Control, that stands in the Host.
     """
 
     operation: str
     encoded: Any = None
     path: str = ""
     other_paths: Sequence[str] = ()
+    bucket: str = ""
 
 
 class WireProtocol:
@@ -2628,10 +2631,13 @@ class WireProtocol:
         """Return the operation that the head names, "" if the body does; for the log."""
         return ""
 
-    def meaning(self, request: Request, service: str, body: Body) -> Meaning:
+    def meaning(
+        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
+    ) -> Meaning:
         """Return what the request asks for, from the one place where the protocol says it.
 
-        Raises ServiceError for a request that names no operation, or could name two.
+        `hosts` are names of the proxy.  Raises ServiceError for a request that names no operation,
+        or could name two.
         """
         raise NotImplementedError
 
@@ -2747,7 +2753,9 @@ class AwsJson(WireProtocol):
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
-    def meaning(self, request: Request, service: str, body: Body) -> Meaning:
+    def meaning(
+        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
+    ) -> Meaning:
         """Return the operation that `named` returns, and the JSON document."""
         action = None
         if request.method != "POST":
@@ -2984,7 +2992,9 @@ class AwsQuery(WireProtocol):
         """`Action`, if the query string has it."""
         return _query_action(request) or ""
 
-    def meaning(self, request: Request, service: str, body: Body) -> Meaning:
+    def meaning(
+        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
+    ) -> Meaning:
         """The field `Action`, and all fields."""
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
@@ -3389,44 +3399,57 @@ _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 
 
-def bucket_of_host(host: str) -> str:
-    """Return the bucket that a Host names, as in `bucket.localhost:8081`; "" if none."""
-    name = host.lower().partition(":")[0]
-    suffixes = (".localhost", ".amazonaws.com", ".amazonaws.com.cn")
-    suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
-    if not suffix:
-        return ""
-    labels = name[: -len(suffix)].split(".")
+def host_name(host: str) -> str:
+    """Return a Host in lower case without its port, an IPv6 address without its brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
+    """Return the bucket that a Host names, as in `bucket.localhost:8081`; "" if none.
+
+    `hosts` are names of the proxy besides localhost.  Raises ServiceError InvalidRequest for a
+    name that may or may not begin with a bucket: a wrong guess would lose an object.
+    """
+    name = host_name(host)
+    own = [".localhost", *(f".{own}" for own in hosts)]
+    suffixes = (*own, ".amazonaws.com", ".amazonaws.com.cn")
+    suffix = next((suffix for suffix in suffixes if f".{name}".endswith(suffix)), "")
+    if not suffix and "." in name.rstrip(".") and not re.fullmatch("[0-9.]+", name):
+        raise ServiceError(
+            "InvalidRequest",
+            f"It is not certain whether the Host '{name[:80]}' begins with a bucket. Start the"
+            " proxy with --host-name NAME, where NAME is the proxy's own part of the Host.",
+        )
+    labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
     for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
             return ".".join(labels[:index])
-    return ".".join(labels) if suffix == ".localhost" else ""
+    return ".".join(labels) if suffix in own else ""
 
 
-def is_s3_control(request: Request) -> bool:
+def is_s3_control(request: Request, bucket: str) -> bool:
     """Return whether a request to Amazon S3 is one to S3 Control, not to an object.
 
     An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
     """
-    if request.path.startswith(_S3_CONTROL):
-        bucket = bucket_of_host(request.header("host") or "")
-        return not bucket or _is_account(bucket)
-    return False
+    return request.path.startswith(_S3_CONTROL) and (not bucket or _is_account(bucket))
 
 
 def _is_account(text: str) -> bool:
     return len(text) == 12 and text.isascii() and text.isdigit()
 
 
-def s3_meaning(request: Request, service: str) -> Meaning:
+def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
     """Return what a request to Amazon S3 does, as IAM policies spell it.
 
     Raises ServiceError InvalidRequest for two sub-resources, and InvalidURI for a bucket that
     could be read as a bucket and a key.
     """
-    if is_s3_control(request):
-        return rest_meaning(request)
-    bucket = bucket_of_host(request.header("host") or "")
+    of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
+    if is_s3_control(request, bucket):
+        return rest_meaning(request)._replace(bucket=bucket)
     first, _, key = request.path[1:].partition("/")
     if bucket:
         level = 2 if request.path != "/" else 1
@@ -3449,7 +3472,7 @@ def s3_meaning(request: Request, service: str) -> Meaning:
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
-    return Meaning(action)
+    return Meaning(action, bucket=of_host)
 
 
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
@@ -3499,12 +3522,16 @@ class Rest(WireProtocol):
             return request.method
         return meaning.operation + meaning.path
 
-    def meaning(self, request: Request, service: str, body: Body) -> Meaning:
+    def meaning(
+        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
+    ) -> Meaning:
         """Return method and path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
-            return s3_meaning(request, service)._replace(encoded=body)
+            return s3_meaning(request, service, hosts)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
-            return Meaning(request.method, body, canonical_path(request.path, normalize=False))
+            bucket = bucket_of_host(request.header("host") or "", hosts)
+            path = canonical_path(request.path, normalize=False)
+            return Meaning(request.method, body, path, bucket=bucket)
         return rest_meaning(request)._replace(encoded=body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
@@ -3551,7 +3578,9 @@ class RpcV2(WireProtocol):
         """The last segment of the path."""
         return request.path.rpartition("/")[2]
 
-    def meaning(self, request: Request, service: str, body: Body) -> Meaning:
+    def meaning(
+        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
+    ) -> Meaning:
         """Return the operation that `named` returns; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
         coding = self.protocol.rpartition("-")[2]
@@ -6766,8 +6795,8 @@ class Upstream:
 
         To AWS it stays in the Host, but for one whose dots no TLS certificate covers.
         """
-        bucket = bucket_of_host(call.request.header("host") or "")
-        if not bucket or (self._endpoint and is_s3_control(call.request)):
+        bucket = call.bucket
+        if not bucket or (self._endpoint and call.path.startswith(_S3_CONTROL)):
             return target, endpoint
         if self._endpoint or "." in bucket:
             return f"/{bucket}{target}", endpoint
@@ -8089,15 +8118,9 @@ def _is_own_host(host: str, hosts: FrozenSet[str], any_address: bool) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         local = name == "localhost" or name.endswith(".localhost")
-        return local or name in hosts or is_aws_host(name)
+        own = any(f".{name}".endswith(f".{host}") for host in hosts)
+        return local or own or is_aws_host(name)
     return any_address or address.is_loopback or name in hosts
-
-
-def host_name(host: str) -> str:
-    """Return a Host in lower case without its port, an IPv6 address without its brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
 
 
 class Admin:
@@ -8516,7 +8539,7 @@ class Proxy:
         client, scope = found.client, found.scope
         if scope.service in S3_FAMILY:  # the others are checked before their body is read
             check_one_reading(request, wire, scope.service)
-        meaning = wire.meaning(request, scope.service, found.body)
+        meaning = wire.meaning(request, scope.service, found.body, self._hosts)
         host = request.header("host") or "localhost"
         base_url = self._public_url or f"{self._scheme}://{host}"
         call = Call(
@@ -8534,6 +8557,7 @@ class Proxy:
             exchange.began,
             meaning.path,
             found.signed_headers,
+            meaning.bucket,
         )
         exchange.call = call  # whose refusal is told with its name
         action = call.action
@@ -9715,6 +9739,9 @@ def _add_listening(add: Callable[..., Any]) -> None:
     add("--public-url", type=_public_url, metavar="URL",
         help="what queue URLs begin with, if not http:// (https:// with TLS) and the Host of the"
         " request")  # fmt: skip
+    add("--host-name", action="append", default=[], metavar="NAME",
+        help="a name of this proxy, repeatable; in front of it stands an S3 bucket, if anything"
+        " does")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
         help="longest request body taken")  # fmt: skip
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
@@ -9824,10 +9851,11 @@ class Program:
         )
 
     def _own_hosts(self) -> Sequence[str]:
-        """Return the names of --admin and --public-url, which web pages may use for us."""
+        """Return the names that the flags give to the proxy."""
         public = urllib.parse.urlsplit(self._options.public_url or "").netloc
         admin = self._options.admin[0] if self._options.admin else ""
-        return [host_name(name) for name in (public, admin) if name]
+        names = (public, admin, *self._options.host_name)
+        return [host_name(name) for name in names if name]
 
     def _dropped(self) -> int:
         return sum(writer.dropped for writer in self._writers)
