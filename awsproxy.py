@@ -154,11 +154,7 @@ def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
     """Return the headers by name."""
     fields: Dict[str, List[str]] = {}
     for name, value in headers:
-        lower = name.lower()
-        if lower in fields:
-            fields[lower].append(value)
-        else:
-            fields[lower] = [value]
+        fields.setdefault(name.lower(), []).append(value)
     return fields
 
 
@@ -276,9 +272,7 @@ class Client(NamedTuple):
     secret_access_key: str
     session_token: str = ""
     account_id: str = ""  # "" is the account of the proxy
-    upstream_profile: str = (
-        ""  # whose credentials its calls are forwarded with, "" for the proxy's
-    )
+    upstream_profile: str = ""  # whose credentials forward its calls; "" for the proxy's
     upstream_role_arn: str = ""  # the role to assume for that
 
     def __repr__(self) -> str:
@@ -317,9 +311,7 @@ class Call:
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
     upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
-    rewrites: Sequence[Callable[[Call, Request], Optional[Request]]] = field(
-        default=(), init=False
-    )
+    rewrites: Sequence[Rewrite] = field(default=(), init=False)
     _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
     @property
@@ -351,6 +343,9 @@ class Call:
         self._input = value
 
 
+Rewrite = Callable[[Call, Request], Optional[Request]]
+
+
 class WouldWait(Exception):
     """The call must wait, and it may not."""
 
@@ -363,58 +358,61 @@ class Fault(NamedTuple):
     type: str
 
 
-def _faults(table: str) -> Mapping[str, Fault]:
-    """Return the errors of a table: who models them, status, names with `=CODE:SHAPE` if needed.
-
-    Both are the name if they are left out.  A `.` before a name stands for the prefix of SQS.
-    """
-    faults, prefix = {}, "AWS.SimpleQueueService."
-    for owner, status, *names in map(str.split, table.strip().splitlines()):
-        namespace, ending = ("com.amazon.coral.service", "Exception")
-        if owner == "sqs":
-            namespace, ending = ("com.amazonaws.sqs", "")
-        for entry in names:
-            name, _, spelled = entry.lstrip(".").partition("=")
-            code, _, shape = spelled.partition(":")
-            code = (prefix if entry[0] == "." else "") + (code or name)
-            faults[name] = Fault(int(status), code, f"{namespace}#{shape or name + ending}")
-    return faults
+_CORAL = "com.amazon.coral.service#"
+_SQS = "AWS.SimpleQueueService."
 
 
-# Statuses and spellings: the SQS service model, "Common Error Types" of each API reference, "Error
-# responses" of Amazon S3's, and answers recorded from AWS.
-ERRORS = _faults(
-    """
-    common 400 AuthorizationHeaderMalformed AuthorizationQueryParametersError
-    common 400 BadDigest BadRequest IncompleteBody IncompleteSignature
-    common 400 InvalidAction=InvalidAction:UnknownOperationException
-    common 400 InvalidArgument InvalidParameterValue InvalidRequest InvalidToken
-    common 400 InvalidURI MalformedQueryString MalformedTrailerError
-    common 400 MissingAction OutcomeUnknown RequestTimeout XAmzContentSHA256Mismatch
-    common 400 MissingParameter=MissingParameter:MissingRequiredParameterException
-    common 400 SerializationException=MalformedInput:SerializationException
-    common 401 AuthFailure
-    common 403 AccessDenied InvalidAccessKeyId MissingAuthenticationToken
-    common 403 InvalidClientTokenId=InvalidClientTokenId:UnrecognizedClientException
-    common 403 RequestTimeTooSkewed
-    common 403 SignatureDoesNotMatch=SignatureDoesNotMatch:InvalidSignatureException
-    common 404 UnknownOperation
-    common 411 MissingContentLength
-    common 413 RequestEntityTooLarge
-    common 417 ExpectationFailed
-    common 431 RequestHeaderFieldsTooLarge
-    common 500 InternalFailure=InternalFailure:InternalFailure
-    common 501 NotImplemented
-    common 503 ServiceUnavailable=ServiceUnavailable:ServiceUnavailable
-    sqs 400 InvalidAttributeName InvalidAttributeValue InvalidMessageContents
-    sqs 400 QueueNameExists=QueueAlreadyExists .BatchEntryIdsNotDistinct
-    sqs 400 .BatchRequestTooLong .EmptyBatchRequest .InvalidBatchEntryId
-    sqs 400 .QueueDeletedRecently .QueueDoesNotExist=NonExistentQueue
-    sqs 400 .TooManyEntriesInBatchRequest .UnsupportedOperation
-    sqs 403 OverLimit .PurgeQueueInProgress
-    sqs 404 ReceiptHandleIsInvalid ResourceNotFoundException
-    """
-)
+def _framework(status: int, names: str, shape: str = "{}Exception") -> Mapping[str, Fault]:
+    shape = _CORAL + shape
+    return {name: Fault(status, name, shape.format(name)) for name in names.split()}
+
+
+def _modelled(status: int, names: str, code: str = "{}") -> Mapping[str, Fault]:
+    shape = "com.amazonaws.sqs#{}"
+    return {name: Fault(status, code.format(name), shape.format(name)) for name in names.split()}
+
+
+# Statuses and spellings: the SQS service model, and answers recorded from AWS.
+ERRORS: Mapping[str, Fault] = {
+    # HTTP framing; nothing in AWS's models names these.
+    **_framework(400, "BadRequest IncompleteBody RequestTimeout"),
+    **_framework(413, "RequestEntityTooLarge"),
+    **_framework(417, "ExpectationFailed"),
+    **_framework(431, "RequestHeaderFieldsTooLarge"),
+    **_framework(503, "ServiceUnavailable", "{}"),
+    # Authentication ("Common Error Types" of each API reference).
+    **_framework(400, "IncompleteSignature MalformedQueryString"),
+    **_framework(401, "AuthFailure"),
+    **_framework(403, "AccessDenied MissingAuthenticationToken"),
+    **_framework(403, "InvalidClientTokenId", "UnrecognizedClientException"),
+    **_framework(403, "SignatureDoesNotMatch", "InvalidSignatureException"),
+    # The same from Amazon S3 ("Error responses" of its API reference).
+    **_framework(400, "AuthorizationHeaderMalformed AuthorizationQueryParametersError BadDigest"),
+    **_framework(400, "InvalidArgument InvalidRequest InvalidToken InvalidURI"),
+    **_framework(400, "MalformedTrailerError XAmzContentSHA256Mismatch"),
+    **_framework(403, "InvalidAccessKeyId RequestTimeTooSkewed"),
+    **_framework(411, "MissingContentLength"),
+    **_framework(501, "NotImplemented"),
+    # Dispatch and decoding.
+    **_framework(400, "InvalidParameterValue MissingAction OutcomeUnknown"),
+    **_framework(400, "InvalidAction", "UnknownOperationException"),
+    **_framework(400, "MissingParameter", "MissingRequiredParameterException"),
+    **_framework(404, "UnknownOperation", "UnknownOperationException"),
+    **_framework(500, "InternalFailure", "{}"),
+    "SerializationException": Fault(400, "MalformedInput", f"{_CORAL}SerializationException"),
+    # Modelled by Amazon SQS.
+    **_modelled(400, "InvalidAttributeName InvalidAttributeValue InvalidMessageContents"),
+    **_modelled(400, "QueueDoesNotExist", _SQS + "NonExistentQueue"),
+    **_modelled(400, "QueueNameExists", "QueueAlreadyExists"),
+    **_modelled(
+        400, "BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest", _SQS + "{}"
+    ),
+    **_modelled(400, "InvalidBatchEntryId QueueDeletedRecently", _SQS + "{}"),
+    **_modelled(400, "TooManyEntriesInBatchRequest UnsupportedOperation", _SQS + "{}"),
+    **_modelled(403, "OverLimit"),
+    **_modelled(403, "PurgeQueueInProgress", _SQS + "{}"),
+    **_modelled(404, "ReceiptHandleIsInvalid ResourceNotFoundException"),
+}
 
 
 class ServiceError(Exception):
@@ -508,9 +506,8 @@ def parse_head(raw: bytes) -> Head:
     or MAX_HEADERS lines (RFC 9112, 2 to 5; 3.2.2's absolute-form is refused, as AWS does).
     """
     if len(raw) > MAX_HEAD:
-        raise ServiceError(
-            "RequestHeaderFieldsTooLarge", f"The request head is longer than {MAX_HEAD} bytes."
-        )
+        message = f"The request head is longer than {MAX_HEAD} bytes."
+        raise ServiceError("RequestHeaderFieldsTooLarge", message)
     text = raw.decode("latin-1")
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
@@ -522,9 +519,8 @@ def parse_head(raw: bytes) -> Head:
     if method not in METHODS:
         raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
-        raise ServiceError(
-            "BadRequest", "The request target must be a path, with a query or none (origin-form)."
-        )
+        message = "The request target must be a path, with a query or none (origin-form)."
+        raise ServiceError("BadRequest", message)
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
     lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
@@ -533,9 +529,8 @@ def parse_head(raw: bytes) -> Head:
     if len(fields) < len(headers):
         fields = fields_of(headers)  # some come more than once
     if len(headers) > MAX_HEADERS:
-        raise ServiceError(
-            "RequestHeaderFieldsTooLarge", f"A request may have {MAX_HEADERS} header lines."
-        )
+        message = f"A request may have {MAX_HEADERS} header lines."
+        raise ServiceError("RequestHeaderFieldsTooLarge", message)
     hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
@@ -594,9 +589,8 @@ def body_framing(head: Head) -> Optional[int]:
         if head.version == "1.0":
             raise ServiceError("BadRequest", "HTTP/1.0 knows no Transfer-Encoding.")
         if lengths:
-            raise ServiceError(
-                "BadRequest", "A request has Content-Length or Transfer-Encoding, not both."
-            )
+            message = "A request has Content-Length or Transfer-Encoding, not both."
+            raise ServiceError("BadRequest", message)
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
             raise ServiceError("BadRequest", "The only Transfer-Encoding understood is 'chunked'.")
         return None
@@ -615,9 +609,11 @@ def has_no_body(request: Request) -> bool:
 
 def too_large(max_body: int) -> ServiceError:
     """Return the refusal of a body longer than that."""
-    return ServiceError(
-        "RequestEntityTooLarge", f"The request body is longer than {max_body} bytes."
-    )
+    message = f"The request body is longer than {max_body} bytes."
+    return ServiceError("RequestEntityTooLarge", message)
+
+
+Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 
 
 class Source(Protocol):
@@ -675,13 +671,11 @@ class Stream:
 class LengthBody:
     """A body of a known number of bytes.
 
-    `begin` is called before the first byte is read, so that `100 Continue` is sent only
-    once the body is wanted.  `unread` tells whether the stream still holds some of it.
+    `begin` sends `100 Continue`, once the body is wanted.  `unread` tells whether the stream
+    still holds some of it.
     """
 
-    def __init__(
-        self, source: Source, length: int, begin: Optional[Callable[[], None]] = None
-    ) -> None:
+    def __init__(self, source: Source, length: int, begin: Begin = None) -> None:
         self.length = length
         self._source = source
         self._left = length
@@ -721,9 +715,7 @@ class ChunkedBody:
     anything but the grammar, RequestEntityTooLarge, IncompleteBody.
     """
 
-    def __init__(
-        self, source: Source, limit: int, begin: Optional[Callable[[], None]] = None
-    ) -> None:
+    def __init__(self, source: Source, limit: int, begin: Begin = None) -> None:
         self._source = source
         self._limit = self._room = limit
         self._begin = begin
@@ -883,11 +875,7 @@ def encode_head(request: Request) -> bytes:
 
 
 def encode_reply(
-    reply: Reply,
-    date: str,
-    close: bool,
-    head_only: bool = False,
-    streams: Optional[str] = None,
+    reply: Reply, date: str, close: bool, head_only: bool = False, streams: Optional[str] = None
 ) -> bytes:
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
@@ -971,130 +959,78 @@ _COMPUTED = (
     "The String-to-Sign should have been\n'{}'\n{}"
 )
 REFUSALS: Mapping[str, Sequence[str]] = {
-    "unsigned": (
-        "MissingAuthenticationToken", "AccessDenied",
-        "Request is missing Authentication Token",
-    ),
-    "several": (
-        "SignatureDoesNotMatch", "InvalidArgument",
-        "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters.",
-    ),
+    "unsigned": ("MissingAuthenticationToken", "AccessDenied",
+        "Request is missing Authentication Token"),
+    "several": ("SignatureDoesNotMatch", "InvalidArgument",
+        "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters."),
     "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
     "version 2 of s3": ("InvalidRequest", "InvalidRequest", _VERSION_2),  # names no service
-    "scheme": (
-        "MissingAuthenticationToken", "InvalidArgument",
+    "scheme": ("MissingAuthenticationToken", "InvalidArgument",
         "Request is missing Authentication Token: the Authorization header is of type '{}'."
-        " Please use AWS4-HMAC-SHA256.",
-    ),
-    "algorithm": (
-        "IncompleteSignature", "InvalidArgument",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256.",
-    ),
-    "query algorithm": (
-        "IncompleteSignature", "AuthorizationQueryParametersError",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256.",
-    ),
-    "header parameter": (
-        "IncompleteSignature", "AuthorizationHeaderMalformed",
-        "{} Authorization=AWS4-HMAC-SHA256",
-    ),
-    "query parameter": (
-        "IncompleteSignature", "AuthorizationQueryParametersError",
-        "{} Re-examine the query-string parameters.",
-    ),
-    "credential": (
-        "IncompleteSignature", "AuthorizationHeaderMalformed",
+        " Please use AWS4-HMAC-SHA256."),
+    "algorithm": ("IncompleteSignature", "InvalidArgument",
+        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
+    "query algorithm": ("IncompleteSignature", "AuthorizationQueryParametersError",
+        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
+    "header parameter": ("IncompleteSignature", "AuthorizationHeaderMalformed",
+        "{} Authorization=AWS4-HMAC-SHA256"),
+    "query parameter": ("IncompleteSignature", "AuthorizationQueryParametersError",
+        "{} Re-examine the query-string parameters."),
+    "credential": ("IncompleteSignature", "AuthorizationHeaderMalformed",
         "Credential must have exactly 5 slash-delimited elements,"
-        " e.g. keyid/date/region/service/term, got '{}'.",
-    ),
-    "no date": (
-        "IncompleteSignature", "AccessDenied", "{} Authorization=AWS4-HMAC-SHA256", _DATELESS,
-    ),
-    "date": (
-        "IncompleteSignature", "AccessDenied",
+        " e.g. keyid/date/region/service/term, got '{}'."),
+    "no date": ("IncompleteSignature", "AccessDenied",
+        "{} Authorization=AWS4-HMAC-SHA256", _DATELESS),
+    "date": ("IncompleteSignature", "AccessDenied",
         "Date must be in ISO-8601 'basic format'. Got '{}'."
-        " See http://en.wikipedia.org/wiki/ISO_8601",
-        _DATELESS,
-    ),
-    "past": (
-        "SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED,
-    ),
-    "future": (
-        "SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED,
-    ),
-    "expired": (
-        "SignatureDoesNotMatch", "AccessDenied",
-        "Signature expired: {} is now earlier than {}.", "Request has expired",
-    ),
-    "not yet valid": (
-        "SignatureDoesNotMatch", "AccessDenied",
+        " See http://en.wikipedia.org/wiki/ISO_8601", _DATELESS),
+    "past": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
+        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED),
+    "future": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
+        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED),
+    "expired": ("SignatureDoesNotMatch", "AccessDenied",
+        "Signature expired: {} is now earlier than {}.", "Request has expired"),
+    "not yet valid": ("SignatureDoesNotMatch", "AccessDenied",
         "Signature not yet current: {} is still later than {} ({} + {}.)",
-        "Request is not valid yet",
-    ),
-    "scope": (
-        "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
-        "The authorization header is malformed; {1}",
-    ),
-    "query scope": (
-        "SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
-        "Error parsing the X-Amz-Credential parameter; {1}",
-    ),
-    "key": (
-        "InvalidClientTokenId", "InvalidAccessKeyId",
+        "Request is not valid yet"),
+    "scope": ("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
+        "The authorization header is malformed; {1}"),
+    "query scope": ("SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
+        "Error parsing the X-Amz-Credential parameter; {1}"),
+    "key": ("InvalidClientTokenId", "InvalidAccessKeyId",
         "The security token included in the request is invalid.",
-        "The AWS Access Key Id you provided does not exist in our records.",
-    ),
-    "token": (
-        "InvalidClientTokenId", "InvalidToken",
-        "The security token included in the request is invalid",
-    ),
-    "host": (
-        "SignatureDoesNotMatch", "AccessDenied",
-        "'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.",
-    ),
+        "The AWS Access Key Id you provided does not exist in our records."),
+    "token": ("InvalidClientTokenId", "InvalidToken",
+        "The security token included in the request is invalid"),
+    "host": ("SignatureDoesNotMatch", "AccessDenied",
+        "'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization."),
     "unsigned headers": ("SignatureDoesNotMatch", "AccessDenied", _NOT_SIGNED),
-    "absent headers": (
-        "SignatureDoesNotMatch", "AccessDenied",
-        "There were signed headers which the request does not have: {}",
-    ),
-    "no payload": (
-        "SignatureDoesNotMatch", "InvalidRequest",
-        "Missing required header for this request: x-amz-content-sha256",
-    ),
-    "payload": (
-        "SignatureDoesNotMatch", "InvalidArgument",
+    "absent headers": ("SignatureDoesNotMatch", "AccessDenied",
+        "There were signed headers which the request does not have: {}"),
+    "no payload": ("SignatureDoesNotMatch", "InvalidRequest",
+        "Missing required header for this request: x-amz-content-sha256"),
+    "payload": ("SignatureDoesNotMatch", "InvalidArgument",
         "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
         " UNSIGNED-PAYLOAD is for Amazon S3 alone.",
         "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
         " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
-        " valid sha256 value.",
-    ),
-    "streaming": (
-        "SignatureDoesNotMatch", "NotImplemented",
+        " valid sha256 value."),
+    "streaming": ("SignatureDoesNotMatch", "NotImplemented",
         "A body in chunks signed with Signature Version 4A ({}) is not implemented;"
-        " use AWS4-HMAC-SHA256.",
-    ),
-    "stream": (
-        "SignatureDoesNotMatch", "InvalidRequest",
-        "The value of x-amz-content-sha256 header is invalid.",
-    ),
+        " use AWS4-HMAC-SHA256."),
+    "stream": ("SignatureDoesNotMatch", "InvalidRequest",
+        "The value of x-amz-content-sha256 header is invalid."),
     "body": ("SignatureDoesNotMatch", "XAmzContentSHA256Mismatch", _HASH_MISMATCH),
-    "signature": (
-        "SignatureDoesNotMatch", "SignatureDoesNotMatch",
+    "signature": ("SignatureDoesNotMatch", "SignatureDoesNotMatch",
         "The request signature we calculated does not match the signature you provided."
         " Check your AWS Secret Access Key and signing method."
         f" Consult the service documentation for details.{_COMPUTED}",
         "The request signature we calculated does not match the signature you provided."
-        f" Check your key and signing method.{_COMPUTED}",
-    ),
+        f" Check your key and signing method.{_COMPUTED}"),
     "uri": ("InvalidURI", "InvalidURI", "Couldn't parse the specified URI."),
-    "query": (
-        "MalformedQueryString", "InvalidURI",
+    "query": ("MalformedQueryString", "InvalidURI",
         "The query string contains a '%' that begins no escape.",
-        "Couldn't parse the specified URI.",
-    ),
+        "Couldn't parse the specified URI."),
 }  # fmt: skip
 
 
@@ -1144,6 +1080,7 @@ class Verified(NamedTuple):
     signed_headers: Sequence[str] = ()
 
 
+Claim = Tuple[str, CredentialScope]  # an access key id, and what it signs for
 _NO_CLAIM = "", CredentialScope("", "", "")
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
@@ -1162,24 +1099,24 @@ def authorization_of(request: Request) -> Authorization:
     return found
 
 
-def claim(request: Request) -> Tuple[str, CredentialScope]:
+def claim(request: Request) -> Claim:
     """Return the access key id and scope that the request names, unverified; "" where none.
 
     They are the ones that `verify` checks.  If the request is malformed and will be refused,
     they are whatever looks like a credential: good for the form of the refusal and the log.
     """
-    salvaged: Optional[Tuple[str, CredentialScope]] = request.__dict__.get("salvaged")
-    if salvaged is not None:
-        return salvaged
-    try:
-        authorization = authorization_of(request)
-    except ServiceError:
-        salvaged = request.__dict__["salvaged"] = _salvaged_claim(request)
-        return salvaged
-    return authorization.access_key_id, authorization.scope
+    salvaged: Optional[Claim] = request.__dict__.get("salvaged")
+    if salvaged is None:
+        try:
+            authorization = authorization_of(request)
+        except ServiceError:
+            salvaged = request.__dict__["salvaged"] = _salvaged_claim(request)
+        else:
+            return authorization.access_key_id, authorization.scope
+    return salvaged
 
 
-def _salvaged_claim(request: Request) -> Tuple[str, CredentialScope]:
+def _salvaged_claim(request: Request) -> Claim:
     header = request.header("authorization")
     if header:
         return _first_claim(_CLAIM_IN_HEADER.findall(header))
@@ -1189,7 +1126,7 @@ def _salvaged_claim(request: Request) -> Tuple[str, CredentialScope]:
     return _first_claim([urllib.parse.unquote(text, "latin-1") for text in found])
 
 
-def _first_claim(texts: Sequence[str]) -> Tuple[str, CredentialScope]:
+def _first_claim(texts: Sequence[str]) -> Claim:
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
@@ -1200,10 +1137,7 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
     """Return the error for a row of REFUSALS, as the service that the request names spells it."""
     code, s3_code, message, *s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
-    if isinstance(claimed, Authorization):
-        scope = claimed.scope
-    else:
-        scope = _salvaged_claim(request)[1]
+    scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
     if scope.service in S3_FAMILY:
         code, message = s3_code, (s3_message or [message])[0]
     error = ServiceError(code, message.format(*values), **detail)
@@ -1219,16 +1153,8 @@ _SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+
 _SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
 _QUERY_PARAMETERS = {
-    name.lower().encode(): name
-    for name in (
-        "X-Amz-Algorithm",
-        "X-Amz-Credential",
-        "X-Amz-Date",
-        "X-Amz-Expires",
-        "X-Amz-SignedHeaders",
-        "X-Amz-Signature",
-        "X-Amz-Security-Token",
-    )
+    f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
+    for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
 }
 _PRESIGNED_MARKS = (b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature")
 # Some readers look at the raw query string and some at the decoded one; no client escapes these.
@@ -1300,8 +1226,8 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     scheme, _, rest = header.partition(" ")
     if scheme != ALGORITHM:
         if scheme == "AWS":
-            names = {name for name, _ in request.query}
-            of_s3 = b"Action" not in names and "x-amz-target" not in request.fields
+            parameters = {name for name, _ in request.query}
+            of_s3 = b"Action" not in parameters and "x-amz-target" not in request.fields
             raise refusal("version 2 of s3" if of_s3 else "version 2", request)
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
@@ -1315,31 +1241,21 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
             fault = "is given twice" if name in given else "is no parameter of this algorithm"
             raise refusal(reason, request, f"'{name[:40]}' {fault}.")
         given[name] = value
-    faults = [
-        f"Authorization header requires '{name}' parameter."
-        for name in _PARAMETERS
-        if not given.get(name)
-    ]
+    requires = "Authorization header requires"
+    faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
     amz_date, dated_by = _single(request, "x-amz-date"), "x-amz-date"
     if amz_date is None:
         amz_date, dated_by = _date_header(request), "date"
     if amz_date is None:
-        faults.append(
-            "Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header."
-        )
+        reason = "header parameter" if faults else "no date"
+        faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if amz_date is None or faults:
-        undated = amz_date is None and len(faults) == 1
-        raise refusal("no date" if undated else reason, request, " ".join(faults))
-    access_key_id, scope = _parse_credential(request, given["Credential"], "credential")
-    return Authorization(
-        access_key_id,
-        scope,
-        _parse_signed_headers(request, given["SignedHeaders"], reason),
-        _parse_signature(request, given["Signature"], reason),
-        amz_date,
-        session_token=_single(request, "x-amz-security-token"),
-        dated_by=dated_by,
-    )
+        raise refusal(reason, request, " ".join(faults))
+    key = _parse_credential(request, given["Credential"], "credential")
+    names = _parse_signed_headers(request, given["SignedHeaders"], reason)
+    made = _parse_signature(request, given["Signature"], reason)
+    token = _single(request, "x-amz-security-token")
+    return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1356,33 +1272,23 @@ def _parse_query(request: Request) -> Authorization:
         given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    missing = [
-        name
-        for name in _QUERY_PARAMETERS.values()
-        if name not in ("X-Amz-Security-Token", "X-Amz-Expires") and not given.get(name)
-    ]
+    missing = [name for name in _QUERY_PARAMETERS.values() if not given.get(name)]
+    missing = [name for name in missing if name not in ("X-Amz-Security-Token", "X-Amz-Expires")]
     if not missing:
-        access_key_id, scope = _parse_credential(request, given["X-Amz-Credential"], reason)
-        if scope.service in S3_FAMILY and not given.get("X-Amz-Expires"):
+        key = _parse_credential(request, given["X-Amz-Credential"], reason)
+        if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
             missing.append("X-Amz-Expires")
     if missing:
         fault = f"AWS query-string parameters must include '{missing[0]}'."
         raise refusal(reason, request, fault)
-    return Authorization(
-        access_key_id,
-        scope,
-        _parse_signed_headers(request, given["X-Amz-SignedHeaders"], reason),
-        _parse_signature(request, given["X-Amz-Signature"], reason),
-        given["X-Amz-Date"],
-        _parse_expires(request, given.get("X-Amz-Expires")),
-        presigned=True,
-        session_token=given.get("X-Amz-Security-Token"),
-    )
+    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], reason)
+    made = _parse_signature(request, given["X-Amz-Signature"], reason)
+    expires = _parse_expires(request, given.get("X-Amz-Expires"))
+    token = given.get("X-Amz-Security-Token")
+    return Authorization(*key, names, made, given["X-Amz-Date"], expires, True, token)
 
 
-def _parse_credential(
-    request: Request, credential: str, reason: str
-) -> Tuple[str, CredentialScope]:
+def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
     parts = credential.split("/")
     if len(parts) != 5:
         fault = REFUSALS["credential"][2].format(credential[:200])
@@ -1570,6 +1476,9 @@ def _iso_basic(second: int) -> str:
     return moment.strftime("%Y%m%dT%H%M%SZ")
 
 
+Spool = Callable[[Body], Tuple[Body, str]]
+
+
 def read_whole(body: Body) -> Tuple[Body, str]:
     """Return a body that can be read again, and its SHA-256."""
     data = body.read()
@@ -1577,25 +1486,14 @@ def read_whole(body: Body) -> Tuple[Body, str]:
 
 
 def verify(
-    request: Request,
-    clients: Clients,
-    now: float,
-    *,
-    service: Optional[str] = None,
-    regions: Sequence[str] = (),
-    clock_skew: Optional[int] = None,
-    must_be_signed: Sequence[str] = (),
-    profiles: Mapping[str, Profile] = PROFILES,
-    spool: Callable[[Body], Tuple[Body, str]] = read_whole,
+    request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
 ) -> Verified:
     """Return who signed the request, for what, and its body; or raise the ServiceError why not.
 
-    The arguments are those of `verify_head`.  `spool` reads the body, and only if the head alone
+    The `rules` are those of `verify_head`.  `spool` reads the body, and only if the head alone
     gives no reason to refuse.  The body of Amazon S3's family is checked while it is read.
     """
-    claimed, profile, client, declared = verify_head(
-        request, clients, now, service, regions, clock_skew, must_be_signed, profiles
-    )
+    claimed, profile, client, declared = verify_head(request, clients, now, **rules)
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     # 11. The body is the declared one.
     if profile.declared_payload:
@@ -1606,9 +1504,8 @@ def verify(
     body, computed = spool(request.body)
     if declared is None:
         _check_signature(request, claimed, profile, client, computed)
-    elif declared != computed:
-        detail = {"ClientComputedContentSHA256": declared, "S3ComputedContentSHA256": computed}
-        raise refusal("body", request, **detail)
+    else:
+        _check_hash(request, declared, computed)
     return Verified(client, scope, body, computed, presigned, signed)
 
 
@@ -1666,17 +1563,10 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
     else:
         return
     window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
-    raise refusal(
-        reason,
-        request,
-        claimed.amz_date,
-        iso_basic(limit),
-        iso_basic(now),
-        window,
-        RequestTime=claimed.amz_date,
-        ServerTime=iso_basic(now),
-        MaxAllowedSkewMilliseconds=str(skew * 1000),
-    )
+    server = iso_basic(now)
+    given = {"RequestTime": claimed.amz_date, "ServerTime": server}
+    given["MaxAllowedSkewMilliseconds"] = str(skew * 1000)
+    raise refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
 
 
 def _check_scope(
@@ -1684,36 +1574,27 @@ def _check_scope(
 ) -> None:
     scope, day = claimed.scope, claimed.amz_date[:8]
     if service in (None, scope.service) and not regions and day == scope.date:
-        if scope.terminator == "aws4_request" and _are_names(
-            scope.region[:65], scope.service[:65]
-        ):
+        names = scope.region[:65], scope.service[:65]
+        if scope.terminator == "aws4_request" and _are_names(*names):
             return
-    faults: List[Tuple[str, str]] = []  # as most services tell it, as Amazon S3 does
-    if scope.terminator != "aws4_request":
-        given = scope.terminator[:40]
-        faults.append((
-            f"Credential should be scoped with a valid terminator: 'aws4_request', not '{given}'.",
-            f'incorrect terminal "{given}". This endpoint uses "aws4_request".',
-        ))  # fmt: skip
-    if scope.date != day:
-        given = scope.date[:40]
-        faults.append((
-            "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
-            f" HTTP: '{given}' != '{day}', from '{claimed.amz_date}'.",
-            f"Invalid credential date \"{given}\". This date is not the same as X-Amz-Date:"
-            f' "{day}".',
-        ))  # fmt: skip
-    if not _SCOPE_NAME.fullmatch(scope.region) or (regions and scope.region not in regions):
-        given, expected = scope.region[:40], regions[0] if regions else "us-east-1"
-        faults.append((
-            f"Credential should be scoped to a valid region, not '{given}'.",
-            f"the region '{given}' is wrong; expecting '{expected}'",
-        ))  # fmt: skip
-    if not _SCOPE_NAME.fullmatch(scope.service) or service not in (None, scope.service):
-        faults.append((
-            f"Credential should be scoped to correct service: '{service or ''}'.",
-            f'incorrect service "{scope.service[:40]}". This endpoint belongs to "{service}".',
-        ))  # fmt: skip
+    date, region, name, end = (part[:40] for part in scope)
+    expected = regions[0] if regions else "us-east-1"
+    rows = (  # whether it is right; what most services say if not, and what Amazon S3 says
+        (scope.terminator == "aws4_request",
+         f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
+         f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
+        (scope.date == day,
+         "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
+         f" HTTP: '{date}' != '{day}', from '{claimed.amz_date}'.",
+         f'Invalid credential date "{date}". This date is not the same as X-Amz-Date: "{day}".'),
+        (_SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
+         f"Credential should be scoped to a valid region, not '{region}'.",
+         f"the region '{region}' is wrong; expecting '{expected}'"),
+        (_SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
+         f"Credential should be scoped to correct service: '{service or ''}'.",
+         f'incorrect service "{name}". This endpoint belongs to "{service}".'),
+    )  # fmt: skip
+    faults = [(general, of_s3) for right, general, of_s3 in rows if not right]
     if faults:
         reason = "query scope" if claimed.presigned else "scope"
         told = " ".join(general for general, _ in faults)
@@ -1849,19 +1730,19 @@ def _check_signature(
         return
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
     signed = text.decode("latin-1")
-    raise refusal(
-        "signature",
-        request,
-        shown,
-        signed,
-        explain_mismatch(request, claimed, parts, client.secret_access_key),
-        AWSAccessKeyId=claimed.access_key_id,
-        StringToSign=signed,
-        SignatureProvided=claimed.signature,
-        StringToSignBytes=text.hex(" "),
-        CanonicalRequest=shown,
-        CanonicalRequestBytes=shown.encode("latin-1").hex(" "),
-    )
+    explained = explain_mismatch(request, claimed, parts, client.secret_access_key)
+    detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
+    detail["SignatureProvided"] = claimed.signature
+    detail["StringToSignBytes"] = text.hex(" ")
+    detail["CanonicalRequest"] = shown
+    detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
+    raise refusal("signature", request, shown, signed, explained, **detail)
+
+
+def _check_hash(request: Request, declared: str, computed: str) -> None:
+    if computed != declared:
+        detail = {"ClientComputedContentSHA256": declared, "S3ComputedContentSHA256": computed}
+        raise refusal("body", request, **detail)
 
 
 # ---- Bodies that are checked as they stream ----
@@ -1890,17 +1771,10 @@ class HashedBody:
             held, self._held = self._held, block
             if not block:
                 self._ended = True
-                self._check()
+                _check_hash(self._request, self._declared, self._digest.hexdigest())
             if held:
                 return held
         return b""
-
-    def _check(self) -> None:
-        computed = self._digest.hexdigest()
-        if computed != self._declared:
-            detail = {"ClientComputedContentSHA256": self._declared}
-            detail["S3ComputedContentSHA256"] = computed
-            raise refusal("body", self._request, **detail)
 
 
 class ChunkSigner:
@@ -1930,6 +1804,7 @@ class ChunkSigner:
         return self._previous
 
 
+Signer = Optional[ChunkSigner]  # None where chunks are not signed, or not checked
 MAX_CHUNK = 16777216  # of a signed chunk, which is held until its signature is checked
 MAX_TRAILERS = 16
 
@@ -1972,18 +1847,18 @@ _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
 class AwsChunkedBody:
     """The decoded content of an aws-chunked body, each chunk checked before it is given out.
 
-    `signer` is None where chunks are not signed, or not `checked`.  `announced` are the trailers
-    that x-amz-trailer names, in lower case; `trailers` holds them once the body is read.  Raises
-    ServiceError IncompleteBody, SignatureDoesNotMatch, BadDigest, MalformedTrailerError.
+    `announced` are the trailers that x-amz-trailer names, in lower case; `trailers` holds them
+    once the body is read.  Raises ServiceError IncompleteBody, SignatureDoesNotMatch, BadDigest,
+    MalformedTrailerError.
     """
 
     def __init__(
         self,
         request: Request,
         length: int,
-        signer: Optional[ChunkSigner],
-        announced: Sequence[str] = (),
-        checked: bool = True,
+        signer: Signer,
+        announced: Sequence[str],
+        checked: bool,
     ) -> None:
         self.checked = checked
         self.length = length
@@ -2119,9 +1994,7 @@ def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}:{value}\n" for name, value in sorted(trailers.items())).encode()
 
 
-def aws_chunks(
-    body: AwsChunkedBody, signer: Optional[ChunkSigner], size: int = 65536
-) -> Iterator[bytes]:
+def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield the content of a body in aws-chunked form again, signed anew if it was signed."""
 
     def header(data: bytes) -> bytes:
@@ -2213,11 +2086,7 @@ _SIGNED = ("host", "date", "content-type", "content-md5")
 
 
 def sign(
-    outgoing: Request,
-    payload_hash: str,
-    credentials: Credentials,
-    scope: CredentialScope,
-    amz_date: str,
+    outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope, amz_date: str
 ) -> Tuple[Request, Authorization]:
     """Return the request with the headers that sign it, and what those claim.
 
@@ -2225,23 +2094,19 @@ def sign(
     proxy on the way may change.
     """
     added = [("X-Amz-Date", amz_date)]
-    if credentials.session_token:
-        added.append(("X-Amz-Security-Token", credentials.session_token))
+    if keys.session_token:
+        added.append(("X-Amz-Security-Token", keys.session_token))
     profile = PROFILES.get(scope.service, _GENERAL)
     if profile.declared_payload:
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
     names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
-    key_id = credentials.access_key_id
+    key_id = keys.access_key_id
     claimed = Authorization(key_id, scope, names, "", amz_date)
-    text = string_to_sign(
-        amz_date, scope, canonical_request(request, claimed, payload_hash, profile)
-    )
-    made = signature(credentials.secret_access_key, scope, text)
-    header = (
-        f"{ALGORITHM} Credential={key_id}/{scope},"
-        f" SignedHeaders={';'.join(names)}, Signature={made}"
-    )
+    canonical = canonical_request(request, claimed, payload_hash, profile)
+    made = signature(keys.secret_access_key, scope, string_to_sign(amz_date, scope, canonical))
+    header = f"{ALGORITHM} Credential={key_id}/{scope}, SignedHeaders={';'.join(names)}"
+    header += f", Signature={made}"
     signed = request.with_headers((*request.headers, ("Authorization", header)))
     return signed, Authorization(key_id, scope, names, made, amz_date)
 
@@ -2301,6 +2166,7 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
 
 
 _ANY = Structure({}, ())  # the input of an operation without a model
+Output = Optional[Mapping[str, Any]]  # of an operation; None for a void one
 
 
 class Operation(NamedTuple):
@@ -2313,7 +2179,7 @@ class Operation(NamedTuple):
     name: str
     input: Structure
     output: Optional[Sequence[str]]
-    method: Callable[[Any, Call], Optional[Mapping[str, Any]]]
+    method: Callable[[Any, Call], Output]
 
 
 def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
@@ -2339,6 +2205,9 @@ class QueryName(NamedTuple):
     value: str = ""
 
 
+Names = Mapping[str, QueryName]
+
+
 class Model(NamedTuple):
     """What the wire protocols need to know of a service.
 
@@ -2347,7 +2216,7 @@ class Model(NamedTuple):
     """
 
     operations: Mapping[str, Operation]
-    query_names: Mapping[str, QueryName]
+    query_names: Names
     not_on_queues: frozenset[str] = frozenset()
 
 
@@ -2652,10 +2521,8 @@ class WireProtocol:
         """Return the body that says what the call's input is now."""
         raise NotImplementedError
 
-    def output(
-        self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
-    ) -> Reply:
-        """Return the answer of an operation that succeeded; None is the output of a void one."""
+    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+        """Return the answer of an operation that succeeded."""
         raise NotImplementedError
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
@@ -2680,9 +2547,8 @@ class WireProtocol:
 
 
 def _invalid_action(operation: str) -> ServiceError:
-    return ServiceError(
-        "InvalidAction", f"The action {operation[:80]} is not valid for this endpoint."
-    )
+    message = f"The action {operation[:80]} is not valid for this endpoint."
+    return ServiceError("InvalidAction", message)
 
 
 def _operation_name(name: str) -> str:
@@ -2798,12 +2664,10 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body has too many elements.")
         try:
             return read_json(text.decode("utf-8") or "{}")
-        except _TwoValues as error:
-            raise ServiceError(
-                "SerializationException", f"The body is not clear{error}"
-            ) from error
         except ValueError as error:
-            raise ServiceError("SerializationException", "The body is not JSON.") from error
+            unclear = isinstance(error, _TwoValues)
+            message = f"The body is not clear{error}" if unclear else "The body is not JSON."
+            raise ServiceError("SerializationException", message) from error
 
     def input(self, call: Call) -> Dict[str, Any]:
         """Return the checked input, or the whole document if the service has no model."""
@@ -2823,9 +2687,7 @@ class AwsJson(WireProtocol):
         others = {k: v for k, v in call.encoded.items() if k not in known}
         return _to_json({**others, **call.input})
 
-    def output(
-        self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
-    ) -> Reply:
+    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """A void operation is answered by no body at all."""
         body = b"" if output is None else _to_json(output)
         return Reply(200, self._headers(request_id), body)
@@ -2969,9 +2831,8 @@ def _from_base64(text: str) -> bytes:
 def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
     for name in shape.required:
         if name not in members:
-            raise ServiceError(
-                "MissingParameter", f"The request must contain the parameter {name}."
-            )
+            message = f"The request must contain the parameter {name}."
+            raise ServiceError("MissingParameter", message)
     return members
 
 
@@ -3017,12 +2878,8 @@ class AwsQuery(WireProtocol):
             if body and _media_type(request) not in ("", _FORM):
                 raise ValueError("not a form")
             if body:
-                pairs += urllib.parse.parse_qsl(
-                    body.decode("utf-8"),
-                    keep_blank_values=True,
-                    errors="strict",
-                    max_num_fields=MAX_FORM_FIELDS,
-                )
+                text, most = body.decode("utf-8"), MAX_FORM_FIELDS
+                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
         except ValueError as error:
             raise ServiceError("SerializationException", "The form is malformed.") from error
         if sum(name.lower() == "action" for name, _ in pairs) > 1:
@@ -3030,9 +2887,8 @@ class AwsQuery(WireProtocol):
         fields: Dict[str, str] = {}
         for name, value in pairs:
             if fields.setdefault(name, value) != value:
-                raise ServiceError(
-                    "MalformedQueryString", f"The parameter {name[:80]} has two values."
-                )
+                message = f"The parameter {name[:80]} has two values."
+                raise ServiceError("MalformedQueryString", message)
         return fields
 
     def input(self, call: Call) -> Dict[str, Any]:
@@ -3056,17 +2912,12 @@ class AwsQuery(WireProtocol):
     def reencode(self, call: Call) -> bytes:
         """Action and Version as they came, and the input in the model's spelling."""
         model = MODELS.get(call.service)
-        kept = [
-            (name, call.encoded[name]) for name in ("Action", "Version") if name in call.encoded
-        ]
+        kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
         names = model.query_names if model else {}
-        return urllib.parse.urlencode(
-            [*kept, *_to_form(call.input, names, call.operation)]
-        ).encode()
+        fields = _to_form(call.input, names, call.operation)
+        return urllib.parse.urlencode([*kept, *fields]).encode()
 
-    def output(
-        self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
-    ) -> Reply:
+    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """A void operation's response has no result element."""
         parts: List[str] = []
         if output is not None:
@@ -3077,8 +2928,7 @@ class AwsQuery(WireProtocol):
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """As AWS answers, down to the empty Detail."""
         if error.code == "UnknownOperation":
-            body = b"<UnknownOperationException/>"
-            return Reply(404, self._headers(request_id), body)
+            return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
         status, code, _ = self.fault(request, error)
         parts = [
             f"<Error><Type>{_side(status)}</Type>",
@@ -3116,9 +2966,7 @@ class AwsQueryJson(AwsQuery):
 
     content_type = "application/json"
 
-    def output(
-        self, call: Call, model: Model, output: Optional[Mapping[str, Any]], request_id: str
-    ) -> Reply:
+    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """Wrapped as in XML."""
         response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
@@ -3159,27 +3007,23 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
     spelled = model.query_names.get(member)
     if isinstance(value, dict):
         if spelled and spelled.key:
-            return [
-                {spelled.key: key, spelled.value: _as_pairs(item, model, "")}
-                for key, item in value.items()
-            ]
+            pairs = {key: _as_pairs(item, model, "") for key, item in value.items()}
+            return [{spelled.key: key, spelled.value: item} for key, item in pairs.items()]
         return {name: _as_pairs(item, model, name) for name, item in value.items()}
     return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
 
 
+Node = Mapping[str, Any]  # of a tree of form fields
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 
-# Where XML says something else than JSON.
-_QUERY_MESSAGES = {
-    "QueueDoesNotExist": "The specified queue does not exist for this wsdl version."
-}
-
 
 def _query_message(error: ServiceError) -> str:
-    return _QUERY_MESSAGES.get(error.code, error.message)
+    if error.code == "QueueDoesNotExist":  # XML says something else than JSON
+        return "The specified queue does not exist for this wsdl version."
+    return error.message
 
 
 def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
@@ -3196,9 +3040,7 @@ def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
     return root
 
 
-def _from_form(
-    shape: Shape, node: Mapping[str, Any], names: Mapping[str, QueryName], operation: str
-) -> Any:
+def _from_form(shape: Shape, node: Node, names: Names, operation: str) -> Any:
     """Return what a node of the form tree says, in the types of its shape."""
     if isinstance(shape, Structure):
         present = {}
@@ -3220,11 +3062,7 @@ def _from_form(
 
 
 def _from_form_member(
-    shape: Shape,
-    node: Mapping[str, Any],
-    names: Mapping[str, QueryName],
-    operation: str,
-    spelled: Optional[QueryName],
+    shape: Shape, node: Node, names: Names, operation: str, spelled: Optional[QueryName]
 ) -> Any:
     if not isinstance(shape, (ListOf, MapOf)):
         return _from_form(shape, node, names, operation)
@@ -3234,16 +3072,12 @@ def _from_form_member(
             numbered = [node]
         return [_from_form(shape.element, below, names, operation) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
-    return {
-        below.get(key, {}).get(".", ""): _from_form(
-            shape.value, below.get(value, {}), names, operation
-        )
-        for below in numbered
-    }
+    pairs = [(below.get(key, {}).get(".", ""), below.get(value, {})) for below in numbered]
+    return {k: _from_form(shape.value, below, names, operation) for k, below in pairs}
 
 
 def _to_form(
-    members: Mapping[str, Any], names: Mapping[str, QueryName], operation: str, prefix: str = ""
+    members: Mapping[str, Any], names: Names, operation: str, prefix: str = ""
 ) -> Iterator[Tuple[str, str]]:
     """Yield the form fields of a structure."""
     for name, value in members.items():
@@ -3251,11 +3085,8 @@ def _to_form(
         element = prefix + (spelled.element.format(operation) if spelled else name)
         items: Iterable[Tuple[str, Any]] = ((element, value),)
         if isinstance(value, dict) and spelled and spelled.key:
-            items = [
-                (f"{element}.{index}", {spelled.key: key, spelled.value: item})
-                for index, (key, item) in enumerate(value.items(), 1)
-            ]
-        elif isinstance(value, list):
+            value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
+        if isinstance(value, list):
             items = [(f"{element}.{index}", item) for index, item in enumerate(value, 1)]
         for member, item in items:
             if isinstance(item, dict):
@@ -3279,13 +3110,7 @@ def xml_text(text: str) -> str:
     return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
 
 
-def _write_xml(
-    parts: List[str],
-    element: str,
-    value: Any,
-    names: Mapping[str, QueryName],
-    operation: str,
-) -> None:
+def _write_xml(parts: List[str], element: str, value: Any, names: Names, operation: str) -> None:
     """Append an element and all that is in it; lists and maps are flattened."""
     if not isinstance(value, dict):
         parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
@@ -3539,10 +3364,8 @@ class Rest(WireProtocol):
         status, code, shape = self.fault(request, error)
         headers: Headers = (("x-amzn-RequestId", request_id),)
         if self.form == "json":
-            headers += (
-                ("Content-Type", "application/json"),
-                ("x-amzn-ErrorType", shape.rpartition("#")[2]),
-            )
+            kind = shape.rpartition("#")[2]
+            headers += (("Content-Type", "application/json"), ("x-amzn-ErrorType", kind))
             return Reply(status, headers, _to_json({"message": error.message}))
         parts: List[str] = []
         if self.form == "xml":
@@ -3550,9 +3373,9 @@ class Rest(WireProtocol):
             _write_xml(parts, "ErrorResponse", {"Error": fault, "RequestId": request_id}, {}, "")
         else:
             elements = {"Code": code, "Message": error.message, **error.detail}
-            resource = request.path[:1024]
-            document = {**elements, "Resource": resource, "RequestId": request_id, "HostId": ""}
-            _write_xml(parts, "Error", document, {}, "")
+            elements["Resource"] = request.path[:1024]
+            elements.update(RequestId=request_id, HostId="")
+            _write_xml(parts, "Error", elements, {}, "")
         text = '<?xml version="1.0" encoding="UTF-8"?>\n' + "".join(parts)
         headers += (("x-amz-request-id", request_id), ("Content-Type", "application/xml"))
         return Reply(status, headers, text.encode("utf-8", "replace"))
