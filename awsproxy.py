@@ -1477,6 +1477,7 @@ def _iso_basic(second: int) -> str:
 
 
 Spool = Callable[[Body], Tuple[Body, str]]
+Proven = Tuple[Authorization, Profile, Client, Optional[str]]  # by a head: see verify_head
 
 
 def read_whole(body: Body) -> Tuple[Body, str]:
@@ -1490,10 +1491,18 @@ def verify(
 ) -> Verified:
     """Return who signed the request, for what, and its body; or raise the ServiceError why not.
 
-    The `rules` are those of `verify_head`.  `spool` reads the body, and only if the head alone
-    gives no reason to refuse.  The body of Amazon S3's family is checked while it is read.
+    The `rules` are those of `verify_head`.
     """
-    claimed, profile, client, declared = verify_head(request, clients, now, **rules)
+    return verify_body(request, verify_head(request, clients, now, **rules), spool)
+
+
+def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
+    """Check what the head alone does not prove, and return who signed, for what, and the body.
+
+    `spool` reads the body, and only if the head alone gives no reason to refuse.  The body of
+    Amazon S3's family is checked while it is read.
+    """
+    claimed, profile, client, declared = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     # 11. The body is the declared one.
     if profile.declared_payload:
@@ -1518,7 +1527,7 @@ def verify_head(
     clock_skew: Optional[int] = None,
     must_be_signed: Sequence[str] = (),
     profiles: Mapping[str, Profile] = PROFILES,
-) -> Tuple[Authorization, Profile, Client, Optional[str]]:
+) -> Proven:
     """Check all that the head proves, and return what it claims, of whom, for which body.
 
     The last part is the payload line that the head declares; without one the signature can be
@@ -2166,7 +2175,8 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
 
 
 _ANY = Structure({}, ())  # the input of an operation without a model
-Output = Optional[Mapping[str, Any]]  # of an operation; None for a void one
+Members = Mapping[str, Any]  # of a structure, by name
+Output = Optional[Members]  # of an operation; None for a void one
 
 
 class Operation(NamedTuple):
@@ -3013,7 +3023,6 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
     return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
 
 
-Node = Mapping[str, Any]  # of a tree of form fields
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
@@ -3040,7 +3049,7 @@ def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
     return root
 
 
-def _from_form(shape: Shape, node: Node, names: Names, operation: str) -> Any:
+def _from_form(shape: Shape, node: Members, names: Names, operation: str) -> Any:
     """Return what a node of the form tree says, in the types of its shape."""
     if isinstance(shape, Structure):
         present = {}
@@ -3062,7 +3071,7 @@ def _from_form(shape: Shape, node: Node, names: Names, operation: str) -> Any:
 
 
 def _from_form_member(
-    shape: Shape, node: Node, names: Names, operation: str, spelled: Optional[QueryName]
+    shape: Shape, node: Members, names: Names, operation: str, spelled: Optional[QueryName]
 ) -> Any:
     if not isinstance(shape, (ListOf, MapOf)):
         return _from_form(shape, node, names, operation)
@@ -3558,6 +3567,10 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
 
 # ---- Messages and queues ----
 
+Attributes = Mapping[str, Members]  # of a message, by name
+Strings = Dict[str, str]
+QueueKey = Tuple[str, str, str]  # region, account, name
+
 
 class Message:
     """A message and where it stands."""
@@ -3568,12 +3581,7 @@ class Message:
     )  # fmt: skip
 
     def __init__(
-        self,
-        message_id: str,
-        body: str,
-        attributes: Mapping[str, Mapping[str, Any]],
-        system: Dict[str, str],
-        sent: float,
+        self, message_id: str, body: str, attributes: Attributes, system: Strings, sent: float
     ) -> None:
         self.message_id = message_id
         self.body = body
@@ -3601,12 +3609,7 @@ class Queue:
     fifo = False
 
     def __init__(
-        self,
-        key: Tuple[str, str, str],
-        serial: int,
-        settings: Dict[str, str],
-        now: float,
-        lock: Any,
+        self, key: QueueKey, serial: int, settings: Strings, now: float, lock: Any
     ) -> None:
         self.region, self.account, self.name = key
         self.arn = "arn:aws:sqs:" + ":".join(key)
@@ -3775,10 +3778,8 @@ class FifoQueue(Queue):
     def next_change(self, deadline: float) -> float:
         """The oldest message may expire, too, and free its group."""
         retained = self.number("MessageRetentionPeriod")
-        expiry = [
-            message.sent + retained for message in itertools.islice(self.messages.values(), 1)
-        ]
-        return min(super().next_change(deadline), *expiry) if expiry else deadline
+        oldest = next(iter(self.messages.values()), None)
+        return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
 
     def pick(self, limit: int) -> List[Message]:
         """As many as can be of one group, then of the next."""
@@ -3915,12 +3916,8 @@ def _read_policy(text: str) -> Any:
     policy = read_json(text)
     level: List[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
-        level = [
-            below
-            for node in level
-            if isinstance(node, (dict, list))
-            for below in (node.values() if isinstance(node, dict) else node)
-        ]
+        nodes = [list(node.values()) if isinstance(node, dict) else node for node in level]
+        level = [below for node in nodes if isinstance(node, list) for below in node]
     if level:
         raise ValueError("too deeply nested")
     return policy
@@ -3937,9 +3934,8 @@ def _redrive_policy(text: str) -> str:
         policy = _read_policy(text)
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
     except (ValueError, TypeError, KeyError) as error:
-        raise _bad_value(
-            text[:2048], "RedrivePolicy", "Redrive policy is not valid JSON."
-        ) from error
+        reason = "Redrive policy is not valid JSON."
+        raise _bad_value(text[:2048], "RedrivePolicy", reason) from error
     if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
         reason = f"Invalid value for maxReceiveCount: {count}, valid values are from 1 to 1000"
         raise _bad_value(text, "RedrivePolicy", f"{reason} both inclusive.")
@@ -4038,7 +4034,7 @@ _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
-def attributes_md5(attributes: Mapping[str, Mapping[str, Any]]) -> str:
+def attributes_md5(attributes: Attributes) -> str:
     """Return the digest of message attributes ("Amazon SQS message metadata")."""
     digest = hashlib.md5(usedforsecurity=False)
     for name, attribute in sorted(attributes.items()):
@@ -4061,7 +4057,7 @@ def _check_body(body: str) -> None:
         raise sqs_refusal("characters")
 
 
-def _check_attributes(attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_attributes(attributes: Attributes) -> None:
     if len(attributes) > MAX_ATTRIBUTES:
         raise sqs_refusal("attributes", len(attributes))
     for name, attribute in attributes.items():
@@ -4083,43 +4079,42 @@ def _check_attributes(attributes: Mapping[str, Mapping[str, Any]]) -> None:
             raise sqs_refusal("number", name)
 
 
-def _check_system(attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_system(attributes: Attributes) -> None:
     for name, attribute in attributes.items():
         if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
             raise sqs_refusal("system attribute", name[:80])
     _check_attributes(attributes)
 
 
-def _size(entry: Mapping[str, Any]) -> int:
+def _size(entry: Members) -> int:
     """Return the bytes of a message that count: body, and names, types, values of attributes."""
-    size = len(entry["MessageBody"].encode("utf-8", "surrogatepass"))
+    parts = [entry["MessageBody"]]
     for name, attribute in entry.get("MessageAttributes", {}).items():
-        size += len(name.encode("utf-8", "surrogatepass"))
-        for value in attribute.values():
-            encoded = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-            size += len(encoded)
-    return size
+        parts += (name, *attribute.values())
+    return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
 
 
-def _in_range(value: int, low: int, high: int, parameter: str, reason: str) -> int:
+_BETWEEN = "Must be between {} and {}, if provided."
+
+
+def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
     if not low <= value <= high:
-        raise _bad_value(value, parameter, reason)
+        raise _bad_value(value, parameter, reason.format(low, high))
     return value
 
 
 def _visibility(seconds: int) -> int:
-    reason = f"Must be between 0 and {SECONDS_HELD}, if provided."
-    return _in_range(seconds, 0, SECONDS_HELD, "VisibilityTimeout", reason)
+    return _in_range(seconds, 0, SECONDS_HELD, "VisibilityTimeout")
 
 
-def _check_id(given: Mapping[str, Any], parameter: str) -> None:
+def _check_id(given: Members, parameter: str) -> None:
     value = given.get(parameter)
     if value is not None and not _GROUP_ID.fullmatch(value):
         reason = f"{parameter} can only include alphanumeric and punctuation characters."
         raise _bad_value(value[:256], parameter, f"{reason} 1 to 128 in length.")
 
 
-def _check_fifo(queue: Queue, entry: Mapping[str, Any], in_batch: bool) -> None:
+def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
     """Refuse what does not fit the kind of queue; in a batch this fails the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
@@ -4181,19 +4176,18 @@ class Sqs:
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
-        self._queues: Dict[Tuple[str, str, str], Queue] = {}  # by region, account, name
-        self._deleted: Dict[Tuple[str, str, str], float] = {}
+        self._queues: Dict[QueueKey, Queue] = {}
+        self._deleted: Dict[QueueKey, float] = {}
         self._running: List[MoveTask] = []
         self._draining = False
         self._serials = itertools.count(1)
 
-    def answer(self, call: Call) -> Optional[Mapping[str, Any]]:
+    def answer(self, call: Call) -> Output:
         """Return the output of a call; the queues are untouched where it raises ServiceError."""
         with self._lock:
             if self._running:
                 self._move_messages(self._clock())
-            output: Optional[Mapping[str, Any]] = OPERATIONS[call.operation].method(self, call)
-            return output
+            return OPERATIONS[call.operation].method(self, call)
 
     def drain(self) -> None:
         """Have the calls that wait for messages return with none."""
@@ -4289,17 +4283,20 @@ class Sqs:
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
-    def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Mapping[str, Any]:
-        """Return a page of queue URLs, by name; a token only if a page was asked for."""
-        reason = "Must be between 1 and 1000, if provided."
-        most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults", reason)
+    def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
+        """Return a page of the URLs of the caller's queues in the region that are chosen, by name.
+
+        There is a token for the next only if a page was asked for.
+        """
+        most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
         token, after = call.input.get("NextToken", ""), ""
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        ordered = sorted(queues, key=lambda queue: queue.name)
-        left = [queue for queue in ordered if queue.name > after]
+        mine = (call.region, call.caller.account_id)
+        queues = [q for key, q in self._queues.items() if key[:2] == mine and chosen(q)]
+        left = sorted((q for q in queues if q.name > after), key=lambda queue: queue.name)
         output: Dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
@@ -4309,16 +4306,13 @@ class Sqs:
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
         """Return the URLs of the caller's queues in the region, by name, a page at a time."""
-        prefix, mine = call.input.get("QueueNamePrefix", ""), (call.region, call.caller.account_id)
-        chosen = (q for key, q in self._queues.items() if key[:2] == mine)
-        return self._page(call, "QueueUrls", (q for q in chosen if q.name.startswith(prefix)))
+        prefix = call.input.get("QueueNamePrefix", "")
+        return self._page(call, "QueueUrls", lambda queue: queue.name.startswith(prefix))
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
         """Return the URLs of the queues whose dead letters go to this one."""
-        arn, mine = self._queue(call).arn, (call.region, call.caller.account_id)
-        chosen = (q for key, q in self._queues.items() if key[:2] == mine)
-        sources = (q for q in chosen if self._dead_letter_arn(q) == arn)
-        return self._page(call, "queueUrls", sources)
+        arn = self._queue(call).arn
+        return self._page(call, "queueUrls", lambda queue: self._dead_letter_arn(queue) == arn)
 
     def _dead_letter_arn(self, queue: Queue) -> str:
         text = queue.settings.get("RedrivePolicy")
@@ -4435,9 +4429,8 @@ class Sqs:
 
     def _statements(self, policy: Mapping[str, Any]) -> List[Dict[str, Any]]:
         found = policy.get("Statement", [])
-        return [
-            item for item in (found if isinstance(found, list) else [found]) if type(item) is dict
-        ]
+        listed = found if isinstance(found, list) else [found]
+        return [item for item in listed if type(item) is dict]
 
     def _set_policy(self, queue: Queue, policy: Mapping[str, Any]) -> None:
         queue.settings["Policy"] = _to_json(policy).decode() if policy else ""
@@ -4460,13 +4453,10 @@ class Sqs:
             raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
             _check_fifo(queue, entry, in_batch=True)
-        return self._each(
-            entries, lambda entry: self._send(queue, call, entry, "cannot be validated")
-        )
+        send = functools.partial(self._send, queue, call, too_long="cannot be validated")
+        return self._each(entries, send)
 
-    def _send(
-        self, queue: Queue, call: Call, entry: Mapping[str, Any], too_long: str
-    ) -> Mapping[str, Any]:
+    def _send(self, queue: Queue, call: Call, entry: Members, too_long: str) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
         _check_body(body)
@@ -4534,25 +4524,15 @@ class Sqs:
             seen.add(entry["Id"])
         return entries
 
-    def _each(
-        self,
-        entries: Sequence[Mapping[str, Any]],
-        act: Callable[[Mapping[str, Any]], Optional[Mapping[str, Any]]],
-    ) -> Mapping[str, Any]:
+    def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
         """Return what became of each entry; one that fails leaves the others be."""
         successful, failed = [], []
         for entry in entries:
             try:
                 successful.append({"Id": entry["Id"], **(act(entry) or {})})
             except ServiceError as error:
-                failed.append(
-                    {
-                        "Id": entry["Id"],
-                        "SenderFault": True,
-                        "Code": error.fault.code,
-                        "Message": error.message,
-                    }
-                )
+                fault = {"SenderFault": True, "Code": error.fault.code, "Message": error.message}
+                failed.append({"Id": entry["Id"], **fault})
         outcome = (("Successful", successful), ("Failed", failed))
         return {member: results for member, results in outcome if results}
 
@@ -4561,14 +4541,9 @@ class Sqs:
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         """Return messages, hidden from others from now on; wait for the first if asked to."""
         queue, given = self._queue(call), call.input
-        limit = _in_range(
-            given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages",
-            "Must be between 1 and 10, if provided.",
-        )  # fmt: skip
-        patience = _in_range(
-            given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds")), 0, 20,
-            "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.",
-        )  # fmt: skip
+        limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
+        patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
+        _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
         timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
         _check_id(given, "ReceiveRequestAttemptId")
         now = self._clock()
@@ -4646,9 +4621,7 @@ class Sqs:
             message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
         target.add(message)
 
-    def _again(
-        self, queue: Queue, given: Mapping[str, Any], timeout: int, now: float
-    ) -> List[Message]:
+    def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> List[Message]:
         """Return what the same attempt has received, if nothing has happened to it since."""
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
@@ -4665,7 +4638,7 @@ class Sqs:
         return [message for message, _ in received]
 
     def _remember(
-        self, queue: Queue, given: Mapping[str, Any], messages: Sequence[Message], now: float
+        self, queue: Queue, given: Members, messages: Sequence[Message], now: float
     ) -> None:
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
@@ -4677,9 +4650,7 @@ class Sqs:
         if len(attempts) > MAX_ATTEMPTS:
             attempts.popitem(last=False)
 
-    def _received(
-        self, queue: Queue, message: Message, given: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def _received(self, queue: Queue, message: Message, given: Members) -> Members:
         output: Dict[str, Any] = {
             "MessageId": message.message_id,
             "ReceiptHandle": self._receipt_handle(queue, message),
@@ -4698,11 +4669,8 @@ class Sqs:
             if shown:
                 output["Attributes"] = shown
         names = given.get("MessageAttributeNames", ())
-        chosen = {
-            name: value
-            for name, value in message.attributes.items()
-            if any(_asks_for(pattern, name) for pattern in names)
-        }
+        attributes = message.attributes.items()
+        chosen = {k: v for k, v in attributes if any(_asks_for(name, k) for name in names)}
         if chosen:
             output["MD5OfMessageAttributes"] = attributes_md5(chosen)
             output["MessageAttributes"] = chosen
@@ -4782,8 +4750,7 @@ class Sqs:
             message = "The source and the destination must be queues of the same type."
             raise sqs_refusal("invalid", message)
         rate = given.get("MaxNumberOfMessagesPerSecond", 1)
-        reason = f"Must be between 1 and {MAX_MOVES_PER_SECOND}, if provided."
-        _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond", reason)
+        _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
         if all(self._dead_letter_arn(queue) != source.arn for queue in self._queues.values()):
             raise sqs_refusal("no dead letters")
         if any(task.source_arn == source.arn for task in self._running):
@@ -4811,8 +4778,7 @@ class Sqs:
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         """Return the latest tasks of a source queue, newest first."""
         source = self._arn_of(call, "SourceArn")
-        reason = "Must be between 1 and 10, if provided."
-        most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults", reason)
+        most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults")
         tasks = list(itertools.islice(source.tasks, most))
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
@@ -4934,24 +4900,25 @@ OPERATIONS: Mapping[str, Operation] = operations(
     """,
 )
 
+_LISTS = (  # that are spelled in the singular
+    "AWSAccountId AttributeName BinaryListValue MessageAttributeName Message QueueUrl"
+    " MessageSystemAttributeName StringListValue TagKey"
+)
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
     {
-        name: QueryName(*spelled.split(","))
-        for name, spelled in pairs(
-            """
-            AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
-            Attributes=Attribute,Name,Value BinaryListValues=BinaryListValue
-            Entries={}RequestEntry Failed=BatchResultErrorEntry
-            MessageAttributeNames=MessageAttributeName
-            MessageAttributes=MessageAttribute,Name,Value
-            MessageSystemAttributeNames=MessageSystemAttributeName
-            MessageSystemAttributes=MessageSystemAttribute,Name,Value Messages=Message
-            QueueUrls=QueueUrl Results={}ResultEntry StringListValues=StringListValue
-            Successful={}ResultEntry TagKeys=TagKey Tags=Tag,Key,Value queueUrls=QueueUrl
-            tags=Tag,Key,Value
-            """
-        ).items()
+        **{f"{name}s": QueryName(name) for name in _LISTS.split()},
+        "Actions": QueryName("ActionName"),
+        "Attributes": QueryName("Attribute", "Name", "Value"),
+        "Entries": QueryName("{}RequestEntry"),
+        "Failed": QueryName("BatchResultErrorEntry"),
+        "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
+        "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
+        "Results": QueryName("{}ResultEntry"),
+        "Successful": QueryName("{}ResultEntry"),
+        "Tags": QueryName("Tag", "Key", "Value"),
+        "queueUrls": QueryName("QueueUrl"),
+        "tags": QueryName("Tag", "Key", "Value"),
     },
     frozenset({"CreateQueue", "ListQueues"}),
 )
@@ -8179,19 +8146,16 @@ class Proxy:
         try:
             self._check_sender(request)
             if self._verified:
-                verify_head(
-                    request,
-                    self.clients,
-                    self._clock(),
-                    service=wire.service(request),
-                    regions=self._regions,
-                    clock_skew=self._clock_skew,
-                    must_be_signed=wire.must_be_signed,
-                )
+                self._verify_head(request, wire, self._clock())
             check_one_reading(request, wire, exchange.service)
         except ServiceError as error:
             return error.without_frames()
         return None
+
+    def _verify_head(self, request: Request, wire: WireProtocol, now: float) -> Proven:
+        service, signed = wire.service(request), wire.must_be_signed
+        skew = self._clock_skew
+        return verify_head(request, self._clients, now, service, self._regions, skew, signed)
 
     def _check_sender(self, request: Request) -> None:
         if request.method not in METHODS:
@@ -8345,18 +8309,9 @@ class Proxy:
         """Return the call that a request makes, and what is to answer it."""
         request, wire = exchange.request, exchange.wire
         self._check_sender(request)
-        service = wire.service(request)
         if self._verified:
-            found = verify(
-                request,
-                self.clients,
-                exchange.started,
-                service=service,
-                regions=self._regions,
-                clock_skew=self._clock_skew,
-                must_be_signed=wire.must_be_signed,
-                spool=functools.partial(self._spool, exchange),
-            )
+            proven = self._verify_head(request, wire, exchange.started)
+            found = verify_body(request, proven, functools.partial(self._spool, exchange))
         else:
             found = self._unverified(exchange)
         client, scope = found.client, found.scope
