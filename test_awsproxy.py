@@ -7007,6 +7007,21 @@ class BatchTest(Spoken):
 
 
 class DeadLetterTest(Spoken):
+    def test_each_queue_of_a_chain_counts_its_own_receives(self):
+        third = self.sqs.queue("third")
+        second = self.sqs.queue("second", RedrivePolicy=redrive("third", 1))
+        first = self.sqs.queue("first", RedrivePolicy=redrive("second", 2))
+        self.send(first)
+        for url, seen in (
+            (first, "1"), (first, "2"), (first, None), (second, "3"), (second, None),
+            (third, "4"), (third, "5"),
+        ):  # fmt: skip
+            asked = {"AttributeNames": ["ApproximateReceiveCount"], "VisibilityTimeout": 1}
+            received = self.sqs.receive(url, **asked)
+            counts = [m["Attributes"]["ApproximateReceiveCount"] for m in received]
+            self.assertEqual(counts, [seen] if seen else [], url)
+            self.clock.now += 1
+
     def test_a_message_received_too_often_is_moved_as_it_is(self):
         for count in (1, "3"):
             with self.subTest(count):
@@ -8409,6 +8424,93 @@ class FetchTest(ChainTest):
         command = [sys.executable, "-c", code, *(f"http://{host}/" for host in hosts)]
         subprocess.run(command, env=environ, timeout=DEADLINE, check=True)
         self.assertEqual(self.server.asked, [("GET", "http://keys.example/", None)])
+
+
+class NoOtherIdentityTest(ChainTest):
+    """A source that is set up and fails is an error: no other source takes its place."""
+
+    def fails(self, passing):
+        def fetch(url, headers, *, data=None, method=None, timeout=5):
+            self.asked.append(Asked(url, headers, data, method))
+            raise Skipped("sts.us-east-1.amazonaws.com answered 403: no such role", passing)
+
+        return fetch
+
+    def test_source_that_is_set_up_hides_none_of_its_failures(self):
+        url = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://127.0.0.1:1/container"}
+        for name, environ in (
+            ("web identity", BY_IDENTITY),
+            ("web identity", {**BY_IDENTITY, "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such/file"}),
+            ("container", RELATIVE),
+            ("container", url),
+        ):
+            for passing in (True, False):
+                with self.subTest(name, environ=environ, passing=passing):
+                    chain = self.chain(environ, fetch=self.fails(passing))
+                    with self.assertRaisesRegex(Skipped, f"{name}: ") as caught:
+                        chain.find()
+                    of_file = "/no/such/file" in environ.values()
+                    self.assertEqual(caught.exception.passing, passing and not of_file)
+                    asked = [it.url for it in self.asked if "169.254.169.254" in it.url]
+                    self.assertEqual(asked, [])
+
+    def test_role_that_needs_a_code_names_the_remedy(self):
+        config = (
+            "[default]\nrole_arn = arn:aws:iam::1:role/A\nsource_profile = s\nmfa_serial = x\n"
+        )
+        config += (
+            "[profile s]\naws_access_key_id = dummykeyS\naws_secret_access_key = dummysecret\n"
+        )
+        self.assertIn("aws configure export-credentials", self.skipped(config=config))
+
+    def test_process_that_fails_tells_why(self):
+        command = f"{sys.executable} -c 'import sys; sys.exit(\"no ticket\")'"
+        config = f"[default]\ncredential_process = {command}\n"
+        self.assertIn("its process ended with 1: no ticket", self.skipped(config=config))
+
+    def test_failure_that_may_pass_is_tried_again(self):
+        for passing, results, slept in (
+            (True, 1, [0.2]),
+            (True, 2, [0.2, 0.8]),
+            (True, 3, [0.2, 0.8]),
+            (False, 1, []),
+        ):
+            with self.subTest(passing=passing, failures=results):
+                pauses, clock = [], Clock()
+                good = Credentials("dummykey", "dummysecret")
+                chain = Finding(*[Skipped("down", passing)] * results, good)
+                cache = CredentialCache(chain, clock, pauses.append)
+                if passing and results < 3:
+                    self.assertIs(cache.get(), good)
+                else:
+                    with self.assertRaisesRegex(Skipped, "down") as caught:
+                        cache.get()
+                    self.assertEqual(caught.exception.passing, passing)
+                self.assertEqual(pauses, slept)
+
+    def test_refusal_is_repeated_by_sdks_only_if_the_failure_may_pass(self):
+        reason = "profile a: the role arn:aws:iam::111122223333:role/Secret cannot be assumed: "
+        reason += "/home/somebody/token cannot be read"
+        for passing, status, code in (
+            (True, 503, "ServiceUnavailable"),
+            (False, 403, "AccessDeniedException"),
+        ):
+            cache = CredentialCache(Finding(Skipped(reason, passing)), Clock(), lambda _: None)
+            upstream = awsproxy.Upstream(
+                awsproxy.Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
+            )
+            proxy = Proxy(
+                awsproxy.DEMO_CLIENTS,
+                routes=[awsproxy.Route("*", upstream)],
+                clock=lambda: EXAMPLE_TIME,
+            )
+            with self.subTest(code), self.assertLogs("awsproxy", "WARNING") as logs:
+                reply = proxy.handle(signed(*LIST))
+                self.assertEqual(reply.status, status, reply)
+                self.assertIn(code, json.loads(reply.body)["__type"])
+                for private in ("role/Secret", "111122223333", "somebody"):
+                    self.assertNotIn(private.encode(), reply.body)
+                    self.assertIn(private, logs.output[0])
 
 
 class Finding:
@@ -10484,6 +10586,47 @@ class RouteTest(unittest.TestCase):
             proxy = self.aws(routes=[awsproxy.Route("*", target)])
             with self.subTest(service, region=region):
                 self.assertEqual(proxy.handle(request).status, status)
+
+
+class OwnNameTest(unittest.TestCase):
+    """The proxy knows its own names, and does not guess which part of another is a bucket."""
+
+    def call(self, host, target, hosts=(), method="PUT"):
+        recorded = Answering()
+        proxy = Proxy(
+            {EXAMPLE.access_key_id: [EXAMPLE]},
+            routes=[awsproxy.Route("*", recorded)],
+            clock=lambda: EXAMPLE_TIME,
+            hosts=hosts,
+        )
+        headers = (("Host", host), ("X-Amz-Content-Sha256", EMPTY))
+        reply = proxy.handle(
+            signed(method, target, headers, service="s3", client=EXAMPLE, payload_hash=EMPTY)
+        )
+        return reply, recorded.calls
+
+    def test_name_of_many_labels_needs_a_flag(self):
+        for host in ("vbkt.sidecar:22800", "proxy.internal", "a.b.c.example"):
+            reply, calls = self.call(host, "/newbucket")
+            with self.subTest(host):
+                self.assertEqual((reply.status, calls), (400, []))
+                self.assertIn(b"--host-name", reply.body)
+
+    def test_labels_before_an_own_name_are_the_bucket(self):
+        hosts = ("sidecar", "Proxy.Internal")
+        for host, target, action, bucket in (
+            ("sidecar:22800", "/newbucket", "s3:CreateBucket", ""),
+            ("vbkt.sidecar:22800", "/newbucket", "s3:PutObject", "vbkt"),
+            ("proxy.internal", "/newbucket", "s3:CreateBucket", ""),
+            ("a.b.proxy.internal", "/k", "s3:PutObject", "a.b"),
+            ("a.localhost", "/k", "s3:PutObject", "a"),
+            ("127.0.0.1:80", "/b", "s3:CreateBucket", ""),
+            ("[::1]:80", "/b", "s3:CreateBucket", ""),
+            ("anything", "/b", "s3:CreateBucket", ""),
+        ):
+            with self.subTest(host, target=target):
+                _, (call,) = self.call(host, target, hosts)
+                self.assertEqual((call.action, call.bucket), (action, bucket))
 
 
 class NoVerifyTest(Through):
@@ -15318,6 +15461,23 @@ class ServerTest(SocketTest):
                     self.assertEqual(answer.status, status)
                     wire.socket.shutdown(socket.SHUT_WR)
                     self.assertTrue(wire.ended(), "there is more than one answer")
+
+
+class ContinueTest(SocketTest):
+    def setUp(self):
+        self.running = Running(Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME))
+        self.addCleanup(self.running.stop)
+
+    def test_empty_body_is_asked_for_if_the_client_waits_for_that(self):
+        """Some clients would wait for it before the body of their next call."""
+        target = "/?Action=ListQueues&Version=2012-11-05"
+        headers = (*sign("POST", target, (FORM,)), EXPECT, ("Content-Length", "0"))
+        for data in (
+            raw_request("POST", target, headers),
+            raw_request("POST", target, (*headers[:-1], ("Content-Length", "00"))),
+        ):
+            wire, first = self.running.ask(data)
+            self.assertEqual([first.status, wire.answer().status], [100, 200])
 
 
 class ServerSettingsTest(unittest.TestCase):
