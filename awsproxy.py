@@ -264,6 +264,9 @@ class Reply(NamedTuple):
     body: Union[bytes, Iterable[bytes]]  # bytes, or blocks of a body that streams
 
 
+Act = Callable[[], Reply]  # what has a reply when called, and may block
+
+
 class Client(NamedTuple):
     """A key that callers may sign with, and the name and the account it stands for."""
 
@@ -4996,32 +4999,20 @@ SHARED_NAMES: Sequence[Tuple[str, str, str]] = (
     ("ses", "MailManagerSvc.", "mail-manager"),
 )
 
-# Global services, by partition; `{}` is the DNS suffix.
-GLOBAL_HOSTS: Mapping[str, Mapping[str, str]] = {
-    "aws": pairs(
-        """
-        budgets=budgets.{} ce=ce.us-east-1.{} cloudfront=cloudfront.{}
-        globalaccelerator=globalaccelerator.us-west-2.{} health=global.health.{} iam=iam.{}
-        importexport=importexport.{} networkmanager=networkmanager.us-west-2.{}
-        organizations=organizations.us-east-1.{} route53=route53.{}
-        route53domains=route53domains.us-east-1.{} savingsplans=savingsplans.{}
-        shield=shield.us-east-1.{} waf=waf.{}
-        """
-    ),
-    "aws-cn": pairs(
-        """
-        budgets=budgets.{} ce=ce.cn-northwest-1.{} cloudfront=cloudfront.cn-northwest-1.{}
-        health=global.health.{} iam=iam.cn-north-1.{}
-        organizations=organizations.cn-northwest-1.{} route53=route53.{}
-        """
-    ),
-    "aws-us-gov": pairs(
-        """
-        iam=iam.us-gov.{} organizations=organizations.us-gov-west-1.{}
-        route53=route53.us-gov.{}
-        """
-    ),
-}
+# Where global services are, by partition and signing name, with which each host begins, though
+# "global." may be in front of it.
+GLOBAL_HOSTS: Mapping[Tuple[str, str], str] = {
+    (partition, host.replace("global.", "").split(".")[0]): host
+    for partition, hosts in (
+        ("aws", "budgets ce.us-east-1 cloudfront globalaccelerator.us-west-2 global.health iam"
+            " importexport networkmanager.us-west-2 organizations.us-east-1 route53"
+            " route53domains.us-east-1 savingsplans shield.us-east-1 waf"),
+        ("aws-cn", "budgets ce.cn-northwest-1 cloudfront.cn-northwest-1 global.health"
+            " iam.cn-north-1 organizations.cn-northwest-1 route53"),
+        ("aws-us-gov", "iam.us-gov organizations.us-gov-west-1 route53.us-gov"),
+    )
+    for host in hosts.split()
+}  # fmt: skip
 
 
 def partition_of(region: str) -> Tuple[str, str]:
@@ -5036,7 +5027,7 @@ def endpoint_for(service: str, region: str, target: str = "", path: str = "/") -
     that share a signing name.
     """
     partition, suffix = partition_of(region)
-    host = GLOBAL_HOSTS.get(partition, {}).get(service, "").format(suffix)
+    host = GLOBAL_HOSTS.get((partition, service))
     if not host:
         shared = (
             prefix
@@ -5044,8 +5035,8 @@ def endpoint_for(service: str, region: str, target: str = "", path: str = "/") -
             if name == service and (target.startswith(begins) or path.startswith(begins))
         )
         prefix = next(shared, ENDPOINT_PREFIXES.get(service, service))
-        host = f"{prefix}.{region}.{suffix}"
-    return Endpoint("https", host.lower(), 443)
+        host = f"{prefix}.{region}"
+    return Endpoint("https", f"{host}.{suffix}".lower(), 443)
 
 
 def parse_endpoint(url: str) -> Endpoint:
@@ -5189,8 +5180,8 @@ def fetch(
     url: str,
     headers: Mapping[str, str],
     *,
-    data: Optional[bytes] = None,
-    method: Optional[str] = None,
+    data: Any = None,
+    method: Any = None,
     timeout: float = 5,
 ) -> bytes:
     """Return the body of a successful answer that is there within `timeout` seconds.
@@ -5277,9 +5268,8 @@ def _document(text: bytes) -> Mapping[str, Any]:
     return document
 
 
-def _from_document(text: bytes, token: str = "Token") -> Credentials:
-    """Return the credentials of a JSON document of a credentials endpoint."""
-    found = _document(text)
+def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
+    """Return the credentials that the answer of a credentials endpoint holds."""
     expires = _expiry(found.get("Expiration"))
     key, secret = found.get("AccessKeyId"), found.get("SecretAccessKey")
     return _credentials(key, secret, found.get(token), expires)
@@ -5378,7 +5368,8 @@ class CredentialChain:
         path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         if path:
             token = _read_text(path)
-        return _from_document(self._fetch(url, {"Authorization": token} if token else {}))
+        answer = self._fetch(url, {"Authorization": token} if token else {})
+        return _from_fields(_document(answer))
 
     def _from_metadata(self) -> Credentials:
         if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
@@ -5387,16 +5378,15 @@ class CredentialChain:
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
         try:
-            token = self._fetch(
-                f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1
-            ).decode("latin-1")
+            token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         except Skipped as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
             raise Skipped(f"{error} ({hint})") from error
-        headers = {"X-aws-ec2-metadata-token": token}
+        headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
         role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
-        return _from_document(self._fetch(roles + urllib.parse.quote(role), headers, timeout=1))
+        answer = self._fetch(roles + urllib.parse.quote(role), headers, timeout=1)
+        return _from_fields(_document(answer))
 
     # ---- Profiles ----
 
@@ -5493,12 +5483,8 @@ class CredentialChain:
         if expires <= self._clock():
             raise Skipped(f"its SSO token has expired; {remedy}")
         region = settings.get("sso_region") or self.region()
-        query = urllib.parse.urlencode(
-            {
-                "role_name": settings.get("sso_role_name", ""),
-                "account_id": settings["sso_account_id"],
-            }
-        )
+        role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
+        query = urllib.parse.urlencode({"role_name": role, "account_id": account})
         url = f"{endpoint_for('awsssoportal', region).origin}/federation/credentials?{query}"
         found = _document(self._fetch(url, {"x-amz-sso_bearer_token": token}))
         try:
@@ -5522,12 +5508,11 @@ class CredentialChain:
             return "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
+        session = settings.get("session") or settings.get("role_session_name")
         fields = {
             "Action": "AssumeRole",
             "RoleArn": role,
-            "RoleSessionName": session_name(
-                settings.get("session") or settings.get("role_session_name")
-            ),
+            "RoleSessionName": session_name(session),
             "DurationSeconds": settings.get("duration_seconds", ""),
             "ExternalId": settings.get("external_id", ""),
         }
@@ -5562,9 +5547,7 @@ class CredentialChain:
         found = dict(_STS_FIELDS.findall(answer))
         if len(found) < 4:
             raise Skipped("the answer of STS holds no credentials")
-        expires = _expiry(found.get("Expiration"))
-        key, secret = found.get("AccessKeyId"), found.get("SecretAccessKey")
-        return _credentials(key, secret, found.get("SessionToken"), expires)
+        return _from_fields(found, "SessionToken")
 
 
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
@@ -5595,18 +5578,14 @@ def _profile_of(section: str) -> str:
 def _from_process(command: str) -> Credentials:
     """Return what a `credential_process` prints."""
     try:
-        done = subprocess.run(
-            shlex.split(command),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=30,
-        )
+        words = shlex.split(command)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise Skipped(f"its process failed: {type(error).__name__}") from error
     if done.returncode:
         told = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
         raise Skipped(f"its process ended with {done.returncode}: {told or 'it says nothing'}")
-    return _from_document(done.stdout, "SessionToken")
+    return _from_fields(_document(done.stdout), "SessionToken")
 
 
 class CredentialCache:
@@ -5714,10 +5693,9 @@ class Keyring:
         fetch: Callable[..., bytes] = fetch,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._environ = environ
         self._profile = profile
-        self._fetch = fetch
         self._clock = clock
+        self._chain = functools.partial(CredentialChain, environ, fetch=fetch, clock=clock)
         self._lock = threading.Lock()
         self._caches: Dict[Tuple[str, str, str], CredentialCache] = {}
 
@@ -5734,14 +5712,7 @@ class Keyring:
         with self._lock:
             cache = self._caches.get(key)
             if cache is None:
-                chain = CredentialChain(
-                    self._environ,
-                    key[0],
-                    role_arn=role,
-                    session_name=client.name,
-                    fetch=self._fetch,
-                    clock=self._clock,
-                )
+                chain = self._chain(key[0], role_arn=role, session_name=client.name)
                 cache = self._caches[key] = CredentialCache(chain, self._clock)
         return cache
 
@@ -5918,11 +5889,6 @@ class Connection:
             return False
         return True
 
-    def blocking(self, act: Callable[[], Reply]) -> Callable[[], Reply]:
-        """Return `act`, with the connection made to wait again."""
-        self.socket.settimeout(self.timeout)
-        return act
-
     def answer(self) -> ResponseHead:
         """Return the head of the final answer.  Raises UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
@@ -5954,7 +5920,7 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
         self.draining = False  # whether polls are to end
-        self.given_up: Set[Waiting] = set()  # polls whose messages will be put back
+        self.given_up: Set[Connection] = set()  # of polls whose messages will be put back
 
     def awaits(self, connection: Connection) -> bool:
         """Wait until an answer begins, and return True; False once draining ends the wait.
@@ -6019,18 +5985,12 @@ class Pool:
         host, port = endpoint.host, endpoint.port
         if endpoint.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
+        how: Dict[str, Any] = {"timeout": self._connect_timeout, "context": tls_context()}
         proxy = urllib.request.getproxies().get("https")
         if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
-            return http.client.HTTPSConnection(
-                host, port, timeout=self._connect_timeout, context=tls_context()
-            )
+            return http.client.HTTPSConnection(host, port, **how)
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        tunnel = http.client.HTTPSConnection(
-            parts.hostname or "",
-            parts.port or 80,
-            timeout=self._connect_timeout,
-            context=tls_context(),
-        )
+        tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
         headers = {}
         if parts.username:
             login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
@@ -6261,87 +6221,21 @@ def is_repeatable(call: Call) -> bool:
     return call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
 
 
-class Waiting:
-    """A call that is sent by `send`, and whose answer is read from `socket` as it comes."""
+def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
+    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
+    body = _to_json(document)
+    about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
+    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
+    return Request("POST", "/", headers, io.BytesIO(body))
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        call: Call,
-        outgoing: Outgoing,
-        keys: Credentials,
-        connection: Connection,
-        data: bytes = b"",
-    ) -> None:
-        self.socket = connection.socket
-        self.timeout = connection.timeout
-        self._upstream = upstream
-        self._about = (call, outgoing, keys, connection)
-        self._data = data
 
-    def send(self) -> bool:
-        """Send it without waiting; False if that can't be, and nothing comes of it."""
-        call, _, _, connection = self._about
-        call.upstream_seconds = -time.monotonic()  # until the answer is there
-        if connection.send_now(self._data):
-            return True
-        connection.close()  # what was sent is not complete
-        call.upstream_seconds = 0.0
-        return False
+class Attempt(NamedTuple):
+    """A call that is sent on a connection, and what it is signed with."""
 
-    def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
-        """Take in what has arrived, without waiting.
-
-        Return the answer, or None if it is not complete, or what returns it and may block.
-        """
-        call, _, _, connection = self._about
-        received = functools.partial(self._upstream.received, *self._about)
-        ended = not connection.receive_now()
-        buffer = connection.source.buffer
-        end = buffer.find(b"\r\n\r\n")
-        if ended or len(buffer) > MAX_WHOLE_REPLY or (end < 0 and BARE_LF.search(buffer)):
-            return connection.blocking(received)
-        if end < 0:
-            return None
-        try:
-            head = parse_response_head(buffer[: end + 4])
-            length = response_framing(head, call.request.method)
-        except ValueError:
-            return connection.blocking(received)
-        if head.status < 200 or length is None or length == UNTIL_CLOSE:
-            return connection.blocking(received)
-        if len(buffer) < end + 4 + length:
-            return None
-        if head.status in _REFUSED or (
-            call.operation == "ReceiveMessage" and call.request.abandoned()
-        ):
-            return connection.blocking(received)
-        body, connection.source.buffer = buffer[end + 4 :][:length], buffer[end + 4 + length :]
-        reply = self._upstream.whole(connection, head, call.request.method, body)
-        return self._upstream.shown(call, reply)
-
-    def give_up(self) -> None:
-        """Close the connection, whose answer comes too late."""
-        connection = self._about[3]
-        log.warning("upstream: no answer from %s in time", connection.endpoint.origin)
-        connection.close()
-
-    def let_go(self) -> None:
-        """Have it known that nobody waits any longer; `put_back` is to follow."""
-        self._upstream._pool.given_up.add(self)
-
-    def put_back(self) -> None:
-        """Wait for the messages that nobody will have, and make them visible again."""
-        call, outgoing, _, connection = self._about
-        try:
-            connection.socket.settimeout(connection.timeout)
-            reply = self._upstream._reply(connection, connection.answer(), call.request.method)
-            reply = self._upstream._gathered(call, reply)
-            self._upstream._release(call, outgoing, receipt_handles(reply))
-        except (UpstreamError, ServiceError) as error:
-            log.warning("messages may stay hidden, the upstream did not answer: %s", error)
-        finally:
-            self._upstream._pool.given_up.discard(self)
+    call: Call
+    outgoing: Outgoing
+    keys: Credentials
+    connection: Connection
 
 
 class Upstream:
@@ -6387,10 +6281,10 @@ class Upstream:
         began = time.monotonic()
         reply = self._answered(call, outgoing)
         call.upstream_seconds = time.monotonic() - began
-        return self.finish(call, outgoing, reply)
+        return self._finish(call, outgoing, reply)
 
-    def begin(self, call: Call) -> Optional[Waiting]:
-        """Return what sends a small call on a kept connection, and has its answer.
+    def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
+        """Return a small call with a kept connection, and what to send on it.
 
         None where that can't be done without waiting: `answer` can.
         """
@@ -6411,18 +6305,66 @@ class Upstream:
             return None
         connection.mask = Mask(claimed, keys.session_token)
         self._pool.allow(connection, call)
-        return Waiting(self, call, outgoing, keys, connection, data)
+        return Attempt(call, outgoing, keys, connection), data
 
-    def finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+    def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
+        """Take in what has arrived, without waiting.
+
+        Return the answer, or None if it is not complete, or what returns it and may block.
+        """
+        call, connection = attempt.call, attempt.connection
+        ended = not connection.receive_now()
+        buffer = connection.source.buffer
+        end = buffer.find(b"\r\n\r\n") + 4
+        if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
+            return self._blocking(attempt)
+        if end == 3:
+            return None
+        try:
+            head = parse_response_head(buffer[:end])
+            length = response_framing(head, call.request.method)
+        except ValueError:
+            return self._blocking(attempt)
+        if head.status < 200 or length is None or length == UNTIL_CLOSE:
+            return self._blocking(attempt)
+        if len(buffer) < end + length:
+            return None
+        unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
+        if head.status in _REFUSED or unwanted:
+            return self._blocking(attempt)
+        body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
+        return self._shown(call, self._whole(connection, head, call.request.method, body))
+
+    def _blocking(self, attempt: Attempt) -> Act:
+        attempt.connection.socket.settimeout(attempt.connection.timeout)
+        return functools.partial(self._received, attempt)
+
+    def let_go(self, attempt: Attempt) -> Callable[[], None]:
+        """Give up a poll; return what waits for its messages, and makes them visible again."""
+        self._pool.given_up.add(attempt.connection)
+        return functools.partial(self._put_back, attempt)
+
+    def _put_back(self, attempt: Attempt) -> None:
+        call, outgoing, _, connection = attempt
+        try:
+            connection.socket.settimeout(connection.timeout)
+            reply = self._reply(connection, connection.answer(), call.request.method)
+            self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
+        except (UpstreamError, ServiceError) as error:
+            log.warning("messages may stay hidden, the upstream did not answer: %s", error)
+        finally:
+            self._pool.given_up.discard(connection)
+
+    def _finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
         """Return the answer to the call; the messages that nobody is left to get are put back."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
             reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
                 reply = call.wire.output(call, SQS_MODEL, {}, random_id())
-        return self.shown(call, reply)
+        return self._shown(call, reply)
 
-    def shown(self, call: Call, reply: Reply) -> Reply:
+    def _shown(self, call: Call, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
@@ -6457,20 +6399,19 @@ class Upstream:
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, body)
 
-    def received(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, connection: Connection
-    ) -> Reply:
+    def _received(self, attempt: Attempt) -> Reply:
         """Return the answer that is on its way to a call that was sent."""
+        call, outgoing, keys, connection = attempt
         try:
             reply = self._reply(connection, connection.answer(), call.request.method)
         except UpstreamError as error:
             connection.close()
             if not error.unanswered or not is_repeatable(call):
                 raise self._given_up(call, error, connection.reused) from error
-            reply = self._attempt(call, outgoing, keys, True, fresh=True)
+            reply = self._attempt(call, outgoing, keys, fresh=True)
         if self._may_renew(call, keys, reply):
             reply = self._answered(call, outgoing, again=True)
-        return self.finish(call, outgoing, reply)
+        return self._finish(call, outgoing, reply)
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         """Whether AWS calls our token expired, and other credentials may be had."""
@@ -6502,12 +6443,9 @@ class Upstream:
         target = request.target
         if call.presigned:
             target, hoisted = strip_presigned(target)
-        signed = call.signed_headers
-        dropped = (
-            _REPLACED
-            if _OF_THE_WAY.isdisjoint(signed)
-            else (_SET_AGAIN | _OF_THE_WAY.difference(signed))
-        )
+        signed, dropped = call.signed_headers, _REPLACED
+        if not _OF_THE_WAY.isdisjoint(signed):
+            dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
         headers = end_to_end(request.headers, dropped, signed)
         headers = [
             (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
@@ -6606,25 +6544,21 @@ class Upstream:
                 told = _PRIVATE.sub("...", str(reason))[:500]
                 message = f"The proxy has no credentials to sign with: {told}"
                 raise ServiceError(code, message) from reason
-            reply = self._attempt(call, outgoing, keys, replayable)
+            reply = self._attempt(call, outgoing, keys)
             renewed = self._may_renew(call, keys, reply)
             if last or not replayable or not renewed:
                 break
         return reply
 
     def _attempt(
-        self,
-        call: Call,
-        outgoing: Outgoing,
-        keys: Credentials,
-        replayable: bool,
-        fresh: bool = False,
+        self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool = False
     ) -> Reply:
         """Return the answer; sent again, once, where nothing can have happened twice."""
-        repeatable = is_repeatable(call)
+        body = outgoing.request.body
+        repeatable = is_repeatable(call) and isinstance(body, io.IOBase)
         for again in (True,) if fresh else (False, True):
-            if isinstance(outgoing.request.body, io.IOBase):
-                outgoing.request.body.seek(0)
+            if isinstance(body, io.IOBase):
+                body.seek(0)
             try:
                 connection = self._pool.take(outgoing.endpoint, fresh=again)
             except UpstreamError as error:
@@ -6634,24 +6568,19 @@ class Upstream:
             try:
                 self._send(connection, call, outgoing, keys)
                 if call.action == RECEIVE and not self._pool.awaits(connection):
-                    return self._cut_short(call, Waiting(self, call, outgoing, keys, connection))
-                head = connection.answer()
-                return self._reply(connection, head, call.request.method)
+                    put_back = self.let_go(Attempt(call, outgoing, keys, connection))
+                    threading.Thread(target=put_back, daemon=True).start()
+                    return call.wire.output(call, SQS_MODEL, {}, random_id())
+                return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
                 connection.close()
-                retry = connection.reused and error.unanswered and replayable and repeatable
+                retry = connection.reused and error.unanswered and repeatable
                 if again or not retry:
                     raise self._given_up(call, error, connection.reused) from error
             except Exception:
                 connection.close()  # a body that proved wrong: what was sent is not complete
                 raise
         raise AssertionError("unreachable")
-
-    def _cut_short(self, call: Call, waiting: Waiting) -> Reply:
-        """Return an answer without messages; those that still come are put back."""
-        waiting.let_go()
-        threading.Thread(target=waiting.put_back, daemon=True).start()
-        return call.wire.output(call, SQS_MODEL, {}, random_id())
 
     def _down(self, error: UpstreamError) -> ServiceError:
         log.warning("upstream: %s", error)
@@ -6729,7 +6658,7 @@ class Upstream:
             except (OSError, ServiceError) as error:
                 message = f"{connection.endpoint.origin} broke off its answer"
                 raise UpstreamError(message, unanswered=False) from error
-            return self.whole(connection, head, method, body)
+            return self._whole(connection, head, method, body)
         connection.deadline = math.inf  # each part of what streams has its own time
         if head.status < 300 and not connection.streams_masked:
             connection.mask = Mask()
@@ -6758,7 +6687,9 @@ class Upstream:
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, start)
 
-    def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
+    def _whole(
+        self, connection: Connection, head: ResponseHead, method: str, body: bytes
+    ) -> Reply:
         """Return an answer whose body has been read, and keep or close its connection."""
         self._done(connection, head.keeps)
         # An answer to HEAD tells the length of what it has not.
@@ -6805,15 +6736,11 @@ class Upstream:
             {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
             for index, handle in enumerate(handles)
         ]
-        body = _to_json({"QueueUrl": url, "Entries": entries})
-        headers = (
-            ("Host", received.endpoint.authority),
-            ("X-Amz-Target", "AmazonSQS.ChangeMessageVisibilityBatch"),
-            ("Content-Type", "application/x-amz-json-1.0"),
-            ("Content-Length", str(len(body))),
-        )
-        request = Request("POST", "/", headers, io.BytesIO(body))
-        release = Outgoing(received.endpoint, request, hashlib.sha256(body).hexdigest())
+        document = {"QueueUrl": url, "Entries": entries}
+        operation, host = "ChangeMessageVisibilityBatch", received.endpoint.authority
+        request = sqs_request(host, operation, document)
+        payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
+        release = Outgoing(received.endpoint, request, payload_hash)
         try:
             status = self._answered(call, release).status
             log.warning("%d messages whose receiver is gone shown: %d", len(handles), status)
@@ -7125,11 +7052,10 @@ class AccessLog(Hook):
             "request_id": exchange.request_id,
         }
         if self._of_json:
+            seconds = max(0.0, call.upstream_seconds) if call else 0.0
             fields["name"] = call.caller.name if call else "-"
             fields["region"] = call.region if call else claim(request)[1].region or "-"
-            fields["upstream_ms"] = 0.0
-            if call and call.upstream_seconds > 0:
-                fields["upstream_ms"] = round(call.upstream_seconds * 1000, 2)
+            fields["upstream_ms"] = round(seconds * 1000, 2)
             fields["request_bytes"] = exchange.request_bytes
             fields["reply_bytes"] = exchange.reply_bytes
             fields["attempt"] = exchange.attempt
@@ -7175,6 +7101,9 @@ def open_log(path: str) -> Any:
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
+Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
+
+
 class Metrics(Hook):
     """Counts calls, and tells the counts in Prometheus's text format.
 
@@ -7196,7 +7125,7 @@ class Metrics(Hook):
         self._operations: Set[Tuple[str, str]] = {("-", "-")}
         # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
         self._rows: Dict[Tuple[Any, ...], List[int]] = {}
-        self._refusals: Dict[Tuple[str, ...], int] = collections.Counter()
+        self._refusals = Counts()
         self._seconds = Histogram(self.BUCKETS)
         self._upstream_seconds = Histogram(self.BUCKETS)
         self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
@@ -7207,11 +7136,9 @@ class Metrics(Hook):
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
-        call, attempt = exchange.call, exchange.attempt
-        of_call: Tuple[str, str, str] = ("-", "-", "-")
-        if call:
-            of_call = (call.caller.name, call.service, call.operation)
-        key = (*of_call, exchange.status, exchange.error, attempt)
+        call = exchange.call
+        of_call = (call.caller.name, call.service, call.operation) if call else ("-", "-", "-")
+        key = (*of_call, exchange.status, exchange.error, exchange.attempt)
         with self._lock:
             row = self._rows.get(key) or self._new_row(key)
             row[0] += 1
@@ -7240,10 +7167,8 @@ class Metrics(Hook):
     def text(self) -> str:
         """Return all of it (Prometheus, "Exposition formats", text format 0.0.4)."""
         lines: List[str] = []
-        calls: Dict[Tuple[str, ...], int] = collections.Counter()
-        attempts: Dict[Tuple[str, ...], int] = collections.Counter()
-        totals: Dict[Tuple[str, ...], int] = {("in",): 0, ("out",): 0}
-        throttles: Dict[Tuple[str, ...], int] = {(): 0}
+        calls, attempts = Counts(), Counts()
+        totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
         with self._lock:
             for key, (count, came, went) in self._rows.items():
                 *of_call, status, code, attempt = key
@@ -7254,15 +7179,16 @@ class Metrics(Hook):
                 if code in self.THROTTLES or status == 429:
                     throttles[()] += count
             for name, labels, help_text, counts in (
-                ("requests_total", ("client", "service", "operation", "status", "code"),
-                 "Requests answered.", calls),
-                ("attempts_total", ("attempt",), "Requests by attempt of their SDK; 0 is none.",
-                 attempts),
-                ("refusals_total", ("reason",), "Signatures refused.", self._refusals),
-                ("bytes_total", ("direction",), "Bytes of bodies.", totals),
-                ("throttles_total", (), "Answers that throttle.", throttles),
-            ):  # fmt: skip
-                _counter(lines, name, labels, help_text, counts)
+                ("requests", "client service operation status code", "Requests answered.", calls),
+                ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
+                ("refusals", "reason", "Signatures refused.", self._refusals),
+                ("bytes", "direction", "Bytes of bodies.", totals),
+                ("throttles", "", "Answers that throttle.", throttles),
+            ):
+                _head(lines, f"{name}_total", "counter", help_text)
+                for values, count in sorted(counts.items()):
+                    told = _labels(zip(labels.split(), values))
+                    lines.append(f"awsproxy_{name}_total{told} {count}")
             self._seconds.write(lines, "request_seconds", "How long a request took.")
             self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
         for name, (help_text, read) in self._gauges.items():
@@ -7301,18 +7227,6 @@ def _head(lines: List[str], name: str, kind: str, help_text: str) -> None:
     lines += (f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}")
 
 
-def _counter(
-    lines: List[str],
-    name: str,
-    labels: Sequence[str],
-    help_text: str,
-    counts: Mapping[Tuple[str, ...], int],
-) -> None:
-    _head(lines, name, "counter", help_text)
-    for values, count in sorted(counts.items()):
-        lines.append(f"awsproxy_{name}{_labels(zip(labels, values))} {count}")
-
-
 def _labels(pairs: Iterable[Tuple[str, str]]) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     text = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in pairs)
@@ -7320,9 +7234,8 @@ def _labels(pairs: Iterable[Tuple[str, str]]) -> str:
 
 
 def _number_text(value: float) -> str:
-    return {math.inf: "+Inf", -math.inf: "-Inf"}.get(
-        value, "NaN" if value != value else repr(value)
-    )
+    special = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+    return special.get(repr(value), repr(value))
 
 
 @lru_cache(maxsize=1)
@@ -7332,6 +7245,8 @@ def file_sha256() -> str:
         return hashlib.sha256(source.read()).hexdigest()
 
 
+Ask = Callable[[Call, str], int]
+Run = Callable[[Callable[[], None]], None]
 _QueueKey = Tuple[str, str]  # region, account/name
 
 
@@ -7356,12 +7271,7 @@ class InFlight(Hook):
         " DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
     )
 
-    def __init__(
-        self,
-        ask: Callable[[Call, str], int],
-        run: Callable[[Callable[[], None]], None],
-        clock: Callable[[], float] = steady_time,
-    ) -> None:
+    def __init__(self, ask: Ask, run: Run, clock: Callable[[], float] = steady_time) -> None:
         self._ask = ask
         self._run = run
         self._clock = clock
@@ -7399,9 +7309,8 @@ class InFlight(Hook):
 
     def note(self, call: Call, reply: Reply) -> None:
         """Take note of a call and its answer."""
-        if call.operation not in self.NOTED or call.service != "sqs" or reply.status != 200:
-            return
-        if call.wire.is_opaque:
+        noted = call.operation in self.NOTED and call.service == "sqs"
+        if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
         queue = _queue_key(call, given.get("QueueUrl") or call.request.path)
@@ -7458,9 +7367,8 @@ class InFlight(Hook):
         if until < math.inf:
             heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
-            self._ends = [
-                (hold.until, m) for m, hold in self._held.items() if hold.until < math.inf
-            ]
+            ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
+            self._ends = [end for end in ends if end[0] < math.inf]
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -7528,8 +7436,8 @@ class TaskProtection(InFlight):
     def __init__(
         self,
         agent_uri: str,
-        ask: Callable[[Call, str], int],
-        run: Callable[[Callable[[], None]], None],
+        ask: Ask,
+        run: Run,
         clock: Callable[[], float] = steady_time,
         put: Optional[Callable[[str, bytes, float], bytes]] = None,
     ) -> None:
@@ -7664,10 +7572,9 @@ class Deny:
         action = call.action[:MAX_SHOWN]
         message = f"User: {who} is not authorized to perform: {action}."
         if call.route:
-            message += (
-                f" This proxy refused the call: its route '{call.route.pattern}=deny' came first."
-                f" To allow the call, put {call.advice} before it."
-            )
+            route = f"{call.route.pattern}=deny"
+            message += f" This proxy refused the call: its route '{route}' came first."
+            message += f" To allow the call, put {call.advice} before it."
         raise ServiceError("AccessDenied", message)
 
 
@@ -7960,41 +7867,48 @@ class NoMessages:
 
 
 class Pending:
-    """A call that is answered elsewhere; the answer will come from `socket`."""
+    """A call that an upstream answers; the answer will come from `socket`."""
 
     def __init__(
-        self, proxy: Proxy, exchange: Exchange, waiting: Waiting, act: Callable[[], Reply]
+        self, proxy: Proxy, exchange: Exchange, upstream: Upstream, attempt: Attempt, data: bytes
     ) -> None:
-        self.socket = waiting.socket
-        self.timeout = waiting.timeout
+        self.socket = attempt.connection.socket
+        self.timeout = attempt.connection.timeout
         self._proxy = proxy
         self._exchange = exchange
-        self._waiting = waiting
-        self._act = act
+        self._upstream = upstream
+        self._attempt = attempt
+        self._data = data
 
-    def send(self) -> Union[Pending, Callable[[], Reply]]:
+    def _complete(self, act: Act) -> Act:
+        return functools.partial(self._proxy.complete, self._exchange, act)
+
+    def send(self) -> Union[Pending, Act]:
         """Send the call; if that can't be without waiting, return what does, and has its reply."""
-        if self._waiting.send():
+        call, connection = self._attempt.call, self._attempt.connection
+        call.upstream_seconds = -time.monotonic()  # until the answer is there
+        if connection.send_now(self._data):
             return self
-        return functools.partial(self._proxy.complete, self._exchange, self._act)
+        connection.close()  # what was sent is not complete
+        call.upstream_seconds = 0.0
+        request_id = self._exchange.request_id
+        return self._complete(functools.partial(self._upstream.answer, call, request_id))
 
-    def proceed(self) -> Union[Reply, Callable[[], Reply], None]:
+    def proceed(self) -> Union[Reply, Act, None]:
         """Return the reply, what returns it and may block, or None if it is not complete."""
         try:
-            result = self._waiting.proceed()
+            result = self._upstream.arrived(self._attempt)
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
-        if result is None:
-            return None
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
-        return functools.partial(self._proxy.complete, self._exchange, result)
+        return result and self._complete(result)
 
-    def wait(self) -> Union[Reply, Callable[[], Reply]]:
+    def wait(self) -> Union[Reply, Act]:
         """Return the reply, or what returns it; wait for it."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        while poll.poll(self._waiting.timeout * 1000):
+        while poll.poll(self._attempt.connection.timeout * 1000):
             result = self.proceed()
             if result is not None:
                 return result
@@ -8003,19 +7917,19 @@ class Pending:
     @property
     def is_poll(self) -> bool:
         """Whether it waits for messages."""
-        return self._exchange.call is not None and self._exchange.call.action == RECEIVE
+        return self._attempt.call.action == RECEIVE
 
     def cut_short(self) -> Tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and what puts back those that still come."""
-        call = self._exchange.call
-        assert call
-        act = functools.partial(NoMessages().answer, call, self._exchange.request_id)
-        self._waiting.let_go()
-        return self._proxy.complete(self._exchange, act), self._waiting.put_back
+        call, request_id = self._attempt.call, self._exchange.request_id
+        put_back = self._upstream.let_go(self._attempt)
+        return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
 
     def give_up(self) -> Reply:
         """Return the refusal of a call whose answer comes too late."""
-        self._waiting.give_up()
+        connection = self._attempt.connection
+        log.warning("upstream: no answer from %s in time", connection.endpoint.origin)
+        connection.close()
         message = "The upstream of this proxy did not answer in time."
         call = self._exchange.call
         again = call is not None and is_repeatable(call)
@@ -8023,7 +7937,7 @@ class Pending:
         return self._proxy.refuse(self._exchange, error)
 
 
-Outcome = Union[Reply, Pending, Callable[[], Reply]]
+Outcome = Union[Reply, Pending, Act]
 
 
 class Proxy:
@@ -8116,9 +8030,7 @@ class Proxy:
         what returns the reply when called.  Each step is taken for all of them before the next: a
         step just taken is at hand in the processor's caches, which saves a third of the time.
         """
-        outcomes: List[Any] = [
-            self._own_path(request) or self._exchange(request) for request in requests
-        ]
+        outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
         for step in (self._understand, self._act, self._finish):
             outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
@@ -8196,9 +8108,9 @@ class Proxy:
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
         elif isinstance(target, Upstream):
-            waiting = target.begin(call)
-            if waiting:
-                return Pending(self, exchange, waiting, act)
+            begun = target.begin(call)
+            if begun:
+                return Pending(self, exchange, target, *begun)
         return functools.partial(self.complete, exchange, act)
 
     def _finish(self, exchange: Exchange) -> Reply:
@@ -8276,9 +8188,8 @@ class Proxy:
         """Return the answer that refuses; what is no ServiceError is a fault of ours."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
-            error = ServiceError(
-                "InternalFailure", "The proxy failed; its standard error tells more."
-            )
+            message = "The proxy failed; its standard error tells more."
+            error = ServiceError("InternalFailure", message)
         error = error.without_frames()
         exchange.error = exchange.wire.fault(exchange.request, error).code
         exchange.reason = error.reason
@@ -8320,23 +8231,12 @@ class Proxy:
         meaning = wire.meaning(request, scope.service, found.body, self._hosts)
         host = request.header("host") or "localhost"
         base_url = self._public_url or f"{self._scheme}://{host}"
+        service, operation = scope.service, meaning.operation
         call = Call(
-            request,
-            wire,
-            scope.service,
-            meaning.operation,
-            scope.region,
-            client,
-            found.body,
-            found.payload_hash,
-            found.presigned,
-            base_url,
-            meaning.encoded,
-            exchange.began,
-            meaning.path,
-            found.signed_headers,
-            meaning.bucket,
-        )
+            request, wire, service, operation, scope.region, client, found.body,
+            found.payload_hash, found.presigned, base_url, meaning.encoded, exchange.began,
+            meaning.path, found.signed_headers, meaning.bucket,
+        )  # fmt: skip
         exchange.call = call  # whose refusal is told with its name
         action = call.action
         call.route = self._route(action)
@@ -8361,25 +8261,10 @@ class Proxy:
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
-        body = _to_json(document)
-        headers = (
-            ("Host", call.request.header("host") or "localhost"),
-            ("X-Amz-Target", "AmazonSQS.GetQueueAttributes"),
-            ("Content-Type", "application/x-amz-json-1.0"),
-        )
-        source = io.BytesIO(body)
-        request = Request("POST", "/", headers, source)
-        asked = Call(
-            request,
-            AWS_JSON["1.0"],
-            "sqs",
-            "GetQueueAttributes",
-            call.region,
-            call.caller,
-            source,
-            base_url=call.base_url,
-            encoded=document,
-        )
+        operation, host = "GetQueueAttributes", call.request.header("host") or "localhost"
+        request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
+        asked = Call(request, wire, "sqs", operation, call.region, call.caller, request.body)
+        asked.base_url, asked.encoded = call.base_url, document
         asked.route = self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
@@ -8508,11 +8393,8 @@ def _no_room(error: OSError) -> ServiceError:
 
 def has_demo_key(clients: Clients) -> bool:
     """Return whether somebody may sign with the demo client's key, which everybody knows."""
-    (demo, _) = DEMO_CLIENTS["dummykey"]
-    return any(
-        client.secret_access_key == demo.secret_access_key
-        for client in clients.get(demo.access_key_id, ())
-    )
+    demo = DEMO_CLIENTS["dummykey"][0].secret_access_key
+    return any(client.secret_access_key == demo for client in clients.get("dummykey", ()))
 
 
 def fault_of_reply(reply: Reply) -> str:
@@ -8947,12 +8829,8 @@ class Server(http.server.HTTPServer):
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since it was last looked how many are held
         self._longest_lag = 0.0
-        self._regular = (
-            self._give_up_late,
-            self._give_up_pending,
-            self._listen_again,
-            every_half_second,
-        )
+        regular = (self._give_up_late, self._give_up_pending, self._listen_again)
+        self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
@@ -9297,10 +9175,10 @@ _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 
 
-_OF_A_CLIENT = {
-    "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
-    "upstream_profile", "upstream_role_arn",
-}  # fmt: skip
+_OF_A_CLIENT = frozenset(
+    "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
+    " upstream_role_arn".split()
+)
 
 
 def read_clients(path: str) -> Clients:
@@ -9336,15 +9214,9 @@ def read_clients(path: str) -> Clients:
         account = section.get("aws_account_id", "")
         if account and not _ACCOUNT_ID.fullmatch(account):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
-        client = Client(
-            name,
-            key,
-            secret,
-            section.get("aws_session_token", ""),
-            account,
-            section.get("upstream_profile", ""),
-            section.get("upstream_role_arn", ""),
-        )
+        token = section.get("aws_session_token", "")
+        forwards = [section.get(word, "") for word in ("upstream_profile", "upstream_role_arn")]
+        client = Client(name, key, secret, token, account, *forwards)
         same_key = clients.setdefault(key, [])
         if any(other.session_token == client.session_token for other in same_key):
             raise ValueError(f"[{name}] repeats the key and token of another section")
@@ -9607,26 +9479,28 @@ class Program:
             hook_seconds=options.timeout,
             hosts=self._own_hosts(),
         )
-        self._connections = self._most_connections()
-        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port")
+        self.server = self._listen(
+            (options.host, options.port),
+            self.proxy,
+            "--host and --port",
+            max_connections=self._most_connections(),
+            every_half_second=self._tick,
+            when_woken=self._take_signals,
+            certificate=self._certificate,
+            reuse_port=options.reuse_port,
+        )
         self.admin = None
         if options.admin:
-            admin = Admin(self._status, self._own_hosts())
-            self.admin = self._listen(options.admin, admin, "--admin")
-        metrics.gauge(
-            "loop_lag_seconds",
-            "Longest time without a look at the sockets, since this was last read.",
-            self.server.take_lag,
-        )
+            admin, most = Admin(self._status, self._own_hosts()), ADMIN_CONNECTIONS
+            self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
+        lag = "Longest time without a look at the sockets, since this was last read."
+        metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
         metrics.gauge("log_lines_dropped", "Log lines that nobody read in time.", self._dropped)
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
         metrics.gauge("calls", "Calls being answered.", lambda: self.server.calls)
         metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
-        metrics.gauge(
-            "credentials_seconds",
-            "Until the credentials to forward with end.",
-            keyring.seconds_left,
-        )
+        left = "Until the credentials to forward with end."
+        metrics.gauge("credentials_seconds", left, keyring.seconds_left)
 
     def _own_hosts(self) -> Sequence[str]:
         """Return the names that the flags give to the proxy."""
@@ -9722,25 +9596,15 @@ class Program:
             log.warning(message, most, allowed)
         return min(most, wanted)
 
-    def _listen(self, address: Tuple[str, int], proxy: Union[Proxy, Admin], flags: str) -> Server:
+    def _listen(
+        self, address: Tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
+    ) -> Server:
         try:
-            return Server(
-                address,
-                proxy,
-                timeout=self._options.timeout,
-                max_connections=self._connections
-                if isinstance(proxy, Proxy)
-                else ADMIN_CONNECTIONS,
-                every_half_second=self._tick if isinstance(proxy, Proxy) else _nothing,
-                when_woken=self._take_signals if isinstance(proxy, Proxy) else _nothing,
-                certificate=self._certificate if isinstance(proxy, Proxy) else None,
-                reuse_port=self._options.reuse_port and isinstance(proxy, Proxy),
-            )
+            return Server(address, proxy, timeout=self._options.timeout, **how)
         except (OSError, UnicodeError) as error:
-            raise UsageError(
-                f"cannot listen on {address[0]} port {address[1]}: {error};"
-                f" choose others with {flags} (0 picks a free one)"
-            ) from error
+            message = f"cannot listen on {address[0]} port {address[1]}: {error};"
+            message += f" choose others with {flags} (0 picks a free one)"
+            raise UsageError(message) from error
 
     def _tick(self) -> None:
         """Do what is due each half second."""
@@ -9846,10 +9710,6 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _nothing() -> None:
-    return None
-
-
 def build_routes(
     options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
 ) -> Sequence[Route]:
@@ -9857,10 +9717,7 @@ def build_routes(
     given = list(options.route)
     if options.upstream:
         given.append(("*", options.upstream))
-    targets: Dict[str, Target] = {
-        "embedded": Embedded(sqs),
-        "deny": Deny(),
-    }
+    targets: Dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     for _, name in given:
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
