@@ -170,10 +170,6 @@ class Body(Protocol):
         """Return up to `size` bytes, all that is left if negative, b"" at the end."""
 
 
-def _present() -> bool:
-    return False
-
-
 class _Once:
     """A property computed when first asked for; cached_property takes a lock before 3.12."""
 
@@ -205,7 +201,7 @@ class Request:
     headers: Headers
     body: Body
     peer: str = ""
-    abandoned: Callable[[], bool] = _present
+    abandoned: Callable[[], bool] = lambda: False
 
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
@@ -319,10 +315,7 @@ class Call:
 
     @property
     def action(self) -> str:
-        """The operation as IAM policies spell it, such as `sqs:SendMessage`.
-
-        A REST call is named by method and path: `lambda:POST/2015-03-31/functions`.
-        """
+        """The action, as IAM spells it: `sqs:SendMessage`, `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
     @property
@@ -332,10 +325,7 @@ class Call:
 
     @property
     def input(self) -> Dict[str, Any]:
-        """The operation's input, keyed as the service's model spells its members.
-
-        It is the same whichever the wire protocol, and decoded when it is first asked for.
-        """
+        """The operation's input, keyed as in the service's model, whichever the wire protocol."""
         if self._input is None:
             self._input = self.wire.input(self)
         return self._input
@@ -347,6 +337,9 @@ class Call:
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
+
+
+Clock = Callable[[], float]
 
 
 class WouldWait(Exception):
@@ -463,18 +456,15 @@ _CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
 # What is wrong with a line that _FIELD_LINE does not match; the first that applies.
-_FIELD_FAULTS = tuple(
-    (re.compile(pattern), fault)
-    for pattern, fault in (
-        ("\0", "a NUL"),
-        ("\r", "a CR that no LF follows"),
-        ("\n", "a LF that no CR precedes"),
-        ("^[ \t]", "a continued (folded) header line"),
-        ("^[^:]*$", "a header line without a colon"),
-        ("^[^:]*[ \t]:", "a blank before the colon of a header line"),
-        (f"^(?!{_TOKEN}:)", "a header name that is not a token"),
-        ("", "a control character in a header value"),
-    )
+_FIELD_FAULTS = (
+    ("\0", "a NUL"),
+    ("\r", "a CR that no LF follows"),
+    ("\n", "a LF that no CR precedes"),
+    ("^[ \t]", "a continued (folded) header line"),
+    ("^[^:]*$", "a header line without a colon"),
+    ("^[^:]*[ \t]:", "a blank before the colon of a header line"),
+    (f"^(?!{_TOKEN}:)", "a header name that is not a token"),
+    ("", "a control character in a header value"),
 )
 
 
@@ -482,7 +472,7 @@ def _field_fault(block: str) -> str:
     """Return what is wrong with the first header line that is."""
     lines = block.split(CRLF)
     line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
-    return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
+    return next(fault for pattern, fault in _FIELD_FAULTS if re.search(pattern, line))
 
 
 class Head(NamedTuple):
@@ -630,13 +620,10 @@ class Source(Protocol):
 
 
 class Stream:
-    """A buffered source over `receive`, which returns b"" at the end.
-
-    What has arrived and was not read stays in `buffer`.
-    """
+    """A buffered source over `receive`, which returns b"" at the end."""
 
     def __init__(self, receive: Callable[[int], bytes], buffer: bytes = b"") -> None:
-        self.buffer = buffer
+        self.buffer = buffer  # what has arrived and was not read
         self._receive = receive
 
     def read(self, size: int = -1) -> bytes:
@@ -800,10 +787,7 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
 
 def read_head(source: Source) -> bytes:
-    """Return the bytes of a head, its blank line included, b"" at the end of the stream.
-
-    Raises ValueError for one that is too long, or ends too early.
-    """
+    """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
     lines: List[bytes] = []
     size = 0
     while size <= MAX_HEAD:
@@ -839,10 +823,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 
 
 def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return how long the body is, None if it comes chunked, UNTIL_CLOSE (RFC 9112, 6.3).
-
-    Raises ValueError where that is in doubt.
-    """
+    """Return how long the body is, None if chunked, UNTIL_CLOSE; ValueError if it is in doubt."""
     if method == "HEAD" or head.status in (204, 304):
         return 0
     fields = fields_of(head.headers)
@@ -868,10 +849,7 @@ def _encode_lines(lines: Sequence[str]) -> bytes:
 
 
 def encode_head(request: Request) -> bytes:
-    """Return the bytes of a request's head (RFC 9112, 3 and 5).
-
-    Raises ValueError for a line that would break out (RFC 9110, 5.5).
-    """
+    """Return the bytes of a request's head; ValueError for a line that breaks out (RFC 9110)."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers]
     return _encode_lines(lines)
@@ -1050,10 +1028,7 @@ class CredentialScope(NamedTuple):
 
 
 class Authorization(NamedTuple):
-    """What the caller claims, read from the header or from a presigned query alike.
-
-    Its repr leaves out the signature and the session token.
-    """
+    """What the caller claims, in the header or a presigned query; the repr has no secrets."""
 
     access_key_id: str
     scope: CredentialScope
@@ -1070,15 +1045,12 @@ class Authorization(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Who has signed a request, for what, and the body that was signed.
-
-    `payload_hash` is the payload line of the canonical request.
-    """
+    """Who has signed a request, for what, and the body that was signed."""
 
     client: Client
     scope: CredentialScope
     body: Body
-    payload_hash: str
+    payload_hash: str  # the payload line of the canonical request
     presigned: bool
     signed_headers: Sequence[str] = ()
 
@@ -1092,10 +1064,7 @@ _CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def authorization_of(request: Request) -> Authorization:
-    """Return what the request claims.  The verifier and all others read the claim here, once.
-
-    Raises the ServiceError of `parse_authorization`.
-    """
+    """Return what `parse_authorization` returns, parsed once; the verifier reads it here, too."""
     found: Optional[Authorization] = request.__dict__.get("claimed")
     if found is None:
         found = request.__dict__["claimed"] = parse_authorization(request)
@@ -1414,14 +1383,9 @@ def canonical_parts(
         if authorization.presigned and profile.unsigned_token:
             without.append(b"X-Amz-Security-Token")
         query = canonical_query(request.query, without)
-    return (
-        request.method,
-        canonical_path(path, profile.normalize_path),
-        query,
-        canonical_headers(request.fields, authorization.signed_headers),
-        ";".join(authorization.signed_headers),
-        payload_hash,
-    )
+    path, signed = canonical_path(path, profile.normalize_path), authorization.signed_headers
+    headers = canonical_headers(request.fields, signed)
+    return request.method, path, query, headers, ";".join(signed), payload_hash
 
 
 def canonical_request(
@@ -1639,16 +1603,8 @@ def _check_signed_headers(
     absent = [name for name in signed if name not in fields]
     if absent:
         raise refusal("absent headers", request, ", ".join(absent))
-    unsigned = [
-        name
-        for name in fields
-        if name not in signed
-        and (
-            name.startswith("x-amz-")
-            or name in must_be_signed
-            or (name == claimed.dated_by and not claimed.presigned)
-        )
-    ]
+    must = (*must_be_signed, "" if claimed.presigned else claimed.dated_by)
+    unsigned = [n for n in fields if n not in signed and (n.startswith("x-amz-") or n in must)]
     if "x-amz-content-sha256" in unsigned:  # it is compared with the body anyway
         unsigned.remove("x-amz-content-sha256")
     tokens_pass = profile.unsigned_token
@@ -1865,15 +1821,10 @@ class AwsChunkedBody:
     """
 
     def __init__(
-        self,
-        request: Request,
-        length: int,
-        signer: Signer,
-        announced: Sequence[str],
-        checked: bool,
+        self, request: Request, size: int, signer: Signer, announced: Sequence[str], checked: bool
     ) -> None:
         self.checked = checked
-        self.length = length
+        self.length = size
         self.signed = signer is not None
         self.announced = announced
         self.trailers: Dict[str, str] = {}
@@ -2055,10 +2006,7 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
 def streamed_body(
     request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
 ) -> Body:
-    """Return the reader for the body of a request whose head was verified (Amazon S3's family).
-
-    Without `checked` it is only decoded.
-    """
+    """Return the reader for a body of Amazon S3's family; without `checked` it only decodes."""
     if not declared.startswith("STREAMING-"):
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
         body = request.body if unchecked else HashedBody(request, declared)
@@ -2183,16 +2131,12 @@ Output = Optional[Members]  # of an operation; None for a void one
 
 
 class Operation(NamedTuple):
-    """An operation of a service: its input, the members of its output, what answers it.
-
-    `output` is None for an operation that has none (a void one).  `method` takes the service
-    object and a Call and returns the output.
-    """
+    """An operation of a service: its input, the members of its output, what answers it."""
 
     name: str
     input: Structure
-    output: Optional[Sequence[str]]
-    method: Callable[[Any, Call], Output]
+    output: Optional[Sequence[str]]  # None for an operation that has none (a void one)
+    method: Callable[[Any, Call], Output]  # of the service object
 
 
 def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
@@ -2222,15 +2166,11 @@ Names = Mapping[str, QueryName]
 
 
 class Model(NamedTuple):
-    """What the wire protocols need to know of a service.
-
-    `query_names` are the members that the query protocol spells in its own way.
-    `not_on_queues` are the operations that a queue's own URL refuses.
-    """
+    """What the wire protocols need to know of a service."""
 
     operations: Mapping[str, Operation]
-    query_names: Names
-    not_on_queues: frozenset[str] = frozenset()
+    query_names: Names  # of members that the query protocol spells in its own way
+    not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
 
 
 MODELS: Dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
@@ -2263,39 +2203,38 @@ def _speaks(**protocols: str) -> Mapping[str, FrozenSet[str]]:
 # AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does not
 # know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
 SPEAKS: Mapping[str, FrozenSet[str]] = _speaks(
-    json=(
-        "IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss"
-        " application-autoscaling applicationinsights apprunner appstream arc-region-switch"
-        " athena autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards"
-        " bcm-data-exports bcm-pricing-calculator bcm-recommended-actions bedrock billing"
-        " budgets cassandra ce cloud9 cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild"
-        " codecommit codeconnections codedeploy codepipeline codestar-connections"
-        " cognito-identity cognito-idp comprehend comprehendmedical compute-optimizer config"
-        " cost-optimization-hub cur datapipeline datasync dax devicefarm directconnect discovery"
-        " dms ds dynamodb ec2-instance-connect ecr ecr-public ecs elasticmapreduce events evs"
-        " firehose fms forecast frauddetector freetier fsx gamelift globalaccelerator glue"
-        " health healthlake identitystore inspector interconnect invoicing iotfleetwise"
-        " iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms license-manager"
-        " lightsail logs lookoutequipment machinelearning marketplacecommerceanalytics"
-        " mediastore memorydb mgh monitoring mturk-requester network-firewall odb organizations"
-        " osm partnercentral partnercentral-account partnercentral-benefits"
-        " partnercentral-channel partnercentral-marketing partnercentral-selling"
-        " payment-cryptography payments pcs personalize pi pricing proton redshift-data"
-        " redshift-serverless rekognition route53-recovery-cluster route53domains"
-        " route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas"
-        " ses shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support"
-        " swf tagging textract timestream timestream-influxdb transcribe transfer translate"
-        " verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces"
-        " workspaces-instances"
-    ),
-    query=(
-        "autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk"
-        " elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts"
-    ),
-    rest_json=(
-        "aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize"
-        " s3-outposts sagemaker sdb servicecatalog ses sms-voice"
-    ),
+    json="""
+        IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
+        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
+        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
+        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
+        cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit codeconnections
+        codedeploy codepipeline codestar-connections cognito-identity cognito-idp comprehend
+        comprehendmedical compute-optimizer config cost-optimization-hub cur datapipeline datasync
+        dax devicefarm directconnect discovery dms ds dynamodb ec2-instance-connect ecr ecr-public
+        ecs elasticmapreduce events evs firehose fms forecast frauddetector freetier fsx gamelift
+        globalaccelerator glue health healthlake identitystore inspector interconnect invoicing
+        iotfleetwise iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms
+        license-manager lightsail logs lookoutequipment machinelearning
+        marketplacecommerceanalytics mediastore memorydb mgh monitoring mturk-requester
+        network-firewall odb organizations osm partnercentral partnercentral-account
+        partnercentral-benefits partnercentral-channel partnercentral-marketing
+        partnercentral-selling payment-cryptography payments pcs personalize pi pricing proton
+        redshift-data redshift-serverless rekognition route53-recovery-cluster route53domains
+        route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
+        shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf
+        tagging textract timestream timestream-influxdb transcribe transfer translate
+        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
+        workspaces-instances
+    """,
+    query="""
+        autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk
+        elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts
+    """,
+    rest_json="""
+        aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
+        s3-outposts sagemaker sdb servicecatalog ses sms-voice
+    """,
     rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
 )
 REST_JSON = frozenset({"rest-json"})
@@ -2482,18 +2421,13 @@ def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> No
 
 
 class Meaning(NamedTuple):
-    """The operation that a request asks for.
-
-    The input is decoded from `encoded`.  `path` is the path of a REST call as patterns
-    spell it; `other_paths` are other forms of it that a service might read.  `bucket` is the
-    bucket of Amazon S3, or the account of S3 Control, that stands in the Host.
-    """
+    """The operation that a request asks for."""
 
     operation: str
-    encoded: Any = None
-    path: str = ""
-    other_paths: Sequence[str] = ()
-    bucket: str = ""
+    encoded: Any = None  # what the input is decoded from
+    path: str = ""  # of a REST call, as patterns spell it
+    other_paths: Sequence[str] = ()  # other forms of it that a service might read
+    bucket: str = ""  # of Amazon S3, or the account of S3 Control, if it stands in the Host
 
 
 class WireProtocol:
@@ -3343,13 +3277,10 @@ _PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 class Rest(WireProtocol):
-    """Method and path name the operation (Smithy: restXml, restJson1).
-
-    `form` is the form of errors: "json", "xml", or "s3" for Amazon S3's own XML.
-    """
+    """Method and path name the operation (Smithy: restXml, restJson1)."""
 
     def __init__(self, form: str) -> None:
-        self.form = form
+        self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
 
     def named(self, request: Request) -> str:
         """Method and path, as in `lambda:POST/...`; for Amazon S3 the action."""
@@ -3835,6 +3766,8 @@ class MoveTask:
         self.destination_arn: str = given.get("DestinationArn", "")
         self.rate: int = given.get("MaxNumberOfMessagesPerSecond", 0)
         self.started = now
+        self._pace = self.rate or MAX_MOVES_PER_SECOND
+        self._burst = 1 if self.rate else self._pace
         self.to_move = to_move
         self.moved = 0
         self.status = "RUNNING"
@@ -3848,15 +3781,12 @@ class MoveTask:
 
     def due(self, now: float) -> int:
         """Return how many messages should have moved by now."""
-        rate = self.rate or MAX_MOVES_PER_SECOND
-        burst = 1 if self.rate else rate
-        return burst + int((now - self.started) * rate + 0.001)  # a float falls short of its tick
+        elapsed = now - self.started
+        return self._burst + int(elapsed * self._pace + 0.001)  # a float falls short of its tick
 
     def next_move(self) -> float:
         """Return when the next message is to move."""
-        rate = self.rate or MAX_MOVES_PER_SECOND
-        burst = 1 if self.rate else rate
-        return self.started + (self.moved - burst + 1) / rate
+        return self.started + (self.moved - self._burst + 1) / self._pace
 
     def output(self) -> Mapping[str, Any]:
         """Return what ListMessageMoveTasks says of it."""
@@ -3879,13 +3809,10 @@ class MoveTask:
 
 
 class Setting(NamedTuple):
-    """A queue attribute that can be set: its default, "" for none, and its normal form.
-
-    `normal` raises ValueError for what is not allowed.
-    """
+    """A queue attribute that can be set: its default, "" for none, and its normal form."""
 
     default: str
-    normal: Callable[[str], str]
+    normal: Callable[[str], str]  # raises ValueError for what is not allowed
     fifo: bool = False  # of FIFO queues alone
 
 
@@ -4167,7 +4094,7 @@ class Sqs:
 
     def __init__(
         self,
-        clock: Callable[[], float] = steady_time,
+        clock: Clock = steady_time,
         new_id: Callable[[], str] = random_id,
         secret: Optional[bytes] = None,
         wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
@@ -4238,11 +4165,8 @@ class Sqs:
             return {"QueueUrl": call.base_url + queue.url_path}
         if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
-        defaults = {
-            attribute: setting.default
-            for attribute, setting in SETTINGS.items()
-            if setting.default and (fifo or not setting.fifo)
-        }
+        possible = [(name, it.default) for name, it in SETTINGS.items() if fifo or not it.fifo]
+        defaults = {attribute: default for attribute, default in possible if default}
         kind = FifoQueue if fifo else Queue
         queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
@@ -4287,10 +4211,7 @@ class Sqs:
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
     def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
-        """Return a page of the URLs of the caller's queues in the region that are chosen, by name.
-
-        There is a token for the next only if a page was asked for.
-        """
+        """Return a page of queue URLs, by name; a token only if a page was asked for."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
         token, after = call.input.get("NextToken", ""), ""
         try:
@@ -4517,14 +4438,12 @@ class Sqs:
             raise sqs_refusal("no entries", call.operation)
         if len(entries) > MAX_BATCH:
             raise sqs_refusal("entries", MAX_BATCH, len(entries))
-        seen: Set[str] = set()
-        for entry in entries:
-            if not _BATCH_ID.fullmatch(entry["Id"]):
-                raise sqs_refusal("entry id")
-        for entry in entries:
-            if entry["Id"] in seen:
-                raise sqs_refusal("entry ids", entry["Id"])
-            seen.add(entry["Id"])
+        ids = [entry["Id"] for entry in entries]
+        if not all(map(_BATCH_ID.fullmatch, ids)):
+            raise sqs_refusal("entry id")
+        for index, repeated in enumerate(ids):
+            if repeated in ids[:index]:
+                raise sqs_refusal("entry ids", repeated)
         return entries
 
     def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
@@ -4844,29 +4763,17 @@ def _asks_for(pattern: str, name: str) -> bool:
 
 # ---- The table of operations ----
 
-_SHAPES: Dict[str, Shape] = {
-    "int": INTEGER,
-    "blob": BLOB,
-    "list": ListOf(STRING),
-    "blobs": ListOf(BLOB),
-    "map": MapOf(STRING),
-}
-_SHAPES["attributes"] = MapOf(
-    structure(
-        "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs",
-        _SHAPES,
-    )
-)
+_SHAPES: Dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
+_SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
+_TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
+_SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
 _SENT = (
     "MessageBody* DelaySeconds:int MessageAttributes:attributes"
     " MessageSystemAttributes:attributes MessageDeduplicationId MessageGroupId"
 )
-for _entry, _members in (
-    ("to_change", "Id* ReceiptHandle* VisibilityTimeout:int"),
-    ("to_delete", "Id* ReceiptHandle*"),
-    ("to_send", f"Id* {_SENT}"),
-):
-    _SHAPES[_entry] = ListOf(structure(_members, _SHAPES))
+_SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
+_SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
+_SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
 
 # Operation, input, and behind the arrow the output; no arrow: it has none.  QueueUrl is required
 # too, but who leaves it out is told that there is no such queue.
@@ -5180,8 +5087,8 @@ def fetch(
     url: str,
     headers: Mapping[str, str],
     *,
-    data: Any = None,
-    method: Any = None,
+    data: Optional[bytes] = None,
+    method: Optional[str] = None,
     timeout: float = 5,
 ) -> bytes:
     """Return the body of a successful answer that is there within `timeout` seconds.
@@ -5291,7 +5198,7 @@ class CredentialChain:
         role_arn: str = "",
         session_name: str = "awsproxy",
         fetch: Callable[..., bytes] = fetch,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         self._environ = environ
         self._chosen = profile
@@ -5601,7 +5508,7 @@ class CredentialCache:
     def __init__(
         self,
         chain: CredentialChain,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._chain = chain
@@ -5691,7 +5598,7 @@ class Keyring:
         profile: str = "",
         *,
         fetch: Callable[..., bytes] = fetch,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         self._profile = profile
         self._clock = clock
@@ -5784,8 +5691,7 @@ class UpstreamError(Exception):
 class Connection:
     """A kept connection to an upstream, for one exchange at a time.
 
-    http.client connects, with TLS and through a proxy; the exchange itself is done here, since
-    its parser costs more time than all else in a small call.
+    http.client connects; its parser would cost more time than all else in a small call.
     """
 
     def __init__(
@@ -5923,10 +5829,7 @@ class Pool:
         self.given_up: Set[Connection] = set()  # of polls whose messages will be put back
 
     def awaits(self, connection: Connection) -> bool:
-        """Wait until an answer begins, and return True; False once draining ends the wait.
-
-        Raises UpstreamError where none begins in time.
-        """
+        """Return whether an answer begins before draining; UpstreamError if none does in time."""
         poll, until = select.poll(), time.monotonic() + connection.timeout
         poll.register(connection.socket, select.POLLIN)
         while not connection.is_stale():
@@ -6073,19 +5976,14 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
 
 # ---- Queue URLs: ours to the caller, the upstream's to the upstream ----
 
-_URL_OPERATIONS = frozenset(
-    {"CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues"}
-)
+_URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
 _ORIGIN = re.compile("https?://[^/]*")
 _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form or query string with a QueueUrl of ours turned into the upstream's.
-
-    What need not change is kept to the byte.
-    """
+    """Return a form with a QueueUrl of ours turned into the upstream's, the rest to the byte."""
     parts = text.split("&")
     for index, part in enumerate(parts):
         name, _, value = part.partition("=")
@@ -6239,10 +6137,7 @@ class Attempt(NamedTuple):
 
 
 class Upstream:
-    """Sends calls on, signed anew: to AWS by service and region, or to one endpoint.
-
-    `credentials` gives the keys to sign with for a client.
-    """
+    """Sends calls on, signed anew for their client: to AWS by service and region, or elsewhere."""
 
     may_block = True
 
@@ -6251,7 +6146,7 @@ class Upstream:
         endpoint: Optional[Endpoint],
         credentials: Callable[[Client], CredentialCache],
         pool: Pool,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         self._endpoint = endpoint
         self._credentials = credentials
@@ -6519,14 +6414,11 @@ class Upstream:
     def _bucket_endpoint(
         self, call: Call, target: str, endpoint: Endpoint
     ) -> Tuple[str, Endpoint]:
-        """Return where a bucket is that was named in the Host, and the target there.
-
-        To AWS it stays in the Host, but for one whose dots no TLS certificate covers.
-        """
+        """Return the target and the endpoint of a call whose Host may name a bucket."""
         bucket = call.bucket
         if not bucket or (self._endpoint and call.path.startswith(_S3_CONTROL)):
             return target, endpoint
-        if self._endpoint or "." in bucket:
+        if self._endpoint or "." in bucket:  # no TLS certificate covers dots
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
@@ -7247,6 +7139,7 @@ def file_sha256() -> str:
 
 Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
+Put = Callable[[str, bytes, float], bytes]
 _QueueKey = Tuple[str, str]  # region, account/name
 
 
@@ -7271,7 +7164,7 @@ class InFlight(Hook):
         " DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
     )
 
-    def __init__(self, ask: Ask, run: Run, clock: Callable[[], float] = steady_time) -> None:
+    def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask = ask
         self._run = run
         self._clock = clock
@@ -7421,6 +7314,11 @@ def successful_ids(reply: Reply) -> Set[str]:
     return set(found_in(reply, _XML_ID, "Successful", "Id"))
 
 
+def _put(url: str, body: bytes, timeout: float) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    return fetch(url, headers, data=body, method="PUT", timeout=timeout)
+
+
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
@@ -7434,16 +7332,11 @@ class TaskProtection(InFlight):
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
     def __init__(
-        self,
-        agent_uri: str,
-        ask: Ask,
-        run: Run,
-        clock: Callable[[], float] = steady_time,
-        put: Optional[Callable[[str, bytes, float], bytes]] = None,
+        self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time, put: Put = _put
     ) -> None:
         super().__init__(ask, run, clock)
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
-        self._put = put or _put
+        self._put = put
         self._protected_until = 0.0
         self._failures = 0
         self._not_before = 0.0
@@ -7504,19 +7397,10 @@ class TaskProtection(InFlight):
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
-def _put(url: str, body: bytes, timeout: float) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    return fetch(url, headers, data=body, method="PUT", timeout=timeout)
-
-
 # ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
-DEMO_CLIENTS: Clients = {
-    "dummykey": (
-        Client("demo", "dummykey", "dummysecret"),
-        Client("demo", "dummykey", "dummysecret", "dummysession"),
-    )
-}
+_DEMO = Client("demo", "dummykey", "dummysecret")
+DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
 
 
 class Target(Protocol):
@@ -7645,10 +7529,9 @@ CREDENTIAL_ACTIONS = tuple(
     iam:ResetServiceSpecificCredential lakeformation:POST/AssumeDecoratedRoleWithSAML
     lakeformation:POST/GetTemporary* license-manager:CreateToken license-manager:GetAccessToken
     lightsail:CreateBucketAccessKey s3:CreateSession s3express:CreateSession
-    s3:GET/v20180820/accessgrantsinstance/dataaccess signin:POST/v1/token
-    sso-oauth:POST/token ssm:CreateActivation ssm:GetAccessToken sts:AssumeRo*
-    sts:GetDelegatedAccessToken sts:GetFederationToken sts:GetScopedCredentials
-    sts:GetSessionToken sts:GetWebIdentityToken
+    s3:GET/v20180820/accessgrantsinstance/dataaccess signin:POST/v1/token sso-oauth:POST/token
+    ssm:CreateActivation ssm:GetAccessToken sts:AssumeRo* sts:GetDelegatedAccessToken
+    sts:GetFederationToken sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
     """.split()
 )
 
@@ -7965,7 +7848,7 @@ class Proxy:
         max_body: int = 16777216,
         hooks: Sequence[Any] = (),
         status: Optional[Status] = None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
         new_id: Callable[[], str] = random_id,
         sqs: Optional[Sqs] = None,
         hook_seconds: float = 60,
@@ -8012,10 +7895,7 @@ class Proxy:
     # ---- Requests to replies ----
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """Answer one request.  Never raises: whatever goes wrong becomes a Reply.
-
-        `refused` is what its framing was refused for, if it was.
-        """
+        """Answer one request, `refused` if its framing was.  Never raises: all becomes a Reply."""
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
@@ -8147,10 +8027,7 @@ class Proxy:
         return reply
 
     def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
-        """Return what a hook returns, of that kind or None.
-
-        Raises TypeError for what is neither, TimeoutError if it takes longer than a call may.
-        """
+        """Return what a hook returns in time, of that kind or None; TypeError, TimeoutError."""
         outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
 
         def run() -> None:
@@ -8254,10 +8131,7 @@ class Proxy:
         return call, target
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
-        """Return the visibility timeout of the queue that a call is about, in seconds.
-
-        Asked of what answers the call, on its caller's behalf.
-        """
+        """Ask what answers a call for the visibility timeout of its queue, in seconds."""
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
@@ -8393,8 +8267,8 @@ def _no_room(error: OSError) -> ServiceError:
 
 def has_demo_key(clients: Clients) -> bool:
     """Return whether somebody may sign with the demo client's key, which everybody knows."""
-    demo = DEMO_CLIENTS["dummykey"][0].secret_access_key
-    return any(client.secret_access_key == demo for client in clients.get("dummykey", ()))
+    same_key = clients.get(_DEMO.access_key_id, ())
+    return any(client.secret_access_key == _DEMO.secret_access_key for client in same_key)
 
 
 def fault_of_reply(reply: Reply) -> str:
@@ -8544,10 +8418,7 @@ class Conversation:
         self.server.note_arrival(len(data))
 
     def next_request(self) -> Optional[Tuple[Request, Manner]]:
-        """Return the next request, and how it wants its answer, if the buffer holds all of it.
-
-        None if not, or if a worker is to read it.
-        """
+        """Return the next request that the buffer holds, and how it wants its answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
@@ -9227,10 +9098,7 @@ def read_clients(path: str) -> Clients:
 
 
 class ClientsFile(Watched):
-    """The clients of a file: `value` is what `read_clients` returns.
-
-    `check` raises ValueError for clients that may not be.
-    """
+    """The clients of a file, as `read_clients` returns them; `check` may raise ValueError."""
 
     def __init__(self, path: str, check: Callable[[Clients], None] = lambda _: None) -> None:
         self._check = check
@@ -9839,10 +9707,7 @@ def _can_match(service: str, pattern: str) -> bool:
 
 
 def build_writers(options: argparse.Namespace, console: Optional[LineWriter]) -> List[LineWriter]:
-    """Return what writes the log that the flags ask for, or nothing.  Raises OSError.
-
-    SIGHUP has the log file opened again, for those who rotate it.
-    """
+    """Return what writes the log that the flags ask for, or nothing.  Raises OSError."""
     path = options.log_file
     if options.quiet or not (path or console):  # there may be no standard error
         return []
