@@ -106,7 +106,6 @@ from typing import (
     Callable,
     Deque,
     Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -114,7 +113,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
-    Pattern,
     Protocol,
     Sequence,
     Set,
@@ -187,9 +185,7 @@ class _Once:
 
 @dataclass(eq=False)
 class Request:
-    """An HTTP request as it arrived: nothing decoded, nothing merged, the body unread.
-
-    It is not changed once it is made.
+    """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
 
     `target` is the raw request target; text is latin-1, so that encoding it as latin-1
     gives back the bytes that were signed.  `peer` is the client's address.  `abandoned()`
@@ -337,7 +333,6 @@ class Call:
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
-
 
 Clock = Callable[[], float]
 
@@ -558,10 +553,7 @@ def asks_to_close(head: Head) -> bool:
 
 
 def expects_continue(head: Head) -> bool:
-    """Whether the client waits for `100 Continue` before it sends the body (RFC 9110, 10.1.1).
-
-    Raises ServiceError ExpectationFailed for anything else that it expects.
-    """
+    """Return whether the client waits for `100 Continue`; ServiceError if for anything else."""
     expected = head.fields.get("expect")
     if not expected or head.version == "1.0":
         return False
@@ -573,8 +565,7 @@ def expects_continue(head: Head) -> bool:
 def body_framing(head: Head) -> Optional[int]:
     """Return how many bytes of body follow the head, None if they come chunked.
 
-    Raises ServiceError BadRequest where two readers could disagree about the end of the
-    body (RFC 9112, 6.1 to 6.3).
+    Raises ServiceError where two readers could disagree about its end (RFC 9112, 6.1 to 6.3).
     """
     lengths = head.fields.get("content-length")
     codings = head.fields.get("transfer-encoding")
@@ -659,11 +650,7 @@ class Stream:
 
 
 class LengthBody:
-    """A body of a known number of bytes.
-
-    `begin` sends `100 Continue`, once the body is wanted.  `unread` tells whether the stream
-    still holds some of it.
-    """
+    """A body of a known number of bytes; `begin` sends `100 Continue` once it is wanted."""
 
     def __init__(self, source: Source, length: int, begin: Begin = None) -> None:
         self.length = length
@@ -862,9 +849,8 @@ def encode_reply(
 
     `close` announces that the connection ends here; `head_only` is for an answer to HEAD.
     `streams` is for the head of a body that follows: the header that frames it, "" if the
-    reply has one or the end of the connection does.  A Date or Content-Length that the reply
-    has is kept.  Raises ValueError for a header that would break out of its line
-    (RFC 9110, 5.5), and for a body that streams.
+    reply has one or the end of the connection does.  A Date or Content-Length of the reply is
+    kept.  Raises ValueError for a header that breaks out of its line, and a body that streams.
     """
     status, headers, body = reply
     if not isinstance(body, bytes):
@@ -1136,8 +1122,7 @@ _ESCAPED_NAME = re.compile("[?&](?=[^=&%]{0,40}%)([^=&]{1,400})")
 def parse_authorization(request: Request) -> Authorization:
     """Return what the request claims, from its Authorization header or its query string.
 
-    Raises the ServiceError for a request that claims nothing, claims it twice, in another
-    scheme than AWS4-HMAC-SHA256, or not in the exact syntax.
+    Raises ServiceError for no claim, for two, and for another scheme or syntax.
     """
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
@@ -1196,11 +1181,11 @@ def _parse_header(request: Request, header: str) -> Authorization:
 def _parse_unusual_header(request: Request, header: str) -> Authorization:
     reason = "header parameter"
     scheme, _, rest = header.partition(" ")
+    if scheme == "AWS":
+        parameters = {name for name, _ in request.query}
+        of_s3 = b"Action" not in parameters and "x-amz-target" not in request.fields
+        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
     if scheme != ALGORITHM:
-        if scheme == "AWS":
-            parameters = {name for name, _ in request.query}
-            of_s3 = b"Action" not in parameters and "x-amz-target" not in request.fields
-            raise refusal("version 2 of s3" if of_s3 else "version 2", request)
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
     given: Dict[str, str] = {}
@@ -1346,11 +1331,8 @@ def canonical_path(path: str, normalize: bool) -> str:
 
 
 def canonical_query(pairs: Sequence[Tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
-    """Return the decoded pairs encoded anew and sorted by name, then value.
-
-    They are sorted as pairs: in the joined text `=` would come after `-`.
-    """
-    quote = urllib.parse.quote
+    """Return the decoded pairs encoded anew and sorted by name, then value."""
+    quote = urllib.parse.quote  # what is sorted are pairs: in their text `=` comes after `-`
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
 
@@ -1456,10 +1438,7 @@ def read_whole(body: Body) -> Tuple[Body, str]:
 def verify(
     request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
 ) -> Verified:
-    """Return who signed the request, for what, and its body; or raise the ServiceError why not.
-
-    The `rules` are those of `verify_head`.
-    """
+    """Return who signed a request, for what, and its body.  `rules` are those of `verify_head`."""
     return verify_body(request, verify_head(request, clients, now, **rules), spool)
 
 
@@ -1748,8 +1727,7 @@ class HashedBody:
 class ChunkSigner:
     """Signs the chunks of a body one after another, each with the signature before it.
 
-    Source: Amazon S3 API Reference, "Signature Calculations for the Authorization Header:
-    Transferring Payload in Multiple Chunks (Chunked Upload)".
+    Source: "Transferring Payload in Multiple Chunks", Amazon S3 API Reference.
     """
 
     def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
@@ -1816,8 +1794,7 @@ class AwsChunkedBody:
     """The decoded content of an aws-chunked body, each chunk checked before it is given out.
 
     `announced` are the trailers that x-amz-trailer names, in lower case; `trailers` holds them
-    once the body is read.  Raises ServiceError IncompleteBody, SignatureDoesNotMatch, BadDigest,
-    MalformedTrailerError.
+    once the body is read.
     """
 
     def __init__(
@@ -2050,8 +2027,7 @@ def sign(
 ) -> Tuple[Request, Authorization]:
     """Return the request with the headers that sign it, and what those claim.
 
-    Signed are Host, Content-Type, Content-MD5 and every x-amz-* header, and nothing that a
-    proxy on the way may change.
+    It signs Host, Content-Type, Content-MD5 and x-amz-*: nothing that a proxy may change.
     """
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
@@ -2191,7 +2167,7 @@ def read_again(body: Body) -> bytes:
 # ---- Choosing the protocol ----
 
 
-def _speaks(**protocols: str) -> Mapping[str, FrozenSet[str]]:
+def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
     found: Dict[str, Set[str]] = {}
     for protocol, services in protocols.items():
         for service in services.split():
@@ -2202,7 +2178,7 @@ def _speaks(**protocols: str) -> Mapping[str, FrozenSet[str]]:
 # What each signing name speaks; a name that is not here speaks REST-JSON alone.  A service of
 # AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does not
 # know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
-SPEAKS: Mapping[str, FrozenSet[str]] = _speaks(
+SPEAKS: Mapping[str, frozenset[str]] = _speaks(
     json="""
         IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
         application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
@@ -2327,10 +2303,7 @@ def _wants_json(request: Request) -> bool:
 
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
-    """Return the protocol that the service reads this request in.  Never raises.
-
-    `service` is the one of the credential scope if it is left out.
-    """
+    """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
     service = service or claim(request)[1].service
     speaks = SPEAKS.get(service, REST_JSON) if service else frozenset()
     if not speaks:
@@ -2450,18 +2423,14 @@ class WireProtocol:
     def meaning(
         self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
     ) -> Meaning:
-        """Return what the request asks for, from the one place where the protocol says it.
+        """Return what the request asks for; ServiceError if it names nothing or could name two.
 
-        `hosts` are names of the proxy.  Raises ServiceError for a request that names no operation,
-        or could name two.
+        `hosts` are names of the proxy.
         """
         raise NotImplementedError
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """Return the call's input; where its service has a model, checked against that.
-
-        Raises ServiceError SerializationException or MissingParameter.
-        """
+        """Return the call's input, checked against the model of its service if there is one."""
         return {}
 
     def reencode(self, call: Call) -> bytes:
@@ -2511,8 +2480,7 @@ _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/
 def _content(request: Request, body: Body, limit: int = 16777216) -> bytes:
     """Return a body of JSON or form fields, decompressed if it is coded in gzip.
 
-    Raises ServiceError SerializationException for a coding or charset in which another reader
-    could find something else.
+    Raises ServiceError for a coding or charset in which another reader could find something else.
     """
     data = read_again(body)
     fields, fault = request.fields, ""
@@ -2696,10 +2664,7 @@ _SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know i
 
 
 def read_json(text: str) -> Any:
-    """Return what a JSON document says.  Raises ValueError for anything else.
-
-    An object that has the same key twice is refused: its meaning depends on the reader.
-    """
+    """Return what a JSON document says; ValueError for anything else and for a key given twice."""
     try:
         document, end = _SCAN(text, 0)
         if end == len(text):  # there are no blanks around it, as a rule
@@ -2716,7 +2681,6 @@ def _base64_text(value: bytes) -> str:
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
-
 
 # JSONEncoder makes one for each document, which takes longer than to encode a small document.
 _encoder: Any = json.encoder
@@ -3215,8 +3179,7 @@ def _is_account(text: str) -> bool:
 def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
     """Return what a request to Amazon S3 does, as IAM policies spell it.
 
-    Raises ServiceError InvalidRequest for two sub-resources, and InvalidURI for a bucket that
-    could be read as a bucket and a key.
+    Raises ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
     """
     of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
     if is_s3_control(request, bucket):
@@ -3409,7 +3372,6 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
-
 # Why SQS refuses: the code and the message, AWS's own where it is known.
 _VALUE = "Value {} for parameter {} is invalid. Reason: {}"
 _CHARACTERS = "#x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF"
@@ -3535,10 +3497,7 @@ class Message:
 
 
 class Queue:
-    """A standard queue: its settings, and its messages.
-
-    Every operation on a message is O(log n) or better in the number of messages.
-    """
+    """A standard queue.  Operations on a message are O(log n) or better in their number."""
 
     fifo = False
 
@@ -3926,10 +3885,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
 
 
 def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
-    """Return queue attributes in their normal form, "" for one that is to be unset.
-
-    Raises ServiceError InvalidAttributeName, InvalidAttributeValue, InvalidParameterValue.
-    """
+    """Return queue attributes in their normal form, "" for one to unset, or raise ServiceError."""
     settings: Dict[str, str] = {}
     for name, text in given.items():
         setting = SETTINGS.get(name)
@@ -4150,10 +4106,9 @@ class Sqs:
         """Make a queue, or find one of that name whose attributes do not differ."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
-        if fifo and not _FIFO_NAME.fullmatch(name):
-            raise sqs_refusal("fifo name")
-        if not fifo and not _QUEUE_NAME.fullmatch(name):
-            raise sqs_refusal("queue name")
+        pattern, reason = (_FIFO_NAME, "fifo name") if fifo else (_QUEUE_NAME, "queue name")
+        if not pattern.fullmatch(name):
+            raise sqs_refusal(reason)
         settings = normal_settings(given, fifo)
         check_encryption(settings)
         now, key = self._clock(), (call.region, call.caller.account_id, name)
@@ -4559,9 +4514,7 @@ class Sqs:
             queue.hide(message, now + timeout)
         return [message for message, _ in received]
 
-    def _remember(
-        self, queue: Queue, given: Members, messages: Sequence[Message], now: float
-    ) -> None:
+    def _remember(self, queue: Queue, given: Members, messages: List[Message], now: float) -> None:
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
             return
@@ -4605,10 +4558,7 @@ class Sqs:
         return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
 
     def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
-        """Return the message of a handle, None if gone, and whether this receive still holds it.
-
-        Raises ServiceError ReceiptHandleIsInvalid for what was never issued for the queue.
-        """
+        """Return the message of a handle, None if gone, and whether the receive still holds it."""
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
@@ -4930,8 +4880,7 @@ def partition_of(region: str) -> Tuple[str, str]:
 def endpoint_for(service: str, region: str, target: str = "", path: str = "/") -> Endpoint:
     """Return where AWS answers for a signing name and region, both already checked as names.
 
-    `target` is the X-Amz-Target, and `path` the path, of the call: they tell apart services
-    that share a signing name.
+    `target`, the X-Amz-Target, and `path` tell apart services that share a signing name.
     """
     partition, suffix = partition_of(region)
     host = GLOBAL_HOSTS.get((partition, service))
@@ -4947,10 +4896,7 @@ def endpoint_for(service: str, region: str, target: str = "", path: str = "/") -
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return the endpoint of an http or https URL without a path.
-
-    Raises ValueError; for a link-local address too, where clouds keep credentials.
-    """
+    """Return the endpoint of an http(s) URL without a path; ValueError for any other URL."""
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
         raise ValueError("a URL with a user name is not taken")
@@ -5186,8 +5132,7 @@ class CredentialChain:
     """Finds the credentials to sign with, in the order of the AWS SDKs.
 
     Environment; the profile in ~/.aws (keys, a process, a role, web identity, SSO); a
-    container's endpoint; EC2's metadata.  `environ` and `fetch` are arguments for the tests'
-    sake.  `role_arn` is assumed with what was found, as `session_name`.
+    container's endpoint; EC2's metadata.  With them `role_arn` is assumed, as `session_name`.
     """
 
     def __init__(
@@ -5297,24 +5242,19 @@ class CredentialChain:
 
     # ---- Profiles ----
 
-    def _files(self) -> Tuple[configparser.RawConfigParser, configparser.RawConfigParser]:
-        """Return the config and the credentials file; what is not there is empty."""
-        read = []
-        for variable, default in (
-            ("AWS_CONFIG_FILE", "~/.aws/config"),
-            ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
-        ):
-            parser = configparser.RawConfigParser(default_section="", strict=False)
-            path = os.path.expanduser(self._environ.get(variable) or default)
-            try:
-                parser.read(path, "utf-8")
-            except (configparser.Error, UnicodeDecodeError) as error:
-                raise Skipped(f"{path} is malformed") from error
-            read.append(parser)
-        return read[0], read[1]
+    def _file(self, variable: str, default: str) -> configparser.RawConfigParser:
+        """Return a file of the AWS SDKs; one that is not there is empty."""
+        parser = configparser.RawConfigParser(default_section="", strict=False)
+        path = os.path.expanduser(self._environ.get(variable) or default)
+        try:
+            parser.read(path, "utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise Skipped(f"{path} is malformed") from error
+        return parser
 
     def _section(self, profile: str) -> Dict[str, str]:
-        config, credentials = self._files()
+        config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
+        credentials = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
         settings: Dict[str, str] = {}
         # [profile default] has the last word over [default].
         for section in sorted(config.sections(), key="default".__ne__):
@@ -5778,10 +5718,7 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Take what has arrived into the buffer; whether there may be more to come.
-
-        A long answer stays in the socket: a worker passes it on.
-        """
+        """Take what has arrived, if it is not too long; return whether more may come."""
         try:
             while len(self.source.buffer) <= MAX_WHOLE_REPLY:
                 data = self.socket.recv(65536)
@@ -5932,7 +5869,7 @@ _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
 
 def end_to_end(
-    headers: Headers, dropped: FrozenSet[str] = HOP_BY_HOP, signed: Sequence[str] = ()
+    headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> List[Tuple[str, str]]:
     """Return the headers less those dropped, and the unsigned ones that Connection names."""
     kept = []
@@ -6033,7 +5970,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     return reply._replace(body=_to_json(document))
 
 
-def found_in(reply: Reply, element: Pattern[bytes], member: str, key: str) -> List[str]:
+def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
     """Return each `key` in a list of an SQS answer; in XML, what the element's pattern finds."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
@@ -6166,8 +6103,7 @@ class Upstream:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer; a long one streams.
 
-        Raises ServiceError AccessDenied without credentials, ServiceUnavailable where the
-        upstream fails.
+        Raises ServiceError AccessDenied without credentials, ServiceUnavailable if it fails.
         """
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
@@ -6179,10 +6115,7 @@ class Upstream:
         return self._finish(call, outgoing, reply)
 
     def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
-        """Return a small call with a kept connection, and what to send on it.
-
-        None where that can't be done without waiting: `answer` can.
-        """
+        """Return a small call, its kept connection and what to send; None if that would wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
         keys = self._credentials(call.caller).ready()
@@ -6203,10 +6136,7 @@ class Upstream:
         return Attempt(call, outgoing, keys, connection), data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
-        """Take in what has arrived, without waiting.
-
-        Return the answer, or None if it is not complete, or what returns it and may block.
-        """
+        """Return the answer if it has all arrived, None if not yet, or what waits for it."""
         call, connection = attempt.call, attempt.connection
         ended = not connection.receive_now()
         buffer = connection.source.buffer
@@ -6228,7 +6158,7 @@ class Upstream:
         if head.status in _REFUSED or unwanted:
             return self._blocking(attempt)
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
-        return self._shown(call, self._whole(connection, head, call.request.method, body))
+        return self._shown(call, self.whole(connection, head, call.request.method, body))
 
     def _blocking(self, attempt: Attempt) -> Act:
         attempt.connection.socket.settimeout(attempt.connection.timeout)
@@ -6458,9 +6388,10 @@ class Upstream:
             self._pool.allow(connection, call)
             connection.socket.settimeout(connection.timeout)
             try:
-                self._send(connection, call, outgoing, keys)
+                attempt = Attempt(call, outgoing, keys, connection)
+                self._send(attempt)
                 if call.action == RECEIVE and not self._pool.awaits(connection):
-                    put_back = self.let_go(Attempt(call, outgoing, keys, connection))
+                    put_back = self.let_go(attempt)
                     threading.Thread(target=put_back, daemon=True).start()
                     return call.wire.output(call, SQS_MODEL, {}, random_id())
                 return self._reply(connection, connection.answer(), call.request.method)
@@ -6497,9 +6428,8 @@ class Upstream:
         scope = CredentialScope(amz_date[:8], call.region, call.service)
         return sign(outgoing.request, outgoing.payload_hash, keys, scope, amz_date)
 
-    def _send(
-        self, connection: Connection, call: Call, outgoing: Outgoing, keys: Credentials
-    ) -> None:
+    def _send(self, attempt: Attempt) -> None:
+        call, outgoing, keys, connection = attempt
         signed, claimed = self._signed(call, outgoing, keys)
         # An object holds what was stored; a refusal repeats what was sent.
         connection.streams_masked = call.service not in ("s3", "s3express")
@@ -6550,7 +6480,7 @@ class Upstream:
             except (OSError, ServiceError) as error:
                 message = f"{connection.endpoint.origin} broke off its answer"
                 raise UpstreamError(message, unanswered=False) from error
-            return self._whole(connection, head, method, body)
+            return self.whole(connection, head, method, body)
         connection.deadline = math.inf  # each part of what streams has its own time
         if head.status < 300 and not connection.streams_masked:
             connection.mask = Mask()
@@ -6560,10 +6490,7 @@ class Upstream:
         return self._refused(reply) if head.status in _REFUSED else reply
 
     def _refused(self, reply: Reply) -> Reply:
-        """Return a refusal that streams with a body that can be read, if it is short enough.
-
-        One that is longer, and says that our signature does not hold, is cut.
-        """
+        """Return a refusal read whole if it is short, or cut if our signature does not hold."""
         blocks, start = iter(reply.body), b""
         assert isinstance(blocks, collections.abc.Generator)
         try:
@@ -6579,9 +6506,7 @@ class Upstream:
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, start)
 
-    def _whole(
-        self, connection: Connection, head: ResponseHead, method: str, body: bytes
-    ) -> Reply:
+    def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
         """Return an answer whose body has been read, and keep or close its connection."""
         self._done(connection, head.keeps)
         # An answer to HEAD tells the length of what it has not.
@@ -6658,11 +6583,9 @@ class Exchange:
     reply_bytes = 0
     reply: Optional[Reply] = None
 
-    def __init__(
-        self, request: Request, started: float, request_id: str, service: str = ""
-    ) -> None:
+    def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
         self.request = request
-        self.started = started  # seconds since 1970
+        self.started = at  # seconds since 1970
         self.began = time.monotonic()
         self.request_id = request_id
         self.service = service or claim(request)[1].service
@@ -7209,17 +7132,16 @@ class InFlight(Hook):
         queue = _queue_key(call, given.get("QueueUrl") or call.request.path)
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
+        elif operation.endswith("Batch"):
+            done = set(found_in(reply, _XML_ID, "Successful", "Id"))
+            self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
-        elif operation in ("DeleteMessageBatch", "ChangeMessageVisibilityBatch"):
-            done = successful_ids(reply)
-            self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
-        elif operation in ("PurgeQueue", "DeleteQueue"):
+        else:
             self._timeouts.pop(queue, None)
-            with self._lock:
-                self._held = {m: hold for m, hold in self._held.items() if hold.queue != queue}
-        elif operation == "SetQueueAttributes":
-            self._timeouts.pop(queue, None)
+            if operation != "SetQueueAttributes":
+                with self._lock:
+                    self._held = {m: it for m, it in self._held.items() if it.queue != queue}
 
     def _take(self, call: Call, queue: _QueueKey, timeout: Optional[int], reply: Reply) -> None:
         ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
@@ -7307,11 +7229,6 @@ def _queue_key(call: Call, url: str) -> _QueueKey:
 
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
 _XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-
-
-def successful_ids(reply: Reply) -> Set[str]:
-    """Return the ids of the entries of a batch that succeeded."""
-    return set(found_in(reply, _XML_ID, "Successful", "Id"))
 
 
 def _put(url: str, body: bytes, timeout: float) -> bytes:
@@ -7608,8 +7525,7 @@ class Route(NamedTuple):
     def matches(self, action: str) -> bool:
         """Return whether an action is meant; case does not count.
 
-        An operation for which IAM needs several actions is denied if one of them is denied, and
-        allowed if all are.
+        If IAM needs several actions for it, one of them is enough to deny it, and all allow it.
         """
         names, needed = names_of(action)
         pattern = self.pattern.lower()
@@ -7666,7 +7582,7 @@ class Status:
         return Reply(status, headers, text.encode("utf-8"))
 
 
-def check_page(request: Request, hosts: FrozenSet[str], any_address: bool = False) -> None:
+def check_page(request: Request, hosts: frozenset[str], any_address: bool = False) -> None:
     """Raise ServiceError AccessDenied for what somebody else's web page may have sent.
 
     Browsers say where a request is from (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).
@@ -7692,7 +7608,7 @@ def check_page(request: Request, hosts: FrozenSet[str], any_address: bool = Fals
 
 
 @lru_cache(maxsize=256)
-def _is_own_host(host: str, hosts: FrozenSet[str], any_address: bool) -> bool:
+def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     name = host_name(host)
     try:
         address = ipaddress.ip_address(name)
@@ -8236,33 +8152,32 @@ class Proxy:
                 raise too_large(self.max_body)
             return io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
-        try:
+        with _disk_errors():
             file = exchange.spooled = tempfile.TemporaryFile()
-        except OSError as error:
-            raise _no_room(error) from error
         while data:
             size += len(data)
             if size > self.max_body:
                 raise too_large(self.max_body)
             digest.update(data)
-            try:
+            with _disk_errors():
                 file.write(data)
-            except OSError as error:
-                raise _no_room(error) from error
             data = body.read(65536)
-        try:
+        with _disk_errors():
             file.seek(0)  # which writes the rest
-        except OSError as error:
-            raise _no_room(error) from error
         return file, digest.hexdigest()
 
 
 SPOOLED_IN_MEMORY = 1048576
 
 
-def _no_room(error: OSError) -> ServiceError:
-    log.warning("a long body cannot be kept: %s", error)
-    return ServiceError("ServiceUnavailable", "The proxy has no room for so long a body.")
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("a long body cannot be kept: %s", error)
+        message = "The proxy has no room for so long a body."
+        raise ServiceError("ServiceUnavailable", message) from error
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -8318,8 +8233,7 @@ def _http_date(second: int) -> str:
 class Certificate(Watched):
     """What a Server shows of itself with TLS 1.2 or later: `value` is the context.
 
-    The first file is in PEM form, with the chain after the certificate; the second, if given,
-    has the private key.
+    The first file (PEM) has the chain after the certificate; the key may be in a second one.
     """
 
     def _read(self) -> ssl.SSLContext:
@@ -8670,9 +8584,8 @@ def _manner(head: Head) -> Manner:
 class Server(http.server.HTTPServer):
     """Listens, and has its Conversations answered by a Proxy.
 
-    `timeout` is how long, in seconds, a connection may stay silent, a request head or small
-    body take to arrive, and a write wait.  Beyond `max_connections` a new one is refused.
-    With a `certificate` it speaks TLS.
+    A connection may stay silent for `timeout` seconds; a head or small body must arrive, and a
+    write end, in that time.  `max_connections` bounds them.  With a `certificate` it speaks TLS.
     """
 
     request_queue_size = 1024
@@ -9045,7 +8958,6 @@ class Server(http.server.HTTPServer):
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 
-
 _OF_A_CLIENT = frozenset(
     "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
     " upstream_role_arn".split()
@@ -9055,10 +8967,9 @@ _OF_A_CLIENT = frozenset(
 def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
-    Each section is a client: aws_access_key_id, aws_secret_access_key, and, if wanted,
-    aws_session_token, aws_account_id, upstream_profile and upstream_role_arn.  One key may stand
-    in several sections with different tokens.  Raises OSError, or ValueError that says what is
-    wrong where.
+    Each section is a client, with a key, a secret and any other settings of _OF_A_CLIENT.  One
+    key may stand in several sections with different tokens.  Raises OSError, or ValueError that
+    says what is wrong where.
     """
     parser = configparser.RawConfigParser(default_section="")
     try:
@@ -9440,17 +9351,13 @@ class Program:
         return hooks
 
     def _build_in_flight(self) -> InFlight:
-        def ask(call: Call, queue: str) -> int:
-            """Ask the proxy, which is built later."""
-            return self.proxy.visibility_timeout(call, queue)
-
-        run, agent = Workers().run, os.environ.get("ECS_AGENT_URI", "")
-        if not self._options.task_protection:
-            return InFlight(ask, run)
-        if not agent:
+        agent, wanted = os.environ.get("ECS_AGENT_URI", ""), self._options.task_protection
+        if wanted and not agent:
             log.warning("--task-protection does nothing here: ECS_AGENT_URI is not set")
-            return InFlight(ask, run)
-        return TaskProtection(agent, ask, run)
+        protect = functools.partial(TaskProtection, agent)
+        kind: Callable[[Ask, Run], InFlight] = protect if wanted and agent else InFlight
+        # The proxy is built later.
+        return kind(lambda *about: self.proxy.visibility_timeout(*about), Workers().run)
 
     def _most_connections(self) -> int:
         """Return how many connections there may be: each needs a file, and one to its upstream."""
