@@ -105,7 +105,6 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
-    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -1061,8 +1060,7 @@ def authorization_of(request: Request) -> Authorization:
 def claim(request: Request) -> Claim:
     """Return the access key id and scope that the request names, unverified; "" where none.
 
-    They are the ones that `verify` checks.  If the request is malformed and will be refused,
-    they are whatever looks like a credential: good for the form of the refusal and the log.
+    Of a malformed request, which will be refused, they are whatever looks like a credential.
     """
     salvaged: Optional[Claim] = request.__dict__.get("salvaged")
     if salvaged is None:
@@ -1157,10 +1155,7 @@ _USUAL_HEADER = re.compile(
 
 @lru_cache(maxsize=256)
 def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str, ...]]]:
-    """Return key, scope and signed headers of a header less its signature, if it is as usual.
-
-    Of one client all calls of a day have the same; only the signature differs.
-    """
+    """Return key, scope and signed headers of a usual header; a client's calls have the same."""
     match = _USUAL_HEADER.fullmatch(header)
     if not match:
         return None
@@ -1237,8 +1232,7 @@ def _parse_query(request: Request) -> Authorization:
         if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
             missing.append("X-Amz-Expires")
     if missing:
-        fault = f"AWS query-string parameters must include '{missing[0]}'."
-        raise refusal(reason, request, fault)
+        raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
     names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], reason)
     made = _parse_signature(request, given["X-Amz-Signature"], reason)
     expires = _parse_expires(request, given.get("X-Amz-Expires"))
@@ -1265,8 +1259,7 @@ def _parse_signed_headers(request: Request, text: str, reason: str) -> Tuple[str
 
 def _parse_signature(request: Request, text: str, reason: str) -> str:
     if not _SHA256_HEX.fullmatch(text):
-        fault = "Signature must be 64 lower-case hexadecimal digits."
-        raise refusal(reason, request, fault)
+        raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
     return text
 
 
@@ -1938,8 +1931,7 @@ def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield the content of a body in aws-chunked form again, signed anew if it was signed."""
 
-    def header(data: bytes) -> bytes:
-        """Return the line that begins a chunk."""
+    def _header(data: bytes) -> bytes:
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
         return f"{len(data):x}{signed}\r\n".encode()
 
@@ -1947,8 +1939,8 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
         data = b"".join(_blocks(body, size))
         if not data:
             break
-        yield b"".join((header(data), data, b"\r\n"))
-    lines = [header(b"")]
+        yield b"".join((_header(data), data, b"\r\n"))
+    lines = [_header(b"")]
     lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
     if signer and body.trailers:
         signature_of_trailers = signer.trailers(canonical_trailers(body.trailers))
@@ -2443,11 +2435,8 @@ class WireProtocol:
         raise NotImplementedError
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
-        """Return how the error is spelled for this request.
-
-        Amazon SQS, which anybody may be allowed to call, denies access to the unsigned, and
-        Amazon EC2 has a code of its own.
-        """
+        """Return how the error is spelled for this request."""
+        # Amazon SQS, which anybody may be allowed to call, denies access to the unsigned.
         service = self.service(request) or claim(request)[1].service
         if error.code == "MissingAuthenticationToken" and service in ("sqs", ""):
             return ERRORS["AccessDenied"]
@@ -2804,10 +2793,7 @@ class AwsQuery(WireProtocol):
         return fields
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """On the path of a queue, that is the QueueUrl unless a field says another.
-
-        Without a model it is the fields as they are, but for Action and Version.
-        """
+        """Without a model it is the fields as they are, but for Action and Version."""
         fields: Dict[str, str] = dict(call.encoded)
         model = MODELS.get(call.service)
         operation = model.operations.get(call.operation) if model else None
@@ -3060,8 +3046,7 @@ def _s3_actions(table: str) -> Mapping[Tuple[str, str, str], str]:
 
 # The operations of Amazon S3 and their actions: level, sub-resource in the query, what the action
 # is about, and the methods that exist ("Actions, resources, and condition keys for Amazon S3").
-S3_ACTIONS = _s3_actions(
-    """
+_S3_TABLE = """
     service -none- - GET=ListAllMyBuckets
     bucket -none- - GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket
     bucket abac BucketAbac GET PUT
@@ -3113,8 +3098,8 @@ S3_ACTIONS = _s3_actions(
     object uploadId - GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
         DELETE=AbortMultipartUpload
     object uploads - POST=PutObject
-    """
-)
+"""
+S3_ACTIONS = _s3_actions(_S3_TABLE)
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 # The action of every other request: the strongest one of the method at that level.
 _S3_STRONGEST = {
@@ -3166,15 +3151,10 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
 
 
 def is_s3_control(request: Request, bucket: str) -> bool:
-    """Return whether a request to Amazon S3 is one to S3 Control, not to an object.
-
-    An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
-    """
-    return request.path.startswith(_S3_CONTROL) and (not bucket or _is_account(bucket))
-
-
-def _is_account(text: str) -> bool:
-    return len(text) == 12 and text.isascii() and text.isdigit()
+    """Return whether a request to Amazon S3 is one to S3 Control, not to an object."""
+    # An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
+    is_account = re.fullmatch("[0-9]{12}", bucket)
+    return request.path.startswith(_S3_CONTROL) and (not bucket or is_account is not None)
 
 
 def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
@@ -3515,7 +3495,7 @@ class Queue:
         self.purged = -math.inf
         self.deleted = False
         self.changed = threading.Condition(lock)
-        self.tasks: Deque[MoveTask] = collections.deque(maxlen=10)
+        self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
@@ -3736,8 +3716,7 @@ class MoveTask:
     @property
     def handle(self) -> str:
         """What names the task while it runs."""
-        document = {"taskId": self.task_id, "sourceArn": self.source_arn}
-        return _base64_text(_to_json(document))
+        return _base64_text(_to_json({"taskId": self.task_id, "sourceArn": self.source_arn}))
 
     def due(self, now: float) -> int:
         """Return how many messages should have moved by now."""
@@ -3777,25 +3756,23 @@ class Setting(NamedTuple):
 
 
 def _whole(low: int, high: int) -> Callable[[str], str]:
-    def normal(text: str) -> str:
-        """Return the value as it is kept; ValueError if it is not allowed."""
+    def _normal(text: str) -> str:
         if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
             raise ValueError(text)
         return str(int(text))
 
-    return normal
+    return _normal
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
     by_lower = {value.lower(): value for value in allowed}
 
-    def normal(text: str) -> str:
-        """Return the value as it is kept; ValueError if it is not allowed."""
+    def _normal(text: str) -> str:
         if text.lower() not in by_lower:
             raise ValueError(text)
         return by_lower[text.lower()]
 
-    return normal
+    return _normal
 
 
 MAX_POLICY_DEPTH = 32
@@ -3853,6 +3830,7 @@ def _reuse_period(text: str) -> str:
 
 
 _BOOLEAN = _one_of("true", "false")
+_LIMITS = _one_of("perQueue", "perMessageGroupId")
 
 SETTINGS: Mapping[str, Setting] = {
     "DelaySeconds": Setting("0", _whole(0, 900)),
@@ -3869,9 +3847,7 @@ SETTINGS: Mapping[str, Setting] = {
     "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
     "ContentBasedDeduplication": Setting("false", _BOOLEAN, fifo=True),
     "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting(
-        "perQueue", _one_of("perQueue", "perMessageGroupId"), fifo=True
-    ),
+    "FifoThroughputLimit": Setting("perQueue", _LIMITS, fifo=True),
 }
 COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
     "QueueArn": lambda queue: queue.arn,
@@ -4008,8 +3984,7 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
     if not queue.fifo:
         if "MessageDeduplicationId" in entry:
             reason = "The request includes a parameter that is not valid for this queue type."
-            value = entry["MessageDeduplicationId"]
-            raise _bad_value(value, "MessageDeduplicationId", reason)
+            raise _bad_value(entry["MessageDeduplicationId"], "MessageDeduplicationId", reason)
         return
     if "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
@@ -4087,8 +4062,7 @@ class Sqs:
 
     def _queue(self, call: Call) -> Queue:
         """Return the queue of a QueueUrl: its last two segments count, or the name alone."""
-        path = call.input.get("QueueUrl", "").rstrip("/")
-        rest, slash, name = path.rpartition("/")
+        rest, slash, name = call.input.get("QueueUrl", "").rstrip("/").rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
         return self._found(call, account, name)
 
@@ -4384,8 +4358,6 @@ class Sqs:
             reason = "The request include parameter that is not valid for this queue type."
             raise _bad_value(given, "DelaySeconds", reason)
         return of_queue
-
-    # ---- Batches ----
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
         """Return the entries of a batch; refuse the whole of it for what is wrong with it."""
@@ -4728,10 +4700,7 @@ _SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
 
 # Operation, input, and behind the arrow the output; no arrow: it has none.  QueueUrl is required
 # too, but who leaves it out is told that there is no such queue.
-OPERATIONS: Mapping[str, Operation] = operations(
-    Sqs,
-    _SHAPES,
-    f"""
+_OPERATIONS = f"""
     AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
     CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved
     ChangeMessageVisibility QueueUrl ReceiptHandle* VisibilityTimeout*:int
@@ -4758,8 +4727,8 @@ OPERATIONS: Mapping[str, Operation] = operations(
     StartMessageMoveTask SourceArn* DestinationArn MaxNumberOfMessagesPerSecond:int -> TaskHandle
     TagQueue QueueUrl Tags*:map
     UntagQueue QueueUrl TagKeys*:list
-    """,
-)
+"""
+OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
 
 _LISTS = (  # that are spelled in the singular
     "AWSAccountId AttributeName BinaryListValue MessageAttributeName Message QueueUrl"
@@ -4901,9 +4870,8 @@ def parse_endpoint(url: str) -> Endpoint:
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
         raise ValueError("a URL with a user name is not taken")
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.path not in ("", "/"):
-        raise ValueError(f"{url!r} is not http(s)://host[:port]")
-    if parts.query or parts.fragment:
+    goes_on = parts.path not in ("", "/") or parts.query or parts.fragment
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or goes_on:
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
     if is_link_local(parts.hostname):
         raise ValueError(f"{parts.hostname} is a link-local address, where credentials are kept")
@@ -4921,10 +4889,8 @@ def is_aws_host(host: str) -> bool:
 
 
 def zonal_endpoint(host: str, region: str) -> Endpoint:
-    """Return where S3 Express answers: the zone in the Host, or the control endpoint.
-
-    A zone is nowhere but in the Host ("Regional and Zonal endpoints for directory buckets").
-    """
+    """Return where S3 Express answers: the zone in the Host, or the control endpoint."""
+    # A zone is nowhere but in the Host ("Regional and Zonal endpoints for directory buckets").
     name = host.partition(":")[0].lower()
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
@@ -5221,8 +5187,8 @@ class CredentialChain:
         path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         if path:
             token = _read_text(path)
-        answer = self._fetch(url, {"Authorization": token} if token else {})
-        return _from_fields(_document(answer))
+        headers = {"Authorization": token} if token else {}
+        return _from_fields(_document(self._fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
         if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
@@ -5485,10 +5451,10 @@ class CredentialCache:
 
     def _renew(self, now: float) -> Credentials:
         current = self._current
-        good = current is not None and current.expires > now
+        good = current if current and current.expires > now else None
         if now < self._tried + (1 if self._passing else self.RETRY):
-            if current and good:
-                return current
+            if good:
+                return good
             if self._reason:
                 raise Skipped(self._reason, self._passing)
         self._tried = now
@@ -5500,8 +5466,8 @@ class CredentialCache:
         except Skipped as reason:
             self._reason, self._passing = str(reason), reason.passing
             log.warning("credentials not renewed: %s", reason)
-            if current and good:
-                return current
+            if good:
+                return good
             raise
         self._stale, self._reason = False, ""
         return self._current
@@ -5576,7 +5542,7 @@ class Mask:
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
         if claimed:
             self._secrets += (claimed.signature.encode(),)
-        self._held = b""
+        self.held = b""  # of a stream, what may be the beginning of a secret
 
     def whole(self, data: bytes) -> bytes:
         """Return the data with asterisks in place of each secret."""
@@ -5594,15 +5560,11 @@ class Mask:
         return tuple((name, value.decode("latin-1")) for name, value in whole)
 
     def next(self, block: bytes) -> bytes:
-        """Return a block of a stream; the beginning of a secret at its end is held back."""
-        data = self.whole(self._held + block if self._held else block)
+        """Return a block of a stream, less what is held back, which is due when it ends."""
+        data = self.whole(self.held + block if self.held else block)
         keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
-        self._held = data[len(data) - keep :]
+        self.held = data[len(data) - keep :]
         return data[: len(data) - keep] if keep else data
-
-    def end(self) -> bytes:
-        """Return the bytes that `next` still holds back at the end of the stream."""
-        return self._held
 
 
 @lru_cache(maxsize=64)
@@ -5739,8 +5701,7 @@ class Connection:
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
-                raw = read_head(self.source)
-                head = parse_response_head(raw)
+                head = parse_response_head(read_head(self.source))
                 if head.status >= 200:
                     return head
         except (OSError, ValueError) as error:
@@ -5992,9 +5953,6 @@ def receipt_handles(reply: Reply) -> List[str]:
     return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
 
 
-# ---- Forwarding ----
-
-
 def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
     """Return the headers of a body that was in aws-chunked form and is no more."""
     kept = []
@@ -6206,10 +6164,8 @@ class Upstream:
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
         """Return the refusal without what the upstream says that we signed."""
         log.error("the upstream refuses the signature of the proxy: are its key and clock right?")
-        message = (
-            "The upstream of this proxy refuses the proxy's own signature."
-            " Check the credentials and the clock of the proxy; yours are good."
-        )
+        message = "The upstream of this proxy refuses the proxy's own signature."
+        message += " Check the credentials and the clock of the proxy; yours are good."
         request_id = fields_of(reply.headers).get("x-amzn-requestid", [random_id()])[0]
         error = ServiceError("SignatureDoesNotMatch", message)
         return call.wire.error(call.request, error, request_id[:128])
@@ -6393,8 +6349,7 @@ class Upstream:
                 attempt = Attempt(call, outgoing, keys, connection)
                 self._send(attempt)
                 if call.action == RECEIVE and not self._pool.awaits(connection):
-                    put_back = self.let_go(attempt)
-                    threading.Thread(target=put_back, daemon=True).start()
+                    threading.Thread(target=self.let_go(attempt), daemon=True).start()
                     return call.wire.output(call, SQS_MODEL, {}, random_id())
                 return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
@@ -6537,8 +6492,8 @@ class Upstream:
                 if block:
                     yield block
             complete = True
-            if connection.mask.end():
-                yield connection.mask.end()
+            if connection.mask.held:
+                yield connection.mask.held
         finally:
             self._done(connection, keep and complete)
 
@@ -6685,7 +6640,7 @@ class Hook:
         """
 
     def rewrite(self, call: Call, outgoing: Request) -> Optional[Request]:
-        """Called before a call is signed and sent upstream; return what to send instead, or None.
+        """Return what to send upstream instead, before it is signed, or None.
 
         Hop-by-hop headers are gone by then.
         """
@@ -6793,7 +6748,7 @@ class LineWriter:
         self._stream = stream
         self._open_again = open_again
         self._reopens = False
-        self._lines: Deque[str] = collections.deque()
+        self._lines: collections.deque[str] = collections.deque()
         self._writing = 0
         self._arrived = threading.Event()
         self._written = threading.Event()
@@ -7079,9 +7034,8 @@ class _Hold(NamedTuple):
 class InFlight(Hook):
     """Counts the messages that workers hold, by queue, of SQS in memory and of forwarded SQS.
 
-    A message is held from its receive until it is deleted, made visible, or its visibility
-    timeout is over.  `ask` returns the visibility timeout of the queue that a call is about, in
-    seconds; `run` has it asked without keeping anybody waiting.
+    A message is held from its receive until it is deleted, made visible, or its timeout is over.
+    `ask` returns the visibility timeout of a call's queue; `run` asks while nobody waits.
     """
 
     FORGET_SECONDS = 60  # after which a queue is asked again
@@ -7374,8 +7328,7 @@ class Deny:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Raise ServiceError AccessDenied."""
         who = f"arn:aws:iam::{call.caller.account_id}:user/{call.caller.name}"
-        action = call.action[:MAX_SHOWN]
-        message = f"User: {who} is not authorized to perform: {action}."
+        message = f"User: {who} is not authorized to perform: {call.action[:MAX_SHOWN]}."
         if call.route:
             route = f"{call.route.pattern}=deny"
             message += f" This proxy refused the call: its route '{route}' came first."
@@ -7435,8 +7388,7 @@ _BATCHES = re.compile(
 )
 # What hands out AWS credentials, or a token that AWS exchanges for some: found in the outputs of
 # the SDKs' service models.  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = tuple(
-    """
+CREDENTIAL_ACTIONS = """
     account-access:GET/access/credentials awsssoportal:GET/federation/credentials
     cloudwatch:GetSpaceCredentialsForOrganization cloudwatch:GetSpaceDataAccess
     codepipeline:GetJobDetails codepipeline:GetThirdPartyJobDetails codepipeline:PollForJobs
@@ -7453,8 +7405,7 @@ CREDENTIAL_ACTIONS = tuple(
     s3:GET/v20180820/accessgrantsinstance/dataaccess signin:POST/v1/token sso-oauth:POST/token
     ssm:CreateActivation ssm:GetAccessToken sts:AssumeRo* sts:GetDelegatedAccessToken
     sts:GetFederationToken sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
-    """.split()
-)
+""".split()
 
 
 def glob_matches(pattern: str, text: str) -> bool:
@@ -7813,9 +7764,8 @@ class Proxy:
 
     def _own_path(self, request: Request) -> Optional[Reply]:
         """Return what a path of our own tells: no bucket is called as these are."""
-        if not request.target.startswith(Status.PREFIX) or not self._status:
-            return None
-        if not is_loopback(request.peer):
+        ours = request.target.startswith(Status.PREFIX) and is_loopback(request.peer)
+        if not ours or not self._status:
             return None
         try:
             check_page(request, self._hosts)
@@ -7922,14 +7872,13 @@ class Proxy:
         """Return what a hook returns in time, of that kind or None; TypeError, TimeoutError."""
         outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
 
-        def run() -> None:
-            """Have the outcome put where it is waited for."""
+        def _run() -> None:
             try:
                 outcome.put((moment(*given), None))
             except BaseException as error:  # a hook may say sys.exit()
                 outcome.put((None, error))
 
-        self._workers.run(run)
+        self._workers.run(_run)
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
         except queues.Empty as late:
@@ -8064,18 +8013,16 @@ class Proxy:
 
     def _no_route(self, action: str) -> str:
         """Return why no route answers an action, with the flags that would allow it."""
-        target = self._other_target(action.partition(":")[0])
-        flags = route_flag(action[:MAX_SHOWN], target)
+        target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
+        flags = route_flag(shown, target)
         if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
             flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # which a flag would replace
         if target == "aws" and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
-            return (
-                f"This proxy refused {action[:MAX_SHOWN]}: the answer holds AWS credentials, so a"
-                f" route must name the action exactly, without wildcards. To allow it: {flags}"
-            )
-        return f"This proxy refused the call: no route answers {action[:MAX_SHOWN]}. Add: {flags}"
+            why = f"This proxy refused {shown}: the answer holds AWS credentials, so a route must"
+            return f"{why} name the action exactly, without wildcards. To allow it: {flags}"
+        return f"This proxy refused the call: no route answers {shown}. Add: {flags}"
 
     def _unverified_scope(self, request: Request) -> CredentialScope:
         """Return the scope that a request names, or that its Host or `sign_as` supplies."""
@@ -8217,8 +8164,7 @@ class Certificate(Watched):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-        key = self._paths[-1]  # if it has a file of its own
-        context.load_cert_chain(self._paths[0], key, self._refuse_to_ask)
+        context.load_cert_chain(self._paths[0], self._paths[-1], self._refuse_to_ask)
         return context
 
     @staticmethod
@@ -8469,8 +8415,7 @@ class Conversation:
         """Return what receives a body, and gives up one that arrives too slowly."""
         began, total = time.monotonic(), 0
 
-        def receive(size: int) -> bytes:
-            """Return what has come of the body, b"" at its end."""
+        def _receive(size: int) -> bytes:
             nonlocal total
             late = began + self.server.timeout_seconds + total / MIN_BODY_RATE
             try:
@@ -8485,7 +8430,7 @@ class Conversation:
             total += len(data)
             return data
 
-        return receive
+        return _receive
 
     def _write(self, reply: Reply, manner: Manner) -> bool:
         """Send a reply; one that streams may break off, and then so does the connection."""
@@ -8594,10 +8539,12 @@ class Server(http.server.HTTPServer):
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._conversations: Set[Conversation] = set()  # all; those of workers, too
-        self._queue: Deque[Conversation] = collections.deque()  # whose buffers may hold a request
+        self._queue: collections.deque[Conversation] = (
+            collections.deque()
+        )  # whose buffers may hold a request
         self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
-        self._returned: Deque[Conversation] = collections.deque()
+        self._returned: collections.deque[Conversation] = collections.deque()
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
@@ -8862,8 +8809,7 @@ class Server(http.server.HTTPServer):
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        late = [c for c in self._conversations if c.deadline < now and c.parked]
-        for conversation in late:
+        for conversation in [c for c in self._conversations if c.deadline < now and c.parked]:
             conversation.close()
 
     # ---- What waits for an upstream ----
@@ -8962,9 +8908,9 @@ def read_clients(path: str) -> Clients:
         section = parser[name]
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
         if not _KEY_ID.fullmatch(key) or not secret:
+            letters = "(3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(
-                f"[{name}] needs aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
-                " and aws_secret_access_key"
+                f"[{name}] needs aws_access_key_id {letters} and aws_secret_access_key"
             )
         for word in set(section) - _OF_A_CLIENT:
             for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
@@ -9204,7 +9150,7 @@ class Program:
         self._watched: Optional[ClientsFile] = None
         self._certificate = self._read_certificate()
         self._drain_until = math.inf
-        self._signals: Deque[int] = collections.deque()
+        self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
         metrics = Metrics()
         file_sha256()  # that of the copy that runs, whatever will lie there later
@@ -9292,10 +9238,9 @@ class Program:
         upstreams = [r.target for r in self._routes if isinstance(r.target, Upstream)]
         to_aws = any(upstream.is_aws for upstream in upstreams)
         if to_aws and has_demo_key(clients) and not self._options.no_verify:
-            raise ValueError(
-                "a route leads to aws, and everybody knows the demo key dummykey: give your"
-                " clients keys of their own with --clients FILE or --client KEY:SECRET"
-            )
+            message = "a route leads to aws, and everybody knows the demo key dummykey: give your"
+            message += " clients keys of their own with --clients FILE or --client KEY:SECRET"
+            raise ValueError(message)
         for client in (client for same_key in clients.values() for client in same_key):
             keys = self._keyring.of(client).ready() if upstreams else None
             if keys and keys.access_key_id in clients:
@@ -9338,8 +9283,7 @@ class Program:
     def _most_connections(self) -> int:
         """Return how many connections there may be: each needs a file, and one to its upstream."""
         wanted: int = self._options.max_connections
-        forwards = any(isinstance(route.target, Upstream) for route in self._routes)
-        each = 2 if forwards else 1
+        each = 2 if any(isinstance(route.target, Upstream) for route in self._routes) else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # of a few less nobody need be told
@@ -9392,10 +9336,8 @@ class Program:
             if options.no_verify:
                 raise UsageError("--no-verify is for a loopback --host alone, and this is not one")
             if has_demo_key(self.proxy.clients):
-                raise UsageError(
-                    "the demo client is for a loopback --host alone; name --clients FILE or"
-                    " --client KEY:SECRET"
-                )
+                message = "the demo client is for a loopback --host alone; name --clients FILE or"
+                raise UsageError(f"{message} --client KEY:SECRET")
         if options.no_verify:
             log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -9521,10 +9463,8 @@ def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clie
 
 
 def _shared_key(access_key_id: str) -> str:
-    return (
-        f"the key {access_key_id} is both a client's and the one to forward with; who holds it"
-        " needs no proxy: give the clients keys of their own with --clients"
-    )
+    fault = f"the key {access_key_id} is both a client's and the one to forward with; who holds it"
+    return f"{fault} needs no proxy: give the clients keys of their own with --clients"
 
 
 def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
