@@ -18581,7 +18581,7 @@ def growth_of(pattern, methods):
     def measure(attack, size):
         once = min(_time_of(pattern, methods, attack, size) for _ in range(2))
         twice = min(_time_of(pattern, methods, attack, 2 * size) for _ in range(2))
-        slow = twice >= 0.4 or (twice > 3 * once and twice > 0.003)
+        slow = twice >= 0.4 or (twice > 3 * once and twice > 0.03)
         return slow, attack, size, once, twice
 
     times = []
