@@ -452,14 +452,14 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
 # What is wrong with a line that _FIELD_LINE does not match; the first that applies.
 _FIELD_FAULTS = (
-    ("\0", "a NUL"),
-    ("\r", "a CR that no LF follows"),
-    ("\n", "a LF that no CR precedes"),
-    ("^[ \t]", "a continued (folded) header line"),
-    ("^[^:]*$", "a header line without a colon"),
-    ("^[^:]*[ \t]:", "a blank before the colon of a header line"),
-    (f"^(?!{_TOKEN}:)", "a header name that is not a token"),
-    ("", "a control character in a header value"),
+    (re.compile("\0"), "a NUL"),
+    (re.compile("\r"), "a CR that no LF follows"),
+    (re.compile("\n"), "a LF that no CR precedes"),
+    (re.compile("^[ \t]"), "a continued (folded) header line"),
+    (re.compile("^[^:]*$"), "a header line without a colon"),
+    (re.compile("^[^:]*[ \t]:"), "a blank before the colon of a header line"),
+    (re.compile(f"^(?!{_TOKEN}:)"), "a header name that is not a token"),
+    (re.compile(""), "a control character in a header value"),
 )
 
 
@@ -467,7 +467,7 @@ def _field_fault(block: str) -> str:
     """Return what is wrong with the first header line that is."""
     lines = block.split(CRLF)
     line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
-    return next(fault for pattern, fault in _FIELD_FAULTS if re.search(pattern, line))
+    return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
 
 
 class Head(NamedTuple):
@@ -4081,9 +4081,9 @@ class Sqs:
         """Make a queue, or find one of that name whose attributes do not differ."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
-        pattern, reason = (_FIFO_NAME, "fifo name") if fifo else (_QUEUE_NAME, "queue name")
-        if not pattern.fullmatch(name):
-            raise sqs_refusal(reason)
+        allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
+        if not allowed:
+            raise sqs_refusal("fifo name" if fifo else "queue name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
         now, key = self._clock(), (call.region, call.caller.account_id, name)
