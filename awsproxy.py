@@ -545,13 +545,6 @@ def salvage_head(raw: bytes) -> Head:
     return Head(method, target, "1.0", headers, fields_of(headers))
 
 
-def asks_to_close(head: Head) -> bool:
-    """Whether the connection is to end with the answer (RFC 9112, 9.6)."""
-    values = head.fields.get("connection", ())
-    named = any("close" in map(str.strip, value.lower().split(",")) for value in values)
-    return named or head.version == "1.0"
-
-
 def expects_continue(head: Head) -> bool:
     """Return whether the client waits for `100 Continue`; ServiceError if for anything else."""
     expected = head.fields.get("expect")
@@ -583,12 +576,6 @@ def body_framing(head: Head) -> Optional[int]:
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ServiceError("BadRequest", "Content-Length must be one decimal number.")
     return int(lengths[0])
-
-
-def has_no_body(request: Request) -> bool:
-    """Return whether the head says that no body follows."""
-    length = request.header("content-length") or "0"
-    return not length.strip("0") and "transfer-encoding" not in request.fields
 
 
 def too_large(max_body: int) -> ServiceError:
@@ -1410,13 +1397,12 @@ def epoch(amz_date: str) -> int:
 
 def iso_basic(seconds: float) -> str:
     """Return a time in ISO 8601 basic format: 0 gives 19700101T000000Z."""
-    return _iso_basic(math.floor(seconds))
+    return _utc(math.floor(seconds), "%Y%m%dT%H%M%SZ")
 
 
 @lru_cache(maxsize=16)
-def _iso_basic(second: int) -> str:
-    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
-    return moment.strftime("%Y%m%dT%H%M%SZ")
+def _utc(second: int, form: str) -> str:
+    return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(form)
 
 
 Spool = Callable[[Body], Tuple[Body, str]]
@@ -1524,7 +1510,7 @@ def _check_scope(
     scope, day = claimed.scope, claimed.amz_date[:8]
     if service in (None, scope.service) and not regions and day == scope.date:
         names = scope.region[:65], scope.service[:65]
-        if scope.terminator == "aws4_request" and _are_names(*names):
+        if scope.terminator == "aws4_request" and all(map(_SCOPE_NAME.fullmatch, names)):
             return
     date, region, name, end = (part[:40] for part in scope)
     expected = regions[0] if regions else "us-east-1"
@@ -1551,10 +1537,6 @@ def _check_scope(
 
 
 @lru_cache(maxsize=1024)
-def _are_names(*names: str) -> bool:
-    return all(map(_SCOPE_NAME.fullmatch, names))
-
-
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
@@ -1981,7 +1963,9 @@ def streamed_body(
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
         body = request.body if unchecked else HashedBody(request, declared)
         # Without a body there is no last byte to hold back until the hash is known.
-        return io.BytesIO(body.read()) if has_no_body(request) else body
+        is_empty = not (request.header("content-length") or "0").strip("0")
+        is_empty = is_empty and "transfer-encoding" not in request.fields
+        return io.BytesIO(body.read()) if is_empty else body
     length = request.header("x-amz-decoded-content-length") or ""
     if not _DIGITS.fullmatch(length):
         message = "You must provide the x-amz-decoded-content-length HTTP header."
@@ -2589,13 +2573,11 @@ class AwsJson(WireProtocol):
     def reencode(self, call: Call) -> bytes:
         """What the model does not know stays as it came."""
         known = self.input(call)
-        others = {k: v for k, v in call.encoded.items() if k not in known}
-        return _to_json({**others, **call.input})
+        return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """A void operation is answered by no body at all."""
-        body = b"" if output is None else _to_json(output)
-        return Reply(200, self._headers(request_id), body)
+        return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
         """Amazon SQS and CloudWatch tell 403 from 400 in JSON too; the other services do not."""
@@ -2834,18 +2816,16 @@ class AwsQuery(WireProtocol):
             f"<Message>{xml_text(_query_message(error))}</Message>",
             f"<Detail/></Error><RequestId>{request_id}</RequestId>",
         ]
-        service = claim(request)[1].service or self._guessed_service(request)
+        service = claim(request)[1].service
+        if not service:  # whose API has the version that an unsigned request names
+            version = (_query_values(request, b"Version") or [""])[0]
+            guesses = (name for name, of_api in QUERY_VERSIONS.items() if of_api == version)
+            service = next(guesses, "sqs")
         if service == "ec2":
             parts = ["<Errors>", parts[0][:7], *parts[1:3], "</Error></Errors>"]
             parts.append(f"<RequestID>{request_id}</RequestID>")
             return self._reply(status, "Response", service, parts, request_id)
         return self._reply(status, "ErrorResponse", service, parts, request_id)
-
-    def _guessed_service(self, request: Request) -> str:
-        """Return the service whose API has the version that an unsigned request names."""
-        version = (_query_values(request, b"Version") or [""])[0]
-        guesses = [name for name, of_api in QUERY_VERSIONS.items() if of_api == version]
-        return guesses[0] if guesses else "sqs"
 
     def _reply(
         self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
@@ -3150,20 +3130,15 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
     return ".".join(labels) if suffix in own else ""
 
 
-def is_s3_control(request: Request, bucket: str) -> bool:
-    """Return whether a request to Amazon S3 is one to S3 Control, not to an object."""
-    # An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
-    is_account = re.fullmatch("[0-9]{12}", bucket)
-    return request.path.startswith(_S3_CONTROL) and (not bucket or is_account is not None)
-
-
 def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
     """Return what a request to Amazon S3 does, as IAM policies spell it.
 
     Raises ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
     """
     of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
-    if is_s3_control(request, bucket):
+    # An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
+    is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
+    if is_account and request.path.startswith(_S3_CONTROL):
         return rest_meaning(request)._replace(bucket=bucket)
     first, _, key = request.path[1:].partition("/")
     if bucket:
@@ -4405,7 +4380,8 @@ class Sqs:
                 break
             if not call.may_wait:
                 raise WouldWait
-            self._wait(queue.changed, min(self._next_change(queue, deadline) - now, MAX_WAIT))
+            changes = [queue.next_change(deadline), *(it.next_move() for it in self._running)]
+            self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
             if self._running:
                 self._move_messages(now)
@@ -4422,10 +4398,6 @@ class Sqs:
             return {}
         self._remember(queue, given, messages, now)
         return {"Messages": [self._received(queue, message, given) for message in messages]}
-
-    def _next_change(self, queue: Queue, deadline: float) -> float:
-        moves = [task.next_move() for task in self._running]
-        return min([queue.next_change(deadline), *moves])
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
         """Return up to `limit` messages, received now; those received too often are moved."""
@@ -6665,11 +6637,6 @@ def stamp_of(path: str) -> Tuple[int, ...]:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def lacks_descriptors(error: Exception) -> bool:
-    """Whether a file could not be opened because too many are, so that it may be opened later."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-
-
 class Watched:
     """What files say, read again when they change; a broken new version is logged and left.
 
@@ -6697,7 +6664,7 @@ class Watched:
             self.value = self._read()
         except (OSError, ValueError) as error:
             log.error("%s not read again, what it said stays: %s", self._paths[0], error)
-            if lacks_descriptors(error):
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._stamps = ()
             return False
         log.warning("%s read again", self._paths[0])
@@ -6816,7 +6783,7 @@ class AccessLog(Hook):
         second, fraction = divmod(exchange.started, 1)
         call, request = exchange.call, exchange.request
         fields = {
-            "time": f"{_iso_second(int(second))}.{int(fraction * 1000):03d}Z",
+            "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
             "client": request.peer,
             "key": exchange.access_key_id,
             "action": exchange.action[:MAX_SHOWN],
@@ -6862,12 +6829,6 @@ def _cut(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return value[: MAX_SHOWN if _is_plain(value[:MAX_SHOWN]) else MAX_SHOWN // 8]
-
-
-@lru_cache(maxsize=4)
-def _iso_second(second: int) -> str:
-    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def open_log(path: str) -> Any:
@@ -7967,7 +7928,7 @@ class Proxy:
         target = call.route.target
         if isinstance(target, Deny):
             call.advice = route_flag(call.action[:MAX_SHOWN], self._other_target(call.service))
-        if self.draining and action == RECEIVE and not isinstance(target, Deny):
+        elif self.draining and action == RECEIVE:
             target = NoMessages()
         return call, target
 
@@ -8117,16 +8078,13 @@ def fault_of_reply(reply: Reply) -> str:
     for header in headers:
         name, value = header
         is_text = isinstance(name, str) and isinstance(value, str) and ":" not in name
-        if not is_text or not _FIELD_LINE.fullmatch(f"{name}:{value}") or not _is_latin(value):
+        line = f"{name}:{value}" if is_text else ""
+        if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
             return f"the header {header!r:.80}"
     other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
     if other or not isinstance(body, (bytes, collections.abc.Iterable)):
         return f"a body of type {type(body).__name__}"
     return ""
-
-
-def _is_latin(text: str) -> bool:
-    return not text or max(text) < "\u0100"
 
 
 # ==== 9. The server: Certificate, Conversation, Server ====
@@ -8313,10 +8271,9 @@ class Conversation:
         reply = self.server.proxy.handle(request, refused)
         data = encode_reply(reply, _http_date(int(time.time())), True, head.method == "HEAD")
         self.buffer, self.found = b"", None
-        try:
+        whole = False
+        with contextlib.suppress(OSError):
             whole = self.socket.send(data) == len(data)
-        except OSError:
-            whole = False
         if not whole:
             self.close()
             return
@@ -8394,7 +8351,8 @@ class Conversation:
         source = Stream(self._receiver(), self.buffer)
         self.buffer = b""
         longest = self.server.proxy.longest_body(head)
-        begin = self._continue if expects_continue(head) else None
+        proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
+        begin = proceed if expects_continue(head) else None
         body: Union[LengthBody, ChunkedBody]
         if length is None:
             body = ChunkedBody(source, longest, begin)
@@ -8471,9 +8429,6 @@ class Conversation:
         self._send_all(data)
         return not close
 
-    def _continue(self) -> None:
-        self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     def abandoned(self) -> bool:
         """Whether the other side has hung up; what it has sent stays where it is."""
         if self.socket.fileno() < 0:
@@ -8499,7 +8454,10 @@ class Conversation:
 
 
 def _manner(head: Head) -> Manner:
-    return Manner(asks_to_close(head), head.method == "HEAD", head.version == "1.0")
+    options = ",".join(head.fields.get("connection", ())).lower().split(",")
+    is_old = head.version == "1.0"
+    closes = is_old or "close" in map(str.strip, options)  # RFC 9112, 9.6
+    return Manner(closes, head.method == "HEAD", is_old)
 
 
 class Server(http.server.HTTPServer):
@@ -8644,7 +8602,8 @@ class Server(http.server.HTTPServer):
             return act(*given)
         except FAILURES:
             log.exception("a connection failed")
-            self._drop(connection)
+            for conversation in [c for c in self._conversations if c.socket is connection]:
+                conversation.close()
             return None
 
     def stop(self) -> None:
@@ -8802,10 +8761,6 @@ class Server(http.server.HTTPServer):
         if conversation.parked:
             conversation.parked = False
             self._selector.unregister(conversation.socket)
-
-    def _drop(self, failed: Any) -> None:
-        for conversation in [c for c in self._conversations if c.socket is failed]:
-            conversation.close()
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
@@ -9196,7 +9151,8 @@ class Program:
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         lag = "Longest time without a look at the sockets, since this was last read."
         metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
-        metrics.gauge("log_lines_dropped", "Log lines that nobody read in time.", self._dropped)
+        dropped = "Log lines that nobody read in time."
+        metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
         metrics.gauge("calls", "Calls being answered.", lambda: self.server.calls)
         metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
@@ -9209,9 +9165,6 @@ class Program:
         admin = self._options.admin[0] if self._options.admin else ""
         names = (public, admin, *self._options.host_name)
         return [host_name(name) for name in names if name]
-
-    def _dropped(self) -> int:
-        return sum(writer.dropped for writer in self._writers)
 
     def _read_clients(self) -> Clients:
         path = self._options.clients
