@@ -1536,7 +1536,6 @@ def _check_scope(
         raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
 
 
-@lru_cache(maxsize=1024)
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
@@ -2324,9 +2323,7 @@ def _guessed_protocol(request: Request) -> WireProtocol:
         return AwsJson(_json_version(request), ("content-type",)) if of_json else query
     if request.method == "POST" and media_type in ("", _FORM):
         return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
-    if media_type == "application/json" or _DATED_PATH.match(request.path):
-        return REST
-    return REST_S3
+    return REST if media_type == "application/json" or _DATED_PATH.match(request.path) else REST_S3
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2335,8 +2332,8 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
     fault = ""
     if service not in SPEAKS and not _SERVICE_NAME.fullmatch(service):
         fault = f"'{service[:40]}' is no signing name: they are lower case"
-    elif len(fields.get("content-type", ())) > 1:
-        fault = "it has two Content-Type headers"
+    elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
+        fault = "it has two Content-Type or Content-Encoding headers"
     elif "x-amz-target" in fields and not wire.reads_target:
         fault = f"{service} does not read X-Amz-Target"
     elif "smithy-protocol" in fields and not isinstance(wire, RpcV2):
@@ -2365,8 +2362,8 @@ def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> No
     if "%" in request.path or not all(segments[:-1]) or {".", ".."} & set(segments):
         raise ambiguous(wire, "its path is not that of a queue")
     named = queue_url.rstrip("/").split("/")[-2:]
-    if len(named) == 2 and _QUEUE_PATH.fullmatch(request.path):
-        if named != request.path.rstrip("/").split("/")[-2:]:
+    if queue_url and request.path.rstrip("/").count("/") > 1:
+        if named != request.path.rstrip("/").split("/")[-len(named) :]:
             raise ambiguous(wire, "its path is that of one queue and QueueUrl of another")
 
 
@@ -2468,8 +2465,9 @@ def _content(request: Request, body: Body, limit: int = 16777216) -> bytes:
     elif coding == "gzip":
         try:
             unzip = zlib.decompressobj(31)
-            data = unzip.decompress(data, limit)
-            fault = "" if unzip.eof and not unzip.unused_data else "The body is not all gzip."
+            flags, data = data[3:4], unzip.decompress(data, limit)
+            whole = unzip.eof and not unzip.unused_data and flags == b"\0"
+            fault = "" if whole else "The body is not all gzip."  # a name or comment is no data
         except zlib.error:
             fault = "The body is not gzip."
     elif coding not in ("identity", "aws-chunked"):
@@ -2516,8 +2514,8 @@ class AwsJson(WireProtocol):
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.target != "/":
-            if _RPC_PATH.fullmatch(request.path):
-                raise ambiguous(self, "its path names an operation, and so does X-Amz-Target")
+            if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
+                raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
             action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
         if targets is None:
@@ -2748,7 +2746,7 @@ class AwsQuery(WireProtocol):
             code = "UnknownOperation" if service == "sqs" else "MissingAction"
             raise ServiceError(code, "The request names no Action.")
         name = _operation_name(fields["Action"])
-        if service == "importexport" and fields.get("Operation", name) != name:
+        if fields.get("Operation", name) != name:  # as some services call it
             raise ambiguous(self, "Operation and Action differ")
         if service == "sqs":
             check_queue_path(self, request, fields.get("QueueUrl", ""))
@@ -3127,7 +3125,9 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
     for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
             return ".".join(labels[:index])
-    return ".".join(labels) if suffix in own else ""
+    if labels and suffix not in own:
+        raise ServiceError("InvalidRequest", f"The Host '{name[:80]}' is none of Amazon S3's.")
+    return ".".join(labels)
 
 
 def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
@@ -3551,8 +3551,7 @@ class Queue:
 
     def _is_due(self, entry: Tuple[float, int, Message]) -> bool:
         until, _, message = entry
-        present = self.messages.get(message.message_id) is message
-        return present and message.hidden_until == until
+        return self.messages.get(message.message_id) is message and message.hidden_until == until
 
     def _count_hidden(self, message: Message, change: int) -> None:
         if message.received:
@@ -5229,9 +5228,8 @@ class CredentialChain:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
-                raise Failed(
-                    f"its role needs a code (mfa_serial), which nobody is here to type; {remedy}"
-                )
+                fault = "its role needs a code (mfa_serial), which nobody is here to type"
+                raise Failed(f"{fault}; {remedy}")
             return self._assume(self._source_of(settings, profile, visited), role, settings)
         if keys:
             key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
@@ -5488,8 +5486,7 @@ class Keyring:
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
         with self._lock:
-            left = [cache.seconds_left for cache in self._caches.values()]
-        return min(left, default=math.nan)
+            return min((cache.seconds_left for cache in self._caches.values()), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:
         """Return the credentials of a client; its section names the session of its role."""
@@ -5818,7 +5815,7 @@ def end_to_end(
     if not named:
         return kept
     # What was signed decides what the request means, and is not to be taken away like this.
-    named -= {name for name in named if name in _SIGNED or name.startswith("x-amz-")}
+    named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
     named.difference_update(signed)
     return [(n, v) for n, v in kept if n.lower() not in named]
 
@@ -6127,11 +6124,8 @@ class Upstream:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
-        return (
-            rewrite_queue_urls(call, self._gathered(call, reply))
-            if call.service == "sqs"
-            else reply
-        )
+        of_sqs = call.service == "sqs"
+        return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
         """Return the refusal without what the upstream says that we signed."""
@@ -6186,7 +6180,7 @@ class Upstream:
         if call.service == "s3express":
             return zonal_endpoint(call.request.header("host") or "", call.region)
         target = call.request.header("x-amz-target") or ""
-        return endpoint_for(call.service, call.region, target, call.request.path)
+        return endpoint_for(call.service, call.region, target, call.path)
 
     def _outgoing(self, call: Call) -> Outgoing:
         """Return the call as it is to be sent, and where to."""
@@ -6221,6 +6215,11 @@ class Upstream:
         length = self._length(call, body)
         if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
             headers = without_chunks(headers)
+        if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
+            headers = [(n, v) for n, v in headers if n.lower() != "content-type"]
+            headers.append(
+                ("Content-Type", call.wire.content_type)
+            )  # and no form (curl's default)
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -7339,6 +7338,7 @@ IAM_ACTIONS = pairs(
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
     dynamodb:transactwriteitems={_TRANSACTION}
     kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
+    secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
     """
@@ -7360,12 +7360,14 @@ CREDENTIAL_ACTIONS = """
     finspace-api:POST/datasets/*/dataviewsv2/*/external-access-details
     finspace-api:POST/workingLocationV1 gamelift:CreateBuild gamelift:GetComputeAccess
     gamelift:RequestUploadCredentials iam:CreateAccessKey iam:CreateServiceSpecificCredential
-    iam:ResetServiceSpecificCredential lakeformation:POST/AssumeDecoratedRoleWithSAML
-    lakeformation:POST/GetTemporary* license-manager:CreateToken license-manager:GetAccessToken
-    lightsail:CreateBucketAccessKey s3:CreateSession s3express:CreateSession
-    s3:GET/v20180820/accessgrantsinstance/dataaccess signin:POST/v1/token sso-oauth:POST/token
-    ssm:CreateActivation ssm:GetAccessToken sts:AssumeRo* sts:GetDelegatedAccessToken
-    sts:GetFederationToken sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
+    iam:ResetServiceSpecificCredential iot:POST/keys-and-certificate
+    iot:POST/provisioning-templates/*/provisioning-claim
+    lakeformation:POST/AssumeDecoratedRoleWithSAML lakeformation:POST/GetTemporary*
+    license-manager:CreateToken license-manager:GetAccessToken lightsail:CreateBucketAccessKey
+    lightsail:GetBucketAccessKeys s3:CreateSession s3:GET/v20180820/accessgrantsinstance/dataaccess
+    s3express:CreateSession signin:POST/v1/token ssm:CreateActivation ssm:GetAccessToken
+    sso-oauth:POST/token sts:AssumeRo* sts:GetDelegatedAccessToken sts:GetFederationToken
+    sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
 """.split()
 
 
@@ -7484,12 +7486,12 @@ def check_page(request: Request, hosts: frozenset[str], any_address: bool = Fals
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
     if "origin" not in fields and "sec-fetch-site" not in fields:
         return
-    sites = {value.strip().lower() for value in fields.get("sec-fetch-site", ())}
+    sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
     origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
     fault = ""
-    if sites & {"cross-site", "same-site"}:
+    if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
         fault = "A web page of another site sent this request (Sec-Fetch-Site)."
-    elif any(origin != host for origin in origins):
+    elif any(origin != host or not host for origin in origins):
         fault = "A web page of another origin sent this request (Origin)."
     if fault:
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
@@ -8455,9 +8457,8 @@ class Conversation:
 
 def _manner(head: Head) -> Manner:
     options = ",".join(head.fields.get("connection", ())).lower().split(",")
-    is_old = head.version == "1.0"
-    closes = is_old or "close" in map(str.strip, options)  # RFC 9112, 9.6
-    return Manner(closes, head.method == "HEAD", is_old)
+    is_old = head.version == "1.0"  # RFC 9112, 9.6
+    return Manner(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
 
 
 class Server(http.server.HTTPServer):
@@ -8864,9 +8865,8 @@ def read_clients(path: str) -> Clients:
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
         if not _KEY_ID.fullmatch(key) or not secret:
             letters = "(3 to 128 letters, digits, '.', '_', '-')"
-            raise ValueError(
-                f"[{name}] needs aws_access_key_id {letters} and aws_secret_access_key"
-            )
+            needed = f"aws_access_key_id {letters} and aws_secret_access_key"
+            raise ValueError(f"[{name}] needs {needed}")
         for word in set(section) - _OF_A_CLIENT:
             for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
                 raise ValueError(f"[{name}] has {word}; did you mean {meant}?")

@@ -20,6 +20,7 @@ import email.utils
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -11992,6 +11993,112 @@ class ForwardedMeaningTest(ForwardMeaning):
                 self.assertEqual((reply.status, sent), (400, None))
 
 
+class AnotherReaderTest(MeaningCase):
+    """What a reader with other habits could take for another operation."""
+
+    def test_json_call_has_one_path(self):
+        rows = (
+            ("sagemaker", "/endpoints/prod/invocations", "SageMaker.ListModels"),
+            ("ses", "/v2/email/outbound-emails", "X.ListIdentities"),
+            ("bedrock", "/model/m/invoke", "X.ListModels"),
+            ("dynamodb", "/x/service/A/operation/DeleteTable", "DynamoDB_20120810.GetItem"),
+        )
+        for service, path, target in rows:
+            kind = (("Content-Type", "application/x-amz-json-1.1"), ("X-Amz-Target", target))
+            with self.subTest(service):
+                self.assert_refused(request("POST", path, kind, b"{}", service=service))
+
+    def test_operation_and_action_are_the_same(self):
+        for service in ("sns", "elasticbeanstalk", "importexport"):
+            both = "Action=DescribeThings&Operation=DeleteThings"
+            same = "Action=DescribeThings&Operation=DescribeThings"
+            with self.subTest(service):
+                self.assert_refused(form_request(service, both))
+                self.assertEqual(self.answer(form_request(service, same))[0].status, 200)
+
+    def test_gzip_holds_nothing_but_the_body(self):
+        body = b"Action=ListTopics&Version=2010-03-31"
+        coded = gzip.compress(body, mtime=0)
+        hidden = b"&Action=DeleteTopic&x="
+        extra = len(hidden).to_bytes(2, "little") + hidden
+        coding = (("Content-Encoding", "gzip"),)
+        self.assert_named(form_request("sns", coded, headers=coding), "sns:ListTopics")
+        for flag, field in ((4, extra), (8, hidden + b"\0"), (16, hidden + b"\0")):
+            odd = coded[:3] + bytes([flag]) + coded[4:10] + field + coded[10:]
+            with self.subTest(flag):
+                self.assertEqual(gzip.decompress(odd), body)
+                self.assert_refused(form_request("sns", odd, headers=coding))
+
+    def test_one_content_encoding(self):
+        headers = (("Content-Encoding", "identity"), ("Content-Encoding", "gzip"))
+        self.assert_refused(form_request("sns", "Action=ListTopics", headers=headers))
+
+    def test_last_segment_of_the_path_is_the_queue(self):
+        for path, url in (
+            ("/000000000000/secret", "ok"),
+            ("/q/secret", f"http://{HOST}/000000000000/ok"),
+            ("/000000000000/ok", f"http://{HOST}/111111111111/ok"),
+        ):
+            form = urllib.parse.urlencode({"Action": "PurgeQueue", "QueueUrl": url}).encode()
+            kind = (("Content-Type", "application/x-www-form-urlencoded"),)
+            target = (("Content-Type", JSON_1_0), ("X-Amz-Target", "AmazonSQS.PurgeQueue"))
+            body = json.dumps({"QueueUrl": url}).encode()
+            with self.subTest(path, url=url):
+                self.assert_refused(request("POST", path, kind, form, service="sqs"))
+                self.assert_refused(request("POST", path, target, body, service="sqs"))
+
+    def test_hosts_that_are_not_of_amazon_s3_are_refused(self):
+        for host in ("evil.execute-api.us-east-1.amazonaws.com", "a.s3.b.c.d.e.amazonaws.com"):
+            with self.subTest(host):
+                self.assert_refused(request("DELETE", "/k", service="s3", host=host), "s3")
+
+
+class AnotherReaderForwardedTest(ForwardMeaning):
+    def test_s3_control_is_reached_by_its_own_calls_alone(self):
+        upstream = awsproxy.Upstream(None, lambda client: SomeKeys(TOKEN_KEYS), self.pool())
+        control = "/v20180820/accessgrantsinstance/dataaccess"
+        seen = []
+
+        class Looking:
+            may_block = False
+
+            def answer(self, call, request_id):
+                seen.append((call.action, upstream._endpoint_of(call).host))
+                return Reply(200, (), b"")
+
+        routes = [awsproxy.Route("*", Looking())]
+        proxy = Proxy(CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
+        for host in ("b.localhost:8081", "bkt.s3.us-east-1.amazonaws.com", HOST, f"1{HOST}"):
+            proxy.handle(request("GET", control, service="s3", host=host))
+        proxy.handle(request("GET", control, service="s3", host="000000000000.localhost"))
+        self.assertGreaterEqual(len(seen), 4)
+        for action, host in seen:
+            with self.subTest(action, host=host):
+                self.assertEqual("s3-control" in host, action == f"s3:GET{control}")
+
+    def test_json_is_not_forwarded_as_a_form(self):
+        recorder = FakeUpstream(self)
+        proxy = self.routed(recorder)
+        body = b'{"a":"&Action=DeleteAlarms&AlarmNames.member.1=x&"}'
+        target = ("X-Amz-Target", "GraniteServiceVersion20100801.DescribeAlarms")
+        for kind in ("application/x-www-form-urlencoded", "text/plain", None):
+            headers = (target, ("Content-Type", kind)) if kind else (target,)
+            asked = request("POST", "/", headers, body, service="monitoring")
+            with self.subTest(kind):
+                reply, sent = self.forwarded(proxy, recorder, asked)
+                self.assertEqual((reply.status, sent.body.read()), (200, body))
+                self.assertIn("x-amz-json", sent.fields["content-type"][0])
+
+    def test_connection_does_not_take_the_coding_away(self):
+        recorder = FakeUpstream(self)
+        coded = gzip.compress(b"Action=ListTopics&Version=2010-03-31", mtime=0)
+        unsigned = (("Content-Encoding", "gzip"), ("Connection", "content-encoding"))
+        kind = (("Content-Type", "application/x-www-form-urlencoded"),)
+        asked = request("POST", "/", kind, coded, service="sns", unsigned=unsigned)
+        _, sent = self.forwarded(self.routed(recorder), recorder, asked)
+        self.assertEqual(sent.fields.get("content-encoding"), ["gzip"])
+
+
 # ---- 2. Amazon S3 ----
 
 
@@ -12846,6 +12953,8 @@ class BrowserTest(MeaningCase):
         ("an image", (("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Mode", "no-cors"),
                       ("Sec-Fetch-Dest", "image"))),
         ("two values", (("Sec-Fetch-Site", "none"), ("Sec-Fetch-Site", "cross-site"))),
+        ("two values in one", (("Sec-Fetch-Site", "none, cross-site"),)),
+        ("a value yet to come", (("Sec-Fetch-Site", "other-site"),)),
         ("a foreign origin", (("Origin", "https://evil.example"),)),
         ("a null origin", (("Origin", "null"),)),
         ("an origin that begins as ours", (("Origin", "http://localhost:8081.evil.example"),)),
