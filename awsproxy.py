@@ -2029,7 +2029,7 @@ def sign(
 # upstream runs, or the call is refused.  So the service of the credential scope, which the
 # signature covers, chooses the protocol; the operation is read from the one place where that
 # protocol names it; and a request that names an operation anywhere else is refused, since
-# another reader might look there.  A hint such as Content-Type never chooses between readings.
+# another reader might look there.  Where a service speaks two, a signed header chooses.
 #
 # `wire_protocol` cannot fail, so that even a refusal of nonsense has the form that the caller
 # expects.  A body is decoded only after its signature was verified.  Sources: the service models
@@ -4728,8 +4728,8 @@ SQS_MODEL = MODELS["sqs"] = Model(
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
 #
 # All client I/O.  A call that was verified is stripped of what its sender signed with, signed
-# anew with credentials of ours, and sent on; its path and query stay as they came, to the byte.
-# Where it goes is decided by the route and the verified scope alone, never by the request.
+# anew with credentials of ours, and sent on; what stays of its path and query stays to the byte.
+# Where it goes follows from its route, its verified scope and what it was found to mean.
 
 # ---- Where a service is ----
 
