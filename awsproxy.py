@@ -8321,6 +8321,7 @@ class Conversation:
     def close(self) -> None:
         """End the connection."""
         self.server.forget(self)
+        self.buffer = b""  # its place in the queue may still be kept
         self.hang_up()
 
     def hang_up(self) -> None:

@@ -17291,7 +17291,7 @@ class CrowdOfStrangersTest(ProgramTest):
         program.caller()("ListQueues")
         before = memory_of(program.process.pid)
         data = b"POST / HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 60000
-        for connection in self.connections(program, 2000):
+        for connection in self.connections(program, 6000):
             with contextlib.suppress(OSError):
                 connection.sendall(data)
         program.caller()("ListQueues")
