@@ -1102,7 +1102,10 @@ _QUERY_PARAMETERS = {
 }
 _PRESIGNED_MARKS = (b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature")
 # Some readers look at the raw query string and some at the decoded one; no client escapes these.
-_ESCAPED_NAME = re.compile("[?&](?=[^=&%]{0,40}%)([^=&]{1,400})")
+_ESCAPED_NAME = re.compile(
+    "(?i)[?&](?=[^=&%]{0,40}%)"
+    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
+)
 
 
 def parse_authorization(request: Request) -> Authorization:
@@ -1115,11 +1118,11 @@ def parse_authorization(request: Request) -> Authorization:
         return _parse_header(request, headers[0])
     if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
         raise refusal("query", request)
-    for raw_name in _ESCAPED_NAME.findall(request.target):
-        name = urllib.parse.unquote(raw_name, "latin-1")
-        if name[:6].lower() == "x-amz-":
-            fault = f"'{name[:40]}' must be spelled without percent-encoding."
-            raise refusal("query parameter", request, fault)
+    escaped = _ESCAPED_NAME.search(request.target)
+    if escaped:
+        name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
+        fault = f"'{name}' must be spelled without percent-encoding."
+        raise refusal("query parameter", request, fault)
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint(_PRESIGNED_MARKS)
     if len(headers) + presigned > 1:
@@ -2448,7 +2451,7 @@ def _operation_name(name: str) -> str:
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 
 
-def _content(request: Request, body: Body, limit: int = 16777216) -> bytes:
+def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     """Return a body of JSON or form fields, decompressed if it is coded in gzip.
 
     Raises ServiceError for a coding or charset in which another reader could find something else.
@@ -3410,7 +3413,8 @@ SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
     """Return the error for a row of SQS_REFUSALS."""
     code, message = SQS_REFUSALS[reason]
-    return ServiceError(code, message.format(*values))
+    shown = (value[:2048] if isinstance(value, str) else value for value in values)
+    return ServiceError(code, message.format(*shown))
 
 
 def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
@@ -3612,7 +3616,7 @@ class FifoQueue(Queue):
     def clear(self) -> None:
         """Drop all messages, and the memory of those sent."""
         super().clear()
-        for held in (self._groups, self._ready, self._sent):
+        for held in (self._groups, self._ready, self._sent, self.attempts):
             held.clear()
 
     def change_delay(self, now: float) -> None:
@@ -5035,9 +5039,7 @@ def _expiry(text: Any) -> float:
         moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", str(text)))
     except ValueError as error:
         raise Skipped(f"the expiration {str(text)[:40]!r} is no time") from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
-    return moment.timestamp()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
 def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
@@ -6767,7 +6769,8 @@ class LineWriter:
             except OSError as error:
                 log.error("the log file cannot be opened again, the old one stays: %s", error)
                 return
-            old.close()
+            with contextlib.suppress(OSError, ValueError):  # what it still held cannot be written
+                old.close()
 
 
 class AccessLog(Hook):
@@ -7503,9 +7506,8 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        local = name == "localhost" or name.endswith(".localhost")
-        own = any(f".{name}".endswith(f".{host}") for host in hosts)
-        return local or own or is_aws_host(name)
+        own = (".localhost", *(f".{host}" for host in hosts))
+        return f".{name}".endswith(own) or is_aws_host(name)
     return any_address or address.is_loopback or name in hosts
 
 
@@ -8243,13 +8245,12 @@ class Conversation:
 
         None if it is not complete, or refused, or if a worker is to read the body.
         """
-        while self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
-            self.buffer = self.buffer[2:]
+        if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
+            self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
         if end == 3:
-            at = max(self.scanned - 1, 0)
-            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, at):
+            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, max(self.scanned - 1, 0)):
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
@@ -9164,8 +9165,7 @@ class Program:
         """Return the names that the flags give to the proxy."""
         public = urllib.parse.urlsplit(self._options.public_url or "").netloc
         admin = self._options.admin[0] if self._options.admin else ""
-        names = (public, admin, *self._options.host_name)
-        return [host_name(name) for name in names if name]
+        return [host_name(name) for name in (public, admin, *self._options.host_name) if name]
 
     def _read_clients(self) -> Clients:
         path = self._options.clients

@@ -12099,6 +12099,63 @@ class AnotherReaderForwardedTest(ForwardMeaning):
         self.assertEqual(sent.fields.get("content-encoding"), ["gzip"])
 
 
+class CostOfNonsenseTest(MeaningCase):
+    """What needs no key, or says too much, costs little."""
+
+    def test_escaped_names_are_looked_for_once(self):
+        for name in (
+            "X-Amz-%43redential",
+            "%58-amz-Date",
+            "x%2DAMZ-x",
+            "X-Amz-%",
+            "%78%2d%41mz-%",
+        ):
+            asked = request("GET", f"/?{name}25=a", service="sqs")
+            with self.subTest(name):
+                reply, call = self.answer(asked)
+                self.assertEqual((reply.status // 100, call), (4, None))
+                self.assertIn("without percent-encoding", message_of(reply))
+        for name in ("%ff", "y-amz-%20", "X-Amy-%20"):
+            with self.subTest(name):
+                reply, _ = self.answer(request("GET", f"/?{name}=a", service="sqs"))
+                self.assertNotIn(b"without percent-encoding", body_of(reply))
+
+    def test_gzip_does_not_blow_up(self):
+        coding = (("Content-Encoding", "gzip"),)
+        for size, status in ((1 << 20, 200), (1 << 22, 400)):
+            body = gzip.compress(b"Action=Publish&Message=" + b"a" * size, mtime=0)
+            with self.subTest(size):
+                reply, _ = self.answer(form_request("sns", body, headers=coding))
+                self.assertEqual(reply.status, status)
+
+    def test_refusal_of_a_long_value_is_short(self):
+        error = awsproxy.sqs_refusal("value", "a" * 100000, "b" * 100000, "c")
+        self.assertLess(len(error.message), 8192)
+
+
+class FullLogDiskTest(unittest.TestCase):
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
+    def test_log_goes_on_in_another_file(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        path = os.path.join(directory.name, "log")
+        writer = awsproxy.LineWriter(
+            awsproxy.open_log("/dev/full"), lambda: awsproxy.open_log(path)
+        )
+        writer.write("lost\n")
+        writer.close()
+        self.assertEqual(writer.dropped, 1)
+        writer.reopen()
+        until = time.monotonic() + 5
+        while not os.path.exists(path) and time.monotonic() < until:
+            time.sleep(0.01)
+        writer.write("kept\n")
+        writer.close()
+        with open(path, encoding="ascii") as lines:
+            self.assertEqual(lines.read(), "kept\n")
+        writer._stream.close()
+
+
 # ---- 2. Amazon S3 ----
 
 
