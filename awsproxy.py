@@ -8224,14 +8224,7 @@ class Conversation:
         head, length, end = found
         buffer, beyond = self.buffer, end + length
         if len(buffer) < beyond:
-            if not self.found:  # nothing is kept for somebody who will be refused anyway
-                empty = head.request(io.BytesIO(), self.peer, self.abandoned)
-                refused = self.server.proxy.judge(empty)
-                if refused:
-                    self._refuse(head, refused)
-                    return None
-                self.found = found
-            self.needed = beyond
+            self.found, self.needed = found, beyond
             return None
         self.found, self.used = None, True
         self.buffer = buffer[beyond:]
@@ -8262,6 +8255,15 @@ class Conversation:
         except ServiceError as error:
             self._refuse(salvage_head(buffer[:end]), error.without_frames())
             return None
+        if waits or length is None or len(buffer) < end + length:
+            # Nothing is kept for somebody who will be refused anyway, and no thread waits.
+            alone = head.request(io.BytesIO(), self.peer, self.abandoned)
+            longest = self.server.proxy.longest_body(head)
+            too_long = length is not None and length > longest
+            refused = too_large(longest) if too_long else self.server.proxy.judge(alone)
+            if refused:
+                self._refuse(head, refused)
+                return None
         if waits or length is None:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, head, length))
@@ -8351,7 +8353,6 @@ class Conversation:
 
     def _converse(self, head: Head, length: Optional[int]) -> bool:
         """Answer a request whose body is read as it is wanted."""
-        refused: Optional[ServiceError] = None
         source = Stream(self._receiver(), self.buffer)
         self.buffer = b""
         longest = self.server.proxy.longest_body(head)
@@ -8362,14 +8363,12 @@ class Conversation:
             body = ChunkedBody(source, longest, begin)
         else:
             body = LengthBody(source, length, begin)
-            refused = too_large(longest) if length > longest else None
         request = head.request(body, self.peer, self.abandoned)
-        reply = self.server.proxy.handle(request, refused)
+        reply = self.server.proxy.handle(request)
         manner = _manner(head)
-        unread = refused is not None or body.unread
-        goes_on = self._write(reply, manner._replace(close=True) if unread else manner)
+        goes_on = self._write(reply, manner._replace(close=True) if body.unread else manner)
         self.buffer = source.buffer
-        if unread:
+        if body.unread:
             self._linger()
         return goes_on
 

@@ -17355,6 +17355,28 @@ class CrowdOfStrangersTest(ProgramTest):
         grown = memory_of(program.process.pid) - before
         self.assertLess(grown, 100 * MEBIBYTE)
 
+    @unittest.skipUnless(os.path.exists("/proc/self/task"), "no /proc here")
+    def test_bodies_of_strangers_wait_in_no_thread(self):
+        program = self.start("--quiet")
+        program.caller()("ListQueues")
+        tasks = f"/proc/{program.process.pid}/task"
+        before = len(os.listdir(tasks))
+        for name, value in (
+            ("Transfer-Encoding", "chunked"),
+            ("Content-Length", "200000"),
+            ("Expect", "100-continue"),
+        ):
+            length = () if name == "Transfer-Encoding" else (("Content-Length", "200000"),)
+            data = raw_request("POST", "/", (*OF_JSON, (name, value), *length[name != "Expect" :]))
+            crowd = self.connections(program, 100)
+            for connection in crowd:
+                connection.sendall(data)
+            with self.subTest(name):
+                for connection in crowd:
+                    self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
+                self.assertLess(len(os.listdir(tasks)), before + 10)
+        program.caller()("ListQueues")
+
     def test_bodies_of_strangers_do_not_fill_the_memory(self):
         program = self.start("--quiet")
         program.caller()("ListQueues")
