@@ -673,6 +673,8 @@ class Spoken(unittest.TestCase):
 
 # ==== 2. HTTP/1.1 framing ====
 
+METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS")  # others get 501
+
 # Request lines that must be refused.
 BROKEN_REQUEST_LINES = [
     ("a CR before the method", b"\rGET / HTTP/1.1"),
@@ -952,6 +954,12 @@ class HeadTest(unittest.TestCase):
         for name, raw in BROKEN_ENDS:
             with self.subTest(name):
                 self.assertEqual(refused_with(awsproxy.parse_head, raw), 400)
+
+    def test_methods_that_no_service_has_are_not_implemented(self):
+        for line in (b"get /", b"M-SEARCH /", b"CONNECT a:80", b"CONNECT /", b"TRACE /", b"G /"):
+            with self.subTest(line):
+                raw = line + b" HTTP/1.1\r\nHost: a\r\n\r\n"
+                self.assertEqual(refused_with(awsproxy.parse_head, raw), 501)
 
     def test_too_large_heads_are_refused(self):
         for name, raw in (("headers", head_with(501)), ("bytes", head_of(65537, 10000))):
@@ -1641,6 +1649,13 @@ class AuthorizationTest(VerifyCase):
                     request = get(target, headers, "POST", b"{}")
                     expected = f"{answer}|403 S.*" if name == "Basic first" else answer
                     self.refused(request, expected, "^Only one auth mechanism allowed")
+
+    def test_escaped_authorization_next_to_the_header_is_refused(self):
+        for service, answer in PresignedTest.ANSWERS:
+            for target in ("/?X-Amz-%43redential=0", "/?%58-amz-Signature=0"):
+                request = get(target, ask(service).headers, "POST", b"{}")
+                with self.subTest(target, service=service):
+                    self.refused(request, answer, "must be spelled without percent-encoding")
 
     def test_parameters_of_the_header(self):
         incomplete, malformed = "400 IncompleteSignature", "400 AuthorizationHeaderMalformed"
@@ -2498,10 +2513,10 @@ class PresignedTest(VerifyCase):
                     ("upper case", good.replace(f"{name}=", f"{name.upper()}=")),
                 ]  # fmt: skip
                 for form, target in table:
+                    spelled = f"X-amz{name[5:]}" if form.endswith("escaped") else name
                     with self.subTest(name, service=service, form=form):
                         request = get(target, [("Host", HOST)])
-                        named = f"(?i)'{name}'"
-                        self.refused(request, answer, named, clients=(SESSION,))
+                        self.refused(request, answer, f"'{spelled}'", clients=(SESSION,))
 
     def test_the_values_of_the_parameters(self):
         spelling = "^SignedHeaders must be "
@@ -2612,6 +2627,8 @@ class PresignedTest(VerifyCase):
             with self.subTest(name):
                 says = "X-Amz-Expires"
                 self.refused(get(spelling, [("Host", HOST)]), "400 .*", says)
+        spelling = bare("/").replace("X-Amz-Credential", "X-Amz-%43redential")
+        self.refused(get(spelling, [("Host", HOST)]), "400 .*", "without percent-encoding")
 
     def test_without_expires_the_window_of_headers_holds(self):
         self.verify(link(expires=None), EXAMPLE_TIME + 900)
@@ -4673,7 +4690,9 @@ class QueueTest(Spoken):
                 self.refused(code, "GetQueueAttributes", shape=shape, QueueUrl=url)
 
     def test_the_url_leads_back_to_where_the_request_went(self):
-        for host in ("localhost:8081", "sqs.localhost", "[::1]:80"):
+        self.start(client=EXAMPLE)
+        self.sqs.proxy.clients = {EXAMPLE.access_key_id: [EXAMPLE]}  # any Host is good for these
+        for host in ("localhost:8081", "sqs.localhost", "sqs.internal", "[::1]:80"):
             with self.subTest(host):
                 given = {"QueueName": "jobs", "headers": [("Host", host)]}
                 for operation in ("CreateQueue", "GetQueueUrl"):
@@ -9464,6 +9483,12 @@ class ForwardedHeadersTest(Through):
                 arrived = self.upstream.next()
                 self.assertEqual(arrived.target, target)
                 self.assert_signed(arrived, "s3", plain=plain)
+        for target in ("//key", "//bucket/key"):
+            with self.subTest(target):
+                got = self.s3("GET", target)
+                self.assertEqual(got.status, 400)  # is the bucket named "", or is there none?
+                self.assertIn(b"<Code>InvalidURI</Code>", got.body)
+                self.assertTrue(self.upstream.arrived.empty())
 
     def test_paths_of_other_services_are_kept_to_the_byte(self):
         for target in (
@@ -9499,9 +9524,19 @@ class ForwardedHeadersTest(Through):
                 self.assertNotIn("dummysession", str(arrived))
 
     def test_a_request_cannot_choose_where_it_goes(self):
-        elsewhere = (("Host", "sqs.eu-west-1.amazonaws.com"),)
-        self.assertEqual(self.call(*LIST[:2], (*LIST[2], *elsewhere), LIST[3]).status, 200)
-        self.assert_signed(self.upstream.next())
+        for host, client, status in (
+            ("sqs.eu-west-1.amazonaws.com", DEMO, 200),
+            ("sqs.evil.example", DEMO, 403),
+            ("sqs.evil.example", EXAMPLE, 200),
+        ):
+            self.proxy.clients = {client.access_key_id: [client]}
+            headers = (*LIST[2], ("Host", host))
+            with self.subTest(host, client=client.name):
+                got = self.call(*LIST[:2], headers, LIST[3], client=client)
+                self.assertEqual(got.status, status)
+                if status == 200:
+                    self.assert_signed(self.upstream.next())
+        self.proxy.clients = awsproxy.DEMO_CLIENTS
         for target in ("http://127.0.0.1:1/", "//127.0.0.1:1/", "127.0.0.1:1", "*"):
             got = self.call("GET", target, service="lambda")
             with self.subTest(target):
@@ -9555,6 +9590,7 @@ class ForwardedBodyTest(Through):
         got = self.s3("PUT", "/b/a", (), b"abc", payload_hash=EMPTY)
         self.assertEqual(got.status, 400)  # so small a body proves wrong before it is sent on
         self.assertIn(f"<Code>{wrong}</Code>".encode(), got.body)
+        self.assertTrue(self.upstream.arrived.empty())
         for name, declared, body, code in [
             ("right", sha256(self.BIG), self.BIG, None),
             ("small", sha256(b"abc"), b"abc", None),
@@ -9905,9 +9941,8 @@ class ForwardedAnswerTest(Through):
                 with self.subTest(name, protocol=protocol):
                     with self.assertLogs("awsproxy", "WARNING") as logs:
                         got = self.call(*call, service="sqs")
-                    may_have_run = (
-                        name != "nothing" or got.status == 400
-                    )  # a kept connection ended
+                    # A kept connection may end before the call is sent; nothing has run then.
+                    may_have_run = name != "nothing" or got.status == 400
                     self.assert_unavailable(got, protocol, logs, may_have_run)
                     with mock.patch.object(self.pool, "_timeout", DEADLINE):
                         self.assertEqual(self.call(*call, service="sqs").status, 200)
@@ -10225,6 +10260,9 @@ class QueueUrlTest(Through):
                 else:
                     self.assertEqual(arrived.body, body.encode() if body else call[3])
                 self.assert_signed(arrived)
+        got = self.call(*json_call("SendMessage", b"{" + ours.encode()))
+        self.assertEqual(got.status, 400)  # no JSON: nobody can tell what it means
+        self.assertTrue(self.upstream.arrived.empty())
 
     def test_answers_are_rewritten_where_a_queue_url_stands(self):
         theirs, ours = "https://sqs.eu-west-1.amazonaws.com", "http://localhost:8081"
@@ -10585,7 +10623,8 @@ class RouteTest(unittest.TestCase):
                 None, lambda c: Keys(OUR_KEYS), awsproxy.Pool(1, 1), clock=lambda: EXAMPLE_TIME
             )
             proxy = self.aws(routes=[awsproxy.Route("*", target)])
-            with self.subTest(service, region=region):
+            logs = self.assertLogs("awsproxy") if status == 503 else contextlib.nullcontext()
+            with self.subTest(service, region=region), logs:
                 self.assertEqual(proxy.handle(request).status, status)
 
 
@@ -12813,7 +12852,7 @@ class MethodTest(MeaningCase):
         self.assertEqual(self.hook.actions, [])
 
     def test_seven_methods_are_known(self):
-        for method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"):
+        for method in METHODS:
             with self.subTest(method):
                 asked = request(method, "/2015-03-31/functions/f", service="lambda")
                 reply, call = self.answer(asked)
@@ -13040,14 +13079,14 @@ class BrowserTest(MeaningCase):
     )  # fmt: skip
 
     def asks(self, headers=(), host=HOST, client=DEMO):
-        """Yield one call as its SDK, a form and a signed_link would make it."""
+        """Yield one call as its SDK, a query string and a presigned link would make it."""
         how = {"service": "sqs", "host": host, "client": client, "unsigned": headers}
         yield "json", json_request("sqs", "ListQueues", **{k: v for k, v in how.items()
                                                            if k != "service"})  # fmt: skip
         yield "query", request("GET", "/?Action=ListQueues", **how)
         target = presign("GET", "/?Action=ListQueues", (("Host", host),), client=client)
         headers = (("Host", host), *headers)
-        yield "signed_link", Request("GET", target, headers, io.BytesIO(), "127.0.0.1")
+        yield "link", Request("GET", target, headers, io.BytesIO(), "127.0.0.1")
 
     def statuses(self, headers=(), host=HOST, client=DEMO, **settings):
         settings.setdefault("clients", awsproxy.DEMO_CLIENTS)
@@ -15780,19 +15819,27 @@ class CrowdTest(SocketTest):
     def test_connections_beyond_the_most_are_refused_while_all_are_busy(self):
         running = self.start(max_connections=10)
         large = by_length(b"a" * 200000)
-        busy = [Wire(running.address) for _ in range(10)]
+        busy = [running.connect() for _ in range(10)]
         for wire in busy:
             wire.send(large[:-9])
         wait_until(lambda: running.server.calls == 10)
         for data in (b"", SECOND):
-            wire, answer = running.ask(data)
-            self.assertEqual((answer.status, answer.closes), (503, True))
-            self.assertEqual(answer.refusal[1], "ServiceUnavailable")
-            self.assertTrue(wire.ended())
-        for wire in busy:
+            for _ in range(20):
+                wire, answer = running.ask(data)
+                self.assertEqual((answer.status, answer.closes), (503, True))
+                self.assertEqual(answer.refusal[1], "ServiceUnavailable")
+                self.assertTrue(wire.ended())
+        for wire in busy[:5]:
             wire.send(large[-9:])
             self.assertEqual(wire.answer().status, 200)
-            wire.close()
+        for _ in range(10):
+            self.assertEqual(running.ask(SECOND)[1].body, b"second")
+            wait_until(lambda: running.server.connections <= 10)
+        for wire in busy[:5]:
+            self.assertTrue(wire.ended())
+        for wire in busy[5:]:
+            wire.send(large[-9:])
+            self.assertEqual(wire.answer().status, 200)
 
     def test_who_comes_and_goes_leaves_nothing_behind(self):
         running = self.start()
@@ -19862,12 +19909,12 @@ class Fuzzer:
             logged, self.noted.told = self.noted.told, []
             raise AssertionError("\n".join([told, *logged])) from error
 
-    def count(self, kind, status):
-        """Count an answer, None for none; neither may be another than 2xx or 4xx."""
-        assert status in (None, 501) or status // 100 in (2, 4), f"answered {status}"
-        self.counts[kind][
-            "4xx" if status == 501 else f"{status // 100}xx" if status else "cut"
-        ] += 1
+    def count(self, kind, status, method):
+        """Count an answer, None for none; it must be 2xx or 4xx, or 501 to an unknown method."""
+        if status == 501 and method not in METHODS:
+            status = 405  # a refusal like the others
+        assert status is None or status // 100 in (2, 4), f"answered {status}"
+        self.counts[kind][f"{status // 100}xx" if status else "cut"] += 1
 
     # ---- Bytes on a connection ----
 
@@ -19961,7 +20008,7 @@ class Fuzzer:
         stream = io.BytesIO(received)
         for request in seen:
             answer = self.answer_of(stream, request.method == "HEAD")
-            self.count("framing", answer and answer.status)
+            self.count("framing", answer and answer.status, request.method)
             assert answer, f"no answer to {request.raw}"
             if request.raw in intact:
                 assert answer.status == 200, f"{answer.status} to {request.raw}"
@@ -19980,7 +20027,8 @@ class Fuzzer:
         if rest:
             head_only = rest.startswith(b"HEAD ")
             answer = self.answer_of(stream, head_only)
-            self.count("framing", answer and answer.status)
+            method = rest.partition(b" ")[0].strip().decode("latin-1")
+            self.count("framing", answer and answer.status, method)
             assert not answer or (answer.status >= 400 and answer.closes), f"{answer} to {rest}"
             if head_only:  # or not: what is left of a broken head decides
                 return
@@ -20002,7 +20050,7 @@ class Fuzzer:
         body = io.BytesIO(request.body)
         given = Request(request.method, request.target, request.headers, body)
         reply = self.proxy.handle(given)
-        self.count(kind, reply.status)
+        self.count(kind, reply.status, request.method)
         self.check_readable(reply)
         held, content = proven(request)
         assert held or reply.status >= 400, f"{reply.status} though not signed"
@@ -20242,7 +20290,7 @@ class Fuzzer:
         request = Request(method, target, headers, io.BytesIO(body))
         handle = functools.partial(self.caller.proxy.handle, request)
         reply = deeper(chance.choice((0, 0, 0, 15, 40)), handle)
-        self.count("document", reply.status)
+        self.count("document", reply.status, request.method)
         self.check_readable(reply)
         unknown = operation == "CancelMessageMoveTask"  # none is ever slow enough to be cancelled
         expected = 404 if unknown else 200
