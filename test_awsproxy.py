@@ -87,12 +87,12 @@ CORES = os.cpu_count() or 1
 SHORTER = 15  # seconds; a bound for waits that would otherwise last at least 20 seconds
 
 
-def wait_until(condition, seconds=DEADLINE):
-    """Wait until the condition holds; raise AssertionError if it never does."""
+def wait_until(condition, seconds=DEADLINE, fault="the condition did not hold"):
+    """Wait until the condition holds; raise AssertionError if it does not in time."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
-            raise AssertionError(f"the condition did not hold within {seconds} s")
+            raise AssertionError(f"{fault} within {seconds} s")
         time.sleep(0.01)
 
 
@@ -159,9 +159,12 @@ def signature(client, method, path, query, headers, names, payload_hash, at, sco
     )
 
 
+S3_SERVICES = ("s3", "s3express", "s3-object-lambda", "s3-outposts")
+
+
 def canonical_path(path, service):
     """A path without dot segments: encoded once more, but for Amazon S3."""
-    return path if service == "s3" else escaped(path.encode("latin-1"), b"/")
+    return path if service in S3_SERVICES else escaped(path.encode("latin-1"), b"/")
 
 
 def sign(
@@ -11228,7 +11231,6 @@ REAL_SESSION = REAL._replace(session_token="realsession")
 CLIENTS = {REAL.access_key_id: [REAL, REAL_SESSION]}
 TOKEN = "FwoGZXIvYXdz/upstream+token=="
 TOKEN_KEYS = awsproxy.Credentials("AKIDUPSTREAM", "upstreamsecret", TOKEN)
-S3_SERVICES = ("s3", "s3express", "s3-object-lambda", "s3-outposts")
 TARGETS = {
     "dynamodb": "DynamoDB_20120810",
     "kms": "TrentService",
@@ -11243,26 +11245,6 @@ TARGETS = {
 }
 CBOR = (("Smithy-Protocol", "rpc-v2-cbor"), ("Content-Type", "application/cbor"))
 INVOKE = "/2015-03-31/functions/f/invocations"
-
-
-def decoded(text):
-    return urllib.parse.unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
-
-
-def plain_path(path, service):
-    """Return the canonical path: Amazon S3 keeps each segment, others encode it once more."""
-    segments = path.split("/")
-    if service in S3_SERVICES:
-        unquote = urllib.parse.unquote_to_bytes
-        return "/".join(escaped(unquote(it.encode("latin-1")), b"") for it in segments)
-    kept = []
-    for segment in segments:
-        if segment == ".." and kept:
-            kept.pop()
-        elif segment not in ("", ".", ".."):
-            kept.append(segment)
-    slash = "/" if kept and path.endswith("/") else ""
-    return escaped(("/" + "/".join(kept) + slash).encode("latin-1"), b"/")
 
 
 def request(
@@ -11292,14 +11274,10 @@ def request(
     if service in S3_SERVICES:
         headers.append(("X-Amz-Content-Sha256", sha256(body)))
     names = names or sorted({name.lower() for name, _ in headers})
-    path, _, query = target.partition("?")
-    pairs = [part.partition("=")[::2] for part in query.split("&") if part]
-    pairs = sorted((escaped(decoded(k), b""), escaped(decoded(v), b"")) for k, v in pairs)
-    query = "&".join(f"{name}={value}" for name, value in pairs)
+    path, query = plain_target(target, service)
+    path = canonical_path(path, service)
     scope = f"{amz_date(at)[:8]}/{region}/{service}/aws4_request"
-    made = signature(
-        client, method, plain_path(path, service), query, headers, names, sha256(body), at, scope
-    )
+    made = signature(client, method, path, query, headers, names, sha256(body), at, scope)
     parameters = (
         f"Credential={client.access_key_id}/{scope}",
         f"SignedHeaders={';'.join(names)}",
@@ -11330,15 +11308,13 @@ def cbor_request(operation, service="monitoring", target="", headers=(), body=b"
     return request("POST", target, (*CBOR, *headers), body, service=service, **how)
 
 
-def signed_link(method, target, *, service, replace=(), headers=(), **how):
+def signed_link(method, target, *, replace=(), client=REAL, **how):
     """Return a presigned request, then spelled in another way."""
-    how.setdefault("client", REAL)
-    target = presign(method, target, headers, service=service, **how)
+    asked = link(method=method, target=target, client=client, **how)
     for old, new in replace:
-        assert old in target, target
-        target = target.replace(old, new)
-    headers = (("Host", HOST), *headers)
-    return Request(method, target, headers, io.BytesIO(), "127.0.0.1")
+        assert old in asked.target, asked.target
+        asked = dataclasses.replace(asked, target=asked.target.replace(old, new))
+    return asked
 
 
 def body_of(reply):
@@ -11702,7 +11678,7 @@ class HostileTest(MeaningCase):
                     asked = request("GET", f"/?Action={name}", service=service)
                     self.assert_refused(asked, form)
         for name in self.NAMES:
-            name = decoded(name).decode("latin-1")
+            name = urllib.parse.unquote_plus(name, "latin-1")
             if "." in name or re.search("[\0\r\n]", name) or name != name.rstrip():
                 continue  # no header has such a value, or its prefix is another
             for service in ("sqs", "dynamodb"):
@@ -13301,14 +13277,11 @@ class ClientFlagTest(unittest.TestCase):
 # ---- 7. Accounts ----
 
 
-OTHER = "111122223333"
-
-
 class AccountTest(Spoken):
     """What crosses accounts or regions is refused as if it did not exist."""
 
     def start(self):
-        other = REAL._replace(account_id=OTHER)
+        other = REAL._replace(account_id=OTHER_ACCOUNT)
         super().start(client=other)
         self.other, self.mine = self.sqs, self.another()
         self.elsewhere = self.another(region="eu-west-1")
@@ -13318,7 +13291,7 @@ class AccountTest(Spoken):
         with self.assertRaises(Refused) as caught:
             caller(operation, **given)
         error = caught.exception
-        message = re.sub(f"{OTHER}|000000000000", "ACCOUNT", error.message)
+        message = re.sub(f"{OTHER_ACCOUNT}|000000000000", "ACCOUNT", error.message)
         message = message.replace("eu-west-1", "us-east-1")
         return error.status, error.code, message.replace("none", "dead")
 
@@ -13330,7 +13303,7 @@ class AccountTest(Spoken):
         self.other.queue("dead")
         self.elsewhere.queue("dead")
         url = self.mine.queue("jobs")
-        for where in ({"account": OTHER}, {"region": "eu-west-1"}):
+        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
             dead, none = self.policy("dead", **where), self.policy("none", **where)
             for operation, given in (
                 ("CreateQueue", {"QueueName": "more"}),
@@ -13352,7 +13325,7 @@ class AccountTest(Spoken):
         dead = self.other.queue("dead")
         url = self.mine.queue("jobs")
         with contextlib.suppress(Refused):
-            policy = self.policy("dead", account=OTHER)
+            policy = self.policy("dead", account=OTHER_ACCOUNT)
             self.mine("SetQueueAttributes", QueueUrl=url, Attributes=policy)
         self.mine("SendMessage", QueueUrl=url, MessageBody="mine")
         for _ in range(3):
@@ -13362,9 +13335,9 @@ class AccountTest(Spoken):
 
     def test_sources_of_another_account_are_not_listed(self):
         dead = self.other.queue("dead")
-        own = self.other.queue("jobs", **self.policy("dead", account=OTHER))
+        own = self.other.queue("jobs", **self.policy("dead", account=OTHER_ACCOUNT))
         with contextlib.suppress(Refused):
-            self.mine.queue("secret", **self.policy("dead", account=OTHER))
+            self.mine.queue("secret", **self.policy("dead", account=OTHER_ACCOUNT))
         listed = self.other("ListDeadLetterSourceQueues", QueueUrl=dead)
         self.assertEqual(listed.get("queueUrls"), [own])
 
@@ -13381,8 +13354,8 @@ class AccountTest(Spoken):
         return dead, source, started["TaskHandle"]
 
     def test_move_task_does_not_cross_accounts(self):
-        _, source, handle = self.moving(self.other, OTHER)
-        missing = arn("none", account=OTHER)
+        _, source, handle = self.moving(self.other, OTHER_ACCOUNT)
+        missing = arn("none", account=OTHER_ACCOUNT)
         for operation, given, other in (
             ("StartMessageMoveTask", {"SourceArn": source}, {"SourceArn": missing}),
             ("ListMessageMoveTasks", {"SourceArn": source}, {"SourceArn": missing}),
@@ -13402,7 +13375,7 @@ class AccountTest(Spoken):
         self.mine.queue("jobs", **self.policy("dead"))
         self.other.queue("dead")
         self.elsewhere.queue("dead")
-        for where in ({"account": OTHER}, {"region": "eu-west-1"}):
+        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
             with self.subTest(**where):
                 given = {"SourceArn": arn("dead"), "DestinationArn": arn("dead", **where)}
                 exists = self.refusal(self.mine, "StartMessageMoveTask", **given)
@@ -17008,20 +16981,12 @@ def cpu_of(act):
 
 
 def memory_of(pid, name="VmRSS"):
-    """Return a size from /proc/PID/status, in bytes."""
-    with open(f"/proc/{pid}/status", encoding="ascii") as lines:
-        (line,) = [line for line in lines if line.startswith(name + ":")]
-    return int(line.split()[1]) * 1024
-
-
-def comes_true(condition, seconds=3.0):
-    """Return whether a condition comes true in time."""
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
+    """Return a size from /proc/PID/status, in bytes; 0 without /proc."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as status:
+            return int(re.search(rf"{name}:\s+([0-9]+) kB", status.read())[1]) * 1024
+    except OSError:
+        return 0
 
 
 def metric(address, name):
@@ -17054,7 +17019,7 @@ class Unverified:
         headers = (
             ("Host", HOST),
             ("X-Amz-Target", f"AmazonSQS.{operation}"),
-            ("Content-Type", "application/x-amz-json-1.0"),
+            ("Content-Type", JSON_1_0),
         )
         body = io.BytesIO(json.dumps(given).encode())
         reply = self.proxy.handle(Request("POST", "/", headers, body))
@@ -17209,7 +17174,7 @@ class LongAnswerTest(Through):
         client.settimeout(5)
         client.connect(self.running.address)
         client.sendall(raw_request("GET", "/b/long", made))
-        self.assertTrue(comes_true(lambda: self.pool.torrent and self.pool.torrent.given))
+        wait_until(lambda: self.pool.torrent and self.pool.torrent.given)
 
     def read(self, client, size=SIZE):
         got = 0
@@ -17507,7 +17472,7 @@ class LogLineTest(unittest.TestCase):
             with open(path, "rb") as lines:
                 return lines.read().split(b"\n")[:-1]
 
-        self.assertTrue(comes_true(lambda: len(read()) >= len(made)), "lines are missing")
+        wait_until(lambda: len(read()) >= len(made), fault="lines are missing")
         self.assertEqual(len(read()), len(made), "a line too many")
         return list(zip(made, read()))
 
@@ -17625,8 +17590,7 @@ class IdleConnectionTest(SocketTest):
         self.assertIn(b'"hi"', got.body)
 
     def test_a_new_connection_is_refused_if_all_others_are_busy(self):
-        clock = RealTime()
-        running = self.start(self.proxy(sqs=awsproxy.Sqs(clock)), 4)
+        running = self.start(self.proxy(sqs=awsproxy.Sqs()), 4)
         create = raw_call(
             (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
         )
@@ -17638,15 +17602,10 @@ class IdleConnectionTest(SocketTest):
         body = json.dumps({"QueueUrl": url, "WaitTimeSeconds": 1}).encode()
         for wire in wires:
             wire.send(raw_call(poll, body))
-        self.assertTrue(comes_true(lambda: running.server.calls == 4))
+        wait_until(lambda: running.server.calls == 4)
         self.assertEqual(running.connect().answer().status, 503)
         for wire in wires:
             self.assertEqual(wire.answer().status, 200)
-
-
-class RealTime:
-    def __call__(self):
-        return time.time()
 
 
 class ForwardedIdleTest(Through):
@@ -17668,9 +17627,9 @@ class ForwardedIdleTest(Through):
         first.stream.read(2)
         self.upstream.answers = [slow]
         first.send(raw_call())
-        self.assertTrue(comes_true(lambda: not self.upstream.answers))
+        wait_until(lambda: not self.upstream.answers)
         others = [running.connect() for _ in range(3)]
-        self.assertTrue(comes_true(lambda: running.server.connections == 4))
+        wait_until(lambda: running.server.connections == 4)
         newer = running.connect()
         newer.send(raw_call())
         self.assertEqual(newer.stream.readline(), b"HTTP/1.1 200 OK\r\n")
@@ -17713,9 +17672,9 @@ class SignalTest(ProgramTest):
             program.caller()("ListQueues")
         os.mkdir(os.path.dirname(path))
         program.process.send_signal(signal.SIGHUP)
-        self.assertTrue(comes_true(lambda: os.path.exists(path)), "no new log file")
+        wait_until(lambda: os.path.exists(path), fault="no log file was opened")
         program.caller()("ListQueues")
-        self.assertTrue(comes_true(lambda: os.path.getsize(path)), "it logs no more")
+        wait_until(lambda: os.path.getsize(path), fault="nothing was logged")
         self.assertEqual(program.end()[0], 0)
 
     NO_THREADS = """\
@@ -17743,10 +17702,8 @@ class SignalTest(ProgramTest):
         caller("SendMessage", QueueUrl=url, MessageBody="a")
         (message,) = caller.receive(url, VisibilityTimeout=60)
         program.process.send_signal(signal.SIGTERM)
-        self.assertTrue(
-            comes_true(lambda: own_path(program.address, "/_awsproxy/ready")[0] == 503),
-            "it does not drain",
-        )
+        ready = functools.partial(own_path, program.address, "/_awsproxy/ready")
+        wait_until(lambda: ready()[0] == 503, fault="it did not drain")
         self.assertIsNone(program.process.poll())
         caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
         self.assertEqual(program.process.wait(5), 0)
@@ -18042,7 +17999,7 @@ class ClockTest(ProgramTest):
         write(self.path, str(seconds))
         self.program.process.send_signal(signal.SIGUSR1)
         self.caller = self.program.caller(seconds=seconds)
-        self.assertTrue(comes_true(lambda: not refused_code(self.caller)))
+        wait_until(lambda: not refused_code(self.caller))
 
     def held(self):
         return json.loads(own_path(self.program.address, "/_awsproxy/in-flight")[1])
@@ -18061,10 +18018,10 @@ class ClockTest(ProgramTest):
                 ended.set()
 
         threading.Thread(target=poll, args=(self.program.caller(),), daemon=True).start()
-        self.assertTrue(comes_true(lambda: metric(self.program.address, "awsproxy_calls") == 1))
+        wait_until(lambda: metric(self.program.address, "awsproxy_calls") == 1)
         self.shift(-3600)
         self.assertTrue(ended.wait(2), "a poll of 1 s does not return")
-        self.assertTrue(comes_true(lambda: self.held() == {}, 1), "a message is held for ever")
+        wait_until(lambda: self.held() == {}, 1, "the message was not let go")
         self.assertEqual(self.caller.bodies(jobs, WaitTimeSeconds=1), ["a"])
         self.assertEqual(self.caller.bodies(delayed, WaitTimeSeconds=1), ["b"])
 
@@ -18122,8 +18079,7 @@ class ClientsFileTest(ProgramTest):
             now = os.stat(path)
             self.assertEqual((now.st_size, now.st_mtime_ns), (status.st_size, status.st_mtime_ns))
             with self.subTest(replace.__name__):
-                revoked = comes_true(lambda number=number: code(number - 1), 2)
-                self.assertTrue(revoked, "the revoked secret still works")
+                wait_until(lambda n=number: code(n - 1), 2, "the secret was not revoked")
                 self.assertEqual(code(number), "")
 
     def test_a_client_with_the_key_of_the_upstream_is_refused_later_too(self):
@@ -19397,14 +19353,14 @@ def plain_target(target, service, presigned=False):
     path, kept = target.partition("?")[0], []
     must(not re.search("%(?![0-9A-Fa-f]{2})", path))
     for segment in path.split("/"):
-        if service == "s3":
+        if service in S3_SERVICES:
             raw = urllib.parse.unquote_to_bytes(segment.encode("latin-1"))
             kept.append(escaped(raw, b""))
         elif segment == "..":
             kept.pop() if kept else must(False)
         elif segment not in ("", "."):
             kept.append(segment)
-    if service != "s3":
+    if service not in S3_SERVICES:
         kept = ["", *kept, ""] if path.endswith("/") and kept else ["", *kept]
     return "/".join(kept) or "/", "&".join("=".join(pair) for pair in encoded)
 
@@ -20671,15 +20627,6 @@ def transfers(port, size=1 << 28):
         yield method, time.perf_counter() - begin
 
 
-def peak_memory(process):
-    """Return the most bytes that were ever resident; 0 without /proc."""
-    try:
-        with open(f"/proc/{process.pid}/status", encoding="ascii") as status:
-            return int(re.search(r"VmHWM:\s+([0-9]+)", status.read())[1]) * 1024
-    except OSError:
-        return 0
-
-
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
@@ -20852,7 +20799,7 @@ def bench(argv):
             (*of_sink, through[1])
             for of_sink, through in zip(transfers(sink[1]), transfers(objects[1]))
         ]
-        peak = peak_memory(objects[0]) / 1e6
+        peak = memory_of(objects[0].pid, "VmHWM") / 1e6
     finally:
         for process, *_ in servers:
             process.terminate()
