@@ -13165,41 +13165,43 @@ class ClientFlagTest(unittest.TestCase):
 
     LOCAL = Client("local", "AKIDLOCAL", "local:secret/+")
     SECOND = Client("second", "AKIDSECOND", "secondsecret")
+    LAUNCHER = """\
+        import sys
+        sys.path.insert(0, {here!r})
+        import awsproxy
+        awsproxy.is_loopback = lambda host: host != "127.0.0.1"
+        sys.exit(awsproxy.main())
+        """
 
     def setUp(self):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         keys = {"AWS_ACCESS_KEY_ID": "AKIDUPSTREAM", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
         self.environ = {**kept, **keys, **NO_METADATA, "HOME": folder(self)}
 
-    def refused(self, *flags):
-        """Check that the program does not start; return its one line."""
-        ended = None
-        program = Program(self.addCleanup, *flags, env=self.environ)
-        lines = []
-        for line in iter(program.line, None):
-            lines.append(line)
-            if line.startswith("listening on"):
-                break
-        else:
-            ended = program.process.wait(10)
-        self.assertEqual((ended, len(lines)), (2, 1), lines)
-        return lines[0]
+    def refused(self, *rows):
+        """Check that the program starts with none of these flags; return the lines it printed."""
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            ended = run_each((flags, ["--port", "0", *flags]) for flags in rows)
+        for flags, (code, output, errors) in ended.items():
+            with self.subTest(flags):
+                self.assertEqual((code, output), (2, ""), errors)
+                self.assertRegex(errors, r"\A[^\n]+\n\Z")
+        return [errors for _, _, errors in ended.values()]
 
     def test_demo_client_is_not_forwarded_to_aws(self):
         demo = section("demo", "dummykey", "dummysecret")
         path = write(os.path.join(folder(self), "clients"), demo)
-        for flags in (
-            ["--upstream", "aws"],
-            ["--route", "s3:*=aws"],
-            ["--route", "sqs:*=embedded", "--route", "sts:GetCallerIdentity=aws"],
-            ["--upstream", "aws", "--client", "dummykey:dummysecret"],
-            ["--upstream", "aws", "--client", "AKIDLOCAL:x", "--client", "dummykey:dummysecret"],
-            ["--upstream", "aws", "--clients", path],
-        ):
-            with self.subTest(flags):
-                line = self.refused(*flags)
-                self.assertRegex(line, r"--clients\b")
-                self.assertRegex(line, r"--client\b(?!s)")
+        lines = self.refused(
+            ("--upstream", "aws"),
+            ("--route", "s3:*=aws"),
+            ("--route", "sqs:*=embedded", "--route", "sts:GetCallerIdentity=aws"),
+            ("--upstream", "aws", "--client", "dummykey:dummysecret"),
+            ("--upstream", "aws", "--client", "AKIDLOCAL:x", "--client", "dummykey:dummysecret"),
+            ("--upstream", "aws", "--clients", path),
+        )
+        for line in lines:
+            self.assertRegex(line, r"--clients\b")
+            self.assertRegex(line, r"--client\b(?!s)")
 
     def test_demo_client_may_be_forwarded_elsewhere(self):
         program = Program(self.addCleanup, "--upstream", "http://127.0.0.1:9", env=self.environ)
@@ -13227,32 +13229,31 @@ class ClientFlagTest(unittest.TestCase):
         self.assertTrue(program.address)
 
     def test_client_of_the_command_line_is_enough_off_loopback(self):
-        """The port is one of the system's choice; nothing but this test calls it."""
-        flags = ("--host", "0.0.0.0")
-        self.assertRegex(self.refused(*flags), "--client")
-        demo = self.refused(*flags, "--client", "dummykey:dummysecret")
-        self.assertRegex(demo, "--client")
-        client = self.LOCAL._replace(secret_access_key=os.urandom(16).hex())
-        value = f"{client.access_key_id}:{client.secret_access_key}"
-        program = Program(self.addCleanup, *flags, "--client", value)
+        """The launcher has 127.0.0.1 count as an address that others can reach."""
+        text = textwrap.dedent(self.LAUNCHER).format(here=HERE)
+        path = write(os.path.join(folder(self), "launcher.py"), text)
+        for flags in ((), ("--client", "dummykey:dummysecret")):
+            program = Program(self.addCleanup, *flags, path=path)
+            with self.subTest(flags):
+                self.assertEqual(program.process.wait(DEADLINE), 2)
+                (line,) = program.rest()
+                self.assertRegex(line, "loopback.*--client KEY:SECRET")
+        value = f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"
+        program = Program(self.addCleanup, "--client", value, path=path)
         self.assertTrue(program.address)
-        self.assertEqual(refused_code(program.caller(client=client)), "")
+        self.assertEqual(refused_code(program.caller(client=self.LOCAL)), "")
 
     def test_malformed_client_is_refused_without_its_secret(self):
-        for value in (
+        values = (
             "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
             "AKID/LOCAL:verysecret",
-        ):  # fmt: skip
-            with self.subTest(value):
-                line = self.refused("--client", value)
-                self.assertIn("--client", line)
-                self.assertNotIn("verysecret", line)
+        )  # fmt: skip
+        for line in self.refused(*(("--client", value) for value in values)):
+            self.assertIn("--client", line)
+            self.assertNotIn("verysecret", line)
 
     def test_help_names_the_flag(self):
-        text = subprocess.run(
-            [sys.executable, awsproxy.__file__, "--help"],
-            capture_output=True, text=True, timeout=10, env={**self.environ, "COLUMNS": "100"},
-        ).stdout  # fmt: skip
+        _, text, _ = run_each([("help", ["--help"])])["help"]
         self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
 
 
