@@ -83,8 +83,11 @@ DEMO = Client("demo", "dummykey", "dummysecret")
 EXAMPLE_TIME = 1440938160  # 20150830T123600Z
 HOST = "localhost:8081"
 DEADLINE = 60  # seconds; only a failure takes this long, however busy the machine is
+HERE = os.path.dirname(os.path.abspath(__file__))
+LINUX = sys.platform.startswith("linux")
 CORES = os.cpu_count() or 1
 SHORTER = 15  # seconds; a bound for waits that would otherwise last at least 20 seconds
+logging.getLogger("awsproxy").addHandler(logging.NullHandler())  # no warnings in the output
 
 
 def wait_until(condition, seconds=DEADLINE, fault="the condition did not hold"):
@@ -672,6 +675,45 @@ class Spoken(unittest.TestCase):
             self.send(url, body, **given)
         self.assertEqual(sorted(self.take(url, VisibilityTimeout=0)), sorted(bodies))
         self.assertEqual(self.take(url, VisibilityTimeout=0), {})
+
+
+def run_apart(test, code, seconds=5):
+    """Run code in a process of its own; return the JSON that it prints.
+
+    The test fails if the process takes longer, or more than 1 GiB of memory.
+    """
+    prelude = f"""\
+        import contextlib, json, resource, sys, time
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        resource.setrlimit(resource.RLIMIT_CPU, ({seconds + 5}, {seconds + 5}))
+        sys.path.insert(0, {HERE!r})
+        import awsproxy
+        """
+    text = textwrap.dedent(prelude) + textwrap.dedent(code)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        test.fail(f"it took longer than {seconds} s")
+    test.assertEqual(ended.returncode, 0, ended.stderr[-2000:])
+    return json.loads(ended.stdout)
+
+
+def cpu_of(act):
+    """Return the CPU seconds that a call takes in this thread."""
+    begin = time.thread_time()
+    act()
+    return time.thread_time() - begin
+
+
+def memory_of(pid, name="VmRSS"):
+    """Return a size from /proc/PID/status, in bytes; 0 without /proc."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as status:
+            return int(re.search(rf"{name}:\s+([0-9]+) kB", status.read())[1]) * 1024
+    except OSError:
+        return 0
 
 
 # ==== 2. HTTP/1.1 framing ====
@@ -5564,6 +5606,47 @@ class SendTest(Spoken):
         self.assertEqual(self.sqs.bodies(self.url), ["same"] * 9)
 
 
+class NumberTest(unittest.TestCase):
+    def test_long_numbers_are_judged_quickly(self):
+        took = run_apart(
+            self,
+            """
+            from test_awsproxy import Caller, Refused
+            caller = Caller("json")
+            url = caller.queue()
+            took = []
+            for text in ("1" * 20000 + "x", "1" * 20000 + ".x", "." + "1" * 20000 + "x",
+                         "+" + "1" * 200000 + "e", "0" * 200000 + "e1x", "1" * 200000):
+                number = {"DataType": "Number", "StringValue": text}
+                begin = time.process_time()
+                try:
+                    caller("SendMessage", QueueUrl=url, MessageBody="a",
+                           MessageAttributes={"a": number})
+                except Refused:
+                    pass
+                took.append(time.process_time() - begin)
+            print(json.dumps(max(took)))
+            """,
+        )
+        self.assertLess(took, 0.2)
+
+    def test_good_numbers_are_taken(self):
+        caller = Caller("json")
+        url = caller.queue()
+        for text in ("1", "-1.5", "+.5", "1.", "1e5", "1.5E-100", "0" * 30):
+            number = {"DataType": "Number", "StringValue": text}
+            with self.subTest(text):
+                caller(
+                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
+                )
+        for text in ("x", "1x", ".", "", "e5", "1e", "1e5000", "--1", "1.5.5", "1 ", "\u0661"):
+            number = {"DataType": "Number", "StringValue": text}
+            with self.subTest(text), self.assertRaises(Refused):
+                caller(
+                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
+                )
+
+
 # ==== Purging, tags, permissions, listing ====
 
 
@@ -7611,6 +7694,250 @@ class ApartTest(Spoken):
                 mine(operation, QueueUrl=url, **given)
             self.assertEqual((caught.exception.status, caught.exception.code), (400, NO_QUEUE))
         self.assertEqual(other.bodies(url), ["x"])
+
+
+class Unverified:
+    """Sends JSON calls of Amazon SQS to a Proxy that checks no signature: 20,000 a second."""
+
+    def __init__(self, hooks=(), **settings):
+        self.clock = Clock()
+        self.sqs = awsproxy.Sqs(self.clock, wait=self.clock.wait, **settings)
+        self.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, verified=False, clock=self.clock, sqs=self.sqs, hooks=hooks
+        )
+
+    def __call__(self, operation, /, **given):
+        headers = (
+            ("Host", HOST),
+            ("X-Amz-Target", f"AmazonSQS.{operation}"),
+            ("Content-Type", JSON_1_0),
+        )
+        body = io.BytesIO(json.dumps(given).encode())
+        reply = self.proxy.handle(Request("POST", "/", headers, body))
+        assert reply.status == 200, reply
+        return json.loads(reply.body or b"{}")
+
+
+class MemoryTest(unittest.TestCase):
+    def start_tracing(self):
+        gc.collect()
+        tracemalloc.start(1)
+        self.addCleanup(tracemalloc.stop)
+
+    def kept(self):
+        """Return the bytes kept of what was allocated since the tracing began."""
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    def test_receive_attempts_are_forgotten(self):
+        call = Unverified()
+        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
+             MessageDeduplicationId="d")  # fmt: skip
+        self.assertLessEqual(awsproxy.MAX_ATTEMPTS, 6000)  # some 500 bytes each
+        self.start_tracing()
+        with mock.patch.object(awsproxy, "MAX_ATTEMPTS", 500):
+            for number in range(2000):
+                given = {"ReceiveRequestAttemptId": f"{number:a>128}", "VisibilityTimeout": 0}
+                call("ReceiveMessage", QueueUrl=url, **given)
+        self.assertLess(self.kept(), 0.4 * MEBIBYTE)
+
+    def test_the_latest_receive_attempt_is_remembered(self):
+        call = Unverified()
+        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
+             MessageDeduplicationId="d")  # fmt: skip
+        for number in range(200):
+            call("ReceiveMessage", QueueUrl=url + "", ReceiveRequestAttemptId=f"other{number}",
+                 VisibilityTimeout=0)  # fmt: skip
+        first = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
+        again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
+        self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
+
+    def test_receipt_handles_in_flight_take_little_memory(self):
+        count, per_call = 5000, 10
+        numbers = iter(range(count))
+
+        class Handles:
+            may_block = False
+
+            def answer(self, call, request_id):
+                if call.operation != "ReceiveMessage":
+                    return Reply(200, OF_JSON[1:], b"{}")
+                messages = [
+                    {"MessageId": f"{n:0>36}", "ReceiptHandle": f"{n:A>1024}", "Body": "b"}
+                    for n in (next(numbers) for _ in range(per_call))
+                ]
+                return Reply(200, OF_JSON[1:], json.dumps({"Messages": messages}).encode())
+
+        ledger = awsproxy.InFlight(lambda call, q: 30, lambda act: act(), lambda: EXAMPLE_TIME)
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            clock=lambda: EXAMPLE_TIME,
+            verified=False,
+            routes=[awsproxy.Route("*", Handles())],
+            hooks=[ledger],
+        )
+
+        def call(operation, **given):
+            kind = (("Host", HOST), ("X-Amz-Target", f"AmazonSQS.{operation}"), OF_JSON[1])
+            given["QueueUrl"] = f"http://{HOST}/000000000000/q"
+            body = io.BytesIO(json.dumps(given).encode())
+            self.assertEqual(proxy.handle(Request("POST", "/", kind, body)).status, 200)
+
+        call("DeleteMessage", ReceiptHandle="none")
+        self.start_tracing()
+        for _ in range(count // per_call):
+            call("ReceiveMessage", VisibilityTimeout=300)
+        self.assertEqual(ledger.total, count)
+        self.assertLess(self.kept() / count, 1000)
+        call("DeleteMessage", ReceiptHandle=f"{7:A>1024}")
+        entries = [{"Id": "a", "ReceiptHandle": f"{8:A>1024}", "VisibilityTimeout": 0}]
+        self.assertEqual(ledger.total, count - 1)
+        call("ChangeMessageVisibility", **{k: v for k, v in entries[0].items() if k != "Id"})
+        call("DeleteMessage", ReceiptHandle="another")
+        self.assertGreaterEqual(ledger.total, count - 2)
+
+    def test_names_of_deleted_queues_are_forgotten(self):
+        """Nothing but memory shows whether the table of deleted names shrinks."""
+        call = Unverified(cooldown=True)
+
+        def make_and_delete(numbers):
+            for number in numbers:
+                name = f"{number:a>80}"
+                url = call("CreateQueue", QueueName=name)["QueueUrl"]
+                call("DeleteQueue", QueueUrl=url)
+
+        make_and_delete(range(200))  # which fills the caches
+        call.clock.now += 61
+        make_and_delete(range(200, 210))
+        self.start_tracing()
+        for step in range(5):
+            start = 1000 * (step + 1)
+            make_and_delete(range(start, start + 300))
+            call.clock.now += 61
+        make_and_delete(range(20000, 20010))
+        self.assertLess(self.kept(), 1500 * 60)
+
+    def test_names_of_deleted_queues_are_remembered_for_a_minute(self):
+        caller = Caller("json", cooldown=True)
+        for _ in range(3):
+            caller("DeleteQueue", QueueUrl=caller.queue("jobs"))
+            caller.clock.now += 59
+            for number in range(5):
+                caller("DeleteQueue", QueueUrl=caller.queue(f"other{caller.clock.now}{number}"
+                                                            .replace(".", "")))  # fmt: skip
+            self.assertIn("QueueDeletedRecently",
+                          refused_code(caller, "CreateQueue", QueueName="jobs"))  # fmt: skip
+            caller.clock.now += 2
+
+
+class AccountTest(Spoken):
+    """What crosses accounts or regions is refused as if it did not exist."""
+
+    def start(self):
+        other = REAL._replace(account_id=OTHER_ACCOUNT)
+        super().start(client=other)
+        self.other, self.mine = self.sqs, self.another()
+        self.elsewhere = self.another(region="eu-west-1")
+
+    def refusal(self, caller, operation, /, **given):
+        """Return status, code and message of a refusal, the account and region left out."""
+        with self.assertRaises(Refused) as caught:
+            caller(operation, **given)
+        error = caught.exception
+        message = re.sub(f"{OTHER_ACCOUNT}|000000000000", "ACCOUNT", error.message)
+        message = message.replace("eu-west-1", "us-east-1")
+        return error.status, error.code, message.replace("none", "dead")
+
+    def policy(self, name, **where):
+        target = {"deadLetterTargetArn": arn(name, **where), "maxReceiveCount": 1}
+        return {"RedrivePolicy": json.dumps(target)}
+
+    def test_dead_letter_queue_of_another_account_does_not_exist(self):
+        self.other.queue("dead")
+        self.elsewhere.queue("dead")
+        url = self.mine.queue("jobs")
+        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
+            dead, none = self.policy("dead", **where), self.policy("none", **where)
+            for operation, given in (
+                ("CreateQueue", {"QueueName": "more"}),
+                ("SetQueueAttributes", {"QueueUrl": url}),
+            ):
+                with self.subTest(operation, **where):
+                    exists = self.refusal(self.mine, operation, Attributes=dead, **given)
+                    missing = self.refusal(self.mine, operation, Attributes=none, **given)
+                    self.assertEqual(exists, missing)
+                    own = self.refusal(
+                        self.mine, operation, Attributes=self.policy("none"), **given
+                    )
+                    self.assertEqual(exists, own)
+        names = ["RedrivePolicy"]
+        shown = self.mine("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
+        self.assertEqual(shown.get("Attributes", {}), {})
+
+    def test_messages_do_not_cross_accounts(self):
+        dead = self.other.queue("dead")
+        url = self.mine.queue("jobs")
+        with contextlib.suppress(Refused):
+            policy = self.policy("dead", account=OTHER_ACCOUNT)
+            self.mine("SetQueueAttributes", QueueUrl=url, Attributes=policy)
+        self.mine("SendMessage", QueueUrl=url, MessageBody="mine")
+        for _ in range(3):
+            self.mine.bodies(url, VisibilityTimeout=0)
+        self.assertEqual(self.other.bodies(dead), [])
+        self.assertEqual(self.mine.bodies(url), ["mine"])
+
+    def test_sources_of_another_account_are_not_listed(self):
+        dead = self.other.queue("dead")
+        own = self.other.queue("jobs", **self.policy("dead", account=OTHER_ACCOUNT))
+        with contextlib.suppress(Refused):
+            self.mine.queue("secret", **self.policy("dead", account=OTHER_ACCOUNT))
+        listed = self.other("ListDeadLetterSourceQueues", QueueUrl=dead)
+        self.assertEqual(listed.get("queueUrls"), [own])
+
+    def moving(self, caller, account):
+        """Have messages moved back in an account, one a second; return source and handle."""
+        dead = caller.queue("dead")
+        url = caller.queue("jobs", **self.policy("dead", account=account))
+        for number in range(5):
+            caller("SendMessage", QueueUrl=url, MessageBody=str(number))
+        for _ in range(2):
+            caller.bodies(url, VisibilityTimeout=0)
+        source = arn("dead", account=account)
+        started = caller("StartMessageMoveTask", SourceArn=source, MaxNumberOfMessagesPerSecond=1)
+        return dead, source, started["TaskHandle"]
+
+    def test_move_task_does_not_cross_accounts(self):
+        _, source, handle = self.moving(self.other, OTHER_ACCOUNT)
+        missing = arn("none", account=OTHER_ACCOUNT)
+        for operation, given, other in (
+            ("StartMessageMoveTask", {"SourceArn": source}, {"SourceArn": missing}),
+            ("ListMessageMoveTasks", {"SourceArn": source}, {"SourceArn": missing}),
+            ("CancelMessageMoveTask", {"TaskHandle": handle}, None),
+        ):
+            with self.subTest(operation):
+                refused = self.refusal(self.mine, operation, **given)
+                self.assertEqual(refused[:2], (404, "ResourceNotFoundException"))
+                if other:
+                    self.assertEqual(refused, self.refusal(self.mine, operation, **other))
+        (task,) = self.other("ListMessageMoveTasks", SourceArn=source)["Results"]
+        self.assertEqual(task["Status"], "RUNNING")
+        self.other("CancelMessageMoveTask", TaskHandle=handle)
+
+    def test_move_task_has_no_destination_in_another_account(self):
+        self.mine.queue("dead")
+        self.mine.queue("jobs", **self.policy("dead"))
+        self.other.queue("dead")
+        self.elsewhere.queue("dead")
+        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
+            with self.subTest(**where):
+                given = {"SourceArn": arn("dead"), "DestinationArn": arn("dead", **where)}
+                exists = self.refusal(self.mine, "StartMessageMoveTask", **given)
+                given["DestinationArn"] = arn("none", **where)
+                missing = self.refusal(self.mine, "StartMessageMoveTask", **given)
+                self.assertEqual(exists, missing)
+                self.assertEqual(exists[:2], (404, "ResourceNotFoundException"))
 
 
 # ==== Against a model, and with real threads ====
@@ -10133,6 +10460,284 @@ class PoolTest(Through):
         self.assertLessEqual(len(self.upstream.connections), 20)
 
 
+class Torrent:
+    """A socket on which an upstream sends faster than anybody can read.
+
+    The head and the last byte of the answer come from the upstream, all else at once.
+    """
+
+    def __init__(self, connection, head, size):
+        self._connection = connection
+        self._head = head
+        self._left = size - 1
+        self.given = 0
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def recv(self, size, *flags):
+        if flags and flags[0]:
+            return self._connection.recv(size, *flags)
+        data = b""
+        if self._head:
+            data = self._connection.recv(min(size, self._head))
+            self._head -= len(data)
+        if not self._head and self._left:
+            count = min(self._left, size - len(data))
+            self._left -= count
+            data += b"x" * count
+        self.given += len(data)
+        return data or self._connection.recv(size)
+
+    def recv_into(self, buffer, size=0, *flags):
+        data = self.recv(size or len(buffer), *flags)
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+
+class TorrentPool(awsproxy.Pool):
+    """A pool whose next kept connection is a Torrent, if `head` and `size` are set."""
+
+    head = size = 0
+    torrent = None
+
+    def idle(self, endpoint):
+        connection = super().idle(endpoint)
+        if connection and self.size:
+            self.torrent = Torrent(connection.socket, self.head, self.size)
+            connection.socket = self.torrent
+            self.size = 0
+        return connection
+
+
+class LongAnswerTest(Through):
+    SIZE = 20 * MEBIBYTE
+    service = "s3"
+
+    def setUp(self):
+        with mock.patch.object(awsproxy, "Pool", TorrentPool):
+            super().setUp()
+
+    def ask(self, client, line, size=SIZE):
+        """Have a call answered at length, with a line in the head, on a kept connection."""
+        self.assertEqual(self.s3("GET", "/b/first").body, b"ok")
+        head = answer(b"200 OK", line)
+        self.pool.torrent, self.pool.head, self.pool.size = None, len(head), size
+        self.upstream.answers = [then_close(head + b"x")]
+        given = (("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"),)
+        made = sign("GET", "/b/long", given, service="s3", payload_hash="UNSIGNED-PAYLOAD")
+        client.settimeout(5)
+        client.connect(self.running.address)
+        client.sendall(raw_request("GET", "/b/long", made))
+        wait_until(lambda: self.pool.torrent and self.pool.torrent.given)
+
+    def read(self, client, size=SIZE):
+        got = 0
+        while got < size:
+            data = client.recv(262144)
+            self.assertTrue(data, f"it broke off after {got} bytes")
+            got += len(data)
+
+    def test_long_answers_on_a_kept_connection_stream(self):
+        """The proxy takes no more than its caller reads, and answers others meanwhile."""
+        for line in (b"Content-Length: %d" % self.SIZE, b"Connection: close"):
+            with self.subTest(line), socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                self.ask(client, line)
+                torrent = self.pool.torrent
+                begin = time.monotonic()
+                self.assertEqual(self.s3("GET", "/b/other").body, b"ok")
+                self.assertLess(time.monotonic() - begin, 1)
+                time.sleep(0.1)
+                self.assertLess(torrent.given, 0.7 * self.SIZE, "the proxy has taken it all in")
+                self.read(client)
+
+    def test_long_answers_on_a_kept_connection_cost_little(self):
+        """The buffer must not be copied for each part that comes or is read of it."""
+        size = 2 * self.SIZE
+        with socket.socket() as client:
+            begin = time.process_time()
+            self.ask(client, b"Content-Length: %d" % size, size)
+            self.read(client, size)
+            self.assertLess(time.process_time() - begin, 1)
+
+
+class EmptyBodyTest(Through):
+    service = "s3"
+
+    def test_empty_bodies_are_checked_before_anything_goes_upstream(self):
+        declared = sha256(b"hello")
+        zero = (("Content-Length", "0"),)
+        for method in ("PUT", "DELETE", "GET", "POST", "HEAD"):
+            for kept in (False, True):
+                with self.subTest(method, kept=kept):
+                    after = () if method in ("PUT", "POST") else zero
+                    if kept:
+                        self.s3("GET", "/b/first")
+                        self.upstream.next()
+                    self.check(self.s3(method, "/b/k", payload_hash=declared, after=after), method)
+        for method in ("GET", "DELETE"):
+            with self.subTest(method, length="none"):
+                self.check(self.s3(method, "/b/k", payload_hash=declared), method)
+        given = (("X-Amz-Content-Sha256", declared),)
+        for method in ("PUT", "POST", "DELETE"):
+            made = sign(method, "/b/k", given, service="s3", payload_hash=declared)
+            made = (*made, ("Transfer-Encoding", "chunked"))
+            with self.subTest(method, length="chunked"):
+                raw = raw_request(method, "/b/k", made, b"0\r\n\r\n")
+                self.check(self.put(raw, method), method, (400, 411))
+
+    def check(self, got, method, statuses=(400,)):
+        self.assertIn(got.status, statuses)
+        if method != "HEAD" and got.status == 400:
+            self.assertIn(b"XAmzContentSHA256Mismatch", got.body)
+        self.assertEqual(self.s3("GET", "/b/after").body, b"ok")
+        time.sleep(0.01)
+        arrived = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                arrived.append(self.upstream.arrived.get_nowait())
+        whole = [f"{it.method} {it.target}" for it in arrived if it.complete]
+        self.assertEqual(whole, ["GET /b/after"])
+
+    def test_empty_bodies_with_the_right_hash_are_sent(self):
+        for method in ("PUT", "DELETE", "GET", "POST"):
+            with self.subTest(method):
+                self.assertEqual(self.s3(method, "/b/k").status, 200)
+                self.assertEqual(self.upstream.next().method, method)
+
+
+class SignedHeaderTest(Through):
+    service = "s3"
+
+    SIGNED = (
+        ("PUT", "If-None-Match", "*"),
+        ("PUT", "If-Match", '"a"'),
+        ("GET", "Range", "bytes=0-1"),
+        ("GET", "If-Modified-Since", "Sat, 29 Oct 1994 19:43:31 GMT"),
+        ("PUT", "Cache-Control", "no-store"),
+        ("PUT", "Content-Encoding", "gzip"),
+        ("PUT", "Content-Type", "text/plain"),
+        ("PUT", "X-Amz-Copy-Source", "/b/other"),
+        ("PUT", "X-Other", "1"),
+        ("GET", "X-Forwarded-For", "192.0.2.1"),
+    )
+
+    def test_connection_takes_no_signed_header_away(self):
+        for method, name, value in self.SIGNED:
+            for connection in (name, name.lower(), f"keep-alive, {name}", f"close,{name.upper()}"):
+                after = (("Connection", connection),)
+                with self.subTest(name, connection=connection):
+                    got = self.s3(method, "/b/k", ((name, value),), after=after)
+                    self.assertEqual(got.status, 200)
+                    self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_connection_takes_no_header_away_that_a_presigned_url_signs(self):
+        for method, name, value in self.SIGNED:
+            target = presign(method, "/b/k", ((name, value),), service="s3")
+            headers = ((name, value), ("Connection", name))
+            if method == "PUT":
+                headers += (("Content-Length", "0"),)
+            with self.subTest(name):
+                self.assertEqual(self.put(raw_request(method, target, headers)).status, 200)
+                self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_connection_takes_no_signed_header_of_another_service_away(self):
+        kind = (("X-Amz-Target", "DynamoDB_20120810.ListTables"), OF_JSON[1], ("X-Other", "1"))
+        after = (("Connection", "X-Other, X-Amz-Target, Content-Type"),)
+        got = self.call("POST", "/", kind, b"{}", service="dynamodb", after=after)
+        self.assertEqual(got.status, 200)
+        arrived = self.upstream.next()
+        for name, value in kind:
+            self.assertEqual(arrived.one(name.lower()), value)
+
+    def test_signed_headers_of_the_way_are_kept(self):
+        for name, value in (("X-Forwarded-For", "192.0.2.1"), ("X-Forwarded-Proto", "https")):
+            with self.subTest(name):
+                self.assertEqual(self.s3("GET", "/b/k", ((name, value),)).status, 200)
+                self.assertEqual(self.upstream.next().one(name.lower()), value)
+
+    def test_unsigned_headers_of_the_connection_are_dropped(self):
+        for name, value in (("X-Other", "1"), ("X-Forwarded-For", "192.0.2.1"), ("TE", "gzip")):
+            after = ((name, value), ("Connection", name))
+            with self.subTest(name):
+                self.assertEqual(self.s3("GET", "/b/k", after=after).status, 200)
+                self.assertEqual(self.upstream.next().all(name.lower()), [])
+
+
+class Heedless:
+    """An upstream that reads heads alone: it takes a body for the next request."""
+
+    def __init__(self, cleanup):
+        self.seen = []  # connection, method, target
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.open = []
+        self.threads = [threading.Thread(target=self.accept, daemon=True)]
+        self.threads[0].start()
+        cleanup(self.stop)
+
+    def stop(self):
+        for each in (self.listener, *self.open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(5)
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            self.open.append(connection)
+            number = len(self.open)
+            self.threads.append(
+                threading.Thread(target=self.serve, args=(connection, number), daemon=True)
+            )
+            self.threads[-1].start()
+
+    def serve(self, connection, number):
+        buffer = b""
+        with connection, contextlib.suppress(OSError):
+            while True:
+                while b"\r\n\r\n" not in buffer:
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    buffer += data
+                head, _, buffer = buffer.partition(b"\r\n\r\n")
+                method, target, *_ = head.decode("latin-1").split(" ")
+                self.seen.append((number, method, target))
+                body = b"" if method.endswith("HEAD") else target.encode()
+                connection.sendall(answer(b"200 OK", length_of(target.encode()), body=body))
+
+
+class IgnoredBodyTest(Through):
+    service = "s3"
+
+    def test_connections_are_not_used_again_after_a_body_that_may_be_ignored(self):
+        for service, path in (("s3", "/b/"), ("lambda", "/2015-03-31/functions/")):
+            for method in ("GET", "HEAD", "DELETE"):
+                for body in (b"hello", b"GET /evil HTTP/1.1\r\nHost: a\r\n\r\n"):
+                    with self.subTest(method, service=service, body=body):
+                        self.check(service, path, method, body)
+
+    def check(self, service, path, method, body):
+        call = self.s3 if service == "s3" else self.call
+        how = {} if service == "s3" else {"service": service}
+        heedless = Heedless(self.addCleanup)
+        self.start(awsproxy.Endpoint("http", "127.0.0.1", heedless.port))
+        self.assertEqual(call("GET", path + "one", **how).body, (path + "one").encode())
+        self.assertEqual(call(method, path + "two", (), body, **how).status, 200)
+        for name in ("three", "four"):
+            self.assertEqual(call("GET", path + name, **how).body, (path + name).encode())
+        numbers = {target: number for number, _, target in heedless.seen}
+        self.assertEqual(numbers[path + "one"], numbers[path + "two"], "it was not kept")
+        self.assertNotEqual(numbers[path + "two"], numbers[path + "three"], "it was used again")
+
+
 # ==== Queue URLs ====
 
 
@@ -11224,7 +11829,115 @@ class AbuseTest(ForwardCase):
             running.stop()  # which gives up the slow one
 
 
-# ==== 4. What a call means ====
+LONG_NAME = 60000  # bytes: nearly a whole head
+
+
+def named_by(service, key="dummykey", region="us-east-1"):
+    """Return an Authorization header with a wrong signature."""
+    return (
+        "Authorization",
+        f"AWS4-HMAC-SHA256 Credential={key}/20150830/{region}/{service}/aws4_request,"
+        f" SignedHeaders=host;x-amz-date, Signature={'0' * 64}",
+    )
+
+
+class OddHostTest(unittest.TestCase):
+    def status(self, proxy, headers, target="/?Action=ListQueues&Version=2012-11-05"):
+        reply = proxy.handle(Request("GET", target, headers, io.BytesIO(), "127.0.0.1"))
+        self.assertNotIn(b"InternalFailure", reply.body)
+        return reply.status
+
+    def test_odd_hosts_are_not_a_fault_of_the_proxy(self):
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, verified=False)
+        for host in (
+            "dualstack.amazonaws.com", "dualstack.dualstack.api.aws", "amazonaws.com",
+            ".amazonaws.com", "..amazonaws.com", "us-east-1.amazonaws.com", "api.aws",
+            "dualstack.us-east-1.amazonaws.com", "-fips.us-east-1.amazonaws.com", "-fips.api.aws",
+            "s3.amazonaws.com", ".s3.amazonaws.com", "s3.dualstack.amazonaws.com.cn", "-", ".",
+            ":", "localhost:", "localhost:x", "[::1]", "[::1]:80", "[", "", "%", "a" * LONG_NAME,
+            "a." * 30000 + "amazonaws.com", "\xe4.amazonaws.com", "DUALSTACK.AMAZONAWS.COM",
+            "dualstack.amazonaws.com:8081", "dualstack..amazonaws.com", "a b.amazonaws.com",
+        ):  # fmt: skip
+            for more in ((), OF_JSON, (named_by("s3"),), (named_by(""),)):
+                with self.subTest(host[:40], more=more):
+                    self.assertLess(self.status(proxy, (("Host", host), *more)), 500)
+        self.assertLess(self.status(proxy, ()), 500)
+
+    def test_odd_claims_lead_nowhere(self):
+        pool, keys = Nowhere(), Keys(OUR_KEYS)
+        aws = awsproxy.Upstream(None, lambda c: keys, pool, clock=lambda: EXAMPLE_TIME)
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            clock=lambda: EXAMPLE_TIME,
+            verified=False,
+            routes=[awsproxy.Route("*", aws)],
+        )
+        for odd in ("a.b", "a@evil.example", "..", "evil.example#", "a?b", "a\\b", "\xe4", "a:1",
+                    "-", "_", "a_b", "A", "%2f", "x" * 64, "169.254.169.254"):  # fmt: skip
+            for service, region in ((odd, "us-east-1"), ("sqs", odd), (odd, odd)):
+                headers = (("Host", HOST), named_by(service, region=region))
+                with self.subTest(service=service, region=region):
+                    status = self.status(proxy, headers)
+                    if (service, region) not in (("x" * 64, "us-east-1"), ("a_b", "us-east-1")):
+                        self.assertEqual(pool.asked, [])
+                        self.assertIn(status, range(400, 502))
+                    pool.asked.clear()
+
+
+class HostOfOthersTest(unittest.TestCase):
+    def setUp(self):
+        self.pool, keys = Nowhere(), Keys(OUR_KEYS)
+        aws = awsproxy.Upstream(None, lambda c: keys, self.pool, clock=lambda: EXAMPLE_TIME)
+        routes = [awsproxy.Route("*", aws)]
+        self.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
+
+    def ask(self, service, region, target="/"):
+        headers = (("X-Amz-Content-Sha256", EMPTY),)
+        request = signed("GET", target, headers, service=service, region=region)
+        return self.proxy.handle(request)
+
+    def test_scopes_that_are_no_service_in_a_region_go_nowhere(self):
+        for service, region in (
+            ("ec2-1-2-3-4", "compute-1"),
+            ("ec2-52-1-2-3", "compute"),
+            ("my-bucket", "s3"),
+            ("my-bucket", "s3-us-west-2"),
+            ("my-bucket", "s3-website-us-east-1"),
+            ("my-bucket", "s3-accelerate"),
+            ("abc123", "execute-api"),
+            ("my-lb-1234", "elb"),
+            ("x", "cloudfront"),
+            ("sqs", "compute-1"),
+            ("s3", "compute-1"),
+            ("sqs", "a"),
+            ("sqs", "us-east-1-evil"),
+            ("sqs", "us_east_1"),
+            ("sqs", "US-EAST-1"),
+            ("sqs", "1"),
+            ("sqs", "-"),
+        ):
+            with self.subTest(service, region=region):
+                reply = self.ask(service, region)
+                self.assertEqual(self.pool.asked, [])
+                self.assertIn(reply.status, range(400, 502))
+            self.pool.asked.clear()
+
+    def test_scopes_of_services_lead_to_them(self):
+        for service, region, host in (
+            ("lambda", "us-east-1", "lambda.us-east-1.amazonaws.com"),
+            ("lambda", "us-gov-west-1", "lambda.us-gov-west-1.amazonaws.com"),
+            ("lambda", "ap-southeast-7", "lambda.ap-southeast-7.amazonaws.com"),
+            ("lambda", "mx-central-1", "lambda.mx-central-1.amazonaws.com"),
+            ("lambda", "cn-north-1", "lambda.cn-north-1.amazonaws.com.cn"),
+            ("lambda", "us-isob-east-1", "lambda.us-isob-east-1.sc2s.sgov.gov"),
+            ("lambda", "eusc-de-east-1", "lambda.eusc-de-east-1.amazonaws.eu"),
+        ):
+            with self.subTest(service, region=region):
+                self.assertEqual(self.ask(service, region, "/2015-03-31/functions").status, 503)
+                self.assertEqual(self.pool.asked.pop(), ("https", host, 443))
+
+
+# ==== 4., 6. and 8. What a call means ====
 
 REAL = Client("real", "AKIDREAL", "realsecret")
 REAL_SESSION = REAL._replace(session_token="realsession")
@@ -11436,7 +12149,7 @@ class MeaningCase(unittest.TestCase):
         self.assertEqual(f"{call.service}:{call.operation}{call.path}", call.action)
 
 
-# ---- 1. One reading ----
+# ---- One reading ----
 
 
 class HostileTest(MeaningCase):
@@ -12171,7 +12884,7 @@ class FullLogDiskTest(unittest.TestCase):
         writer._stream.close()
 
 
-# ---- 2. Amazon S3 ----
+# ---- Amazon S3 ----
 
 
 class S3ActionTest(MeaningCase):
@@ -12356,7 +13069,7 @@ class S3ActionTest(MeaningCase):
         self.assertEqual(form_of(self.answer(asked)[0])[0], "s3")
 
 
-# ---- 3. Routes in the words of IAM ----
+# ---- Routes in the words of IAM ----
 
 
 class RouteWordsTest(MeaningCase):
@@ -12567,7 +13280,7 @@ class DenialTest(MeaningCase):
                 self.assertEqual(again.status, 200, message)
 
 
-# ---- 4. RPC v2 CBOR ----
+# ---- RPC v2 CBOR ----
 
 
 class RpcV2Test(ForwardMeaning):
@@ -12667,7 +13380,7 @@ class RpcV2Test(ForwardMeaning):
                 self.assertEqual(form_of(reply)[0], "cbor")
 
 
-# ---- 5. Credentials, methods, echoes ----
+# ---- Credentials, methods, echoes ----
 
 
 def credential_calls():
@@ -12994,7 +13707,7 @@ class EchoTest(ForwardMeaning):
                 self.assertEqual((reply.status, body_of(reply)), (404, body))
 
 
-# ---- 6. Browsers, --client, --admin ----
+# ---- Browsers ----
 
 
 class BrowserTest(MeaningCase):
@@ -13158,214 +13871,6 @@ class BrowserTest(MeaningCase):
                     wire.sendall(raw_request("GET", "/_awsproxy/health", given))
                     with contextlib.closing(wire.makefile("rb")) as stream:
                         self.assertEqual(int(stream.readline().split()[1]), status)
-
-
-class ClientFlagTest(unittest.TestCase):
-    """`--client KEY:SECRET`, and what the public demo key is not good for."""
-
-    LOCAL = Client("local", "AKIDLOCAL", "local:secret/+")
-    SECOND = Client("second", "AKIDSECOND", "secondsecret")
-    LAUNCHER = """\
-        import sys
-        sys.path.insert(0, {here!r})
-        import awsproxy
-        awsproxy.is_loopback = lambda host: host != "127.0.0.1"
-        sys.exit(awsproxy.main())
-        """
-
-    def setUp(self):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        keys = {"AWS_ACCESS_KEY_ID": "AKIDUPSTREAM", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
-        self.environ = {**kept, **keys, **NO_METADATA, "HOME": folder(self)}
-
-    def refused(self, *rows):
-        """Check that the program starts with none of these flags; return the lines it printed."""
-        with mock.patch.dict(os.environ, self.environ, clear=True):
-            ended = run_each((flags, ["--port", "0", *flags]) for flags in rows)
-        for flags, (code, output, errors) in ended.items():
-            with self.subTest(flags):
-                self.assertEqual((code, output), (2, ""), errors)
-                self.assertRegex(errors, r"\A[^\n]+\n\Z")
-        return [errors for _, _, errors in ended.values()]
-
-    def test_demo_client_is_not_forwarded_to_aws(self):
-        demo = section("demo", "dummykey", "dummysecret")
-        path = write(os.path.join(folder(self), "clients"), demo)
-        lines = self.refused(
-            ("--upstream", "aws"),
-            ("--route", "s3:*=aws"),
-            ("--route", "sqs:*=embedded", "--route", "sts:GetCallerIdentity=aws"),
-            ("--upstream", "aws", "--client", "dummykey:dummysecret"),
-            ("--upstream", "aws", "--client", "AKIDLOCAL:x", "--client", "dummykey:dummysecret"),
-            ("--upstream", "aws", "--clients", path),
-        )
-        for line in lines:
-            self.assertRegex(line, r"--clients\b")
-            self.assertRegex(line, r"--client\b(?!s)")
-
-    def test_demo_client_may_be_forwarded_elsewhere(self):
-        program = Program(self.addCleanup, "--upstream", "http://127.0.0.1:9", env=self.environ)
-        self.assertTrue(program.address)
-
-    def test_client_of_the_command_line_may_call(self):
-        program = Program(
-            self.addCleanup,
-            *("--client", f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"),
-            *("--client", f"{self.SECOND.access_key_id}:{self.SECOND.secret_access_key}"),
-        )
-        for client in (self.LOCAL, self.SECOND):
-            for protocol in ("json", "query"):
-                with self.subTest(client.name, protocol=protocol):
-                    caller = program.caller(protocol, client=client)
-                    self.assertEqual(refused_code(caller), "")
-        wrong = self.LOCAL._replace(secret_access_key="local")
-        self.assertEqual(refused_code(program.caller(client=wrong)), "SignatureDoesNotMatch")
-        self.assertEqual(refused_code(program.caller()), "InvalidClientTokenId")
-
-    def test_client_of_the_command_line_is_enough_for_aws(self):
-        program = Program(
-            self.addCleanup, "--upstream", "aws", "--client", "AKIDLOCAL:x", env=self.environ
-        )
-        self.assertTrue(program.address)
-
-    def test_client_of_the_command_line_is_enough_off_loopback(self):
-        """The launcher has 127.0.0.1 count as an address that others can reach."""
-        text = textwrap.dedent(self.LAUNCHER).format(here=HERE)
-        path = write(os.path.join(folder(self), "launcher.py"), text)
-        for flags in ((), ("--client", "dummykey:dummysecret")):
-            program = Program(self.addCleanup, *flags, path=path)
-            with self.subTest(flags):
-                self.assertEqual(program.process.wait(DEADLINE), 2)
-                (line,) = program.rest()
-                self.assertRegex(line, "loopback.*--client KEY:SECRET")
-        value = f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"
-        program = Program(self.addCleanup, "--client", value, path=path)
-        self.assertTrue(program.address)
-        self.assertEqual(refused_code(program.caller(client=self.LOCAL)), "")
-
-    def test_malformed_client_is_refused_without_its_secret(self):
-        values = (
-            "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
-            "AKID/LOCAL:verysecret",
-        )  # fmt: skip
-        for line in self.refused(*(("--client", value) for value in values)):
-            self.assertIn("--client", line)
-            self.assertNotIn("verysecret", line)
-
-    def test_help_names_the_flag(self):
-        _, text, _ = run_each([("help", ["--help"])])["help"]
-        self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
-
-
-# ---- 7. Accounts ----
-
-
-class AccountTest(Spoken):
-    """What crosses accounts or regions is refused as if it did not exist."""
-
-    def start(self):
-        other = REAL._replace(account_id=OTHER_ACCOUNT)
-        super().start(client=other)
-        self.other, self.mine = self.sqs, self.another()
-        self.elsewhere = self.another(region="eu-west-1")
-
-    def refusal(self, caller, operation, /, **given):
-        """Return status, code and message of a refusal, the account and region left out."""
-        with self.assertRaises(Refused) as caught:
-            caller(operation, **given)
-        error = caught.exception
-        message = re.sub(f"{OTHER_ACCOUNT}|000000000000", "ACCOUNT", error.message)
-        message = message.replace("eu-west-1", "us-east-1")
-        return error.status, error.code, message.replace("none", "dead")
-
-    def policy(self, name, **where):
-        target = {"deadLetterTargetArn": arn(name, **where), "maxReceiveCount": 1}
-        return {"RedrivePolicy": json.dumps(target)}
-
-    def test_dead_letter_queue_of_another_account_does_not_exist(self):
-        self.other.queue("dead")
-        self.elsewhere.queue("dead")
-        url = self.mine.queue("jobs")
-        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
-            dead, none = self.policy("dead", **where), self.policy("none", **where)
-            for operation, given in (
-                ("CreateQueue", {"QueueName": "more"}),
-                ("SetQueueAttributes", {"QueueUrl": url}),
-            ):
-                with self.subTest(operation, **where):
-                    exists = self.refusal(self.mine, operation, Attributes=dead, **given)
-                    missing = self.refusal(self.mine, operation, Attributes=none, **given)
-                    self.assertEqual(exists, missing)
-                    own = self.refusal(
-                        self.mine, operation, Attributes=self.policy("none"), **given
-                    )
-                    self.assertEqual(exists, own)
-        names = ["RedrivePolicy"]
-        shown = self.mine("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
-        self.assertEqual(shown.get("Attributes", {}), {})
-
-    def test_messages_do_not_cross_accounts(self):
-        dead = self.other.queue("dead")
-        url = self.mine.queue("jobs")
-        with contextlib.suppress(Refused):
-            policy = self.policy("dead", account=OTHER_ACCOUNT)
-            self.mine("SetQueueAttributes", QueueUrl=url, Attributes=policy)
-        self.mine("SendMessage", QueueUrl=url, MessageBody="mine")
-        for _ in range(3):
-            self.mine.bodies(url, VisibilityTimeout=0)
-        self.assertEqual(self.other.bodies(dead), [])
-        self.assertEqual(self.mine.bodies(url), ["mine"])
-
-    def test_sources_of_another_account_are_not_listed(self):
-        dead = self.other.queue("dead")
-        own = self.other.queue("jobs", **self.policy("dead", account=OTHER_ACCOUNT))
-        with contextlib.suppress(Refused):
-            self.mine.queue("secret", **self.policy("dead", account=OTHER_ACCOUNT))
-        listed = self.other("ListDeadLetterSourceQueues", QueueUrl=dead)
-        self.assertEqual(listed.get("queueUrls"), [own])
-
-    def moving(self, caller, account):
-        """Have messages moved back in an account, one a second; return source and handle."""
-        dead = caller.queue("dead")
-        url = caller.queue("jobs", **self.policy("dead", account=account))
-        for number in range(5):
-            caller("SendMessage", QueueUrl=url, MessageBody=str(number))
-        for _ in range(2):
-            caller.bodies(url, VisibilityTimeout=0)
-        source = arn("dead", account=account)
-        started = caller("StartMessageMoveTask", SourceArn=source, MaxNumberOfMessagesPerSecond=1)
-        return dead, source, started["TaskHandle"]
-
-    def test_move_task_does_not_cross_accounts(self):
-        _, source, handle = self.moving(self.other, OTHER_ACCOUNT)
-        missing = arn("none", account=OTHER_ACCOUNT)
-        for operation, given, other in (
-            ("StartMessageMoveTask", {"SourceArn": source}, {"SourceArn": missing}),
-            ("ListMessageMoveTasks", {"SourceArn": source}, {"SourceArn": missing}),
-            ("CancelMessageMoveTask", {"TaskHandle": handle}, None),
-        ):
-            with self.subTest(operation):
-                refused = self.refusal(self.mine, operation, **given)
-                self.assertEqual(refused[:2], (404, "ResourceNotFoundException"))
-                if other:
-                    self.assertEqual(refused, self.refusal(self.mine, operation, **other))
-        (task,) = self.other("ListMessageMoveTasks", SourceArn=source)["Results"]
-        self.assertEqual(task["Status"], "RUNNING")
-        self.other("CancelMessageMoveTask", TaskHandle=handle)
-
-    def test_move_task_has_no_destination_in_another_account(self):
-        self.mine.queue("dead")
-        self.mine.queue("jobs", **self.policy("dead"))
-        self.other.queue("dead")
-        self.elsewhere.queue("dead")
-        for where in ({"account": OTHER_ACCOUNT}, {"region": "eu-west-1"}):
-            with self.subTest(**where):
-                given = {"SourceArn": arn("dead"), "DestinationArn": arn("dead", **where)}
-                exists = self.refusal(self.mine, "StartMessageMoveTask", **given)
-                given["DestinationArn"] = arn("none", **where)
-                missing = self.refusal(self.mine, "StartMessageMoveTask", **given)
-                self.assertEqual(exists, missing)
-                self.assertEqual(exists[:2], (404, "ResourceNotFoundException"))
 
 
 # ---- How refusals look ----
@@ -15004,6 +15509,242 @@ class AdminTest(unittest.TestCase):
                 self.assertNotIn("Traceback", errors)
 
 
+class MadeUpNameTest(unittest.TestCase):
+    def calls(self):
+        """Yield requests, each well signed and each with another long name."""
+        form = ("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+        for number in range(8):
+            body = b"Version=2012-11-05&Action=A%d" % number + b"a" * 4 * MEBIBYTE
+            for service in ("sqs", "sns"):
+                yield signed("POST", "/", (form,), body, service=service)
+        for number in range(40):
+            name = f"A{number}" + "a" * LONG_NAME
+            for service, prefix in (("sqs", "AmazonSQS"), ("dynamodb", "DynamoDB_20120810")):
+                kind = (("X-Amz-Target", f"{prefix}.{name}"), OF_JSON[1])
+                yield signed("POST", "/", kind, b"{}", service=service)
+            yield signed("GET", f"/?Version=2012-11-05&Action={name}")
+            yield signed("POST", f"/2015-03-31/functions/{name}/invocations", service="lambda")
+            declared = (("X-Amz-Content-Sha256", EMPTY),)
+            yield signed("GET", f"/b/{name}", declared, service="s3", payload_hash=EMPTY)
+            yield signed("GET", f"/?{name}", declared, service="s3", payload_hash=EMPTY)
+            smithy = (("Smithy-Protocol", "rpc-v2-cbor"),)
+            target = f"/service/S/operation/{name}"
+            yield signed("POST", target, smithy, b"\xa0", service="cloudwatch")
+            yield signed(name, "/", service="lambda")
+
+    def test_made_up_names_do_not_fill_the_memory(self):
+        metrics = awsproxy.Metrics()
+        path = os.path.join(folder(self), "log")
+        log = awsproxy.AccessLog(awsproxy.open_log(path), False)
+        self.addCleanup(lambda: log._stream.close())
+        routes = [awsproxy.Route("a*:b", awsproxy.Deny()), awsproxy.Route("*", awsproxy.Deny())]
+        proxy = Proxy(
+            awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes, hooks=[metrics, log]
+        )
+        proxy.handle(signed("POST", "/", OF_JSON, b"{}"))
+        gc.collect()
+        tracemalloc.start(1)
+        self.addCleanup(tracemalloc.stop)
+        for request in self.calls():
+            reply = proxy.handle(request)
+            self.assertIn(reply.status, range(400, 502))
+            self.assertLess(len(reply.body), 20000, reply.body[:99])
+        del request, reply
+        gc.collect()
+        kept = tracemalloc.get_traced_memory()[0]
+        self.assertLess(len(metrics.text()), MEBIBYTE)
+        self.assertLess(kept, 4 * MEBIBYTE)
+        with open(path, encoding="ascii") as lines:
+            self.assertLess(max(map(len, lines)), MAX_LINE)
+
+
+class LineWriterTest(unittest.TestCase):
+    class Stream(io.StringIO):
+        """A stream that keeps what it was given, and fails or blocks if it is told to."""
+
+        def __init__(self):
+            super().__init__()
+            self.text = ""
+            self.writing = threading.Event()
+            self.goes_on = threading.Event()
+            self.goes_on.set()
+            self.failure = None
+
+        def write(self, text):
+            self.writing.set()
+            self.goes_on.wait(DEADLINE)
+            if self.failure:
+                raise self.failure
+            self.text += text
+
+    def start(self, *more):
+        stream = self.Stream()
+        self.addCleanup(stream.goes_on.set)
+        return stream, awsproxy.LineWriter(stream, *more)
+
+    def test_close_waits_for_all_lines(self):
+        stream, writer = self.start()
+        lines = [f"{number}\n" for number in range(3000)]
+        for line in lines:
+            writer.write(line)
+        writer.close(DEADLINE)
+        self.assertEqual(stream.text, "".join(lines))
+        self.assertEqual(writer.dropped, 0)
+
+    def test_close_does_not_wait_for_a_reader_that_does_not_read(self):
+        stream, writer = self.start()
+        stream.goes_on.clear()
+        writer.write("a\n")
+        began = time.monotonic()
+        writer.close(0.1)
+        self.assertLess(time.monotonic() - began, SHORTER)
+
+    def test_lines_beyond_the_most_are_dropped_and_counted(self):
+        stream, writer = self.start()
+        stream.goes_on.clear()
+        writer.write("a\n")
+        stream.writing.wait(DEADLINE)
+        for _ in range(writer.MOST + 9):
+            writer.write("a\n")
+        self.assertEqual(writer.dropped, 10)
+        stream.goes_on.set()
+        writer.close(DEADLINE)
+        self.assertEqual(stream.text, "a\n" * writer.MOST)
+        writer.write("b\n")
+        writer.close(DEADLINE)
+        self.assertEqual(stream.text[-2:], "b\n")
+        self.assertEqual(writer.dropped, 10)
+
+    def test_lines_that_cannot_be_written_are_counted(self):
+        for failure in (OSError(errno.EPIPE, "gone"), ValueError("closed")):
+            with self.subTest(failure):
+                stream, writer = self.start()
+                stream.failure = failure
+                writer.write("a\n")
+                writer.close(DEADLINE)
+                self.assertEqual(writer.dropped, 1)
+                stream.failure = None
+                writer.write("b\n")
+                writer.close(DEADLINE)
+                self.assertEqual(stream.text, "b\n")
+
+    def test_reopened_stream_gets_the_lines_to_come(self):
+        other = self.Stream()
+        stream, writer = self.start(lambda: other)
+        writer.write("a\n")
+        writer.reopen()
+        wait_until(lambda: stream.closed)
+        self.assertEqual(stream.text, "a\n")
+        writer.write("b\n")
+        writer.close(DEADLINE)
+        self.assertEqual(other.text, "b\n")
+
+    def test_stream_that_cannot_be_reopened_stays(self):
+        tried = threading.Event()
+
+        def open_again():
+            tried.set()
+            raise PermissionError(errno.EACCES, "no")
+
+        stream, writer = self.start(open_again)
+        with self.assertLogs("awsproxy", "ERROR") as logs:
+            writer.reopen()
+            wait_until(tried.is_set)
+            writer.write("a\n")
+            writer.close(DEADLINE)
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual(stream.text, "a\n")
+
+
+MAX_LINE = 4096  # bytes of a log line
+
+
+class LogLineTest(unittest.TestCase):
+    def requests(self):
+        """Yield requests that try to forge columns or to write long lines."""
+        host = ("Host", HOST)
+        long = "a" * LONG_NAME
+        forged = "200 - 0.33 842c3448"
+        yield "GET", "/?Action=ListQueues+200+-+0.33+842c3448", (host,)
+        yield "GET", "/?Action=List%20Queues%09x%0a%0d%00%1b[31m", (host,)
+        yield "GET", "/?Action=List%A0Queues%85%E2%80%A8x", (host,)
+        yield "GET", "/?Action=" + long, (host,)
+        yield "GET", "/?Action=" + "%E4" * 20000, (host,)
+        for value in (f"AmazonSQS.List {forged}", "AmazonSQS." + long, "AmazonSQS.\xa0\x85\xe4"):
+            yield "POST", "/", (host, ("X-Amz-Target", value), OF_JSON[1])
+            yield "POST", "/", (host, ("X-Amz-Target", value), named_by("dynamodb"))
+        for value in (f"curl {forged}", long, "\xe4" * LONG_NAME, '"\\' * 30000):
+            yield "POST", "/", (host, *OF_JSON, ("User-Agent", value))
+            yield "POST", "/", (host, *OF_JSON, ("X-Amzn-Trace-Id", value))
+            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-request", f"attempt=1{value}"))
+            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-invocation-id", value))
+            yield "POST", "/", (host, *OF_JSON, ("X-Forwarded-For", value))
+            yield "POST", "/", (host, *OF_JSON, ("Content-Length", value))
+        yield long, "/", (host, named_by("lambda"))
+        yield "A" * LONG_NAME, "/", (host,)
+        for key in ("k" * 128, "\xe4" * 128, "k\\n" * 40, "k" * LONG_NAME, f"key {forged}"):
+            yield "GET", "/", (host, named_by("s3", key))
+            yield "GET", f"/?X-Amz-Credential={key}/20150830/us-east-1/s3/aws4_request", (host,)
+            yield "GET", "/", (host, named_by("s3", "key", key))
+            yield "GET", "/", (host, named_by(key))
+        for path in (long, "%20" * 20000, "\xe4" * LONG_NAME, "a b 200"):
+            yield "POST", f"/2015-03-31/functions/{path}", (host, named_by("lambda"))
+            yield "POST", f"/b/{path}", (host, named_by("s3"))
+            smithy = ("Smithy-Protocol", "rpc-v2-cbor")
+            yield "POST", f"/service/S/operation/{path}", (host, smithy, named_by("logs"))
+        yield "GET", "/", (("Host", f"a b {forged}.s3.amazonaws.com"), named_by("s3"))
+        yield "GET", "/", (("Host", "a." * 30000), named_by("s3"))
+
+    def signed_requests(self):
+        """Yield requests that are signed well, and try the same."""
+        for name in ("List Queues", "A" * LONG_NAME, "\xe4" * 9000, "ListQueues\t200"):
+            query = f"/?Version=2012-11-05&Action={escaped(name.encode(), b'')}"
+            if len(query) < LONG_NAME + 100:
+                yield signed("GET", query)
+            yield signed("POST", "/", (("X-Amz-Target", f"AmazonSQS.{name}"), OF_JSON[1]), b"{}")
+            yield signed("POST", "/", (*OF_JSON, ("User-Agent", name)), b"{}")
+
+    def lines(self, of_json):
+        """Return what both kinds of requests write into a log."""
+        path = os.path.join(folder(self), "log")
+        stream = awsproxy.open_log(path)
+        self.addCleanup(stream.close)
+        log = awsproxy.AccessLog(stream, of_json)
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[log])
+        made = [Request(*given, io.BytesIO(b"{}"), "127.0.0.1") for given in self.requests()]
+        for it in self.signed_requests():
+            made.append(Request(it.method, it.target, it.headers, it.body, "127.0.0.1"))
+        for request in made:
+            proxy.handle(request)
+
+        def read():
+            with open(path, "rb") as lines:
+                return lines.read().split(b"\n")[:-1]
+
+        wait_until(lambda: len(read()) >= len(made), fault="lines are missing")
+        self.assertEqual(len(read()), len(made), "a line too many")
+        return list(zip(made, read()))
+
+    def test_callers_forge_no_columns_of_the_text_log(self):
+        for request, line in self.lines(of_json=False):
+            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
+                self.assertEqual(len(line.split(b" ")), len(LOG_FIELDS), line[:200])
+                self.assertRegex(line, rb"\A[ -~]*\Z")
+                self.assertEqual(len(line.split()), len(LOG_FIELDS), line[:200])
+
+    def test_lines_of_the_log_are_short(self):
+        for of_json in (False, True):
+            for request, line in self.lines(of_json):
+                with self.subTest(f"{request.method[:9]} {request.target[:50]}", json=of_json):
+                    self.assertLessEqual(len(line) + 1, MAX_LINE)
+
+    def test_lines_of_the_json_log_are_json(self):
+        for request, line in self.lines(of_json=True):
+            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
+                self.assertLessEqual(set(LOG_FIELDS), set(json.loads(line)))
+                self.assertRegex(line, rb"\A[ -~]*\Z")
+
+
 # ==== 9. The server ====
 
 
@@ -15889,6 +16630,296 @@ class CrowdTest(SocketTest):
         self.assertEqual(running.ask(SECOND)[1].body, b"second")
         for wire in wires:
             self.assertTrue([wire.answer().body for _ in bodies] == bodies)
+
+
+class StrangerTest(SocketTest):
+    @classmethod
+    def setUpClass(cls):
+        cls.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        cls.running = Running(cls.proxy)
+        cls.addClassCleanup(cls.running.stop)
+
+    def test_heads_are_judged_before_the_body_has_come(self):
+        stranger = DEMO._replace(access_key_id="AKIDSTRANGER")
+        body = b"{}" + b" " * 100000
+        length = (("Content-Length", str(len(body))),)
+        declared = (("X-Amz-Content-Sha256", sha256(body)),)
+        for name, headers in (
+            ("unsigned", OF_JSON),
+            ("unknown key", sign("POST", "/", OF_JSON, body, client=stranger)),
+            ("too old", sign("POST", "/", OF_JSON, body, at=EXAMPLE_TIME - 9999)),
+            ("for no date", sign("POST", "/", OF_JSON, body, date="nonsense")),
+            ("malformed", (*OF_JSON, ("Authorization", "AWS4-HMAC-SHA256 nonsense"))),
+            ("no Host signed", sign("POST", "/", OF_JSON, body, unsigned=("host",))),
+            ("token", sign("POST", "/", OF_JSON, body, client=DEMO._replace(session_token="x"))),
+            ("declared", sign("POST", "/", (*OF_JSON, *declared), body, client=stranger)),
+        ):
+            with self.subTest(name):
+                wire = self.running.connect()
+                wire.socket.settimeout(0.7)
+                wire.send(raw_request("POST", "/", (*headers, *length)) + body[:50000])
+                got = wire.answer()
+                self.assertIn(got.status, (400, 403))
+                self.assertTrue(got.closes)
+
+    def test_a_well_signed_body_that_comes_in_parts_is_answered(self):
+        data = raw_call(body=b"{}" + b" " * 100000)
+        for at in (1, 100, len(data) - 100002, len(data) - 50000, len(data) - 1):
+            wire = self.running.connect()
+            wire.send(data[:at])
+            time.sleep(0.02)
+            wire.send(data[at:])
+            self.assertEqual(wire.answer().status, 200)
+
+
+class IdleConnectionTest(SocketTest):
+    def start(self, proxy, most):
+        self.running = Running(proxy, max_connections=most)
+        self.addCleanup(self.running.stop)
+        return self.running
+
+    def admin(self):
+        return self.start(awsproxy.Admin(awsproxy.Status(awsproxy.Metrics())), 32)
+
+    def assert_healthy(self):
+        status = own_path(self.running.address, "/_awsproxy/health")[0]
+        self.assertEqual(status, 200)
+
+    def test_idle_admin_connections_give_way(self):
+        running = self.admin()
+        for _ in range(32):
+            running.connect()
+        self.assert_healthy()
+        for _ in range(100):
+            running.connect()
+        self.assert_healthy()
+
+    def test_admin_connections_kept_alive_give_way(self):
+        running = self.admin()
+        for _ in range(40):
+            wire = running.connect()
+            wire.send(raw_request("GET", "/_awsproxy/health", ()))
+            self.assertEqual(wire.answer().status, 200)
+        self.assert_healthy()
+
+    def test_admin_connections_with_half_a_head_give_way(self):
+        running = self.admin()
+        for _ in range(32):
+            running.connect().send(b"GET /_awsproxy/health HTTP/1.1\r\nHo")
+        self.assert_healthy()
+
+    def proxy(self, **settings):
+        settings.setdefault("clock", lambda: EXAMPLE_TIME)
+        return Proxy(awsproxy.DEMO_CLIENTS, **settings)
+
+    def ask(self, wire):
+        wire.send(raw_call())
+        self.assertEqual(wire.answer().status, 200)
+
+    def test_the_connection_that_idles_longest_gives_way(self):
+        running = self.start(self.proxy(), 8)
+        wires = [running.connect() for _ in range(8)]
+        for wire in wires:
+            self.ask(wire)
+            time.sleep(0.01)
+        newer = running.connect()
+        self.ask(newer)
+        self.assertTrue(wires[0].ended(), "the oldest connection is still open")
+        for wire in (*wires[1:], newer):
+            self.ask(wire)
+        self.assertLessEqual(running.server.connections, 8)
+
+    def test_a_connection_that_is_used_does_not_give_way_to_one_that_idles_longer(self):
+        running = self.start(self.proxy(), 8)
+        wires = [running.connect() for _ in range(8)]
+        for wire in (*wires, wires[0]):
+            self.ask(wire)
+            time.sleep(0.01)
+        newer = running.connect()
+        self.ask(newer)
+        self.assertTrue(wires[1].ended(), "another connection has given way")
+        self.ask(wires[0])
+
+    def test_polls_do_not_give_way(self):
+        running = self.start(self.proxy(), 8)
+        create = raw_call(
+            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
+        )
+        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
+        url = f"http://{HOST}/000000000000/q"
+        first = running.connect()
+        first.send(create)
+        self.assertEqual(first.answer().status, 200)
+        first.send(raw_call(poll, json.dumps({"QueueUrl": url, "WaitTimeSeconds": 20}).encode()))
+        others = [running.connect() for _ in range(7)]
+        for wire in others:
+            self.ask(wire)
+        newer = running.connect()
+        send = (("X-Amz-Target", "AmazonSQS.SendMessage"), OF_JSON[1])
+        newer.send(raw_call(send, json.dumps({"QueueUrl": url, "MessageBody": "hi"}).encode()))
+        self.assertEqual(newer.answer().status, 200)
+        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
+        got = first.answer()
+        self.assertIn(b'"hi"', got.body)
+
+    def test_a_new_connection_is_refused_if_all_others_are_busy(self):
+        running = self.start(self.proxy(sqs=awsproxy.Sqs()), 4)
+        create = raw_call(
+            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
+        )
+        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
+        url = f"http://{HOST}/000000000000/q"
+        wires = [running.connect() for _ in range(4)]
+        wires[0].send(create)
+        self.assertEqual(wires[0].answer().status, 200)
+        body = json.dumps({"QueueUrl": url, "WaitTimeSeconds": 1}).encode()
+        for wire in wires:
+            wire.send(raw_call(poll, body))
+        wait_until(lambda: running.server.calls == 4)
+        self.assertEqual(running.connect().answer().status, 503)
+        for wire in wires:
+            self.assertEqual(wire.answer().status, 200)
+
+
+class ForwardedIdleTest(Through):
+    def test_calls_that_an_upstream_answers_do_not_give_way(self):
+        running = Running(self.proxy, max_connections=4)
+        self.addCleanup(running.stop)
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+
+        def slow(connection, arrived):
+            go_on.wait(5)
+            return OK
+
+        first = running.connect()
+        first.send(raw_call())
+        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")  # a connection is kept
+        while first.stream.readline() != b"\r\n":
+            pass
+        first.stream.read(2)
+        self.upstream.answers = [slow]
+        first.send(raw_call())
+        wait_until(lambda: not self.upstream.answers)
+        others = [running.connect() for _ in range(3)]
+        wait_until(lambda: running.server.connections == 4)
+        newer = running.connect()
+        newer.send(raw_call())
+        self.assertEqual(newer.stream.readline(), b"HTTP/1.1 200 OK\r\n")
+        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
+        go_on.set()
+        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a full disk, which fails where it is told to."""
+
+    def __init__(self, *failing):
+        super().__init__()
+        self._failing = failing
+
+    def _fail(self, name):
+        if name in self._failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self, data):
+        self._fail("write")
+        return len(data)
+
+    def seek(self, *where):
+        self._fail("seek")
+        return 0
+
+    def flush(self):
+        self._fail("flush")
+
+    def close(self):
+        self._fail("close")
+
+
+class FullDiskTest(SocketTest):
+    def test_a_full_disk_is_service_unavailable(self):
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
+        self.running = Running(proxy)
+        self.addCleanup(self.running.stop)
+        long_call = raw_call(body=b'{"QueueNamePrefix":"' + b"a" * 3 * MEBIBYTE + b'"}')
+        for failing in (("write",), ("seek",), ("flush", "seek"), ("write", "close")):
+            with self.subTest(failing), mock.patch.object(
+                tempfile, "TemporaryFile", lambda *_, f=failing, **__: FullDisk(*f)
+            ):  # fmt: skip
+                _, got = self.running.ask(long_call)
+                self.assertEqual(got.status, 503, got.body[:200])
+                self.assertIn(b"ServiceUnavailable", got.body)
+            wire = self.running.connect()
+            wire.send(raw_call())
+            self.assertEqual(wire.answer().status, 200)
+
+
+class BadReplyTest(SocketTest):
+    def bad_replies(self):
+        for name, headers in (
+            ("CR LF in a value", (("X-A", "a\r\nX-B: c"),)),
+            ("LF in a value", (("X-A", "a\nX-B: c"),)),
+            ("CR in a value", (("X-A", "a\rb"),)),
+            ("NUL in a value", (("X-A", "a\0b"),)),
+            ("line break in a name", (("X-A: b\r\nX-B", "c"),)),
+            ("blank in a name", (("X A", "b"),)),
+            ("colon in a name", (("X-A:", "b"),)),
+            ("no name", (("", "b"),)),
+            ("a name of bytes", ((b"X-A", "b"),)),
+            ("a value of bytes", (("X-A", b"b"),)),
+            ("a value that is a number", (("X-A", 1),)),
+            ("a value that is None", (("X-A", None),)),
+            ("a value not in Latin-1", (("X-A", "\u20ac"),)),
+            ("no pair", (("X-A",),)),
+            ("a string for a pair", ("X-A",)),
+            ("None", None),
+            ("a number", 1),
+        ):
+            yield f"headers: {name}", Reply(200, headers, b"{}")
+        for status in (9999, 1000, 99, 0, -1, 100, "200", None, 200.5, b"200"):
+            yield f"status: {status!r}", Reply(status, (), b"{}")
+        for body in ("{}", None, 1, 1.5, {"a": 1}):
+            yield f"body: {body!r}", Reply(200, (), body)
+
+    def test_bad_replies_of_hooks_are_an_internal_failure(self):
+        reply = None
+
+        class Before(awsproxy.Hook):
+            def before(self, call):
+                return reply
+
+        class After(awsproxy.Hook):
+            def after(self, call, given):
+                return reply
+
+        for hook in (Before(), After()):
+            clock = lambda: EXAMPLE_TIME  # noqa: E731
+            proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=clock, hooks=[hook], hook_seconds=2)
+            self.running = Running(proxy)
+            self.addCleanup(self.running.stop)
+            for name, reply in self.bad_replies():  # noqa: B007
+                with self.subTest(name, hook=type(hook).__name__):
+                    wire = self.running.connect()
+                    wire.socket.settimeout(0.7)
+                    wire.send(raw_call())
+                    got = wire.answer()
+                    self.assertIsNotNone(got, "closed without an answer")
+                    self.assertEqual(got.status, 500)
+                    self.assertIn(b"InternalFailure", got.body)
+
+    def test_good_replies_of_hooks_are_sent(self):
+        reply = Reply(299, (("X-A", "\xe4 b\tc"), ("x-amzn-RequestId", "r")), b"{}")
+
+        class Before(awsproxy.Hook):
+            def before(self, call):
+                return reply
+
+        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[Before()])
+        self.running = Running(proxy)
+        self.addCleanup(self.running.stop)
+        _, got = self.running.ask(raw_call())
+        self.assertEqual((got.status, got.body), (299, b"{}"))
 
 
 # ==== 9. TLS ====
@@ -16941,96 +17972,6 @@ class HoldingOutTest(unittest.TestCase):
             self.assertIn(200, {it.answer.status for it in sent if it.began > begun})
 
 
-# ==== What one sender can break ====
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-LONG_NAME = 60000  # bytes: nearly a whole head
-MAX_LINE = 4096  # bytes of a log line
-logging.getLogger("awsproxy").addHandler(logging.NullHandler())  # no warnings in the output
-LINUX = sys.platform.startswith("linux")
-UPSTREAM_ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "upstreamkey",
-    "AWS_SECRET_ACCESS_KEY": "upstreamsecret",
-}
-
-
-def run_apart(test, code, seconds=5):
-    """Run code in a process of its own; return the JSON that it prints.
-
-    The test fails if the process takes longer, or more than 1 GiB of memory.
-    """
-    prelude = f"""\
-        import contextlib, json, resource, sys, time
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-        resource.setrlimit(resource.RLIMIT_CPU, ({seconds + 5}, {seconds + 5}))
-        sys.path.insert(0, {HERE!r})
-        import awsproxy
-        """
-    text = textwrap.dedent(prelude) + textwrap.dedent(code)
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        test.fail(f"it took longer than {seconds} s")
-    test.assertEqual(ended.returncode, 0, ended.stderr[-2000:])
-    return json.loads(ended.stdout)
-
-
-def cpu_of(act):
-    """Return the CPU seconds that a call takes in this thread."""
-    begin = time.thread_time()
-    act()
-    return time.thread_time() - begin
-
-
-def memory_of(pid, name="VmRSS"):
-    """Return a size from /proc/PID/status, in bytes; 0 without /proc."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as status:
-            return int(re.search(rf"{name}:\s+([0-9]+) kB", status.read())[1]) * 1024
-    except OSError:
-        return 0
-
-
-def metric(address, name):
-    """Return the value of a metric without labels."""
-    text = own_path(address, "/_awsproxy/metrics")[1].decode()
-    (value,) = re.findall(rf"(?m)^{name} (\S+)$", text) or [None]
-    return None if value is None else float(value)
-
-
-def named_by(service, key="dummykey", region="us-east-1"):
-    """Return an Authorization header with a wrong signature."""
-    return (
-        "Authorization",
-        f"AWS4-HMAC-SHA256 Credential={key}/20150830/{region}/{service}/aws4_request,"
-        f" SignedHeaders=host;x-amz-date, Signature={'0' * 64}",
-    )
-
-
-class Unverified:
-    """Sends JSON calls of Amazon SQS to a Proxy that checks no signature: 20,000 a second."""
-
-    def __init__(self, hooks=(), **settings):
-        self.clock = Clock()
-        self.sqs = awsproxy.Sqs(self.clock, wait=self.clock.wait, **settings)
-        self.proxy = Proxy(
-            awsproxy.DEMO_CLIENTS, verified=False, clock=self.clock, sqs=self.sqs, hooks=hooks
-        )
-
-    def __call__(self, operation, /, **given):
-        headers = (
-            ("Host", HOST),
-            ("X-Amz-Target", f"AmazonSQS.{operation}"),
-            ("Content-Type", JSON_1_0),
-        )
-        body = io.BytesIO(json.dumps(given).encode())
-        reply = self.proxy.handle(Request("POST", "/", headers, body))
-        assert reply.status == 200, reply
-        return json.loads(reply.body or b"{}")
-
-
 class ProgramTest(unittest.TestCase):
     """What the tests of whole processes share."""
 
@@ -17060,9 +18001,6 @@ class ProgramTest(unittest.TestCase):
     def assert_alive(self, program):
         self.assertIsNone(program.process.poll(), "the process has ended")
         self.assertEqual(own_path(program.address, "/_awsproxy/health")[0], 200)
-
-
-# ==== 1. Host names ====
 
 
 class HostNameTest(ProgramTest):
@@ -17104,250 +18042,6 @@ class HostNameTest(ProgramTest):
             """,
         )
         self.assertLess(took, 0.5)
-
-
-# ==== 2. A long answer on a kept connection ====
-
-
-class Torrent:
-    """A socket on which an upstream sends faster than anybody can read.
-
-    The head and the last byte of the answer come from the upstream, all else at once.
-    """
-
-    def __init__(self, connection, head, size):
-        self._connection = connection
-        self._head = head
-        self._left = size - 1
-        self.given = 0
-
-    def __getattr__(self, name):
-        return getattr(self._connection, name)
-
-    def recv(self, size, *flags):
-        if flags and flags[0]:
-            return self._connection.recv(size, *flags)
-        data = b""
-        if self._head:
-            data = self._connection.recv(min(size, self._head))
-            self._head -= len(data)
-        if not self._head and self._left:
-            count = min(self._left, size - len(data))
-            self._left -= count
-            data += b"x" * count
-        self.given += len(data)
-        return data or self._connection.recv(size)
-
-    def recv_into(self, buffer, size=0, *flags):
-        data = self.recv(size or len(buffer), *flags)
-        memoryview(buffer)[: len(data)] = data
-        return len(data)
-
-
-class TorrentPool(awsproxy.Pool):
-    """A pool whose next kept connection is a Torrent, if `head` and `size` are set."""
-
-    head = size = 0
-    torrent = None
-
-    def idle(self, endpoint):
-        connection = super().idle(endpoint)
-        if connection and self.size:
-            self.torrent = Torrent(connection.socket, self.head, self.size)
-            connection.socket = self.torrent
-            self.size = 0
-        return connection
-
-
-class LongAnswerTest(Through):
-    SIZE = 20 * MEBIBYTE
-    service = "s3"
-
-    def setUp(self):
-        with mock.patch.object(awsproxy, "Pool", TorrentPool):
-            super().setUp()
-
-    def ask(self, client, line, size=SIZE):
-        """Have a call answered at length, with a line in the head, on a kept connection."""
-        self.assertEqual(self.s3("GET", "/b/first").body, b"ok")
-        head = answer(b"200 OK", line)
-        self.pool.torrent, self.pool.head, self.pool.size = None, len(head), size
-        self.upstream.answers = [then_close(head + b"x")]
-        given = (("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"),)
-        made = sign("GET", "/b/long", given, service="s3", payload_hash="UNSIGNED-PAYLOAD")
-        client.settimeout(5)
-        client.connect(self.running.address)
-        client.sendall(raw_request("GET", "/b/long", made))
-        wait_until(lambda: self.pool.torrent and self.pool.torrent.given)
-
-    def read(self, client, size=SIZE):
-        got = 0
-        while got < size:
-            data = client.recv(262144)
-            self.assertTrue(data, f"it broke off after {got} bytes")
-            got += len(data)
-
-    def test_long_answers_on_a_kept_connection_stream(self):
-        """The proxy takes no more than its caller reads, and answers others meanwhile."""
-        for line in (b"Content-Length: %d" % self.SIZE, b"Connection: close"):
-            with self.subTest(line), socket.socket() as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-                self.ask(client, line)
-                torrent = self.pool.torrent
-                begin = time.monotonic()
-                self.assertEqual(self.s3("GET", "/b/other").body, b"ok")
-                self.assertLess(time.monotonic() - begin, 1)
-                time.sleep(0.1)
-                self.assertLess(torrent.given, 0.7 * self.SIZE, "the proxy has taken it all in")
-                self.read(client)
-
-    def test_long_answers_on_a_kept_connection_cost_little(self):
-        """The buffer must not be copied for each part that comes or is read of it."""
-        size = 2 * self.SIZE
-        with socket.socket() as client:
-            begin = time.process_time()
-            self.ask(client, b"Content-Length: %d" % size, size)
-            self.read(client, size)
-            self.assertLess(time.process_time() - begin, 1)
-
-
-# ==== 3. Numbers ====
-
-
-class NumberTest(unittest.TestCase):
-    def test_long_numbers_are_judged_quickly(self):
-        took = run_apart(
-            self,
-            """
-            from test_awsproxy import Caller, Refused
-            caller = Caller("json")
-            url = caller.queue()
-            took = []
-            for text in ("1" * 20000 + "x", "1" * 20000 + ".x", "." + "1" * 20000 + "x",
-                         "+" + "1" * 200000 + "e", "0" * 200000 + "e1x", "1" * 200000):
-                number = {"DataType": "Number", "StringValue": text}
-                begin = time.process_time()
-                try:
-                    caller("SendMessage", QueueUrl=url, MessageBody="a",
-                           MessageAttributes={"a": number})
-                except Refused:
-                    pass
-                took.append(time.process_time() - begin)
-            print(json.dumps(max(took)))
-            """,
-        )
-        self.assertLess(took, 0.2)
-
-    def test_good_numbers_are_taken(self):
-        caller = Caller("json")
-        url = caller.queue()
-        for text in ("1", "-1.5", "+.5", "1.", "1e5", "1.5E-100", "0" * 30):
-            number = {"DataType": "Number", "StringValue": text}
-            with self.subTest(text):
-                caller(
-                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
-                )
-        for text in ("x", "1x", ".", "", "e5", "1e", "1e5000", "--1", "1.5.5", "1 ", "\u0661"):
-            number = {"DataType": "Number", "StringValue": text}
-            with self.subTest(text), self.assertRaises(Refused):
-                caller(
-                    "SendMessage", QueueUrl=url, MessageBody="a", MessageAttributes={"a": number}
-                )
-
-
-# ==== 4. Names that callers make up ====
-
-
-class MadeUpNameTest(unittest.TestCase):
-    def calls(self):
-        """Yield requests, each well signed and each with another long name."""
-        form = ("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
-        for number in range(8):
-            body = b"Version=2012-11-05&Action=A%d" % number + b"a" * 4 * MEBIBYTE
-            for service in ("sqs", "sns"):
-                yield signed("POST", "/", (form,), body, service=service)
-        for number in range(40):
-            name = f"A{number}" + "a" * LONG_NAME
-            for service, prefix in (("sqs", "AmazonSQS"), ("dynamodb", "DynamoDB_20120810")):
-                kind = (("X-Amz-Target", f"{prefix}.{name}"), OF_JSON[1])
-                yield signed("POST", "/", kind, b"{}", service=service)
-            yield signed("GET", f"/?Version=2012-11-05&Action={name}")
-            yield signed("POST", f"/2015-03-31/functions/{name}/invocations", service="lambda")
-            declared = (("X-Amz-Content-Sha256", EMPTY),)
-            yield signed("GET", f"/b/{name}", declared, service="s3", payload_hash=EMPTY)
-            yield signed("GET", f"/?{name}", declared, service="s3", payload_hash=EMPTY)
-            smithy = (("Smithy-Protocol", "rpc-v2-cbor"),)
-            target = f"/service/S/operation/{name}"
-            yield signed("POST", target, smithy, b"\xa0", service="cloudwatch")
-            yield signed(name, "/", service="lambda")
-
-    def test_made_up_names_do_not_fill_the_memory(self):
-        metrics = awsproxy.Metrics()
-        path = os.path.join(folder(self), "log")
-        log = awsproxy.AccessLog(awsproxy.open_log(path), False)
-        self.addCleanup(lambda: log._stream.close())
-        routes = [awsproxy.Route("a*:b", awsproxy.Deny()), awsproxy.Route("*", awsproxy.Deny())]
-        proxy = Proxy(
-            awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes, hooks=[metrics, log]
-        )
-        proxy.handle(signed("POST", "/", OF_JSON, b"{}"))
-        gc.collect()
-        tracemalloc.start(1)
-        self.addCleanup(tracemalloc.stop)
-        for request in self.calls():
-            reply = proxy.handle(request)
-            self.assertIn(reply.status, range(400, 502))
-            self.assertLess(len(reply.body), 20000, reply.body[:99])
-        del request, reply
-        gc.collect()
-        kept = tracemalloc.get_traced_memory()[0]
-        self.assertLess(len(metrics.text()), MEBIBYTE)
-        self.assertLess(kept, 4 * MEBIBYTE)
-        with open(path, encoding="ascii") as lines:
-            self.assertLess(max(map(len, lines)), MAX_LINE)
-
-
-# ==== 5. Heads and bodies of strangers ====
-
-
-class StrangerTest(SocketTest):
-    @classmethod
-    def setUpClass(cls):
-        cls.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
-        cls.running = Running(cls.proxy)
-        cls.addClassCleanup(cls.running.stop)
-
-    def test_heads_are_judged_before_the_body_has_come(self):
-        stranger = DEMO._replace(access_key_id="AKIDSTRANGER")
-        body = b"{}" + b" " * 100000
-        length = (("Content-Length", str(len(body))),)
-        declared = (("X-Amz-Content-Sha256", sha256(body)),)
-        for name, headers in (
-            ("unsigned", OF_JSON),
-            ("unknown key", sign("POST", "/", OF_JSON, body, client=stranger)),
-            ("too old", sign("POST", "/", OF_JSON, body, at=EXAMPLE_TIME - 9999)),
-            ("for no date", sign("POST", "/", OF_JSON, body, date="nonsense")),
-            ("malformed", (*OF_JSON, ("Authorization", "AWS4-HMAC-SHA256 nonsense"))),
-            ("no Host signed", sign("POST", "/", OF_JSON, body, unsigned=("host",))),
-            ("token", sign("POST", "/", OF_JSON, body, client=DEMO._replace(session_token="x"))),
-            ("declared", sign("POST", "/", (*OF_JSON, *declared), body, client=stranger)),
-        ):
-            with self.subTest(name):
-                wire = self.running.connect()
-                wire.socket.settimeout(0.7)
-                wire.send(raw_request("POST", "/", (*headers, *length)) + body[:50000])
-                got = wire.answer()
-                self.assertIn(got.status, (400, 403))
-                self.assertTrue(got.closes)
-
-    def test_a_well_signed_body_that_comes_in_parts_is_answered(self):
-        data = raw_call(body=b"{}" + b" " * 100000)
-        for at in (1, 100, len(data) - 100002, len(data) - 50000, len(data) - 1):
-            wire = self.running.connect()
-            wire.send(data[:at])
-            time.sleep(0.02)
-            wire.send(data[at:])
-            self.assertEqual(wire.answer().status, 200)
 
 
 @unittest.skipUnless(LINUX, "it reads /proc")
@@ -17411,335 +18105,6 @@ class CrowdOfStrangersTest(ProgramTest):
                 self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
 
 
-# ==== 6. Lines of the log ====
-
-
-class LineWriterTest(unittest.TestCase):
-    class Stream(io.StringIO):
-        """A stream that keeps what it was given, and fails or blocks if it is told to."""
-
-        def __init__(self):
-            super().__init__()
-            self.text = ""
-            self.writing = threading.Event()
-            self.goes_on = threading.Event()
-            self.goes_on.set()
-            self.failure = None
-
-        def write(self, text):
-            self.writing.set()
-            self.goes_on.wait(DEADLINE)
-            if self.failure:
-                raise self.failure
-            self.text += text
-
-    def start(self, *more):
-        stream = self.Stream()
-        self.addCleanup(stream.goes_on.set)
-        return stream, awsproxy.LineWriter(stream, *more)
-
-    def test_close_waits_for_all_lines(self):
-        stream, writer = self.start()
-        lines = [f"{number}\n" for number in range(3000)]
-        for line in lines:
-            writer.write(line)
-        writer.close(DEADLINE)
-        self.assertEqual(stream.text, "".join(lines))
-        self.assertEqual(writer.dropped, 0)
-
-    def test_close_does_not_wait_for_a_reader_that_does_not_read(self):
-        stream, writer = self.start()
-        stream.goes_on.clear()
-        writer.write("a\n")
-        began = time.monotonic()
-        writer.close(0.1)
-        self.assertLess(time.monotonic() - began, SHORTER)
-
-    def test_lines_beyond_the_most_are_dropped_and_counted(self):
-        stream, writer = self.start()
-        stream.goes_on.clear()
-        writer.write("a\n")
-        stream.writing.wait(DEADLINE)
-        for _ in range(writer.MOST + 9):
-            writer.write("a\n")
-        self.assertEqual(writer.dropped, 10)
-        stream.goes_on.set()
-        writer.close(DEADLINE)
-        self.assertEqual(stream.text, "a\n" * writer.MOST)
-        writer.write("b\n")
-        writer.close(DEADLINE)
-        self.assertEqual(stream.text[-2:], "b\n")
-        self.assertEqual(writer.dropped, 10)
-
-    def test_lines_that_cannot_be_written_are_counted(self):
-        for failure in (OSError(errno.EPIPE, "gone"), ValueError("closed")):
-            with self.subTest(failure):
-                stream, writer = self.start()
-                stream.failure = failure
-                writer.write("a\n")
-                writer.close(DEADLINE)
-                self.assertEqual(writer.dropped, 1)
-                stream.failure = None
-                writer.write("b\n")
-                writer.close(DEADLINE)
-                self.assertEqual(stream.text, "b\n")
-
-    def test_reopened_stream_gets_the_lines_to_come(self):
-        other = self.Stream()
-        stream, writer = self.start(lambda: other)
-        writer.write("a\n")
-        writer.reopen()
-        wait_until(lambda: stream.closed)
-        self.assertEqual(stream.text, "a\n")
-        writer.write("b\n")
-        writer.close(DEADLINE)
-        self.assertEqual(other.text, "b\n")
-
-    def test_stream_that_cannot_be_reopened_stays(self):
-        tried = threading.Event()
-
-        def open_again():
-            tried.set()
-            raise PermissionError(errno.EACCES, "no")
-
-        stream, writer = self.start(open_again)
-        with self.assertLogs("awsproxy", "ERROR") as logs:
-            writer.reopen()
-            wait_until(tried.is_set)
-            writer.write("a\n")
-            writer.close(DEADLINE)
-        self.assertEqual(len(logs.output), 1)
-        self.assertEqual(stream.text, "a\n")
-
-
-class LogLineTest(unittest.TestCase):
-    def requests(self):
-        """Yield requests that try to forge columns or to write long lines."""
-        host = ("Host", HOST)
-        long = "a" * LONG_NAME
-        forged = "200 - 0.33 842c3448"
-        yield "GET", "/?Action=ListQueues+200+-+0.33+842c3448", (host,)
-        yield "GET", "/?Action=List%20Queues%09x%0a%0d%00%1b[31m", (host,)
-        yield "GET", "/?Action=List%A0Queues%85%E2%80%A8x", (host,)
-        yield "GET", "/?Action=" + long, (host,)
-        yield "GET", "/?Action=" + "%E4" * 20000, (host,)
-        for value in (f"AmazonSQS.List {forged}", "AmazonSQS." + long, "AmazonSQS.\xa0\x85\xe4"):
-            yield "POST", "/", (host, ("X-Amz-Target", value), OF_JSON[1])
-            yield "POST", "/", (host, ("X-Amz-Target", value), named_by("dynamodb"))
-        for value in (f"curl {forged}", long, "\xe4" * LONG_NAME, '"\\' * 30000):
-            yield "POST", "/", (host, *OF_JSON, ("User-Agent", value))
-            yield "POST", "/", (host, *OF_JSON, ("X-Amzn-Trace-Id", value))
-            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-request", f"attempt=1{value}"))
-            yield "POST", "/", (host, *OF_JSON, ("amz-sdk-invocation-id", value))
-            yield "POST", "/", (host, *OF_JSON, ("X-Forwarded-For", value))
-            yield "POST", "/", (host, *OF_JSON, ("Content-Length", value))
-        yield long, "/", (host, named_by("lambda"))
-        yield "A" * LONG_NAME, "/", (host,)
-        for key in ("k" * 128, "\xe4" * 128, "k\\n" * 40, "k" * LONG_NAME, f"key {forged}"):
-            yield "GET", "/", (host, named_by("s3", key))
-            yield "GET", f"/?X-Amz-Credential={key}/20150830/us-east-1/s3/aws4_request", (host,)
-            yield "GET", "/", (host, named_by("s3", "key", key))
-            yield "GET", "/", (host, named_by(key))
-        for path in (long, "%20" * 20000, "\xe4" * LONG_NAME, "a b 200"):
-            yield "POST", f"/2015-03-31/functions/{path}", (host, named_by("lambda"))
-            yield "POST", f"/b/{path}", (host, named_by("s3"))
-            smithy = ("Smithy-Protocol", "rpc-v2-cbor")
-            yield "POST", f"/service/S/operation/{path}", (host, smithy, named_by("logs"))
-        yield "GET", "/", (("Host", f"a b {forged}.s3.amazonaws.com"), named_by("s3"))
-        yield "GET", "/", (("Host", "a." * 30000), named_by("s3"))
-
-    def signed_requests(self):
-        """Yield requests that are signed well, and try the same."""
-        for name in ("List Queues", "A" * LONG_NAME, "\xe4" * 9000, "ListQueues\t200"):
-            query = f"/?Version=2012-11-05&Action={escaped(name.encode(), b'')}"
-            if len(query) < LONG_NAME + 100:
-                yield signed("GET", query)
-            yield signed("POST", "/", (("X-Amz-Target", f"AmazonSQS.{name}"), OF_JSON[1]), b"{}")
-            yield signed("POST", "/", (*OF_JSON, ("User-Agent", name)), b"{}")
-
-    def lines(self, of_json):
-        """Return what both kinds of requests write into a log."""
-        path = os.path.join(folder(self), "log")
-        stream = awsproxy.open_log(path)
-        self.addCleanup(stream.close)
-        log = awsproxy.AccessLog(stream, of_json)
-        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[log])
-        made = [Request(*given, io.BytesIO(b"{}"), "127.0.0.1") for given in self.requests()]
-        for it in self.signed_requests():
-            made.append(Request(it.method, it.target, it.headers, it.body, "127.0.0.1"))
-        for request in made:
-            proxy.handle(request)
-
-        def read():
-            with open(path, "rb") as lines:
-                return lines.read().split(b"\n")[:-1]
-
-        wait_until(lambda: len(read()) >= len(made), fault="lines are missing")
-        self.assertEqual(len(read()), len(made), "a line too many")
-        return list(zip(made, read()))
-
-    def test_callers_forge_no_columns_of_the_text_log(self):
-        for request, line in self.lines(of_json=False):
-            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
-                self.assertEqual(len(line.split(b" ")), len(LOG_FIELDS), line[:200])
-                self.assertRegex(line, rb"\A[ -~]*\Z")
-                self.assertEqual(len(line.split()), len(LOG_FIELDS), line[:200])
-
-    def test_lines_of_the_log_are_short(self):
-        for of_json in (False, True):
-            for request, line in self.lines(of_json):
-                with self.subTest(f"{request.method[:9]} {request.target[:50]}", json=of_json):
-                    self.assertLessEqual(len(line) + 1, MAX_LINE)
-
-    def test_lines_of_the_json_log_are_json(self):
-        for request, line in self.lines(of_json=True):
-            with self.subTest(f"{request.method[:9]} {request.target[:50]}"):
-                self.assertLessEqual(set(LOG_FIELDS), set(json.loads(line)))
-                self.assertRegex(line, rb"\A[ -~]*\Z")
-
-
-# ==== 7. Idle connections ====
-
-
-class IdleConnectionTest(SocketTest):
-    def start(self, proxy, most):
-        self.running = Running(proxy, max_connections=most)
-        self.addCleanup(self.running.stop)
-        return self.running
-
-    def admin(self):
-        return self.start(awsproxy.Admin(awsproxy.Status(awsproxy.Metrics())), 32)
-
-    def assert_healthy(self):
-        status = own_path(self.running.address, "/_awsproxy/health")[0]
-        self.assertEqual(status, 200)
-
-    def test_idle_admin_connections_give_way(self):
-        running = self.admin()
-        for _ in range(32):
-            running.connect()
-        self.assert_healthy()
-        for _ in range(100):
-            running.connect()
-        self.assert_healthy()
-
-    def test_admin_connections_kept_alive_give_way(self):
-        running = self.admin()
-        for _ in range(40):
-            wire = running.connect()
-            wire.send(raw_request("GET", "/_awsproxy/health", ()))
-            self.assertEqual(wire.answer().status, 200)
-        self.assert_healthy()
-
-    def test_admin_connections_with_half_a_head_give_way(self):
-        running = self.admin()
-        for _ in range(32):
-            running.connect().send(b"GET /_awsproxy/health HTTP/1.1\r\nHo")
-        self.assert_healthy()
-
-    def proxy(self, **settings):
-        settings.setdefault("clock", lambda: EXAMPLE_TIME)
-        return Proxy(awsproxy.DEMO_CLIENTS, **settings)
-
-    def ask(self, wire):
-        wire.send(raw_call())
-        self.assertEqual(wire.answer().status, 200)
-
-    def test_the_connection_that_idles_longest_gives_way(self):
-        running = self.start(self.proxy(), 8)
-        wires = [running.connect() for _ in range(8)]
-        for wire in wires:
-            self.ask(wire)
-            time.sleep(0.01)
-        newer = running.connect()
-        self.ask(newer)
-        self.assertTrue(wires[0].ended(), "the oldest connection is still open")
-        for wire in (*wires[1:], newer):
-            self.ask(wire)
-        self.assertLessEqual(running.server.connections, 8)
-
-    def test_a_connection_that_is_used_does_not_give_way_to_one_that_idles_longer(self):
-        running = self.start(self.proxy(), 8)
-        wires = [running.connect() for _ in range(8)]
-        for wire in (*wires, wires[0]):
-            self.ask(wire)
-            time.sleep(0.01)
-        newer = running.connect()
-        self.ask(newer)
-        self.assertTrue(wires[1].ended(), "another connection has given way")
-        self.ask(wires[0])
-
-    def test_polls_do_not_give_way(self):
-        running = self.start(self.proxy(), 8)
-        create = raw_call(
-            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
-        )
-        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
-        url = f"http://{HOST}/000000000000/q"
-        first = running.connect()
-        first.send(create)
-        self.assertEqual(first.answer().status, 200)
-        first.send(raw_call(poll, json.dumps({"QueueUrl": url, "WaitTimeSeconds": 20}).encode()))
-        others = [running.connect() for _ in range(7)]
-        for wire in others:
-            self.ask(wire)
-        newer = running.connect()
-        send = (("X-Amz-Target", "AmazonSQS.SendMessage"), OF_JSON[1])
-        newer.send(raw_call(send, json.dumps({"QueueUrl": url, "MessageBody": "hi"}).encode()))
-        self.assertEqual(newer.answer().status, 200)
-        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
-        got = first.answer()
-        self.assertIn(b'"hi"', got.body)
-
-    def test_a_new_connection_is_refused_if_all_others_are_busy(self):
-        running = self.start(self.proxy(sqs=awsproxy.Sqs()), 4)
-        create = raw_call(
-            (("X-Amz-Target", "AmazonSQS.CreateQueue"), OF_JSON[1]), b'{"QueueName":"q"}'
-        )
-        poll = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"), OF_JSON[1])
-        url = f"http://{HOST}/000000000000/q"
-        wires = [running.connect() for _ in range(4)]
-        wires[0].send(create)
-        self.assertEqual(wires[0].answer().status, 200)
-        body = json.dumps({"QueueUrl": url, "WaitTimeSeconds": 1}).encode()
-        for wire in wires:
-            wire.send(raw_call(poll, body))
-        wait_until(lambda: running.server.calls == 4)
-        self.assertEqual(running.connect().answer().status, 503)
-        for wire in wires:
-            self.assertEqual(wire.answer().status, 200)
-
-
-class ForwardedIdleTest(Through):
-    def test_calls_that_an_upstream_answers_do_not_give_way(self):
-        running = Running(self.proxy, max_connections=4)
-        self.addCleanup(running.stop)
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-
-        def slow(connection, arrived):
-            go_on.wait(5)
-            return OK
-
-        first = running.connect()
-        first.send(raw_call())
-        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")  # a connection is kept
-        while first.stream.readline() != b"\r\n":
-            pass
-        first.stream.read(2)
-        self.upstream.answers = [slow]
-        first.send(raw_call())
-        wait_until(lambda: not self.upstream.answers)
-        others = [running.connect() for _ in range(3)]
-        wait_until(lambda: running.server.connections == 4)
-        newer = running.connect()
-        newer.send(raw_call())
-        self.assertEqual(newer.stream.readline(), b"HTTP/1.1 200 OK\r\n")
-        self.assertTrue(others[0].ended(), "the oldest idle connection is still open")
-        go_on.set()
-        self.assertEqual(first.stream.readline(), b"HTTP/1.1 200 OK\r\n")
-
-
 class AdminProgramTest(ProgramTest):
     def test_the_health_check_works_next_to_idle_connections(self):
         program = self.start("--admin", "127.0.0.1:0", "--max-connections", "8")
@@ -17756,7 +18121,163 @@ class AdminProgramTest(ProgramTest):
         program.caller()("ListQueues")
 
 
-# ==== 8. to 10. Signals and the log ====
+class ClientFlagTest(unittest.TestCase):
+    """`--client KEY:SECRET`, and what the public demo key is not good for."""
+
+    LOCAL = Client("local", "AKIDLOCAL", "local:secret/+")
+    SECOND = Client("second", "AKIDSECOND", "secondsecret")
+    LAUNCHER = """\
+        import sys
+        sys.path.insert(0, {here!r})
+        import awsproxy
+        awsproxy.is_loopback = lambda host: host != "127.0.0.1"
+        sys.exit(awsproxy.main())
+        """
+
+    def setUp(self):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        keys = {"AWS_ACCESS_KEY_ID": "AKIDUPSTREAM", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        self.environ = {**kept, **keys, **NO_METADATA, "HOME": folder(self)}
+
+    def refused(self, *rows):
+        """Check that the program starts with none of these flags; return the lines it printed."""
+        with mock.patch.dict(os.environ, self.environ, clear=True):
+            ended = run_each((flags, ["--port", "0", *flags]) for flags in rows)
+        for flags, (code, output, errors) in ended.items():
+            with self.subTest(flags):
+                self.assertEqual((code, output), (2, ""), errors)
+                self.assertRegex(errors, r"\A[^\n]+\n\Z")
+        return [errors for _, _, errors in ended.values()]
+
+    def test_demo_client_is_not_forwarded_to_aws(self):
+        demo = section("demo", "dummykey", "dummysecret")
+        path = write(os.path.join(folder(self), "clients"), demo)
+        lines = self.refused(
+            ("--upstream", "aws"),
+            ("--route", "s3:*=aws"),
+            ("--route", "sqs:*=embedded", "--route", "sts:GetCallerIdentity=aws"),
+            ("--upstream", "aws", "--client", "dummykey:dummysecret"),
+            ("--upstream", "aws", "--client", "AKIDLOCAL:x", "--client", "dummykey:dummysecret"),
+            ("--upstream", "aws", "--clients", path),
+        )
+        for line in lines:
+            self.assertRegex(line, r"--clients\b")
+            self.assertRegex(line, r"--client\b(?!s)")
+
+    def test_demo_client_may_be_forwarded_elsewhere(self):
+        program = Program(self.addCleanup, "--upstream", "http://127.0.0.1:9", env=self.environ)
+        self.assertTrue(program.address)
+
+    def test_client_of_the_command_line_may_call(self):
+        program = Program(
+            self.addCleanup,
+            *("--client", f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"),
+            *("--client", f"{self.SECOND.access_key_id}:{self.SECOND.secret_access_key}"),
+        )
+        for client in (self.LOCAL, self.SECOND):
+            for protocol in ("json", "query"):
+                with self.subTest(client.name, protocol=protocol):
+                    caller = program.caller(protocol, client=client)
+                    self.assertEqual(refused_code(caller), "")
+        wrong = self.LOCAL._replace(secret_access_key="local")
+        self.assertEqual(refused_code(program.caller(client=wrong)), "SignatureDoesNotMatch")
+        self.assertEqual(refused_code(program.caller()), "InvalidClientTokenId")
+
+    def test_client_of_the_command_line_is_enough_for_aws(self):
+        program = Program(
+            self.addCleanup, "--upstream", "aws", "--client", "AKIDLOCAL:x", env=self.environ
+        )
+        self.assertTrue(program.address)
+
+    def test_client_of_the_command_line_is_enough_off_loopback(self):
+        """The launcher has 127.0.0.1 count as an address that others can reach."""
+        text = textwrap.dedent(self.LAUNCHER).format(here=HERE)
+        path = write(os.path.join(folder(self), "launcher.py"), text)
+        for flags in ((), ("--client", "dummykey:dummysecret")):
+            program = Program(self.addCleanup, *flags, path=path)
+            with self.subTest(flags):
+                self.assertEqual(program.process.wait(DEADLINE), 2)
+                (line,) = program.rest()
+                self.assertRegex(line, "loopback.*--client KEY:SECRET")
+        value = f"{self.LOCAL.access_key_id}:{self.LOCAL.secret_access_key}"
+        program = Program(self.addCleanup, "--client", value, path=path)
+        self.assertTrue(program.address)
+        self.assertEqual(refused_code(program.caller(client=self.LOCAL)), "")
+
+    def test_malformed_client_is_refused_without_its_secret(self):
+        values = (
+            "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
+            "AKID/LOCAL:verysecret",
+        )  # fmt: skip
+        for line in self.refused(*(("--client", value) for value in values)):
+            self.assertIn("--client", line)
+            self.assertNotIn("verysecret", line)
+
+    def test_help_names_the_flag(self):
+        _, text, _ = run_each([("help", ["--help"])])["help"]
+        self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
+
+
+UPSTREAM_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "upstreamkey",
+    "AWS_SECRET_ACCESS_KEY": "upstreamsecret",
+}
+
+
+class ClientsFileTest(ProgramTest):
+    def test_a_revoked_secret_stops_working_though_size_and_mtime_stay(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret-1"))
+        program = self.start("--clients", path)
+        secrets = [DEMO._replace(access_key_id="akid", secret_access_key=f"secret-{n}")
+                   for n in range(5)]  # fmt: skip
+
+        def code(number):
+            return refused_code(program.caller(client=secrets[number]))
+
+        self.assertEqual(code(1), "")
+        status = os.stat(path)
+
+        def in_place(text):
+            with open(path, "r+", encoding="utf-8") as file:
+                file.write(text)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        def by_rename(text):
+            write(path, text)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        for number, replace in enumerate((by_rename, in_place), 2):
+            replace(section("a", "akid", f"secret-{number}"))
+            now = os.stat(path)
+            self.assertEqual((now.st_size, now.st_mtime_ns), (status.st_size, status.st_mtime_ns))
+            with self.subTest(replace.__name__):
+                wait_until(lambda n=number: code(n - 1), 2, "the secret was not revoked")
+                self.assertEqual(code(number), "")
+
+    def test_a_client_with_the_key_of_the_upstream_is_refused_later_too(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
+        flags = ("--clients", path, "--upstream", "http://127.0.0.1:1", "--quiet")
+        program = self.start(*flags, env={**os.environ, **UPSTREAM_ENVIRONMENT})
+        old = DEMO._replace(access_key_id="akid", secret_access_key="secret")
+        new = DEMO._replace(access_key_id="upstreamkey", secret_access_key="upstreamsecret")
+        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
+        text = section("a", "akid", "secret") + section("b", "upstreamkey", "upstreamsecret")
+        write(path, text)
+        line = ""
+        while path not in line and "upstreamkey" not in line:
+            line = program.line(5)
+            self.assertIsNotNone(line)
+        self.assertNotIn("upstreamsecret", line)
+        code = refused_code(program.caller(client=new))
+        self.assertNotIn(code, ("", "ServiceUnavailable"), line)
+        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
+
+
+def metric(address, name):
+    """Return the value of a metric without labels."""
+    text = own_path(address, "/_awsproxy/metrics")[1].decode()
+    (value,) = re.findall(rf"(?m)^{name} (\S+)$", text) or [None]
+    return None if value is None else float(value)
 
 
 class SignalTest(ProgramTest):
@@ -17892,188 +18413,6 @@ class SignalTest(ProgramTest):
             self.assertEqual(len(lines.readlines()), 1000)
 
 
-# ==== 11. to 13. What goes upstream ====
-
-
-class EmptyBodyTest(Through):
-    service = "s3"
-
-    def test_empty_bodies_are_checked_before_anything_goes_upstream(self):
-        declared = sha256(b"hello")
-        zero = (("Content-Length", "0"),)
-        for method in ("PUT", "DELETE", "GET", "POST", "HEAD"):
-            for kept in (False, True):
-                with self.subTest(method, kept=kept):
-                    after = () if method in ("PUT", "POST") else zero
-                    if kept:
-                        self.s3("GET", "/b/first")
-                        self.upstream.next()
-                    self.check(self.s3(method, "/b/k", payload_hash=declared, after=after), method)
-        for method in ("GET", "DELETE"):
-            with self.subTest(method, length="none"):
-                self.check(self.s3(method, "/b/k", payload_hash=declared), method)
-        given = (("X-Amz-Content-Sha256", declared),)
-        for method in ("PUT", "POST", "DELETE"):
-            made = sign(method, "/b/k", given, service="s3", payload_hash=declared)
-            made = (*made, ("Transfer-Encoding", "chunked"))
-            with self.subTest(method, length="chunked"):
-                raw = raw_request(method, "/b/k", made, b"0\r\n\r\n")
-                self.check(self.put(raw, method), method, (400, 411))
-
-    def check(self, got, method, statuses=(400,)):
-        self.assertIn(got.status, statuses)
-        if method != "HEAD" and got.status == 400:
-            self.assertIn(b"XAmzContentSHA256Mismatch", got.body)
-        self.assertEqual(self.s3("GET", "/b/after").body, b"ok")
-        time.sleep(0.01)
-        arrived = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                arrived.append(self.upstream.arrived.get_nowait())
-        whole = [f"{it.method} {it.target}" for it in arrived if it.complete]
-        self.assertEqual(whole, ["GET /b/after"])
-
-    def test_empty_bodies_with_the_right_hash_are_sent(self):
-        for method in ("PUT", "DELETE", "GET", "POST"):
-            with self.subTest(method):
-                self.assertEqual(self.s3(method, "/b/k").status, 200)
-                self.assertEqual(self.upstream.next().method, method)
-
-
-class SignedHeaderTest(Through):
-    service = "s3"
-
-    SIGNED = (
-        ("PUT", "If-None-Match", "*"),
-        ("PUT", "If-Match", '"a"'),
-        ("GET", "Range", "bytes=0-1"),
-        ("GET", "If-Modified-Since", "Sat, 29 Oct 1994 19:43:31 GMT"),
-        ("PUT", "Cache-Control", "no-store"),
-        ("PUT", "Content-Encoding", "gzip"),
-        ("PUT", "Content-Type", "text/plain"),
-        ("PUT", "X-Amz-Copy-Source", "/b/other"),
-        ("PUT", "X-Other", "1"),
-        ("GET", "X-Forwarded-For", "192.0.2.1"),
-    )
-
-    def test_connection_takes_no_signed_header_away(self):
-        for method, name, value in self.SIGNED:
-            for connection in (name, name.lower(), f"keep-alive, {name}", f"close,{name.upper()}"):
-                after = (("Connection", connection),)
-                with self.subTest(name, connection=connection):
-                    got = self.s3(method, "/b/k", ((name, value),), after=after)
-                    self.assertEqual(got.status, 200)
-                    self.assertEqual(self.upstream.next().one(name.lower()), value)
-
-    def test_connection_takes_no_header_away_that_a_presigned_url_signs(self):
-        for method, name, value in self.SIGNED:
-            target = presign(method, "/b/k", ((name, value),), service="s3")
-            headers = ((name, value), ("Connection", name))
-            if method == "PUT":
-                headers += (("Content-Length", "0"),)
-            with self.subTest(name):
-                self.assertEqual(self.put(raw_request(method, target, headers)).status, 200)
-                self.assertEqual(self.upstream.next().one(name.lower()), value)
-
-    def test_connection_takes_no_signed_header_of_another_service_away(self):
-        kind = (("X-Amz-Target", "DynamoDB_20120810.ListTables"), OF_JSON[1], ("X-Other", "1"))
-        after = (("Connection", "X-Other, X-Amz-Target, Content-Type"),)
-        got = self.call("POST", "/", kind, b"{}", service="dynamodb", after=after)
-        self.assertEqual(got.status, 200)
-        arrived = self.upstream.next()
-        for name, value in kind:
-            self.assertEqual(arrived.one(name.lower()), value)
-
-    def test_signed_headers_of_the_way_are_kept(self):
-        for name, value in (("X-Forwarded-For", "192.0.2.1"), ("X-Forwarded-Proto", "https")):
-            with self.subTest(name):
-                self.assertEqual(self.s3("GET", "/b/k", ((name, value),)).status, 200)
-                self.assertEqual(self.upstream.next().one(name.lower()), value)
-
-    def test_unsigned_headers_of_the_connection_are_dropped(self):
-        for name, value in (("X-Other", "1"), ("X-Forwarded-For", "192.0.2.1"), ("TE", "gzip")):
-            after = ((name, value), ("Connection", name))
-            with self.subTest(name):
-                self.assertEqual(self.s3("GET", "/b/k", after=after).status, 200)
-                self.assertEqual(self.upstream.next().all(name.lower()), [])
-
-
-class Heedless:
-    """An upstream that reads heads alone: it takes a body for the next request."""
-
-    def __init__(self, cleanup):
-        self.seen = []  # connection, method, target
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.open = []
-        self.threads = [threading.Thread(target=self.accept, daemon=True)]
-        self.threads[0].start()
-        cleanup(self.stop)
-
-    def stop(self):
-        for each in (self.listener, *self.open):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self.threads:
-            thread.join(5)
-        self.listener.close()
-
-    def accept(self):
-        while True:
-            try:
-                connection = self.listener.accept()[0]
-            except OSError:
-                return
-            self.open.append(connection)
-            number = len(self.open)
-            self.threads.append(
-                threading.Thread(target=self.serve, args=(connection, number), daemon=True)
-            )
-            self.threads[-1].start()
-
-    def serve(self, connection, number):
-        buffer = b""
-        with connection, contextlib.suppress(OSError):
-            while True:
-                while b"\r\n\r\n" not in buffer:
-                    data = connection.recv(65536)
-                    if not data:
-                        return
-                    buffer += data
-                head, _, buffer = buffer.partition(b"\r\n\r\n")
-                method, target, *_ = head.decode("latin-1").split(" ")
-                self.seen.append((number, method, target))
-                body = b"" if method.endswith("HEAD") else target.encode()
-                connection.sendall(answer(b"200 OK", length_of(target.encode()), body=body))
-
-
-class IgnoredBodyTest(Through):
-    service = "s3"
-
-    def test_connections_are_not_used_again_after_a_body_that_may_be_ignored(self):
-        for service, path in (("s3", "/b/"), ("lambda", "/2015-03-31/functions/")):
-            for method in ("GET", "HEAD", "DELETE"):
-                for body in (b"hello", b"GET /evil HTTP/1.1\r\nHost: a\r\n\r\n"):
-                    with self.subTest(method, service=service, body=body):
-                        self.check(service, path, method, body)
-
-    def check(self, service, path, method, body):
-        call = self.s3 if service == "s3" else self.call
-        how = {} if service == "s3" else {"service": service}
-        heedless = Heedless(self.addCleanup)
-        self.start(awsproxy.Endpoint("http", "127.0.0.1", heedless.port))
-        self.assertEqual(call("GET", path + "one", **how).body, (path + "one").encode())
-        self.assertEqual(call(method, path + "two", (), body, **how).status, 200)
-        for name in ("three", "four"):
-            self.assertEqual(call("GET", path + name, **how).body, (path + name).encode())
-        numbers = {target: number for number, _, target in heedless.seen}
-        self.assertEqual(numbers[path + "one"], numbers[path + "two"], "it was not kept")
-        self.assertNotEqual(numbers[path + "two"], numbers[path + "three"], "it was used again")
-
-
-# ==== 14. Clocks ====
-
-
 class ClockTest(ProgramTest):
     LAUNCHER = """\
         import signal, sys, time
@@ -18151,59 +18490,93 @@ class ClockTest(ProgramTest):
             self.assertAlmostEqual(int(value), now, delta=10)
 
 
-# ==== 15. The clients file ====
+class HookThatExitsTest(ProgramTest):
+    HOOK = """\
+        import sys
+        def _may_exit(request, moment):
+            wanted, _, kind = (request.header("x-exit") or "").partition(" ")
+            if wanted == moment:
+                raise {"exit": SystemExit, "interrupt": KeyboardInterrupt, "base": BaseException,
+                       "generator": GeneratorExit}[kind](3)
+        def concerns(call):
+            _may_exit(call.request, "concerns")
+            return True
+        def before(call):
+            _may_exit(call.request, "before")
+        def rewrite(call, outgoing):
+            _may_exit(call.request, "rewrite")
+        def after(call, reply):
+            _may_exit(call.request, "after")
+        def observe(exchange):
+            _may_exit(exchange.request, "observe")
+        """
 
+    def setUp(self):
+        sink = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(sink.close)
+        flags = ("--route", "sqs:*=embedded", "--quiet", "--upstream")
+        there = f"http://127.0.0.1:{sink.getsockname()[1]}"
+        self.program = self.start(
+            *flags, there, hook=self.HOOK, env={**os.environ, **UPSTREAM_ENVIRONMENT}
+        )
 
-class ClientsFileTest(ProgramTest):
-    def test_a_revoked_secret_stops_working_though_size_and_mtime_stay(self):
-        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret-1"))
-        program = self.start("--clients", path)
-        secrets = [DEMO._replace(access_key_id="akid", secret_access_key=f"secret-{n}")
-                   for n in range(5)]  # fmt: skip
+    def ask(self, moment, kind):
+        """Return the status of a call that has a hook exit."""
+        target = "DynamoDB_20120810.ListTables" if moment == "rewrite" else "AmazonSQS.ListQueues"
+        service = "dynamodb" if moment == "rewrite" else "sqs"
+        headers = (("X-Amz-Target", target), OF_JSON[1], ("X-Exit", f"{moment} {kind}"))
+        made = sign("POST", "/", headers, b"{}", service=service, at=int(time.time()))
+        data = raw_request("POST", "/", (*made, ("Content-Length", "2")), b"{}")
+        return self.status_of(self.program, data, 1.5)
 
-        def code(number):
-            return refused_code(program.caller(client=secrets[number]))
+    def test_hooks_that_exit_end_nothing(self):
+        self.program.caller()("ListQueues")
+        for moment in ("before", "after", "rewrite", "concerns", "observe"):
+            with self.subTest(moment):
+                expected = 200 if moment == "observe" else 500
+                self.assertEqual(self.ask(moment, "exit"), expected)
+                self.assert_alive(self.program)
+        self.program.caller()("ListQueues")
 
-        self.assertEqual(code(1), "")
-        status = os.stat(path)
+    def test_hooks_that_raise_what_is_no_exception_end_nothing(self):
+        self.program.caller()("ListQueues")
+        for kind in ("interrupt", "base", "generator"):
+            for moment in ("before", "observe"):
+                with self.subTest(moment, kind=kind):
+                    expected = 200 if moment == "observe" else 500
+                    self.assertEqual(self.ask(moment, kind), expected)
+                    self.assert_alive(self.program)
 
-        def in_place(text):
-            with open(path, "r+", encoding="utf-8") as file:
-                file.write(text)
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-        def by_rename(text):
-            write(path, text)
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-        for number, replace in enumerate((by_rename, in_place), 2):
-            replace(section("a", "akid", f"secret-{number}"))
-            now = os.stat(path)
-            self.assertEqual((now.st_size, now.st_mtime_ns), (status.st_size, status.st_mtime_ns))
-            with self.subTest(replace.__name__):
-                wait_until(lambda n=number: code(n - 1), 2, "the secret was not revoked")
-                self.assertEqual(code(number), "")
-
-    def test_a_client_with_the_key_of_the_upstream_is_refused_later_too(self):
-        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
-        flags = ("--clients", path, "--upstream", "http://127.0.0.1:1", "--quiet")
-        program = self.start(*flags, env={**os.environ, **UPSTREAM_ENVIRONMENT})
-        old = DEMO._replace(access_key_id="akid", secret_access_key="secret")
-        new = DEMO._replace(access_key_id="upstreamkey", secret_access_key="upstreamsecret")
-        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
-        text = section("a", "akid", "secret") + section("b", "upstreamkey", "upstreamsecret")
-        write(path, text)
+    def test_a_new_hook_file_that_exits_ends_nothing(self):
+        self.program.caller()("ListQueues")
+        write(self.hook, "import sys\nsys.exit(3)\n", age=1)
         line = ""
-        while path not in line and "upstreamkey" not in line:
-            line = program.line(5)
-            self.assertIsNotNone(line)
-        self.assertNotIn("upstreamsecret", line)
-        code = refused_code(program.caller(client=new))
-        self.assertNotIn(code, ("", "ServiceUnavailable"), line)
-        self.assertEqual(refused_code(program.caller(client=old)), "ServiceUnavailable")
+        while line is not None and self.hook not in line:
+            line = self.program.line(3)
+        self.assertIsNotNone(line, "the process has ended")
+        self.assert_alive(self.program)
+        self.assertEqual(self.ask("before", "nothing"), 500)  # KeyError: the old hook stays
 
 
-# ==== 16. What costs CPU ====
+class LagTest(ProgramTest):
+    def test_the_lag_of_the_loop_is_told_and_reset(self):
+        hook = """\
+            import time
+            def observe(exchange):
+                if exchange.call and exchange.call.operation == "ListQueues":
+                    time.sleep(0.3)
+            """
+        program = self.start("--quiet", hook=hook)
+        name = "awsproxy_loop_lag_seconds"
+        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
+        program.caller()("ListQueues")
+        self.assertGreater(metric(program.address, name), 0.25)
+        self.assertLess(metric(program.address, name), 0.25)
+        time.sleep(0.6)  # an idle loop does not lag
+        self.assertLess(metric(program.address, name), 0.25)
+
+
+# ==== What input costs ====
 
 
 class CostTest(unittest.TestCase):
@@ -18296,429 +18669,7 @@ class CostTest(unittest.TestCase):
                 self.assertLess(took[1], 4 * took[0] + 0.1)
 
 
-# ==== 17. Odd hosts and claims without verification ====
-
-
-class OddHostTest(unittest.TestCase):
-    def status(self, proxy, headers, target="/?Action=ListQueues&Version=2012-11-05"):
-        reply = proxy.handle(Request("GET", target, headers, io.BytesIO(), "127.0.0.1"))
-        self.assertNotIn(b"InternalFailure", reply.body)
-        return reply.status
-
-    def test_odd_hosts_are_not_a_fault_of_the_proxy(self):
-        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, verified=False)
-        for host in (
-            "dualstack.amazonaws.com", "dualstack.dualstack.api.aws", "amazonaws.com",
-            ".amazonaws.com", "..amazonaws.com", "us-east-1.amazonaws.com", "api.aws",
-            "dualstack.us-east-1.amazonaws.com", "-fips.us-east-1.amazonaws.com", "-fips.api.aws",
-            "s3.amazonaws.com", ".s3.amazonaws.com", "s3.dualstack.amazonaws.com.cn", "-", ".",
-            ":", "localhost:", "localhost:x", "[::1]", "[::1]:80", "[", "", "%", "a" * LONG_NAME,
-            "a." * 30000 + "amazonaws.com", "\xe4.amazonaws.com", "DUALSTACK.AMAZONAWS.COM",
-            "dualstack.amazonaws.com:8081", "dualstack..amazonaws.com", "a b.amazonaws.com",
-        ):  # fmt: skip
-            for more in ((), OF_JSON, (named_by("s3"),), (named_by(""),)):
-                with self.subTest(host[:40], more=more):
-                    self.assertLess(self.status(proxy, (("Host", host), *more)), 500)
-        self.assertLess(self.status(proxy, ()), 500)
-
-    def test_odd_claims_lead_nowhere(self):
-        pool, keys = Nowhere(), Keys(OUR_KEYS)
-        aws = awsproxy.Upstream(None, lambda c: keys, pool, clock=lambda: EXAMPLE_TIME)
-        proxy = Proxy(
-            awsproxy.DEMO_CLIENTS,
-            clock=lambda: EXAMPLE_TIME,
-            verified=False,
-            routes=[awsproxy.Route("*", aws)],
-        )
-        for odd in ("a.b", "a@evil.example", "..", "evil.example#", "a?b", "a\\b", "\xe4", "a:1",
-                    "-", "_", "a_b", "A", "%2f", "x" * 64, "169.254.169.254"):  # fmt: skip
-            for service, region in ((odd, "us-east-1"), ("sqs", odd), (odd, odd)):
-                headers = (("Host", HOST), named_by(service, region=region))
-                with self.subTest(service=service, region=region):
-                    status = self.status(proxy, headers)
-                    if (service, region) not in (("x" * 64, "us-east-1"), ("a_b", "us-east-1")):
-                        self.assertEqual(pool.asked, [])
-                        self.assertIn(status, range(400, 502))
-                    pool.asked.clear()
-
-
-# ==== 18. Disks that are full, and hooks that misbehave ====
-
-
-class FullDisk(io.RawIOBase):
-    """A file on a full disk, which fails where it is told to."""
-
-    def __init__(self, *failing):
-        super().__init__()
-        self._failing = failing
-
-    def _fail(self, name):
-        if name in self._failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write(self, data):
-        self._fail("write")
-        return len(data)
-
-    def seek(self, *where):
-        self._fail("seek")
-        return 0
-
-    def flush(self):
-        self._fail("flush")
-
-    def close(self):
-        self._fail("close")
-
-
-class FullDiskTest(SocketTest):
-    def test_a_full_disk_is_service_unavailable(self):
-        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME)
-        self.running = Running(proxy)
-        self.addCleanup(self.running.stop)
-        long_call = raw_call(body=b'{"QueueNamePrefix":"' + b"a" * 3 * MEBIBYTE + b'"}')
-        for failing in (("write",), ("seek",), ("flush", "seek"), ("write", "close")):
-            with self.subTest(failing), mock.patch.object(
-                tempfile, "TemporaryFile", lambda *_, f=failing, **__: FullDisk(*f)
-            ):  # fmt: skip
-                _, got = self.running.ask(long_call)
-                self.assertEqual(got.status, 503, got.body[:200])
-                self.assertIn(b"ServiceUnavailable", got.body)
-            wire = self.running.connect()
-            wire.send(raw_call())
-            self.assertEqual(wire.answer().status, 200)
-
-
-class HookThatExitsTest(ProgramTest):
-    HOOK = """\
-        import sys
-        def _may_exit(request, moment):
-            wanted, _, kind = (request.header("x-exit") or "").partition(" ")
-            if wanted == moment:
-                raise {"exit": SystemExit, "interrupt": KeyboardInterrupt, "base": BaseException,
-                       "generator": GeneratorExit}[kind](3)
-        def concerns(call):
-            _may_exit(call.request, "concerns")
-            return True
-        def before(call):
-            _may_exit(call.request, "before")
-        def rewrite(call, outgoing):
-            _may_exit(call.request, "rewrite")
-        def after(call, reply):
-            _may_exit(call.request, "after")
-        def observe(exchange):
-            _may_exit(exchange.request, "observe")
-        """
-
-    def setUp(self):
-        sink = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(sink.close)
-        flags = ("--route", "sqs:*=embedded", "--quiet", "--upstream")
-        there = f"http://127.0.0.1:{sink.getsockname()[1]}"
-        self.program = self.start(
-            *flags, there, hook=self.HOOK, env={**os.environ, **UPSTREAM_ENVIRONMENT}
-        )
-
-    def ask(self, moment, kind):
-        """Return the status of a call that has a hook exit."""
-        target = "DynamoDB_20120810.ListTables" if moment == "rewrite" else "AmazonSQS.ListQueues"
-        service = "dynamodb" if moment == "rewrite" else "sqs"
-        headers = (("X-Amz-Target", target), OF_JSON[1], ("X-Exit", f"{moment} {kind}"))
-        made = sign("POST", "/", headers, b"{}", service=service, at=int(time.time()))
-        data = raw_request("POST", "/", (*made, ("Content-Length", "2")), b"{}")
-        return self.status_of(self.program, data, 1.5)
-
-    def test_hooks_that_exit_end_nothing(self):
-        self.program.caller()("ListQueues")
-        for moment in ("before", "after", "rewrite", "concerns", "observe"):
-            with self.subTest(moment):
-                expected = 200 if moment == "observe" else 500
-                self.assertEqual(self.ask(moment, "exit"), expected)
-                self.assert_alive(self.program)
-        self.program.caller()("ListQueues")
-
-    def test_hooks_that_raise_what_is_no_exception_end_nothing(self):
-        self.program.caller()("ListQueues")
-        for kind in ("interrupt", "base", "generator"):
-            for moment in ("before", "observe"):
-                with self.subTest(moment, kind=kind):
-                    expected = 200 if moment == "observe" else 500
-                    self.assertEqual(self.ask(moment, kind), expected)
-                    self.assert_alive(self.program)
-
-    def test_a_new_hook_file_that_exits_ends_nothing(self):
-        self.program.caller()("ListQueues")
-        write(self.hook, "import sys\nsys.exit(3)\n", age=1)
-        line = ""
-        while line is not None and self.hook not in line:
-            line = self.program.line(3)
-        self.assertIsNotNone(line, "the process has ended")
-        self.assert_alive(self.program)
-        self.assertEqual(self.ask("before", "nothing"), 500)  # KeyError: the old hook stays
-
-
-class BadReplyTest(SocketTest):
-    def bad_replies(self):
-        for name, headers in (
-            ("CR LF in a value", (("X-A", "a\r\nX-B: c"),)),
-            ("LF in a value", (("X-A", "a\nX-B: c"),)),
-            ("CR in a value", (("X-A", "a\rb"),)),
-            ("NUL in a value", (("X-A", "a\0b"),)),
-            ("line break in a name", (("X-A: b\r\nX-B", "c"),)),
-            ("blank in a name", (("X A", "b"),)),
-            ("colon in a name", (("X-A:", "b"),)),
-            ("no name", (("", "b"),)),
-            ("a name of bytes", ((b"X-A", "b"),)),
-            ("a value of bytes", (("X-A", b"b"),)),
-            ("a value that is a number", (("X-A", 1),)),
-            ("a value that is None", (("X-A", None),)),
-            ("a value not in Latin-1", (("X-A", "\u20ac"),)),
-            ("no pair", (("X-A",),)),
-            ("a string for a pair", ("X-A",)),
-            ("None", None),
-            ("a number", 1),
-        ):
-            yield f"headers: {name}", Reply(200, headers, b"{}")
-        for status in (9999, 1000, 99, 0, -1, 100, "200", None, 200.5, b"200"):
-            yield f"status: {status!r}", Reply(status, (), b"{}")
-        for body in ("{}", None, 1, 1.5, {"a": 1}):
-            yield f"body: {body!r}", Reply(200, (), body)
-
-    def test_bad_replies_of_hooks_are_an_internal_failure(self):
-        reply = None
-
-        class Before(awsproxy.Hook):
-            def before(self, call):
-                return reply
-
-        class After(awsproxy.Hook):
-            def after(self, call, given):
-                return reply
-
-        for hook in (Before(), After()):
-            clock = lambda: EXAMPLE_TIME  # noqa: E731
-            proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=clock, hooks=[hook], hook_seconds=2)
-            self.running = Running(proxy)
-            self.addCleanup(self.running.stop)
-            for name, reply in self.bad_replies():  # noqa: B007
-                with self.subTest(name, hook=type(hook).__name__):
-                    wire = self.running.connect()
-                    wire.socket.settimeout(0.7)
-                    wire.send(raw_call())
-                    got = wire.answer()
-                    self.assertIsNotNone(got, "closed without an answer")
-                    self.assertEqual(got.status, 500)
-                    self.assertIn(b"InternalFailure", got.body)
-
-    def test_good_replies_of_hooks_are_sent(self):
-        reply = Reply(299, (("X-A", "\xe4 b\tc"), ("x-amzn-RequestId", "r")), b"{}")
-
-        class Before(awsproxy.Hook):
-            def before(self, call):
-                return reply
-
-        proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, hooks=[Before()])
-        self.running = Running(proxy)
-        self.addCleanup(self.running.stop)
-        _, got = self.running.ask(raw_call())
-        self.assertEqual((got.status, got.body), (299, b"{}"))
-
-
-# ==== 19. What is remembered ====
-
-
-class MemoryTest(unittest.TestCase):
-    def start_tracing(self):
-        gc.collect()
-        tracemalloc.start(1)
-        self.addCleanup(tracemalloc.stop)
-
-    def kept(self):
-        """Return the bytes kept of what was allocated since the tracing began."""
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
-
-    def test_receive_attempts_are_forgotten(self):
-        call = Unverified()
-        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
-        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
-             MessageDeduplicationId="d")  # fmt: skip
-        self.assertLessEqual(awsproxy.MAX_ATTEMPTS, 6000)  # some 500 bytes each
-        self.start_tracing()
-        with mock.patch.object(awsproxy, "MAX_ATTEMPTS", 500):
-            for number in range(2000):
-                given = {"ReceiveRequestAttemptId": f"{number:a>128}", "VisibilityTimeout": 0}
-                call("ReceiveMessage", QueueUrl=url, **given)
-        self.assertLess(self.kept(), 0.4 * MEBIBYTE)
-
-    def test_the_latest_receive_attempt_is_remembered(self):
-        call = Unverified()
-        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
-        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
-             MessageDeduplicationId="d")  # fmt: skip
-        for number in range(200):
-            call("ReceiveMessage", QueueUrl=url + "", ReceiveRequestAttemptId=f"other{number}",
-                 VisibilityTimeout=0)  # fmt: skip
-        first = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
-        again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
-        self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
-
-    def test_receipt_handles_in_flight_take_little_memory(self):
-        count, per_call = 5000, 10
-        numbers = iter(range(count))
-
-        class Handles:
-            may_block = False
-
-            def answer(self, call, request_id):
-                if call.operation != "ReceiveMessage":
-                    return Reply(200, OF_JSON[1:], b"{}")
-                messages = [
-                    {"MessageId": f"{n:0>36}", "ReceiptHandle": f"{n:A>1024}", "Body": "b"}
-                    for n in (next(numbers) for _ in range(per_call))
-                ]
-                return Reply(200, OF_JSON[1:], json.dumps({"Messages": messages}).encode())
-
-        ledger = awsproxy.InFlight(lambda call, q: 30, lambda act: act(), lambda: EXAMPLE_TIME)
-        proxy = Proxy(
-            awsproxy.DEMO_CLIENTS,
-            clock=lambda: EXAMPLE_TIME,
-            verified=False,
-            routes=[awsproxy.Route("*", Handles())],
-            hooks=[ledger],
-        )
-
-        def call(operation, **given):
-            kind = (("Host", HOST), ("X-Amz-Target", f"AmazonSQS.{operation}"), OF_JSON[1])
-            given["QueueUrl"] = f"http://{HOST}/000000000000/q"
-            body = io.BytesIO(json.dumps(given).encode())
-            self.assertEqual(proxy.handle(Request("POST", "/", kind, body)).status, 200)
-
-        call("DeleteMessage", ReceiptHandle="none")
-        self.start_tracing()
-        for _ in range(count // per_call):
-            call("ReceiveMessage", VisibilityTimeout=300)
-        self.assertEqual(ledger.total, count)
-        self.assertLess(self.kept() / count, 1000)
-        call("DeleteMessage", ReceiptHandle=f"{7:A>1024}")
-        entries = [{"Id": "a", "ReceiptHandle": f"{8:A>1024}", "VisibilityTimeout": 0}]
-        self.assertEqual(ledger.total, count - 1)
-        call("ChangeMessageVisibility", **{k: v for k, v in entries[0].items() if k != "Id"})
-        call("DeleteMessage", ReceiptHandle="another")
-        self.assertGreaterEqual(ledger.total, count - 2)
-
-    def test_names_of_deleted_queues_are_forgotten(self):
-        """Nothing but memory shows whether the table of deleted names shrinks."""
-        call = Unverified(cooldown=True)
-
-        def make_and_delete(numbers):
-            for number in numbers:
-                name = f"{number:a>80}"
-                url = call("CreateQueue", QueueName=name)["QueueUrl"]
-                call("DeleteQueue", QueueUrl=url)
-
-        make_and_delete(range(200))  # which fills the caches
-        call.clock.now += 61
-        make_and_delete(range(200, 210))
-        self.start_tracing()
-        for step in range(5):
-            start = 1000 * (step + 1)
-            make_and_delete(range(start, start + 300))
-            call.clock.now += 61
-        make_and_delete(range(20000, 20010))
-        self.assertLess(self.kept(), 1500 * 60)
-
-    def test_names_of_deleted_queues_are_remembered_for_a_minute(self):
-        caller = Caller("json", cooldown=True)
-        for _ in range(3):
-            caller("DeleteQueue", QueueUrl=caller.queue("jobs"))
-            caller.clock.now += 59
-            for number in range(5):
-                caller("DeleteQueue", QueueUrl=caller.queue(f"other{caller.clock.now}{number}"
-                                                            .replace(".", "")))  # fmt: skip
-            self.assertIn("QueueDeletedRecently",
-                          refused_code(caller, "CreateQueue", QueueName="jobs"))  # fmt: skip
-            caller.clock.now += 2
-
-
-# ==== 20. Hosts of others ====
-
-
-class HostOfOthersTest(unittest.TestCase):
-    def setUp(self):
-        self.pool, keys = Nowhere(), Keys(OUR_KEYS)
-        aws = awsproxy.Upstream(None, lambda c: keys, self.pool, clock=lambda: EXAMPLE_TIME)
-        routes = [awsproxy.Route("*", aws)]
-        self.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
-
-    def ask(self, service, region, target="/"):
-        headers = (("X-Amz-Content-Sha256", EMPTY),)
-        request = signed("GET", target, headers, service=service, region=region)
-        return self.proxy.handle(request)
-
-    def test_scopes_that_are_no_service_in_a_region_go_nowhere(self):
-        for service, region in (
-            ("ec2-1-2-3-4", "compute-1"),
-            ("ec2-52-1-2-3", "compute"),
-            ("my-bucket", "s3"),
-            ("my-bucket", "s3-us-west-2"),
-            ("my-bucket", "s3-website-us-east-1"),
-            ("my-bucket", "s3-accelerate"),
-            ("abc123", "execute-api"),
-            ("my-lb-1234", "elb"),
-            ("x", "cloudfront"),
-            ("sqs", "compute-1"),
-            ("s3", "compute-1"),
-            ("sqs", "a"),
-            ("sqs", "us-east-1-evil"),
-            ("sqs", "us_east_1"),
-            ("sqs", "US-EAST-1"),
-            ("sqs", "1"),
-            ("sqs", "-"),
-        ):
-            with self.subTest(service, region=region):
-                reply = self.ask(service, region)
-                self.assertEqual(self.pool.asked, [])
-                self.assertIn(reply.status, range(400, 502))
-            self.pool.asked.clear()
-
-    def test_scopes_of_services_lead_to_them(self):
-        for service, region, host in (
-            ("lambda", "us-east-1", "lambda.us-east-1.amazonaws.com"),
-            ("lambda", "us-gov-west-1", "lambda.us-gov-west-1.amazonaws.com"),
-            ("lambda", "ap-southeast-7", "lambda.ap-southeast-7.amazonaws.com"),
-            ("lambda", "mx-central-1", "lambda.mx-central-1.amazonaws.com"),
-            ("lambda", "cn-north-1", "lambda.cn-north-1.amazonaws.com.cn"),
-            ("lambda", "us-isob-east-1", "lambda.us-isob-east-1.sc2s.sgov.gov"),
-            ("lambda", "eusc-de-east-1", "lambda.eusc-de-east-1.amazonaws.eu"),
-        ):
-            with self.subTest(service, region=region):
-                self.assertEqual(self.ask(service, region, "/2015-03-31/functions").status, 503)
-                self.assertEqual(self.pool.asked.pop(), ("https", host, 443))
-
-
-# ==== The lag of the loop ====
-
-
-class LagTest(ProgramTest):
-    def test_the_lag_of_the_loop_is_told_and_reset(self):
-        hook = """\
-            import time
-            def observe(exchange):
-                if exchange.call and exchange.call.operation == "ListQueues":
-                    time.sleep(0.3)
-            """
-        program = self.start("--quiet", hook=hook)
-        name = "awsproxy_loop_lag_seconds"
-        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
-        program.caller()("ListQueues")
-        self.assertGreater(metric(program.address, name), 0.25)
-        self.assertLess(metric(program.address, name), 0.25)
-        time.sleep(0.6)  # an idle loop does not lag
-        self.assertLess(metric(program.address, name), 0.25)
-
-
-# ==== Regular expressions ====
+# ---- Regular expressions ----
 
 
 def patterns_of(module):
