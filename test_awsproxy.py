@@ -12861,29 +12861,6 @@ class CostOfNonsenseTest(MeaningCase):
         self.assertLess(len(error.message), 8192)
 
 
-class FullLogDiskTest(unittest.TestCase):
-    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
-    def test_log_goes_on_in_another_file(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        path = os.path.join(directory.name, "log")
-        writer = awsproxy.LineWriter(
-            awsproxy.open_log("/dev/full"), lambda: awsproxy.open_log(path)
-        )
-        writer.write("lost\n")
-        writer.close()
-        self.assertEqual(writer.dropped, 1)
-        writer.reopen()
-        until = time.monotonic() + 5
-        while not os.path.exists(path) and time.monotonic() < until:
-            time.sleep(0.01)
-        writer.write("kept\n")
-        writer.close()
-        with open(path, encoding="ascii") as lines:
-            self.assertEqual(lines.read(), "kept\n")
-        writer._stream.close()
-
-
 # ---- Amazon S3 ----
 
 
@@ -15654,6 +15631,29 @@ class LineWriterTest(unittest.TestCase):
             writer.close(DEADLINE)
         self.assertEqual(len(logs.output), 1)
         self.assertEqual(stream.text, "a\n")
+
+
+class FullLogDiskTest(unittest.TestCase):
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
+    def test_log_goes_on_in_another_file(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        path = os.path.join(directory.name, "log")
+        writer = awsproxy.LineWriter(
+            awsproxy.open_log("/dev/full"), lambda: awsproxy.open_log(path)
+        )
+        writer.write("lost\n")
+        writer.close()
+        self.assertEqual(writer.dropped, 1)
+        writer.reopen()
+        until = time.monotonic() + 5
+        while not os.path.exists(path) and time.monotonic() < until:
+            time.sleep(0.01)
+        writer.write("kept\n")
+        writer.close()
+        with open(path, encoding="ascii") as lines:
+            self.assertEqual(lines.read(), "kept\n")
+        writer._stream.close()
 
 
 MAX_LINE = 4096  # bytes of a log line
