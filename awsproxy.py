@@ -88,6 +88,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -3489,6 +3490,9 @@ class Queue:
     def add(self, message: Message, delay: int = 0) -> None:
         """Take in a message, hidden for its delay."""
         if self.messages and message.sent < next(reversed(self.messages.values())).sent:
+            if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
+                self._strays = [it for it in self._strays if it[2].message_id in self.messages]
+                heapq.heapify(self._strays)
             heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
         message.hidden_until = 0.0
@@ -5541,7 +5545,9 @@ class Mask:
 @lru_cache(maxsize=64)
 def _forms_of_token(token: str) -> Tuple[bytes, ...]:
     """Return how a session token can be spelled in an answer: plain, in a URL, in JSON."""
-    forms = {token, urllib.parse.quote(token, safe=""), token.replace("/", r"\/")}
+    quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
+    lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
+    forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
     return tuple(form.encode() for form in forms)
 
 
@@ -5553,6 +5559,9 @@ def _overlap(data: bytes, secret: bytes) -> int:
         if at < 0 or secret.startswith(data[at:]):
             return len(data) - at if at >= 0 else 0
         at += 1
+
+
+MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 
 
 class UpstreamError(Exception):
@@ -6139,16 +6148,20 @@ class Upstream:
         return call.wire.error(call.request, error, request_id[:128])
 
     def _gathered(self, call: Call, reply: Reply) -> Reply:
-        """Return an answer of Amazon SQS whole, since it is read here: its size is bounded."""
+        """Return an answer of Amazon SQS whole, since the proxy reads it.  Raise ServiceError."""
         if isinstance(reply.body, bytes):
             return reply
         try:
-            body = b"".join(reply.body)
+            body = bytearray()
+            for block in reply.body:
+                body += block
+                if len(body) > MAX_SQS_ANSWER:
+                    raise OSError("the answer is too long")
         except (OSError, ServiceError) as error:
             broken = UpstreamError("an answer broke off", unanswered=False)
             raise self._given_up(call, broken) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
-        return Reply(reply.status, headers, body)
+        return Reply(reply.status, headers, bytes(body))
 
     def _received(self, attempt: Attempt) -> Reply:
         """Return the answer that is on its way to a call that was sent."""
@@ -6553,7 +6566,6 @@ class Exchange:
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of what a caller named, in a log line
-FAILURES = (Exception, SystemExit)  # what must not end a loop
 
 
 class Workers:
@@ -6625,8 +6637,21 @@ class Hook:
         """Called when a request was answered, also one that was refused; it must not wait."""
 
 
+def run_hook(act: Callable[..., Any], *given: Any) -> Any:
+    """Return what the code of a hook returns; raise RuntimeError if it raises no Exception."""
+    try:
+        return act(*given)
+    except Exception:
+        raise
+    except BaseException as error:  # a hook may call sys.exit(), which would end the process
+        raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
+
+
 MOMENTS = ("before", "rewrite", "after", "observe")
 _OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
+
+
+_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read once
 
 
 def stamp_of(path: str) -> Tuple[int, ...]:
@@ -6635,6 +6660,8 @@ def stamp_of(path: str) -> Tuple[int, ...]:
         status = os.stat(path)
     except OSError:
         return ()
+    if not stat.S_ISREG(status.st_mode):
+        return _NO_FILE  # to open a FIFO may wait for its writer
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
@@ -6658,7 +6685,7 @@ class Watched:
     def refresh(self) -> bool:
         """Read again what has changed; whether there is a new value."""
         stamps = self._stamps_now()
-        if stamps == self._stamps:
+        if stamps == self._stamps or _NO_FILE in stamps:
             return False
         self._stamps = stamps
         try:
@@ -6682,10 +6709,10 @@ class HookFile(Watched):
             raise ValueError("its name does not end in .py")
         module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            run_hook(spec.loader.exec_module, module)
         except OSError:
             raise
-        except FAILURES as error:
+        except Exception as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
@@ -7386,11 +7413,11 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
-    """Return an action's names in lower case, and the actions that IAM needs in its place.
+    """Return an action's names, as `_folded` has them, and the actions that IAM needs instead.
 
     A REST action is named with and without a slash at its end, and by its method alone.
     """
-    service, _, operation = action.lower().partition(":")
+    service, _, operation = _folded(action).partition(":")
     names = [operation]
     method = operation.partition("/")[0]
     if method != operation:
@@ -7403,9 +7430,15 @@ def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
     return [f"{prefix}:{name}" for prefix in services for name in names], needed
 
 
+def _folded(action: str) -> str:
+    """Return an action or a pattern in lower case, but for its path: there, case counts."""
+    name, slash, path = action.partition("/")
+    return name.lower() + slash + path
+
+
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
-    names, _ = names_of(action)
+    names = [name.lower() for name in names_of(action)[0]]
     return any(glob_matches(row.lower(), name) for row in CREDENTIAL_ACTIONS for name in names)
 
 
@@ -7416,20 +7449,20 @@ class Route(NamedTuple):
     target: Target
 
     def matches(self, action: str) -> bool:
-        """Return whether an action is meant; case does not count.
+        """Return whether an action is meant.  Case counts in a path, unless it is denied.
 
         If IAM needs several actions for it, one of them is enough to deny it, and all allow it.
         """
+        every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
         names, needed = names_of(action)
-        pattern = self.pattern.lower()
-        if any(glob_matches(pattern, name) for name in names):
+        pattern = fold(self.pattern)
+        if any(glob_matches(pattern, fold(name)) for name in names):
             return True
-        every = any if isinstance(self.target, Deny) else all
         return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
 
     def names_exactly(self, action: str) -> bool:
         """Return whether the pattern is the action itself: no wildcard, and the whole path."""
-        pattern = self.pattern.lower()
+        pattern = _folded(self.pattern)
         names, _ = names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
@@ -7775,7 +7808,7 @@ class Proxy:
         call, target = exchange.call, exchange.target
         assert call and target
         try:
-            hooks = [it for it in self._moments if not it.concerns or it.concerns(call)]
+            hooks = [it for it in self._moments if not it.concerns or run_hook(it.concerns, call)]
             if hooks or target.may_block:
                 return self._act_later(exchange, call, target, hooks)
             call.may_wait = False
@@ -7784,7 +7817,7 @@ class Proxy:
             call.may_wait = True
             act = functools.partial(target.answer, call, exchange.request_id)
             return functools.partial(self.complete, exchange, act)
-        except BaseException as error:  # of `concerns`, which is code of others
+        except Exception as error:
             return self.refuse(exchange, error)
         return exchange
 
@@ -7835,12 +7868,12 @@ class Proxy:
 
     def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
         """Return what a hook returns in time, of that kind or None; TypeError, TimeoutError."""
-        outcome: queues.SimpleQueue[Tuple[Any, Optional[BaseException]]] = queues.SimpleQueue()
+        outcome: queues.SimpleQueue[Tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
 
         def _run() -> None:
             try:
-                outcome.put((moment(*given), None))
-            except BaseException as error:  # a hook may say sys.exit()
+                outcome.put((run_hook(moment, *given), None))
+            except Exception as error:
                 outcome.put((None, error))
 
         self._workers.run(_run)
@@ -7864,10 +7897,10 @@ class Proxy:
         """Return what `act` returns, or the refusal that it raises."""
         try:
             return self.observed(exchange, act())
-        except BaseException as error:  # of hooks, too, see `_bounded`
+        except Exception as error:
             return self.refuse(exchange, error)
 
-    def refuse(self, exchange: Exchange, error: BaseException) -> Reply:
+    def refuse(self, exchange: Exchange, error: Exception) -> Reply:
         """Return the answer that refuses; what is no ServiceError is a fault of ours."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
@@ -7892,8 +7925,8 @@ class Proxy:
                 exchange.spooled.close()
         for observe in self._observe:
             try:
-                observe(exchange)
-            except BaseException:  # a hook may say sys.exit()
+                run_hook(observe, exchange)
+            except Exception:
                 log.exception("a hook that observes failed")
         return reply
 
@@ -8055,7 +8088,7 @@ class Proxy:
         return file, digest.hexdigest()
 
 
-SPOOLED_IN_MEMORY = 1048576
+SPOOLED_IN_MEMORY = 262144
 
 
 @contextlib.contextmanager
@@ -8152,7 +8185,7 @@ class Conversation:
 
     __slots__ = (
         "buffer", "deadline", "found", "lingering", "needed", "parked", "peer", "pending",
-        "queued", "scanned", "server", "socket", "used",
+        "queued", "scanned", "server", "socket", "used", "writing",
     )  # fmt: skip
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
@@ -8168,6 +8201,7 @@ class Conversation:
         self.found: Optional[Tuple[Head, int, int]] = None  # a head, whose body is on its way
         self.lingering = False  # whether what still arrives is dropped
         self.used = False  # whether a whole request has come
+        self.writing = False  # whether the other side takes an answer slowly
         self.deadline = 0.0
 
     # ---- In the loop ----
@@ -8296,23 +8330,27 @@ class Conversation:
         else:
             self.server.work(self, functools.partial(self._finish, outcome, manner))
 
-    def _send(self, data: bytes, close: bool) -> None:
-        """Send a whole reply from the loop."""
-        sent = 0
+    def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
+        """Send a reply from its byte `sent` on, as fast as the other side takes it."""
         try:
             while sent < len(data):
                 sent += self.socket.send(data[sent : sent + AT_A_TIME])
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass  # a worker has more time
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            reads = isinstance(error, ssl.SSLWantReadError)
+            event = selectors.EVENT_READ if reads else selectors.EVENT_WRITE
+            self.writing, self.deadline = True, time.monotonic() + self.server.timeout_seconds
+            self.server.listen_to(self, event, functools.partial(self._send, data, close, sent))
+            return
         except OSError:
             self.close()
             return
-        if sent < len(data):
-            self.server.work(self, functools.partial(self._write_rest, data[sent:], close))
-        elif close:
+        if close:
             self.close()
-        elif self.buffer:
-            self.server.queue(self)
+            return
+        if self.writing:
+            self.writing = False
+            self.server.listen_to(self, selectors.EVENT_READ, self.readable)
+        self.resume()
 
     def resume(self) -> None:
         """Go on with what came while a worker had the connection."""
@@ -8602,7 +8640,7 @@ class Server(http.server.HTTPServer):
         """Return what it returns; what goes wrong must not end the server."""
         try:
             return act(*given)
-        except FAILURES:
+        except Exception:
             log.exception("a connection failed")
             for conversation in [c for c in self._conversations if c.socket is connection]:
                 conversation.close()
@@ -8645,7 +8683,7 @@ class Server(http.server.HTTPServer):
     def is_idle(self) -> bool:
         """Whether no call is being answered."""
         busy = self._pending or self._queue or self._replies
-        return not busy and all(c.parked for c in self._conversations)
+        return not busy and all(c.parked and not c.writing for c in self._conversations)
 
     def cut_polls_short(self) -> None:
         """Answer the calls that wait for an upstream's messages with none; from the loop."""
@@ -8809,13 +8847,14 @@ class Server(http.server.HTTPServer):
             conversation.socket.settimeout(self.timeout_seconds)
             goes_on = act()
         except OSError:
-            goes_on = False  # silent for too long, or gone: nobody is left to be told
-        except FAILURES:
+            pass  # the other side was silent for too long, or is gone
+        except Exception:
             log.exception("a connection failed")
-        if not goes_on or self._closed:
-            conversation.hang_up()
-        self._returned.append(conversation)
-        self.wake()
+        finally:  # the body of a hook's Reply may raise anything
+            if not goes_on or self._closed:
+                conversation.hang_up()
+            self._returned.append(conversation)
+            self.wake()
 
     def _take_back(self) -> None:
         self._woken.recv(4096)

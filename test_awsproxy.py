@@ -12804,6 +12804,42 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             with self.subTest(action, host=host):
                 self.assertEqual("s3-control" in host, action == f"s3:GET{control}")
 
+    def test_answer_of_sqs_that_does_not_end_is_given_up(self):
+        upstream = self.upstream(FakeUpstream(self))
+        taken = []
+
+        class Endless:
+            may_block = True
+
+            def answer(self, call, request_id):
+                blocks = (taken.append(1) or bytes(65536) for _ in range(1000))
+                return upstream._gathered(call, Reply(200, (), blocks))
+
+        routes = [awsproxy.Route("*", Endless())]
+        proxy = Proxy(CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
+        reply = proxy.handle(json_request("sqs", "ListQueues"))
+        self.assertIn(reply.status, (400, 503))
+        self.assertLess(len(taken), 300)
+
+    def test_forms_of_the_session_token_are_masked(self):
+        mask = awsproxy.Mask(session_token=TOKEN)
+        quoted = TOKEN.replace("+", "%2b").replace("=", "%3d")
+        for form in (
+            TOKEN,
+            TOKEN.replace("/", "\\/"),
+            quoted,
+            urllib.parse.quote(TOKEN, safe=""),
+            urllib.parse.quote(TOKEN, safe="")
+            .replace("%2F", "%2f")
+            .replace("%2B", "%2b")
+            .replace("%3D", "%3d"),
+            urllib.parse.quote(TOKEN),
+            " ".join(f"{byte:02x}" for byte in TOKEN.encode()),
+        ):
+            with self.subTest(form):
+                hidden = mask.whole(f"<a>{form}</a>".encode())
+                self.assertEqual(hidden, b"<a>" + b"*" * len(form) + b"</a>")
+
     def test_json_is_not_forwarded_as_a_form(self):
         recorder = FakeUpstream(self)
         proxy = self.routed(recorder)
@@ -13083,6 +13119,15 @@ class RouteWordsTest(MeaningCase):
             ("sqs:SendMessage", json_request("sqs", "SendMessageX"), False),
         ]
         self.routed(rows)
+
+    def test_case_counts_in_an_allowed_path_alone(self):
+        path = "/2015-03-31/functions/{}/invocations"
+        pattern = "Lambda:post" + path.format("Public")
+        for name, allowed in (("Public", 200), ("pUBLIC", 403)):
+            asked = request("POST", path.format(name), service="lambda")
+            with self.subTest(name):
+                self.assertEqual(self.answer(asked, pattern)[0].status, allowed)
+                self.assertIn(self.answer(asked, f"!{pattern}", "*")[0].status, (400, 403))
 
     def test_prefix_of_iam_matches_the_signing_name(self):
         form = form_request("monitoring", "Action=DeleteAlarms&Version=2010-08-01")
@@ -18045,6 +18090,49 @@ class HostNameTest(ProgramTest):
 
 
 @unittest.skipUnless(LINUX, "it reads /proc")
+class SlowReaderTest(ProgramTest):
+    def test_connections_that_read_no_answer_give_way(self):
+        flags = ("--quiet", "--max-connections", "60", "--admin", "127.0.0.1:0")
+        program = self.start(*flags)
+        program.caller()("ListQueues")
+        asked = raw_request("GET", "/_awsproxy/metrics", (("Host", "localhost"),))
+        for _ in range(80):
+            connection = socket.socket()
+            self.addCleanup(connection.close)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(1)
+            connection.connect(program.address)
+            with contextlib.suppress(OSError):
+                connection.sendall(asked * 400)
+        for _ in range(5):
+            self.assert_alive(program)
+        if os.path.exists("/proc/self/task"):
+            self.assertLess(len(os.listdir(f"/proc/{program.process.pid}/task")), 20)
+
+    def test_a_long_answer_arrives_at_a_slow_reader(self):
+        program = self.start("--quiet")
+        call = program.caller()
+        for number in range(400):
+            call("CreateQueue", QueueName=f"{'q' * 70}{number}")
+        body = b"Action=ListQueues&Version=2012-11-05&MaxResults=1000"
+        made = sign("POST", "/", OF_QUERY, body, at=int(time.time()))
+        data = raw_request("POST", "/", (*made, ("Content-Length", str(len(body)))), body)
+        connection = socket.socket()
+        self.addCleanup(connection.close)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(program.address)
+        connection.settimeout(5)
+        connection.sendall(data * 10)
+        time.sleep(0.3)
+        received = b""
+        while received.count(b"</ListQueuesResponse>") < 10:
+            block = connection.recv(4096)
+            self.assertTrue(block, "the proxy closed the connection")
+            received += block
+        self.assertEqual(received.count(b"HTTP/1.1 200 OK"), 10)
+        self.assertEqual(received.count(b"<QueueUrl>"), 4000)
+
+
 class CrowdOfStrangersTest(ProgramTest):
     def connections(self, program, count):
         """Return as many connections, or as many as the system allows."""
@@ -18253,6 +18341,23 @@ class ClientsFileTest(ProgramTest):
             with self.subTest(replace.__name__):
                 wait_until(lambda n=number: code(n - 1), 2, "the secret was not revoked")
                 self.assertEqual(code(number), "")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_a_pipe_in_place_of_the_file_stops_nothing(self):
+        path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
+        program = self.start("--clients", path, "--quiet")
+        call = program.caller(
+            client=DEMO._replace(access_key_id="akid", secret_access_key="secret")
+        )
+        os.unlink(path)
+        os.mkfifo(path)
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            call("ListQueues")
+            time.sleep(0.1)
+        os.unlink(path)
+        write(path, section("a", "akid", "other"))
+        wait_until(lambda: refused_code(call), 3, "the file was not read again")
 
     def test_a_client_with_the_key_of_the_upstream_is_refused_later_too(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
@@ -18547,14 +18652,33 @@ class HookThatExitsTest(ProgramTest):
                     self.assertEqual(self.ask(moment, kind), expected)
                     self.assert_alive(self.program)
 
+    def test_a_body_that_interrupts_ends_nothing(self):
+        hook = """\
+            from awsproxy import Reply
+            def _blocks():
+                yield b"a"
+                raise KeyboardInterrupt
+            def before(call):
+                return Reply(200, (), _blocks()) if call.operation == "ListQueues" else None
+            """
+        program = self.start("--quiet", hook=hook)
+        made = sign("POST", "/", OF_QUERY, LIST_QUEUES, at=int(time.time()))
+        length = ("Content-Length", str(len(LIST_QUEUES)))
+        connection = self.connect(program)
+        connection.sendall(raw_request("POST", "/", (*made, length), LIST_QUEUES))
+        while connection.recv(65536):
+            pass
+        self.assert_alive(program)
+
     def test_a_new_hook_file_that_exits_ends_nothing(self):
         self.program.caller()("ListQueues")
-        write(self.hook, "import sys\nsys.exit(3)\n", age=1)
-        line = ""
-        while line is not None and self.hook not in line:
-            line = self.program.line(3)
-        self.assertIsNotNone(line, "the process has ended")
-        self.assert_alive(self.program)
+        for number, text in enumerate(("import sys; sys.exit(3)", "raise KeyboardInterrupt")):
+            write(self.hook, f"{text}\n", age=number + 1)
+            line = ""
+            while line is not None and self.hook not in line:
+                line = self.program.line(3)
+            self.assertIsNotNone(line, "the process has ended")
+            self.assert_alive(self.program)
         self.assertEqual(self.ask("before", "nothing"), 500)  # KeyError: the old hook stays
 
 
