@@ -18092,8 +18092,7 @@ class HostNameTest(ProgramTest):
 @unittest.skipUnless(LINUX, "it reads /proc")
 class SlowReaderTest(ProgramTest):
     def test_connections_that_read_no_answer_give_way(self):
-        flags = ("--quiet", "--max-connections", "60", "--admin", "127.0.0.1:0")
-        program = self.start(*flags)
+        program = self.start("--quiet", "--max-connections", "60")
         program.caller()("ListQueues")
         asked = raw_request("GET", "/_awsproxy/metrics", (("Host", "localhost"),))
         for _ in range(80):
@@ -18104,6 +18103,8 @@ class SlowReaderTest(ProgramTest):
             connection.connect(program.address)
             with contextlib.suppress(OSError):
                 connection.sendall(asked * 400)
+        health = functools.partial(own_path, program.address, "/_awsproxy/health")
+        wait_until(lambda: health()[0] == 200, 5, "no connection gave way")
         for _ in range(5):
             self.assert_alive(program)
         if os.path.exists("/proc/self/task"):
@@ -18349,6 +18350,7 @@ class ClientsFileTest(ProgramTest):
         call = program.caller(
             client=DEMO._replace(access_key_id="akid", secret_access_key="secret")
         )
+        call("ListQueues")
         os.unlink(path)
         os.mkfifo(path)
         until = time.monotonic() + 1.5
