@@ -4748,6 +4748,7 @@ class Endpoint(NamedTuple):
     scheme: str
     host: str  # IPv6 without its brackets
     port: int
+    region: str = ""  # that calls are signed for; "" for the region of the call
 
     @property
     def authority(self) -> str:
@@ -4763,89 +4764,205 @@ class Endpoint(NamedTuple):
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# By the beginning of a region: partition and DNS suffix ("AWS service endpoints").
+# By the beginning of a region: partition, DNS suffix, dual-stack DNS suffix (partitions.json).
 PARTITIONS = (
-    ("cn-", "aws-cn", "amazonaws.com.cn"),
-    ("us-gov-", "aws-us-gov", "amazonaws.com"),
-    ("us-iso-", "aws-iso", "c2s.ic.gov"),
-    ("us-isob-", "aws-iso-b", "sc2s.sgov.gov"),
-    ("us-isof-", "aws-iso-f", "csp.hci.ic.gov"),
-    ("eu-isoe-", "aws-iso-e", "cloud.adc-e.uk"),
-    ("eusc-", "aws-eusc", "amazonaws.eu"),
-    ("", "aws", "amazonaws.com"),
+    ("cn-", "aws-cn", "amazonaws.com.cn", "api.amazonwebservices.com.cn"),
+    ("us-gov-", "aws-us-gov", "amazonaws.com", "api.aws"),
+    ("us-iso-", "aws-iso", "c2s.ic.gov", "api.aws.ic.gov"),
+    ("us-isob-", "aws-iso-b", "sc2s.sgov.gov", "api.aws.scloud"),
+    ("us-isof-", "aws-iso-f", "csp.hci.ic.gov", "api.aws.hci.ic.gov"),
+    ("eu-isoe-", "aws-iso-e", "cloud.adc-e.uk", "api.cloud-aws.adc-e.uk"),
+    ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu"),
+    ("", "aws", "amazonaws.com", "api.aws"),
 )
 
-# The endpoint prefix of a service that signs with another name; where several share a name, by
-# what their X-Amz-Target or their path begins with.
-ENDPOINT_PREFIXES = pairs(
-    """
-    IoTSecuredTunneling=api.tunneling.iot appstream=appstream2
-    aws-marketplace=metering.marketplace awsssoportal=portal.sso cloudwatch=cloudwatch-omni
-    detective=api.detective ecr=api.ecr ecr-public=api.ecr-public iot-jobs-data=data.jobs.iot
-    iotdata=data-ats.iot iotdeviceadvisor=api.iotdeviceadvisor
-    iotmanagedintegrations=api.iotmanagedintegrations iotwireless=api.iotwireless
-    lex=models-v2-lex mediatailor=api.mediatailor memorydb=memory-db mobiletargeting=pinpoint
-    partnercentral=partnercentral-prm payment-cryptography=controlplane.payment-cryptography
-    pricing=api.pricing qapps=data.qapps sagemaker=api.sagemaker ses=email sso-oauth=oidc
-    timestream=query.timestream wickr=admin.wickr
-    """
-)
-SHARED_NAMES: Sequence[Tuple[str, str, str]] = (
-    ("aws-marketplace", "AWSMPCommerceService_v20200301.", "agreement-marketplace"),
-    ("aws-marketplace", "AWSMPEntitlementService.", "entitlement.marketplace"),
-    ("bedrock", "/model/", "bedrock-runtime"),
-    ("cassandra", "KeyspacesStreams.", "cassandra-streams"),
-    ("cloudhsm", "BaldrApiService.", "cloudhsmv2"),
-    ("dynamodb", "DynamoDBStreams_20120810.", "streams.dynamodb"),
-    ("events", "AWSEventsV2.", "eventsv2"),
-    ("forecast", "AmazonForecastRuntime.", "forecastquery"),
-    ("mgh", "AWSMigrationHubMultiAccountService.", "migrationhub-config"),
-    ("s3", "/v20180820/", "s3-control"),
-    ("sagemaker", "/endpoints/", "runtime.sagemaker"),
-    ("ses", "MailManagerSvc.", "mail-manager"),
-)
-
-# Where global services are, by partition and signing name, with which each host begins, though
-# "global." may be in front of it.
-GLOBAL_HOSTS: Mapping[Tuple[str, str], str] = {
-    (partition, host.replace("global.", "").split(".")[0]): host
-    for partition, hosts in (
-        ("aws", "budgets ce.us-east-1 cloudfront globalaccelerator.us-west-2 global.health iam"
-            " importexport networkmanager.us-west-2 organizations.us-east-1 route53"
-            " route53domains.us-east-1 savingsplans shield.us-east-1 waf"),
-        ("aws-cn", "budgets ce.cn-northwest-1 cloudfront.cn-northwest-1 global.health"
-            " iam.cn-north-1 organizations.cn-northwest-1 route53"),
-        ("aws-us-gov", "iam.us-gov organizations.us-gov-west-1 route53.us-gov"),
-    )
-    for host in hosts.split()
+# What a host begins with, by signing name: PREFIX or PREFIX=PATTERN, the first match counts.
+# A pattern is matched from the start of X-Amz-Target, or for RPC v2 of SERVICE.OPERATION, or
+# else of PATH#METHOD. In a prefix, & is the signing name, and \1 the first group.
+ENDPOINT_PREFIXES = {
+    service: [row.partition("=")[::2] for row in rows]
+    for service, *rows in map(str.split, r"""
+    account-access &-runtime=/access[/#]; acm acm-acme=.*Acme; agent-registry &=.*/discoverable
+    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; airflow ops.&=/metrics/
+    env.&=/(clitoken|restapi|webtoken)/ api.&; appconfig appconfigdata=/configuration; appstream
+    appstream2; arc-region-switch &-control-plane=.*(Plans?|Resource|Checks)$; aws-marketplace
+    agreement-marketplace=AWSMPCommerceService entitlement.marketplace=AWSMPEnt
+    reporting-marketplace=/getBuyer discovery-marketplace=/\d{4}-
+    deployment-marketplace=/(catalogs|tags)/ catalog.marketplace=/\w+# metering.marketplace;
+    awsssoportal portal.sso; bedrock &-runtime=/(async-invoke|guardrail(-checks)?|model)[/#]
+    &-data-automation-runtime=AmazonBedrockKeystoneRuntime
+    &-data-automation=/(blueprints|data-automation-|\w+BlueprintOpt)
+    &-agent-runtime=/(agenticR|generateQ|optimize-p|rerank|retrieveA|sessions|tags/.*session)
+    &-agent-runtime=/agents/(.*/agentAliases/|[^/]+#POST)|/flows/.*/executions
+    &-agent-runtime=/flows/[^/]+/aliases/[^/]+#POST
+    &-agent-runtime=/knowledgebases/.*(/retrieve#|-document-acl|/content#)
+    &-agent=/(agents|flows|knowledgebases|prompts|resourcepolicy|retrieval\w+|tags)/;
+    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
+    &=/(identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)
+    &=/[^/]+/[^/]+/(actor|command|event|extract|generat|ingest|invo|memoryR|retrieve|save|sess)
+    &=/[^/]+/[^/]+/(stopr|tools) &-control; cassandra &-streams=KeyspacesStreams; chime
+    messaging-&=/(channel|endpoints|app-instances/.*/streaming) identity-&=/app-instance
+    media-pipelines-&=/(sdk-)?media- meetings-&=/(meetings(?!.*/dial-outs)|tags)
+    voice-&=/(emergency|phone-number|search|settings|sip-|voice-); cloudhsm
+    cloudhsmv2=BaldrApiService; cloudwatch cloudwatch-omni; connect contact-lens=/realtime-;
+    dataexchange api-fulfill.&=/v1#; deadline
+    scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)
+    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective api.&;
+    dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public api.&;
+    events eventsv2=AWSEventsV2; execute-api participant.connect=/participant/; forecast
+    forecastquery=AmazonForecastRuntime; geo metadata.&=/metadata/v0/jobs
+    \1.&=/(\w+)/v0/\w+/[^/]+/(?!consumers|list-consumers) cp.\1.&=/(\w+)/v0/ cp.metadata.&;
+    geo-maps maps.geo; geo-places places.geo; geo-routes routes.geo; health-agent
+    streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
+    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam iam-toolbox=/authorization-details/;
+    iot-jobs-data data.jobs.iot; iotdata data-ats.iot; iotdeviceadvisor api.&;
+    iotmanagedintegrations api.&; IoTSecuredTunneling api.tunneling.iot; iotsitewise
+    monitor.&=/(access-policies|dashboards|portals|projects)
+    data.&=/(assistant|jobs|properties|queries)
+    data.&=/workspaces/.*/(dataset-export|enrichment|executions|get-capture|queries|searches)
+    api.&; iottwinmaker data.&=/workspaces/.*/entity-properties api.&; iotwireless api.&; ivs
+    ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|Participant|PublicKey|Stage|Storage);
+    kinesis &-queues=.*Queue; lakeformation query-&=/(GetQuery|GetWorkUnits|StartQuery)
+    data-&=/GetWorkUnitR; lex runtime.&=/bot/ runtime-v2-&=/bots/[^/]+/botAliases/
+    models.&=/(intents|slottypes|migrations|builtins/[is])|/(bots|exports)/#GET
+    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#])) models-v2-&;
+    logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor api.&;
+    medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
+    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; omics
+    storage-&=/\w+store/[^/]+/re(adset|ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)#
+    control-storage-&=/(referencestore|s3accesspolicy|sequencestore) tags-&=/tags/
+    analytics-&=/(annotationStore|import|share|variantStore) workflows-&; partnercentral &-prm;
+    payment-cryptography dataplane.&=/\w+/\w+#|/keys/ controlplane.&; personalize
+    &-runtime=/(action-rec|personalize-ranking|recommendations) &-events=/\w+(-\w+)?#; pricing
+    api.&; qapps data.&; rum dataplane.&=/appmonitors/; s3 s3-control=/v20180820/; s3express
+    &-control; sagemaker runtime.&=/endpoints/ metrics.&=/Batch(Get|Put)Metrics
+    edge.&=/(GetDe|SendHeart) featurestore-runtime.&=/(Batch|FeatureGroup)
+    a2i-runtime.&=/human-loops gateway-runtime.&=/global-inference
+    inferencerouter-runtime.&=/inference-routers
+    training-session-runtime.&=/(v1/)?training-sessions
+    job-runtime.&=/(complete-rollout|sample|update-reward) api.&; servicecatalog
+    &-appregistry=/(app|att|conf|sync|tags); servicediscovery data-&=.*DiscoverInstances; ses
+    mail-manager=MailManagerSvc email; signer data-&=/revocations; sms-voice &.pinpoint=/v1;
+    sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState); sustainability api.&;
+    thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|Table) query.&;
+    wellarchitected &-agent=/api/v1/agent; wickr admin.&
+    """.split(";"))
 }  # fmt: skip
+# The same for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
+VARIANT_PREFIXES = pairs("""
+    data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe
+    api.sagemaker@fips=api-fips.sagemaker batch@fips=fips.batch data-ats.iot@fips=data.iot-fips
+    eks@fips=fips.eks metrics.sagemaker@fips=metrics-fips.sagemaker models.lex@fips=models-fips.lex
+    runtime.lex@fips=runtime-fips.lex runtime.sagemaker@fips=runtime-fips.sagemaker
+    transcribe@fips=fips.transcribe api.detective@dual=detective api.ecr@dual=ecr
+    api.tunneling.iot@dual=api.iot-tunneling elasticfilesystem@dual=efs es@dual=aos
+    ingest.timestream@dual=timestream-ingest kafka@dual=kafka-api
+    query.timestream@dual=timestream-query streams.dynamodb@dual=streams-dynamodb
+""")
+# The region in the hosts of global services, by partition or region; "-" stands for none.
+GLOBAL_REGIONS: Mapping[Tuple[str, str], str] = {
+    (place, prefix): region.strip("-")
+    for place, region, *prefixes in map(str.split, """
+    aws - budgets cloudfront iam importexport route53 savingsplans waf; aws global codecatalyst
+    partnercentral-channel partnercentral-prm; aws us-east-1 account
+    arc-region-switch-control-plane artifact bcm-dashboards bcm-data-exports bcm-pricing-calculator
+    bcm-recommended-actions billing billingconductor ce chime freetier invoicing
+    notifications-contacts organizations payments pricingplanmanager route53domains shield support
+    tax; aws us-west-2 globalaccelerator networkmanager; us-east-1 - sdb; aws-cn - budgets route53;
+    aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account ce cloudfront organizations;
+    aws-us-gov us-gov iam route53; aws-us-gov us-gov-west-1 networkmanager organizations support;
+    aws-iso - budgets route53; aws-iso-b - route53
+    """.split(";"))
+    for prefix in prefixes
+}  # fmt: skip
+# Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
+DUAL_STACK_ONLY = re.compile(r"""(?x)
+    account-access.*|acm-acme|agent-registry.*|airflow-serverless|api\.iotmanagedintegrations
+    |api\.sustainability|apiportal|application-signals|arc-region-switch.*|backup-search|bcm-.*
+    |billing|cassandra-streams|cloudwatch-omni|codecatalyst|continuum|[cd]p\.aidevops|datazone
+    |discovery-marketplace|dsql|eks-auth|freetier|gameliftstreams|(.*\.)?health-agent|interconnect
+    |invoicing|(job|training-session)-runtime\.sagemaker|kendra-ranking|mpa
+    |network-security-manager|networkflowmonitor|notifications(-contacts)?|osm|partnercentral-.*
+    |payments|pricingplanmanager|qbusiness|route53globalresolver|s3files|s3vectors|security-ir
+    |securityagent|signin|supportauthz|uxc|workspaces-instances
+""")
+# GovCloud's prefixes whose plain hosts use FIPS.
+GOVCLOUD_FIPS = re.compile(r"""(?x)
+    access-analyzer|acm(-pca)?|appconfig|autoscaling|batch|clouddirectory|cloudformation|cloudtrail
+    |config|connect|databrew|dms|dynamodb|ec2|eks|elasticache|elasticbeanstalk|elasticloadbalancing
+    |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
+    |monitoring|networkmanager|organizations|outposts|ram|rds|redshift|route53(resolver)?
+    |servicequotas|sns|sqs|ssm|sso|states|sts|swf
+""")
 
 
-def partition_of(region: str) -> Tuple[str, str]:
-    """Return the partition of a region, and its DNS suffix."""
+# The region that the calls of a global service are signed for, if its host names none.
+SIGNING_REGIONS = pairs(
+    """
+    aws=us-east-1 aws-cn=cn-northwest-1 aws-us-gov=us-gov-west-1 aws-iso=us-iso-east-1
+    aws-iso-b=us-isob-east-1
+    """
+)
+Variants = Tuple[bool, bool]  # whether endpoints are to use FIPS, and to be dual-stack
+
+
+def partition_of(region: str) -> Tuple[str, str, str]:
+    """Return the partition of a region, its DNS suffix, and its dual-stack DNS suffix."""
     return next(row[1:] for row in PARTITIONS if region.startswith(row[0]))
 
 
-def endpoint_for(service: str, region: str, target: str = "", path: str = "/") -> Endpoint:
+def endpoint_for(
+    service: str,
+    region: str,
+    target: str = "",
+    path: str = "/",
+    method: str = "POST",
+    variants: Variants = (False, False),
+) -> Endpoint:
     """Return where AWS answers for a signing name and region, both already checked as names.
 
-    `target`, the X-Amz-Target, and `path` tell apart services that share a signing name.
+    `target`, the X-Amz-Target, the path and the method tell apart services that share a signing
+    name.  Source: the endpoint rule sets of botocore.
     """
-    partition, suffix = partition_of(region)
-    host = GLOBAL_HOSTS.get((partition, service))
-    if not host:
-        shared = (
-            prefix
-            for name, begins, prefix in SHARED_NAMES
-            if name == service and (target.startswith(begins) or path.startswith(begins))
-        )
-        prefix = next(shared, ENDPOINT_PREFIXES.get(service, service))
-        host = f"{prefix}.{region}"
-    return Endpoint("https", f"{host}.{suffix}".lower(), 443)
+    prefix = service
+    if service in ENDPOINT_PREFIXES:
+        rpc = _RPC_PATH.fullmatch(path)
+        operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
+        for template, pattern in ENDPOINT_PREFIXES[service]:
+            match = re.match(pattern, operation)
+            if match:
+                prefix = match.expand(template.replace("&", service))
+                break
+    return _endpoint_at(prefix, region, variants)
+
+
+@lru_cache(maxsize=256)
+def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
+    """Return the endpoint whose host begins with that prefix, in a region."""
+    partition, suffix, dual_suffix = partition_of(region)
+    fips, dualstack = variants
+    ending = "-fips" if fips else ""
+    regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
+    place = next((found for found in regions if found is not None), region)
+    signed_for = place if _REGION.fullmatch(place) else SIGNING_REGIONS.get(partition, region)
+    if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
+        prefix += f"{ending}.dualstack"
+    elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
+        suffix, place = dual_suffix, place or "global"
+        prefix = VARIANT_PREFIXES.get(f"{prefix}@dual", prefix) + ending
+    elif fips and not (partition == "aws-us-gov" and GOVCLOUD_FIPS.fullmatch(prefix)):
+        prefix = VARIANT_PREFIXES.get(f"{prefix}@fips", prefix + ending)
+    else:
+        prefix = VARIANT_PREFIXES.get(f"{prefix}@{partition}", prefix)
+    host = ".".join(filter(None, (prefix, place, suffix))).lower()
+    return Endpoint("https", host, 443, signed_for)
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return the endpoint of an http(s) URL without a path; ValueError for any other URL."""
+    """Return the endpoint of an http(s) URL without a path; ValueError for any other URL.
+
+    The calls to a regional host of AWS are signed for its region.
+    """
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
         raise ValueError("a URL with a user name is not taken")
@@ -4854,10 +4971,13 @@ def parse_endpoint(url: str) -> Endpoint:
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
     if is_link_local(parts.hostname):
         raise ValueError(f"{parts.hostname} is a link-local address, where credentials are kept")
-    return Endpoint(parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme])
+    port, region = parts.port or DEFAULT_PORTS[parts.scheme], service_of_host(parts.hostname)[1]
+    return Endpoint(parts.scheme, parts.hostname, port, region)
 
 
-_AWS_HOST = re.compile(r"(.+)\.(?:amazonaws\.com(?:\.cn)?|api\.aws)")
+_AWS_HOST = re.compile(
+    r"(.+)\.(?:amazonaws\.com(?:\.cn)?|amazonaws\.eu|api\.aws|api\.amazonwebservices\.(?:com\.cn|eu))"
+)
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
 
@@ -4874,8 +4994,8 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
     if not match or match[1] != region:
-        zonal = f"s3express-control.{region}.{partition_of(region)[1]}"
-    return Endpoint("https", zonal, 443)
+        return endpoint_for("s3express", region)
+    return Endpoint("https", zonal, 443, region)
 
 
 def service_of_host(host: str) -> Tuple[str, str]:
@@ -4883,13 +5003,20 @@ def service_of_host(host: str) -> Tuple[str, str]:
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
         return "", ""
-    labels = [label for label in match[1].split(".") if label != "dualstack"]
+    labels = [part for part in match[1].split(".") if part not in ("dualstack", "global")]
     region = labels.pop() if labels and _REGION.fullmatch(labels[-1]) else ""
-    names = {prefix: service for service, prefix in ENDPOINT_PREFIXES.items()}
-    prefix = (labels or [""])[-1]
-    if prefix.endswith("-fips"):
-        prefix = prefix[:-5]
-    return names.get(".".join(labels[-2:])) or names.get(prefix, prefix), region
+    labels = labels[-4:]
+    while len(labels) > 1 and ".".join(labels).replace("-fips", "") not in _SERVICES_BY_PREFIX:
+        labels.pop(0)
+    prefix = ".".join(labels).replace("-fips", "")
+    return _SERVICES_BY_PREFIX.get(prefix, prefix), region
+
+
+_SERVICES_BY_PREFIX = {
+    prefix.replace("&", service): service
+    for service, rows in ENDPOINT_PREFIXES.items()
+    for prefix, _ in rows
+}
 
 
 def is_link_local(host: str) -> bool:
@@ -5275,7 +5402,7 @@ class CredentialChain:
         region = settings.get("sso_region") or self.region()
         role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
         query = urllib.parse.urlencode({"role_name": role, "account_id": account})
-        url = f"{endpoint_for('awsssoportal', region).origin}/federation/credentials?{query}"
+        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
         found = _document(self._fetch(url, {"x-amz-sso_bearer_token": token}))
         try:
             keys = found["roleCredentials"]
@@ -5286,6 +5413,22 @@ class CredentialChain:
             raise Skipped("the SSO portal's answer holds no credentials") from error
 
     # ---- Roles ----
+
+    @_Once
+    def variants(self) -> Variants:
+        """Whether the environment or the profile asks for FIPS and for dual-stack endpoints."""
+        try:
+            settings = self._section(self._profile)
+        except Skipped:
+            settings = {}
+        fips, dualstack = (
+            self._environ.get(f"AWS_{name}") or settings.get(name.lower(), "")
+            for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
+        )
+        return fips.lower() == "true", dualstack.lower() == "true"
+
+    def _endpoint(self, service: str, region: str) -> Endpoint:
+        return endpoint_for(service, region, variants=self.variants)
 
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
@@ -5323,7 +5466,7 @@ class CredentialChain:
 
     def _ask_sts(self, fields: Mapping[str, str], source: Optional[Credentials]) -> Credentials:
         region = self.region()
-        endpoint = endpoint_for("sts", region)
+        endpoint = self._endpoint("sts", region)
         given = {name: value for name, value in fields.items() if value}
         body = urllib.parse.urlencode({**given, "Version": "2011-06-15"}).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
@@ -5393,7 +5536,9 @@ class CredentialCache:
         chain: CredentialChain,
         clock: Clock = time.time,
         sleep: Callable[[float], None] = time.sleep,
+        variants: Variants = (False, False),
     ) -> None:
+        self.variants = variants
         self._chain = chain
         self._clock = clock
         self._sleep = sleep
@@ -5502,7 +5647,8 @@ class Keyring:
             cache = self._caches.get(key)
             if cache is None:
                 chain = self._chain(key[0], role_arn=role, session_name=client.name)
-                cache = self._caches[key] = CredentialCache(chain, self._clock)
+                cache = CredentialCache(chain, self._clock, variants=chain.variants)
+                self._caches[key] = cache
         return cache
 
 
@@ -6195,7 +6341,9 @@ class Upstream:
         if call.service == "s3express":
             return zonal_endpoint(call.request.header("host") or "", call.region)
         target = call.request.header("x-amz-target") or ""
-        return endpoint_for(call.service, call.region, target, call.path)
+        path = call.request.path if call.wire.is_opaque else call.path or "/"
+        variants = self._credentials(call.caller).variants
+        return endpoint_for(call.service, call.region, target, path, call.request.method, variants)
 
     def _outgoing(self, call: Call) -> Outgoing:
         """Return the call as it is to be sent, and where to."""
@@ -6289,8 +6437,11 @@ class Upstream:
         self, call: Call, target: str, endpoint: Endpoint
     ) -> Tuple[str, Endpoint]:
         """Return the target and the endpoint of a call whose Host may name a bucket."""
-        bucket = call.bucket
-        if not bucket or (self._endpoint and call.path.startswith(_S3_CONTROL)):
+        bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
+        if of_control and not bucket:
+            bucket = call.request.header("x-amz-account-id") or ""
+            bucket = bucket if _ACCOUNT_ID.fullmatch(bucket) else ""
+        if not bucket or (self._endpoint and of_control):
             return target, endpoint
         if self._endpoint or "." in bucket:  # no TLS certificate covers dots
             return f"/{bucket}{target}", endpoint
@@ -6368,7 +6519,8 @@ class Upstream:
         self, call: Call, outgoing: Outgoing, keys: Credentials
     ) -> Tuple[Request, Authorization]:
         amz_date = iso_basic(self._clock())
-        scope = CredentialScope(amz_date[:8], call.region, call.service)
+        region = outgoing.endpoint.region or call.region
+        scope = CredentialScope(amz_date[:8], region, call.service)
         return sign(outgoing.request, outgoing.payload_hash, keys, scope, amz_date)
 
     def _send(self, attempt: Attempt) -> None:

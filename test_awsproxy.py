@@ -9469,6 +9469,8 @@ SEND_FORM = form_call("Action=SendMessage&Version=2012-11-05&MessageBody=a", "/0
 class Keys:
     """Stands for credentials that may expire: then the next are taken, if there are any."""
 
+    variants = (False, False)
+
     def __init__(self, *given):
         self.given = list(given)
         self.expired = []
@@ -11149,7 +11151,112 @@ class RouteTest(unittest.TestCase):
         ]:
             with self.subTest(f"{service} in {region}"):
                 endpoint = awsproxy.endpoint_for(service, region, target)
-                self.assertEqual(endpoint, ("https", host, 443))
+                self.assertEqual(endpoint[:3], ("https", host, 443))
+
+    def test_hosts_of_operations_and_variants(self):
+        rpc = "/service/Route53AutoNaming_v20170314/operation/DiscoverInstances"
+        for host, service, region, target, path, variants in [
+            ("sdb.amazonaws.com", "sdb", "us-east-1", "", "/", ""),
+            ("sdb.eu-west-1.amazonaws.com", "sdb", "eu-west-1", "", "/", ""),
+            ("qbusiness.us-east-1.api.aws", "qbusiness", "us-east-1", "", "/", ""),
+            (
+                "api.tunneling.iot.eu-west-1.amazonaws.com",
+                "IoTSecuredTunneling",
+                "eu-west-1",
+                "",
+                "/",
+                "",
+            ),
+            (
+                "sync-states.eu-west-1.amazonaws.com",
+                "states",
+                "eu-west-1",
+                "S.StartSyncExecution",
+                "/",
+                "",
+            ),
+            (
+                "data-servicediscovery.eu-west-1.amazonaws.com",
+                "servicediscovery",
+                "eu-west-1",
+                "",
+                rpc,
+                "",
+            ),
+            (
+                "places.geo.eu-west-1.amazonaws.com",
+                "geo-places",
+                "eu-west-1",
+                "",
+                "/v2/geocode",
+                "",
+            ),
+            (
+                "bedrock.eu-west-1.amazonaws.com",
+                "bedrock",
+                "eu-west-1",
+                "",
+                "/model-copy-jobs",
+                "",
+            ),
+            (
+                "bedrock-runtime.eu-west-1.amazonaws.com",
+                "bedrock",
+                "eu-west-1",
+                "",
+                "/model/m/invoke",
+                "",
+            ),
+            (
+                "globalaccelerator.us-west-2.amazonaws.com",
+                "globalaccelerator",
+                "eu-west-1",
+                "",
+                "/",
+                "",
+            ),
+            ("sqs-fips.us-east-1.amazonaws.com", "sqs", "us-east-1", "", "/", "f"),
+            ("sqs.us-gov-west-1.amazonaws.com", "sqs", "us-gov-west-1", "", "/", "f"),
+            ("sqs.us-east-1.api.aws", "sqs", "us-east-1", "", "/", "d"),
+            ("sqs.cn-north-1.api.amazonwebservices.com.cn", "sqs", "cn-north-1", "", "/", "d"),
+            ("s3.dualstack.eu-west-1.amazonaws.com", "s3", "eu-west-1", "", "/", "d"),
+            ("s3-fips.dualstack.us-west-2.amazonaws.com", "s3", "us-west-2", "", "/", "fd"),
+        ]:
+            flags = "f" in variants, "d" in variants
+            with self.subTest(host):
+                found = awsproxy.endpoint_for(service, region, target, path, variants=flags)
+                self.assertEqual(found.host, host)
+                if service != "IoTSecuredTunneling" and not target and path == "/":
+                    told = awsproxy.service_of_host(host)
+                    self.assertEqual(told[0], service)
+                    self.assertIn(told[1], (region, "", "us-west-2"))
+
+    def test_calls_are_signed_for_the_region_of_their_host(self):
+        direct = "https://sqs.eu-west-3.amazonaws.com"
+        self.assertEqual(awsproxy.parse_endpoint(direct).region, "eu-west-3")
+        self.assertEqual(awsproxy.parse_endpoint("http://sqs.localhost").region, "")
+        for service, region, wanted in [
+            ("iam", "eu-central-1", "us-east-1"),
+            ("iam", "cn-northwest-1", "cn-north-1"),
+            ("route53", "us-gov-east-1", "us-gov-west-1"),
+            ("organizations", "cn-north-1", "cn-northwest-1"),
+            ("networkmanager", "eu-central-1", "us-west-2"),
+            ("savingsplans", "eu-central-1", "us-east-1"),
+            ("sts", "eu-central-1", "eu-central-1"),
+            ("sqs", "cn-north-1", "cn-north-1"),
+        ]:
+            with self.subTest(f"{service} in {region}"):
+                endpoint = awsproxy.endpoint_for(service, region)
+                self.assertEqual(endpoint.region, wanted)
+        recorder = FakeUpstream(self)
+        pool = Pool()
+        self.addCleanup(lambda: [c.close() for it in pool._idle.values() for c in it])
+        endpoint = recorder.endpoint._replace(region="us-west-2")
+        target = Upstream(endpoint, lambda _: SomeKeys(), pool, clock=lambda: EXAMPLE_TIME)
+        proxy = self.aws(routes=[awsproxy.Route("*", target)])
+        listed = form_call("Action=ListUsers&Version=2010-05-08")
+        self.answer(proxy, listed, "iam", region="eu-central-1")
+        self.assertIn("/us-west-2/iam/", recorder.requests[-1].header("authorization"))
 
     def test_buckets_in_the_host_and_hosts_of_others(self):
         proxy, east = self.aws(), "s3.us-east-1.amazonaws.com"
@@ -11169,7 +11276,7 @@ class RouteTest(unittest.TestCase):
                     "GET", target, headers, service="s3", region=region, payload_hash=EMPTY
                 )
                 self.assertEqual(proxy.handle(request).status, 503)
-                self.assertEqual(self.pool.asked.pop(), ("https", wanted, 443))
+                self.assertEqual(self.pool.asked.pop()[:3], ("https", wanted, 443))
         proxy.clients = {EXAMPLE.access_key_id: [EXAMPLE]}  # others' hosts are not for the demo
         for host, target, status in [
             ("evil.example", "/k", 400),
@@ -11183,7 +11290,7 @@ class RouteTest(unittest.TestCase):
                     payload_hash=EMPTY, client=EXAMPLE,
                 )  # fmt: skip
                 self.assertEqual(proxy.handle(request).status, status)
-                asked = [self.pool.asked.pop()] if status == 503 else []
+                asked = [self.pool.asked.pop()[:3]] if status == 503 else []
                 self.assertEqual(asked, [("https", east, 443)] if status == 503 else [])
 
     def test_what_is_no_endpoint_is_refused(self):
@@ -11215,7 +11322,7 @@ class RouteTest(unittest.TestCase):
         ]:
             with self.subTest(url):
                 if wanted:
-                    self.assertEqual(awsproxy.parse_endpoint(url), wanted)
+                    self.assertEqual(awsproxy.parse_endpoint(url)[:3], wanted)
                 else:
                     with self.assertRaises(ValueError):
                         awsproxy.parse_endpoint(url)
@@ -11234,6 +11341,119 @@ class RouteTest(unittest.TestCase):
             logs = self.assertLogs("awsproxy") if status == 503 else contextlib.nullcontext()
             with self.subTest(service, region=region), logs:
                 self.assertEqual(proxy.handle(request).status, status)
+
+
+@unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+class BotocoreEndpointsTest(unittest.TestCase):
+    """Compare the hosts of all operations with botocore's own rule sets."""
+
+    PARTITIONS = MappingProxyType(
+        {"us-east-1": "aws", "eu-central-1": "aws", "cn-north-1": "aws-cn"}
+        | {"us-gov-west-1": "aws-us-gov"}
+    )
+    LEAST = 98.0  # percent
+    ACCOUNT = "111122223333"
+
+    @classmethod
+    def setUpClass(cls):
+        import botocore.loaders
+
+        data = os.path.join(os.path.dirname(botocore.__file__), "data")
+        cls.loader = botocore.loaders.Loader(include_default_search_paths=False)
+        cls.loader.search_paths.append(data)
+        cls.partitions = cls.loader.load_data("partitions")
+        endpoints = cls.loader.load_data("endpoints")["partitions"]
+        cls.known = {row["partition"]: row["services"] for row in endpoints}
+        cls.models = [
+            (name, *(cls.loader.load_service_model(name, kind) for kind in ("service-2", "endpoint-rule-set-1")))
+            for name in cls.loader.list_available_services("service-2")
+        ]  # fmt: skip
+
+    def is_available(self, prefix, region):
+        of_partition = self.known[self.PARTITIONS[region]].get(prefix)
+        if of_partition is None:
+            everywhere = any(prefix in services for services in self.known.values())
+            return self.PARTITIONS[region] == "aws" and not everywhere
+        return bool(of_partition.get("partitionEndpoint")) or region in of_partition["endpoints"]
+
+    def resolve(self, rules, region, own, parameters):
+        """Return the endpoint of a rule set, None where the service has none; `own` is a URL."""
+        from botocore.endpoint_provider import EndpointProvider
+        from botocore.exceptions import EndpointProviderError
+
+        builtins, values = {"AWS::Region": region, "SDK::Endpoint": own}, {}
+        for key, parameter in rules["parameters"].items():
+            value = parameters.get(key, builtins.get(parameter.get("builtIn")))
+            if value is None and "UseGlobalEndpoint" not in key:
+                value = parameter.get("default")
+            if value is not None:
+                values[key] = value
+        try:
+            return EndpointProvider(rules, self.partitions).resolve_endpoint(**values)
+        except EndpointProviderError:
+            return None
+
+    def calls(self, metadata, name, http):
+        """Yield target, path and method of an operation, for each protocol of its service."""
+        prefix = metadata.get("targetPrefix", "")
+        for protocol in metadata.get("protocols", [metadata["protocol"]]):
+            if protocol == "json":
+                yield f"{prefix}.{name}", "/", "POST"
+            elif protocol == "smithy-rpc-v2-cbor":
+                yield "", f"/service/{prefix}/operation/{name}", "POST"
+            elif protocol.startswith("rest-"):
+                path = re.sub(r"\{[^}]*\}", "x", http["requestUri"].partition("?")[0])
+                yield "", path, http["method"]
+            else:
+                yield "", "/", "POST"
+
+    def rates(self, region):
+        """Return the percentages of right hosts and of right regions to sign for."""
+        total = hosts = regions = 0
+        for service, model, rules in self.models:
+            metadata = model["metadata"]
+            if not self.is_available(metadata["endpointPrefix"], region):
+                continue
+            found = {}
+            for name, operation in model["operations"].items():
+                static = operation.get("staticContextParams", {})
+                parameters = {key: value["value"] for key, value in static.items()}
+                if service == "s3" and "{Bucket}" in operation["http"]["requestUri"]:
+                    parameters.update(Bucket="bucket", ForcePathStyle=True)
+                if service == "s3control":
+                    parameters.update(AccountId=self.ACCOUNT)
+                key = json.dumps(parameters)
+                if key not in found:
+                    own = (None, "https://proxy.example")
+                    found[key] = [self.resolve(rules, region, it, parameters) for it in own]
+                direct, proxied = found[key]
+                if direct is None:
+                    continue
+                schemes = [it and it.properties.get("authSchemes") for it in (direct, proxied)]
+                first, through = [dict(it[0]) if it else {} for it in schemes]
+                signing = through.get("signingName") or metadata.get("signingName")
+                signing = signing or metadata["endpointPrefix"]
+                prefix = operation.get("endpoint", {}).get("hostPrefix", "")
+                host = direct.url.partition("//")[2].partition("/")[0]
+                host = ("" if "{" in prefix else prefix) + host.replace(f"{self.ACCOUNT}.", "")
+                picked = [
+                    awsproxy.endpoint_for(signing, region, *call)
+                    for call in self.calls(metadata, name, operation["http"])
+                ]
+                total += 1
+                hosts += all(endpoint.host == host for endpoint in picked)
+                signed_for = first.get("signingRegion", region)
+                regions += all(endpoint.region == signed_for for endpoint in picked)
+        return 100 * hosts / total, 100 * regions / total
+
+    def test_hosts_and_regions_are_those_of_botocore(self):
+        for region in self.PARTITIONS:
+            with self.subTest(region):
+                hosts, regions = self.rates(region)
+                self.assertGreaterEqual(hosts, self.LEAST)
+                self.assertGreaterEqual(regions, self.LEAST)
+                if os.environ.get("AWSPROXY_RATES"):
+                    print(region, hosts, regions)
 
 
 class OwnNameTest(unittest.TestCase):
@@ -11463,6 +11683,8 @@ UPSTREAM = Client("up", *UPSTREAM_KEYS[:3])
 
 class SomeKeys:
     """Stands in for a CredentialCache."""
+
+    variants = (False, False)
 
     def __init__(self, *several):
         self.several = list(several or [UPSTREAM_KEYS])
@@ -11934,7 +12156,7 @@ class HostOfOthersTest(unittest.TestCase):
         ):
             with self.subTest(service, region=region):
                 self.assertEqual(self.ask(service, region, "/2015-03-31/functions").status, 503)
-                self.assertEqual(self.pool.asked.pop(), ("https", host, 443))
+                self.assertEqual(self.pool.asked.pop()[:3], ("https", host, 443))
 
 
 # ==== 4., 6. and 8. What a call means ====
