@@ -11249,10 +11249,12 @@ class RouteTest(unittest.TestCase):
                 endpoint = awsproxy.endpoint_for(service, region)
                 self.assertEqual(endpoint.region, wanted)
         recorder = FakeUpstream(self)
-        pool = Pool()
+        pool = awsproxy.Pool()
         self.addCleanup(lambda: [c.close() for it in pool._idle.values() for c in it])
         endpoint = recorder.endpoint._replace(region="us-west-2")
-        target = Upstream(endpoint, lambda _: SomeKeys(), pool, clock=lambda: EXAMPLE_TIME)
+        target = awsproxy.Upstream(
+            endpoint, lambda _: SomeKeys(), pool, clock=lambda: EXAMPLE_TIME
+        )
         proxy = self.aws(routes=[awsproxy.Route("*", target)])
         listed = form_call("Action=ListUsers&Version=2010-05-08")
         self.answer(proxy, listed, "iam", region="eu-central-1")
