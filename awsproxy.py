@@ -307,6 +307,10 @@ class Call:
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
     upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
+    upstream_host: str = field(default="", init=False)  # where it was sent
+    upstream_id: str = field(default="", init=False)  # the request id of the upstream's answer
+    unsigned: bool = field(default=False, init=False)  # it goes upstream without a signature
+    ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
     _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
@@ -886,6 +890,8 @@ class Profile(NamedTuple):
     unsigned_token: bool = False  # clients append the session token after signing
     unsigned_token_header: bool = False  # the same, of calls that are signed in their header
     clock_skew: int = 900  # seconds that a caller's clock may differ from ours
+    unsigned_body: str = ""  # a pattern of "METHOD /path" whose body need not be signed
+    sends_hash: bool = False  # the service demands x-amz-content-sha256
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -895,6 +901,14 @@ PROFILES: Mapping[str, Profile] = {
     **dict.fromkeys(("kinesis", "sns", "sqs"), Profile(unsigned_token_header=True)),
     # AWS gives these five minutes, as measured by others (ministack#1745).
     **dict.fromkeys(("kms", "lambda", "monitoring", "route53"), Profile(clock_skew=300)),
+    **dict.fromkeys(("glacier", "aoss"), Profile(sends_hash=True)),
+    # VPC Lattice takes no other payload line ("SigV4 authenticated requests for VPC Lattice").
+    "vpc-lattice-svcs": Profile(unsigned_body=".*", sends_hash=True),
+    # The operations that the service models mark with v4-unsigned-body.
+    "ebs": Profile(unsigned_body="PUT /snapshots/[^/]+/blocks/[^/]+"),
+    "lex": Profile(unsigned_body="POST /bots?/.+/(content|utterance)"),
+    "mediastore": Profile(unsigned_body="PUT /.+"),
+    "omics": Profile(unsigned_body="PUT /sequencestore/[^/]+/upload/[^/]+/part"),
 }
 _GENERAL = Profile()
 
@@ -916,6 +930,9 @@ _COMPUTED = (
 REFUSALS: Mapping[str, Sequence[str]] = {
     "unsigned": ("MissingAuthenticationToken", "AccessDenied",
         "Request is missing Authentication Token"),
+    "form post": ("MissingAuthenticationToken", "AccessDenied",
+        "This is a browser's form POST, signed in its form fields, which awsproxy does not verify."
+        " Upload with a presigned PUT (boto3: generate_presigned_url) instead."),
     "several": ("SignatureDoesNotMatch", "InvalidArgument",
         "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters."),
     "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
@@ -966,7 +983,7 @@ REFUSALS: Mapping[str, Sequence[str]] = {
         "Missing required header for this request: x-amz-content-sha256"),
     "payload": ("SignatureDoesNotMatch", "InvalidArgument",
         "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
-        " UNSIGNED-PAYLOAD is for Amazon S3 alone.",
+        " UNSIGNED-PAYLOAD is for Amazon S3 and for a few operations, with TLS.",
         "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
         " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
         " valid sha256 value."),
@@ -1135,7 +1152,9 @@ def parse_authorization(request: Request) -> Authorization:
     if b"signature" in names and names & {b"awsaccesskeyid", b"signatureversion"}:
         of_s3 = b"signatureversion" not in names
         raise refusal("version 2 of s3" if of_s3 else "version 2", request)
-    raise refusal("unsigned", request)
+    kind = request.header("content-type") or ""
+    is_form_post = request.method == "POST" and kind.startswith("multipart/form-data")
+    raise refusal("form post" if is_form_post else "unsigned", request)
 
 
 _USUAL_HEADER = re.compile(
@@ -1410,7 +1429,16 @@ def _utc(second: int, form: str) -> str:
 
 
 Spool = Callable[[Body], Tuple[Body, str]]
-Proven = Tuple[Authorization, Profile, Client, Optional[str]]  # by a head: see verify_head
+
+
+class Proven(NamedTuple):
+    """What the head of a request proves: see verify_head."""
+
+    claimed: Authorization
+    profile: Profile
+    client: Client
+    declared: Optional[str]  # the payload line; None where the body must be hashed
+    other_host: str
 
 
 def read_whole(body: Body) -> Tuple[Body, str]:
@@ -1430,19 +1458,18 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head alone does not prove, and return who signed, for what, and the body.
 
     `spool` reads the body, and only if the head alone gives no reason to refuse.  The body of
-    Amazon S3's family is checked while it is read.
+    Amazon S3's family is checked while it is read.  A body that need not be signed is not read.
     """
-    claimed, profile, client, declared = proven
+    claimed, profile, client, declared, _ = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     # 11. The body is the declared one.
-    if profile.declared_payload:
-        assert declared
+    if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
         body = streamed_body(request, claimed, declared, key)
         return Verified(client, scope, body, declared, presigned, signed)
     body, computed = spool(request.body)
     if declared is None:
-        _check_signature(request, claimed, profile, client, computed)
+        _check_signature(request, proven, computed)
     else:
         _check_hash(request, declared, computed)
     return Verified(client, scope, body, computed, presigned, signed)
@@ -1457,6 +1484,8 @@ def verify_head(
     clock_skew: Optional[int] = None,
     must_be_signed: Sequence[str] = (),
     profiles: Mapping[str, Profile] = PROFILES,
+    private: bool = True,
+    other_host: str = "",
 ) -> Proven:
     """Check all that the head proves, and return what it claims, of whom, for which body.
 
@@ -1464,6 +1493,9 @@ def verify_head(
     checked only with the body.  `service` is the one that the request is for, if it says so apart
     from its scope.  `regions` are those allowed, all if empty.  `must_be_signed` are headers that
     decide what the request means.  `clock_skew` replaces the seconds that the service allows.
+    `private` tells whether the request came by TLS or from this machine, which a body that is not
+    signed needs.  `other_host` is a Host that clients may have signed, if a reverse proxy
+    replaced it.
     """
     # 1. The framing was judged before there was a Request.
     # 2. and 3. One claim, in one form, well formed.
@@ -1478,11 +1510,12 @@ def verify_head(
     # 8. Whatever decides what the request means is signed.
     _check_signed_headers(request, claimed, profile, must_be_signed)
     # 9. What the head says of the body is what the service allows.
-    declared = _declared_payload(request, claimed, profile)
+    declared = _declared_payload(request, claimed, profile, private)
     # 10. The signature; from the head alone if that declares the body's hash.
+    proven = Proven(claimed, profile, client, declared, other_host)
     if declared is not None:
-        _check_signature(request, claimed, profile, client, declared)
-    return claimed, profile, client, declared
+        _check_signature(request, proven, declared)
+    return proven
 
 
 def _check_time(request: Request, claimed: Authorization, now: float, skew: int) -> None:
@@ -1585,9 +1618,14 @@ def _check_hoisted(request: Request) -> None:
             raise refusal("query parameter", request, fault)
 
 
-def _declared_payload(request: Request, claimed: Authorization, profile: Profile) -> Optional[str]:
+def _declared_payload(
+    request: Request, claimed: Authorization, profile: Profile, private: bool
+) -> Optional[str]:
     """Return the payload line that the head declares, or None where the body must be hashed."""
     value = _single(request, "x-amz-content-sha256")
+    if value == "UNSIGNED-PAYLOAD" and profile.unsigned_body and private:
+        if re.fullmatch(profile.unsigned_body, f"{request.method} {request.path}"):
+            return value
     if value is None and not profile.declared_payload:
         return None
     if value is None and claimed.presigned:
@@ -1615,12 +1653,20 @@ _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 # line of the canonical request that they get wrong, what they have there, and what to do.
 DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
     (1, lambda request, _: request.path,
-     "it signed the path as sent, not encoded once more: curl does from 8.9 on"),
+     "it signed the path as sent, not encoded once more: curl before 8.14 does"),
     (2, lambda request, _: request.target.partition("?")[2],
      "it signed the query as sent: sort its parameters, write each as name=value with both"
-     " percent-encoded, or take curl 8.13 or newer"),
+     " percent-encoded, or take curl 8.19 or newer"),
     (2, lambda request, _: "&".join(sorted(request.target.partition("?")[2].split("&"))),
      "it signed the query sorted, but not percent-encoded as RFC 3986 says"),
+    (2, lambda request, query: query.replace("%20", "%2B") if "+" in request.target else query,
+     "it signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B"),
+    (2, lambda _, query: query.replace("%2B", "%20"),
+     "it signed %2B in the query as a blank: curl 8.14 to 8.18 do, take curl 8.19 or newer"),
+    (3, lambda request, headers: _with_host(headers, request.header("x-forwarded-host") or ""),
+     "it signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host: set"
+     " 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url and that"
+     " host"),
     (3, lambda _, headers: _PORT.sub(r"\1", headers),
      "it signed the Host without its port: curl before 7.86 does"),
     (5, lambda *_: EMPTY_SHA256,
@@ -1628,32 +1674,51 @@ DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
 )  # fmt: skip
 
 
+_HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
+
+
+def _with_host(headers: str, host: str) -> str:
+    return _HOST_LINE.sub(lambda _: f"host:{host}", headers) if host else headers
+
+
 def explain_mismatch(
     request: Request, claimed: Authorization, parts: Sequence[str], secret_access_key: str
 ) -> str:
     """Return what the client has signed instead, if that is a known deviation; else ""."""
+    if sum(map(len, parts)) > 16384:  # each combination hashes all of it
+        return ""
     choices: List[Dict[str, str]] = [{part: ""} for part in parts]
     for line, deviate, advice in DEVIATIONS:
         choices[line].setdefault(deviate(request, parts[line]), advice)
     for chosen in itertools.product(*choices):
-        text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(chosen).encode("latin-1"))
-        computed = signature(secret_access_key, claimed.scope, text)
-        if hmac.compare_digest(computed, claimed.signature):
+        if _holds(claimed, secret_access_key, chosen):
             faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
             return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
     return ""
 
 
-def _check_signature(
-    request: Request, claimed: Authorization, profile: Profile, client: Client, payload_hash: str
-) -> None:
+def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
+    """Return whether a signature is that of the canonical request with these lines."""
+    canonical = "\n".join(parts).encode("latin-1")
+    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
+    computed = signature(secret_access_key, claimed.scope, text)
+    return hmac.compare_digest(computed, claimed.signature)  # both ASCII
+
+
+def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
     """Compare in constant time; the refusal shows what we computed, less the session token."""
+    claimed, profile, client, _, other_host = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
+    if _holds(claimed, client.secret_access_key, parts):
+        return
+    if other_host:
+        replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
+        if _holds(claimed, client.secret_access_key, replaced):
+            # From here on the request has the Host that the client signed.
+            request.__dict__["fields"] = {**request.fields, "host": [other_host]}
+            return
     canonical = "\n".join(parts)
     text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
-    computed = signature(client.secret_access_key, claimed.scope, text)
-    if hmac.compare_digest(computed, claimed.signature):  # both ASCII
-        return
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
     signed = text.decode("latin-1")
     explained = explain_mismatch(request, claimed, parts, client.secret_access_key)
@@ -2003,17 +2068,23 @@ _SIGNED = ("host", "date", "content-type", "content-md5")
 
 
 def sign(
-    outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope, amz_date: str
+    outgoing: Request,
+    payload_hash: str,
+    keys: Credentials,
+    scope: CredentialScope,
+    amz_date: str,
+    declares: bool = False,
 ) -> Tuple[Request, Authorization]:
     """Return the request with the headers that sign it, and what those claim.
 
     It signs Host, Content-Type, Content-MD5 and x-amz-*: nothing that a proxy may change.
+    `declares` adds x-amz-content-sha256 where the service does not demand it.
     """
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
     profile = PROFILES.get(scope.service, _GENERAL)
-    if profile.declared_payload:
+    if declares or profile.declared_payload or profile.sends_hash:
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
     names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
@@ -2188,7 +2259,7 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
         elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts
     """,
     rest_json="""
-        aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
+        aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
         s3-outposts sagemaker sdb servicecatalog ses sms-voice
     """,
     rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
@@ -2227,8 +2298,13 @@ REST_NAMES = """
     synthetics tax thinclient trustedadvisor uxc vpc-lattice vpc-lattice-svcs wellarchitected
     wickr wisdom workdocs workmailmessageflow workspaces-web xray
 """
-TARGET_PREFIXES = {"sqs": "AmazonSQS"}  # of X-Amz-Target, by name in the credential scope
-TARGET_SERVICES = {prefix: service for service, prefix in TARGET_PREFIXES.items()}
+# The service of an X-Amz-Target.  Some clients of old put the second one next to a form.
+TARGET_SERVICES = {
+    "AmazonSQS": "sqs",
+    "AmazonSQSv20121105": "sqs",
+    "AWSCognitoIdentityService": "cognito-identity",
+    "AWSCognitoIdentityProviderService": "cognito-idp",
+}
 # The version of each query API, which its XML namespace ends in.
 QUERY_VERSIONS = pairs(
     """
@@ -2293,6 +2369,8 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
+            if fields["x-amz-target"][0].startswith(_OLD_TARGET) and _is_form(request):
+                return AWS_QUERY_TARGET
             return AWS_JSON[_json_version(request)]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
             return RpcV2("")
@@ -2307,10 +2385,18 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     return REST if "rest-json" in speaks else AWS_JSON["1.0"]
 
 
+_OLD_TARGET = "AmazonSQSv20121105."
+
+
+def _is_form(request: Request) -> bool:
+    return _media_type(request) in ("", _FORM)
+
+
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
 
+_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
 
 
@@ -2327,7 +2413,10 @@ def _guessed_protocol(request: Request) -> WireProtocol:
         return AwsJson(_json_version(request), ("content-type",)) if of_json else query
     if request.method == "POST" and media_type in ("", _FORM):
         return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
-    return REST if media_type == "application/json" or _DATED_PATH.match(request.path) else REST_S3
+    if request.path.startswith(_XML_PATHS):
+        return REST_XML
+    of_json = media_type == "application/json" or request.path.startswith("/v2/email/")
+    return REST if of_json or _DATED_PATH.match(request.path) else REST_S3
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2526,7 +2615,7 @@ class AwsJson(WireProtocol):
             name = _operation_name(action or "")
         else:
             prefix, name = _parse_target(targets[0][:512])
-            of_service = prefix == TARGET_PREFIXES.get(service, prefix)
+            of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
             if len(targets) > 1 or not name or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
         document = self._document(request, body)
@@ -2585,16 +2674,19 @@ class AwsJson(WireProtocol):
         """Amazon SQS and CloudWatch tell 403 from 400 in JSON too; the other services do not."""
         fault = super().fault(request, error)
         service = self.service(request) or claim(request)[1].service
-        as_query = service in ("sqs", "monitoring", "") or fault.status not in (401, 403)
+        as_query = service in _QUERY_COMPATIBLE or fault.status not in (401, 403)
         return fault if as_query else fault._replace(status=400)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """With the code that the query protocol would have used in a header."""
         status, code, shape = self.fault(request, error)
-        headers = (*self._headers(request_id), ("x-amzn-query-error", f"{code};{_side(status)}"))
+        headers = self._headers(request_id)
+        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
+            headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
         return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
 
 
+_QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder holds the interpreter meanwhile
@@ -2734,6 +2826,9 @@ class AwsQuery(WireProtocol):
     content_type = "text/xml"
     reads_action = True
 
+    def __init__(self, reads_target: bool = False) -> None:
+        self.reads_target = reads_target
+
     def named(self, request: Request) -> str:
         """`Action`, if the query string has it."""
         return _query_action(request) or ""
@@ -2752,6 +2847,8 @@ class AwsQuery(WireProtocol):
         name = _operation_name(fields["Action"])
         if fields.get("Operation", name) != name:  # as some services call it
             raise ambiguous(self, "Operation and Action differ")
+        if self.reads_target and request.fields["x-amz-target"] != [_OLD_TARGET + name]:
+            raise ambiguous(self, "X-Amz-Target and Action differ")
         if service == "sqs":
             check_queue_path(self, request, fields.get("QueueUrl", ""))
         return Meaning(name, fields)
@@ -2789,7 +2886,24 @@ class AwsQuery(WireProtocol):
             fields.setdefault("QueueUrl", call.request.path)
         names, tree = model.query_names, _form_tree(fields)
         checked: Dict[str, Any] = _from_form(operation.input, tree, names, operation.name)
+        call.ignored = self._ignored(operation, names, tree)
         return checked
+
+    def _ignored(
+        self, operation: Operation, names: Names, tree: Mapping[str, Any]
+    ) -> Sequence[str]:
+        """Return the parameters that no member has; ServiceError for one that a member lacks."""
+        spelled = {names[it].element if it in names else it for it in operation.input.members}
+        members = {element.format(operation.name) for element in spelled}
+        ignored = []
+        for name in _unread(tree):
+            first = name.partition(".")[0]
+            if first in members:
+                message = f"The parameter {name[:80]} is not understood."
+                raise ServiceError("InvalidParameterValue", message)
+            if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
+                ignored.append(name[:80])
+        return ignored[:MAX_IGNORED]
 
     def reencode(self, call: Call) -> bytes:
         """Action and Version as they came, and the input in the model's spelling."""
@@ -2851,10 +2965,12 @@ class AwsQueryJson(AwsQuery):
         response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
-            response[f"{call.operation}Result"] = {
-                _INTERNAL_NAMES.get(name, name): _as_pairs(output.get(name), model, name)
-                for name in members
-            }
+            result = response[f"{call.operation}Result"] = {}
+            for name in members:
+                value = output.get(name)
+                if name == "Messages" and value:
+                    value = [{**_ABSENT_OF_MESSAGE, **message} for message in value]
+                result[_INTERNAL_NAMES.get(name, name)] = _as_pairs(value, model, name)
         document = _to_json({f"{call.operation}Response": response})
         return Reply(200, self._headers(request_id), document)
 
@@ -2878,7 +2994,11 @@ def _query_namespace(service: str) -> str:
 
 
 AWS_QUERY = AwsQuery()
+AWS_QUERY_TARGET = AwsQuery(reads_target=True)
 AWS_QUERY_JSON = AwsQueryJson()
+_ABSENT_OF_MESSAGE = dict.fromkeys(
+    ("Attributes", "MD5OfMessageAttributes", "MessageAttributes"), None
+)
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
@@ -2893,6 +3013,7 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
     return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
 
 
+MAX_IGNORED = 20  # parameters that the log names
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
@@ -2919,8 +3040,24 @@ def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
     return root
 
 
-def _from_form(shape: Shape, node: Members, names: Names, operation: str) -> Any:
-    """Return what a node of the form tree says, in the types of its shape."""
+# The parameters of a query call that are no input of its operation.
+_NO_INPUT = frozenset(
+    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
+    " SignatureVersion Timestamp Version".split()
+)
+
+
+def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    """Yield the names of the fields in a form tree that `_from_form` has not taken out."""
+    if "." in node:
+        yield name
+    for part, below in node.items():
+        if part != ".":
+            yield from _unread(below, f"{name}.{part}" if name else part)
+
+
+def _from_form(shape: Shape, node: Dict[str, Any], names: Names, operation: str) -> Any:
+    """Return what a node of the form tree says, in the types of its shape, and take it out."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
@@ -2932,7 +3069,7 @@ def _from_form(shape: Shape, node: Members, names: Names, operation: str) -> Any
             if below is not None:
                 present[name] = _from_form_member(member, below, names, operation, spelled)
         return _with_required(shape, present)
-    text = node.get(".", "")
+    text = node.pop(".", "")
     if shape == INTEGER:
         if not _NUMBER.fullmatch(text):
             raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
@@ -2941,17 +3078,23 @@ def _from_form(shape: Shape, node: Members, names: Names, operation: str) -> Any
 
 
 def _from_form_member(
-    shape: Shape, node: Members, names: Names, operation: str, spelled: Optional[QueryName]
+    shape: Shape, node: Dict[str, Any], names: Names, operation: str, spelled: Optional[QueryName]
 ) -> Any:
     if not isinstance(shape, (ListOf, MapOf)):
         return _from_form(shape, node, names, operation)
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
-        if not numbered and node.get("."):  # `AttributeName=All`, from clients of old
-            numbered = [node]
+        if not numbered and (node.get(".") or set(node) - {"."}):
+            numbered = [node]  # `AttributeName=All`, from clients of old
+        elif node.get(".") == "":
+            del node["."]  # the whole of an empty list
         return [_from_form(shape.element, below, names, operation) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
-    pairs = [(below.get(key, {}).get(".", ""), below.get(value, {})) for below in numbered]
+    if not numbered and key in node:  # as in the samples of AWS's API references
+        numbered = [node]
+    if node.get(".") == "":
+        del node["."]  # the whole of an empty map
+    pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
     return {k: _from_form(shape.value, below, names, operation) for k, below in pairs}
 
 
@@ -3533,11 +3676,15 @@ class Queue:
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
-        hidden = self._hidden
+        hidden, back = self._hidden, []
         while hidden and hidden[0][0] <= now:
             entry = heapq.heappop(hidden)
             if self._is_due(entry):
-                self.show(entry[2])
+                back.append(entry[2])
+        for message in back:
+            self.show(message)
+        for message in reversed(back):
+            self._put_first(message)
         oldest = now - self.number("MessageRetentionPeriod")
         while self._strays and self._strays[0][0] <= oldest:
             stray = heapq.heappop(self._strays)[2]
@@ -3573,6 +3720,11 @@ class Queue:
     def _offer(self, message: Message) -> None:
         self._visible[message.message_id] = message
         self.changed.notify()
+
+    def _put_first(self, message: Message) -> None:
+        """Put a message that came back before those that were never received."""
+        if message.received and message.message_id in self._visible:
+            self._visible.move_to_end(message.message_id, last=False)
 
     def _withdraw(self, message: Message) -> None:
         """Undo `hide` or `_offer`."""
@@ -4614,9 +4766,13 @@ class Sqs:
             task_id, arn = document["taskId"], document["sourceArn"]
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
+        if not isinstance(arn, str):
+            raise sqs_refusal("task handle")
         mine = f"arn:aws:sqs:{call.region}:{call.caller.account_id}:"
+        if not arn.startswith(mine) or self._by_arn(arn) is None:
+            raise sqs_refusal("no resource", "SourceArn")
         for task in self._running:
-            if task.task_id == task_id and task.source_arn == arn and arn.startswith(mine):
+            if task.task_id == task_id and task.source_arn == arn:
                 task.status = "CANCELLED"
                 self._running.remove(task)
                 return {"ApproximateNumberOfMessagesMoved": task.moved}
@@ -4777,14 +4933,16 @@ PARTITIONS = (
 )
 
 # What a host begins with, by signing name: PREFIX or PREFIX=PATTERN, the first match counts.
+# The prefix "-" stands for hosts that are a customer's own.
 # A pattern is matched from the start of X-Amz-Target, or for RPC v2 of SERVICE.OPERATION, or
 # else of PATH#METHOD. In a prefix, & is the signing name, and \1 the first group.
 ENDPOINT_PREFIXES = {
     service: [row.partition("=")[::2] for row in rows]
     for service, *rows in map(str.split, r"""
     account-access &-runtime=/access[/#]; acm acm-acme=.*Acme; agent-registry &=.*/discoverable
-    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; airflow ops.&=/metrics/
-    env.&=/(clitoken|restapi|webtoken)/ api.&; appconfig appconfigdata=/configuration; appstream
+    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; aoss -=/; airflow ops.&=/metrics/
+    env.&=/(clitoken|restapi|webtoken)/ api.&; appconfig appconfigdata=/configuration; appsync
+    -=/(graphql|event)[/#]; aps &-workspaces=/workspaces/[^/]+/(alertmanager/)?api/; appstream
     appstream2; arc-region-switch &-control-plane=.*(Plans?|Resource|Checks)$; aws-marketplace
     agreement-marketplace=AWSMPCommerceService entitlement.marketplace=AWSMPEnt
     reporting-marketplace=/getBuyer discovery-marketplace=/\d{4}-
@@ -4797,38 +4955,42 @@ ENDPOINT_PREFIXES = {
     &-agent-runtime=/flows/[^/]+/aliases/[^/]+#POST
     &-agent-runtime=/knowledgebases/.*(/retrieve#|-document-acl|/content#)
     &-agent=/(agents|flows|knowledgebases|prompts|resourcepolicy|retrieval\w+|tags)/;
-    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
+    bedrock-agentcore
+    &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
     &=/(identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)
     &=/[^/]+/[^/]+/(actor|command|event|extract|generat|ingest|invo|memoryR|retrieve|save|sess)
     &=/[^/]+/[^/]+/(stopr|tools) &-control; cassandra &-streams=KeyspacesStreams; chime
     messaging-&=/(channel|endpoints|app-instances/.*/streaming) identity-&=/app-instance
     media-pipelines-&=/(sdk-)?media- meetings-&=/(meetings(?!.*/dial-outs)|tags)
-    voice-&=/(emergency|phone-number|search|settings|sip-|voice-); cloudhsm
-    cloudhsmv2=BaldrApiService; cloudwatch cloudwatch-omni; connect contact-lens=/realtime-;
-    dataexchange api-fulfill.&=/v1#; deadline
+    voice-&=/(emergency|phone-number|search|settings|sip-|voice-); cloudsearch -=/2013-01-01/;
+    cloudhsm cloudhsmv2=BaldrApiService; cloudwatch cloudwatch-omni; connect
+    contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#; deadline
     scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)
-    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective api.&;
-    dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public api.&;
-    events eventsv2=AWSEventsV2; execute-api participant.connect=/participant/; forecast
-    forecastquery=AmazonForecastRuntime; geo metadata.&=/metadata/v0/jobs
-    \1.&=/(\w+)/v0/\w+/[^/]+/(?!consumers|list-consumers) cp.\1.&=/(\w+)/v0/ cp.metadata.&;
-    geo-maps maps.geo; geo-places places.geo; geo-routes routes.geo; health-agent
-    streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
-    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam iam-toolbox=/authorization-details/;
-    iot-jobs-data data.jobs.iot; iotdata data-ats.iot; iotdeviceadvisor api.&;
-    iotmanagedintegrations api.&; IoTSecuredTunneling api.tunneling.iot; iotsitewise
+    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective
+    api.&; dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public
+    api.&; events eventsv2=AWSEventsV2; es &=/20\d\d- -; execute-api
+    participant.connect=/participant/ -; forecast forecastquery=AmazonForecastRuntime; geo
+    metadata.&=/metadata/v0/jobs \1.&=/(\w+)/v0/\w+/[^/]+/(?!consumers|list-consumers)
+    cp.\1.&=/(\w+)/v0/ cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes
+    routes.geo; health-agent streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
+    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam
+    iam-toolbox=/authorization-details/; iot-jobs-data data.jobs.iot; iotdata data-ats.iot;
+    iotdeviceadvisor api.&; iotdevicegateway -; kafka-cluster -; iotmanagedintegrations api.&;
+    IoTSecuredTunneling api.tunneling.iot; iotsitewise
     monitor.&=/(access-policies|dashboards|portals|projects)
     data.&=/(assistant|jobs|properties|queries)
     data.&=/workspaces/.*/(dataset-export|enrichment|executions|get-capture|queries|searches)
     api.&; iottwinmaker data.&=/workspaces/.*/entity-properties api.&; iotwireless api.&; ivs
     ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|Participant|PublicKey|Stage|Storage);
-    kinesis &-queues=.*Queue; lakeformation query-&=/(GetQuery|GetWorkUnits|StartQuery)
-    data-&=/GetWorkUnitR; lex runtime.&=/bot/ runtime-v2-&=/bots/[^/]+/botAliases/
+    kinesis &-queues=.*Queue; lambda &=/20\d\d- -; lakeformation
+    query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; lex runtime.&=/bot/
+    runtime-v2-&=/bots/[^/]+/botAliases/
     models.&=/(intents|slottypes|migrations|builtins/[is])|/(bots|exports)/#GET
-    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#])) models-v2-&;
-    logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor api.&;
-    medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
-    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; omics
+    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#]))
+    models-v2-&; logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor
+    api.&; medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
+    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; neptune-db -;
+    neptune-graph -=/(queries|summary); omics
     storage-&=/\w+store/[^/]+/re(adset|ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)#
     control-storage-&=/(referencestore|s3accesspolicy|sequencestore) tags-&=/tags/
     analytics-&=/(annotationStore|import|share|variantStore) workflows-&; partnercentral &-prm;
@@ -4845,7 +5007,7 @@ ENDPOINT_PREFIXES = {
     mail-manager=MailManagerSvc email; signer data-&=/revocations; sms-voice &.pinpoint=/v1;
     sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState); sustainability api.&;
     thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|Table) query.&;
-    wellarchitected &-agent=/api/v1/agent; wickr admin.&
+    vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
     """.split(";"))
 }  # fmt: skip
 # The same for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
@@ -4922,7 +5084,8 @@ def endpoint_for(
     """Return where AWS answers for a signing name and region, both already checked as names.
 
     `target`, the X-Amz-Target, the path and the method tell apart services that share a signing
-    name.  Source: the endpoint rule sets of botocore.
+    name.  Source: the endpoint rule sets of botocore.  Raises ServiceError AccessDenied for a
+    host that is a customer's own.
     """
     prefix = service
     if service in ENDPOINT_PREFIXES:
@@ -4933,6 +5096,9 @@ def endpoint_for(
             if match:
                 prefix = match.expand(template.replace("&", service))
                 break
+    if prefix == "-":
+        message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
+        raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
     return _endpoint_at(prefix, region, variants)
 
 
@@ -4976,7 +5142,8 @@ def parse_endpoint(url: str) -> Endpoint:
 
 
 _AWS_HOST = re.compile(
-    r"(.+)\.(?:amazonaws\.com(?:\.cn)?|amazonaws\.eu|api\.aws|api\.amazonwebservices\.(?:com\.cn|eu))"
+    r"(.+)\.(?:amazonaws\.com(?:\.cn)?|amazonaws\.eu|api\.aws"
+    r"|api\.amazonwebservices\.(?:com\.cn|eu))"
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
@@ -5003,9 +5170,11 @@ def service_of_host(host: str) -> Tuple[str, str]:
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
         return "", ""
-    labels = [part for part in match[1].split(".") if part not in ("dualstack", "global")]
-    region = labels.pop() if labels and _REGION.fullmatch(labels[-1]) else ""
-    labels = labels[-4:]
+    ignored = ("dualstack", "global", "vpce")
+    labels = [part for part in match[1].split(".") if part not in ignored][-6:]
+    region = next(filter(_REGION.fullmatch, reversed(labels)), "")
+    if region:
+        del labels[max(at for at, label in enumerate(labels) if label == region)]
     while len(labels) > 1 and ".".join(labels).replace("-fips", "") not in _SERVICES_BY_PREFIX:
         labels.pop(0)
     prefix = ".".join(labels).replace("-fips", "")
@@ -5661,7 +5830,7 @@ class Mask:
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
         # What is shorter is no secret of AWS's, and may stand in any answer.
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
-        if claimed:
+        if claimed and claimed.signature:
             self._secrets += (claimed.signature.encode(),)
         self.held = b""  # of a stream, what may be the beginning of a secret
 
@@ -5736,6 +5905,7 @@ class Connection:
         self.heard = False  # whether anything has come since it was taken
         self.idle_since = 0.0
         self.deadline = math.inf  # until when the answer must have come
+        self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         self._client = connect
         try:
             connect.connect()
@@ -5749,16 +5919,24 @@ class Connection:
         self._arrival.register(self.socket, select.POLLIN)
 
     def _receive(self, size: int) -> bytes:
-        if time.monotonic() > self.deadline:
-            raise socket.timeout("the answer comes too slowly")
+        until = min(self.deadline, time.monotonic() + self.timeout)
+        while not self._has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
+            if self.abandoned():
+                raise ConnectionAbortedError("the client has left")
+            if time.monotonic() >= until:
+                raise socket.timeout("the answer comes too slowly")
         data = self.socket.recv(size)
         self.heard = self.heard or bool(data)
         return data
 
     def is_stale(self) -> bool:
         """Whether the other side has closed it, or sent something: an answer, or too much."""
+        return bool(self.source.buffer) or self._has_arrived(0)
+
+    def _has_arrived(self, seconds: float) -> bool:
+        """Return whether something can be received, at once or within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
-        return bool(self.source.buffer or decrypted or self._arrival.poll(0))
+        return bool(decrypted or self._arrival.poll(seconds * 1000))
 
     def close(self) -> None:
         """Close it."""
@@ -5832,7 +6010,8 @@ class Connection:
                     return head
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'it hung up'}"
-            raise UpstreamError(message, unanswered=not self.heard) from error
+            unanswered = not self.heard and not self.abandoned()
+            raise UpstreamError(message, unanswered) from error
 
 
 RECEIVE = "sqs:ReceiveMessage"
@@ -5885,9 +6064,10 @@ class Pool:
         return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take."""
-        poll = call.action == RECEIVE
+        """Set how long the answer to a call may take, and for whom."""
+        poll = call.action == RECEIVE  # whose messages must be put back if the client has left
         connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
+        connection.abandoned = (lambda: False) if poll else call.request.abandoned
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
@@ -5942,6 +6122,7 @@ _SET_AGAIN = HOP_BY_HOP | frozenset(
     " x-amz-s3session-token x-amz-security-token".split()
 )
 _REPLACED = _SET_AGAIN | _OF_THE_WAY
+_KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 # How upstreams name a signature that does not hold; their text repeats what was signed.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
@@ -5990,6 +6171,8 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
         lower = urllib.parse.unquote(name, "latin-1").lower()
         if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
             continue
+        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
+            continue  # Amazon S3 ignores them (aws-sdk-js-v3#4448): they are of an empty body
         if lower.startswith("x-amz-"):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
@@ -6127,11 +6310,15 @@ def outcome_unknown() -> ServiceError:
 
 
 class Outgoing(NamedTuple):
-    """A request on its way upstream, not yet signed; `payload_hash` is what it is signed with."""
+    """A request on its way upstream, not yet signed; `payload_hash` is what it is signed with.
+
+    `declares` tells whether the caller had a header x-amz-content-sha256.
+    """
 
     endpoint: Endpoint
     request: Request
     payload_hash: str
+    declares: bool = False
 
 
 def is_repeatable(call: Call) -> bool:
@@ -6148,6 +6335,10 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
     return Request("POST", "/", headers, io.BytesIO(body))
+
+
+NOBODY = Credentials("", "")  # of calls that go upstream unsigned
+_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
@@ -6204,7 +6395,7 @@ class Upstream:
         """Return a small call, its kept connection and what to send; None if that would wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
-        keys = self._credentials(call.caller).ready()
+        keys = NOBODY if call.unsigned else self._credentials(call.caller).ready()
         if not keys:
             return None
         outgoing = self._outgoing(call)
@@ -6277,9 +6468,13 @@ class Upstream:
 
     def _shown(self, call: Call, reply: Reply) -> Reply:
         """Return the answer to the call as its caller gets it."""
+        fields = fields_of(reply.headers)
+        names = ("x-amzn-requestid", "x-amz-request-id", "x-amz-id-2")
+        call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
-        if reply.status in _REFUSED and error_code(reply) in _MISMATCHES:
+        refused = reply.status in _REFUSED and error_code(reply) in _MISMATCHES
+        if refused and not call.unsigned:
             return self._our_signature_refused(call, reply)
         of_sqs = call.service == "sqs"
         return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
@@ -6327,7 +6522,7 @@ class Upstream:
         """Whether AWS calls our token expired, and other credentials may be had."""
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
-        return bool(expired) and self._credentials(call.caller).expire(keys)
+        return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
 
     # ---- The request ----
 
@@ -6342,8 +6537,12 @@ class Upstream:
             return zonal_endpoint(call.request.header("host") or "", call.region)
         target = call.request.header("x-amz-target") or ""
         path = call.request.path if call.wire.is_opaque else call.path or "/"
-        variants = self._credentials(call.caller).variants
-        return endpoint_for(call.service, call.region, target, path, call.request.method, variants)
+        host = call.request.header("host") or ""
+        fips, dualstack = self._credentials(call.caller).variants
+        if ("fips" in host or "dualstack" in host) and is_aws_host(host):
+            fips, dualstack = fips or "fips" in host, dualstack or "dualstack" in host
+        method, variants = call.request.method, (fips, dualstack)
+        return endpoint_for(call.service, call.region, target, path, method, variants)
 
     def _outgoing(self, call: Call) -> Outgoing:
         """Return the call as it is to be sent, and where to."""
@@ -6355,7 +6554,7 @@ class Upstream:
         target = request.target
         if call.presigned:
             target, hoisted = strip_presigned(target)
-        signed, dropped = call.signed_headers, _REPLACED
+        signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
         if not _OF_THE_WAY.isdisjoint(signed):
             dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
         headers = end_to_end(request.headers, dropped, signed)
@@ -6389,11 +6588,15 @@ class Upstream:
         elif length or request.method in ("POST", "PUT", "PATCH"):
             headers.append(("Content-Length", str(length)))
         sent = Request(request.method, target, tuple(headers), body, request.peer)
-        return Outgoing(endpoint, sent, payload_hash)
+        call.upstream_host = endpoint.authority
+        declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
+        return Outgoing(endpoint, sent, payload_hash, declares)
 
     def _body(self, call: Call, endpoint: Endpoint) -> Tuple[Body, str]:
         """Return the body to send, and its payload hash."""
         body, payload_hash = call.body, call.payload_hash
+        if call.service == "vpc-lattice-svcs":  # see PROFILES
+            return body, "UNSIGNED-PAYLOAD"
         if isinstance(body, AwsChunkedBody) and not body.signed:
             # In chunks for no reason that is left, or for the trailers alone.
             return body, STREAMING_UNSIGNED if body.announced else "UNSIGNED-PAYLOAD"
@@ -6431,7 +6634,8 @@ class Upstream:
         headers = [(n, v) for n, v in request.headers if n.lower() not in _FRAMING]
         headers.append(("Content-Length", str(len(data))))
         request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
-        return Outgoing(outgoing.endpoint, request, hashlib.sha256(data).hexdigest())
+        payload_hash = hashlib.sha256(data).hexdigest()
+        return outgoing._replace(request=request, payload_hash=payload_hash)
 
     def _bucket_endpoint(
         self, call: Call, target: str, endpoint: Endpoint
@@ -6455,7 +6659,7 @@ class Upstream:
         replayable = isinstance(outgoing.request.body, io.IOBase)
         for last in (True,) if again else (False, True):
             try:
-                keys = cache.get()
+                keys = NOBODY if call.unsigned else cache.get()
             except Skipped as reason:
                 code = "ServiceUnavailable" if reason.passing else "AccessDenied"
                 told = _PRIVATE.sub("...", str(reason))[:500]
@@ -6518,10 +6722,13 @@ class Upstream:
     def _signed(
         self, call: Call, outgoing: Outgoing, keys: Credentials
     ) -> Tuple[Request, Authorization]:
+        if call.unsigned:
+            return outgoing.request, _NO_AUTHORIZATION
         amz_date = iso_basic(self._clock())
         region = outgoing.endpoint.region or call.region
         scope = CredentialScope(amz_date[:8], region, call.service)
-        return sign(outgoing.request, outgoing.payload_hash, keys, scope, amz_date)
+        request, payload_hash, declares = outgoing[1:]
+        return sign(request, payload_hash, keys, scope, amz_date, declares)
 
     def _send(self, attempt: Attempt) -> None:
         call, outgoing, keys, connection = attempt
@@ -6670,6 +6877,7 @@ class Exchange:
 
     call: Optional[Call] = None  # once the meaning is known
     target: Optional[Target] = None  # what answers, for Proxy
+    unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the file that a long body is kept in meanwhile
     status = 0
     error = "-"  # the code that the caller was told
@@ -6701,6 +6909,14 @@ class Exchange:
             return self.call.action
         service = self.wire.service(self.request) or claim(self.request)[1].service
         return f"{service or '-'}:{self.wire.named(self.request)[:MAX_SHOWN] or '-'}"
+
+    @property
+    def answered_by(self) -> str:
+        """The host that a call was sent to, or what answered it here."""
+        call = self.call
+        if not call or not call.route:
+            return "-"
+        return call.upstream_host or getattr(call.route.target, "name", "-")
 
     @property
     def request_bytes(self) -> int:
@@ -6972,6 +7188,10 @@ class AccessLog(Hook):
             "error": exchange.error,
             "ms": round(exchange.seconds * 1000, 2),
             "request_id": exchange.request_id,
+            "route": call.route.pattern if call and call.route else "-",
+            "target": exchange.answered_by,
+            "upstream_request_id": (call and call.upstream_id) or "-",
+            "reason": exchange.reason.replace(" ", "-") or "-",
         }
         if self._of_json:
             seconds = max(0.0, call.upstream_seconds) if call else 0.0
@@ -7042,6 +7262,7 @@ class Metrics(Hook):
         # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
         self._rows: Dict[Tuple[Any, ...], List[int]] = {}
         self._refusals = Counts()
+        self._targets = Counts()  # by route and host
         self._seconds = Histogram(self.BUCKETS)
         self._upstream_seconds = Histogram(self.BUCKETS)
         self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
@@ -7065,6 +7286,10 @@ class Metrics(Hook):
                 self._upstream_seconds.add(call.upstream_seconds)
             if exchange.reason:
                 self._refusals[(exchange.reason,)] += 1
+            if call and call.route:
+                target = (call.route.pattern, exchange.answered_by)
+                known = target in self._targets or len(self._targets) < self.MAX_OPERATIONS
+                self._targets[target if known else (call.route.pattern, "other")] += 1
 
     def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
         """Return where to count such calls; operations beyond the most are counted as one."""
@@ -7098,6 +7323,7 @@ class Metrics(Hook):
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
+                ("targets", "route target", "Calls by route and target.", self._targets),
                 ("bytes", "direction", "Bytes of bodies.", totals),
                 ("throttles", "", "Answers that throttle.", throttles),
             ):
@@ -7553,6 +7779,35 @@ CREDENTIAL_ACTIONS = """
 """.split()
 
 
+# What AWS answers without a signature: the operations that the service models mark so.
+UNSIGNED_ACTIONS = frozenset(
+    """
+    awsssoportal:get/federation/credentials awsssoportal:get/assignment/accounts
+    awsssoportal:get/assignment/roles awsssoportal:post/logout
+    cognito-identity:getcredentialsforidentity cognito-identity:getid
+    cognito-identity:getopenidtoken cognito-identity:unlinkidentity
+    cognito-idp:associatesoftwaretoken cognito-idp:changepassword
+    cognito-idp:completewebauthnregistration cognito-idp:confirmdevice
+    cognito-idp:confirmforgotpassword cognito-idp:confirmsignup cognito-idp:deleteuser
+    cognito-idp:deleteuserattributes cognito-idp:deletewebauthncredential
+    cognito-idp:forgetdevice cognito-idp:forgotpassword cognito-idp:getdevice
+    cognito-idp:gettokensfromrefreshtoken cognito-idp:getuser
+    cognito-idp:getuserattributeverificationcode cognito-idp:getuserauthfactors
+    cognito-idp:globalsignout cognito-idp:initiateauth cognito-idp:listdevices
+    cognito-idp:listusersessions cognito-idp:listwebauthncredentials
+    cognito-idp:resendconfirmationcode cognito-idp:respondtoauthchallenge
+    cognito-idp:revoketoken cognito-idp:revokeusersession cognito-idp:setusermfapreference
+    cognito-idp:setusersettings cognito-idp:signup cognito-idp:startwebauthnregistration
+    cognito-idp:updateautheventfeedback cognito-idp:updatedevicestatus
+    cognito-idp:updateuserattributes cognito-idp:verifysoftwaretoken
+    cognito-idp:verifyuserattribute signin:post/v1/token sso-oauth:post/client/register
+    sso-oauth:post/device_authorization sso-oauth:post/token sts:assumerolewithsaml
+    sts:assumerolewithwebidentity
+    """.split()
+)
+BEARER_SERVICES = frozenset({"account-access", "agent-registry", "bedrock", "codecatalyst"})
+
+
 def glob_matches(pattern: str, text: str) -> bool:
     """Return whether the pattern matches all of the text; `*` is any text, `?` one character."""
     return _glob(pattern).match(text) is not None
@@ -7586,6 +7841,20 @@ def _folded(action: str) -> str:
     """Return an action or a pattern in lower case, but for its path: there, case counts."""
     name, slash, path = action.partition("/")
     return name.lower() + slash + path
+
+
+def passes_unsigned(action: str) -> bool:
+    """Return whether AWS may answer an action without Signature Version 4."""
+    is_bearer = action.partition(":")[0].lower() in BEARER_SERVICES
+    return is_bearer or _folded(action) in UNSIGNED_ACTIONS
+
+
+def _plain_path(request: Request) -> str:
+    """Return the path of a request as patterns spell it, "" if it is not clear."""
+    try:
+        return rest_meaning(request).path
+    except ServiceError:
+        return ""
 
 
 def hands_out_credentials(action: str) -> bool:
@@ -7660,6 +7929,14 @@ class Status:
         return Reply(status, headers, text.encode("utf-8"))
 
 
+def is_preflight(request: Request) -> bool:
+    """Return whether a browser asks what a page of another site may do (CORS preflight)."""
+    fields = request.fields
+    asked = fields.get("access-control-request-method", ("",))[0] in METHODS
+    unsigned = "origin" in fields and "authorization" not in fields
+    return request.method == "OPTIONS" and asked and unsigned
+
+
 def check_page(request: Request, hosts: frozenset[str], any_address: bool = False) -> None:
     """Raise ServiceError AccessDenied for what somebody else's web page may have sent.
 
@@ -7672,7 +7949,8 @@ def check_page(request: Request, hosts: frozenset[str], any_address: bool = Fals
     if len(host) > 255 or (host and not _is_own_host(host, hosts, any_address)):
         fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
-    if "origin" not in fields and "sec-fetch-site" not in fields:
+    named = "origin" in fields or "sec-fetch-site" in fields
+    if not named or is_preflight(request):  # which runs nothing
         return
     sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
     origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
@@ -7801,10 +8079,10 @@ class Pending:
         put_back = self._upstream.let_go(self._attempt)
         return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
 
-    def give_up(self) -> Reply:
-        """Return the refusal of a call whose answer comes too late."""
+    def give_up(self, why: str = "it takes too long") -> Reply:
+        """Return the refusal of a call that has no answer yet, and close its connection."""
         connection = self._attempt.connection
-        log.warning("upstream: no answer from %s in time", connection.endpoint.origin)
+        log.warning("upstream: no answer from %s: %s", connection.endpoint.origin, why)
         connection.close()
         message = "The upstream of this proxy did not answer in time."
         call = self._exchange.call
@@ -7855,8 +8133,11 @@ class Proxy:
         self.clients = clients
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
         self._routes = (Route("sqs:*", embedded),) if routes is None else routes
-        public_host = host_name(urllib.parse.urlsplit(public_url).netloc)
-        self._hosts = frozenset(filter(None, (public_host, *map(host_name, hosts))))
+        public = urllib.parse.urlsplit(public_url)
+        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # which no client puts into Host
+        self._public_host = re.sub(f"{default_port}$", "", public.netloc)
+        own = (host_name(public.netloc), *map(host_name, hosts))
+        self._hosts = frozenset(filter(None, own))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
         self._regions = regions
@@ -7869,6 +8150,10 @@ class Proxy:
         self._clock = clock
         self._new_id = new_id
         self._known_route = lru_cache(maxsize=1024)(self._find_route)
+        upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
+        exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
+        # The routes that name an action exactly, which AWS may answer without a signature.
+        self._open = [action for action in exact if passes_unsigned(action)]
 
     @property
     def clients(self) -> Clients:
@@ -7909,8 +8194,36 @@ class Proxy:
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
     def _exchange(self, request: Request) -> Exchange:
-        service = "" if self._verified else self._unverified_scope(request).service
-        return Exchange(request, self._clock(), self._new_id(), service)
+        unsigned = self._unsigned_service(request) if self._verified else ""
+        service = unsigned if self._verified else self._unverified_scope(request).service
+        exchange = Exchange(request, self._clock(), self._new_id(), service)
+        exchange.unsigned = bool(unsigned)
+        return exchange
+
+    def _unsigned_service(self, request: Request) -> str:
+        """Return the service of an unsigned call that a route may let through, "" for none."""
+        header = request.header("authorization") or ""
+        if is_preflight(request):
+            service = claim(request)[1].service or "s3"
+            return service if service in ("s3", "s3express") else ""
+        if not self._open or (header and not header.startswith("Bearer ")):
+            return ""
+        try:
+            authorization_of(request)
+            return ""
+        except ServiceError as error:
+            if error.reason not in ("unsigned", "scheme"):
+                return ""
+        target = TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
+        path = "" if target else f"{request.method.lower()}{_plain_path(request)}"
+        for service, _, operation in (action.partition(":") for action in self._open):
+            by_path = operation == path
+            by_form = service == "sts" and path == "post/" and _is_form(request)
+            if bool(header) == (service in BEARER_SERVICES) and (
+                service == target or by_path or by_form
+            ):
+                return service
+        return ""
 
     def _own_path(self, request: Request) -> Optional[Reply]:
         """Return what a path of our own tells: no bucket is called as these are."""
@@ -7928,8 +8241,8 @@ class Proxy:
         exchange = self._exchange(request)
         wire = exchange.wire
         try:
-            self._check_sender(request)
-            if self._verified:
+            self._check_sender(exchange)
+            if self._verified and not exchange.unsigned:
                 self._verify_head(request, wire, self._clock())
             check_one_reading(request, wire, exchange.service)
         except ServiceError as error:
@@ -7937,15 +8250,23 @@ class Proxy:
         return None
 
     def _verify_head(self, request: Request, wire: WireProtocol, now: float) -> Proven:
-        service, signed = wire.service(request), wire.must_be_signed
-        skew = self._clock_skew
-        return verify_head(request, self._clients, now, service, self._regions, skew, signed)
+        return verify_head(
+            request,
+            self._clients,
+            now,
+            wire.service(request),
+            self._regions,
+            self._clock_skew,
+            wire.must_be_signed,
+            private=self._scheme == "https" or is_loopback(request.peer),
+            other_host=self._public_host,
+        )
 
-    def _check_sender(self, request: Request) -> None:
-        if request.method not in METHODS:
-            raise not_implemented(request.method)
-        if self._is_public:
-            check_page(request, self._hosts)
+    def _check_sender(self, exchange: Exchange) -> None:
+        if exchange.request.method not in METHODS:
+            raise not_implemented(exchange.request.method)
+        if self._is_public or exchange.unsigned:
+            check_page(exchange.request, self._hosts)
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
         """Find out what is meant, or refuse."""
@@ -8059,9 +8380,10 @@ class Proxy:
             message = "The proxy failed; its standard error tells more."
             error = ServiceError("InternalFailure", message)
         error = error.without_frames()
-        exchange.error = exchange.wire.fault(exchange.request, error).code
         exchange.reason = error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
+        code = error_code(reply)
+        exchange.error = exchange.wire.fault(exchange.request, error).code if code == "-" else code
         return self.observed(exchange, reply)
 
     def observed(self, exchange: Exchange, reply: Reply) -> Reply:
@@ -8071,6 +8393,9 @@ class Proxy:
         if reply.status >= 400 and exchange.error == "-":
             exchange.error = error_code(reply)
         exchange.seconds = time.monotonic() - exchange.began
+        if exchange.call and exchange.call.ignored:
+            action, names = exchange.call.action, exchange.call.ignored
+            log.warning("%s has no parameters %r: they are ignored", action, names)
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
         if exchange.spooled:
             with contextlib.suppress(OSError):  # the disk is full, as was said then
@@ -8087,16 +8412,16 @@ class Proxy:
     def _understood(self, exchange: Exchange) -> Tuple[Call, Target]:
         """Return the call that a request makes, and what is to answer it."""
         request, wire = exchange.request, exchange.wire
-        self._check_sender(request)
-        if self._verified:
+        self._check_sender(exchange)
+        if self._verified and not exchange.unsigned:
             proven = self._verify_head(request, wire, exchange.started)
+            check_one_reading(request, wire, exchange.service)
             found = verify_body(request, proven, functools.partial(self._spool, exchange))
         else:
+            check_one_reading(request, wire, exchange.service)
             found = self._unverified(exchange)
         client, scope = found.client, found.scope
-        if scope.service in S3_FAMILY:  # the others are checked before their body is read
-            check_one_reading(request, wire, scope.service)
-        meaning = wire.meaning(request, scope.service, found.body, self._hosts)
+        meaning = self._meaning(exchange, found)
         host = request.header("host") or "localhost"
         base_url = self._public_url or f"{self._scheme}://{host}"
         service, operation = scope.service, meaning.operation
@@ -8108,6 +8433,8 @@ class Proxy:
         exchange.call = call  # whose refusal is told with its name
         action = call.action
         call.route = self._route(action)
+        if exchange.unsigned:
+            self._pass_unsigned(exchange, call)
         for path in meaning.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != call.route:
                 message = "The path can be read in two ways, which have different routes."
@@ -8120,6 +8447,28 @@ class Proxy:
         elif self.draining and action == RECEIVE:
             target = NoMessages()
         return call, target
+
+    def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
+        """Return what a request asks for; a preflight asks for what the page will ask."""
+        request = exchange.request
+        if exchange.unsigned and is_preflight(request):
+            method = request.fields["access-control-request-method"][0]
+            request = dataclasses.replace(request, method=method)
+        return exchange.wire.meaning(request, found.scope.service, found.body, self._hosts)
+
+    def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
+        """Have an unsigned call go upstream as it is, or raise ServiceError if it may not."""
+        request, route = exchange.request, call.route
+        target = route.target if route else None
+        may_pass = isinstance(target, Upstream) and route is not None
+        if is_preflight(request):
+            call.operation = request.method  # what hooks see and the upstream gets
+        elif may_pass and route:
+            may_pass = route.names_exactly(call.action) and passes_unsigned(call.action)
+        if not may_pass:
+            exchange.call = None
+            raise refusal("unsigned", request)
+        call.unsigned = True
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
         """Ask what answers a call for the visibility timeout of its queue, in seconds."""
@@ -8187,13 +8536,13 @@ class Proxy:
     def _unverified(self, exchange: Exchange) -> Verified:
         """Return what a request says of itself, for want of proof."""
         request = exchange.request
-        key = claim(request)[0]
-        scope = self._unverified_scope(request)
+        key = "" if exchange.unsigned else claim(request)[0]
+        scope = self._unverified_scope(request)._replace(service=exchange.service)
         name = scope.service
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
             raise ServiceError("AccessDenied", "The service and region are no names of AWS.")
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
-        presigned = "authorization" not in request.fields
+        presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
             nobody = Authorization(key, scope, (), "", "")
@@ -8211,7 +8560,6 @@ class Proxy:
 
     def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
-        check_one_reading(exchange.request, exchange.wire, exchange.service)
         if isinstance(body, io.BytesIO):  # the server has gathered it
             data = body.getvalue()
             if len(data) > self.max_body:
@@ -8843,10 +9191,14 @@ class Server(http.server.HTTPServer):
             self._cut_short(pending)
 
     def interrupted(self, conversation: Conversation, pending: Pending) -> None:
-        """End the poll of a client that has hung up; what another says can wait."""
+        """End the call of a client that has hung up; what another client says can wait."""
         self.unpark(conversation)
-        if pending.is_poll and conversation.abandoned():
+        if not conversation.abandoned():
+            return
+        if pending.is_poll:
             self._cut_short(pending)
+        else:
+            self._settle(pending, pending.give_up("the client has left"))
 
     def _cut_short(self, pending: Pending) -> None:
         reply, put_back = pending.cut_short()
@@ -9232,8 +9584,9 @@ def _add_listening(add: Callable[..., Any]) -> None:
         help="where its private key is, if not in the same file")  # fmt: skip
     add("--reuse-port", action="store_true",
         help="share the port with other processes, where all calls are forwarded")  # fmt: skip
-    add("--drain-seconds", type=_number(float, 0, 86400), default=0, metavar="SECONDS",
-        help="how long, at the end, to wait for messages in flight to be settled")  # fmt: skip
+    add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
+        help="how long, at the end, to wait for calls in progress and for messages in flight to"
+        " be settled")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
         help="what queue URLs begin with, if not http:// (https:// with TLS) and the Host of the"
         " request")  # fmt: skip
@@ -9458,14 +9811,18 @@ class Program:
             self._in_flight.tend_later()
         if self._drain_until < math.inf:
             self.server.cut_polls_short()
-            busy = not self.server.is_idle or self._pool.given_up
-            settled = not busy and not self._in_flight.total
-            if settled or time.monotonic() > self._drain_until:
+            if self._is_settled or time.monotonic() > self._drain_until:
                 self.server.stop()
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether no call is being answered and no message is in flight."""
+        busy = not self.server.is_idle or self._pool.given_up
+        return not busy and not self._in_flight.total
 
     def end(self) -> None:
         """Drain, if the flags want that, and end; at once if asked a second time."""
-        if not self._options.drain_seconds or self._drain_until < math.inf:
+        if not self._options.drain_seconds or self._drain_until < math.inf or self._is_settled:
             self.server.stop()
             return
         self._drain_until = time.monotonic() + self._options.drain_seconds

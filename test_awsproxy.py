@@ -2377,6 +2377,26 @@ class ChangedRequestTest(VerifyCase):
                 else:
                     self.verify(request)
 
+    def test_the_refusal_names_what_curl_signed_in_the_query(self):
+        scope = "20150830/us-east-1/sqs/aws4_request"
+        for sent, was_signed, told in (
+            ("x=a+b", "x=a%2Bb", "a '+' in the query as %2B"),
+            ("y=1&x=a+b", "x=a%2Bb&y=1", "a '+' in the query as %2B"),
+            ("x=a%2Bb", "x=a%20b", "take curl 8.19 or newer"),
+            ("x=a+b", "x=a+b", "as sent"),
+            ("x=ab", "x=abc", None),
+        ):
+            given = [("Host", HOST), ("X-Amz-Date", "20150830T123600Z")]
+            made = signature(
+                DEMO, "GET", "/", was_signed, given, ["host", "x-amz-date"], EMPTY, EXAMPLE_TIME, scope
+            )  # fmt: skip
+            value = f"AWS4-HMAC-SHA256 Credential=dummykey/{scope}, SignedHeaders=host;x-amz-date"
+            headers = [*given, ("Authorization", f"{value}, Signature={made.hex}")]
+            with self.subTest(sent, signed=was_signed):
+                error = self.refused(get(f"/?{sent}", headers), "403 SignatureDoesNotMatch")
+                hint = error.message.partition("about the form")[2]
+                self.assertIn(told, hint) if told else self.assertEqual(hint, "")
+
     def test_a_signature_is_good_for_one_secret(self):
         for build in (ask, link):
             request = build(client=DEMO._replace(secret_access_key="dummysecret2"))
@@ -2473,7 +2493,7 @@ class PayloadTest(VerifyCase):
             with self.subTest(service):
                 scope = f"20150830/us-east-1/{service}/aws4_request"
                 self.verify(ask("s3", scope=scope, payload_hash="UNSIGNED-PAYLOAD"))
-        for service in ("sqs", "s3x", "S3", "s3tables", "vpc-lattice-svcs"):
+        for service in ("sqs", "s3x", "S3", "s3tables"):
             with self.subTest(service):
                 headers = [("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD")]
                 request = ask(service, headers=headers, payload_hash="UNSIGNED-PAYLOAD")
@@ -4040,6 +4060,52 @@ class FormTest(unittest.TestCase):
         reply = reply_to(self.sqs, "POST", "/", (FORM,), text.encode())
         return xml_output(operation, reply)
 
+    def test_a_map_or_list_without_numbers_has_one_element(self):
+        self.post("SetQueueAttributes", "Attribute.Name=VisibilityTimeout&Attribute.Value=77")
+        shown = self.post("GetQueueAttributes", "AttributeName=VisibilityTimeout")
+        self.assertEqual(shown, {"Attributes": {"VisibilityTimeout": "77"}})
+        self.post("TagQueue", "Tag.Key=a&Tag.Value=b")
+        self.assertEqual(self.post("ListQueueTags", ""), {"Tags": {"a": "b"}})
+        sent = self.post(
+            "SendMessage",
+            "MessageBody=m&MessageAttribute.Name=n&MessageAttribute.Value.DataType=String"
+            "&MessageAttribute.Value.StringValue=v",
+        )
+        self.assertIn("MD5OfMessageAttributes", sent)
+        entry = "SendMessageBatchRequestEntry"
+        sent = self.post("SendMessageBatch", f"{entry}.Id=1&{entry}.MessageBody=m")
+        self.assertEqual([it["Id"] for it in sent["Successful"]], ["1"])
+        self.post("UntagQueue", "TagKey=a")
+        self.assertEqual(self.post("ListQueueTags", ""), {})
+
+    def test_a_parameter_that_would_change_nothing_is_refused_or_logged(self):
+        for operation, fields in (
+            ("SetQueueAttributes", "Attribute.1.Nmae=VisibilityTimeout&Attribute.1.Value=77"),
+            ("SetQueueAttributes", "Attribute.1.Name=DelaySeconds&Attribute.1.Value=1"
+             "&Attribute.Name=VisibilityTimeout&Attribute.Value=77"),
+            ("SetQueueAttributes", "Attribute.VisibilityTimeout=77"),
+            ("GetQueueAttributes", "AttributeName.1=All&AttributeName=DelaySeconds"),
+            ("GetQueueAttributes", "AttributeName.First=All"),
+            ("SendMessage", "MessageBody=m&MessageBody.1=n"),
+            ("SendMessage", "MessageBody=m&DelaySeconds.Value=3"),
+        ):  # fmt: skip
+            with self.subTest(fields), self.assertRaises(Refused) as caught:
+                self.post(operation, fields)
+            codes = (INVALID, MISSING, "InvalidAttributeName", "MalformedInput")
+            self.assertIn(caught.exception.code, codes)
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            self.post("SendMessage", "MessageBody=m&DelaySecond=3&a%0Ab=c")
+        (line,) = logged.output
+        self.assertIn("sqs:SendMessage has no parameters ['DelaySecond', 'a\\nb']", line)
+        with (
+            self.assertNoLogs("awsproxy", "WARNING")
+            if sys.version_info > (3, 10)
+            else contextlib.nullcontext()
+        ):
+            self.post(
+                "SendMessage", "MessageBody=m&Version=2012-11-05&AWSAccessKeyId=a&Timestamp=b"
+            )
+
     def test_attribute_names_are_a_list_however_spelled(self):
         two = {"Attributes": {"VisibilityTimeout": "40", "DelaySeconds": "0"}}
         for name, fields, expected in (
@@ -4133,6 +4199,37 @@ class FormTest(unittest.TestCase):
         )
 
 
+class OldTargetTest(Spoken):
+    """`AmazonSQSv20121105.`, which clients of old put next to a form, and some next to JSON."""
+
+    def call(self, target, body, kind, accept="*/*"):
+        headers = (("X-Amz-Target", target), ("Content-Type", kind), ("Accept", accept))
+        return reply_to(self.sqs, "POST", "/", headers, body)
+
+    def test_content_type_and_body_decide(self):
+        form_type = "application/x-www-form-urlencoded; charset=utf-8"
+        create = b"Action=CreateQueue&Version=2012-11-05&QueueName=jobs"
+        reply = self.call("AmazonSQSv20121105.CreateQueue", create, form_type)
+        self.assertEqual(reply.status, 200)
+        self.assertIn(b"<CreateQueueResponse", reply.body)
+        reply = self.call("AmazonSQSv20121105.CreateQueue", b'{"QueueName":"jobs"}', JSON_1_0)
+        self.assertEqual(reply.status, 200)
+        self.assertIn("QueueUrl", json.loads(reply.body))
+
+    def test_one_call_names_one_operation(self):
+        form_type = "application/x-www-form-urlencoded"
+        for target, action in (
+            ("AmazonSQSv20121105.ListQueues", "CreateQueue"),
+            ("AmazonSQSv20121105.createqueue", "CreateQueue"),
+            ("AmazonSQS.CreateQueue", "CreateQueue"),
+            ("AmazonSNS.CreateQueue", "CreateQueue"),
+        ):
+            body = f"Action={action}&Version=2012-11-05&QueueName=jobs".encode()
+            with self.subTest(target):
+                self.assertEqual(self.call(target, body, form_type).status, 400)
+        self.assertEqual(self.sqs("ListQueues"), {})
+
+
 class LegacyJsonTest(unittest.TestCase):
     """A query that asks for JSON is answered in a JSON older than the JSON protocol's."""
 
@@ -4193,6 +4290,12 @@ class LegacyJsonTest(unittest.TestCase):
             self.assertEqual(reply.status, 200)
             (message,) = document["ReceiveMessageResponse"]["ReceiveMessageResult"]["messages"]
             self.assertEqual(message["Body"], '"\r\n')
+            self.assertIsNone(message["MessageAttributes"])
+            self.assertIsNone(message["MD5OfMessageAttributes"])
+            self.assertEqual([pair["Name"] for pair in message["Attributes"]], ["SenderId"])
+        for _, document, _ in self.replies("Action=ReceiveMessage&QueueUrl=jobs"):
+            (message,) = document["ReceiveMessageResponse"]["ReceiveMessageResult"]["messages"]
+            self.assertIsNone(message["Attributes"])
 
     def test_a_void_operation_has_no_result(self):
         for _, document, request_id in self.replies("Action=PurgeQueue&QueueUrl=jobs"):
@@ -6411,6 +6514,20 @@ class ReceiveTest(Spoken):
                 self.assertEqual(len(self.sqs.receive(url, **{name: value})), 1)
                 self.assertEqual(self.clock.now, EXAMPLE_TIME)
 
+    def test_messages_that_come_back_are_received_before_newer_ones(self):
+        url = self.sqs.queue(VisibilityTimeout="30")
+        for body in "abcd":
+            self.send(url, body)
+        first = [it["Body"] for it in self.sqs.receive(url, MaxNumberOfMessages=2)]
+        self.clock.now += 10
+        second = [it["Body"] for it in self.sqs.receive(url)]
+        self.send(url, "e", DelaySeconds=5)
+        self.send(url, "f", DelaySeconds=5)
+        self.assertEqual((first, second), (["a", "b"], ["c"]))
+        self.clock.now += 31
+        got = [it["Body"] for it in self.sqs.receive(url, MaxNumberOfMessages=10)]
+        self.assertEqual(got, ["a", "b", "c", "d", "e", "f"])
+
     def test_one_message_is_received_unless_more_are_asked_for(self):
         url = self.sqs.queue()
         for body in "abcdefghijkl":
@@ -7490,6 +7607,28 @@ class MoveTaskTest(Spoken):
         self.move()
         self.clock.now += 60
         self.assertEqual((self.counts(url)[0], self.counts(dead)[0]), (10, 0))
+
+    def test_a_handle_of_a_queue_that_is_not_there_is_refused_as_on_aws(self):
+        self.running()
+        for source, task, text in (
+            (arn("gone"), "x", "The resource that you specified for the SourceArn parameter doesn't exist."),
+            (arn("dead", account="111111111111"), "x", "The resource that you specified for the SourceArn parameter doesn't exist."),
+            (arn("dead"), "x", "Task does not exist."),
+        ):  # fmt: skip
+            document = json.dumps({"taskId": task, "sourceArn": source})
+            handle = base64.b64encode(document.encode()).decode()
+            with self.subTest(source):
+                self.refused(
+                    "ResourceNotFoundException",
+                    "CancelMessageMoveTask",
+                    text,
+                    status=404,
+                    TaskHandle=handle,
+                )
+        for document in ({"taskId": "x", "sourceArn": 1}, {"taskId": "x", "sourceArn": None}, []):
+            handle = base64.b64encode(json.dumps(document).encode()).decode()
+            with self.subTest(document):
+                self.refused(INVALID, "CancelMessageMoveTask", TaskHandle=handle)
 
     def test_a_task_fails_when_its_destination_goes(self):
         self.sqs.queue("other")
@@ -11438,11 +11577,14 @@ class BotocoreEndpointsTest(unittest.TestCase):
                 prefix = operation.get("endpoint", {}).get("hostPrefix", "")
                 host = direct.url.partition("//")[2].partition("/")[0]
                 host = ("" if "{" in prefix else prefix) + host.replace(f"{self.ACCOUNT}.", "")
-                picked = [
-                    awsproxy.endpoint_for(signing, region, *call)
-                    for call in self.calls(metadata, name, operation["http"])
-                ]
                 total += 1
+                try:
+                    picked = [
+                        awsproxy.endpoint_for(signing, region, *call)
+                        for call in self.calls(metadata, name, operation["http"])
+                    ]
+                except ServiceError:  # a customer's own host, which needs a route
+                    continue
                 hosts += all(endpoint.host == host for endpoint in picked)
                 signed_for = first.get("signingRegion", region)
                 regions += all(endpoint.region == signed_for for endpoint in picked)
@@ -11810,6 +11952,433 @@ def object_request(method="GET", target="/b/k", headers=(), body=b"", declared=N
         headers.append(("Content-Length", str(len(body))))
     how.setdefault("payload_hash", declared)
     return signed(method, target, headers, body, service="s3", **how)
+
+
+class UnsignedBodyTest(ForwardCase):
+    """Bodies that need no signature, and services that demand x-amz-content-sha256."""
+
+    ALLOWED = (
+        ("ebs", "PUT", "/snapshots/snap-1/blocks/0"),
+        ("lex", "POST", "/bot/b/alias/a/user/u/content"),
+        ("lex", "POST", "/bots/B/botAliases/A/botLocales/en/sessions/s/utterance"),
+        ("mediastore", "PUT", "/folder/file.ts"),
+        ("omics", "PUT", "/sequencestore/1/upload/2/part"),
+        ("vpc-lattice-svcs", "GET", "/anything"),
+    )
+    REFUSED = (
+        ("ebs", "POST", "/snapshots"),
+        ("lex", "POST", "/bots"),
+        ("mediastore", "DELETE", "/folder/file.ts"),
+        ("omics", "PUT", "/sequencestore/1/upload/2/partial"),
+        ("lambda", "POST", "/2015-03-31/functions/f/invocations"),
+        ("sqs", "POST", "/"),
+        ("dynamodb", "POST", "/"),
+    )
+
+    def unsigned(self, service, method, path, peer="127.0.0.1"):
+        headers = (("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD"), ("Content-Length", "4"))
+        made = signed(
+            method, path, headers, b"data", service=service, payload_hash="UNSIGNED-PAYLOAD"
+        )
+        return dataclasses.replace(made, peer=peer)
+
+    def test_bodies_of_some_operations_go_unsigned_by_tls_or_loopback(self):
+        recorder = FakeUpstream(self)
+        plain, tls = self.proxy(recorder), self.proxy(recorder, scheme="https")
+        for service, method, path in self.ALLOWED:
+            with self.subTest(f"{service} {method} {path}"):
+                request = self.unsigned(service, method, path)
+                reply, sent = self.forwarded(plain, recorder, request)
+                self.assertEqual(reply.status, 200)
+                self.assertEqual(sent.header("x-amz-content-sha256"), "UNSIGNED-PAYLOAD")
+                self.assertEqual(sent.body.getvalue(), b"data")
+                self.assertEqual(self.check(sent).payload_hash, "UNSIGNED-PAYLOAD")
+                far = self.unsigned(service, method, path, "192.0.2.1")
+                self.assertEqual(plain.handle(far).status, 403)
+                self.assertEqual(tls.handle(far).status, 200)
+
+    def test_other_bodies_must_be_signed(self):
+        proxy = self.proxy(FakeUpstream(self))
+        for service, method, path in self.REFUSED:
+            with self.subTest(f"{service} {method} {path}"):
+                reply = proxy.handle(self.unsigned(service, method, path))
+                self.assertIn(reply.status, (400, 403))
+                self.assertIn(b"UNSIGNED-PAYLOAD", reply.body)
+
+    def test_the_hash_header_stays_and_is_added_where_it_is_demanded(self):
+        recorder = FakeUpstream(self)
+        proxy = self.proxy(recorder)
+        for service, path, had, wanted in (
+            ("es", "/_search", True, sha256(b"data")),
+            ("es", "/_search", False, None),
+            ("execute-api", "/prod", True, sha256(b"data")),
+            ("glacier", "/-/vaults/v/archives", False, sha256(b"data")),
+            ("aoss", "/_search", False, sha256(b"data")),
+            ("vpc-lattice-svcs", "/", False, "UNSIGNED-PAYLOAD"),
+        ):
+            with self.subTest(service, had=had):
+                headers = [("Content-Length", "4")]
+                if had:
+                    headers.append(("X-Amz-Content-Sha256", sha256(b"data")))
+                request = signed("POST", path, headers, b"data", service=service)
+                reply, sent = self.forwarded(proxy, recorder, request)
+                self.assertEqual(reply.status, 200)
+                self.assertEqual(sent.header("x-amz-content-sha256"), wanted)
+                self.check(sent)
+
+    def test_checksums_in_a_presigned_url_are_of_nothing_and_are_dropped(self):
+        recorder = FakeUpstream(self)
+        query = (
+            "x-amz-checksum-crc32=AAAAAA%3D%3D&x-amz-sdk-checksum-algorithm=CRC32&x-id=PutObject"
+        )
+        headers = (("Host", HOST), ("Content-Length", "4"))
+        target = presign("PUT", f"/b/k?{query}", service="s3")
+        request = Request("PUT", target, headers, io.BytesIO(b"data"))
+        reply, sent = self.forwarded(self.proxy(recorder), recorder, request)
+        self.assertEqual((reply.status, sent.target), (200, "/b/k?x-id=PutObject"))
+        self.assertFalse([name for name in sent.fields if "checksum" in name])
+
+
+class UnsignedCallTest(ForwardCase):
+    """Calls without Signature Version 4: those that AWS answers so, and preflights."""
+
+    def routed(self, recorder, *patterns, **settings):
+        keys, pool = SomeKeys(), self.pool()
+        target = awsproxy.Upstream(recorder.endpoint, lambda _: keys, pool, lambda: EXAMPLE_TIME)
+        routes = [awsproxy.Route(pattern, target) for pattern in patterns]
+        return self.proxy(recorder, routes=routes, **settings)
+
+    def plain(self, method, target, headers=(), body=b""):
+        length = (("Content-Length", str(len(body))),) if body else ()
+        return Request(method, target, (*headers, *length), io.BytesIO(body), "127.0.0.1")
+
+    def calls(self):
+        host = ("Host", "localhost:8081")
+        idp = ("X-Amz-Target", "AWSCognitoIdentityProviderService.InitiateAuth")
+        json_type = ("Content-Type", "application/x-amz-json-1.1")
+        sts = b"Action=AssumeRoleWithWebIdentity&Version=2011-06-15&WebIdentityToken=t"
+        form = ("Content-Type", "application/x-www-form-urlencoded")
+        bearer = ("Authorization", "Bearer bedrock-api-key-x")
+        return {
+            "cognito-idp:InitiateAuth": self.plain("POST", "/", (host, idp, json_type), b"{}"),
+            "sts:AssumeRoleWithWebIdentity": self.plain("POST", "/", (host, form), sts),
+            "sso-oauth:POST/token": self.plain("POST", "/token", (host,), b"{}"),
+            "awsssoportal:GET/federation/credentials": self.plain(
+                "GET",
+                "/federation/credentials?role_name=r",
+                (host, ("x-amz-sso_bearer_token", "t")),
+            ),
+            "bedrock:POST/model/a.b:0/converse": self.plain(
+                "POST", "/model/a.b%3A0/converse", (host, bearer), b"{}"
+            ),
+        }
+
+    def test_they_pass_as_they_are_where_a_route_names_the_action(self):
+        for action, request in self.calls().items():
+            recorder = FakeUpstream(self)
+            with self.subTest(action):
+                proxy = self.routed(recorder, action)
+                reply, sent = self.forwarded(proxy, recorder, request)
+                self.assertEqual(reply.status, 200)
+                self.assertEqual((sent.method, sent.target), (request.method, request.target))
+                self.assertEqual(sent.body.getvalue(), request.body.getvalue())
+                given = [h for h in request.headers if h[0] not in ("Host", "Content-Length")]
+                arrived = [h for h in sent.headers if h[0] not in ("Host", "Content-Length")]
+                self.assertEqual(arrived, given)
+
+    def test_they_are_refused_elsewhere(self):
+        for action, request in self.calls().items():
+            service = action.partition(":")[0]
+            for patterns in (
+                ("*",),
+                (f"{service}:*",),
+                (action[:-1] + "*",),
+                ("sqs:*", "iam:Get*"),
+            ):
+                recorder = FakeUpstream(self)
+                with self.subTest(action, patterns=patterns):
+                    request.body.seek(0)
+                    reply = self.routed(recorder, *patterns).handle(request)
+                    self.assertIn(reply.status, (400, 403))
+                    self.assertEqual(recorder.requests, [])
+
+    def test_another_action_of_the_service_needs_a_signature(self):
+        calls = self.calls()
+        patterns = list(calls)
+        host = ("Host", "localhost")
+        admin = ("X-Amz-Target", "AWSCognitoIdentityProviderService.AdminGetUser")
+        form = ("Content-Type", "application/x-www-form-urlencoded")
+        for name, request in {
+            "an operation of Cognito": self.plain("POST", "/", (host, admin), b"{}"),
+            "an action of STS": self.plain("POST", "/", (host, form), b"Action=GetCallerIdentity&Version=2011-06-15"),
+            "a model": self.plain("POST", "/model/c/converse", (host, ("Authorization", "Bearer x"))),
+            "no bearer": self.plain("POST", "/model/a.b%3A0/converse", (host,)),
+            "a bearer": self.plain("POST", "/token", (host, ("Authorization", "Bearer x"))),
+            "a signature of another": self.plain("POST", "/token", (host, ("Authorization", "AWS4-HMAC-SHA256 x"))),
+            "a web page": self.plain("POST", "/token", (host, ("Origin", "https://evil.example"))),
+        }.items():  # fmt: skip
+            for extra in ((), ("cognito-idp:AdminGetUser", "sts:GetCallerIdentity")):
+                recorder = FakeUpstream(self)
+                with self.subTest(name, extra=extra):
+                    request.body.seek(0)
+                    reply = self.routed(recorder, *patterns, *extra).handle(request)
+                    self.assertIn(reply.status, (400, 403))
+                    self.assertEqual(recorder.requests, [])
+
+    def test_a_preflight_to_an_s3_route_is_forwarded_as_it_is(self):
+        asked = (
+            ("Host", "localhost:8081"),
+            ("Origin", "https://app.example"),
+            ("Access-Control-Request-Method", "PUT"),
+            ("Access-Control-Request-Headers", "content-type"),
+        )
+        link = presign("PUT", "/b/k", service="s3", client=EXAMPLE)
+        allowed = b"HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: https://app.example\r\nContent-Length: 0\r\n\r\n"
+        for target in ("/b/k", link):
+            recorder = FakeUpstream(self, allowed)
+            with self.subTest(target[:10]):
+                proxy = self.routed(recorder, "s3:PutObject")
+                reply, sent = self.forwarded(proxy, recorder, self.plain("OPTIONS", target, asked))
+                self.assertEqual(reply.status, 200)
+                self.assertIn(
+                    ("Access-Control-Allow-Origin", "https://app.example"), reply.headers
+                )
+                self.assertEqual((sent.method, sent.target), ("OPTIONS", target))
+                self.assertEqual(sent.headers[1:], asked[1:])
+        for name, patterns, request in (
+            ("no such route", ("s3:GetObject",), self.plain("OPTIONS", "/b/k", asked)),
+            ("not of S3", ("sqs:*", "lambda:*"), self.plain("OPTIONS", "/b/k", asked)),
+            ("no method", ("*",), self.plain("OPTIONS", "/b/k", asked[:2])),
+            ("no origin", ("*",), self.plain("OPTIONS", "/b/k", (asked[0], asked[2]))),
+            ("another method", ("*",), self.plain("GET", "/b/k", asked)),
+            ("no method of HTTP", ("*",), self.plain("OPTIONS", "/b/k", (*asked[:2], ("Access-Control-Request-Method", "x y")))),
+        ):  # fmt: skip
+            recorder = FakeUpstream(self)
+            with self.subTest(name):
+                self.assertIn(self.routed(recorder, *patterns).handle(request).status, (400, 403))
+                self.assertEqual(recorder.requests, [])
+
+    def test_a_form_post_is_refused_by_name(self):
+        kind = ("Content-Type", "multipart/form-data; boundary=x")
+        request = self.plain("POST", "/b", (("Host", "localhost"), kind), b"--x--")
+        reply = self.routed(FakeUpstream(self), "*").handle(request)
+        self.assertEqual(reply.status, 403)
+        self.assertIn(b"<Code>AccessDenied</Code>", reply.body)
+        self.assertRegex(reply.body, b"form POST.*presigned PUT")
+
+
+class JoinedUpTest(ForwardCase):
+    """Log and metrics say by which route a call went, where to, and how AWS names it."""
+
+    def test_log_and_metrics_name_route_target_request_id_and_reason(self):
+        answer = b"HTTP/1.1 200 OK\r\n%b: upstream-1\r\nContent-Length: 2\r\n\r\n{}"
+        for name in (b"x-amzn-RequestId", b"x-amz-request-id"):
+            for of_json in (False, True):
+                recorder = FakeUpstream(self, answer % name)
+                stream, metrics = io.StringIO(), awsproxy.Metrics()
+                hooks = [awsproxy.AccessLog(stream, of_json), metrics]
+                proxy = self.proxy(recorder, hooks=hooks)
+                for at in (EXAMPLE_TIME, EXAMPLE_TIME - 1000):
+                    proxy.handle(dataclasses.replace(table_call(at=at), peer="127.0.0.1"))
+                lines = stream.getvalue().splitlines()
+                if of_json:
+                    done, refused = map(json.loads, lines)
+                else:
+                    done, refused = (dict(zip(LOG_FIELDS, line.split())) for line in lines)
+                target = f"127.0.0.1:{recorder.endpoint.port}"
+                with self.subTest(name, of_json=of_json):
+                    self.assertEqual(done["route"], "*")
+                    self.assertEqual(done["target"], target)
+                    self.assertEqual(done["upstream_request_id"], "upstream-1")
+                    self.assertEqual(done["reason"], "-")
+                    self.assertEqual(refused["route"], "-")
+                    self.assertEqual(refused["reason"], "past")
+                    told = f'awsproxy_targets_total{{route="*",target="{target}"}} 1'
+                    self.assertIn(told, metrics.text())
+
+    def test_log_metrics_and_answer_have_one_code(self):
+        for service, status, code in (
+            ("dynamodb", 400, "UnrecognizedClientException"),
+            ("kms", 400, "UnrecognizedClientException"),
+            ("lambda", 403, "UnrecognizedClientException"),
+            ("s3", 403, "InvalidAccessKeyId"),
+            ("ec2", 401, "AuthFailure"),
+            ("sts", 403, "InvalidClientTokenId"),
+            ("iam", 403, "InvalidClientTokenId"),
+            ("route53", 403, "InvalidClientTokenId"),
+            ("monitoring", 403, "InvalidClientTokenId"),
+            ("sqs", 403, "InvalidClientTokenId"),
+        ):
+            stranger = DEMO._replace(access_key_id="stranger")
+            if service in ("dynamodb", "kms", "monitoring"):
+                request = table_call(service=service, client=stranger)
+            elif service in ("s3", "lambda", "route53"):
+                request = object_request("GET", "/2013-04-01/x", client=stranger)
+                if service != "s3":
+                    request = signed("GET", "/2013-04-01/x", service=service, client=stranger)
+            else:
+                request = signed(*form_call("Action=ListQueues"), service=service, client=stranger)
+            seen = []
+            hook = mock.Mock(spec=["observe"], observe=seen.append)
+            reply = self.proxy(FakeUpstream(self), hooks=[hook]).handle(request)
+            with self.subTest(service):
+                self.assertEqual((reply.status, seen[0].error), (status, code))
+                self.assertEqual(awsproxy.error_code(reply), code)
+
+
+class ReverseProxyTest(ForwardCase):
+    """A reverse proxy replaced the Host that the client signed."""
+
+    def replaced(self, service="sqs", forwarded="proxy.example"):
+        host = ("Host", "proxy.example")
+        kind = (("X-Amz-Target", "AmazonSQS.ListQueues"), ("Content-Type", JSON_1_0), host)
+        made = signed("POST", "/", kind, b"{}")
+        if service == "s3":
+            made = object_request("GET", "/b/k", [host])
+        others = [h for h in made.headers if h[0] != "Host"]
+        headers = [("Host", "127.0.0.1:8081"), *others]
+        if forwarded:
+            headers.append(("X-Forwarded-Host", forwarded))
+        return made.with_headers(tuple(headers))
+
+    def test_the_public_host_verifies(self):
+        for url, status in (
+            ("https://proxy.example", 200),
+            ("https://proxy.example:443/prefix", 200),
+            ("http://proxy.example", 200),
+            ("https://proxy.example:8443", 403),
+            ("https://other.example", 403),
+            ("", 403),
+        ):
+            for service in ("sqs", "s3"):
+                recorder = FakeUpstream(self)
+                with self.subTest(url, service=service):
+                    proxy = self.proxy(recorder, public_url=url)
+                    reply, sent = self.forwarded(proxy, recorder, self.replaced(service))
+                    self.assertEqual(reply.status, status)
+                    self.assertEqual(sent is not None, status == 200)
+
+    def test_the_refusal_says_what_to_change(self):
+        proxy = self.proxy(FakeUpstream(self))
+        reply = proxy.handle(self.replaced())
+        self.assertIn(b"proxy_set_header Host $http_host;", reply.body)
+        self.assertIn(b"--public-url", reply.body)
+        for other in ("", "evil.example"):
+            self.assertNotIn(b"proxy_set_header", proxy.handle(self.replaced("sqs", other)).body)
+
+
+class OwnHostTest(ForwardCase):
+    """Where calls to AWS go if their host is a customer's, or a variant."""
+
+    def sent_to(self, service, path="/", host="localhost", headers=(), **settings):
+        """Return the host that a call to AWS is sent to, and the answer."""
+        pool = mock.Mock(spec=awsproxy.Pool)
+        asked = []
+
+        def take(endpoint, fresh=False):
+            asked.append(endpoint.host)
+            raise awsproxy.UpstreamError("no network")
+
+        pool.take.side_effect = take
+        pool.idle.return_value = None
+        target = awsproxy.Upstream(None, lambda _: SomeKeys(), pool, lambda: EXAMPLE_TIME)
+        clients = {EXAMPLE.access_key_id: [EXAMPLE]}
+        routes = [awsproxy.Route("*", target)]
+        proxy = Proxy(clients, routes=routes, clock=lambda: EXAMPLE_TIME, **settings)
+        request = signed("GET", path, (("Host", host), *headers), service=service, client=EXAMPLE)
+        with contextlib.suppress(AssertionError), self.assertLogs("awsproxy"):
+            reply = proxy.handle(request)
+        return (asked or [None])[0], reply
+
+    def test_hosts_of_customers_need_a_route(self):
+        for service, path in (
+            ("execute-api", "/prod/pets"),
+            ("es", "/_search"),
+            ("vpc-lattice-svcs", "/"),
+            ("lambda", "/"),
+            ("neptune-db", "/sparql"),
+            ("neptune-graph", "/queries"),
+            ("appsync", "/graphql"),
+        ):
+            with self.subTest(service):
+                host, reply = self.sent_to(service, path)
+                self.assertEqual((host, reply.status), (None, 403))
+                self.assertIn(f"--route '{service}:*=https://HOST'".encode(), reply.body)
+
+    def test_hosts_of_aws_itself(self):
+        for service, path, host, wanted in (
+            ("es", "/2021-01-01/domain", "localhost", "es.us-east-1.amazonaws.com"),
+            ("aps", "/workspaces/ws-1/api/v1/query", "localhost", "aps-workspaces.us-east-1.amazonaws.com"),
+            ("aps", "/workspaces/ws-1", "localhost", "aps.us-east-1.amazonaws.com"),
+            ("lambda", "/2015-03-31/functions/", "localhost", "lambda.us-east-1.amazonaws.com"),
+            ("lambda", "/2015-03-31/functions/", "lambda-fips.us-east-1.amazonaws.com", "lambda-fips.us-east-1.amazonaws.com"),
+            ("lambda", "/2015-03-31/functions/", "fips.example", "lambda.us-east-1.amazonaws.com"),
+        ):  # fmt: skip
+            with self.subTest(f"{service}{path} {host}"):
+                self.assertEqual(self.sent_to(service, path, host)[0], wanted)
+
+    def test_the_account_of_s3_control_is_in_the_host(self):
+        account = (("x-amz-account-id", "111122223333"), ("X-Amz-Content-Sha256", EMPTY))
+        host, _ = self.sent_to("s3", "/v20180820/jobs", headers=account)
+        self.assertEqual(host, "111122223333.s3-control.us-east-1.amazonaws.com")
+
+    def test_names_of_hosts_tell_service_and_region(self):
+        for host, wanted in (
+            ("search-x.eu-west-1.es.amazonaws.com", ("es", "eu-west-1")),
+            ("sqs-fips.us-east-1.amazonaws.com", ("sqs", "us-east-1")),
+            ("vpce-1.sqs.us-east-1.vpce.amazonaws.com", ("sqs", "us-east-1")),
+            ("api.ecr.eu-west-1.amazonaws.com:443", ("ecr", "eu-west-1")),
+            ("sqs.us-east-1.api.aws", ("sqs", "us-east-1")),
+            ("b.s3.dualstack.eu-west-1.amazonaws.com", ("s3", "eu-west-1")),
+            ("sqs.cn-north-1.api.amazonwebservices.com.cn", ("sqs", "cn-north-1")),
+            ("iam.amazonaws.com", ("iam", "")),
+            ("example.com", ("", "")),
+        ):
+            with self.subTest(host):
+                self.assertEqual(awsproxy.service_of_host(host), wanted)
+
+
+class LeavingClientTest(ForwardCase):
+    """A client that leaves takes its upstream connection along."""
+
+    class Slow:
+        """An upstream that never answers, and notes when a connection to it ends."""
+
+        def __init__(self, test):
+            self.listener = socket.create_server(("127.0.0.1", 0))
+            self.endpoint = awsproxy.Endpoint("http", "127.0.0.1", self.listener.getsockname()[1])
+            self.begun, self.ended = threading.Event(), threading.Event()
+            test.addCleanup(self.listener.close)
+            threading.Thread(target=self.serve, daemon=True).start()
+
+        def serve(self):
+            connection, _ = self.listener.accept()
+            with connection:
+                while connection.recv(65536):
+                    self.begun.set()
+            self.ended.set()
+
+    def test_the_upstream_connection_ends_at_once(self):
+        for body in (b"{}", b"x" * 200_000):
+            slow, gone = self.Slow(self), threading.Event()
+            proxy = self.proxy(slow, timeout=30)
+            path = "/2015-03-31/functions/f/invocations"
+            headers = (("Content-Length", str(len(body))),)
+            request = signed("POST", path, headers, body, service="lambda")
+            request = dataclasses.replace(request, abandoned=gone.is_set)
+            replies = []
+
+            def run(proxy=proxy, request=request, replies=replies):
+                replies.append(proxy.handle(request))
+
+            caller = threading.Thread(target=run)
+            with self.subTest(len(body)), self.assertLogs("awsproxy", "WARNING"):
+                caller.start()
+                self.assertTrue(slow.begun.wait(DEADLINE))
+                gone.set()
+                self.assertTrue(slow.ended.wait(5), "the upstream connection stands")
+                caller.join(5)
+                self.assertEqual([reply.status for reply in replies], [400])
 
 
 class AbuseTest(ForwardCase):
@@ -17620,7 +18189,9 @@ FLAGS = (
     "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
     " --no-verify --port --public-url --quiet --region --reuse-port --timeout --tls-cert --tls-key --version"
 ).split()
-LOG_FIELDS = "time client key action status error ms request_id".split()
+LOG_FIELDS = (
+    "time client key action status error ms request_id route target upstream_request_id reason"
+).split()
 
 
 class CommandLineTest(unittest.TestCase):
