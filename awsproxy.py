@@ -7963,13 +7963,19 @@ def check_page(request: Request, hosts: frozenset[str], any_address: bool = Fals
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
 
+# What botocore puts before our name for some operations, besides labels of their own.
+_HOST_PREFIX = re.compile(
+    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
+)
+
+
 @lru_cache(maxsize=256)
 def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
-    name = host_name(host)
+    name = _HOST_PREFIX.sub("", host_name(host))
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        own = (".localhost", *(f".{host}" for host in hosts))
+        own = (".localhost", ".127.0.0.1", *(f".{host}" for host in hosts))
         return f".{name}".endswith(own) or is_aws_host(name)
     return any_address or address.is_loopback or name in hosts
 

@@ -12167,6 +12167,33 @@ class UnsignedCallTest(ForwardCase):
         self.assertRegex(reply.body, b"form POST.*presigned PUT")
 
 
+class HostPrefixTest(ForwardCase):
+    """botocore puts the host prefix of an operation before the proxy's own name."""
+
+    def test_a_prefix_before_our_name_is_ours(self):
+        recorder = FakeUpstream(self)
+        proxy = self.proxy(recorder, hosts=["proxy.example"])
+        for host, status in (
+            ("sync-localhost:8081", 200),
+            ("sync-127.0.0.1:8081", 200),
+            ("monitor.localhost", 200),
+            ("monitor.127.0.0.1", 200),
+            ("cp.places.localhost:80", 200),
+            ("control-storage-proxy.example", 200),
+            ("111122223333.proxy.example", 200),
+            ("evil-localhost", 403),
+            ("evil-proxy.example", 403),
+            ("sync-evil.example", 403),
+            ("sync-proxy.example.evil.example", 403),
+            ("127.0.0.1.evil.example", 403),
+        ):
+            with self.subTest(host):
+                request = table_call(headers=(("Host", host),))
+                self.assertIn(
+                    proxy.handle(request).status, (status, 400 if status == 403 else 200)
+                )
+
+
 class JoinedUpTest(ForwardCase):
     """Log and metrics say by which route a call went, where to, and how AWS names it."""
 
@@ -18929,6 +18956,46 @@ class SlowReaderTest(ProgramTest):
         self.assertEqual(received.count(b"<QueueUrl>"), 4000)
 
 
+class DrainByDefaultTest(ProgramTest):
+    """SIGTERM without --drain-seconds: calls in progress have five seconds."""
+
+    def test_a_call_in_progress_is_answered(self):
+        hook = """\
+            import time
+            def before(call):
+                time.sleep(1.5)
+            """
+        program = self.start("--quiet", hook=hook)
+        address, codes = program.address, []
+        call = threading.Thread(target=lambda: codes.append(refused_code(program.caller())))
+        call.start()
+        metric = "awsproxy_calls 1"
+        asked = functools.partial(own_path, address, "/_awsproxy/metrics")
+        wait_until(lambda: metric in asked()[1].decode(), 5, "the call did not begin")
+        code, seconds = program.end()
+        call.join(5)
+        self.assertEqual((code, codes), (0, [""]))
+        self.assertLess(seconds, 4)
+
+    def test_an_idle_program_ends_at_once(self):
+        program = self.start("--quiet")
+        program.caller()("ListQueues")
+        code, seconds = program.end()
+        self.assertEqual(code, 0)
+        self.assertLess(seconds, 2)
+
+    def test_messages_in_flight_have_five_seconds(self):
+        program = self.start("--quiet")
+        call = program.caller()
+        url = call.queue("jobs")
+        call("SendMessage", QueueUrl=url, MessageBody="m")
+        call("ReceiveMessage", QueueUrl=url)
+        code, seconds = program.end()
+        self.assertEqual(code, 0)
+        self.assertTrue(4.5 < seconds < 8, seconds)
+
+
+@unittest.skipUnless(LINUX, "it reads /proc")
 class CrowdOfStrangersTest(ProgramTest):
     def connections(self, program, count):
         """Return as many connections, or as many as the system allows."""
