@@ -883,7 +883,7 @@ S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 
 
 class Profile(NamedTuple):
-    """How the requests of a service are reduced to their canonical form."""
+    """The rules of a service for the canonical form and the payload of its requests."""
 
     normalize_path: bool = True  # dot segments resolved, and the path encoded once more
     declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
@@ -1007,7 +1007,7 @@ REFUSALS: Mapping[str, Sequence[str]] = {
 
 
 class CredentialScope(NamedTuple):
-    """What a signature is good for: one day, one region, one service."""
+    """The day, the region and the service that a signature is valid for."""
 
     date: str
     region: str
@@ -1019,7 +1019,7 @@ class CredentialScope(NamedTuple):
 
 
 class Authorization(NamedTuple):
-    """What the caller claims, in the header or a presigned query; the repr has no secrets."""
+    """The claims of a caller, in the header or a presigned query; the repr has no secrets."""
 
     access_key_id: str
     scope: CredentialScope
@@ -1036,7 +1036,7 @@ class Authorization(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Who has signed a request, for what, and the body that was signed."""
+    """A verified request: its client, its scope and the body that was signed."""
 
     client: Client
     scope: CredentialScope
@@ -1228,8 +1228,7 @@ def _parse_query(request: Request) -> Authorization:
         name = _QUERY_PARAMETERS.get(raw_name.lower())
         if name is None:
             continue
-        # Case variants and repeats have let one check see another value than the next
-        # (CVE-2022-2385); nobody needs them.
+        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
         if name in given or raw_name != name.encode():
             raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
         given[name] = raw_value.decode("latin-1")
@@ -1335,8 +1334,8 @@ def canonical_path(path: str, normalize: bool) -> str:
 
 
 def canonical_query(pairs: Sequence[Tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
-    """Return the decoded pairs encoded anew and sorted by name, then value."""
-    quote = urllib.parse.quote  # what is sorted are pairs: in their text `=` comes after `-`
+    """Return the decoded pairs, encoded again and sorted by name, then by value."""
+    quote = urllib.parse.quote  # pairs are sorted, not their text, where `=` comes after `-`
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
 
@@ -1383,7 +1382,7 @@ def canonical_request(
 
 
 def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> bytes:
-    """Return what is signed: the algorithm, the time, the scope, the canonical request's hash."""
+    """Return the string to sign: algorithm, time, scope, hash of the canonical request."""
     digest = hashlib.sha256(canonical).hexdigest()
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
@@ -1432,7 +1431,7 @@ Spool = Callable[[Body], Tuple[Body, str]]
 
 
 class Proven(NamedTuple):
-    """What the head of a request proves: see verify_head."""
+    """The facts that `verify_head` has proved from the head of a request."""
 
     claimed: Authorization
     profile: Profile
@@ -1450,7 +1449,7 @@ def read_whole(body: Body) -> Tuple[Body, str]:
 def verify(
     request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
 ) -> Verified:
-    """Return who signed a request, for what, and its body.  `rules` are those of `verify_head`."""
+    """Return who signed a request, for what, and its body.  `verify_head` takes the `rules`."""
     return verify_body(request, verify_head(request, clients, now, **rules), spool)
 
 
@@ -1610,7 +1609,7 @@ def _check_signed_headers(
 
 
 def _check_hoisted(request: Request) -> None:
-    """Refuse an x-amz-* header that differs from the query parameter of its name."""
+    """Refuse an x-amz-* header that differs from the query parameter with the same name."""
     for raw_name, raw_value in request.query:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         if name.startswith("x-amz-") and request.fields.get(name, [value]) != [value]:
@@ -1738,8 +1737,8 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 
 # ---- Bodies that are checked as they stream ----
 #
-# The rule of each reader: it gives out its last byte only after the whole has proved right, so
-# that whoever passes the body on can stop short of completing it.
+# Each reader returns its last byte only after it has checked the whole body.  So a sender that
+# passes the body on can stop before the body is complete.
 
 
 class HashedBody:
@@ -1979,7 +1978,7 @@ def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
-    """Yield the content of a body in aws-chunked form again, signed anew if it was signed."""
+    """Yield the content of a body in aws-chunked form, signed with our key if it was signed."""
 
     def _header(data: bytes) -> bytes:
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
@@ -1999,7 +1998,7 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
 
 
 def _blocks(body: Body, size: int) -> Iterator[bytes]:
-    """Yield what is read until `size` bytes are full, or the body ends."""
+    """Yield blocks until `size` bytes are read or the body ends."""
     while size:
         block = body.read(size)
         if not block:
@@ -4891,9 +4890,9 @@ SQS_MODEL = MODELS["sqs"] = Model(
 
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
 #
-# All client I/O.  A call that was verified is stripped of what its sender signed with, signed
-# anew with credentials of ours, and sent on; what stays of its path and query stays to the byte.
-# Where it goes follows from its route, its verified scope and what it was found to mean.
+# All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
+# with its own credentials and sends it.  The rest of path and query stays the same to the byte.
+# The route, the verified scope and the meaning of the call decide the host.
 
 # ---- Where a service is ----
 
@@ -5189,7 +5188,7 @@ _SERVICES_BY_PREFIX = {
 
 
 def is_link_local(host: str) -> bool:
-    """Whether a host is a link-local address, or that of EC2's metadata in IPv6."""
+    """Return whether a host is a link-local address, or EC2's metadata address in IPv6."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -5224,14 +5223,14 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
 
 
 class _Hurried(http.client.HTTPConnection):
-    """Is cut when its timeout is over: a socket's own begins anew with each byte that comes."""
+    """A connection with a deadline: a socket's own timeout starts again with each byte."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._until = time.monotonic() + (self.timeout or 0)
 
     def connect(self) -> None:
-        """Connect; what follows is watched."""
+        """Connect, and start the timer."""
         super().connect()
         cut = functools.partial(self._cut, self.sock)
         timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
@@ -5244,7 +5243,7 @@ class _Hurried(http.client.HTTPConnection):
 
 
 class _HurriedTls(_Hurried, http.client.HTTPSConnection):
-    """The same with TLS."""
+    """A connection with TLS and a deadline."""
 
 
 class _Hurry(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -5323,7 +5322,7 @@ def host_of(url: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, as far as its name tells."""
+    """Return whether the name or address of a host means this machine."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -5343,7 +5342,7 @@ def _expiry(text: Any) -> float:
 
 
 def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
-    """Return credentials that can be signed with.  Raises Skipped for what are none."""
+    """Return credentials to sign with.  Raise Skipped if the values are malformed."""
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
             raise Skipped("the keys found are malformed")
@@ -5411,7 +5410,7 @@ class CredentialChain:
             except Skipped as reason:
                 tried.append(f"{name}: {reason}")
                 if isinstance(reason, Failed) or self._is_set_up(name):
-                    # Another source would be another identity, which nobody asked for.
+                    # Another source would be another identity.
                     raise Skipped("; ".join(tried), reason.passing) from reason
                 continue
             if self._role_arn:
@@ -5524,7 +5523,7 @@ class CredentialChain:
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
         if profile in visited and not (keys and visited[-1] == profile):
             raise Skipped(f"the profile {profile} is, by way of others, its own source")
-        if role and not (visited and keys):  # the keys of a source are what is wanted of it
+        if role and not (visited and keys):  # a source profile gives its keys first
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
@@ -5585,7 +5584,7 @@ class CredentialChain:
 
     @_Once
     def variants(self) -> Variants:
-        """Whether the environment or the profile asks for FIPS and for dual-stack endpoints."""
+        """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
         try:
             settings = self._section(self._profile)
         except Skipped:
@@ -5725,7 +5724,7 @@ class CredentialCache:
         return current if good else None
 
     def get(self) -> Credentials:
-        """Return credentials that are good now.  Raises Skipped where there are none."""
+        """Return credentials that are valid now.  Raise Skipped if no source has any."""
         current = self.ready()
         if current:
             return current
@@ -5774,7 +5773,10 @@ class CredentialCache:
         return self._chain.find()
 
     def expire(self, refused: Credentials) -> bool:
-        """Have them read again, since AWS refused these; whether that may help."""
+        """Read the credentials again at the next call, and return whether that may help.
+
+        AWS has refused these.
+        """
         if refused is self._current and not self._stale:
             self._stale, self._tried = True, -math.inf
             return True
@@ -5782,7 +5784,7 @@ class CredentialCache:
 
     @property
     def seconds_left(self) -> float:
-        """How long the present ones are good."""
+        """The seconds until the present credentials expire."""
         return self._current.expires - self._clock() if self._current else math.nan
 
 
@@ -5809,7 +5811,7 @@ class Keyring:
             return min((cache.seconds_left for cache in self._caches.values()), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:
-        """Return the credentials of a client; its section names the session of its role."""
+        """Return the credentials of a client; the name of the client names the role session."""
         role = client.upstream_role_arn
         key = (client.upstream_profile or self._profile, role, client.name if role else "")
         with self._lock:
@@ -5828,7 +5830,7 @@ class Mask:
     """Hides our session token and signature in the answer of an upstream that repeats them."""
 
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
-        # What is shorter is no secret of AWS's, and may stand in any answer.
+        # AWS has no shorter token; a short one may stand in any answer by chance.
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
         if claimed and claimed.signature:
             self._secrets += (claimed.signature.encode(),)
@@ -5850,7 +5852,7 @@ class Mask:
         return tuple((name, value.decode("latin-1")) for name, value in whole)
 
     def next(self, block: bytes) -> bytes:
-        """Return a block of a stream, less what is held back, which is due when it ends."""
+        """Return a block of a stream without its last bytes if a secret may begin there."""
         data = self.whole(self.held + block if self.held else block)
         keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
         self.held = data[len(data) - keep :]
@@ -5930,7 +5932,7 @@ class Connection:
         return data
 
     def is_stale(self) -> bool:
-        """Whether the other side has closed it, or sent something: an answer, or too much."""
+        """Return whether the upstream has closed the connection or has sent something."""
         return bool(self.source.buffer) or self._has_arrived(0)
 
     def _has_arrived(self, seconds: float) -> bool:
@@ -5971,7 +5973,7 @@ class Connection:
         return True
 
     def _begins_to_answer(self) -> bool:
-        """Whether what has arrived is of an answer: TLS sends things of its own, too."""
+        """Return whether an answer has begun: TLS sends records of another kind, too."""
         self.socket.setblocking(False)
         going_on = self.receive_now()
         self.socket.settimeout(self.timeout)
@@ -6020,7 +6022,7 @@ POLL_SECONDS = 65  # the same of ReceiveMessage: longer than the longest poll
 
 
 class Pool:
-    """Connections by endpoint, those that idle kept for the next call."""
+    """Connections by endpoint; idle ones are kept for the next call."""
 
     IDLE_SECONDS = 15  # AWS closes after 20 and more
     MOST = 256  # idle ones for each endpoint
@@ -6133,7 +6135,7 @@ _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # whose bodies some
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
-_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # of an answer that is framed anew
+_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # of an answer that the proxy frames itself
 MAX_WHOLE_REPLY = 65536  # a longer one is passed on as it comes
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
@@ -6192,7 +6194,7 @@ _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form with a QueueUrl of ours turned into the upstream's, the rest to the byte."""
+    """Return a form with our QueueUrl turned into the upstream's, and the rest unchanged."""
     parts = text.split("&")
     for index, part in enumerate(parts):
         name, _, value = part.partition("=")
@@ -6204,7 +6206,7 @@ def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
-    """The same in a JSON document; one without such a QueueUrl is kept to the byte."""
+    """Return a JSON document with our QueueUrl turned into the upstream's, if it has one."""
     if call.base_url.encode() not in body.replace(b"\\/", b"/"):
         return body
     try:
@@ -6213,7 +6215,7 @@ def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
         if not given.startswith(call.base_url + "/"):
             return body
     except (ValueError, KeyError, TypeError, AttributeError):
-        return body  # the upstream refuses what is malformed
+        return body  # the upstream refuses malformed documents
     return _to_json({**document, "QueueUrl": endpoint.origin + given[len(call.base_url) :]})
 
 
@@ -6250,7 +6252,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
         if not _is_json(reply):
             return [html.unescape(found.decode()) for found in element.findall(reply.body)]
         output = read_json(reply.body.decode())
-        for ending in ("Response", "Result"):  # in the JSON of old, that of query
+        for ending in ("Response", "Result"):  # in the legacy JSON of AWS Query
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
     except (ValueError, TypeError, AttributeError, KeyError):
@@ -6291,7 +6293,7 @@ def _joined(start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def error_code(reply: Reply) -> str:
-    """Return the code in the answer of an upstream or a hook, "-" where it tells none."""
+    """Return the error code in the answer of an upstream or a hook, "-" if there is no code."""
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
@@ -6322,7 +6324,7 @@ class Outgoing(NamedTuple):
 
 
 def is_repeatable(call: Call) -> bool:
-    """Whether a call can be made twice with the effect of once."""
+    """Return whether a second run of the call changes nothing more."""
     if call.operation.startswith(_READ_ONLY):
         return True
     # In the query protocol, an Action sends messages by GET too.
@@ -6351,7 +6353,7 @@ class Attempt(NamedTuple):
 
 
 class Upstream:
-    """Sends calls on, signed anew for their client: to AWS by service and region, or elsewhere."""
+    """Signs calls for their client and sends them to AWS, or to another endpoint."""
 
     may_block = True
 
@@ -6374,7 +6376,7 @@ class Upstream:
 
     @property
     def is_aws(self) -> bool:
-        """Whether calls go to AWS itself."""
+        """True if calls go to AWS itself."""
         return self._endpoint is None or is_aws_host(self._endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
@@ -6458,7 +6460,7 @@ class Upstream:
             self._pool.given_up.discard(connection)
 
     def _finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
-        """Return the answer to the call; the messages that nobody is left to get are put back."""
+        """Return the answer to the call; put messages back if the client has left."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
             reply = self._gathered(call, reply)
             if call.request.abandoned():
@@ -6519,7 +6521,7 @@ class Upstream:
         return self._finish(call, outgoing, reply)
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
-        """Whether AWS calls our token expired, and other credentials may be had."""
+        """Return whether AWS calls our token expired, and new credentials may help."""
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
         return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
@@ -6545,7 +6547,7 @@ class Upstream:
         return endpoint_for(call.service, call.region, target, path, method, variants)
 
     def _outgoing(self, call: Call) -> Outgoing:
-        """Return the call as it is to be sent, and where to."""
+        """Return the request to send, and its endpoint."""
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
             headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
@@ -6843,7 +6845,7 @@ class Upstream:
             self._done(connection, keep and complete)
 
     def _release(self, call: Call, received: Outgoing, handles: Sequence[str]) -> None:
-        """Make the messages visible again that nobody is left to receive."""
+        """Make the messages visible again, since their receiver has left."""
         if not handles:
             return
         url = call.input.get("QueueUrl", call.request.path)
@@ -7647,9 +7649,9 @@ DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummy
 
 
 class Target(Protocol):
-    """What answers the calls of a route."""
+    """An object that answers the calls of a route."""
 
-    may_block: bool  # whether an answer may have to be waited for
+    may_block: bool  # whether it may wait for an answer
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer, or raise ServiceError."""
@@ -7659,7 +7661,7 @@ class Embedded:
     """Answers Amazon SQS, from memory."""
 
     name = "embedded"
-    may_block = False  # what would wait says so by WouldWait
+    may_block = False  # a call that would wait raises WouldWait
 
     def __init__(self, sqs: Sqs) -> None:
         self._sqs = sqs
@@ -7710,13 +7712,13 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
-    """Return what a hook does then, None for nothing, which is what those of Hook itself do."""
+    """Return the method of a hook with that name, None if the hook does not define it."""
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
 
 
 class Moments(NamedTuple):
-    """What a hook does to the calls that concern it, all if `concerns` is None."""
+    """The methods of a hook; without `concerns` it is for all calls."""
 
     concerns: Optional[Callable[[Call], bool]]
     before: Optional[Callable[[Call], Optional[Reply]]]
@@ -7981,7 +7983,7 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
 
 
 class Admin:
-    """What a Server has for a proxy where it tells of our own paths, and nothing else."""
+    """Stands in for a Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
 
     max_body = 0
 
@@ -7990,11 +7992,11 @@ class Admin:
         self._hosts = frozenset(hosts)
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
-        """Return what the paths tell."""
+        """Return the replies."""
         return [self.handle(request) for request in requests]
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """The same; or the refusal."""
+        """Return the reply, or the refusal."""
         try:
             if refused:
                 raise refused
@@ -8007,11 +8009,11 @@ class Admin:
         return self._status.answer(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return None: any head is good enough."""
+        """Return None: the head is never refused."""
         return None
 
     def longest_body(self, head: Head) -> int:
-        """Nobody sends one."""
+        """Return 0."""
         return self.max_body
 
 
@@ -8076,11 +8078,11 @@ class Pending:
 
     @property
     def is_poll(self) -> bool:
-        """Whether it waits for messages."""
+        """True if the call waits for messages."""
         return self._attempt.call.action == RECEIVE
 
     def cut_short(self) -> Tuple[Reply, Callable[[], None]]:
-        """Return an answer without messages, and what puts back those that still come."""
+        """Return an answer without messages, and a function that puts later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
         put_back = self._upstream.let_go(self._attempt)
         return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
@@ -8101,13 +8103,14 @@ Outcome = Union[Reply, Pending, Act]
 
 
 class Proxy:
-    """Answers requests: who calls is verified, what is meant is found, and the reply made.
+    """Answers requests: it verifies the caller, finds the operation, and makes the reply.
 
-    `clients` are the keys that callers may sign with; without `verified` nobody needs one, and
-    what they leave out is of `sign_as`.  The first of the `routes` that matches decides.  Queue
-    URLs begin with `public_url`, or with `scheme` and the Host of the request.  `hooks` are
-    objects, modules or HookFiles with any of the moments of Hook.  Web pages cannot call where
-    anybody could: with the demo client, and without `verified`; `hosts` are more of our names.
+    `clients` are the keys that callers may sign with.  verified=False accepts unsigned calls;
+    `sign_as` supplies a missing service and region.  The first of the `routes` that matches
+    decides.  Queue URLs begin with `public_url`, or with `scheme` and the Host of the request.
+    `hooks` are objects, modules or HookFiles with methods of Hook.  `hosts` are further names of
+    the proxy.  Web pages are refused if no secret protects the proxy: with the demo client, and
+    with verified=False.
     """
 
     def __init__(
@@ -8131,7 +8134,7 @@ class Proxy:
         hook_seconds: float = 60,
         hosts: Iterable[str] = (),
     ) -> None:
-        self.draining = False  # on the way out: nobody gets messages any more
+        self.draining = False  # the process ends soon: calls receive no messages
         self._hook_seconds = hook_seconds
         self._workers = Workers()
         self._account_id = account_id
@@ -8168,8 +8171,8 @@ class Proxy:
 
     @clients.setter
     def clients(self, clients: Clients) -> None:
-        """Have others from the next request on."""
-        account_id = self._account_id  # of those that name none
+        """Use these clients from the next request on."""
+        account_id = self._account_id  # for clients without one
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
             for key, same_key in clients.items()
@@ -8188,11 +8191,11 @@ class Proxy:
         return outcome if isinstance(outcome, Reply) else outcome()
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
-        """Answer requests, those where nothing is to be waited for.
+        """Start each request.
 
-        The outcome of one is its reply; or what has the reply once its socket is readable; or
-        what returns the reply when called.  Each step is taken for all of them before the next: a
-        step just taken is at hand in the processor's caches, which saves a third of the time.
+        Return a Reply where one is ready, a Pending where an upstream must answer first, or a
+        function that may block and returns the Reply.  Each step runs for all requests before the
+        next step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
         for step in (self._understand, self._act, self._finish):
@@ -8275,7 +8278,7 @@ class Proxy:
             check_page(exchange.request, self._hosts)
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
-        """Find out what is meant, or refuse."""
+        """Find the operation, or refuse the request."""
         try:
             exchange.call, exchange.target = self._understood(exchange)
         except Exception as error:
@@ -8283,7 +8286,7 @@ class Proxy:
         return exchange
 
     def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
-        """Have the target answer, as far as it need not wait."""
+        """Let the target answer if it need not wait."""
         call, target = exchange.call, exchange.target
         assert call and target
         try:
@@ -8330,7 +8333,7 @@ class Proxy:
             self.arrange_hooks()
 
     def _hooked(self, call: Call, hooks: Sequence[Moments], act: Callable[[], Reply]) -> Reply:
-        """Return the answer as the hooks have it."""
+        """Return the answer after the hooks have run."""
         reply = None
         for hook in hooks:
             if hook.before and reply is None:
@@ -8380,7 +8383,7 @@ class Proxy:
             return self.refuse(exchange, error)
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
-        """Return the answer that refuses; what is no ServiceError is a fault of ours."""
+        """Return the refusal; any error but ServiceError is our own fault, and is logged."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
             message = "The proxy failed; its standard error tells more."
@@ -8393,7 +8396,7 @@ class Proxy:
         return self.observed(exchange, reply)
 
     def observed(self, exchange: Exchange, reply: Reply) -> Reply:
-        """Have the reply logged, and return it."""
+        """Show the reply to the observing hooks, and return it."""
         exchange.reply = reply
         exchange.status = reply.status
         if reply.status >= 400 and exchange.error == "-":
@@ -8413,10 +8416,10 @@ class Proxy:
                 log.exception("a hook that observes failed")
         return reply
 
-    # ---- What is meant ----
+    # ---- The meaning of a request ----
 
     def _understood(self, exchange: Exchange) -> Tuple[Call, Target]:
-        """Return the call that a request makes, and what is to answer it."""
+        """Return the call that a request makes, and the target that answers it."""
         request, wire = exchange.request, exchange.wire
         self._check_sender(exchange)
         if self._verified and not exchange.unsigned:
@@ -8436,7 +8439,7 @@ class Proxy:
             found.payload_hash, found.presigned, base_url, meaning.encoded, exchange.began,
             meaning.path, found.signed_headers, meaning.bucket,
         )  # fmt: skip
-        exchange.call = call  # whose refusal is told with its name
+        exchange.call = call  # so that a refusal from here on is logged with its action
         action = call.action
         call.route = self._route(action)
         if exchange.unsigned:
@@ -8463,7 +8466,7 @@ class Proxy:
         return exchange.wire.meaning(request, found.scope.service, found.body, self._hosts)
 
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
-        """Have an unsigned call go upstream as it is, or raise ServiceError if it may not."""
+        """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
         request, route = exchange.request, call.route
         target = route.target if route else None
         may_pass = isinstance(target, Upstream) and route is not None
@@ -8477,7 +8480,7 @@ class Proxy:
         call.unsigned = True
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
-        """Ask what answers a call for the visibility timeout of its queue, in seconds."""
+        """Return the visibility timeout of the queue of a call, in seconds, from its target."""
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
@@ -8495,7 +8498,7 @@ class Proxy:
 
     def _route(self, action: str) -> Optional[Route]:
         """Return the route of an action, or None."""
-        # An action holds a path that a caller chose, so long ones are not cached.
+        # An action holds a path that a caller chose: the cache takes only short ones.
         find = self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route
         return find(action)
 
@@ -9396,8 +9399,8 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
     Each section is a client, with a key, a secret and any other settings of _OF_A_CLIENT.  One
-    key may stand in several sections with different tokens.  Raises OSError, or ValueError that
-    says what is wrong where.
+    key may stand in several sections with different tokens.  Raise OSError, or ValueError with
+    the section or line and the fault.
     """
     parser = configparser.RawConfigParser(default_section="")
     try:
@@ -9644,7 +9647,7 @@ def _add_routes(add: Callable[..., Any]) -> None:
 
 
 class UsageError(Exception):
-    """What is wrong with the flags, or with what they name, in one line with its remedy."""
+    """A fault in the flags or in a file that they name, in one line with the remedy."""
 
 
 class Program:
@@ -9789,7 +9792,7 @@ class Program:
         each = 2 if any(isinstance(route.target, Upstream) for route in self._routes) else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
-        if most < wanted * 9 // 10:  # of a few less nobody need be told
+        if most < wanted * 9 // 10:  # a few less are not worth a line
             message = "at most %d connections at once: ulimit -n allows %d open files"
             log.warning(message, most, allowed)
         return min(most, wanted)
@@ -9805,7 +9808,7 @@ class Program:
             raise UsageError(message) from error
 
     def _tick(self) -> None:
-        """Do what is due each half second."""
+        """Do the regular work of each half second."""
         self.proxy.refresh_hooks()
         self._pool.close_idle()
         if self._watched and self._watched.refresh():
@@ -9822,7 +9825,7 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        """Whether no call is being answered and no message is in flight."""
+        """True if no call is being answered and no message is in flight."""
         busy = not self.server.is_idle or self._pool.given_up
         return not busy and not self._in_flight.total
 
@@ -9925,12 +9928,12 @@ def build_routes(
     return [Route(pattern, targets[name]) for pattern, name in given or [DEFAULT_ROUTE]]
 
 
-SPARE_FILES = 64  # for admin connections and what is none: logs, long bodies, the interpreter
+SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
 ADMIN_CONNECTIONS = 32
 
 
 def allow_files(wanted: int) -> int:
-    """Have this process allowed so many open files, if it may; return how many of them it is."""
+    """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     endless = resource.RLIM_INFINITY
     if soft == endless or soft >= wanted:
@@ -9938,7 +9941,7 @@ def allow_files(wanted: int) -> int:
     more = wanted if hard == endless else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-    except (OSError, ValueError):  # the system has a limit of its own besides
+    except (OSError, ValueError):  # the system has another limit
         return soft
     return more
 
