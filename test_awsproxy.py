@@ -21532,7 +21532,7 @@ class DocumentationTest(unittest.TestCase):
     def test_each_flag_that_it_names_exists(self):
         flags = set(re.findall(r"--[a-z][a-z-]+", awsproxy.build_parser().format_help()))
         prose = re.sub(r"(?s)```.*?```", "", self.text)
-        ours = re.findall(r"(?:awsproxy(?:\.py)? |`|, \")(--[a-z][a-z-]+)", prose)
+        ours = re.findall(r"(?:awsproxy(?:\.py)? |`|, \")(--[a-z][a-z0-9-]+)", prose)
         others = {"--aws-sigv4", "--endpoint-url", "--help", "--from-file", "--cacert"}
         others |= {"--data-binary", "--server-side", "--user", "--seconds", "--minutes"}
         self.assertGreater(len(set(ours) & flags), 12)
