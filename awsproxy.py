@@ -5321,6 +5321,7 @@ def host_of(url: str) -> str:
     return host
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Return whether the name or address of a host means this machine."""
     try:
@@ -7290,8 +7291,9 @@ class Metrics(Hook):
                 self._refusals[(exchange.reason,)] += 1
             if call and call.route:
                 target = (call.route.pattern, exchange.answered_by)
-                known = target in self._targets or len(self._targets) < self.MAX_OPERATIONS
-                self._targets[target if known else (call.route.pattern, "other")] += 1
+                if target not in self._targets and len(self._targets) >= self.MAX_OPERATIONS:
+                    target = (call.route.pattern, "other")
+                self._targets[target] += 1
 
     def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
         """Return where to count such calls; operations beyond the most are counted as one."""
@@ -8206,16 +8208,19 @@ class Proxy:
         unsigned = self._unsigned_service(request) if self._verified else ""
         service = unsigned if self._verified else self._unverified_scope(request).service
         exchange = Exchange(request, self._clock(), self._new_id(), service)
-        exchange.unsigned = bool(unsigned)
+        if unsigned:
+            exchange.unsigned = True
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
         """Return the service of an unsigned call that a route may let through, "" for none."""
-        header = request.header("authorization") or ""
+        header = request.header("authorization")
+        if header is not None and not header.startswith("Bearer "):
+            return ""
         if is_preflight(request):
             service = claim(request)[1].service or "s3"
             return service if service in ("s3", "s3express") else ""
-        if not self._open or (header and not header.startswith("Bearer ")):
+        if not self._open:
             return ""
         try:
             authorization_of(request)
@@ -8228,7 +8233,7 @@ class Proxy:
         for service, _, operation in (action.partition(":") for action in self._open):
             by_path = operation == path
             by_form = service == "sts" and path == "post/" and _is_form(request)
-            if bool(header) == (service in BEARER_SERVICES) and (
+            if (header is not None) == (service in BEARER_SERVICES) and (
                 service == target or by_path or by_form
             ):
                 return service
