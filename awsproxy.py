@@ -8205,18 +8205,17 @@ class Proxy:
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
     def _exchange(self, request: Request) -> Exchange:
+        header = request.fields.get("authorization")
+        if self._verified and header and not header[0].startswith("Bearer "):
+            return Exchange(request, self._clock(), self._new_id())
         unsigned = self._unsigned_service(request) if self._verified else ""
         service = unsigned if self._verified else self._unverified_scope(request).service
         exchange = Exchange(request, self._clock(), self._new_id(), service)
-        if unsigned:
-            exchange.unsigned = True
+        exchange.unsigned = bool(unsigned)
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
         """Return the service of an unsigned call that a route may let through, "" for none."""
-        header = request.header("authorization")
-        if header is not None and not header.startswith("Bearer "):
-            return ""
         if is_preflight(request):
             service = claim(request)[1].service or "s3"
             return service if service in ("s3", "s3express") else ""
@@ -8233,7 +8232,7 @@ class Proxy:
         for service, _, operation in (action.partition(":") for action in self._open):
             by_path = operation == path
             by_form = service == "sts" and path == "post/" and _is_form(request)
-            if (header is not None) == (service in BEARER_SERVICES) and (
+            if ("authorization" in request.fields) == (service in BEARER_SERVICES) and (
                 service == target or by_path or by_form
             ):
                 return service
