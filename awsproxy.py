@@ -1,4 +1,6 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# Copyright 2026 the awsproxy authors
 """awsproxy: see each AWS call, check its signature, answer it here or pass it on.
 
 AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests
@@ -122,7 +124,7 @@ from typing import (
 )
 from xml.sax.saxutils import escape
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DEMO_CLIENTS",
     "Client",
