@@ -20,12 +20,14 @@ import email.utils
 import errno
 import functools
 import gc
+import glob
 import gzip
 import hashlib
 import hmac
 import http.client
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -20200,6 +20202,638 @@ class Boto3Test(unittest.TestCase):
         error = ElementTree.fromstring(reply.body)
         self.assertEqual(error.findtext("Code"), "InvalidRequest")
         self.assertIn("s3v4", error.findtext("Message"))
+
+
+# ---- The client matrix: each client, directly and through the proxy ----
+
+OLD_BOTO3 = os.environ.get("AWSPROXY_OLD_BOTO3", "")  # a python that has boto3 1.28
+NODE = shutil.which("node")
+NODE_MODULES = os.environ.get("AWSPROXY_NODE_MODULES", "")  # where npm put @aws-sdk/...
+SERVED = "awsproxy_request_seconds_count"
+
+
+def called_by_boto3(origin):
+    """Call services with the boto3 at hand; return rows of a name and what was answered.
+
+    The source of this function is run by an older Python too, so that it needs nothing around.
+    """
+    import datetime
+    import hashlib
+    import io
+    import re
+    import urllib.error
+    import urllib.request
+
+    import boto3
+    import botocore.exceptions
+    from botocore.config import Config
+
+    of_the_moment = (
+        "connection date hostid last-modified lastmodified requestid uploadid x-amz-crc32"
+        " x-amz-id-2 x-amz-request-id x-amzn-requestid"
+    ).split()
+    newest = hasattr(Config(), "request_checksum_calculation")
+    modes = ("when_supported", "when_required") if newest else ("",)
+    mebibytes = bytes(range(256)) * 4096 * 5
+    clients, rows = [], []
+
+    def plain(value):
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if k.lower() not in of_the_moment}
+            if re.search("json|xml|^text$", kept.get("content-type", "")):
+                kept.pop("content-length", None)  # a time may be written longer or shorter
+            return {str(name): plain(kept[name]) for name in sorted(kept)}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        if isinstance(value, datetime.datetime):
+            return "a time"
+        if isinstance(value, bytes):
+            return [len(value), hashlib.sha256(value).hexdigest(), value[:64].decode("latin-1")]
+        return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+    def client(service, mode="", **settings):
+        if mode:
+            settings.update(request_checksum_calculation=mode, response_checksum_validation=mode)
+        config = Config(retries={"total_max_attempts": 1}, **settings)
+        made = boto3.client(
+            service, region_name="us-east-1", endpoint_url=origin, config=config,
+            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
+        )  # fmt: skip
+        clients.append(made)
+        return made
+
+    def call(function, name="", **given):
+        try:
+            answer = function(**given)
+        except botocore.exceptions.ClientError as error:
+            answer = error.response
+        if hasattr(answer.get("Body"), "read"):
+            answer["Body"] = answer["Body"].read()
+        shown = {"name": function.__name__ + " " * bool(name) + name, **plain(answer)}
+        rows.append([shown.pop("name"), shown])
+        return answer
+
+    def fetch(name, link, method="GET", data=None):
+        kind = {"Content-Type": "text/plain"} if data else {}  # else moto reads it as a form
+        request = urllib.request.Request(link, data, kind, method=method)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                got = [answer.status, dict(answer.headers.items()), answer.read()]
+        except urllib.error.HTTPError as error:
+            with error:
+                got = [error.code, dict(error.headers.items()), error.read()]
+        names = {key.lower(): value for key, value in got[1].items()}
+        names.pop("x-amz-content-sha256", None)  # moto tells what the PUT had; a link has none
+        rows.append([name, plain([got[0], names, *got[2:]])])
+
+    style = {"s3": {"addressing_style": "path"}, "signature_version": "s3v4"}
+    for mode in modes:
+        s3 = client("s3", mode, **style)
+        bucket = "things" + mode.replace("_", "-")
+        call(s3.create_bucket, mode, Bucket=bucket)
+        for algorithm in ("CRC32", "SHA1", "SHA256", ""):
+            asked = {"ChecksumAlgorithm": algorithm} if algorithm else {}
+            for number, data in enumerate((b"hello", b"", mebibytes[:70000])):
+                body = io.BytesIO(data) if number == 2 else data
+                named = f"{mode} {algorithm or 'none'} {number}"
+                at = {"Bucket": bucket, "Key": f"a+b c/{named} \u00e9"}
+                call(s3.put_object, named, **at, Body=body, Metadata={"m": named}, **asked)
+                got = call(s3.get_object, named, **at)
+                assert got.get("Body") == data, named
+                call(s3.head_object, named, **at, ChecksumMode="ENABLED")
+            call(s3.get_object, f"{named} in part", **at, Range="bytes=1-5")
+            none = {**at, "IfNoneMatch": got["ETag"]}
+            call(s3.get_object, f"{named} that is had, refused", **none)
+        at = {"Bucket": bucket, "Key": "parts"}
+        many = {"ChecksumAlgorithm": "SHA256"} if mode == "when_required" else {}
+        upload = {"UploadId": call(s3.create_multipart_upload, mode, **at, **many)["UploadId"]}
+        parts = []
+        for number in (1, 2):
+            body = mebibytes if number == 1 else mebibytes[::-1]
+            answer = call(
+                s3.upload_part, f"{mode} {number}", **at, **upload, PartNumber=number, Body=body,
+                **many,
+            )  # fmt: skip
+            sums = {k: v for k, v in answer.items() if k in ("ETag", "ChecksumSHA256")}
+            parts.append({"PartNumber": number, **sums})
+        call(s3.list_parts, mode, **at, **upload)
+        given = {"MultipartUpload": {"Parts": parts}}
+        call(s3.complete_multipart_upload, mode, **at, **upload, **given)
+        got = call(s3.get_object, f"{mode} parts", **at)
+        assert got.get("Body") == mebibytes + mebibytes[::-1], mode
+        call(s3.copy_object, mode, Bucket=bucket, Key="copy", CopySource=at)
+        at["Key"] = "a b+\u00e9"
+        link = s3.generate_presigned_url("put_object", Params=at)
+        fetch(f"presigned PUT {mode}", link, "PUT", b"hello")
+        link = s3.generate_presigned_url("get_object", Params=at)
+        fetch(f"presigned GET {mode}", link)
+        part = {"Bucket": bucket, "Key": "parts", "PartNumber": 2}
+        fetch(f"presigned GET {mode} part", s3.generate_presigned_url("get_object", Params=part))
+        call(s3.list_objects_v2, mode, Bucket=bucket, Prefix="a+b", MaxKeys=3)
+        gone = {"Objects": [{"Key": "parts"}, {"Key": "copy"}]}
+        call(s3.delete_objects, mode, Bucket=bucket, Delete=gone)
+        call(s3.get_object, f"{mode} that is gone, refused", Bucket=bucket, Key="parts")
+
+    sqs = client("sqs")
+    url = call(sqs.create_queue, QueueName="jobs", Attributes={"DelaySeconds": "0"})["QueueUrl"]
+    of_one = {"StringValue": "1", "DataType": "Number"}
+    of_two = {"BinaryValue": b"\0\xff", "DataType": "Binary"}
+    call(
+        sqs.send_message, QueueUrl=url, MessageBody="hello \u00e9 <&\r\n>",
+        MessageAttributes={"one": of_one, "two": of_two},
+    )  # fmt: skip
+    entries = [{"Id": str(n), "MessageBody": f"m{n}"} for n in range(3)]
+    call(sqs.send_message_batch, QueueUrl=url, Entries=entries)
+    asked = {"MaxNumberOfMessages": 10, "MessageAttributeNames": ["All"]}
+    got = call(sqs.receive_message, QueueUrl=url, **asked)
+    handles = [each["ReceiptHandle"] for each in got.get("Messages", [])] or ["none"]
+    held = {"QueueUrl": url, "ReceiptHandle": handles[0]}
+    call(sqs.change_message_visibility, **held, VisibilityTimeout=60)
+    call(sqs.delete_message, **held)
+    entries = [{"Id": str(n), "ReceiptHandle": held} for n, held in enumerate(handles[1:])]
+    call(sqs.delete_message_batch, QueueUrl=url, Entries=entries)
+    call(sqs.get_queue_attributes, QueueUrl=url, AttributeNames=["QueueArn", "DelaySeconds"])
+    call(sqs.get_queue_url, QueueName="jobs")
+    call(sqs.list_queues, QueueNamePrefix="j")
+    call(sqs.get_queue_url, "that is not, refused", QueueName="none")
+
+    table = client("dynamodb")
+    call(
+        table.create_table, TableName="things", BillingMode="PAY_PER_REQUEST",
+        KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+    )  # fmt: skip
+    item = {"k": {"S": "\u00e9"}, "n": {"N": "1.5"}, "b": {"B": b"\0\xff"}, "l": {"L": []}}
+    call(table.put_item, TableName="things", Item=item)
+    call(table.get_item, TableName="things", Key={"k": item["k"]})
+    call(table.query, TableName="things", KeyConditionExpression="k = :k",
+         ExpressionAttributeValues={":k": item["k"]})  # fmt: skip
+    call(table.put_item, "that is there, refused", TableName="things", Item=item,
+         ConditionExpression="attribute_not_exists(k)")  # fmt: skip
+    call(table.scan, TableName="things")
+    call(table.get_item, "of no table, refused", TableName="none", Key={"k": item["k"]})
+
+    call(client("sts").get_caller_identity)
+
+    watch = client("cloudwatch")
+    at = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc)
+    data = [{"MetricName": "m", "Value": value, "Timestamp": at, "Unit": "Count"}
+            for value in (1.5, 2.5)]  # fmt: skip
+    call(watch.put_metric_data, Namespace="matrix", MetricData=data)
+    call(watch.list_metrics, Namespace="matrix")
+    hour = datetime.timedelta(hours=1)
+    call(watch.get_metric_statistics, Namespace="matrix", MetricName="m", Period=60,
+         StartTime=at - hour, EndTime=at + hour, Statistics=["Sum", "Maximum"])  # fmt: skip
+    call(watch.put_metric_alarm, AlarmName="a", Namespace="matrix", MetricName="m", Period=60,
+         EvaluationPeriods=1, Threshold=1.0, Statistic="Sum",
+         ComparisonOperator="GreaterThanThreshold")  # fmt: skip
+    call(watch.describe_alarms)
+
+    bus = client("events")
+    call(bus.put_rule, Name="r", EventPattern='{"source": ["matrix"]}')
+    target = "arn:aws:sqs:us-east-1:123456789012:jobs"
+    call(bus.put_targets, Rule="r", Targets=[{"Id": "1", "Arn": target}])
+    call(bus.list_rules)
+    event = {"Source": "matrix", "DetailType": "d", "Detail": '{"a": "\u00e9"}'}
+    call(bus.put_events, Entries=[event, {"Source": "matrix"}])  # the second one is refused
+    call(sqs.delete_queue, QueueUrl=url)
+    call(bus.describe_rule, "that is not, refused", Name="none")
+    for each in clients:
+        each.close()
+    return rows
+
+
+CBOR_BODY = b"\xbfiNextTokengmore \xc3\xa9\xff"
+CBOR_ANSWER = answer(
+    b"200 OK", b"Smithy-Protocol: rpc-v2-cbor", b"Content-Type: application/cbor",
+    length_of(CBOR_BODY), body=CBOR_BODY,
+)  # fmt: skip
+CBOR_METRICS = [
+    {"MetricName": "m\u00e9", "Value": value, "Unit": "Count"} for value in (1.5, -2.0, 1e300)
+]
+CBOR_CALLS = (
+    ("cloudwatch", "list_metrics", {"Namespace": "matrix \u00e9"}),
+    ("cloudwatch", "put_metric_data", {"Namespace": "matrix", "MetricData": CBOR_METRICS}),
+    ("cloudwatchomni", "list_spaces", {}),
+    ("eventbridgev2", "list_subscribers", {}),
+    ("partnercentral-marketing", "list_campaigns", {"Catalog": "AWS"}),
+    ("partnercentral-revenue-measurement", "list_revenue_attributions", {"Catalog": "AWS"}),
+)
+
+TREE = {
+    "empty": b"",
+    "small": b"hello\n",
+    "a b/c+d \u00e9": b"name\n",
+    "a b/deep/er/empty": b"",
+    "big": bytes(range(256)) * 4096 * 9,  # in parts
+}
+AWS_CHAINS = (
+    """s3 cp --no-progress tree/empty s3://one/empty
+    s3 cp --no-progress s3://one/empty back/empty""",
+    """s3 cp --no-progress --recursive tree s3://two/tree
+    s3 cp --no-progress --recursive s3://two/tree back""",
+    """sqs create-queue --queue-name jobs
+    sqs send-message --queue-url ORIGIN/123456789012/jobs --message-body hello
+    sqs receive-message --queue-url ORIGIN/123456789012/jobs
+    sts get-caller-identity""",
+    """dynamodb put-item --table-name things --item '{"k": {"S": "a"}, "b": {"B": "AP8="}}'
+    dynamodb get-item --table-name things --key '{"k": {"S": "a"}}'
+    dynamodb get-item --table-name none --key '{"k": {"S": "a"}}'  # refused""",
+)
+# What no two runs have in common: ids, and receipt handles as moto makes them.
+IDS = re.compile(r"\b([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z]{150,})\b")
+OF_MOMENT = re.compile("(connection|date|last-modified|x-amz-request-id|x-amzn-requestid):")
+
+IN_JAVASCRIPT = r"""
+const { createHash } = require("crypto");
+const { Readable } = require("stream");
+const { Upload } = require("@aws-sdk/lib-storage");
+const { getSignedUrl } = require("@aws-sdk/s3-request-presigner");
+const S3 = require("@aws-sdk/client-s3");
+
+const rows = [];
+const told = (name, answer) => rows.push([name, JSON.parse(JSON.stringify(answer, (key, value) =>
+  ["$metadata", "LastModified", "UploadId"].includes(key) ? undefined : value))]);
+const digest = (data) => [data.length, createHash("sha256").update(data).digest("hex")];
+const big = Buffer.alloc(11 << 20, "0123456789abcdef!");  // three parts
+
+const call = async (client, name, command) => {
+  let answer;
+  try {
+    answer = await client.send(command);
+  } catch (error) {
+    answer = { refused: error.name, status: error.$metadata?.httpStatusCode, of: String(error) };
+  }
+  if (answer.Body) answer.Body = digest(Buffer.from(await answer.Body.transformToByteArray()));
+  told(name, answer);
+};
+
+const fetched = async (name, link, options) => {
+  const answer = await fetch(link, options);
+  const data = Buffer.from(await answer.arrayBuffer());
+  const body = answer.ok ? digest(data) : String(data).match(/<Code>.*<\/Code>/)[0];
+  const kinds = ["content-type", "content-length", "etag", "x-amz-meta-m"];
+  told(name, [answer.status, kinds.map((kind) => answer.headers.get(kind)), body]);
+};
+
+const run = async (mode) => {
+  const client = new S3.S3Client({
+    endpoint: process.argv[2], region: "us-east-1", forcePathStyle: true, maxAttempts: 1,
+    requestChecksumCalculation: mode, responseChecksumValidation: mode,
+    credentials: { accessKeyId: "dummykey", secretAccessKey: "dummysecret" },
+  });
+  const Bucket = mode.toLowerCase().replace("_", "-");
+  await call(client, `${mode} CreateBucket`, new S3.CreateBucketCommand({ Bucket }));
+  const stream = () => Readable.from([big.subarray(0, 70000)], { objectMode: false });
+  for (const [kind, Body, more] of [
+    ["text", "hello"], ["nothing", ""], ["bytes", big.subarray(0, 70000)],
+    ["a stream", stream(), { ContentLength: 70000 }],
+    ["a hashed stream", stream(), { ContentLength: 70000, ChecksumAlgorithm: "SHA256" }],
+  ]) {
+    const Key = `a+b c/${kind} \u00e9`;
+    const given = { Bucket, Key, Body, Metadata: { m: kind }, ...more };
+    await call(client, `${mode} PutObject of ${kind}`, new S3.PutObjectCommand(given));
+    await call(client, `${mode} GetObject of ${kind}`, new S3.GetObjectCommand({ Bucket, Key }));
+  }
+  const uploads = [
+    ["text", "hello"], ["many bytes", big], ["a long stream", Readable.from([big])],
+  ];
+  for (const [kind, Body] of uploads) {
+    const params = { Bucket, Key: `by ${kind}`, Body };
+    const upload = new Upload({ client, params, partSize: 5 << 20, queueSize: 2 });
+    told(`${mode} Upload of ${kind}`, await upload.done());
+    const read = new S3.GetObjectCommand({ Bucket, Key: params.Key });
+    await call(client, `${mode} GetObject by ${kind}`, read);
+  }
+  const at = { Bucket, Key: "by a link \u00e9+ " };
+  const put = new S3.PutObjectCommand({ ...at, ContentType: "text/plain", Metadata: { m: "v" } });
+  const headers = { "Content-Type": "text/plain", "x-amz-meta-m": "v" };
+  const unhoistableHeaders = new Set(["x-amz-meta-m"]);
+  const link = await getSignedUrl(client, put, { expiresIn: 60, unhoistableHeaders });
+  await fetched(`${mode} presigned PUT`, link, { method: "PUT", body: "hello", headers });
+  const get = await getSignedUrl(client, new S3.GetObjectCommand(at), { expiresIn: 60 });
+  await fetched(`${mode} presigned GET`, get);
+  const none = new S3.GetObjectCommand({ Bucket, Key: "none" });
+  await fetched(`${mode} presigned GET of none, refused`, await getSignedUrl(client, none));
+  await call(client, `${mode} GetObject of none, refused`, none);
+  client.destroy();
+};
+
+run("WHEN_SUPPORTED").then(() => run("WHEN_REQUIRED")).then(
+  () => console.log(JSON.stringify(rows)),
+  (error) => { console.error(error); process.exitCode = 1; });
+"""
+
+
+@unittest.skipUnless(MOTO, "moto or boto3 is not installed")
+class ClientMatrixTest(unittest.TestCase):
+    """Each client calls moto, and moto behind the proxy, and must not tell one from the other."""
+
+    @classmethod
+    def setUpClass(cls):
+        import moto.server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BOTO"))}
+        cls.environ = {**kept, **nothing, **NO_METADATA, "NO_PROXY": "*"}
+        patch = mock.patch.dict(os.environ, cls.environ, clear=True)
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        moto_server = moto.server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto_server.start()
+        cls.addClassCleanup(moto_server.stop)
+        cls.addClassCleanup(cls.renew)
+        cls.direct = "http://{}:{}".format(*moto_server.get_host_and_port())
+        routes = ["--route", f"*={cls.direct}"]
+        environ = {**cls.environ, **UPSTREAM_ENVIRONMENT}
+        cls.program = Program(cls.addClassCleanup, "--quiet", *routes, env=environ)
+        cls.proxied = "http://{}:{}".format(*cls.program.address)
+
+    @classmethod
+    def renew(cls):
+        """Have moto forget all."""
+        from moto.moto_api._internal.models import moto_api_backend
+
+        moto_api_backend.reset()
+
+    def served(self):
+        return metric(self.program.address, SERVED)
+
+    def has_served(self, count):
+        return self.served() >= count
+
+    def same_both_ways(self, calls):
+        """Check that calls(origin) returns the same rows of a name and a result.
+
+        A name ends with "refused" if the result is a refusal.
+        """
+        told = []
+        for origin in (self.direct, self.proxied):
+            self.renew()
+            before = self.served()
+            rows = calls(origin)
+            if origin == self.direct:
+                self.assertEqual(self.served(), before)
+            else:
+                enough = before + len(rows)
+                wait_until(functools.partial(self.has_served, enough))
+            told.append(dict(self.comparable(rows, origin)))
+            self.assertEqual(len(told[-1]), len(rows), [name for name, _ in rows])
+        direct, proxied = told
+        self.assertEqual(list(direct), list(proxied))
+        for name, result in direct.items():
+            with self.subTest(name):
+                self.assertEqual(proxied[name], result)
+                self.assertEqual(self.is_refusal(result), name.endswith("refused"), result)
+
+    @staticmethod
+    def is_refusal(result):
+        if isinstance(result, dict):
+            return "Error" in result or "refused" in result
+        return isinstance(result, list) and result[0] not in (0, 200)
+
+    @staticmethod
+    def comparable(rows, origin):
+        """Put one word for where a client was pointed at, and a number for each id."""
+        seen = {}
+        text = json.dumps(rows).replace(origin, "ORIGIN")
+        return json.loads(IDS.sub(lambda it: f"id {seen.setdefault(it[0], len(seen))}", text))
+
+    def test_the_newest_boto3(self):
+        self.same_both_ways(called_by_boto3)
+
+    def test_an_old_boto3(self):
+        if not OLD_BOTO3:
+            self.skipTest("AWSPROXY_OLD_BOTO3 names no python that has boto3 1.28")
+        source = inspect.getsource(called_by_boto3)
+        asked = "import json, sys\nprint(json.dumps(called_by_boto3(sys.argv[1])))"
+        self.same_both_ways(
+            lambda origin: self.printed([OLD_BOTO3, "-c", f"{source}\n\n{asked}", origin])
+        )
+
+    def printed(self, command, **how):
+        """Run a command; return the JSON that it prints."""
+        how.setdefault("env", self.environ)
+        ended = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=DEADLINE, **how
+        )
+        self.assertEqual(ended.returncode, 0, ended.stderr[-3000:])
+        return json.loads(ended.stdout)
+
+    def test_boto3_in_cbor(self):
+        """Moto speaks no CBOR: what arrives is compared, and must be signed as it should."""
+        ours = Client("ours", *UPSTREAM_ENVIRONMENT.values())
+        recorder = FakeUpstream(self, default=CBOR_ANSWER)
+        direct = f"http://127.0.0.1:{recorder.endpoint.port}"
+        environ = {**self.environ, **UPSTREAM_ENVIRONMENT}
+        program = Program(self.addCleanup, "--quiet", "--upstream", direct, env=environ)
+        proxied = "http://{}:{}".format(*program.address)
+        core = self.cbor_session()
+        for service, operation, given in CBOR_CALLS:
+            if not self.speaks_cbor(service):
+                with self.subTest(f"{service} {operation}"):
+                    self.skipTest(f"this botocore speaks no CBOR with {service}")
+                continue
+            told = []
+            for origin, signer in ((direct, DEMO), (proxied, ours)):
+                with self.subTest(f"{service} {operation}", origin=origin):
+                    client, made = self.cbor_client(service, origin, core)
+                    answered = getattr(client, operation)(**given)
+                    (sent,) = recorder.requests
+                    recorder.requests.clear()
+                    awsproxy.verify(sent, {signer.access_key_id: [signer]}, time.time())
+                    sent.body.seek(0)
+                    self.assertEqual(sent.body.read(), made[0].body)
+                    told.append((answered.get("NextToken"), self.head_of(sent)))
+            with self.subTest(f"{service} {operation}"):
+                self.assertEqual(told[1], told[0])
+                self.assertIn(told[0][0], ("more \u00e9", None))
+                self.assertEqual(sent.fields["smithy-protocol"], ["rpc-v2-cbor"])
+
+    @staticmethod
+    def head_of(request):
+        """Return what an upstream sees of a head, but for the signature and the moment."""
+        other = (
+            "amz-sdk-invocation-id authorization host x-amz-content-sha256 x-amz-date"
+            " x-amz-security-token"
+        ).split()
+        fields = {name: values for name, values in request.fields.items() if name not in other}
+        return request.method, request.target, fields
+
+    def client(self, service, origin, core=None, **settings):
+        import boto3
+        import botocore.config
+
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, **settings)
+        client = (boto3.Session(botocore_session=core) if core else boto3).client(
+            service, region_name="us-east-1", endpoint_url=origin, config=config,
+            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
+        )  # fmt: skip
+        self.addCleanup(client.close)
+        return client
+
+    @staticmethod
+    def speaks_cbor(service):
+        import botocore.exceptions
+        import botocore.loaders
+
+        try:
+            model = botocore.loaders.Loader().load_service_model(service, "service-2")
+        except botocore.exceptions.UnknownServiceError:
+            return False
+        return "smithy-rpc-v2-cbor" in model["metadata"].get("protocols", ())
+
+    @staticmethod
+    def cbor_session():
+        """Return a session of botocore that has nothing but CBOR to choose from."""
+        import botocore.session
+
+        core = botocore.session.Session()
+        loader = core.get_component("data_loader")
+        load = loader.load_service_model
+
+        def load_as_cbor(name, kind, api_version=None):
+            model = load(name, kind, api_version)
+            if kind == "service-2":
+                model["metadata"].update(protocols=["smithy-rpc-v2-cbor"])
+            return model
+
+        loader.load_service_model = load_as_cbor
+        return core
+
+    def cbor_client(self, service, origin, core):
+        """Return a client, and a list of what it will send."""
+        client = self.client(service, origin, core, request_min_compression_size_bytes=100)
+        made = []
+        client.meta.events.register("before-send", lambda request, **_: made.append(request))
+        return client, made
+
+    @unittest.skipUnless(AWS, "the AWS command line is not installed")
+    def test_the_aws_command_line(self):
+        self.same_both_ways(self.called_by_aws)
+
+    def called_by_aws(self, origin):
+        home = folder(self)
+        for name, data in TREE.items():
+            path = os.path.join(home, "tree", *name.split("/"))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path, data)
+        for bucket in ("one", "two"):
+            self.client("s3", origin).create_bucket(Bucket=bucket)
+        self.client("dynamodb", origin).create_table(
+            TableName="things", BillingMode="PAY_PER_REQUEST",
+            KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        )  # fmt: skip
+        at = ["--endpoint-url", origin, "--region", "us-east-1", "--output", "json"]
+        environ = {
+            **self.environ,
+            "PATH": BESIDE,
+            "HOME": home,
+            "AWS_ACCESS_KEY_ID": "dummykey",
+            "AWS_SECRET_ACCESS_KEY": "dummysecret",
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_PAGER": "",
+        }
+
+        def run(chain):
+            rows = []
+            for command in chain.splitlines():
+                words = command.replace("ORIGIN", origin).strip()
+                ended = subprocess.run(
+                    [AWS, *at, *shlex.split(words, comments=True)],
+                    capture_output=True,
+                    encoding="utf-8",
+                    env=environ,
+                    cwd=home,
+                    stdin=subprocess.DEVNULL,
+                    timeout=DEADLINE,
+                )
+                if ended.returncode == 127:
+                    self.skipTest("the AWS command line does not run here")
+                lines = sorted(ended.stdout.splitlines())  # a tree's files go in any order
+                rows.append((command.strip(), [ended.returncode, lines, ended.stderr]))
+            return rows
+
+        with concurrent.futures.ThreadPoolExecutor(CORES) as threads:
+            rows = list(itertools.chain.from_iterable(threads.map(run, AWS_CHAINS)))
+        for path in sorted(glob.glob(os.path.join(home, "back", "**"), recursive=True)):
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    data = file.read()
+                name = os.path.relpath(path, os.path.join(home, "back")).replace(os.sep, "/")
+                self.assertEqual(sha256(data), sha256(TREE[name]), name)
+                rows.append((name, len(data)))
+        self.assertEqual({name for name, _ in rows} & set(TREE), set(TREE))
+        return rows
+
+    def test_the_javascript_sdk(self):
+        if not NODE:
+            self.skipTest("no node is installed")
+        if not os.path.isdir(os.path.join(NODE_MODULES, "@aws-sdk")):
+            self.skipTest("AWSPROXY_NODE_MODULES names no folder that has @aws-sdk")
+        script = write(os.path.join(folder(self), "matrix.cjs"), IN_JAVASCRIPT)
+        environ = {**self.environ, "NODE_PATH": NODE_MODULES}
+        self.same_both_ways(lambda origin: self.printed([NODE, script, origin], env=environ))
+
+    def test_curl(self):
+        if not curl_signs():
+            self.skipTest("no curl that knows --aws-sigv4 is installed")
+        self.same_both_ways(self.called_by_curl)
+
+    def called_by_curl(self, origin):
+        self.client("s3", origin).create_bucket(Bucket="things")
+        home, rows = folder(self), []
+        bodies = {"empty": b"", "small": b"hello\n", "long": bytes(range(256)) * 8192}
+        for name, data in bodies.items():
+            write(os.path.join(home, name), data)
+
+        def curl(name, service, words):
+            words = shlex.split(words.replace("ORIGIN", origin))
+            keys = ["--aws-sigv4", f"aws:amz:us-east-1:{service}", "-u", "dummykey:dummysecret"]
+            fixed = [CURL, "-q", "-sS", "-i", "--noproxy", "*", "--max-time", str(DEADLINE), *keys]
+            ended = subprocess.run([*fixed, *words], capture_output=True, cwd=home)
+            self.assertEqual(ended.returncode, 0, ended.stderr)
+            answer = ended.stdout
+            while answer.startswith(b"HTTP/1.1 100"):
+                answer = answer.partition(b"\r\n\r\n")[2]
+            head, _, body = answer.partition(b"\r\n\r\n")
+            first, *lines = head.decode("latin-1").lower().split("\r\n")
+            fields = sorted(line for line in lines if not OF_MOMENT.match(line))
+            status = int(first.split()[1])
+            rows.append((name, [status, fields, sha256(re.sub(b"<RequestId>.*?<", b"", body))]))
+            return status, body
+
+        bare = "-H 'x-amz-content-sha256: UNSIGNED-PAYLOAD'"  # an older curl says nothing there
+        plain = "-H 'Content-Type: text/plain'"  # moto would read a form
+        for name, data in bodies.items():
+            at = f"ORIGIN/things/a/{name}"
+            for way, words in (
+                ("-T", f"-T {name} {bare}"),
+                ("-d", f"-X PUT --data-binary @{name} -H 'x-amz-content-sha256: {sha256(data)}'"),
+            ):
+                status, _ = curl(f"PUT {name} with {way}", "s3", f"{at}{way} {words} {plain}")
+                self.assertEqual(status, 200)
+                got = curl(f"GET {name} with {way}", "s3", f"{at}{way} {bare}")
+                self.assertEqual(got, (200, data))
+        self.assertEqual(curl("GET nothing, refused", "s3", f"ORIGIN/things/none {bare}")[0], 404)
+        url = "ORIGIN/123456789012/jobs"
+        for operation, document, status in (
+            ("CreateQueue", {"QueueName": "jobs"}, 200),
+            ("SendMessage", {"QueueUrl": url, "MessageBody": "\u00e9"}, 200),
+            ("ReceiveMessage", {"QueueUrl": url}, 200),
+            ("ListQueues", {}, 200),
+            ("GetQueueUrl", {"QueueName": "none"}, 400),
+        ):
+            name = operation + ", refused" * (status >= 400)
+            words = ["ORIGIN", "-H", f"X-Amz-Target: AmazonSQS.{operation}"]
+            words += ["-H", f"Content-Type: {JSON_1_0}", "-d", json.dumps(document)]
+            told, body = curl(name, "sqs", shlex.join(words))
+            fields = [it for it in rows[-1][1][1] if not it.startswith("content-length")]
+            rows[-1][1][1:] = fields, json.loads(body)  # a URL may be longer: it has our port
+            self.assertEqual(told, status)
+        return rows
 
 
 # ==== Fuzzing ====
