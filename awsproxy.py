@@ -5559,7 +5559,33 @@ class CredentialChain:
         return source()
 
     def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
-        name = settings.get("sso_session") or settings.get("sso_start_url", "")
+        with _SSO_LOCK:
+            token = self._sso_token(settings)
+        region = settings.get("sso_region") or self.region()
+        role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
+        query = urllib.parse.urlencode({"role_name": role, "account_id": account})
+        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
+        try:
+            answer = self._fetch(url, {"x-amz-sso_bearer_token": token})
+        except Skipped as error:
+            remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
+            raise Skipped(f"{error}{remedy}", error.passing) from error
+        found = _document(answer)
+        try:
+            keys = found["roleCredentials"]
+            expires = keys["expiration"] / 1000
+            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
+            return _credentials(key, secret, keys["sessionToken"], expires)
+        except (KeyError, TypeError) as error:
+            raise Skipped("the SSO portal's answer holds no credentials") from error
+
+    def _sso_token(self, settings: Mapping[str, str]) -> str:
+        """Return the cached SSO token; refresh it first if it expires within 15 minutes.
+
+        Only the token of an sso_session can be refreshed (SSOTokenProvider of botocore).
+        """
+        session = settings.get("sso_session")
+        name = session or settings.get("sso_start_url", "")
         digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
         path = os.path.expanduser(f"~/.aws/sso/cache/{digest}.json")
         remedy = "run 'aws sso login'"
@@ -5568,20 +5594,52 @@ class CredentialChain:
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
         except (Skipped, KeyError) as error:
             raise Skipped(f"its SSO token is not cached; {remedy}") from error
-        if expires <= self._clock():
-            raise Skipped(f"its SSO token has expired; {remedy}")
+        left, why, passing = expires - self._clock(), "", False
+        if session and left < 900:
+            try:
+                return self._refresh_sso_token(path, cached, settings)
+            except Skipped as error:
+                why, passing = f" and cannot be refreshed ({error})", error.passing
+        if left <= 0:
+            raise Skipped(f"its SSO token has expired{why}; {remedy}", passing)
+        if why:
+            log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
+        return token
+
+    def _refresh_sso_token(
+        self, path: str, cached: Mapping[str, Any], settings: Mapping[str, str]
+    ) -> str:
+        """Return a new SSO token, and write it to the cache file with botocore's members."""
+        names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
+        missing = [name for name in names if not cached.get(name)]
+        if missing:
+            raise Skipped(f"{path} has no {' and no '.join(missing)}")
+        if _expiry(cached["registrationExpiresAt"]) <= self._clock():
+            raise Skipped("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
-        role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
-        query = urllib.parse.urlencode({"role_name": role, "account_id": account})
-        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
-        found = _document(self._fetch(url, {"x-amz-sso_bearer_token": token}))
+        url = f"{self._endpoint('sso-oauth', region).origin}/token"
+        given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
+        headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
+        answer = _document(self._fetch(url, headers, data=body))
+        token, seconds = answer.get("accessToken"), answer.get("expiresIn")
+        if not isinstance(seconds, int) or not 0 < seconds < 10**9:
+            raise Skipped("the answer of SSO holds no valid expiresIn")
+        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+            raise Skipped("the answer of SSO holds no token")
+        new = {
+            "startUrl": settings.get("sso_start_url", ""),
+            "region": region,
+            **{name: cached[name] for name in names if name != "refreshToken"},
+            "accessToken": token,
+            "expiresAt": _utc(math.floor(self._clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
+        }
+        if answer.get("refreshToken"):
+            new["refreshToken"] = answer["refreshToken"]
         try:
-            keys = found["roleCredentials"]
-            expires = keys["expiration"] / 1000
-            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
-            return _credentials(key, secret, keys["sessionToken"], expires)
-        except (KeyError, TypeError) as error:
-            raise Skipped("the SSO portal's answer holds no credentials") from error
+            _write_private(path, new)
+        except OSError as error:
+            log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
+        return token
 
     # ---- Roles ----
 
@@ -5654,6 +5712,7 @@ class CredentialChain:
         return _from_fields(found, "SessionToken")
 
 
+_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
@@ -5668,6 +5727,20 @@ def _read_text(path: str) -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Skipped(f"{path} cannot be read") from error
+
+
+def _write_private(path: str, document: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step; only its owner can read it.  Raises OSError."""
+    opened, new = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))  # its mode is 0600
+    try:
+        with os.fdopen(opened, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
 
 
 def _profile_of(section: str) -> str:
