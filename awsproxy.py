@@ -5516,7 +5516,8 @@ class CredentialChain:
         try:
             return self._from_profile(self._profile, ())
         except Skipped as reason:
-            if {"role_arn", "credential_process", "sso_account_id"} & set(settings):
+            set_up = ("role_arn", "credential_process", "sso_account_id", "login_session")
+            if any(map(settings.get, set_up)):
                 raise Failed(str(reason), reason.passing) from reason
             raise
 
@@ -5542,7 +5543,9 @@ class CredentialChain:
             return _from_process(settings["credential_process"])
         if settings.get("sso_account_id"):
             return self._from_sso(settings)
-        raise Skipped("it has no keys, process, role or SSO account")
+        if settings.get("login_session"):
+            return self._from_login(settings["login_session"], profile)
+        raise Skipped("it has no keys, process, role, SSO account or login session")
 
     def _source_of(
         self, settings: Mapping[str, str], profile: str, visited: Tuple[str, ...]
@@ -5640,6 +5643,27 @@ class CredentialChain:
         except OSError as error:
             log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
         return token
+
+    def _from_login(self, session: str, profile: str) -> Credentials:
+        """Return the keys that `aws login` has cached; they expire after 15 minutes.
+
+        Source: LoginTokenLoader of botocore.  A refresh needs a DPoP proof, which is signed with
+        an elliptic curve that the standard library lacks.
+        """
+        given = self._environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
+        name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
+        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
+        remedy = f"add to its profile: credential_process = {command} --format process"
+        try:
+            path = os.path.join(os.path.expandvars(given), name)
+            keys = _document(_read_text(path).encode())["accessToken"]
+            key, secret, expires = keys["accessKeyId"], keys["secretAccessKey"], keys["expiresAt"]
+            found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
+        except (Skipped, KeyError, TypeError) as error:
+            raise Skipped(f"its login is not cached; run 'aws login', and {remedy}") from error
+        if found.expires <= self._clock():
+            raise Skipped(f"the cached keys of its login have expired; {remedy}")
+        return found
 
     # ---- Roles ----
 
