@@ -5394,6 +5394,7 @@ class CredentialChain:
         self._session_name = session_name
         self._fetch = fetch
         self._clock = clock
+        self._instance: Optional[Credentials] = None  # the last keys of EC2 metadata
         self._sources: Mapping[str, Callable[[], Credentials]] = {
             "environment": self._from_environment,
             "web identity": self._from_web_identity,
@@ -5466,6 +5467,25 @@ class CredentialChain:
         return _from_fields(_document(self._fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
+        """Return the keys of the EC2 instance; extend expired ones that cannot be renewed.
+
+        The SDKs call this static stability: AWS accepts the old keys while it has no new ones.
+        """
+        now, reason = self._clock(), "it still returns the old ones"
+        try:
+            self._instance = self._ask_metadata()
+        except Skipped as error:
+            if not self._instance or self._instance.expires > now:
+                raise
+            reason = str(error)
+        if self._instance.expires > now:
+            return self._instance
+        seconds = random.uniform(120, 600)  # until the next try: the jitter of botocore
+        text = "EC2 metadata has no new credentials (%s); using the expired ones for %d seconds"
+        log.warning(text, reason, seconds)
+        return self._instance._replace(expires=now + CredentialCache.AHEAD + seconds)
+
+    def _ask_metadata(self) -> Credentials:
         if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             raise Skipped("AWS_EC2_METADATA_DISABLED is true")
         given = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
@@ -5475,7 +5495,7 @@ class CredentialChain:
             token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         except Skipped as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
-            raise Skipped(f"{error} ({hint})") from error
+            raise Skipped(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
         role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
