@@ -5429,6 +5429,8 @@ class CredentialChain:
             "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
             "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         )
+        if name == "environment":
+            return bool(given("AWS_ACCESS_KEY_ID"))
         if name == "web identity":
             return bool(given("AWS_WEB_IDENTITY_TOKEN_FILE") and given("AWS_ROLE_ARN"))
         return name == "container" and any(map(given, container))
@@ -5511,7 +5513,7 @@ class CredentialChain:
         try:
             parser.read(path, "utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise Skipped(f"{path} is malformed") from error
+            raise Failed(f"{path} is malformed") from error
         return parser
 
     def _section(self, profile: str) -> Dict[str, str]:
@@ -5532,12 +5534,17 @@ class CredentialChain:
         return settings
 
     def _from_chosen_profile(self) -> Credentials:
-        settings = self._section(self._profile)
+        settings: Mapping[str, str] = {}
         try:
+            settings = self._section(self._profile)
             return self._from_profile(self._profile, ())
         except Skipped as reason:
-            set_up = ("role_arn", "credential_process", "sso_account_id", "login_session")
-            if any(map(settings.get, set_up)):
+            set_up = (
+                *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
+                *("login_session", "aws_access_key_id"),
+            )
+            missing = not settings and self._environ.get("AWS_PROFILE")
+            if missing or any(map(settings.get, set_up)):
                 raise Failed(str(reason), reason.passing) from reason
             raise
 
