@@ -5054,8 +5054,8 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     access-analyzer|acm(-pca)?|appconfig|autoscaling|batch|clouddirectory|cloudformation|cloudtrail
     |config|connect|databrew|dms|dynamodb|ec2|eks|elasticache|elasticbeanstalk|elasticloadbalancing
     |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
-    |monitoring|networkmanager|organizations|outposts|ram|rds|redshift|route53(resolver)?
-    |servicequotas|sns|sqs|ssm|sso|states|sts|swf
+    |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
+    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
 """)
 
 
