@@ -9141,6 +9141,714 @@ class KeyringTest(ChainTest):
         self.assertIn("STS", self.skipped({**NO_METADATA, **environment("E")}, **how))
 
 
+OIDC = "https://oidc.eu-west-1.amazonaws.com/token"
+REGISTERED = {
+    "clientId": "dummyclient",
+    "clientSecret": "dummysecretClient",
+    "registrationExpiresAt": "2015-11-28T12:36:00Z",
+}
+NEW_TOKEN = {
+    "accessToken": "dummysecretNew",
+    "expiresIn": 3600,
+    "refreshToken": "dummysecretNext",
+    "tokenType": "Bearer",
+}
+
+
+def zulu(seconds):
+    """Return a time as the cache files of the SDKs hold it; 0 is EXAMPLE_TIME."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EXAMPLE_TIME + seconds))
+
+
+class SsoRefreshTest(ChainTest):
+    """The SSO token of an sso_session is refreshed as SSOTokenProvider of botocore does it."""
+
+    SESSION = MappingProxyType({"config": "[profile x]\n" + BY_SESSION, "profile": "x"})
+    LEGACY = MappingProxyType({"config": "[profile x]\n" + CORP + SSO, "profile": "x"})
+
+    def setUp(self):
+        super().setUp()
+        self.web = {PORTAL: of_portal("S"), OIDC: json.dumps(NEW_TOKEN).encode()}
+
+    def cache_for(self, seconds, name="corp", **changed):
+        """Cache a token that expires in some seconds; changed members that are "-" are absent."""
+        given = {**REGISTERED, "refreshToken": "dummysecretRefresh", **changed}
+        given = {key: value for key, value in given.items() if value != "-"}
+        self.cache_token(name, expiresAt=zulu(seconds), **given)
+
+    def path(self, name="corp"):
+        digest = hashlib.sha1(name.encode()).hexdigest()
+        return os.path.join(self.home, ".aws", "sso", "cache", f"{digest}.json")
+
+    def cached(self):
+        with open(self.path(), encoding="utf-8") as file:
+            return json.load(file)
+
+    def failing(self, failure):
+        """Return a fetch that gets this failure, or this answer, from the token endpoint."""
+
+        def fetch(url, headers, **how):
+            if url != OIDC:
+                return self.fetch(url, headers, **how)
+            self.asked.append(Asked(url, headers, how.get("data"), how.get("method")))
+            if isinstance(failure, Skipped):
+                raise failure
+            return failure
+
+        return fetch
+
+    def test_a_token_is_refreshed_if_it_expires_within_15_minutes(self):
+        for left, refreshed in (
+            (901, False), (900, False), (899, True), (1, True), (0, True), (-86400, True),
+        ):  # fmt: skip
+            with self.subTest(left):
+                self.cache_for(left)
+                self.assertEqual(self.found(**self.SESSION), lasting("S"))
+                *before, portal = self.asked
+                self.assertEqual([it.url for it in before], [OIDC] * refreshed)
+                token = "dummysecretNew" if refreshed else "dummysecretSso"
+                self.assertEqual(portal.headers, {"x-amz-sso_bearer_token": token})
+
+    def test_a_refresh_sends_the_registration_unsigned_in_json(self):
+        self.cache_for(0)
+        self.found(**self.SESSION)
+        asked = self.asked[0]
+        self.assertEqual((asked.url, asked.method in (None, "POST")), (OIDC, True))
+        self.assertEqual(asked.headers, {"Content-Type": "application/json"})
+        expected = {
+            "grantType": "refresh_token",
+            "clientId": "dummyclient",
+            "clientSecret": "dummysecretClient",
+            "refreshToken": "dummysecretRefresh",
+        }
+        self.assertEqual(json.loads(asked.data), expected)
+
+    def test_a_new_token_is_written_to_the_cache_file_for_its_owner_alone(self):
+        expected = {
+            "startUrl": "https://corp.example/start",
+            "region": "eu-west-1",
+            "accessToken": "dummysecretNew",
+            "expiresAt": IN_AN_HOUR,
+            **REGISTERED,
+        }
+        answer = {key: value for key, value in NEW_TOKEN.items() if key != "refreshToken"}
+        for given, more in ((NEW_TOKEN, {"refreshToken": "dummysecretNext"}), (answer, {})):
+            with self.subTest(sorted(given)):
+                self.web[OIDC] = json.dumps(given).encode()
+                self.cache_for(0)
+                os.chmod(self.path(), 0o644)
+                self.found(**self.SESSION)
+                self.assertEqual(self.cached(), {**expected, **more})
+                self.assertEqual(os.stat(self.path()).st_mode & 0o777, 0o600)
+                self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
+        with self.subTest("the next renewal takes it from there"):
+            self.found(**self.SESSION)
+            self.assertEqual(len(self.asked), 1)
+            headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
+            self.assertEqual(self.asked[0].headers, headers)
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_botocore_sends_and_writes_the_same(self):
+        import datetime
+
+        from botocore.tokens import SSOTokenProvider, _sso_json_dumps
+        from botocore.utils import JSONFileCache
+
+        self.cache_for(60)
+        self.found(**self.SESSION)
+        written, sent = self.cached(), json.loads(self.asked[0].data)
+        self.cache_for(60)
+        now = datetime.datetime.fromtimestamp(EXAMPLE_TIME, datetime.timezone.utc)
+        session, client = mock.Mock(), mock.Mock()
+        start = {"sso_start_url": "https://corp.example/start", "sso_region": "eu-west-1"}
+        session.full_config = {
+            "profiles": {"x": {"sso_session": "corp"}},
+            "sso_sessions": {"corp": start},
+        }
+        client.create_token.return_value = NEW_TOKEN
+        cache = JSONFileCache(os.path.dirname(self.path()), dumps_func=_sso_json_dumps)
+        with mock.patch("botocore.tokens.create_nested_client", return_value=client):
+            provider = SSOTokenProvider(session, cache, lambda: now, profile_name="x")
+            self.assertEqual(provider.load_token().get_frozen_token().token, "dummysecretNew")
+        self.assertEqual(self.cached(), written)
+        self.assertEqual(client.create_token.call_args[1], sent)
+
+    def test_a_token_that_cannot_be_refreshed_is_used_until_it_expires(self):
+        rows = [
+            *({name: "-"} for name in (*REGISTERED, "refreshToken")),
+            {"registrationExpiresAt": zulu(0)},
+            {"registrationExpiresAt": zulu(-1)},
+            {"registrationExpiresAt": "no time"},
+        ]
+        for changed in rows:
+            with self.subTest(changed):
+                self.cache_for(60, **changed)
+                self.assertEqual(self.found(**self.SESSION), lasting("S"))
+                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+                self.assertEqual([it.headers for it in self.asked], [headers])
+                self.cache_for(0, **changed)
+                self.assertRegex(self.skipped(**self.SESSION), "expired.*run 'aws sso login'")
+                self.assertEqual(self.asked, [])
+
+    def test_a_refresh_that_fails_leaves_the_old_token_in_use_until_it_expires(self):
+        malformed = [
+            b"", b"<html>", b"[]", b"null", b"{}", b"[" * 100000,
+            *(json.dumps({**NEW_TOKEN, **changed}).encode() for changed in (
+                {"accessToken": None}, {"accessToken": ""}, {"accessToken": 5},
+                {"accessToken": "dummysecret\r\nX: y"}, {"accessToken": {"dummysecret": 1}},
+                {"expiresIn": None}, {"expiresIn": "3600"}, {"expiresIn": 0},
+                {"expiresIn": -1}, {"expiresIn": 10**30}, {"expiresIn": []},
+            )),
+        ]  # fmt: skip
+        no = "oidc.eu-west-1.amazonaws.com answered 400"
+        for failure in (Skipped(no), Skipped("timed out", True), *malformed):
+            fetch = self.failing(failure)
+            with self.subTest(str(failure)[:99]):
+                self.cache_for(60)
+                before = self.cached()
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    found = self.found(**self.SESSION, fetch=fetch)
+                self.assertEqual(found, lasting("S"))
+                self.assertEqual([it.url for it in self.asked][:1], [OIDC])
+                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+                self.assertEqual(self.asked[1].headers, headers)
+                (line,) = logged.output
+                self.assertNotIn("dummysecret", line)
+                self.assertIn(str(failure) if isinstance(failure, Skipped) else "SSO token", line)
+                self.assertEqual(self.cached(), before)
+                self.cache_for(0)
+                chain = self.chain(**self.SESSION, fetch=fetch)
+                with self.assertRaisesRegex(Skipped, "expired.*aws sso login") as caught:
+                    chain.find()
+                self.assertNotIn("dummysecret", repr(caught.exception))
+                self.assertEqual(caught.exception.passing, getattr(failure, "passing", False))
+                self.assertEqual([it.url for it in self.asked], [OIDC])
+
+    def test_a_token_of_a_start_url_is_never_refreshed(self):
+        name = "https://corp.example/start"
+        self.cache_for(60, name)
+        self.assertEqual(self.found(**self.LEGACY), lasting("S"))
+        self.assertEqual(len(self.asked), 1)
+        self.cache_for(0, name)
+        self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
+        self.assertEqual(self.asked, [])
+
+    def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self):
+        for function in ("tempfile.mkstemp", "os.replace"):
+            self.cache_for(0)
+            chain, before = self.chain(**self.SESSION), self.cached()
+            refused = PermissionError(13, "Permission denied", self.path())
+            with self.subTest(function), mock.patch(function, side_effect=refused):
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    self.assertEqual(chain.find(), lasting("S"))
+                headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
+                self.assertEqual(self.asked[1].headers, headers)
+                self.assertIn("Permission denied", logged.output[0])
+                self.assertNotIn("dummysecret", "".join(logged.output))
+                self.assertEqual(self.cached(), before)
+                self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
+
+    def test_two_renewals_at_once_use_a_refresh_token_once(self):
+        self.cache_for(0)
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def fetch(url, headers, **how):
+            answer = self.fetch(url, headers, **how)
+            if url == OIDC:
+                entered.set()
+                leave.wait(DEADLINE)
+            return answer
+
+        chains = [self.chain(**self.SESSION, fetch=fetch) for _ in range(2)]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(chains[0].find)]
+            self.assertTrue(entered.wait(DEADLINE))
+            found.append(pool.submit(chains[1].find))
+            concurrent.futures.wait(found, 0.05)
+            leave.set()
+            self.assertEqual([it.result(DEADLINE) for it in found], [lasting("S")] * 2)
+        self.assertEqual([it.url for it in self.asked].count(OIDC), 1)
+
+    def test_a_portal_that_refuses_the_token_names_the_remedy(self):
+        self.cache_for(3600)
+        for passing, named in ((False, True), (True, False)):
+
+            def fetch(url, headers, passing=passing, **how):
+                raise Skipped("portal answered 401: Session token not found or invalid", passing)
+
+            with self.subTest(passing=passing):
+                with self.assertRaisesRegex(Skipped, "not found or invalid") as caught:
+                    self.chain(**self.SESSION, fetch=fetch).find()
+                self.assertEqual("run 'aws sso login'" in str(caught.exception), named)
+                self.assertEqual(caught.exception.passing, passing)
+
+
+class LoginSessionTest(ChainTest):
+    """The keys of `aws login` are used while they are valid (LoginProvider of botocore)."""
+
+    SESSION = "arn:aws:iam::111122223333:user/somebody"
+    # hashlib.sha256(SESSION.encode()).hexdigest(): generate_login_cache_key of botocore
+    NAME = "3ea6d1a7586bb9145ea2770a6c5b2f4e21d50546988a8ca67bf20a82ed1ee82d.json"
+    CONFIG = f"[profile x]\nlogin_session = {SESSION}\nregion = eu-west-1\n"
+    REMEDY = "credential_process = aws configure export-credentials .*--format process"
+
+    def cache_keys(self, where=".aws/login/cache", name="L", seconds=3600, **changed):
+        names = ("accessKeyId", "secretAccessKey", "sessionToken")
+        inner = {**dict(zip(names, lasting(name))), "expiresAt": zulu(seconds), **changed}
+        token = {
+            "accessToken": {key: value for key, value in inner.items() if value != "-"},
+            "tokenType": "aws_sigv4",
+            "clientId": "arn:aws:signin:::devtools/same-device",
+            "refreshToken": "dummysecretRefresh",
+            "idToken": "dummysecretId",
+            "dpopKey": "-----BEGIN EC PRIVATE KEY-----\ndummysecret\n",
+        }
+        os.makedirs(os.path.join(self.home, where), exist_ok=True)
+        self.put(f"{where}/{self.NAME}", json.dumps(token))
+
+    def test_unexpired_keys_are_found_in_the_folder_of_the_environment(self):
+        variable = "AWS_LOGIN_CACHE_DIRECTORY"
+        rows = [
+            ("default", {}, ".aws/login/cache"),
+            ("set", {variable: f"{self.home}/other"}, "other"),
+            ("home", {variable: "~/third"}, "third"),
+            ("variable", {variable: "$HOME/fourth"}, "fourth"),
+        ]
+        for name, environ, where in rows:
+            with self.subTest(name):
+                environ = {**NO_METADATA, **environ}
+                self.assertRegex(self.skipped(environ, self.CONFIG, profile="x"), "aws login")
+                self.cache_keys(where)
+                self.assertEqual(self.found(environ, self.CONFIG, profile="x"), lasting("L"))
+                self.assertEqual(self.asked, [])
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_botocore_uses_the_same_file_name(self):
+        from botocore.utils import generate_login_cache_key
+
+        self.assertEqual(generate_login_cache_key(self.SESSION) + ".json", self.NAME)
+
+    def test_keys_that_the_command_line_renewed_are_read_again(self):
+        self.cache_keys(seconds=900)
+        clock = Clock()
+        chain = self.chain(config=self.CONFIG, profile="x", clock=clock)
+        cache = CredentialCache(chain, clock)
+        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 900)
+        self.cache_keys(name="M", seconds=1800)
+        clock.now += 600
+        self.assertEqual(cache.get().access_key_id, "dummykeyM")
+
+    def test_expired_keys_are_refused_with_the_remedy(self):
+        for seconds in (0, -1, -86400):
+            with self.subTest(seconds):
+                self.cache_keys(seconds=seconds)
+                reason = self.skipped(config=self.CONFIG, profile="x")
+                self.assertRegex(reason, f"profile x: .*expired.*{self.REMEDY}")
+        with self.subTest("no login yet"):
+            os.remove(os.path.join(self.home, ".aws/login/cache", self.NAME))
+            reason = self.skipped(config=self.CONFIG, profile="x")
+            self.assertRegex(reason, f"profile x: .*aws login.*{self.REMEDY}")
+
+    def test_malformed_files_are_refused(self):
+        bodies = [b"", b"[]", b"null", b"\xff", b"[" * 100000, b'{"accessToken": "dummysecret"}']
+        for body in bodies:
+            with self.subTest(body=body[:99]):
+                self.cache_keys()
+                self.put(f".aws/login/cache/{self.NAME}", body)
+                self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
+        names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiresAt")
+        values = ("-", 5, {"dummysecret": 1}, "dummysecret\nmore")
+        for name in names:
+            for value in values:
+                with self.subTest(name, value=value):
+                    self.cache_keys(**{name: value})
+                    self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
+
+    def test_a_login_can_be_the_source_of_a_role(self):
+        self.cache_keys()
+        self.known["dummykeyL"] = [Client("", *lasting("L")[:3])]
+        config = role("y", "A", source_profile="x") + self.CONFIG
+        self.assertEqual(self.found(config=config, profile="y"), lasting("A"))
+        self.assertEqual([who for who, _, _ in self.assumed], ["L"])
+
+    def test_no_other_identity_takes_the_place_of_a_login(self):
+        self.cache_keys()
+        self.web = self.metadata
+        config = "[default]\nlogin_session = arn:aws:iam::111122223333:user/else\n"
+        self.assertRegex(self.skipped({}, config), "profile default: .*aws login")
+        self.assertEqual(self.asked, [])
+        both = self.CONFIG + keys("P")
+        self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
+
+
+class StaticStabilityTest(ChainTest):
+    """Keys of EC2 metadata outlive a failure of the metadata service.
+
+    AWS accepts them longer then.  InstanceMetadataFetcher of botocore extends them by its
+    refresh window and 2 to 10 minutes; the window here is CredentialCache.AHEAD.
+    """
+
+    def start(self, environ=(), config="", **how):
+        self.clock = Clock()
+        chain = self.chain(dict(environ), config, clock=self.clock, **how)
+        self.cache = CredentialCache(chain, self.clock, lambda _: None)
+
+    def answer(self, name, seconds):
+        return {**self.metadata, ROLES + "a%20b": document(name, Expiration=zulu(seconds))}
+
+    def get(self, seconds):
+        """Return the name of the keys that are used then, and how often IMDS was asked for it."""
+        self.clock.now, before = EXAMPLE_TIME + seconds, len(self.asked)
+        name = self.cache.get().access_key_id[8:]
+        urls = [it.url for it in self.asked[before:]]
+        return name, sum(url.endswith("/api/token") for url in urls)
+
+    def test_expired_keys_are_used_and_renewed_after_two_to_ten_minutes(self):
+        self.web = self.answer("I", -60)
+        waits = set()
+        for _ in range(50):
+            self.start()
+            with self.assertLogs("awsproxy", "WARNING") as logged:
+                self.assertEqual(self.get(0), ("I", 1))
+            self.assertRegex(logged.output[0], "EC2 metadata.*expired")
+            self.assertNotIn("dummysecret", "".join(logged.output))
+            wait = self.cache.seconds_left - CredentialCache.AHEAD
+            self.assertTrue(120 <= wait <= 600, wait)
+            waits.add(round(wait))
+            self.assertEqual(self.get(wait - 1), ("I", 0))
+        self.assertGreater(len(waits), 5)  # many hosts must not ask at the same time
+        with self.assertLogs("awsproxy", "WARNING"):  # still the old ones
+            self.assertEqual(self.get(wait), ("I", 1))
+        self.web = self.answer("J", 30000)
+        self.assertEqual(self.get(wait + 600), ("J", 1))
+        self.assertEqual(self.cache.seconds_left, 30000 - wait - 600)
+
+    def test_keys_that_expire_soon_are_used_past_their_end(self):
+        self.web = self.answer("I", 200)
+        self.start()
+        self.assertEqual(self.get(0), ("I", 1))
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.get(200), ("I", 1))
+        self.assertEqual(self.get(300), ("I", 0))
+
+    def test_keys_are_kept_while_the_metadata_service_fails(self):
+        down = {ROLES: b"a b"}  # the token cannot be had
+        rows = [
+            ("no answer", down),
+            ("no role", {**self.metadata, ROLES + "a%20b": b""}),
+            ("no JSON", {**self.metadata, ROLES + "a%20b": b"<html>"}),
+            (
+                "an error",
+                {**self.metadata, ROLES + "a%20b": b'{"Code": "Failed"}'},
+            ),
+        ]
+        for name, failure in rows:
+            with self.subTest(name), self.assertLogs("awsproxy", "WARNING") as logged:
+                self.web = self.answer("I", 3600)
+                self.start()
+                self.assertEqual(self.get(0), ("I", 1))
+                self.web = failure
+                self.assertEqual(self.get(3299)[0], "I")
+                self.assertEqual(self.get(3300), ("I", 1))
+                self.assertEqual(self.cache.seconds_left, 300)
+                self.assertEqual(self.get(3600)[0], "I")  # at its end
+                left = self.cache.seconds_left
+                self.assertTrue(420 <= left <= 900, left)
+                self.assertEqual(self.get(3600 + left), ("I", 1))
+                self.assertEqual(self.get(90000)[0], "I")
+                self.web = self.answer("J", 100000)
+                self.assertEqual(self.get(91000)[0], "J")
+                self.assertNotIn("dummysecret", "".join(logged.output))
+        with self.subTest("where there were none"):
+            self.web = down
+            self.start()
+            with self.assertRaisesRegex(Skipped, "EC2 metadata: "):
+                self.get(0)
+
+    def test_keys_of_other_sources_are_not_extended(self):
+        expired = {"Expiration": zulu(-1)}
+        self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired)}
+        for environ in (RELATIVE, BY_IDENTITY):
+            with self.subTest(environ), self.assertLogs("awsproxy", "WARNING"):
+                self.start({**NO_METADATA, **environ})
+                with self.assertRaisesRegex(Skipped, "expired"):
+                    self.get(0)
+
+    def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
+        self.web = self.answer("I", -60)
+        config = role("x", "A", credential_source="Ec2InstanceMetadata")
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.found({}, config, profile="x"), lasting("A"))
+        self.assertEqual([who for who, _, _ in self.assumed], ["I"])
+
+    def test_a_timeout_may_pass_if_a_profile_names_the_metadata(self):
+        config = role("default", "A", credential_source="Ec2InstanceMetadata")
+
+        def fetch(url, headers, **how):
+            raise Skipped("169.254.169.254 did not answer: timed out", True)
+
+        for name, given, passing in (("named", config, True), ("not named", "", False)):
+            with self.subTest(name), self.assertRaises(Skipped) as caught:
+                self.chain({}, given, fetch=fetch).find()
+            self.assertEqual(caught.exception.passing, passing)
+
+
+class VariantHostTest(ChainTest):
+    """FIPS and dual stack hold for the hosts of credentials; the hosts are botocore's."""
+
+    FIPS = MappingProxyType({"AWS_USE_FIPS_ENDPOINT": "true"})
+    DUAL = MappingProxyType({"AWS_USE_DUALSTACK_ENDPOINT": "true"})
+    BOTH = MappingProxyType({**FIPS, **DUAL})
+
+    def fetch(self, url, headers, **how):
+        if url.startswith("https://sts-fips."):
+            self.asked.append(Asked(url, headers, how["data"]))
+            return self.sts(headers, how["data"])
+        return super().fetch(url, headers, **how)
+
+    def rows(self):
+        fips, dual = "use_fips_endpoint = true\n", "use_dualstack_endpoint = true\n"
+        no = {"AWS_USE_FIPS_ENDPOINT": "false"}
+        west, gov = "us-west-2.amazonaws.com", "us-gov-west-1.amazonaws.com"
+        return [
+            ("neither", {}, "", "us-west-2", f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("FIPS", self.FIPS, "", "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("dual stack", self.DUAL, "", "us-west-2",
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
+            ("both", self.BOTH, "", "us-west-2", "sts-fips.us-west-2.api.aws",
+             "portal.sso-fips.us-west-2.api.aws", "oidc-fips.us-west-2.api.aws"),
+            ("True", {"AWS_USE_FIPS_ENDPOINT": "True"}, "", "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("profile, FIPS", {}, fips, "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("profile, dual stack", {}, dual, "us-west-2",
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
+            ("environment first", no, fips, "us-west-2",
+             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("not true", {"AWS_USE_FIPS_ENDPOINT": "1"}, "", "us-west-2",
+             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("GovCloud, FIPS", self.FIPS, "", "us-gov-west-1",
+             f"sts.{gov}", f"portal.sso.{gov}", f"oidc.{gov}"),
+            ("GovCloud, both", self.BOTH, "", "us-gov-west-1", "sts-fips.us-gov-west-1.api.aws",
+             "portal.sso-fips.us-gov-west-1.api.aws", "oidc-fips.us-gov-west-1.api.aws"),
+            ("China, both", self.BOTH, "", "cn-north-1",
+             *(f"{name}.cn-north-1.api.amazonwebservices.com.cn"
+               for name in ("sts-fips", "portal.sso-fips", "oidc-fips"))),
+        ]  # fmt: skip
+
+    def test_sts_and_sso_have_the_hosts_of_botocore(self):
+        self.web = {
+            "https://portal.": of_portal("S"),
+            "https://oidc": json.dumps(NEW_TOKEN).encode(),
+        }
+        for name, environ, settings, region, sts, portal, oidc in self.rows():
+            environ = {**NO_METADATA, **environ}
+            with self.subTest(name, source="STS"):
+                config = role("x", "A", source_profile="x", region=region) + keys("P") + settings
+                self.found(environ, config, profile="x")
+                self.assertEqual([it.url for it in self.asked], [f"https://{sts}/"])
+                self.assertEqual([where for _, where, _ in self.assumed], [region])
+            with self.subTest(name, source="SSO"):
+                more = {**REGISTERED, "refreshToken": "dummysecretRefresh"}
+                self.cache_token("corp", expiresAt=zulu(0), **more)
+                session = f"{settings}{BY_SESSION}".replace("eu-west-1", region)
+                self.found(environ, f"[profile x]\n{session}", profile="x")
+                urls = [it.url.partition("?")[0] for it in self.asked]
+                expected = [f"https://{oidc}/token", f"https://{portal}/federation/credentials"]
+                self.assertEqual(urls, expected)
+
+    def test_web_identity_uses_these_hosts_too(self):
+        environ = {**NO_METADATA, **BY_IDENTITY, **self.BOTH, "AWS_REGION": "us-west-2"}
+        self.assertEqual(self.found(environ), lasting("W"))
+        self.assertEqual(self.asked[0].url, "https://sts-fips.us-west-2.api.aws/")
+
+    def test_the_cache_of_a_client_knows_the_variants_of_its_profile(self):
+        self.chain(config="[profile x]\nuse_fips_endpoint = true\n" + keys("P"))
+        ring = Keyring({**environment("E"), **self.DUAL}, fetch=self.fetch)
+        client = Client("", "dummykey", "dummysecret")
+        self.assertEqual(ring.of(client).variants, (False, True))
+        other = client._replace(upstream_profile="x")
+        self.assertEqual(ring.of(other).variants, (True, True))
+
+
+class PartlySetUpTest(ChainTest):
+    """A source that is set up in part is an error; EC2 metadata do not take its place.
+
+    botocore raises ProfileNotFound, PartialCredentialsError, ConfigParseError and
+    InvalidConfigError in these cases.
+    """
+
+    def test_a_source_that_is_set_up_in_part_is_an_error(self):
+        key = "aws_access_key_id = dummykeyP\n"
+        rows = [
+            ("profile of nobody", {"AWS_PROFILE": "typo"}, "", "", "profile typo: .*no such"),
+            ("key alone", {"AWS_ACCESS_KEY_ID": "dummykeyE"}, "", "", "environment: "),
+            ("malformed keys", {"AWS_ACCESS_KEY_ID": "dummykeyE", "AWS_SECRET_ACCESS_KEY": "a b"},
+             "", "", "environment: .*malformed"),
+            ("key alone in a file", {}, "", "[default]\n" + key, "profile default: "),
+            ("key alone in the other", {}, "[default]\n" + key, "", "profile default: "),
+            ("malformed config", {}, "nonsense", "", "config is malformed"),
+            ("malformed credentials", {}, "", "nonsense", "credentials is malformed"),
+            ("role without account", {}, "[default]\nsso_role_name = Reader\n", "",
+             "profile default: "),
+        ]  # fmt: skip
+        for name, environ, config, credentials, expected in rows:
+            self.web = self.metadata
+            with self.subTest(name):
+                self.assertRegex(self.skipped(environ, config, credentials), expected)
+                self.assertEqual(self.asked, [])
+
+    def test_what_sets_up_no_keys_leaves_the_other_sources(self):
+        self.web = self.metadata
+        rows = [
+            ("secret alone", {"AWS_SECRET_ACCESS_KEY": "dummysecret"}, ""),
+            ("empty", {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": ""}, ""),
+            ("region", {}, "[default]\nregion = eu-west-1\n"),
+            ("profile with a region", {"AWS_PROFILE": "x"}, "[profile x]\nregion = eu-west-1\n"),
+            ("session alone", {}, "[default]\nsso_session = corp\n"),
+            ("secret alone in a file", {}, "[default]\naws_secret_access_key = dummysecret\n"),
+        ]
+        for name, environ, config in rows:
+            with self.subTest(name):
+                self.assertEqual(self.found(environ, config), lasting("I"))
+
+    def test_one_failure_while_renewing_changes_no_identity(self):
+        clock, pauses = Clock(), []
+        down = [False]
+
+        def fetch(url, headers, **how):
+            if down[0] and url.startswith("http://169.254.170.2/"):
+                raise Skipped("169.254.170.2 answered 503", True)
+            return self.fetch(url, headers, **how)
+
+        self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
+        chain = self.chain(RELATIVE, fetch=fetch, clock=clock)
+        cache = CredentialCache(chain, clock, pauses.append)
+        self.assertEqual(cache.get(), lasting("C"))
+        down[0] = True
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            for seconds in (3300, 3310, 3599):
+                clock.now = EXAMPLE_TIME + seconds
+                self.assertEqual(cache.get(), lasting("C"))
+            self.assertEqual(pauses, [])  # nobody waits while there are good ones
+            clock.now = EXAMPLE_TIME + 3600
+            with self.assertRaisesRegex(Skipped, "container: .*503") as caught:
+                cache.get()
+        self.assertTrue(caught.exception.passing)
+        self.assertIn("container: 169.254.170.2 answered 503", logged.output[0])
+        self.assertFalse([it.url for it in self.asked if "169.254.169.254" in it.url])
+        down[0] = False
+        self.web["http://169.254.170.2/"] = document("C", Expiration=zulu(9000))
+        clock.now += 1  # a failure that may pass is tried again after a second
+        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 9000)
+
+    def test_a_failure_that_may_pass_is_remembered_for_one_second(self):
+        for passing, seconds in ((True, 1), (False, 10)):
+            with self.subTest(passing=passing):
+                clock = Clock()
+                chain = Finding(Skipped("down", passing))
+                cache = CredentialCache(chain, clock, lambda _: None)
+                for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
+                    clock.now, before = EXAMPLE_TIME + now, chain.times
+                    with self.assertRaisesRegex(Skipped, "down"):
+                        cache.get()
+                    self.assertEqual(chain.times > before, asked, now)
+
+
+class Sequence(http.server.BaseHTTPRequestHandler):
+    """Gives the answers of its server one after the other, the last for ever."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path))
+        answers = self.server.answers
+        status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT = do_GET
+
+
+class FailureReasonTest(ChainTest):
+    """Failures over HTTP: which may pass, and the reason that they give."""
+
+    def serve(self, *answers, certificate=""):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sequence)
+        server.asked, server.answers = [], list(answers)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        for action in (server.server_close, thread.join, server.shutdown):
+            self.addCleanup(action)
+        scheme = "https" if certificate else "http"
+        return server, f"{scheme}://127.0.0.1:{server.server_port}/"
+
+    def test_a_container_that_fails_twice_is_asked_three_times(self):
+        for status in (500, 429, 503):
+            with self.subTest(status):
+                down = (status, b"dummysecret")
+                server, url = self.serve(down, down, (200, document("C")))
+                slept = []
+                chain = self.chain({**NO_METADATA, FULL: url}, fetch=awsproxy.fetch)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, slept.append)
+                self.assertEqual(cache.get(), lasting("C"))
+                self.assertEqual((len(server.asked), len(slept)), (3, 2))
+
+    def test_only_failures_of_the_server_and_too_many_requests_may_pass(self):
+        rows = [(400, False), (401, False), (403, False), (404, False), (429, True), (500, True)]
+        for status, passing in [*rows, (502, True), (503, True), (504, True)]:
+            with self.subTest(status):
+                _, url = self.serve((status, b"dummysecret"))
+                with self.assertRaisesRegex(Skipped, f"127.0.0.1 answered {status}") as caught:
+                    awsproxy.fetch(url, {})
+                self.assertEqual(caught.exception.passing, passing)
+                self.assertNotIn("dummysecret", str(caught.exception))
+
+    def test_the_error_and_the_log_have_the_message_of_sts(self):
+        no = "User is not authorized to perform: sts:AssumeRole"
+        xml = f"<E xmlns='x'><Error><Code>AccessDenied</Code><Message>{no}</Message></Error></E>"
+        rows = [xml, json.dumps({"message": no}), json.dumps({"__type": "x", "Message": no})]
+        for body in rows:
+            with self.subTest(body):
+                _, url = self.serve((403, body.encode()))
+                fetch = functools.partial(self.redirected, url)
+                chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    with self.assertRaisesRegex(Skipped, f"answered 403: {no}"):
+                        cache.get()
+                self.assertIn(f"web identity: 127.0.0.1 answered 403: {no}", logged.output[0])
+
+    def redirected(self, url, asked, headers, **how):
+        headers = {key: value for key, value in headers.items() if key != "Host"}
+        return awsproxy.fetch(url, headers, **how)
+
+    def test_aws_ca_bundle_holds_for_fetching_credentials(self):
+        certificate = made_certificate(type(self))
+        _, url = self.serve((200, of_sts("W")), certificate=certificate)
+        fetch = functools.partial(self.redirected, url)
+        for bundle, trusted in ((certificate, True), ("", False)):
+            with self.subTest(bundle), mock.patch.dict(os.environ, {"AWS_CA_BUNDLE": bundle}):
+                awsproxy.tls_context.cache_clear()
+                self.addCleanup(awsproxy.tls_context.cache_clear)
+                environ = {**NO_METADATA, **BY_IDENTITY}
+                if trusted:
+                    self.assertEqual(self.found(environ, fetch=fetch), lasting("W"))
+                else:
+                    reason = self.skipped(environ, fetch=fetch)
+                    self.assertRegex(reason, "web identity: .*(?i:certificate)")
+
+
 class ForwardingFlagsTest(unittest.TestCase):
     def setUp(self):
         self.home = folder(self)
