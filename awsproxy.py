@@ -2,45 +2,35 @@
 """awsproxy: see each AWS call, check its signature, answer it here or pass it on.
 
 AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests
-with Signature Version 4.  This one file stands between them and AWS: it verifies the
-signature as strictly as AWS does, finds out which operation is meant, and answers Amazon
-SQS itself, from memory, or forwards the call, signed anew with the real credentials.
+with Signature Version 4.  This file is a proxy between them and AWS.  It verifies the
+signature as strictly as AWS does and finds out which operation the client calls.  It
+answers Amazon SQS from memory, or signs the call again with the real credentials and
+forwards it.
 
 Run it, and call it with the AWS command line:
 
     python awsproxy.py --port 8081
     aws --endpoint-url http://localhost:8081 sqs create-queue --queue-name jobs
 
-Put it before AWS, with keys of its own for those who call, and a hook that watches them:
+Put it in front of AWS, with your own keys for the callers, and a hook that counts calls:
 
     python awsproxy.py --upstream aws --clients clients --hook count.py
 
-Learn Signature Version 4 with curl; change any signed header and read the refusal:
+Learn Signature Version 4 with curl.  Change any signed header and read the refusal:
 
     curl localhost:8081 --aws-sigv4 aws:amz:us-east-1:sqs --user dummykey:dummysecret \\
          -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'
 
-What happens to a call (`Proxy.handle` is the plot, and needs no socket):
+`Proxy.handle` does this with each call, and needs no socket:
 
     socket -> Request -> verify -> Call -> before hooks -+-> Embedded | Upstream | Deny -+
-              (wire)     (who?)    (what?)               +-> a hook answered ------------+
-    socket <- Reply  <---------------- after hooks <---- error, in the caller's protocol <+
+              wire:      who?      what?                 +-> a hook answers -------------+
+    socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
-The chapters, each using only earlier ones:
-
-    1  Messages              Request, Call, Reply, ServiceError
-    2  HTTP/1.1 framing      parse_head, body_framing, Stream, LengthBody, ChunkedBody
-    3  Signature Version 4   parse, canonicalize, verify, sign; bodies checked as they stream
-    4  Wire protocols        AWS JSON, AWS Query, REST
-    5  SQS in memory         Queue, Message, Sqs, OPERATIONS
-    6  Upstream              endpoint_for, CredentialChain, Pool, Upstream
-    7  Hooks                 Workers, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
-    8  The proxy             Route, Embedded, Deny, Proxy
-    9  The server            Certificate, Conversation, Server
-    10 Command line          build_parser, Program, main
-
-Chapters 1 to 4 are pure: bytes in, bytes out, the time an argument.  The names in
-`__all__` are what the README shows and what stays; everything else may change.
+The chapters, each using only earlier ones: 1 messages, 2 HTTP/1.1 framing, 3 Signature
+Version 4, 4 wire protocols, 5 SQS in memory, 6 upstream, 7 hooks, 8 the proxy, 9 the
+server, 10 the command line.  Chapters 1 to 4 are pure: bytes in, bytes out, the time is an
+argument.  The README documents the names in `__all__`, which stay; all others may change.
 """
 
 from __future__ import annotations
@@ -142,15 +132,15 @@ log = logging.getLogger("awsproxy")
 
 # ==== 1. Messages: Request, Call, Reply, ServiceError ====
 #
-# Request and Reply are HTTP and know nothing of AWS; Call is a Request that has been
-# understood.  All are immutable: a stage makes a new value or raises ServiceError.
+# Request and Reply are HTTP and know nothing of AWS.  A Call is a Request whose caller and
+# operation are known.  A stage makes a new value or raises ServiceError.
 
 Headers = Tuple[Tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
 Fields = Mapping[str, List[str]]  # by name in lower case, the values in the order received
 
 
 def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
-    """Return the headers by name."""
+    """Return the header values by name in lower case."""
     fields: Dict[str, List[str]] = {}
     for name, value in headers:
         fields.setdefault(name.lower(), []).append(value)
@@ -158,7 +148,7 @@ def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
 
 
 def pairs(table: str) -> Dict[str, str]:
-    """Return a table that is written as `name=value`, one behind the other."""
+    """Return a table that is written as `name=value` words."""
     return dict(entry.split("=", 1) for entry in table.split())
 
 
@@ -166,11 +156,11 @@ class Body(Protocol):
     """A request body: any binary reader."""
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes, all that is left if negative, b"" at the end."""
+        """Return up to `size` bytes, all the rest if negative, b"" at the end."""
 
 
 class _Once:
-    """A property computed when first asked for; cached_property takes a lock before 3.12."""
+    """A property that is computed once; cached_property takes a lock before Python 3.12."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self._compute = compute
@@ -188,9 +178,9 @@ class _Once:
 class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
 
-    `target` is the raw request target; text is latin-1, so that encoding it as latin-1
-    gives back the bytes that were signed.  `peer` is the client's address.  `abandoned()`
-    tells whether the client has gone away in the meantime.
+    `target` is the raw request target.  Encoding text as latin-1 gives back the bytes that
+    were signed.  `peer` is the client's address.  `abandoned()` returns whether the client
+    has hung up.
     """
 
     method: str
@@ -201,11 +191,11 @@ class Request:
     abandoned: Callable[[], bool] = lambda: False
 
     def __repr__(self) -> str:
-        return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
+        return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
 
     @_Once
     def fields(self) -> Fields:
-        """The header values under each name in lower case, in the order received."""
+        """Return the header values under each name in lower case, in the order received."""
         return fields_of(self.headers)
 
     def with_headers(self, headers: Headers) -> Request:
@@ -219,16 +209,16 @@ class Request:
 
     @property
     def path(self) -> str:
-        """The target up to its first question mark, still percent-encoded."""
+        """Return the target up to its first question mark, still percent-encoded."""
         return self.target.partition("?")[0]
 
     @_Once
     def query(self) -> Sequence[Tuple[bytes, bytes]]:
-        """The decoded (name, value) pairs of the query string, in order, repeats kept.
+        """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
         `k` alone means `k=`; `+` is a space, as AWS reads it.
-        Raises ServiceError MalformedQueryString for a `%` that two hex digits don't follow, and
-        for more than MAX_PARAMETERS parameters: each one costs time in the canonical request.
+        Raise ServiceError MalformedQueryString for a `%` without two hex digits, and for more
+        than MAX_PARAMETERS parameters: each one costs time in the canonical request.
         """
         text = self.target.partition("?")[2]
         if not text:
@@ -250,41 +240,41 @@ BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}
 
 
 class Reply(NamedTuple):
-    """An HTTP response ready to send, but for its framing headers and its date."""
+    """An HTTP response without its framing headers and its date."""
 
     status: int
     headers: Headers
     body: Union[bytes, Iterable[bytes]]  # bytes, or blocks of a body that streams
 
 
-Act = Callable[[], Reply]  # what has a reply when called, and may block
+Act = Callable[[], Reply]  # returns a reply, and may block
 
 
 class Client(NamedTuple):
-    """A key that callers may sign with, and the name and the account it stands for."""
+    """A key that callers may sign with, its name and its account."""
 
     name: str
     access_key_id: str
     secret_access_key: str
     session_token: str = ""
     account_id: str = ""  # "" is the account of the proxy
-    upstream_profile: str = ""  # whose credentials forward its calls; "" for the proxy's
-    upstream_role_arn: str = ""  # the role to assume for that
+    upstream_profile: str = ""  # chooses the credentials of its forwarded calls
+    upstream_role_arn: str = ""  # the role to assume for its forwarded calls
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
 
 
-Clients = Mapping[str, Sequence[Client]]  # by access key id; same id, other token: another row
+Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
 
 
 @dataclass
 class Call:
-    """A Request that has been understood: which operation, with what input, by whom.
+    """A Request whose caller, operation and input are known.
 
-    `body` is as it was verified, and so is `payload_hash`, the hash that it was signed with.
-    `signed_headers` are the names that the signature covers.  `rewrites` are what hooks do to
-    the call when it is forwarded.  `began` is on the monotonic clock.
+    `body` and `payload_hash` are verified.  `signed_headers` are the names that the signature
+    covers.  `rewrites` are hooks that change the forwarded request.  `began` is on the monotonic
+    clock.
     """
 
     request: Request
@@ -296,45 +286,44 @@ class Call:
     body: Body
     payload_hash: str = ""
     presigned: bool = False
-    base_url: str = ""  # what a QueueUrl begins with
-    encoded: Any = None  # what `input` is decoded from
+    base_url: str = ""  # the beginning of a QueueUrl
+    encoded: Any = None  # the form from which `input` is decoded
     began: float = math.inf
-    path: str = ""  # of a REST call: the path as patterns spell it, else ""
+    path: str = ""  # of a REST call, as patterns spell it
     signed_headers: Sequence[str] = ()
-    bucket: str = ""  # of Amazon S3, if it stands in the Host
+    bucket: str = ""  # of Amazon S3, if the Host names it
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
     advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
-    upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
+    upstream_seconds: float = field(default=0.0, init=False)
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
     _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
-        """The action, as IAM spells it: `sqs:SendMessage`, `lambda:POST/2015-03-31/functions`."""
+        """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody has asked for the input."""
+        """Return whether the input was decoded."""
         return self._input is not None
 
     @property
     def input(self) -> Dict[str, Any]:
-        """The operation's input, keyed as in the service's model, whichever the wire protocol."""
+        """Return the operation's input; its keys are the names in the service's model."""
         if self._input is None:
             self._input = self.wire.input(self)
         return self._input
 
     @input.setter
     def input(self, value: Dict[str, Any]) -> None:
-        """Have another input; `changed` says whether it is encoded anew."""
+        """Replace the input."""
         self._input = value
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
-
 Clock = Callable[[], float]
 
 
@@ -343,7 +332,7 @@ class WouldWait(Exception):
 
 
 class Fault(NamedTuple):
-    """How an error is spelled: its HTTP status, its code in XML, its `__type` in JSON."""
+    """How AWS spells an error: the HTTP status, the code in XML, the `__type` in JSON."""
 
     status: int
     code: str
@@ -351,67 +340,56 @@ class Fault(NamedTuple):
 
 
 _CORAL = "com.amazon.coral.service#"
-_SQS = "AWS.SimpleQueueService."
+_SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
+# A line: the status, the code in XML, the type in JSON, and the errors; * is the error's name.
+# Sources: the SQS service model; "Common Error Types" of the API references; "Error responses"
+# of Amazon S3; recorded answers.  No model has names for errors of HTTP framing.
+_FAULTS = f"""
+    400 * {_CORAL}*Exception AuthorizationHeaderMalformed AuthorizationQueryParametersError \
+        BadDigest BadRequest IncompleteBody IncompleteSignature InvalidArgument \
+        InvalidParameterValue InvalidRequest InvalidToken InvalidURI MalformedQueryString \
+        MalformedTrailerError MissingAction OutcomeUnknown RequestTimeout XAmzContentSHA256Mismatch
+    400 * {_CORAL}UnknownOperationException InvalidAction
+    400 * {_CORAL}MissingRequiredParameterException MissingParameter
+    400 MalformedInput {_CORAL}* SerializationException
+    401 * {_CORAL}*Exception AuthFailure
+    403 * {_CORAL}*Exception AccessDenied InvalidAccessKeyId MissingAuthenticationToken \
+        RequestTimeTooSkewed
+    403 * {_CORAL}UnrecognizedClientException InvalidClientTokenId
+    403 * {_CORAL}InvalidSignatureException SignatureDoesNotMatch
+    404 * {_CORAL}UnknownOperationException UnknownOperation
+    411 * {_CORAL}*Exception MissingContentLength
+    413 * {_CORAL}*Exception RequestEntityTooLarge
+    417 * {_CORAL}*Exception ExpectationFailed
+    431 * {_CORAL}*Exception RequestHeaderFieldsTooLarge
+    500 * {_CORAL}* InternalFailure
+    501 * {_CORAL}*Exception NotImplemented
+    503 * {_CORAL}* ServiceUnavailable
+    400 * {_SQS}* InvalidAttributeName InvalidAttributeValue InvalidMessageContents
+    400 {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
+    400 QueueAlreadyExists {_SQS}* QueueNameExists
+    400 {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
+        InvalidBatchEntryId QueueDeletedRecently TooManyEntriesInBatchRequest UnsupportedOperation
+    403 * {_SQS}* OverLimit
+    403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
+    404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
+"""
 
 
-def _framework(status: int, names: str, shape: str = "{}Exception") -> Mapping[str, Fault]:
-    shape = _CORAL + shape
-    return {name: Fault(status, name, shape.format(name)) for name in names.split()}
+def _faults(table: str) -> Iterator[Tuple[str, Fault]]:
+    for status, code, shape, *names in map(str.split, table.strip().splitlines()):
+        for name in names:
+            yield name, Fault(int(status), code.replace("*", name), shape.replace("*", name))
 
 
-def _modelled(status: int, names: str, code: str = "{}") -> Mapping[str, Fault]:
-    shape = "com.amazonaws.sqs#{}"
-    return {name: Fault(status, code.format(name), shape.format(name)) for name in names.split()}
-
-
-# Statuses and spellings: the SQS service model, and answers recorded from AWS.
-ERRORS: Mapping[str, Fault] = {
-    # HTTP framing; nothing in AWS's models names these.
-    **_framework(400, "BadRequest IncompleteBody RequestTimeout"),
-    **_framework(413, "RequestEntityTooLarge"),
-    **_framework(417, "ExpectationFailed"),
-    **_framework(431, "RequestHeaderFieldsTooLarge"),
-    **_framework(503, "ServiceUnavailable", "{}"),
-    # Authentication ("Common Error Types" of each API reference).
-    **_framework(400, "IncompleteSignature MalformedQueryString"),
-    **_framework(401, "AuthFailure"),
-    **_framework(403, "AccessDenied MissingAuthenticationToken"),
-    **_framework(403, "InvalidClientTokenId", "UnrecognizedClientException"),
-    **_framework(403, "SignatureDoesNotMatch", "InvalidSignatureException"),
-    # The same from Amazon S3 ("Error responses" of its API reference).
-    **_framework(400, "AuthorizationHeaderMalformed AuthorizationQueryParametersError BadDigest"),
-    **_framework(400, "InvalidArgument InvalidRequest InvalidToken InvalidURI"),
-    **_framework(400, "MalformedTrailerError XAmzContentSHA256Mismatch"),
-    **_framework(403, "InvalidAccessKeyId RequestTimeTooSkewed"),
-    **_framework(411, "MissingContentLength"),
-    **_framework(501, "NotImplemented"),
-    # Dispatch and decoding.
-    **_framework(400, "InvalidParameterValue MissingAction OutcomeUnknown"),
-    **_framework(400, "InvalidAction", "UnknownOperationException"),
-    **_framework(400, "MissingParameter", "MissingRequiredParameterException"),
-    **_framework(404, "UnknownOperation", "UnknownOperationException"),
-    **_framework(500, "InternalFailure", "{}"),
-    "SerializationException": Fault(400, "MalformedInput", f"{_CORAL}SerializationException"),
-    # Modelled by Amazon SQS.
-    **_modelled(400, "InvalidAttributeName InvalidAttributeValue InvalidMessageContents"),
-    **_modelled(400, "QueueDoesNotExist", _SQS + "NonExistentQueue"),
-    **_modelled(400, "QueueNameExists", "QueueAlreadyExists"),
-    **_modelled(
-        400, "BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest", _SQS + "{}"
-    ),
-    **_modelled(400, "InvalidBatchEntryId QueueDeletedRecently", _SQS + "{}"),
-    **_modelled(400, "TooManyEntriesInBatchRequest UnsupportedOperation", _SQS + "{}"),
-    **_modelled(403, "OverLimit"),
-    **_modelled(403, "PurgeQueueInProgress", _SQS + "{}"),
-    **_modelled(404, "ReceiptHandleIsInvalid ResourceNotFoundException"),
-}
+ERRORS: Mapping[str, Fault] = dict(_faults(_FAULTS))
 
 
 class ServiceError(Exception):
-    """Any answer that is not success; the caller's wire protocol renders it.
+    """An answer that is not a success; the caller's wire protocol renders it.
 
-    `code` is a key of ERRORS (KeyError otherwise).  `detail` holds further elements that
-    Amazon S3 puts into its error document, by name.
+    `code` is a key of ERRORS (KeyError otherwise).  `detail` holds further elements of
+    Amazon S3's error document by name.
     """
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
@@ -423,7 +401,7 @@ class ServiceError(Exception):
         self.reason = ""  # the row of REFUSALS, if it is one
 
     def without_frames(self) -> ServiceError:
-        """Return the error as a value to keep: its frames would keep the request in memory."""
+        """Return the error without its frames, which would keep the request in memory."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
