@@ -409,10 +409,10 @@ class ServiceError(Exception):
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
 #
 # http.server's own parser rewrites a target that begins with `//` (cpython#99220), reads a
-# bare CR as the end of a header line and drops what follows a malformed one.  A verifier
-# needs the bytes that were signed, and a proxy that guesses where a request ends can be
-# made to read one request as two.  So a head is parsed here, strictly (RFC 9112), and what
-# cannot be framed beyond doubt is refused.
+# bare CR as the end of a header line and drops the lines after a malformed one.  A verifier
+# needs the bytes that were signed.  A proxy that guesses where a request ends can be made to
+# read one request as two.  So this chapter parses heads strictly (RFC 9112), and refuses a
+# request whose framing is in doubt.
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
@@ -429,8 +429,7 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
-# What is wrong with a line that _FIELD_LINE does not match; the first that applies.
-_FIELD_FAULTS = (
+_FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
     (re.compile("\0"), "a NUL"),
     (re.compile("\r"), "a CR that no LF follows"),
     (re.compile("\n"), "a LF that no CR precedes"),
@@ -443,7 +442,7 @@ _FIELD_FAULTS = (
 
 
 def _field_fault(block: str) -> str:
-    """Return what is wrong with the first header line that is."""
+    """Return the fault of the first malformed header line."""
     lines = block.split(CRLF)
     line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
@@ -459,18 +458,18 @@ class Head(NamedTuple):
     fields: Fields
 
     def request(self, body: Body, peer: str, abandoned: Callable[[], bool]) -> Request:
-        """Return the request that this is the head of."""
+        """Return the request with this head."""
         request = Request(self.method, self.target, self.headers, body, peer, abandoned)
-        request.__dict__["fields"] = self.fields  # once is enough
+        request.__dict__["fields"] = self.fields  # computed already
         return request
 
 
 def parse_head(raw: bytes) -> Head:
-    """Return the parts of a request head, given with its final blank line.
+    """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
 
-    The target is kept to the byte.  Raises ServiceError BadRequest, NotImplemented for a method
-    outside METHODS (RFC 9110, 9.1), or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes
-    or MAX_HEADERS lines (RFC 9112, 2 to 5; 3.2.2's absolute-form is refused, as AWS does).
+    The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
+    Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
+    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines.
     """
     if len(raw) > MAX_HEAD:
         message = f"The request head is longer than {MAX_HEAD} bytes."
@@ -486,7 +485,7 @@ def parse_head(raw: bytes) -> Head:
     if method not in METHODS:
         raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
-        message = "The request target must be a path, with a query or none (origin-form)."
+        message = "The request target must be a path, with or without a query (origin-form)."
         raise ServiceError("BadRequest", message)
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
@@ -494,7 +493,7 @@ def parse_head(raw: bytes) -> Head:
     headers = tuple([(name, value.strip(" \t")) for name, _, value in lines])
     fields: Fields = {name.lower(): [value] for name, value in headers}
     if len(fields) < len(headers):
-        fields = fields_of(headers)  # some come more than once
+        fields = fields_of(headers)  # a name is repeated
     if len(headers) > MAX_HEADERS:
         message = f"A request may have {MAX_HEADERS} header lines."
         raise ServiceError("RequestHeaderFieldsTooLarge", message)
@@ -516,7 +515,7 @@ _REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE
 
 
 def salvage_head(raw: bytes) -> Head:
-    """Return what can be told of a head that was refused, so as to refuse it in its protocol."""
+    """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
     line = _REFUSED_LINE.match(text)
     headers = tuple(_REFUSED_FIELDS.findall(text)[:MAX_HEADERS])
@@ -525,7 +524,7 @@ def salvage_head(raw: bytes) -> Head:
 
 
 def expects_continue(head: Head) -> bool:
-    """Return whether the client waits for `100 Continue`; ServiceError if for anything else."""
+    """Return whether the client waits for `100 Continue`; refuse any other expectation."""
     expected = head.fields.get("expect")
     if not expected or head.version == "1.0":
         return False
@@ -537,13 +536,13 @@ def expects_continue(head: Head) -> bool:
 def body_framing(head: Head) -> Optional[int]:
     """Return how many bytes of body follow the head, None if they come chunked.
 
-    Raises ServiceError where two readers could disagree about its end (RFC 9112, 6.1 to 6.3).
+    Raise ServiceError if two readers could disagree about its end (RFC 9112, 6.1 to 6.3).
     """
     lengths = head.fields.get("content-length")
     codings = head.fields.get("transfer-encoding")
     if codings:
         if head.version == "1.0":
-            raise ServiceError("BadRequest", "HTTP/1.0 knows no Transfer-Encoding.")
+            raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
         if lengths:
             message = "A request has Content-Length or Transfer-Encoding, not both."
             raise ServiceError("BadRequest", message)
@@ -558,7 +557,7 @@ def body_framing(head: Head) -> Optional[int]:
 
 
 def too_large(max_body: int) -> ServiceError:
-    """Return the refusal of a body longer than that."""
+    """Return the refusal of a body that is longer than `max_body` bytes."""
     message = f"The request body is longer than {max_body} bytes."
     return ServiceError("RequestEntityTooLarge", message)
 
@@ -566,21 +565,11 @@ def too_large(max_body: int) -> ServiceError:
 Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 
 
-class Source(Protocol):
-    """Where a body is read from: a buffered binary stream."""
-
-    def read(self, size: int = -1) -> bytes:
-        """As io.BufferedIOBase.read."""
-
-    def readline(self, size: int = -1) -> bytes:
-        """As io.IOBase.readline."""
-
-
 class Stream:
-    """A buffered source over `receive`, which returns b"" at the end."""
+    """A buffered binary stream over `receive`, which returns b"" at the end."""
 
     def __init__(self, receive: Callable[[int], bytes], buffer: bytes = b"") -> None:
-        self.buffer = buffer  # what has arrived and was not read
+        self.buffer = buffer  # received and not read
         self._receive = receive
 
     def read(self, size: int = -1) -> bytes:
@@ -606,7 +595,7 @@ class Stream:
     def readline(self, size: int = -1) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(8192)  # few: what stays in the buffer is copied by each line
+            data = self._receive(8192)  # few: each line copies the rest of the buffer
             if not data:
                 break
             self.buffer += data
@@ -616,17 +605,16 @@ class Stream:
 
 
 class LengthBody:
-    """A body of a known number of bytes; `begin` sends `100 Continue` once it is wanted."""
+    """A body of a known number of bytes; `begin` sends `100 Continue` before the first read."""
 
-    def __init__(self, source: Source, length: int, begin: Begin = None) -> None:
-        self.length = length
+    def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
         self._source = source
         self._left = length
         self._begin = begin
 
     @property
     def unread(self) -> bool:
-        """Whether bytes of this body are still in the stream."""
+        """Return whether bytes of this body are still in the stream."""
         return self._left > 0
 
     def read(self, size: int = -1) -> bytes:
@@ -635,34 +623,31 @@ class LengthBody:
             self._begin()
             self._begin = None
         wanted = self._left if size < 0 else min(size, self._left)
-        data = self._source.read(wanted) if wanted else b""
-        self._left -= len(data)
-        if len(data) < wanted:
-            raise ServiceError("IncompleteBody", "The request body ended before its length.")
-        return data
+        return self._taken(self._source.read(wanted), wanted)
 
     def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
-        assert isinstance(self._source, Stream)
-        data = self._source.read_some(min(size, self._left)) if self._left else b""
-        if self._left and not data:
-            raise ServiceError("IncompleteBody", "The body ended before its length.")
+        """Return up to `size` bytes as soon as there are any."""
+        return self._taken(self._source.read_some(min(size, self._left)), 1) if self._left else b""
+
+    def _taken(self, data: bytes, least: int) -> bytes:
         self._left -= len(data)
+        if len(data) < least:
+            raise ServiceError("IncompleteBody", "The body ended before its length.")
         return data
 
 
 class ChunkedBody:
     """A body in the chunked coding (RFC 9112, 7.1), of `limit` bytes at the most.
 
-    Chunk extensions and trailers are read and dropped.  Raises ServiceError BadRequest for
-    anything but the grammar, RequestEntityTooLarge, IncompleteBody.
+    Chunk extensions and trailers are dropped.  Reading raises ServiceError BadRequest for a
+    malformed chunk, RequestEntityTooLarge or IncompleteBody.
     """
 
-    def __init__(self, source: Source, limit: int, begin: Begin = None) -> None:
+    def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
         self._source = source
         self._limit = self._room = limit
         self._begin = begin
-        self._left = 0  # bytes left of the present chunk
+        self._left = 0  # bytes of the present chunk
         self.unread = True
 
     def read(self, size: int = -1) -> bytes:
@@ -671,34 +656,30 @@ class ChunkedBody:
             self._begin()
             self._begin = None
         whole = bytearray()
-        while self.unread and size:
-            if not self._left and not self._next_chunk():
-                break
+        while size and self._has_chunk():
             wanted = self._left if size < 0 else min(size, self._left)
-            data = self._source.read(wanted)
-            if len(data) < wanted:
-                raise ServiceError("IncompleteBody", "The request body ended within a chunk.")
-            whole += data
-            self._left -= wanted
-            size -= wanted if size > 0 else 0
-            if not self._left and self._line() != b"\r\n":
-                raise ServiceError("BadRequest", "A chunk is longer than its size.")
+            whole += self._taken(self._source.read(wanted), wanted)
+            size -= wanted
         return bytes(whole)
 
     def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
-        assert isinstance(self._source, Stream)
-        if not self.unread or (not self._left and not self._next_chunk()):
+        """Return up to `size` bytes as soon as there are any."""
+        if not self._has_chunk():
             return b""
-        data = self._source.read_some(min(size, self._left))
-        if not data:
+        return self._taken(self._source.read_some(min(size, self._left)), 1)
+
+    def _taken(self, data: bytes, least: int) -> bytes:
+        if len(data) < least:
             raise ServiceError("IncompleteBody", "The body ended within a chunk.")
         self._left -= len(data)
         if not self._left and self._line() != b"\r\n":
             raise ServiceError("BadRequest", "A chunk is longer than its size.")
         return data
 
-    def _next_chunk(self) -> bool:
+    def _has_chunk(self) -> bool:
+        """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
+        if self._left or not self.unread:
+            return self.unread
         match = _CHUNK_SIZE.fullmatch(self._line())
         if not match:
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
@@ -723,12 +704,12 @@ class ChunkedBody:
     def _line(self) -> bytes:
         line = self._source.readline(4096)
         if not line:
-            raise ServiceError("IncompleteBody", "The request body ended before its last chunk.")
+            raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
 
 
 class ResponseHead(NamedTuple):
-    """The head of a response; `keeps` tells whether the connection may go on after it."""
+    """The head of a response; `keeps` means that the connection stays open after it."""
 
     status: int
     headers: Headers
@@ -739,7 +720,7 @@ UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
 
-def read_head(source: Source) -> bytes:
+def read_head(source: Stream) -> bytes:
     """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
     lines: List[bytes] = []
     size = 0
@@ -757,7 +738,7 @@ def read_head(source: Source) -> bytes:
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the parts of a response head.  Raises ValueError for what is none."""
+    """Return the parts of a response head; ValueError if it is malformed."""
     status_line, *lines = raw.decode("latin-1").rstrip("\r\n").split(CRLF)
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
@@ -776,11 +757,11 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 
 
 def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return how long the body is, None if chunked, UNTIL_CLOSE; ValueError if it is in doubt."""
+    """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
     if method == "HEAD" or head.status in (204, 304):
         return 0
     fields = fields_of(head.headers)
-    lengths = set(fields.get("content-length", ()))
+    lengths = fields.get("content-length")
     codings = fields.get("transfer-encoding")
     if codings:
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
@@ -788,10 +769,9 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
         return None
     if not lengths:
         return UNTIL_CLOSE
-    length = lengths.pop()
-    if lengths or not _DIGITS.fullmatch(length):
+    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ValueError("its Content-Length is no number")
-    return int(length)
+    return int(lengths[0])
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -802,7 +782,7 @@ def _encode_lines(lines: Sequence[str]) -> bytes:
 
 
 def encode_head(request: Request) -> bytes:
-    """Return the bytes of a request's head; ValueError for a line that breaks out (RFC 9110)."""
+    """Return the bytes of a request's head; ValueError for a line break or NUL in a line."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers]
     return _encode_lines(lines)
@@ -813,10 +793,11 @@ def encode_reply(
 ) -> bytes:
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
-    `close` announces that the connection ends here; `head_only` is for an answer to HEAD.
-    `streams` is for the head of a body that follows: the header that frames it, "" if the
-    reply has one or the end of the connection does.  A Date or Content-Length of the reply is
-    kept.  Raises ValueError for a header that breaks out of its line, and a body that streams.
+    `close` announces that the connection ends here.  `head_only` is for an answer to HEAD.
+    `streams` is for the head of a body that follows: the header that frames the body, or "" if
+    the reply has one or the end of the connection is the end of the body.  The reply's own Date
+    and Content-Length stay.  Raise ValueError for a line break in a header, and for a streaming
+    body.
     """
     status, headers, body = reply
     if not isinstance(body, bytes):
