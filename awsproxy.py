@@ -1988,17 +1988,17 @@ def sign(
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
 #
-# The invariant of this chapter: what a route, a hook, the log and the metrics see is what the
-# upstream runs, or the call is refused.  So the service of the credential scope, which the
-# signature covers, chooses the protocol; the operation is read from the one place where that
-# protocol names it; and a request that names an operation anywhere else is refused, since
-# another reader might look there.  Where a service speaks two, a signed header chooses.
+# The invariant of this chapter: routes, hooks, the log and the metrics see the operation that
+# the upstream runs, or the call is refused.  So the service in the credential scope, which the
+# signature covers, chooses the protocol.  If a service speaks two, a signed header chooses.  The
+# protocol reads the operation from one place, and refuses a request that names an operation
+# anywhere else: another reader might look there.
 #
-# `wire_protocol` cannot fail, so that even a refusal of nonsense has the form that the caller
-# expects.  A body is decoded only after its signature was verified.  Sources: the service models
-# of the AWS SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
+# `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.  A
+# body is decoded only after its signature was verified.  Sources: the service models of the AWS
+# SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
 
-# ---- Shapes: what a service model says of an operation's input ----
+# ---- Shapes of an operation's input, from the service model ----
 
 STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 
@@ -2016,7 +2016,7 @@ class MapOf(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """Members by name, and which of them must be given."""
+    """Members by name, and the names of the required ones."""
 
     members: Mapping[str, Shape]
     required: Sequence[str]
@@ -2026,9 +2026,9 @@ Shape = Union[str, ListOf, MapOf, Structure]
 
 
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
-    """Return the structure declared by its members, as in `Id* Delay:int Tags*:map`.
+    """Return the structure that a text such as `Id* Delay:int Tags*:map` declares.
 
-    A `*` marks what must be given; behind the colon is a name in `shapes`, none for a string.
+    A `*` marks a required member.  A name in `shapes` follows the colon; the default is a string.
     """
     members, required = {}, []
     for member in declared.split():
@@ -2046,18 +2046,18 @@ Output = Optional[Members]  # of an operation; None for a void one
 
 
 class Operation(NamedTuple):
-    """An operation of a service: its input, the members of its output, what answers it."""
+    """An operation of a service."""
 
     name: str
     input: Structure
-    output: Optional[Sequence[str]]  # None for an operation that has none (a void one)
+    output: Optional[Sequence[str]]  # its members; None for a void operation
     method: Callable[[Any, Call], Output]  # of the service object
 
 
 def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
-    """Return the operations of a table by name, each answered by the owner's method of that name.
+    """Return the operations of a table by name; the owner's method of that name answers each.
 
-    A line is the operation, its input as `structure` takes it, and `->` before its output.
+    A line is the operation, its input for `structure`, and `->` before its output.
     """
     found = {}
     for line in table.strip().splitlines():
@@ -2070,7 +2070,7 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
 
 class QueryName(NamedTuple):
-    """How the query protocol spells a flattened list or map; {} is the operation's name."""
+    """The names of a flattened list or map in the query protocol; {} is the operation."""
 
     element: str
     key: str = ""
@@ -2081,7 +2081,7 @@ Names = Mapping[str, QueryName]
 
 
 class Model(NamedTuple):
-    """What the wire protocols need to know of a service."""
+    """The operations of a service, for the wire protocols."""
 
     operations: Mapping[str, Operation]
     query_names: Names  # of members that the query protocol spells in its own way
@@ -2092,11 +2092,11 @@ MODELS: Dict[str, Model] = {}  # by name in the credential scope; a service's ch
 
 
 def read_again(body: Body) -> bytes:
-    """Return all of a body that can be read again, and leave it so."""
+    """Return all of a body that can be read again, and rewind it."""
     if isinstance(body, io.BytesIO):
         return body.getvalue()
     if not isinstance(body, io.IOBase):
-        raise ServiceError("SerializationException", "The body can be read but once.")
+        raise ServiceError("SerializationException", "The body can be read only once.")
     body.seek(0)
     data: bytes = body.read()
     body.seek(0)
@@ -2114,9 +2114,9 @@ def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
     return {service: frozenset(spoken) for service, spoken in found.items()}
 
 
-# What each signing name speaks; a name that is not here speaks REST-JSON alone.  A service of
-# AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does not
-# know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
+# The protocols of each signing name; a name that is not here speaks REST-JSON alone.  A service
+# of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does
+# not know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
 SPEAKS: Mapping[str, frozenset[str]] = _speaks(
     json="""
         IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
@@ -2153,7 +2153,7 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
     rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
 )
 REST_JSON = frozenset({"rest-json"})
-# The signing names that speak REST-JSON alone: known in order to tell of misspelt routes.
+# The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
 REST_NAMES = """
     abuse access-analyzer account account-access agent-discovery agent-registry aidevops aiops
     airflow amplify amplifybackend amplifyuibuilder apigateway apiportal app-integrations
@@ -2213,7 +2213,7 @@ def _media_type(request: Request) -> str:
 
 
 def _parse_content_type(text: str) -> Tuple[str, str]:
-    """Return the media type and the charset of a Content-Type, in lower case."""
+    """Return the media type and the charset in lower case."""
     media_type = text.partition(";")[0].strip(" \t").lower()
     return media_type, ",".join(_CHARSET.findall(text)).lower()
 
@@ -2280,11 +2280,10 @@ def _guessed_protocol(request: Request) -> WireProtocol:
         return RpcV2(smithy)
     if "x-amz-target" in request.fields or media_type.startswith("application/x-amz-json-"):
         return AWS_JSON[_json_version(request)]
-    if _query_action(request) is not None:
-        of_json = "json" in media_type
-        query = AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
-        return AwsJson(_json_version(request), ("content-type",)) if of_json else query
-    if request.method == "POST" and media_type in ("", _FORM):
+    has_action = _query_action(request) is not None
+    if has_action and "json" in media_type:
+        return AwsJson(_json_version(request), ("content-type",))
+    if has_action or (request.method == "POST" and media_type in ("", _FORM)):
         return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
     return REST if media_type == "application/json" or _DATED_PATH.match(request.path) else REST_S3
 
@@ -2318,52 +2317,50 @@ def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
 
 
 def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> None:
-    """Refuse a path that could be the URL of another queue than QueueUrl is."""
+    """Refuse a path that could be the URL of a queue other than QueueUrl."""
     if request.path == "/":
         return
     segments = request.path.split("/")[1:]
     if "%" in request.path or not all(segments[:-1]) or {".", ".."} & set(segments):
-        raise ambiguous(wire, "its path is not that of a queue")
+        raise ambiguous(wire, "its path is not the path of a queue")
     named = queue_url.rstrip("/").split("/")[-2:]
     if queue_url and request.path.rstrip("/").count("/") > 1:
         if named != request.path.rstrip("/").split("/")[-len(named) :]:
-            raise ambiguous(wire, "its path is that of one queue and QueueUrl of another")
+            raise ambiguous(wire, "its path names one queue, and QueueUrl another")
 
 
 class Meaning(NamedTuple):
     """The operation that a request asks for."""
 
     operation: str
-    encoded: Any = None  # what the input is decoded from
+    encoded: Any = None  # the form from which the input is decoded
     path: str = ""  # of a REST call, as patterns spell it
     other_paths: Sequence[str] = ()  # other forms of it that a service might read
-    bucket: str = ""  # of Amazon S3, or the account of S3 Control, if it stands in the Host
+    bucket: str = ""  # of Amazon S3, or the account of S3 Control, if the Host names it
+
+
+Hosts = Iterable[str]  # names of the proxy
 
 
 class WireProtocol:
-    """How a request names its operation and carries its input, and how it is answered."""
+    """Reads the operation and the input of a request, and writes the answer."""
 
-    must_be_signed: Sequence[str] = ()  # headers on which this reading of the request rests
-    content_type = ""  # of its answers
+    must_be_signed: Sequence[str] = ()  # headers that this reading of the request depends on
+    content_type = ""  # of an answer
     reads_target = False  # whether X-Amz-Target may name the operation
     reads_action = False  # whether the query parameter Action may
     is_opaque = False  # whether bodies are passed on unread
 
     def service(self, request: Request) -> Optional[str]:
-        """Return the service that the head names apart from its credential scope, or None."""
+        """Return the service that the head names outside the credential scope, or None."""
         return None
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
         return ""
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return what the request asks for; ServiceError if it names nothing or could name two.
-
-        `hosts` are names of the proxy.
-        """
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the operation; ServiceError if the request names none, or could name two."""
         raise NotImplementedError
 
     def input(self, call: Call) -> Dict[str, Any]:
@@ -2371,7 +2368,7 @@ class WireProtocol:
         return {}
 
     def reencode(self, call: Call) -> bytes:
-        """Return the body that says what the call's input is now."""
+        """Return a body with the changed input of the call."""
         raise NotImplementedError
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
@@ -2389,7 +2386,7 @@ class WireProtocol:
         return error.fault
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the answer that refuses."""
+        """Return the answer that reports an error."""
         raise NotImplementedError
 
     def _headers(self, request_id: str) -> Headers:
@@ -2402,7 +2399,7 @@ def _invalid_action(operation: str) -> ServiceError:
 
 
 def _operation_name(name: str) -> str:
-    """Return the name; ServiceError InvalidAction if no operation can be called so."""
+    """Return the name; ServiceError InvalidAction if no operation can have it."""
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
@@ -2414,7 +2411,7 @@ _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     """Return a body of JSON or form fields, decompressed if it is coded in gzip.
 
-    Raises ServiceError for a coding or charset in which another reader could find something else.
+    Raise ServiceError for a coding or charset that another reader could read differently.
     """
     data = read_again(body)
     fields, fault = request.fields, ""
@@ -2422,7 +2419,7 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     if kind in _USUAL_TYPES and "content-encoding" not in fields:
         return data
     charset = _content_type(kind)[1] if len(kind) < 256 else _parse_content_type(kind)[1]
-    coding = fields["content-encoding"][0].lower() if "content-encoding" in fields else "identity"
+    coding = fields.get("content-encoding", ("identity",))[0].lower()
     if charset and charset not in ("utf-8", "utf8", "us-ascii"):
         fault = "The body must be in UTF-8."
     elif coding == "gzip":
@@ -2430,7 +2427,7 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
             unzip = zlib.decompressobj(31)
             flags, data = data[3:4], unzip.decompress(data, limit)
             whole = unzip.eof and not unzip.unused_data and flags == b"\0"
-            fault = "" if whole else "The body is not all gzip."  # a name or comment is no data
+            fault = "" if whole else "The body is not all gzip."  # a flag means a name or comment
         except zlib.error:
             fault = "The body is not gzip."
     elif coding not in ("identity", "aws-chunked"):
@@ -2451,7 +2448,7 @@ class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
     Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  A header that names the same operation may then be there, too.
+    of JSON.  X-Amz-Target may then name the same operation.
     """
 
     reads_target = reads_action = True
@@ -2461,11 +2458,11 @@ class AwsJson(WireProtocol):
         self.must_be_signed = must_be_signed
 
     def service(self, request: Request) -> Optional[str]:
-        """As the prefix of X-Amz-Target tells."""
+        """Return the service that the prefix of X-Amz-Target names."""
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
 
     def named(self, request: Request) -> str:
-        """What X-Amz-Target has behind its last dot, or else `Action`."""
+        """Return the last part of X-Amz-Target, or `Action`."""
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
@@ -2506,7 +2503,7 @@ class AwsJson(WireProtocol):
         return actions[0] if actions else None
 
     def _document(self, request: Request, body: Body) -> Any:
-        """Return what the body says, None for CBOR; no body at all is an empty object."""
+        """Return the document in the body, None for CBOR; an empty body is an empty object."""
         text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
@@ -2532,23 +2529,23 @@ class AwsJson(WireProtocol):
         return checked
 
     def reencode(self, call: Call) -> bytes:
-        """What the model does not know stays as it came."""
+        """Return the new input, and the members that the model does not know."""
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """A void operation is answered by no body at all."""
+        """Return the output as JSON, or an empty body for a void operation."""
         return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
-        """Amazon SQS and CloudWatch tell 403 from 400 in JSON too; the other services do not."""
+        """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
         fault = super().fault(request, error)
         service = self.service(request) or claim(request)[1].service
         as_query = service in ("sqs", "monitoring", "") or fault.status not in (401, 403)
         return fault if as_query else fault._replace(status=400)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """With the code that the query protocol would have used in a header."""
+        """Return the error as JSON; a header has the code of the query protocol."""
         status, code, shape = self.fault(request, error)
         headers = (*self._headers(request_id), ("x-amzn-query-error", f"{code};{_side(status)}"))
         return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
@@ -2556,17 +2553,16 @@ class AwsJson(WireProtocol):
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
-MAX_ELEMENTS = 500000  # of a document: the decoder holds the interpreter meanwhile
+MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
 _BESIDE_JSON = (b"Action", b"Version")
 
 
 @lru_cache(maxsize=1024)
 def _parse_target(target: str) -> Tuple[str, str]:
-    """Return the prefix and the operation of an X-Amz-Target, "" for what names none."""
+    """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
     match = _TARGET.fullmatch(target)
-    named = match is not None and _OPERATION_NAME.fullmatch(match[2])
-    return (match[1], match[2]) if match and named else ("", "")
+    return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -2574,7 +2570,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _short_integer(digits: str) -> int:
-    if len(digits) > 20:  # to convert very many takes a time that grows with their square
+    if len(digits) > 20:  # the time of a conversion grows with the square of the digits
         raise ValueError("a number is too long")
     return int(digits)
 
@@ -2582,7 +2578,7 @@ def _short_integer(digits: str) -> int:
 def _each_once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise _TwoValues(": an object has one key twice.")  # readers differ in which one counts
+        raise _TwoValues(": an object has one key twice.")  # readers choose different ones
     return members
 
 
@@ -2597,10 +2593,10 @@ _SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know i
 
 
 def read_json(text: str) -> Any:
-    """Return what a JSON document says; ValueError for anything else and for a key given twice."""
+    """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
         document, end = _SCAN(text, 0)
-        if end == len(text):  # there are no blanks around it, as a rule
+        if end == len(text):  # there are rarely blanks around it
             return document
         return _JSON.decode(text)
     except StopIteration:
@@ -2615,7 +2611,7 @@ def _base64_text(value: bytes) -> str:
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
 
-# JSONEncoder makes one for each document, which takes longer than to encode a small document.
+# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
 _encoder: Any = json.encoder
 _ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
     None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
@@ -2637,7 +2633,7 @@ _KINDS = {
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
-    """Return a JSON value as its shape wants it; unknown members and nulls are left out."""
+    """Return a JSON value of that shape, without unknown members and nulls."""
     if shape is _ANY:
         return _expect(dict, value, "a structure")
     if isinstance(shape, Structure):
@@ -2694,7 +2690,7 @@ class AwsQuery(WireProtocol):
     reads_action = True
 
     def named(self, request: Request) -> str:
-        """`Action`, if the query string has it."""
+        """Return `Action` if it is in the query string."""
         return _query_action(request) or ""
 
     def meaning(
@@ -2751,7 +2747,7 @@ class AwsQuery(WireProtocol):
         return checked
 
     def reencode(self, call: Call) -> bytes:
-        """Action and Version as they came, and the input in the model's spelling."""
+        """Return the unchanged Action and Version, and the input in the model's spelling."""
         model = MODELS.get(call.service)
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
         names = model.query_names if model else {}
@@ -2759,7 +2755,7 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *fields]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """A void operation's response has no result element."""
+        """Return the output as XML, without a result element for a void operation."""
         parts: List[str] = []
         if output is not None:
             _write_xml(parts, f"{call.operation}Result", output, model.query_names, call.operation)
@@ -2798,15 +2794,15 @@ class AwsQuery(WireProtocol):
 
 
 class AwsQueryJson(AwsQuery):
-    """AWS Query, answered in JSON: what SQS does for `Accept: application/json` since of old.
+    """AWS Query with answers in JSON: SQS still reads `Accept: application/json` so.
 
-    Members are spelled as within AWS, maps are lists of pairs, and what is absent is null.
+    Members have AWS's internal names, maps are lists of pairs, absent members are null.
     """
 
     content_type = "application/json"
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Wrapped as in XML."""
+        """Return the elements of the XML answer as JSON."""
         response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
@@ -2818,7 +2814,7 @@ class AwsQueryJson(AwsQuery):
         return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """The same elements as in XML; what names no Action gets XML here too."""
+        """Return the elements of the XML error as JSON; a request without Action gets XML."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
         status, code, _ = self.fault(request, error)
@@ -2828,7 +2824,7 @@ class AwsQueryJson(AwsQuery):
 
 
 def _query_namespace(service: str) -> str:
-    """Return the XML namespace of a query API's answers, "" for an unknown one."""
+    """Return the XML namespace of a query API's answers, "" for an unknown API."""
     host = "queue" if service == "sqs" else service
     scheme = "https" if service in ("iam", "sts") else "http"
     folder = "docs" if service == "elasticbeanstalk" else "doc"
@@ -2842,7 +2838,7 @@ _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _as_pairs(value: Any, model: Model, member: str) -> Any:
-    """Return a member of an output with its maps as lists of pairs, at any depth."""
+    """Return a member of an output with all its maps as lists of pairs."""
     spelled = model.query_names.get(member)
     if isinstance(value, dict):
         if spelled and spelled.key:
@@ -2859,7 +2855,7 @@ _INDEX = re.compile("[0-9]{1,9}")
 
 
 def _query_message(error: ServiceError) -> str:
-    if error.code == "QueueDoesNotExist":  # XML says something else than JSON
+    if error.code == "QueueDoesNotExist":  # the message in XML differs from the one in JSON
         return "The specified queue does not exist for this wsdl version."
     return error.message
 
@@ -2915,9 +2911,8 @@ def _from_form_member(
 
 
 def _to_form(
-    members: Mapping[str, Any], names: Names, operation: str, prefix: str = ""
+    members: Members, names: Names, operation: str, prefix: str = ""
 ) -> Iterator[Tuple[str, str]]:
-    """Yield the form fields of a structure."""
     for name, value in members.items():
         spelled = names.get(name)
         element = prefix + (spelled.element.format(operation) if spelled else name)
@@ -2944,12 +2939,12 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def xml_text(text: str) -> str:
-    """Return the text as XML content: a CR must not become a LF, nor a NUL break the document."""
+    """Return the text as XML content, with its CRs, without characters that XML forbids."""
     return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
 
 
 def _write_xml(parts: List[str], element: str, value: Any, names: Names, operation: str) -> None:
-    """Append an element and all that is in it; lists and maps are flattened."""
+    """Append an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
         parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
         return
@@ -2974,81 +2969,54 @@ def _write_xml(parts: List[str], element: str, value: Any, names: Names, operati
 # ---- REST ----
 
 
-def _s3_actions(table: str) -> Mapping[Tuple[str, str, str], str]:
-    actions = {}
-    for level, subresource, noun, *methods in map(str.split, table.strip().splitlines()):
-        for method in methods:
-            method, named, action = method.partition("=")
-            # What no Delete action exists for is deleted by a Put of nothing.
-            action = action if named else ("Get" if method == "GET" else "Put") + noun
-            actions[level, subresource.replace("-none-", ""), method] = action
-    return actions
-
-
-# The operations of Amazon S3 and their actions: level, sub-resource in the query, what the action
-# is about, and the methods that exist ("Actions, resources, and condition keys for Amazon S3").
+# The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line: the
+# level; methods with their actions; and sub-resources in the query, whose names for an action
+# replace `*`.  `-` stands for no sub-resource.  A Put of nothing deletes if there is no Delete.
 _S3_TABLE = """
-    service -none- - GET=ListAllMyBuckets
-    bucket -none- - GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket
-    bucket abac BucketAbac GET PUT
-    bucket accelerate AccelerateConfiguration GET PUT
-    bucket acl BucketAcl GET PUT
-    bucket analytics AnalyticsConfiguration GET PUT DELETE
-    bucket cors BucketCORS GET PUT DELETE
-    bucket delete - POST=DeleteObject
-    bucket encryption EncryptionConfiguration GET PUT DELETE
-    bucket intelligent-tiering IntelligentTieringConfiguration GET PUT DELETE
-    bucket inventory InventoryConfiguration GET PUT DELETE
-    bucket lifecycle LifecycleConfiguration GET PUT DELETE
-    bucket location BucketLocation GET
-    bucket logging BucketLogging GET PUT
-    bucket metadataAnnotationTable - PUT=UpdateBucketMetadataAnnotationTableConfiguration
-    bucket metadataConfiguration BucketMetadataTableConfiguration GET \
-        POST=CreateBucketMetadataTableConfiguration DELETE=DeleteBucketMetadataTableConfiguration
-    bucket metadataInventoryTable - PUT=UpdateBucketMetadataInventoryTableConfiguration
-    bucket metadataJournalTable - PUT=UpdateBucketMetadataJournalTableConfiguration
-    bucket metadataTable BucketMetadataTableConfiguration GET \
-        POST=CreateBucketMetadataTableConfiguration DELETE=DeleteBucketMetadataTableConfiguration
-    bucket metrics MetricsConfiguration GET PUT DELETE
-    bucket notification BucketNotification GET PUT
-    bucket object-lock BucketObjectLockConfiguration GET PUT
-    bucket ownershipControls BucketOwnershipControls GET PUT DELETE
-    bucket policy BucketPolicy GET PUT DELETE=DeleteBucketPolicy
-    bucket policyStatus BucketPolicyStatus GET
-    bucket publicAccessBlock BucketPublicAccessBlock GET PUT DELETE
-    bucket replication ReplicationConfiguration GET PUT DELETE
-    bucket requestPayment BucketRequestPayment GET PUT
-    bucket session - GET=CreateSession
-    bucket tagging BucketTagging GET PUT DELETE
-    bucket uploads - GET=ListBucketMultipartUploads
-    bucket versioning BucketVersioning GET PUT
-    bucket versions - GET=ListBucketVersions
-    bucket website BucketWebsite GET PUT DELETE=DeleteBucketWebsite
-    object -none- - GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject
-    object acl ObjectAcl GET PUT
-    object annotation ObjectAnnotation GET PUT DELETE=DeleteObjectAnnotation
-    object attributes ObjectAttributes GET
-    object encryption - PUT=UpdateObjectEncryption
-    object legal-hold ObjectLegalHold GET PUT
-    object renameObject - PUT=RenameObject
-    object restore - POST=RestoreObject
-    object retention ObjectRetention GET PUT
-    object select - POST=GetObject
-    object tagging ObjectTagging GET PUT DELETE=DeleteObjectTagging
-    object torrent ObjectTorrent GET
-    object uploadId - GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
-        DELETE=AbortMultipartUpload
-    object uploads - POST=PutObject
+    service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
+    bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
+    bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
+        logging=BucketLogging notification=BucketNotification policy=BucketPolicy \
+        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment \
+        versioning=BucketVersioning website=BucketWebsite
+    bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
+        encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
+        inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
+        metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
+        publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
+        tagging=BucketTagging
+    bucket: DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
+    bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
+    bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
+        versions=ListBucketVersions
+    bucket: POST=*: delete=DeleteObject
+    bucket: PUT=UpdateBucketMetadata*Configuration: metadataAnnotationTable=AnnotationTable \
+        metadataInventoryTable=InventoryTable metadataJournalTable=JournalTable
+    bucket: GET=Get* POST=Create* DELETE=Delete*: metadataTable=BucketMetadataTableConfiguration \
+        metadataConfiguration=BucketMetadataTableConfiguration
+    object: GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject: -
+    object: GET=Get* PUT=Put*: acl=ObjectAcl annotation=ObjectAnnotation tagging=ObjectTagging \
+        legal-hold=ObjectLegalHold retention=ObjectRetention
+    object: DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
+    object: GET=Get*: attributes=ObjectAttributes torrent=ObjectTorrent
+    object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
+    object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
+    object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
+        DELETE=AbortMultipartUpload: uploadId
 """
-S3_ACTIONS = _s3_actions(_S3_TABLE)
+
+
+def _s3_actions(table: str) -> Iterator[Tuple[Tuple[str, str, str], str]]:
+    for line in table.strip().splitlines():
+        level, methods, subresources = line.split(":")
+        for method, action in pairs(methods).items():
+            for word in subresources.split():
+                subresource, _, noun = word.strip("-").partition("=")
+                yield (level.strip(), subresource, method), action.replace("*", noun)
+
+
+S3_ACTIONS = dict(_s3_actions(_S3_TABLE))  # by level, sub-resource and method
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
-# The action of every other request: the strongest one of the method at that level.
-_S3_STRONGEST = {
-    "GET": ("ListAllMyBuckets", "ListBucket", "GetObject"),
-    "PUT": ("CreateBucket", "CreateBucket", "PutObject"),
-    "POST": ("PutObject", "PutObject", "PutObject"),
-    "DELETE": ("DeleteBucket", "DeleteBucket", "DeleteObject"),
-}
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
 _S3_LEVELS = ("service", "bucket", "object")
 # With a versionId, these have another action: GetObject becomes GetObjectVersion.
@@ -3062,17 +3030,17 @@ _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 
 
 def host_name(host: str) -> str:
-    """Return a Host in lower case without its port, an IPv6 address without its brackets."""
+    """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
-def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
-    """Return the bucket that a Host names, as in `bucket.localhost:8081`; "" if none.
+def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
+    """Return the bucket in a Host such as `bucket.localhost:8081`; "" if there is none.
 
-    `hosts` are names of the proxy besides localhost.  Raises ServiceError InvalidRequest for a
-    name that may or may not begin with a bucket: a wrong guess would lose an object.
+    `hosts` are names of the proxy besides localhost.  Raise ServiceError InvalidRequest if the
+    Host may or may not begin with a bucket: a wrong guess would lose an object.
     """
     name = host_name(host)
     own = [".localhost", *(f".{own}" for own in hosts)]
@@ -3093,13 +3061,13 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
     return ".".join(labels)
 
 
-def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
-    """Return what a request to Amazon S3 does, as IAM policies spell it.
+def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
+    """Return the action of a request to Amazon S3, as IAM policies spell it.
 
-    Raises ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
+    Raise ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
     """
     of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
-    # An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
+    # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
     is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
     if is_account and request.path.startswith(_S3_CONTROL):
         return rest_meaning(request)._replace(bucket=bucket)
@@ -3119,8 +3087,9 @@ def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Mea
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
     action = S3_ACTIONS.get((_S3_LEVELS[level], found[0] if found else "", request.method))
-    if action is None:
-        action = _S3_STRONGEST[_S3_LIKE.get(request.method, request.method)][level]
+    if action is None:  # take the strongest action of the method at that level
+        method = _S3_LIKE.get(request.method, request.method)
+        action = S3_ACTIONS.get((_S3_LEVELS[level], "", method), "PutObject")
     if action in _S3_VERSIONED and level == 2 and "versionId" in parameters:
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
@@ -3132,10 +3101,10 @@ _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
 
 
 def rest_meaning(request: Request) -> Meaning:
-    """Return method and path of a request, the path in the form that patterns are written in.
+    """Return the method and the path of a request, with the path as patterns spell it.
 
-    All escapes are decoded but `%2F`, `%25` and the escapes that no path can do without.  Raises
-    ServiceError InvalidURI where services could differ about which segments there are.
+    `%2F`, `%25` and the escapes of characters that no path may contain stay escaped.  Raise
+    ServiceError InvalidURI if services could split the path into different segments.
     """
     path = request.path
     if not _ODD_PATH.search(path):
@@ -3165,17 +3134,15 @@ class Rest(WireProtocol):
         self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
 
     def named(self, request: Request) -> str:
-        """Method and path, as in `lambda:POST/...`; for Amazon S3 the action."""
+        """Return the method and the path, or the action of Amazon S3."""
         try:
             meaning = self.meaning(request, claim(request)[1].service, request.body)
         except ServiceError:  # a broken path or query string
             return request.method
         return meaning.operation + meaning.path
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return method and path, or the action of Amazon S3, and the body."""
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the method and the path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
             return s3_meaning(request, service, hosts)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
@@ -3214,7 +3181,7 @@ _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?"
 
 
 class RpcV2(WireProtocol):
-    """The path names the operation, in CBOR or JSON that is passed on unread (Smithy RPC v2)."""
+    """The path names the operation, and the CBOR or JSON is passed on unread (Smithy RPC v2)."""
 
     is_opaque = True
 
@@ -3223,13 +3190,11 @@ class RpcV2(WireProtocol):
         self.protocol = protocol if protocol == "rpc-v2-json" else "rpc-v2-cbor"
 
     def named(self, request: Request) -> str:
-        """The last segment of the path."""
+        """Return the last segment of the path."""
         return request.path.rpartition("/")[2]
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return the operation that `named` returns; the body stays unread."""
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the operation in the path; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
         coding = self.protocol.rpartition("-")[2]
         fault = ""
@@ -3248,7 +3213,7 @@ class RpcV2(WireProtocol):
         return Meaning(_operation_name(match[1]), body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """A map of `__type` and `message`."""
+        """Return a map of `__type` and `message`."""
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         of_cbor = self.protocol == "rpc-v2-cbor"
@@ -3264,11 +3229,9 @@ class RpcV2(WireProtocol):
 
 def _cbor_strings(document: Mapping[str, str]) -> bytes:
     """Return a small map of text to text in CBOR (RFC 8949, 3.1: major types 5 and 3)."""
-    parts = [bytes([0xA0 | len(document)])]
-    for item in itertools.chain.from_iterable(document.items()):
-        text = item.encode("utf-8", "replace")
-        parts.append(b"\x7a" + len(text).to_bytes(4, "big") + text)
-    return b"".join(parts)
+    texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
+    parts = [b"\x7a" + len(text).to_bytes(4, "big") + text for text in texts]
+    return bytes([0xA0 | len(document)]) + b"".join(parts)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
