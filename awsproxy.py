@@ -3236,17 +3236,17 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 #
-# The measure is Amazon SQS as recorded, not its emulators.  All state is here, under one lock;
-# a call that waits does so on its queue's condition, which shares that lock, so that a send
-# wakes the waiters of its own queue alone.  Clock, randomness and waiting are passed in.
+# The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
+# A call waits on the condition of its queue, which shares that lock: so a send wakes the waiters
+# of its own queue only.  Clock, randomness and waiting are arguments.
 #
-# A message is visible, or hidden until some time: delayed if it was never received, in flight
-# if it was.  What was due by now happens when a queue is next looked at (`advance`).
+# A message is visible, or hidden until some time: delayed if it was never received, otherwise in
+# flight.  `advance` shows and expires messages when a call next uses the queue.
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
-MAX_WAIT = 5  # seconds of a poll, until it is looked whether its client is still there
-SECONDS_COOLING = 60  # between two purges, and between deleting a queue and making it anew
+MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
+SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creating it again
 MAX_IN_FLIGHT = 120000
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
 MAX_ATTRIBUTES = 10
@@ -3254,83 +3254,74 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
-# Why SQS refuses: the code and the message, AWS's own where it is known.
-_VALUE = "Value {} for parameter {} is invalid. Reason: {}"
-_CHARACTERS = "#x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF"
-_RESOURCE = "arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
-SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
-    "invalid": ("InvalidParameterValue", "{}"),
-    "value": ("InvalidParameterValue", _VALUE),
-    "missing": ("MissingParameter", "The request must contain the parameter {}."),
-    # Queues.
-    "no queue": ("QueueDoesNotExist", "The specified queue does not exist."),
-    "queue name": ("InvalidParameterValue",
-        "Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length"),
-    "fifo name": ("InvalidParameterValue",
-        "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
-        " underscores, must end with .fifo suffix and be 1 to 80 in length"),
-    "exists": ("QueueNameExists",
-        "A queue already exists with the same name and a different value for attribute {}"),
-    "deleted recently": ("QueueDeletedRecently",
-        "You must wait 60 seconds after deleting a queue before you can create another with the"
-        " same name."),
-    "purged recently": ("PurgeQueueInProgress",
-        "Only one PurgeQueue operation on {} is allowed every 60 seconds."),
-    "attribute name": ("InvalidAttributeName", "Unknown Attribute {}."),
-    "of fifo alone": ("InvalidAttributeName",
-        "You can specify the {} only when FifoQueue is set to true."),
-    "attribute value": ("InvalidAttributeValue", "Invalid value for the parameter {}."),
-    "queue type": ("InvalidAttributeValue",
-        "Invalid value for the parameter FifoQueue. Reason: Modifying queue type is not"
-        " supported."),
-    "two encryptions": ("InvalidAttributeName",
-        "You can use one type of server-side encryption (SSE) at one time. You can either enable"
-        " KMS SSE or SQS SSE."),
-    "token": ("InvalidParameterValue", "Invalid or expired next token."),
-    "actions": ("OverLimit", "{} Actions were found, maximum allowed is 7."),
-    # Messages.
-    "characters": ("InvalidMessageContents",
-        f"Invalid characters found. Valid unicode characters are {_CHARACTERS}"),
-    "attributes": ("InvalidParameterValue",
-        "Number of message attributes [{}] exceeds the allowed maximum [10]."),
-    "attribute": ("InvalidParameterValue", "Message (user) attribute '{}' must {}."),
-    "list values": ("UnsupportedOperation",
-        "Message (user) attribute '{}' has a list of values, which is not supported."),
-    "number": ("InvalidParameterValue",
-        "Can't cast the value of message (user) attribute '{}' to a number."),
-    "system attribute": ("InvalidParameterValue",
-        "Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent."),
-    "too long": ("InvalidParameterValue",
-        "One or more parameters {}. Reason: Message must be shorter than {} bytes."),
-    "deduplication": ("InvalidParameterValue",
-        "The queue should either have ContentBasedDeduplication enabled or"
-        " MessageDeduplicationId provided explicitly"),
-    "in flight": ("OverLimit", "Too many messages are in flight."),
-    "handle": ("ReceiptHandleIsInvalid",
-        'The input receipt handle "{}" is not a valid receipt handle.'),
-    # Batches.
-    "no entries": ("EmptyBatchRequest",
-        "There should be at least one {}RequestEntry in the request."),
-    "entries": ("TooManyEntriesInBatchRequest",
-        "Maximum number of entries per request are {}. You have sent {}."),
-    "entry id": ("InvalidBatchEntryId",
-        "A batch entry id can only contain alphanumeric characters, hyphens and underscores. It"
-        " can be at most 80 letters long."),
-    "entry ids": ("BatchEntryIdsNotDistinct", "Id {} repeated."),
-    "batch too long": ("BatchRequestTooLong",
-        "Batch requests cannot be longer than {} bytes. You have sent {} bytes."),
-    # Message move tasks.
-    "arn": ("InvalidParameterValue", f"You must use this format to specify the {{}}: {_RESOURCE}"),
-    "no resource": ("ResourceNotFoundException",
-        "The resource that you specified for the {} parameter doesn't exist."),
-    "no dead letters": ("InvalidParameterValue",
-        "Source queue must be configured as a Dead Letter Queue."),
-    "running": ("InvalidParameterValue",
-        "There is already a task running. Only one active task is allowed for a source queue arn"
-        " at a given time."),
-    "task handle": ("InvalidParameterValue", "Value for parameter TaskHandle is invalid."),
-    "no task": ("ResourceNotFoundException", "Task does not exist."),
-}  # fmt: skip
+# A reason to refuse, the code and the message: AWS's own where it is known.
+_SQS_REFUSALS = """
+    invalid: InvalidParameterValue: {}
+    value: InvalidParameterValue: Value {} for parameter {} is invalid. Reason: {}
+    missing: MissingParameter: The request must contain the parameter {}.
+
+    no queue: QueueDoesNotExist: The specified queue does not exist.
+    queue name: InvalidParameterValue: Can only include alphanumeric characters, hyphens, or \
+        underscores. 1 to 80 in length
+    fifo name: InvalidParameterValue: The name of a FIFO queue can only include alphanumeric \
+        characters, hyphens, or underscores, must end with .fifo suffix and be 1 to 80 in length
+    exists: QueueNameExists: A queue already exists with the same name and a different value for \
+        attribute {}
+    deleted recently: QueueDeletedRecently: You must wait 60 seconds after deleting a queue \
+        before you can create another with the same name.
+    purged recently: PurgeQueueInProgress: Only one PurgeQueue operation on {} is allowed every \
+        60 seconds.
+    attribute name: InvalidAttributeName: Unknown Attribute {}.
+    of fifo alone: InvalidAttributeName: You can specify the {} only when FifoQueue is set to true.
+    attribute value: InvalidAttributeValue: Invalid value for the parameter {}.
+    queue type: InvalidAttributeValue: Invalid value for the parameter FifoQueue. Reason: \
+        Modifying queue type is not supported.
+    two encryptions: InvalidAttributeName: You can use one type of server-side encryption (SSE) \
+        at one time. You can either enable KMS SSE or SQS SSE.
+    token: InvalidParameterValue: Invalid or expired next token.
+    actions: OverLimit: {} Actions were found, maximum allowed is 7.
+
+    characters: InvalidMessageContents: Invalid characters found. Valid unicode characters are \
+        #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
+    attributes: InvalidParameterValue: Number of message attributes [{}] exceeds the allowed \
+        maximum [10].
+    attribute: InvalidParameterValue: Message (user) attribute '{}' must {}.
+    list values: UnsupportedOperation: Message (user) attribute '{}' has a list of values, which \
+        is not supported.
+    number: InvalidParameterValue: Can't cast the value of message (user) attribute '{}' to a \
+        number.
+    system attribute: InvalidParameterValue: Message system attribute '{}' is invalid: only \
+        AWSTraceHeader, a String, can be sent.
+    too long: InvalidParameterValue: One or more parameters {}. Reason: Message must be shorter \
+        than {} bytes.
+    deduplication: InvalidParameterValue: The queue should either have ContentBasedDeduplication \
+        enabled or MessageDeduplicationId provided explicitly
+    in flight: OverLimit: Too many messages are in flight.
+    handle: ReceiptHandleIsInvalid: The input receipt handle "{}" is not a valid receipt handle.
+
+    no entries: EmptyBatchRequest: There should be at least one {}RequestEntry in the request.
+    entries: TooManyEntriesInBatchRequest: Maximum number of entries per request are {}. You \
+        have sent {}.
+    entry id: InvalidBatchEntryId: A batch entry id can only contain alphanumeric characters, \
+        hyphens and underscores. It can be at most 80 letters long.
+    entry ids: BatchEntryIdsNotDistinct: Id {} repeated.
+    batch too long: BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have \
+        sent {} bytes.
+
+    arn: InvalidParameterValue: You must use this format to specify the {}: \
+        arn:<partition>:<service>:<region>:<account-id>:<resource-id>
+    no resource: ResourceNotFoundException: The resource that you specified for the {} parameter \
+        doesn't exist.
+    no dead letters: InvalidParameterValue: Source queue must be configured as a Dead Letter Queue.
+    running: InvalidParameterValue: There is already a task running. Only one active task is \
+        allowed for a source queue arn at a given time.
+    task handle: InvalidParameterValue: Value for parameter TaskHandle is invalid.
+    no task: ResourceNotFoundException: Task does not exist.
+"""
+SQS_REFUSALS = {
+    reason: (code, " ".join(message.split()))
+    for reason, code, message in re.findall(r"^ +(.+?): (\w+): (.+)", _SQS_REFUSALS, re.MULTILINE)
+}
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
@@ -3352,7 +3343,7 @@ QueueKey = Tuple[str, str, str]  # region, account, name
 
 
 class Message:
-    """A message and where it stands."""
+    """A message and its state."""
 
     __slots__ = (
         "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
@@ -3368,14 +3359,14 @@ class Message:
         self.system = system  # system attributes that do not change with a receive
         self.sent = sent
         self.received = 0  # how often
-        self.received_before = 0  # how often from other queues, which redrive policies disregard
+        self.received_before = 0  # how often from other queues; redrive policies ignore it
         self.first_received = 0.0
         self.last_received = 0.0
         self.hidden_until = 0.0  # 0 while it is visible
 
     @property
     def group(self) -> str:
-        """The message group id; "" where none was given."""
+        """Return the message group id, or ""."""
         return self.system.get("MessageGroupId", "")
 
 
@@ -3390,8 +3381,8 @@ class Queue:
         self.region, self.account, self.name = key
         self.arn = "arn:aws:sqs:" + ":".join(key)
         self.url_path = f"/{self.account}/{self.name}"
-        self.serial = serial  # tells queues apart that had the same name one after another
-        self.settings = settings  # by the names of SETTINGS, those that are set
+        self.serial = serial  # distinguishes queues that had the same name one after another
+        self.settings = settings  # by the names of SETTINGS
         self.tags: Dict[str, str] = {}
         self.created = self.modified = now
         self.purged = -math.inf
@@ -3402,7 +3393,7 @@ class Queue:
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._strays: List[Tuple[float, int, Message]] = []  # a heap of those older than the last
+        self._strays: List[Tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
 
     def number(self, setting: str) -> int:
@@ -3410,7 +3401,7 @@ class Queue:
         return int(self.settings[setting])
 
     def add(self, message: Message, delay: int = 0) -> None:
-        """Take in a message, hidden for its delay."""
+        """Add a message, hidden for its delay."""
         if self.messages and message.sent < next(reversed(self.messages.values())).sent:
             if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
                 self._strays = [it for it in self._strays if it[2].message_id in self.messages]
@@ -3418,21 +3409,20 @@ class Queue:
             heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
         message.hidden_until = 0.0
-        self._arrive(message)
         if delay:
             self.hide(message, message.sent + delay)
         else:
             self._offer(message)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until then."""
+        """Make a message invisible until that time."""
         self._withdraw(message)
         message.hidden_until = until
         self._count_hidden(message, 1)
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
-            self.changed.notify_all()  # who waits must now wait for less
+            self.changed.notify_all()  # the waiters must wake up earlier
         if len(self._hidden) > 2 * len(self.messages) + 64:
             self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
             heapq.heapify(self._hidden)
@@ -3443,7 +3433,7 @@ class Queue:
         self._offer(message)
 
     def remove(self, message: Message) -> None:
-        """Drop a message, wherever it stands."""
+        """Drop a message, visible or not."""
         self._withdraw(message)
         del self.messages[message.message_id]
 
@@ -3489,9 +3479,6 @@ class Queue:
         else:
             self.delayed += change
 
-    def _arrive(self, message: Message) -> None:
-        """Called when a message comes in, before it is visible or hidden."""
-
     def _offer(self, message: Message) -> None:
         self._visible[message.message_id] = message
         self.changed.notify()
@@ -3506,7 +3493,7 @@ class Queue:
 
 
 class Sent(NamedTuple):
-    """What a FIFO queue remembers of a message that was sent."""
+    """A sent message, as a FIFO queue remembers it."""
 
     at: float
     message_id: str
@@ -3514,9 +3501,9 @@ class Sent(NamedTuple):
 
 
 class FifoQueue(Queue):
-    """A queue whose messages come in the order of their group, each sent once.
+    """A queue that keeps the order of each message group, and drops repeated sends.
 
-    Of a group, only what stands before its first hidden message may be received: so a group is
+    A receive takes only messages before the first hidden message of a group: so a group is
     locked while its first message is in flight ("Amazon SQS FIFO delivery logic").
     """
 
@@ -3524,29 +3511,34 @@ class FifoQueue(Queue):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Fixed when the queue is made: AWS takes a later change without heeding it.
+        # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
         self._groups: Dict[str, OrderedDict[str, Message]] = {}
-        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, by their turn
+        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[Tuple[str, str], Sent] = OrderedDict()
         self.attempts: OrderedDict[str, Tuple[float, List[Tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first sent with that deduplication id in five minutes; `sent` if none was."""
+        """Return the first one with that deduplication id in five minutes, which may be `sent`."""
         oldest = sent.at - SECONDS_DEDUPLICATED
         while self._sent and next(iter(self._sent.values())).at <= oldest:
             self._sent.popitem(last=False)
         group = system["MessageGroupId"] if self._scoped_to_group else ""
         return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
 
+    def add(self, message: Message, delay: int = 0) -> None:
+        """Add a message to its group, hidden for its delay."""
+        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
+        super().add(message, delay)
+
     def clear(self) -> None:
-        """Drop all messages, and the memory of those sent."""
+        """Drop all messages, and forget what was sent."""
         super().clear()
         for held in (self._groups, self._ready, self._sent, self.attempts):
             held.clear()
 
     def change_delay(self, now: float) -> None:
-        """Hold delayed messages to the present delay; on a standard queue they keep theirs."""
+        """Apply the new delay to delayed messages; on a standard queue they keep their own."""
         delay = self.number("DelaySeconds")
         for message in self.messages.values():
             if message.hidden_until and not message.received:
@@ -3554,21 +3546,21 @@ class FifoQueue(Queue):
         self.advance(now)
 
     def next_change(self, deadline: float) -> float:
-        """The oldest message may expire, too, and free its group."""
+        """Return when a message may come back or expire, which may free its group."""
         retained = self.number("MessageRetentionPeriod")
         oldest = next(iter(self.messages.values()), None)
         return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
 
     def pick(self, limit: int) -> List[Message]:
-        """As many as can be of one group, then of the next."""
+        """Return as many messages as possible of one group, then of the next."""
         picked: List[Message] = []
         for group in self._ready:
             for message in self._groups[group].values():
-                if message.hidden_until or len(picked) == limit:
+                if len(picked) == limit:
+                    return picked
+                if message.hidden_until:
                     break
                 picked.append(message)
-            if len(picked) == limit:
-                break
         return picked
 
     def remove(self, message: Message) -> None:
@@ -3581,18 +3573,15 @@ class FifoQueue(Queue):
         self._turn(message.group)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible, and so those behind it."""
+        """Make a message invisible until that time, and lock its group."""
         super().hide(message, until)
         self._turn(message.group)
-
-    def _arrive(self, message: Message) -> None:
-        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
 
     def _offer(self, message: Message) -> None:
         self._turn(message.group)
 
     def _turn(self, name: str) -> None:
-        """Give the group a turn if its first message is visible, or else none."""
+        """Add the group to `_ready` if its first message is visible, otherwise remove it."""
         group = self._groups.get(name)
         if not group or next(iter(group.values())).hidden_until:
             self._ready.pop(name, None)
@@ -3602,7 +3591,7 @@ class FifoQueue(Queue):
 
 
 class MoveTask:
-    """Messages on their way out of a dead-letter queue ("StartMessageMoveTask")."""
+    """A task that moves messages out of a dead-letter queue ("StartMessageMoveTask")."""
 
     def __init__(self, given: Mapping[str, Any], task_id: str, to_move: int, now: float) -> None:
         self.task_id = task_id
@@ -3615,31 +3604,30 @@ class MoveTask:
         self.to_move = to_move
         self.moved = 0
         self.status = "RUNNING"
-        self.failure = ""
 
     @property
     def handle(self) -> str:
-        """What names the task while it runs."""
+        """Return the name of the task while it runs."""
         return _base64_text(_to_json({"taskId": self.task_id, "sourceArn": self.source_arn}))
 
     def due(self, now: float) -> int:
         """Return how many messages should have moved by now."""
         elapsed = now - self.started
-        return self._burst + int(elapsed * self._pace + 0.001)  # a float falls short of its tick
+        return self._burst + int(elapsed * self._pace + 0.001)  # a float may be a little short
 
     def next_move(self) -> float:
-        """Return when the next message is to move."""
+        """Return when the next message should move."""
         return self.started + (self.moved - self._burst + 1) / self._pace
 
     def output(self) -> Mapping[str, Any]:
-        """Return what ListMessageMoveTasks says of it."""
+        """Return the task as an element of the output of ListMessageMoveTasks."""
         output = {
             "TaskHandle": self.handle if self.status == "RUNNING" else "",
             "Status": self.status,
             "SourceArn": self.source_arn,
             "DestinationArn": self.destination_arn,
             "MaxNumberOfMessagesPerSecond": self.rate,
-            "FailureReason": self.failure,
+            "FailureReason": ERRORS["QueueDoesNotExist"].code if self.status == "FAILED" else "",
         }
         output = {name: value for name, value in output.items() if value}
         output["ApproximateNumberOfMessagesMoved"] = self.moved
@@ -3652,11 +3640,11 @@ class MoveTask:
 
 
 class Setting(NamedTuple):
-    """A queue attribute that can be set: its default, "" for none, and its normal form."""
+    """A queue attribute that callers can set."""
 
-    default: str
-    normal: Callable[[str], str]  # raises ValueError for what is not allowed
-    fifo: bool = False  # of FIFO queues alone
+    default: str  # "" if there is none
+    normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
+    fifo: bool = False  # of FIFO queues only
 
 
 def _whole(low: int, high: int) -> Callable[[str], str]:
@@ -3683,7 +3671,7 @@ MAX_POLICY_DEPTH = 32
 
 
 def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError for one so deep that writing it would fail."""
+    """Return a policy; ValueError if it is so deep that writing it would fail."""
     policy = read_json(text)
     level: List[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
@@ -3735,7 +3723,6 @@ def _reuse_period(text: str) -> str:
 
 _BOOLEAN = _one_of("true", "false")
 _LIMITS = _one_of("perQueue", "perMessageGroupId")
-
 SETTINGS: Mapping[str, Setting] = {
     "DelaySeconds": Setting("0", _whole(0, 900)),
     "MaximumMessageSize": Setting("1048576", _whole(1024, 1048576)),
@@ -3766,7 +3753,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
 
 
 def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
-    """Return queue attributes in their normal form, "" for one to unset, or raise ServiceError."""
+    """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: Dict[str, str] = {}
     for name, text in given.items():
         setting = SETTINGS.get(name)
@@ -3784,12 +3771,12 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
 
 
 def check_encryption(settings: Mapping[str, str]) -> None:
-    """Refuse settings that ask for two kinds of encryption at once."""
+    """Refuse settings that enable two kinds of encryption."""
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
         raise sqs_refusal("two encryptions")
 
 
-# ---- What may be sent ----
+# ---- Checks ----
 
 _QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
@@ -3815,13 +3802,6 @@ def attributes_md5(attributes: Attributes) -> str:
 
 def _md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _check_body(body: str) -> None:
-    if not body:
-        raise sqs_refusal("missing", "MessageBody")
-    if _NOT_XML.search(body):
-        raise sqs_refusal("characters")
 
 
 def _check_attributes(attributes: Attributes) -> None:
@@ -3854,7 +3834,7 @@ def _check_system(attributes: Attributes) -> None:
 
 
 def _size(entry: Members) -> int:
-    """Return the bytes of a message that count: body, and names, types, values of attributes."""
+    """Return the bytes of the body, and of the names, types and values of the attributes."""
     parts = [entry["MessageBody"]]
     for name, attribute in entry.get("MessageAttributes", {}).items():
         parts += (name, *attribute.values())
@@ -3882,7 +3862,7 @@ def _check_id(given: Members, parameter: str) -> None:
 
 
 def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
-    """Refuse what does not fit the kind of queue; in a batch this fails the whole batch."""
+    """Refuse an entry that does not fit the kind of queue, and with it the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
     if not queue.fifo:
@@ -3901,22 +3881,17 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
 # ---- The operations ----
 
 
-def _uptime() -> float:
-    """Return seconds since some moment, which time in suspend counts towards if possible."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if boot is None else time.clock_gettime(boot)
-
-
-_BOOTED = time.time() - _uptime()
+_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
+_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def steady_time() -> float:
-    """Return seconds since 1970, whatever is done to the system's clock from now on."""
-    return _BOOTED + _uptime()
+    """Return seconds since 1970, without later changes of the system's clock."""
+    return _BOOTED + time.clock_gettime(_UPTIME)
 
 
 def random_id() -> str:
-    """Return a random UUID (RFC 9562, 5.4) in a fifth of the time that the uuid module takes."""
+    """Return a random UUID (RFC 9562, 5.4), five times as fast as the uuid module."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
@@ -3924,8 +3899,8 @@ def random_id() -> str:
 class Sqs:
     """The queues of all accounts and regions, and the operations on them.
 
-    With `cooldown`, a queue may be purged, and made anew under a deleted name, only when 60
-    seconds have passed, as on AWS.
+    With `cooldown`, a second purge, and a queue with the name of a deleted one, must wait for
+    60 seconds, as on AWS.
     """
 
     def __init__(
@@ -3938,7 +3913,7 @@ class Sqs:
     ) -> None:
         self._clock = clock
         self._new_id = new_id
-        self._secret = secret or os.urandom(32)  # receipt handles of others are not ours
+        self._secret = secret or os.urandom(32)  # authenticates receipt handles
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
@@ -3949,14 +3924,14 @@ class Sqs:
         self._serials = itertools.count(1)
 
     def answer(self, call: Call) -> Output:
-        """Return the output of a call; the queues are untouched where it raises ServiceError."""
+        """Return the output of a call; ServiceError, and then the queues are unchanged."""
         with self._lock:
             if self._running:
                 self._move_messages(self._clock())
             return OPERATIONS[call.operation].method(self, call)
 
     def drain(self) -> None:
-        """Have the calls that wait for messages return with none."""
+        """Make all calls that wait for messages return without messages."""
         with self._lock:
             self._draining = True
             for queue in self._queues.values():
@@ -3965,7 +3940,7 @@ class Sqs:
     # ---- Queues ----
 
     def _queue(self, call: Call) -> Queue:
-        """Return the queue of a QueueUrl: its last two segments count, or the name alone."""
+        """Return the queue that the last two segments of QueueUrl name, or the only one."""
         rest, slash, name = call.input.get("QueueUrl", "").rstrip("/").rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
         return self._found(call, account, name)
@@ -3982,7 +3957,7 @@ class Sqs:
         return self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
-        """Make a queue, or find one of that name whose attributes do not differ."""
+        """Create a queue, or return one with that name and the same attributes."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
         allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
@@ -4045,7 +4020,7 @@ class Sqs:
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
     def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
-        """Return a page of queue URLs, by name; a token only if a page was asked for."""
+        """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
         token, after = call.input.get("NextToken", ""), ""
         try:
@@ -4077,7 +4052,7 @@ class Sqs:
         return json.loads(text)["deadLetterTargetArn"] if text else ""
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
-        """Return the attributes asked for, those that are set."""
+        """Return those of the named attributes that are set."""
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
@@ -4092,7 +4067,7 @@ class Sqs:
         return {"Attributes": attributes} if attributes else {}
 
     def set_queue_attributes(self, call: Call) -> None:
-        """Change attributes of a queue; all of them or none."""
+        """Change attributes of a queue, all or none."""
         queue = self._queue(call)
         settings = normal_settings(call.input["Attributes"], queue.fifo)
         both = "SqsManagedSseEnabled" in settings
@@ -4113,13 +4088,13 @@ class Sqs:
         queue.clear()
 
     def delete_queue(self, call: Call) -> None:
-        """Drop a queue; calls that wait on it learn that it is gone."""
+        """Drop a queue and wake the calls that wait on it."""
         queue = self._queue(call)
         key = (queue.region, queue.account, queue.name)
         del self._queues[key]
         if self._cooldown:
             now = self._clock()
-            self._deleted.pop(key, None)  # they stand in the order of their time
+            self._deleted.pop(key, None)  # the oldest is first
             self._deleted[key] = now
             while next(iter(self._deleted.values())) + SECONDS_COOLING <= now:
                 del self._deleted[next(iter(self._deleted))]
@@ -4144,7 +4119,7 @@ class Sqs:
         return {"Tags": tags} if tags else {}
 
     def add_permission(self, call: Call) -> None:
-        """Add a statement to the queue's policy, which is kept and not enforced."""
+        """Add a statement to the queue's policy, which the proxy does not enforce."""
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _BATCH_ID.fullmatch(label):
@@ -4176,7 +4151,7 @@ class Sqs:
         self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
 
     def remove_permission(self, call: Call) -> None:
-        """Take a statement out of the queue's policy; with the last the policy goes."""
+        """Remove a statement of the queue's policy; without statements, remove the policy."""
         queue, label = self._queue(call), call.input["Label"]
         policy = json.loads(queue.settings.get("Policy", "{}"))
         statements = self._statements(policy)
@@ -4198,13 +4173,13 @@ class Sqs:
     # ---- Sending ----
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
-        """Take in a message; it is visible after its delay."""
+        """Add a message, which is visible after its delay."""
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
         return self._send(queue, call, call.input, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Take in up to ten messages, each on its own."""
+        """Add up to ten messages independently of each other."""
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
@@ -4217,7 +4192,10 @@ class Sqs:
     def _send(self, queue: Queue, call: Call, entry: Members, too_long: str) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
-        _check_body(body)
+        if not body:
+            raise sqs_refusal("missing", "MessageBody")
+        if _NOT_XML.search(body):
+            raise sqs_refusal("characters")
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
             raise sqs_refusal("too long", too_long, most)
@@ -4264,7 +4242,7 @@ class Sqs:
         return of_queue
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
-        """Return the entries of a batch; refuse the whole of it for what is wrong with it."""
+        """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
         entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
         if not entries:
             raise sqs_refusal("no entries", call.operation)
@@ -4279,7 +4257,7 @@ class Sqs:
         return entries
 
     def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
-        """Return what became of each entry; one that fails leaves the others be."""
+        """Return the result of each entry; a failed entry does not affect the others."""
         successful, failed = [], []
         for entry in entries:
             try:
@@ -4293,7 +4271,7 @@ class Sqs:
     # ---- Receiving ----
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
-        """Return messages, hidden from others from now on; wait for the first if asked to."""
+        """Return messages and hide them; wait for the first one up to WaitTimeSeconds."""
         queue, given = self._queue(call), call.input
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
@@ -4319,7 +4297,7 @@ class Sqs:
             queue.advance(now)
             if call.request.abandoned():
                 if queue.pick(1):
-                    queue.changed.notify()  # the wake-up was for a message; pass it on
+                    queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
         if not messages:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
@@ -4329,7 +4307,7 @@ class Sqs:
         return {"Messages": [self._received(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
-        """Return up to `limit` messages, received now; those received too often are moved."""
+        """Receive up to `limit` messages; move those that were received too often."""
         target, most = self._dead_letters(queue)
         taken: List[Message] = []
         dead: List[Message] = []
@@ -4357,7 +4335,7 @@ class Sqs:
         return taken
 
     def _dead_letters(self, queue: Queue) -> Tuple[Optional[Queue], int]:
-        """Return where messages go, and after how many receives; None for nowhere."""
+        """Return the dead-letter queue, None if there is none, and the maxReceiveCount."""
         text = queue.settings.get("RedrivePolicy")
         if not text:
             return None, 0
@@ -4365,7 +4343,7 @@ class Sqs:
         return self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
 
     def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
-        """Give a message to the dead-letter queue; the count of its receives goes on."""
+        """Move a message to the dead-letter queue, with the count of its receives."""
         message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
         message.received_before = message.received
         if target.fifo:
@@ -4373,7 +4351,7 @@ class Sqs:
         target.add(message)
 
     def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> List[Message]:
-        """Return what the same attempt has received, if nothing has happened to it since."""
+        """Return the messages that the same attempt received, if none has changed since."""
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
             return []
@@ -4425,14 +4403,14 @@ class Sqs:
             output["MessageAttributes"] = chosen
         return output
 
-    # ---- What is done with a receipt handle ----
+    # ---- Receipt handles ----
 
     def _receipt_handle(self, queue: Queue, message: Message) -> str:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
         return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
 
     def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
-        """Return the message of a handle, None if gone, and whether the receive still holds it."""
+        """Return the message of a handle, or None, and whether its receive still holds it."""
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
@@ -4445,7 +4423,7 @@ class Sqs:
         return message, held
 
     def delete_message(self, call: Call) -> None:
-        """Drop a received message; nothing happens if it is gone already."""
+        """Drop a received message if it still exists."""
         self._delete(self._queue(call), call.input["ReceiptHandle"])
 
     def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
@@ -4461,7 +4439,7 @@ class Sqs:
             queue.remove(message)
 
     def change_message_visibility(self, call: Call) -> None:
-        """Hide a received message for so many seconds from now on; 0 shows it at once."""
+        """Hide a received message for VisibilityTimeout seconds; 0 shows it at once."""
         self._change(self._queue(call), call.input)
 
     def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
@@ -4489,7 +4467,7 @@ class Sqs:
     # ---- Moving messages out of a dead-letter queue ----
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Begin to move messages from a dead-letter queue to their own, or elsewhere."""
+        """Start to move messages from a dead-letter queue to their source or DestinationArn."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
@@ -4508,7 +4486,7 @@ class Sqs:
         handle = task.handle
         self._move_messages(now)
         for queue in self._queues.values():
-            queue.changed.notify_all()  # who waits must now wait for less
+            queue.changed.notify_all()  # the waiters must wake up earlier
         return {"TaskHandle": handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
@@ -4529,7 +4507,7 @@ class Sqs:
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
     def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Stop a running task; what has moved stays where it is."""
+        """Stop a running task; messages that have moved stay where they are."""
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
@@ -4545,31 +4523,28 @@ class Sqs:
         raise sqs_refusal("no task")
 
     def _move_messages(self, now: float) -> None:
-        """Move what the running tasks should have moved by now."""
         for task in list(self._running):
-            source = self._by_arn(task.source_arn)
-            if source:
-                source.advance(now)
-            due = min(task.due(now), task.to_move)
-            while source and task.moved < due and task.status == "RUNNING":
-                picked = source.pick(1)
-                if not picked:
-                    break
-                arn = task.destination_arn or picked[0].system.get("DeadLetterQueueSourceArn", "")
-                target = self._by_arn(arn)
-                if target is None:
-                    task.status = "FAILED"
-                    task.failure = ERRORS["QueueDoesNotExist"].code
-                else:
-                    source.remove(picked[0])
-                    self._redrive(target, picked[0], now)
-                    task.moved += 1
-            if source is None:
-                task.status, task.failure = "FAILED", ERRORS["QueueDoesNotExist"].code
-            elif task.status == "RUNNING" and (task.moved >= task.to_move or not source.pick(1)):
-                task.status = "COMPLETED"
+            task.status = self._move(task, now)
             if task.status != "RUNNING":
                 self._running.remove(task)
+
+    def _move(self, task: MoveTask, now: float) -> str:
+        """Move the messages of a task that should have moved by now, and return its status."""
+        source = self._by_arn(task.source_arn)
+        if source is None:
+            return "FAILED"
+        source.advance(now)
+        due = min(task.due(now), task.to_move)
+        while task.moved < due and source.pick(1):
+            (message,) = source.pick(1)
+            arn = task.destination_arn or message.system.get("DeadLetterQueueSourceArn", "")
+            target = self._by_arn(arn)
+            if target is None:
+                return "FAILED"
+            source.remove(message)
+            self._redrive(target, message, now)
+            task.moved += 1
+        return "RUNNING" if task.moved < task.to_move and source.pick(1) else "COMPLETED"
 
     def _redrive(self, target: Queue, message: Message, now: float) -> None:
         """Send a dead letter again: a new message with a new id ("Configure a DLQ redrive")."""
@@ -4599,8 +4574,7 @@ _SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:in
 _SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
 _SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
 
-# Operation, input, and behind the arrow the output; no arrow: it has none.  QueueUrl is required
-# too, but who leaves it out is told that there is no such queue.
+# QueueUrl is required too, but AWS answers a call without it with QueueDoesNotExist.
 _OPERATIONS = f"""
     AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
     CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved
@@ -4631,26 +4605,19 @@ _OPERATIONS = f"""
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
 
-_LISTS = (  # that are spelled in the singular
-    "AWSAccountId AttributeName BinaryListValue MessageAttributeName Message QueueUrl"
-    " MessageSystemAttributeName StringListValue TagKey"
-)
+_QUERY_NAMES = """
+    AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
+    Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
+    Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
+    MessageAttributes=MessageAttribute:Name:Value Messages=Message
+    MessageSystemAttributeNames=MessageSystemAttributeName
+    MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
+    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry
+    TagKeys=TagKey Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+"""
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
-    {
-        **{f"{name}s": QueryName(name) for name in _LISTS.split()},
-        "Actions": QueryName("ActionName"),
-        "Attributes": QueryName("Attribute", "Name", "Value"),
-        "Entries": QueryName("{}RequestEntry"),
-        "Failed": QueryName("BatchResultErrorEntry"),
-        "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
-        "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
-        "Results": QueryName("{}ResultEntry"),
-        "Successful": QueryName("{}ResultEntry"),
-        "Tags": QueryName("Tag", "Key", "Value"),
-        "queueUrls": QueryName("QueueUrl"),
-        "tags": QueryName("Tag", "Key", "Value"),
-    },
+    {name: QueryName(*spelled.split(":")) for name, spelled in pairs(_QUERY_NAMES).items()},
     frozenset({"CreateQueue", "ListQueues"}),
 )
 
