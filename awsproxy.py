@@ -6551,18 +6551,18 @@ class Upstream:
 
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
 #
-# Everything that watches calls or changes them is a hook, ours too.
+# Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 
 
 class Exchange:
-    """A request, and what became of it, as `Hook.observe` sees it."""
+    """A request and its result, for `Hook.observe`."""
 
-    call: Optional[Call] = None  # once the meaning is known
-    target: Optional[Target] = None  # what answers, for Proxy
-    spooled: Optional[BinaryIO] = None  # the file that a long body is kept in meanwhile
+    call: Optional[Call] = None  # None before the operation is known
+    target: Optional[Target] = None  # chosen by Proxy
+    spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = 0
-    error = "-"  # the code that the caller was told
-    reason = ""  # the row of REFUSALS, if its signature was refused
+    error = "-"  # the error code in the answer
+    reason = ""  # the row of REFUSALS, if the signature was refused
     seconds = 0.0
     reply_bytes = 0
     reply: Optional[Reply] = None
@@ -6577,7 +6577,7 @@ class Exchange:
 
     @property
     def access_key_id(self) -> str:
-        """The key that signed it; with `?` in front if its signature did not hold."""
+        """Return the key that signed it, with a `?` in front if the signature was not verified."""
         if self.call:
             return self.call.caller.access_key_id
         claimed = claim(self.request)[0]
@@ -6585,7 +6585,7 @@ class Exchange:
 
     @property
     def action(self) -> str:
-        """The action, as far as the head tells where it was not found out."""
+        """Return the action; without a Call, the one that the head names."""
         if self.call:
             return self.call.action
         service = self.wire.service(self.request) or claim(self.request)[1].service
@@ -6593,24 +6593,23 @@ class Exchange:
 
     @property
     def request_bytes(self) -> int:
-        """The Content-Length; 0 where there is none that is a number."""
+        """Return the Content-Length, 0 if it is missing or malformed."""
         length = self.request.header("content-length")
         return int(length) if length and _DIGITS.fullmatch(length) else 0
 
     @property
     def attempt(self) -> int:
-        """Which try of its SDK this is, from 1 on; 0 where the SDK does not tell."""
-        header = self.request.header("amz-sdk-request")
-        match = header and _ATTEMPT.search(header)
+        """Return the number of the SDK's attempt, from 1 on; 0 if it is unknown."""
+        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
         return int(match[1]) if match else 0
 
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
-MAX_SHOWN = 256  # characters of what a caller named, in a log line
+MAX_SHOWN = 256  # characters of a caller's text in a log line
 
 
 class Workers:
-    """Threads for what may wait: as many as there is to do at once, idle ones used again."""
+    """Threads for tasks that may block: a new one only if none is idle."""
 
     IDLE_SECONDS = 30
 
@@ -6620,7 +6619,7 @@ class Workers:
         self._idle = 0
 
     def run(self, task: Callable[[], None]) -> None:
-        """Have a thread do it; RuntimeError where no more threads can be had."""
+        """Run the task in a thread; RuntimeError if the system has no more threads."""
         with self._lock:
             spare = self._idle > 0
             if spare:
@@ -6635,7 +6634,7 @@ class Workers:
                 task = self._tasks.get(timeout=self.IDLE_SECONDS)
             except queues.Empty:
                 with self._lock:
-                    if self._idle > 0:  # none of the idle has been promised a task: one may go
+                    if self._idle > 0:  # no task waits for this thread
                         self._idle -= 1
                         return
                 continue
@@ -6645,41 +6644,38 @@ class Workers:
 
 
 class Hook:
-    """What can be done to calls; a subclass, or a module, has any of these.
+    """Watches or changes calls; a subclass, or a module, has some of these functions.
 
-    `before` runs in the order of the hooks, `after` and `observe` in reverse.  A hook may raise
-    ServiceError, which is the answer then; any other exception is logged, and answered as
+    `before` runs in the order of the hooks, `after` and `observe` in reverse.  If a hook raises
+    ServiceError, that error is the answer.  Any other exception is logged, and the call gets
     InternalFailure.
     """
 
     def concerns(self, call: Call) -> bool:
-        """Whether `before`, `rewrite` and `after` are for this call; it must not wait.
+        """Return whether to run `before`, `rewrite` and `after` for this call; do not block.
 
-        A call that no hook is for is answered as quickly as if there were none.
+        A call that concerns no hook is as fast as without hooks.
         """
         return True
 
     def before(self, call: Call) -> Optional[Reply]:
-        """Called once the call is verified; a Reply answers it, None lets it go on.
+        """Return a Reply to answer a verified call, None to let it go on.
 
-        `call.input` may be changed; the call is then encoded anew in its own protocol.
+        If the hook changes `call.input`, the call is encoded again in its own protocol.
         """
 
     def rewrite(self, call: Call, outgoing: Request) -> Optional[Request]:
-        """Return what to send upstream instead, before it is signed, or None.
-
-        Hop-by-hop headers are gone by then.
-        """
+        """Return another request to sign and send, without hop-by-hop headers, or None."""
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
-        """Called with the answer, ours or the upstream's; return another one, or None."""
+        """Return another answer, or None to keep this one of the proxy or the upstream."""
 
     def observe(self, exchange: Exchange) -> None:
-        """Called when a request was answered, also one that was refused; it must not wait."""
+        """Look at an answered or refused request; do not block."""
 
 
 def run_hook(act: Callable[..., Any], *given: Any) -> Any:
-    """Return what the code of a hook returns; raise RuntimeError if it raises no Exception."""
+    """Return what the code of a hook returns; turn a SystemExit and the like into RuntimeError."""
     try:
         return act(*given)
     except Exception:
@@ -6689,10 +6685,8 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 
 MOMENTS = ("before", "rewrite", "after", "observe")
-_OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
-
-
-_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read once
+_OF_A_HOOK = (*MOMENTS, "concerns")  # not a hook on its own
+_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
 def stamp_of(path: str) -> Tuple[int, ...]:
@@ -6707,9 +6701,9 @@ def stamp_of(path: str) -> Tuple[int, ...]:
 
 
 class Watched:
-    """What files say, read again when they change; a broken new version is logged and left.
+    """A value read from files, again when they change; if that fails, the old value stays.
 
-    Raises OSError or ValueError where the first one cannot be read.
+    Raise OSError or ValueError if the files cannot be read at first.
     """
 
     def __init__(self, *paths: str) -> None:
@@ -6724,7 +6718,7 @@ class Watched:
         return [stamp_of(path) for path in self._paths]
 
     def refresh(self) -> bool:
-        """Read again what has changed; whether there is a new value."""
+        """Read the files again if they have changed, and return whether there is a new value."""
         stamps = self._stamps_now()
         if stamps == self._stamps or _NO_FILE in stamps:
             return False
@@ -6732,7 +6726,7 @@ class Watched:
         try:
             self.value = self._read()
         except (OSError, ValueError) as error:
-            log.error("%s not read again, what it said stays: %s", self._paths[0], error)
+            log.error("%s not read again, keeping the old contents: %s", self._paths[0], error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._stamps = ()
             return False
@@ -6741,7 +6735,7 @@ class Watched:
 
 
 class HookFile(Watched):
-    """A hook in a file of its own: `value` is the module, a plain one."""
+    """A hook in a file: `value` is its module."""
 
     def _read(self) -> Any:
         name = os.path.splitext(os.path.basename(self._paths[0]))[0]
@@ -6761,8 +6755,7 @@ class HookFile(Watched):
                 close = difflib.get_close_matches(name, _OF_A_HOOK, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
-        for name in _OF_A_HOOK:
-            if hasattr(module, name) and not callable(getattr(module, name)):
+            if name in _OF_A_HOOK and not callable(value):
                 raise ValueError(f"{name} is no function")
         if not any(hasattr(module, moment) for moment in MOMENTS):
             raise ValueError(f"it has none of {', '.join(MOMENTS)}")
@@ -6770,10 +6763,10 @@ class HookFile(Watched):
 
 
 class LineWriter:
-    """Writes lines to a stream in a separate thread: callers never wait for a slow reader.
+    """Writes lines to a stream in a thread, so that callers never wait for a slow reader.
 
-    At most MOST lines wait; lines beyond that are dropped and counted.  `open_again` returns a
-    new stream for `reopen`, and may raise OSError.
+    If MOST lines wait, more lines are dropped and counted.  `open_again` returns a new stream
+    for `reopen`, and may raise OSError.
     """
 
     MOST = 5000
@@ -6791,7 +6784,7 @@ class LineWriter:
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
-        """Queue a line; it is written within a moment."""
+        """Queue a line for the thread."""
         if len(self._lines) + self._writing >= self.MOST:
             self.dropped += 1
             return
@@ -6800,12 +6793,12 @@ class LineWriter:
             self._arrived.set()
 
     def reopen(self) -> None:
-        """Open the stream again soon: somebody has moved the file away."""
+        """Open the stream again soon, because the log file was moved."""
         self._reopens = True
         self._arrived.set()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Wait until all lines are written, but not for a reader that does not read."""
+        """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
         while (self._lines or self._writing) and time.monotonic() < until:
             self._written.clear()
@@ -6835,14 +6828,14 @@ class LineWriter:
             try:
                 old, self._stream = self._stream, self._open_again()
             except OSError as error:
-                log.error("the log file cannot be opened again, the old one stays: %s", error)
+                log.error("the log file cannot be opened again, keeping the old one: %s", error)
                 return
-            with contextlib.suppress(OSError, ValueError):  # what it still held cannot be written
+            with contextlib.suppress(OSError, ValueError):  # its buffer cannot be written
                 old.close()
 
 
 class AccessLog(Hook):
-    """Writes a line for each exchange, as text or as JSON; without secrets."""
+    """Writes a line without secrets for each exchange, as text or as JSON."""
 
     def __init__(self, stream: Any, of_json: bool) -> None:
         self._stream = stream
@@ -6887,7 +6880,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a field of a text line: one word, cut, in printable ASCII."""
+    """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN]
     if not _is_plain(text) or "\\" in text:
         text = text.encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
@@ -6895,14 +6888,14 @@ def _shown(value: Any) -> str:
 
 
 def _cut(value: Any) -> Any:
-    """Return a field of a JSON line, cut; JSON spells a character in up to twelve."""
+    """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
     if not isinstance(value, str):
         return value
     return value[: MAX_SHOWN if _is_plain(value[:MAX_SHOWN]) else MAX_SHOWN // 8]
 
 
 def open_log(path: str) -> Any:
-    """Return a log file to append to, line by line.  Raises OSError."""
+    """Return a log file that appends line by line; or OSError."""
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
@@ -6910,14 +6903,13 @@ Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
 
 
 class Metrics(Hook):
-    """Counts calls, and tells the counts in Prometheus's text format.
+    """Counts calls for Prometheus.
 
-    What strangers name is not counted by its name: before a signature held the client is "-",
-    and beyond MAX_OPERATIONS an operation that was not seen before is "other", as is, beyond
-    MAX_ROWS, a code, and beyond twice as many all of a row.
+    Strangers cannot add names without limit.  Without a verified signature the client is "-".
+    After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
+    After twice as many rows, so are all labels of a new row.
     """
 
-    BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
     THROTTLES = frozenset(
@@ -6931,12 +6923,11 @@ class Metrics(Hook):
         # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
         self._rows: Dict[Tuple[Any, ...], List[int]] = {}
         self._refusals = Counts()
-        self._seconds = Histogram(self.BUCKETS)
-        self._upstream_seconds = Histogram(self.BUCKETS)
+        self._seconds, self._upstream_seconds = Histogram(), Histogram()
         self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Have a value told that is read when it is asked for."""
+        """Add a gauge; `read` returns its value."""
         self._gauges[name] = (help_text, read)
 
     def observe(self, exchange: Exchange) -> None:
@@ -6956,7 +6947,7 @@ class Metrics(Hook):
                 self._refusals[(exchange.reason,)] += 1
 
     def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
-        """Return where to count such calls; operations beyond the most are counted as one."""
+        """Return the row that counts such calls, a common one if there are too many."""
         client, *operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
             self._operations.add((operation[0], operation[1]))
@@ -6970,7 +6961,7 @@ class Metrics(Hook):
         return self._rows.setdefault(key, [0, 0, 0])
 
     def text(self) -> str:
-        """Return all of it (Prometheus, "Exposition formats", text format 0.0.4)."""
+        """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
         lines: List[str] = []
         calls, attempts = Counts(), Counts()
         totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
@@ -6992,8 +6983,8 @@ class Metrics(Hook):
             ):
                 _head(lines, f"{name}_total", "counter", help_text)
                 for values, count in sorted(counts.items()):
-                    told = _labels(zip(labels.split(), values))
-                    lines.append(f"awsproxy_{name}_total{told} {count}")
+                    shown = _labels(zip(labels.split(), values))
+                    lines.append(f"awsproxy_{name}_total{shown} {count}")
             self._seconds.write(lines, "request_seconds", "How long a request took.")
             self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
         for name, (help_text, read) in self._gauges.items():
@@ -7006,23 +6997,24 @@ class Metrics(Hook):
 
 
 class Histogram:
-    """Counts of values up to each bound."""
+    """Counts seconds up to each bound."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self.BOUNDS) + 1)
         self._sum = 0.0
 
     def add(self, value: float) -> None:
         """Count a value."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self._sum += value
 
     def write(self, lines: List[str], name: str, help_text: str) -> None:
-        """Append the lines that tell it."""
+        """Append the lines of the histogram."""
         _head(lines, name, "histogram", help_text)
         running = itertools.accumulate(self._counts)
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), running):
+        for bound, count in zip((*map(str, self.BOUNDS), "+Inf"), running):
             lines.append(f'awsproxy_{name}_bucket{{le="{bound}"}} {count}')
         lines.append(f"awsproxy_{name}_sum {_number_text(self._sum)}")
         lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
@@ -7045,7 +7037,7 @@ def _number_text(value: float) -> str:
 
 @lru_cache(maxsize=1)
 def file_sha256() -> str:
-    """Return the SHA-256 of this very file, in hex."""
+    """Return the SHA-256 of this file in hex."""
     with open(__file__, "rb") as source:
         return hashlib.sha256(source.read()).hexdigest()
 
@@ -7058,18 +7050,18 @@ _QueueKey = Tuple[str, str]  # region, account/name
 
 class _Hold(NamedTuple):
     queue: _QueueKey
-    until: float  # infinity while the timeout is being asked for
+    until: float  # infinity while the timeout is unknown
     since: float  # on the monotonic clock
 
 
 class InFlight(Hook):
-    """Counts the messages that workers hold, by queue, of SQS in memory and of forwarded SQS.
+    """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
-    A message is held from its receive until it is deleted, made visible, or its timeout is over.
-    `ask` returns the visibility timeout of a call's queue; `run` asks while nobody waits.
+    A worker holds a message from its receive until it is deleted, made visible, or times out.
+    `ask` returns the visibility timeout of a call's queue; `run` runs it in the background.
     """
 
-    FORGET_SECONDS = 60  # after which a queue is asked again
+    FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     NOTED = frozenset(
         "ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage DeleteMessageBatch"
@@ -7085,35 +7077,35 @@ class InFlight(Hook):
         self._held: Dict[str, _Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # the timeout, as of when
+        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # a timeout and its time
 
     def counts(self) -> Dict[str, int]:
-        """Return how many messages are held, by queue, those with any."""
+        """Return how many messages are held, by queue."""
         with self._lock:
             self._expire()
             return dict(collections.Counter(hold.queue[1] for hold in self._held.values()))
 
     @property
     def total(self) -> int:
-        """How many messages are held."""
+        """Return how many messages are held."""
         with self._lock:
             self._expire()
             return len(self._held)
 
     @property
     def longest(self) -> float:
-        """How many seconds the longest hold has left; 0 if nothing is held."""
+        """Return how many seconds the longest hold has left, 0 if no message is held."""
         with self._lock:
             ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
             return max(ends, default=self._clock()) - self._clock()
 
     def observe(self, exchange: Exchange) -> None:
-        """Take note of an answered call."""
+        """Count the messages of an answered call."""
         if exchange.call and exchange.reply:
             self.note(exchange.call, exchange.reply)
 
     def note(self, call: Call, reply: Reply) -> None:
-        """Take note of a call and its answer."""
+        """Count the messages of a call and its answer."""
         noted = call.operation in self.NOTED and call.service == "sqs"
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
@@ -7153,12 +7145,12 @@ class InFlight(Hook):
             self._run(functools.partial(self._learn, call, queue, now, ids))
 
     def _learn(self, call: Call, queue: _QueueKey, taken: float, ids: Sequence[str]) -> None:
-        """Ask how long the messages are held that were taken then."""
+        """Ask for the visibility timeout of messages that were received at `taken`."""
         try:
             timeout = self._ask(call, queue[1])
         except Exception as error:
-            log.warning("the timeout of %s is not known, 30 s are taken: %s", queue[1], error)
-            timeout = 30  # what a queue has if nobody set another
+            log.warning("the timeout of %s is not known, assuming 30 s: %s", queue[1], error)
+            timeout = 30  # the default of SQS
         self._timeouts[queue] = (timeout, self._clock())
         with self._lock:
             for message_id in ids:
@@ -7176,7 +7168,7 @@ class InFlight(Hook):
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Any handle of a message, an older one too, is good for it, in its own queue."""
+        """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
             for entry in entries:
                 handle = _digest(entry["ReceiptHandle"])
@@ -7193,7 +7185,7 @@ class InFlight(Hook):
                     self._deleted[message_id] = time.monotonic()
                     if len(self._deleted) > self.REMEMBERED // 100:
                         self._deleted.popitem(last=False)
-                elif hold and hold.since < call.began:  # else somebody has it again already
+                elif hold and hold.since < call.began:  # not received again since
                     del self._held[message_id]
 
     def _expire(self) -> None:
@@ -7211,7 +7203,7 @@ def _digest(handle: str) -> bytes:
 
 
 def _queue_key(call: Call, url: str) -> _QueueKey:
-    """Return the region and `account/name` of a queue, whichever way it is spelled."""
+    """Return the region and `account/name` of a queue, given its URL or name."""
     *_, account_id, name = ("", *url.rstrip("/").split("/"))
     return call.region, f"{account_id or call.caller.account_id}/{name}"
 
@@ -7228,13 +7220,13 @@ def _put(url: str, body: bytes, timeout: float) -> bytes:
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
-    Protection is asked for on the edge from idle to busy, before the messages are handed out,
-    given back on the way to idle, and renewed between; whatever the agent says, a message is
-    never failed for it ("Task scale-in protection endpoint", Amazon ECS Developer Guide).
+    It asks for protection before the first messages are handed out, renews it, and gives it back
+    with the last one.  A failure of the agent never fails a receive ("Task scale-in protection
+    endpoint", Amazon ECS Developer Guide).
     """
 
-    PATIENCE = 3  # seconds that handing out messages may wait for the agent
-    MINUTES = 60  # of protection, at the least; it is renewed when half of it is over
+    PATIENCE = 3  # seconds that a receive may wait for the agent
+    MINUTES = 60  # of protection, at the least; it is renewed after half of them
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
     def __init__(
@@ -7249,11 +7241,11 @@ class TaskProtection(InFlight):
         self._agent = threading.Lock()  # one request at a time
 
     def concerns(self, call: Call) -> bool:
-        """Whether its answer may have to wait for protection."""
+        """Return whether the answer may have to wait for protection."""
         return call.operation == "ReceiveMessage" and call.service == "sqs"
 
     def observe(self, exchange: Exchange) -> None:
-        """Take note of the other calls, and give protection back with the last message."""
+        """Count the messages of other calls, and give protection back with the last message."""
         if exchange.call and not self.concerns(exchange.call):
             super().observe(exchange)
         idle = self._protected_until and not self.total
@@ -7261,22 +7253,22 @@ class TaskProtection(InFlight):
             self._run(self.tend)
 
     def after(self, call: Call, reply: Reply) -> Reply:
-        """Take note; on the edge to busy, wait for protection, within bounds."""
+        """Count the received messages; with the first, wait up to PATIENCE for protection."""
         try:
             self.note(call, reply)
-        except Exception as error:  # an upstream may take what we would not
-            log.warning("in flight: %s not taken note of: %r", call.operation, error)
+        except Exception as error:  # an upstream may accept what the model does not
+            log.warning("in flight: the messages of %s are not counted: %r", call.operation, error)
         if self.total and self._protected_until <= self._clock():
             self.tend()
         return reply
 
     def tend_later(self) -> None:
-        """Have `tend` called, without waiting; once each half second will do."""
+        """Run `tend` in the background; call this every half second."""
         if self._protected_until or self.total:
             self._run(self.tend)
 
     def tend(self) -> None:
-        """Ask for protection, renew it or give it back, if that is due."""
+        """Ask for protection, renew it or give it back, if necessary."""
         with self._agent:
             now, busy = self._clock(), self.total > 0
             minutes = min(max(self.MINUTES, math.ceil(self.longest / 60) * 2), 2880)
@@ -7286,7 +7278,7 @@ class TaskProtection(InFlight):
             wanted: Dict[str, Any] = {"ProtectionEnabled": busy}
             if busy:
                 wanted["ExpiresInMinutes"] = minutes
-            else:  # whoever gets a message from now on waits, and asks anew
+            else:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
             try:
                 answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
@@ -8167,17 +8159,16 @@ def fault_of_reply(reply: Reply) -> str:
 
 # ==== 9. The server: Certificate, Conversation, Server ====
 #
-# One thread reads all connections that are idle or sending a request, and answers whatever can
-# be answered without waiting: threads would fight over the interpreter for such calls.  What
-# has arrived together goes through each step together (see Proxy.begin).  A small forwarded
-# call is waited for in the same loop.  A call that may wait otherwise (a long poll, a hook, a
-# long body) is run by a worker thread, which has the connection to itself meanwhile and then
-# gives it back.
+# One thread runs a loop.  It reads all connections that are idle or sending a request, and
+# answers every call that need not wait: with more threads, such calls would compete for the
+# interpreter.  Requests that arrive together go through each step together (see Proxy.begin).
+# The same loop waits for small forwarded calls.  A worker thread runs any other call that may
+# wait (a long poll, a hook, a long body): it owns the connection until it gives it back.
 
-SMALL_BODY = 131072  # up to here a body is gathered before its call begins
-AT_A_TIME = 65536  # of an answer: TLS takes all it is given or nothing, within one timeout
-AT_ONCE = 16  # so many connections are seen to before the first is answered
-MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
+SMALL_BODY = 131072  # bytes; the loop gathers bodies up to this length
+AT_A_TIME = 65536  # bytes of an answer: TLS sends a block within one timeout, or not at all
+AT_ONCE = 16  # connections to read before the first is answered
+MIN_BODY_RATE = 1024  # bytes a second, the slowest average of a longer body
 SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 
@@ -8190,7 +8181,7 @@ def _http_date(second: int) -> str:
 
 
 class Certificate(Watched):
-    """What a Server shows of itself with TLS 1.2 or later: `value` is the context.
+    """The certificate of a Server for TLS 1.2 or later: `value` is the SSL context.
 
     The first file (PEM) has the chain after the certificate; the key may be in a second one.
     """
@@ -8205,50 +8196,45 @@ class Certificate(Watched):
 
     @staticmethod
     def _refuse_to_ask() -> str:
-        raise ValueError("its key is encrypted, and nobody is here to be asked for the password")
+        raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
     def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
-        """Return the connection with TLS, its hands not yet shaken."""
+        """Return the connection with TLS, before the handshake."""
         context: ssl.SSLContext = self.value
         return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
 
 
 class Manner(NamedTuple):
-    """How a request wants its answer."""
+    """The form of an answer."""
 
-    close: bool  # the connection ends with it
+    close: bool  # whether the connection ends with it
     head_only: bool
-    old: bool  # HTTP/1.0, which knows no chunks
+    old: bool  # HTTP/1.0, without chunks
 
 
 class Conversation:
-    """A connection: what has arrived and was not used yet, and when it is given up."""
-
-    __slots__ = (
-        "buffer", "deadline", "found", "lingering", "needed", "parked", "peer", "pending",
-        "queued", "scanned", "server", "socket", "used", "writing",
-    )  # fmt: skip
+    """A connection, its unread bytes and its deadline."""
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
         self.server = server
         self.socket = connection
         self.peer = peer
         self.buffer = b""
-        self.parked = False  # whether the selector has it
-        self.queued = False  # whether the loop is to look for a request in the buffer
-        self.pending: Optional[Pending] = None  # the call of its that an upstream answers
-        self.needed = 0  # so much must be in the buffer before it is worth a look
-        self.scanned = 0  # the buffer holds no end of a head before this
-        self.found: Optional[Tuple[Head, int, int]] = None  # a head, whose body is on its way
-        self.lingering = False  # whether what still arrives is dropped
-        self.used = False  # whether a whole request has come
-        self.writing = False  # whether the other side takes an answer slowly
+        self.parked = False  # whether it is registered with the selector
+        self.queued = False  # whether the loop will look for a request in the buffer
+        self.pending: Optional[Pending] = None  # the call that waits for an upstream
+        self.needed = 0  # bytes that must be in the buffer for a request
+        self.scanned = 0  # bytes of the buffer without the end of a head
+        self.found: Optional[Tuple[Head, int, int]] = None  # a head whose body is incomplete
+        self.lingering = False  # whether to drop what arrives
+        self.used = False  # whether it has sent a complete request
+        self.writing = False  # whether the client reads an answer slowly
         self.deadline = 0.0
 
     # ---- In the loop ----
 
     def shake_hands(self) -> None:
-        """Go on with the handshake of TLS."""
+        """Continue the TLS handshake."""
         assert isinstance(self.socket, ssl.SSLSocket)
         try:
             self.socket.do_handshake()
@@ -8265,8 +8251,8 @@ class Conversation:
             self.server.listen_to(self, selectors.EVENT_READ, self.readable)
 
     def readable(self) -> None:
-        """Take in what has arrived."""
-        if self.queued or not self.parked:  # its turn comes, or a worker has had it since
+        """Receive bytes into the buffer."""
+        if self.queued or not self.parked:  # it waits for `_answer`, or a worker owns it
             return
         if self.pending:
             self.server.interrupted(self, self.pending)
@@ -8275,14 +8261,14 @@ class Conversation:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError:  # or TLS has key updates to answer, and the other side does not read
+        except OSError:  # or TLS must answer a key update, and the client does not read
             data = b""
         if not data:
             self.close()
             return
         if self.lingering:
             return
-        if not self.buffer and data != b"\r\n":  # from its first byte on it has so long
+        if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
         if len(self.buffer) >= self.needed:
@@ -8291,7 +8277,7 @@ class Conversation:
         self.server.note_arrival(len(data))
 
     def next_request(self) -> Optional[Tuple[Request, Manner]]:
-        """Return the next request that the buffer holds, and how it wants its answer, or None."""
+        """Return the next request in the buffer and the form of its answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
@@ -8346,7 +8332,7 @@ class Conversation:
         return head, length, end
 
     def _refuse(self, head: Head, refused: ServiceError) -> None:
-        """Send the refusal, and drop what still arrives for a moment: see `_linger`."""
+        """Send the refusal, then drop what arrives for a moment, for the reason in `_linger`."""
         request = head.request(io.BytesIO(), self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
         data = encode_reply(reply, _http_date(int(time.time())), True, head.method == "HEAD")
@@ -8362,7 +8348,7 @@ class Conversation:
         self.deadline = time.monotonic() + SECONDS_LINGERING
 
     def answer(self, outcome: Outcome, manner: Manner) -> None:
-        """Send a reply, or have it made or waited for."""
+        """Send a reply, or wait for it in the loop or in a worker."""
         if isinstance(outcome, Pending):
             self.server.wait(self, outcome, manner)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
@@ -8372,7 +8358,7 @@ class Conversation:
             self.server.work(self, functools.partial(self._finish, outcome, manner))
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
-        """Send a reply from its byte `sent` on, as fast as the other side takes it."""
+        """Send a reply from its byte `sent` on, as fast as the client reads."""
         try:
             while sent < len(data):
                 sent += self.socket.send(data[sent : sent + AT_A_TIME])
@@ -8394,32 +8380,31 @@ class Conversation:
         self.resume()
 
     def resume(self) -> None:
-        """Go on with what came while a worker had the connection."""
+        """Continue with bytes that arrived before the answer was sent."""
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
-            self.readable()  # no selector sees what is decrypted already
+            self.readable()  # the selector does not see decrypted bytes
         elif self.buffer:
             self.server.queue(self)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection and forget it."""
         self.server.forget(self)
-        self.buffer = b""  # its place in the queue may still be kept
+        self.buffer = b""  # the server's queue may still have the connection
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the socket; with TLS say so, for the other side to know the end from a cut."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            self._say_goodbye(self.socket)
+        """Close the socket; with TLS, say that this is the end."""
+        self._send_close_notify()
         self.socket.close()
 
-    @staticmethod
-    def _say_goodbye(connection: ssl.SSLSocket) -> None:
-        """Send close_notify without waiting for the other side's (RFC 8446, 6.1)."""
-        with contextlib.suppress(OSError, ValueError):  # it is gone, or never shook hands
-            connection.setblocking(False)
-            connection.unwrap()
+    def _send_close_notify(self) -> None:
+        """With TLS, send close_notify without waiting for the client's (RFC 8446, 6.1)."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):  # it is closed, or had no handshake
+                self.socket.setblocking(False)
+                self.socket.unwrap()
 
-    # ---- In a worker, which may wait; each returns whether the connection goes on ----
+    # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
     def _ask_for_tls(self) -> bool:
         error = ServiceError("BadRequest", "This port speaks TLS: the URL must begin with https.")
@@ -8431,7 +8416,7 @@ class Conversation:
         return self._write(reply if isinstance(reply, Reply) else reply(), manner)
 
     def _converse(self, head: Head, length: Optional[int]) -> bool:
-        """Answer a request whose body is read as it is wanted."""
+        """Answer a request while its body arrives."""
         source = Stream(self._receiver(), self.buffer)
         self.buffer = b""
         longest = self.server.proxy.longest_body(head)
@@ -8452,7 +8437,7 @@ class Conversation:
         return goes_on
 
     def _receiver(self) -> Callable[[int], bytes]:
-        """Return what receives a body, and gives up one that arrives too slowly."""
+        """Return a function that receives a body, and raises RequestTimeout if it is too slow."""
         began, total = time.monotonic(), 0
 
         def _receive(size: int) -> bytes:
@@ -8463,7 +8448,7 @@ class Conversation:
             except socket.timeout:
                 data = None
             except OSError:
-                data = b""  # it has hung up
+                data = b""  # the client has hung up
             if data is None:
                 message = "Your socket connection to the server was not read from or written to."
                 raise ServiceError("RequestTimeout", message)
@@ -8473,15 +8458,16 @@ class Conversation:
         return _receive
 
     def _write(self, reply: Reply, manner: Manner) -> bool:
-        """Send a reply; one that streams may break off, and then so does the connection."""
+        """Send a reply; if a streaming body fails, close the connection."""
         close, head_only, old = manner
         date = _http_date(int(time.time()))
         if isinstance(reply.body, bytes):
-            return self._write_rest(encode_reply(reply, date, close, head_only), close)
+            self._send_all(encode_reply(reply, date, close, head_only))
+            return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
         close, chunked = close or (old and not measured), not old and not measured
         framing = "Transfer-Encoding: chunked" if chunked else ""
-        blocks = () if head_only else filter(None, reply.body)  # an empty one would be the end
+        blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
         try:
             head = reply._replace(body=b"")
             self._send_all(encode_reply(head, date, close, head_only, framing))
@@ -8491,7 +8477,7 @@ class Conversation:
                 self._send_all(b"0\r\n\r\n")
         except (OSError, ServiceError) as error:
             log.warning("an answer to %s broke off: %s", self.peer, error)
-            if not chunked and not measured:  # a mere end would look like that of the body
+            if not chunked and not measured:  # a normal end would look like the end of the body
                 abort = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
             self.socket.close()
@@ -8502,17 +8488,13 @@ class Conversation:
         return not close
 
     def _send_all(self, data: bytes) -> None:
-        """Send all of it; each part that is taken has the whole timeout."""
+        """Send all of the data, with a new timeout for each part."""
         left = memoryview(data)
         while left:
             left = left[self.socket.send(left[:AT_A_TIME]) :]
 
-    def _write_rest(self, data: bytes, close: bool) -> bool:
-        self._send_all(data)
-        return not close
-
     def abandoned(self) -> bool:
-        """Whether the other side has hung up; what it has sent stays where it is."""
+        """Return whether the client has hung up, without receiving anything."""
         if self.socket.fileno() < 0:
             return True
         poll = select.poll()
@@ -8520,7 +8502,7 @@ class Conversation:
         return bool(poll.poll(0))
 
     def _linger(self) -> None:
-        """Drop what still arrives, for a moment: a reset would overtake the answer."""
+        """Drop what arrives for a moment: a reset would overtake the answer."""
         self._end_writing()
         self.socket.settimeout(0.5)
         until = time.monotonic() + SECONDS_LINGERING
@@ -8528,10 +8510,8 @@ class Conversation:
             pass
 
     def _end_writing(self) -> None:
-        """Say that no more is sent."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            self._say_goodbye(self.socket)
-        with contextlib.suppress(OSError):  # it is gone
+        self._send_close_notify()
+        with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
 
 
@@ -8542,10 +8522,10 @@ def _manner(head: Head) -> Manner:
 
 
 class Server(http.server.HTTPServer):
-    """Listens, and has its Conversations answered by a Proxy.
+    """Listens for connections, and lets a Proxy answer their requests.
 
-    A connection may stay silent for `timeout` seconds; a head or small body must arrive, and a
-    write end, in that time.  `max_connections` bounds them.  With a `certificate` it speaks TLS.
+    A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
+    write must end, in that time.  With a `certificate` it speaks TLS.
     """
 
     request_queue_size = 1024
@@ -8566,37 +8546,36 @@ class Server(http.server.HTTPServer):
             self.address_family = socket.AF_INET6
         self.proxy = proxy
         self.timeout_seconds = timeout
-        self.gathered = min(SMALL_BODY, proxy.max_body)  # what a body may have to be gathered
+        self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections = max_connections
         self._reuse_port = reuse_port
         self._certificate = certificate
         self._when_woken = when_woken
-        self._arrived = 0  # bytes, since it was last looked how many are held
+        self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
         regular = (self._give_up_late, self._give_up_pending, self._listen_again)
         self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._conversations: Set[Conversation] = set()  # all; those of workers, too
-        self._queue: collections.deque[Conversation] = (
-            collections.deque()
-        )  # whose buffers may hold a request
+        self._conversations: Set[Conversation] = set()  # all, also those of workers
+        # Connections whose buffers may hold a request, and those that workers give back.
+        self._queue: collections.deque[Conversation] = collections.deque()
+        self._returned: collections.deque[Conversation] = collections.deque()
         self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
-        self._returned: collections.deque[Conversation] = collections.deque()
-        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
+        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # with its start
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
         self._stopped = threading.Event()
         self._stopped.set()
-        super().__init__(address, http.server.BaseHTTPRequestHandler)  # never made: we converse
+        super().__init__(address, http.server.BaseHTTPRequestHandler)  # which is never used
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
             self._selector.register(listening, selectors.EVENT_READ, act)
 
     def server_bind(self) -> None:
-        """Bind without asking a name server for our name."""
+        """Bind without a look-up of the host's name."""
         if self._reuse_port:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
@@ -8624,12 +8603,12 @@ class Server(http.server.HTTPServer):
         self._stopped.set()
 
     def take_lag(self) -> float:
-        """Return the longest time, in seconds, without a look at the sockets since last asked."""
+        """Return the longest turn of the loop since the last call, in seconds."""
         lag, self._longest_lag = self._longest_lag, 0.0
         return lag
 
     def note_arrival(self, size: int) -> None:
-        """Count bytes that were kept; close the connections that hold most if it is too much."""
+        """Count buffered bytes; beyond MAX_HELD, close the connections with the most."""
         self._arrived += size
         if self._arrived < MAX_HELD // 8:
             return
@@ -8637,7 +8616,7 @@ class Server(http.server.HTTPServer):
         held = sum(len(c.buffer) for c in self._conversations)
         if held <= MAX_HELD:
             return
-        log.warning("%d bytes of incomplete requests: the longest are dropped", held)
+        log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
         waiting = [c for c in self._conversations if c.parked and not c.pending]
         for conversation in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
             if held <= MAX_HELD * 3 // 4:
@@ -8647,7 +8626,7 @@ class Server(http.server.HTTPServer):
         give_memory_back()
 
     def _answer(self) -> None:
-        """Answer what has arrived, of upstreams, and of the clients whose turn it is."""
+        """Answer the upstreams' replies, and the next requests in the queue."""
         heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
         self._heard.clear()
         for pending, reply in [(pending, pending.proceed()) for pending in heard]:
@@ -8657,13 +8636,13 @@ class Server(http.server.HTTPServer):
         for _ in range(min(len(self._queue), AT_ONCE)):
             conversation = self._queue.popleft()
             if conversation not in self._conversations:
-                continue  # closed since
+                continue  # it was closed
             request = self._guarded(conversation.next_request, conversation.socket)
             if request:
                 found.append((conversation, *request))
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
-        if outcomes is None:  # none of them will be answered
+        if outcomes is None:  # the proxy failed
             for conversation, *_ in found:
                 conversation.close()
             outcomes = ()
@@ -8672,13 +8651,13 @@ class Server(http.server.HTTPServer):
             self._guarded(conversation.answer, conversation.socket, outcome, manner)
 
     def queue(self, conversation: Conversation) -> None:
-        """Have a request looked for in what it has sent, in its turn."""
+        """Add a connection to the queue of those whose buffers may hold a request."""
         if not conversation.queued:
             conversation.queued = True
             self._queue.append(conversation)
 
     def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
-        """Return what it returns; what goes wrong must not end the server."""
+        """Return the result of `act`; log an exception and close the connection."""
         try:
             return act(*given)
         except Exception:
@@ -8688,17 +8667,17 @@ class Server(http.server.HTTPServer):
             return None
 
     def stop(self) -> None:
-        """Have `serve_forever` return."""
+        """Make `serve_forever` return."""
         self._stopping = True
         self.wake()
 
     def wake(self) -> None:
         """Make the loop call `when_woken` soon; a signal handler may call this."""
-        with contextlib.suppress(OSError):  # it is awake already, or all is closed
+        with contextlib.suppress(OSError):  # it is awake already, or the server is closed
             self._wake.send(b"x")
 
     def shutdown(self) -> None:
-        """Have `serve_forever` return, and wait until it does."""
+        """Make `serve_forever` return, and wait until it does."""
         self.stop()
         self._stopped.wait()
 
@@ -8711,7 +8690,7 @@ class Server(http.server.HTTPServer):
         for conversation in list(self._conversations):
             if conversation.parked or conversation.pending:
                 conversation.close()
-            else:  # a worker's, which a mere close would have go on without TLS
+            else:  # a worker has it: after a close, it would continue without TLS
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
         while self._returned:
@@ -8722,12 +8701,12 @@ class Server(http.server.HTTPServer):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is being answered."""
+        """Return whether no call is being answered."""
         busy = self._pending or self._queue or self._replies
         return not busy and all(c.parked and not c.writing for c in self._conversations)
 
     def cut_polls_short(self) -> None:
-        """Answer the calls that wait for an upstream's messages with none; from the loop."""
+        """Answer all polls of upstreams without messages; only the loop may call this."""
         for pending in [p for p in self._pending if p.is_poll]:
             self._cut_short(pending)
 
@@ -8744,12 +8723,12 @@ class Server(http.server.HTTPServer):
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """Return how many connections are open."""
         return len(self._conversations)
 
     @property
     def calls(self) -> int:
-        """How many calls wait for an upstream, a message or a hook."""
+        """Return how many calls wait for an upstream, a message or a hook."""
         return sum(not c.parked or c.pending is not None for c in list(self._conversations))
 
     # ---- Connections come and go ----
@@ -8762,7 +8741,7 @@ class Server(http.server.HTTPServer):
                 return
             except ConnectionAbortedError:
                 continue
-            except OSError as error:  # no file descriptor is left: look again in a moment
+            except OSError as error:  # no file descriptor is left: try again in a moment
                 log.warning("no connection can be accepted: %s", error)
                 self._selector.unregister(self.socket)
                 return
@@ -8772,14 +8751,11 @@ class Server(http.server.HTTPServer):
                 continue
             try:
                 self._welcome(connection, address[0])
-            except (OSError, ValueError):  # it is gone already
+            except (OSError, ValueError):  # the client is gone
                 connection.close()
 
     def _make_room(self) -> bool:
-        """Close the connections that have idled longest, those never used before the others.
-
-        If none is idle, close the connections that are slowest to send a request.
-        """
+        """Close the connections that were idle longest, unused ones first; or slow senders."""
         waiting = [c for c in self._conversations if c.parked and not (c.pending or c.queued)]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for conversation in waiting[: len(waiting) // 100 + 1]:
@@ -8787,7 +8763,7 @@ class Server(http.server.HTTPServer):
         return bool(waiting)
 
     def _welcome(self, connection: socket.socket, peer: str) -> None:
-        # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
+        # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setblocking(False)
@@ -8804,27 +8780,27 @@ class Server(http.server.HTTPServer):
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def _refuse(self, connection: socket.socket, peer: str) -> None:
-        """Tell a connection too many that it is; with TLS there is no saying it."""
+        """Refuse a connection; with TLS, only close it."""
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
         answer = self.refusal(error, peer)
         connection.setblocking(False)
-        with connection, contextlib.suppress(OSError):  # whoever it is, we tried
+        with connection, contextlib.suppress(OSError):
             if not self._certificate:
                 connection.send(answer)
                 connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)  # left unread, it would make a reset of the end
+                connection.recv(65536)  # unread bytes would turn the end into a reset
 
     def refusal(self, error: ServiceError, peer: str) -> bytes:
-        """Return what answers a connection that nothing has been read from."""
+        """Return the answer for a connection from which nothing was read."""
         reply = self.proxy.handle(Request("GET", "/", (), io.BytesIO(), peer), error)
         return encode_reply(reply, _http_date(int(time.time())), True)
 
     def listen_to(self, conversation: Conversation, events: int, act: Callable[[], None]) -> None:
-        """Have the loop do that when the connection is ready for it."""
+        """Make the loop call `act` when the connection is ready for the events."""
         self._selector.modify(conversation.socket, events, act)
 
     def _park(self, conversation: Conversation) -> None:
-        """Have the loop wait for what the connection says next."""
+        """Make the loop wait for the next bytes of the connection."""
         conversation.deadline = time.monotonic() + self.timeout_seconds
         if not conversation.parked:
             conversation.parked = True
@@ -8833,12 +8809,12 @@ class Server(http.server.HTTPServer):
             self._selector.register(conversation.socket, selectors.EVENT_READ, act)
 
     def forget(self, conversation: Conversation) -> None:
-        """Leave a connection that is closed."""
+        """Forget a closed connection."""
         self._conversations.discard(conversation)
         self.unpark(conversation)
 
     def unpark(self, conversation: Conversation) -> None:
-        """Have the loop not wait for it any more."""
+        """Make the loop stop waiting for the connection."""
         if conversation.parked:
             conversation.parked = False
             self._selector.unregister(conversation.socket)
@@ -8848,10 +8824,10 @@ class Server(http.server.HTTPServer):
         for conversation in [c for c in self._conversations if c.deadline < now and c.parked]:
             conversation.close()
 
-    # ---- What waits for an upstream ----
+    # ---- Calls that wait for an upstream ----
 
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
-        """Have the loop wait for the answer of an upstream."""
+        """Make the loop wait for the answer of an upstream."""
         conversation.pending, conversation.deadline = pending, math.inf
         self._pending[pending] = (time.monotonic(), conversation, manner)
         act = functools.partial(self._heard.append, pending)
@@ -8874,7 +8850,7 @@ class Server(http.server.HTTPServer):
     # ---- Workers ----
 
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
-        """Have a worker do what may wait, and then park the connection, if it goes on."""
+        """Run `act` in a worker, which returns whether the connection stays open."""
         self.unpark(conversation)
         try:
             self._workers.run(functools.partial(self._do, conversation, act))
@@ -8888,7 +8864,7 @@ class Server(http.server.HTTPServer):
             conversation.socket.settimeout(self.timeout_seconds)
             goes_on = act()
         except OSError:
-            pass  # the other side was silent for too long, or is gone
+            pass  # the client was silent for too long, or is gone
         except Exception:
             log.exception("a connection failed")
         finally:  # the body of a hook's Reply may raise anything
