@@ -216,9 +216,8 @@ class Request:
     def query(self) -> Sequence[Tuple[bytes, bytes]]:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
-        `k` alone means `k=`; `+` is a space, as AWS reads it.
-        Raise ServiceError MalformedQueryString for a `%` without two hex digits, and for more
-        than MAX_PARAMETERS parameters: each one costs time in the canonical request.
+        `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
+        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs.
         """
         text = self.target.partition("?")[2]
         if not text:
@@ -234,7 +233,7 @@ class Request:
         return [(unquote(name), unquote(value)) for name, _, value in parts]
 
 
-MAX_PARAMETERS = 2000  # in a query string
+MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
 BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
@@ -258,8 +257,8 @@ class Client(NamedTuple):
     secret_access_key: str
     session_token: str = ""
     account_id: str = ""  # "" is the account of the proxy
-    upstream_profile: str = ""  # chooses the credentials of its forwarded calls
-    upstream_role_arn: str = ""  # the role to assume for its forwarded calls
+    upstream_profile: str = ""  # chooses the credentials of forwarded calls
+    upstream_role_arn: str = ""  # the role to assume for forwarded calls
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
@@ -332,7 +331,7 @@ class WouldWait(Exception):
 
 
 class Fault(NamedTuple):
-    """How AWS spells an error: the HTTP status, the code in XML, the `__type` in JSON."""
+    """The HTTP status of an error, its code in XML and its `__type` in JSON."""
 
     status: int
     code: str
@@ -408,11 +407,11 @@ class ServiceError(Exception):
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
 #
-# http.server's own parser rewrites a target that begins with `//` (cpython#99220), reads a
-# bare CR as the end of a header line and drops the lines after a malformed one.  A verifier
-# needs the bytes that were signed.  A proxy that guesses where a request ends can be made to
-# read one request as two.  So this chapter parses heads strictly (RFC 9112), and refuses a
-# request whose framing is in doubt.
+# http.server's own parser is lenient.  It rewrites a target that begins with `//`
+# (cpython#99220), reads a bare CR as the end of a header line and drops the lines after a
+# malformed one.  A verifier needs the bytes that were signed.  A proxy that guesses where a
+# request ends can be made to read one request as two.  So this chapter parses heads strictly
+# (RFC 9112), and refuses a request whose framing is in doubt.
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
@@ -442,7 +441,6 @@ _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that a
 
 
 def _field_fault(block: str) -> str:
-    """Return the fault of the first malformed header line."""
     lines = block.split(CRLF)
     line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
@@ -534,10 +532,7 @@ def expects_continue(head: Head) -> bool:
 
 
 def body_framing(head: Head) -> Optional[int]:
-    """Return how many bytes of body follow the head, None if they come chunked.
-
-    Raise ServiceError if two readers could disagree about its end (RFC 9112, 6.1 to 6.3).
-    """
+    """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
     lengths = head.fields.get("content-length")
     codings = head.fields.get("transfer-encoding")
     if codings:
@@ -637,11 +632,7 @@ class LengthBody:
 
 
 class ChunkedBody:
-    """A body in the chunked coding (RFC 9112, 7.1), of `limit` bytes at the most.
-
-    Chunk extensions and trailers are dropped.  Reading raises ServiceError BadRequest for a
-    malformed chunk, RequestEntityTooLarge or IncompleteBody.
-    """
+    """A chunked body (RFC 9112, 7.1) of up to `limit` bytes; drops extensions and trailers."""
 
     def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
         self._source = source
@@ -2026,10 +2017,7 @@ Shape = Union[str, ListOf, MapOf, Structure]
 
 
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
-    """Return the structure that a text such as `Id* Delay:int Tags*:map` declares.
-
-    A `*` marks a required member.  A name in `shapes` follows the colon; the default is a string.
-    """
+    """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     members, required = {}, []
     for member in declared.split():
         marked, _, shape = member.partition(":")
@@ -2114,6 +2102,16 @@ def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
     return {service: frozenset(spoken) for service, spoken in found.items()}
 
 
+# The version of each query API, which its XML namespace ends in.
+QUERY_VERSIONS = pairs(
+    """
+    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
+    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
+    sts=2011-06-15
+    """
+)
 # The protocols of each signing name; a name that is not here speaks REST-JSON alone.  A service
 # of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does
 # not know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
@@ -2142,10 +2140,7 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
         verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
         workspaces-instances
     """,
-    query="""
-        autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk
-        elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts
-    """,
+    query=" ".join(("ec2", *QUERY_VERSIONS)),
     rest_json="""
         aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
         s3-outposts sagemaker sdb servicecatalog ses sms-voice
@@ -2188,16 +2183,6 @@ REST_NAMES = """
 """
 TARGET_PREFIXES = {"sqs": "AmazonSQS"}  # of X-Amz-Target, by name in the credential scope
 TARGET_SERVICES = {prefix: service for service, prefix in TARGET_PREFIXES.items()}
-# The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs(
-    """
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
-    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
-    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
-    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
-    sts=2011-06-15
-    """
-)
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
@@ -2213,7 +2198,6 @@ def _media_type(request: Request) -> str:
 
 
 def _parse_content_type(text: str) -> Tuple[str, str]:
-    """Return the media type and the charset in lower case."""
     media_type = text.partition(";")[0].strip(" \t").lower()
     return media_type, ",".join(_CHARSET.findall(text)).lower()
 
@@ -2274,7 +2258,6 @@ _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JS
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
-    """Return the protocol that a request without a credential scope seems to speak."""
     smithy, media_type = request.header("smithy-protocol"), _media_type(request)
     if smithy is not None:
         return RpcV2(smithy)
@@ -2364,7 +2347,7 @@ class WireProtocol:
         raise NotImplementedError
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """Return the call's input, checked against the model of its service if there is one."""
+        """Return the call's input, checked against the model of the service if there is one."""
         return {}
 
     def reencode(self, call: Call) -> bytes:
@@ -2399,7 +2382,7 @@ def _invalid_action(operation: str) -> ServiceError:
 
 
 def _operation_name(name: str) -> str:
-    """Return the name; ServiceError InvalidAction if no operation can have it."""
+    """Return the name; ServiceError InvalidAction if it is not the name of an operation."""
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
@@ -2409,10 +2392,7 @@ _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/
 
 
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
-    """Return a body of JSON or form fields, decompressed if it is coded in gzip.
-
-    Raise ServiceError for a coding or charset that another reader could read differently.
-    """
+    """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
     fields, fault = request.fields, ""
     kind = fields.get("content-type", ("",))[0]
@@ -2439,9 +2419,6 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
 
 def _side(status: int) -> str:
     return "Sender" if status < 500 else "Receiver"
-
-
-# ---- AWS JSON 1.0 and 1.1 ----
 
 
 class AwsJson(WireProtocol):
@@ -2623,13 +2600,9 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
     return text.encode("ascii")
 
 
-_KINDS = {
-    bool: "BOOLEAN_VALUE",
-    type(None): "NULL_VALUE",
-    list: "START_ARRAY",
-    dict: "START_OBJECT",
-    str: "STRING_VALUE",
-}
+_KINDS = pairs(
+    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
+)
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
@@ -2657,7 +2630,7 @@ def _from_json(shape: Shape, value: Any) -> Any:
 
 def _expect(kind: type, value: Any, wanted: str) -> Any:
     if type(value) is not kind:  # True is an int to isinstance
-        got = _KINDS.get(type(value), "NUMBER_VALUE")
+        got = _KINDS.get(type(value).__name__, "NUMBER_VALUE")
         raise ServiceError("SerializationException", f"{got} can not be converted to {wanted}")
     return value
 
@@ -2674,9 +2647,6 @@ def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
             message = f"The request must contain the parameter {name}."
             raise ServiceError("MissingParameter", message)
     return members
-
-
-# ---- AWS Query ----
 
 
 class AwsQuery(WireProtocol):
@@ -2794,10 +2764,7 @@ class AwsQuery(WireProtocol):
 
 
 class AwsQueryJson(AwsQuery):
-    """AWS Query with answers in JSON: SQS still reads `Accept: application/json` so.
-
-    Members have AWS's internal names, maps are lists of pairs, absent members are null.
-    """
+    """AWS Query with answers in JSON, with which SQS answers `Accept: application/json`."""
 
     content_type = "application/json"
 
@@ -2824,7 +2791,6 @@ class AwsQueryJson(AwsQuery):
 
 
 def _query_namespace(service: str) -> str:
-    """Return the XML namespace of a query API's answers, "" for an unknown API."""
     host = "queue" if service == "sqs" else service
     scheme = "https" if service in ("iam", "sts") else "http"
     folder = "docs" if service == "elasticbeanstalk" else "doc"
@@ -2838,7 +2804,6 @@ _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _as_pairs(value: Any, model: Model, member: str) -> Any:
-    """Return a member of an output with all its maps as lists of pairs."""
     spelled = model.query_names.get(member)
     if isinstance(value, dict):
         if spelled and spelled.key:
@@ -2966,9 +2931,6 @@ def _write_xml(parts: List[str], element: str, value: Any, names: Names, operati
     parts.append(f"</{element}>")
 
 
-# ---- REST ----
-
-
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line: the
 # level; methods with their actions; and sub-resources in the query, whose names for an action
 # replace `*`.  `-` stands for no sub-resource.  A Put of nothing deletes if there is no Delete.
@@ -3037,7 +2999,7 @@ def host_name(host: str) -> str:
 
 
 def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
-    """Return the bucket in a Host such as `bucket.localhost:8081`; "" if there is none.
+    """Return the bucket in a Host such as `bucket.localhost:8081`, or "".
 
     `hosts` are names of the proxy besides localhost.  Raise ServiceError InvalidRequest if the
     Host may or may not begin with a bucket: a wrong guess would lose an object.
@@ -3062,10 +3024,7 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
 
 
 def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
-    """Return the action of a request to Amazon S3, as IAM policies spell it.
-
-    Raise ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
-    """
+    """Return the action of a request to Amazon S3 as IAM spells it; ServiceError if in doubt."""
     of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
     # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
     is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
@@ -3175,7 +3134,6 @@ class Rest(WireProtocol):
 
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
-# ---- RPC v2 ----
 
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
 
@@ -3237,8 +3195,8 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 #
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
-# A call waits on the condition of its queue, which shares that lock: so a send wakes the waiters
-# of its own queue only.  Clock, randomness and waiting are arguments.
+# Each queue has a condition, which shares that lock, so that a send wakes only those calls that
+# wait for this queue.  Clock, randomness and waiting are arguments.
 #
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
@@ -3642,29 +3600,22 @@ class MoveTask:
 class Setting(NamedTuple):
     """A queue attribute that callers can set."""
 
-    default: str  # "" if there is none
+    default: str  # may be ""
     normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
     fifo: bool = False  # of FIFO queues only
 
 
-def _whole(low: int, high: int) -> Callable[[str], str]:
-    def _normal(text: str) -> str:
-        if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
-            raise ValueError(text)
-        return str(int(text))
-
-    return _normal
+def _whole(low: int, high: int, text: str) -> str:
+    if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
+        raise ValueError(text)
+    return str(int(text))
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
-    by_lower = {value.lower(): value for value in allowed}
-
-    def _normal(text: str) -> str:
-        if text.lower() not in by_lower:
-            raise ValueError(text)
-        return by_lower[text.lower()]
-
-    return _normal
+def _one_of(allowed: Sequence[str], text: str) -> str:
+    found = [value for value in allowed if value.lower() == text.lower()]
+    if not found:
+        raise ValueError(text)
+    return found[0]
 
 
 MAX_POLICY_DEPTH = 32
@@ -3717,18 +3668,20 @@ def _redrive_allow_policy(text: str) -> str:
 
 
 def _reuse_period(text: str) -> str:
-    normal = _whole(60, 86400)(text)
+    normal = _whole(60, 86400, text)
     return "" if normal == "300" else normal  # the default is not shown
 
 
-_BOOLEAN = _one_of("true", "false")
-_LIMITS = _one_of("perQueue", "perMessageGroupId")
+_BOOLEAN = functools.partial(_one_of, ("true", "false"))
+_SCOPE = functools.partial(_one_of, ("queue", "messageGroup"))
+_LIMIT = functools.partial(_one_of, ("perQueue", "perMessageGroupId"))
+
 SETTINGS: Mapping[str, Setting] = {
-    "DelaySeconds": Setting("0", _whole(0, 900)),
-    "MaximumMessageSize": Setting("1048576", _whole(1024, 1048576)),
-    "MessageRetentionPeriod": Setting("345600", _whole(60, 1209600)),
-    "ReceiveMessageWaitTimeSeconds": Setting("0", _whole(0, 20)),
-    "VisibilityTimeout": Setting("30", _whole(0, SECONDS_HELD)),
+    "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
+    "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
+    "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
+    "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
     "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
     "KmsMasterKeyId": Setting("", str),
     "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
@@ -3737,8 +3690,8 @@ SETTINGS: Mapping[str, Setting] = {
     "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
     "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
     "ContentBasedDeduplication": Setting("false", _BOOLEAN, fifo=True),
-    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _LIMITS, fifo=True),
+    "DeduplicationScope": Setting("queue", _SCOPE, fifo=True),
+    "FifoThroughputLimit": Setting("perQueue", _LIMIT, fifo=True),
 }
 COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
     "QueueArn": lambda queue: queue.arn,
@@ -3878,9 +3831,6 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
         raise sqs_refusal("deduplication")
 
 
-# ---- The operations ----
-
-
 _UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
 _BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
@@ -3897,11 +3847,7 @@ def random_id() -> str:
 
 
 class Sqs:
-    """The queues of all accounts and regions, and the operations on them.
-
-    With `cooldown`, a second purge, and a queue with the name of a deleted one, must wait for
-    60 seconds, as on AWS.
-    """
+    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds."""
 
     def __init__(
         self,
@@ -3974,8 +3920,7 @@ class Sqs:
             return {"QueueUrl": call.base_url + queue.url_path}
         if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
-        possible = [(name, it.default) for name, it in SETTINGS.items() if fifo or not it.fifo]
-        defaults = {attribute: default for attribute, default in possible if default}
+        defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
         queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
@@ -4052,18 +3997,15 @@ class Sqs:
         return json.loads(text)["deadLetterTargetArn"] if text else ""
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
-        """Return those of the named attributes that are set."""
+        """Return the named attributes if they are set."""
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
                 raise sqs_refusal("attribute name", name)
-        shown = {**SETTINGS, **COMPUTED_ATTRIBUTES} if "All" in asked else asked
-        attributes = {}
-        for name in shown:
-            if name in COMPUTED_ATTRIBUTES:
-                attributes[name] = str(COMPUTED_ATTRIBUTES[name](queue))
-            elif name in queue.settings:
-                attributes[name] = queue.settings[name]
+        computed = {name: str(compute(queue)) for name, compute in COMPUTED_ATTRIBUTES.items()}
+        values = {**queue.settings, **computed}
+        shown = {**SETTINGS, **computed} if "All" in asked else asked
+        attributes = {name: values[name] for name in shown if name in values}
         return {"Attributes": attributes} if attributes else {}
 
     def set_queue_attributes(self, call: Call) -> None:
@@ -4307,8 +4249,11 @@ class Sqs:
         return {"Messages": [self._received(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
-        """Receive up to `limit` messages; move those that were received too often."""
-        target, most = self._dead_letters(queue)
+        """Receive up to `limit` messages; move messages that were received too often."""
+        text, target, most = queue.settings.get("RedrivePolicy"), None, 0
+        if text:
+            policy = json.loads(text)
+            target, most = self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
         taken: List[Message] = []
         dead: List[Message] = []
         while len(taken) < limit:
@@ -4331,24 +4276,12 @@ class Sqs:
                 queue.show(message)
         for message in dead:
             assert target
-            self._bury(queue, target, message, now)
+            message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
+            message.received_before = message.received
+            if target.fifo:
+                message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
+            target.add(message)
         return taken
-
-    def _dead_letters(self, queue: Queue) -> Tuple[Optional[Queue], int]:
-        """Return the dead-letter queue, None if there is none, and the maxReceiveCount."""
-        text = queue.settings.get("RedrivePolicy")
-        if not text:
-            return None, 0
-        policy = json.loads(text)
-        return self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
-
-    def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
-        """Move a message to the dead-letter queue, with the count of its receives."""
-        message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
-        message.received_before = message.received
-        if target.fifo:
-            message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
-        target.add(message)
 
     def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> List[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
@@ -4378,9 +4311,11 @@ class Sqs:
             attempts.popitem(last=False)
 
     def _received(self, queue: Queue, message: Message, given: Members) -> Members:
+        text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
+        handle = hmac.digest(self._secret, text, "sha256")[:12] + text
         output: Dict[str, Any] = {
             "MessageId": message.message_id,
-            "ReceiptHandle": self._receipt_handle(queue, message),
+            "ReceiptHandle": "AQEB" + _base64_text(handle),
             "MD5OfBody": _md5(message.body),
             "Body": message.body,
         }
@@ -4402,12 +4337,6 @@ class Sqs:
             output["MD5OfMessageAttributes"] = attributes_md5(chosen)
             output["MessageAttributes"] = chosen
         return output
-
-    # ---- Receipt handles ----
-
-    def _receipt_handle(self, queue: Queue, message: Message) -> str:
-        text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
-        return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
 
     def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
         """Return the message of a handle, or None, and whether its receive still holds it."""
@@ -6652,10 +6581,7 @@ class Hook:
     """
 
     def concerns(self, call: Call) -> bool:
-        """Return whether to run `before`, `rewrite` and `after` for this call; do not block.
-
-        A call that concerns no hook is as fast as without hooks.
-        """
+        """Return whether to run `before`, `rewrite` and `after` for this call; do not block."""
         return True
 
     def before(self, call: Call) -> Optional[Reply]:
@@ -6701,10 +6627,7 @@ def stamp_of(path: str) -> Tuple[int, ...]:
 
 
 class Watched:
-    """A value read from files, again when they change; if that fails, the old value stays.
-
-    Raise OSError or ValueError if the files cannot be read at first.
-    """
+    """A value read from files, again when they change; if that fails, the old value stays."""
 
     def __init__(self, *paths: str) -> None:
         self._paths = [path for path in paths if path]
@@ -8181,10 +8104,7 @@ def _http_date(second: int) -> str:
 
 
 class Certificate(Watched):
-    """The certificate of a Server for TLS 1.2 or later: `value` is the SSL context.
-
-    The first file (PEM) has the chain after the certificate; the key may be in a second one.
-    """
+    """The SSL context of a Server: a PEM file with the chain, and with the key or a key file."""
 
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -8197,11 +8117,6 @@ class Certificate(Watched):
     @staticmethod
     def _refuse_to_ask() -> str:
         raise ValueError("its key is encrypted; the proxy cannot ask for the password")
-
-    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
-        """Return the connection with TLS, before the handshake."""
-        context: ssl.SSLContext = self.value
-        return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
 
 
 class Manner(NamedTuple):
@@ -8277,7 +8192,7 @@ class Conversation:
         self.server.note_arrival(len(data))
 
     def next_request(self) -> Optional[Tuple[Request, Manner]]:
-        """Return the next request in the buffer and the form of its answer, or None."""
+        """Return the next request in the buffer and the form of the answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
@@ -8355,7 +8270,7 @@ class Conversation:
             date = _http_date(int(time.time()))
             self._send(encode_reply(outcome, date, manner.close, manner.head_only), manner.close)
         else:
-            self.server.work(self, functools.partial(self._finish, outcome, manner))
+            self.server.work(self, functools.partial(self._write, outcome, manner))
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
         """Send a reply from its byte `sent` on, as fast as the client reads."""
@@ -8398,7 +8313,7 @@ class Conversation:
         self.socket.close()
 
     def _send_close_notify(self) -> None:
-        """With TLS, send close_notify without waiting for the client's (RFC 8446, 6.1)."""
+        """Send close_notify over TLS without waiting for the client's (RFC 8446, 6.1)."""
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):  # it is closed, or had no handshake
                 self.socket.setblocking(False)
@@ -8411,9 +8326,6 @@ class Conversation:
         socket.socket.sendall(self.socket, self.server.refusal(error, self.peer))
         self._linger()
         return False
-
-    def _finish(self, reply: Union[Reply, Callable[[], Reply]], manner: Manner) -> bool:
-        return self._write(reply if isinstance(reply, Reply) else reply(), manner)
 
     def _converse(self, head: Head, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
@@ -8457,8 +8369,9 @@ class Conversation:
 
         return _receive
 
-    def _write(self, reply: Reply, manner: Manner) -> bool:
+    def _write(self, outcome: Union[Reply, Act], manner: Manner) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
+        reply = outcome if isinstance(outcome, Reply) else outcome()
         close, head_only, old = manner
         date = _http_date(int(time.time()))
         if isinstance(reply.body, bytes):
@@ -8557,10 +8470,9 @@ class Server(http.server.HTTPServer):
         self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._conversations: Set[Conversation] = set()  # all, also those of workers
-        # Connections whose buffers may hold a request, and those that workers give back.
-        self._queue: collections.deque[Conversation] = collections.deque()
-        self._returned: collections.deque[Conversation] = collections.deque()
+        self._conversations: Set[Conversation] = set()
+        self._queue: collections.deque[Conversation] = collections.deque()  # may hold a request
+        self._returned: collections.deque[Conversation] = collections.deque()  # by workers
         self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
         self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # with its start
@@ -8690,7 +8602,7 @@ class Server(http.server.HTTPServer):
         for conversation in list(self._conversations):
             if conversation.parked or conversation.pending:
                 conversation.close()
-            else:  # a worker has it: after a close, it would continue without TLS
+            else:  # a worker owns it: after a close, it would continue without TLS
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
         while self._returned:
@@ -8768,7 +8680,8 @@ class Server(http.server.HTTPServer):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setblocking(False)
         if self._certificate:
-            connection = self._certificate.wrap(connection)
+            wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
+            connection = wrap(connection, do_handshake_on_connect=False)
         conversation = Conversation(self, connection, peer)
         self._park(conversation)
         self._conversations.add(conversation)
