@@ -572,10 +572,7 @@ class Stream:
         buffer = self.buffer
         if len(buffer) < size:
             whole = bytearray(buffer)  # small parts kept one by one would take much more room
-            while len(whole) < size:
-                data = self._receive(min(size - len(whole), 262144))
-                if not data:
-                    break
+            while len(whole) < size and (data := self._receive(min(size - len(whole), 262144))):
                 whole += data
             buffer = bytes(whole)
         self.buffer = buffer[size:]
@@ -784,11 +781,9 @@ def encode_reply(
 ) -> bytes:
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
-    `close` announces that the connection ends here.  `head_only` is for an answer to HEAD.
-    `streams` is for the head of a body that follows: the header that frames the body, or "" if
-    the reply has one or the end of the connection is the end of the body.  The reply's own Date
-    and Content-Length stay.  Raise ValueError for a line break in a header, and for a streaming
-    body.
+    `close` announces the end of the connection; `head_only` is for an answer to HEAD.  `streams`
+    is for the head of a streaming body: the header that frames the body, or "".  The reply's own
+    Date and Content-Length stay.  Raise ValueError for a line break in a header.
     """
     status, headers, body = reply
     if not isinstance(body, bytes):
@@ -2542,10 +2537,6 @@ def _parse_target(target: str) -> Tuple[str, str]:
     return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")  # RFC 8259, 6
-
-
 def _short_integer(digits: str) -> int:
     if len(digits) > 20:  # the time of a conversion grows with the square of the digits
         raise ValueError("a number is too long")
@@ -2563,8 +2554,8 @@ class _TwoValues(ValueError):
     """An object with the same key twice (RFC 8259, 4)."""
 
 
-_JSON = json.JSONDecoder(
-    parse_constant=_no_constant, parse_int=_short_integer, object_pairs_hook=_each_once
+_JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
+    parse_constant=int, parse_int=_short_integer, object_pairs_hook=_each_once
 )
 _SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
@@ -2573,9 +2564,7 @@ def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
         document, end = _SCAN(text, 0)
-        if end == len(text):  # there are rarely blanks around it
-            return document
-        return _JSON.decode(text)
+        return document if end == len(text) else _JSON.decode(text)
     except StopIteration:
         return _JSON.decode(text)
     except RecursionError as error:
@@ -2757,8 +2746,11 @@ class AwsQuery(WireProtocol):
     def _reply(
         self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
     ) -> Reply:
-        namespace = _query_namespace(service)
-        xmlns = f' xmlns="{namespace}"' if namespace else ""
+        host = "queue" if service == "sqs" else service
+        scheme = "https" if service in ("iam", "sts") else "http"
+        folder = "docs" if service == "elasticbeanstalk" else "doc"
+        version = QUERY_VERSIONS.get(service)
+        xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
         text = f'<?xml version="1.0"?><{root}{xmlns}>{"".join(parts)}</{root}>'
         return Reply(status, self._headers(request_id), text.encode("utf-8", "replace"))
 
@@ -2788,14 +2780,6 @@ class AwsQueryJson(AwsQuery):
         fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
-
-
-def _query_namespace(service: str) -> str:
-    host = "queue" if service == "sqs" else service
-    scheme = "https" if service in ("iam", "sts") else "http"
-    folder = "docs" if service == "elasticbeanstalk" else "doc"
-    version = QUERY_VERSIONS.get(service)
-    return f"{scheme}://{host}.amazonaws.com/{folder}/{version}/" if version else ""
 
 
 AWS_QUERY = AwsQuery()
@@ -3146,6 +3130,7 @@ class RpcV2(WireProtocol):
     def __init__(self, protocol: str) -> None:
         self.named_protocol = protocol
         self.protocol = protocol if protocol == "rpc-v2-json" else "rpc-v2-cbor"
+        self.content_type = f"application/{self.protocol[-4:]}"
 
     def named(self, request: Request) -> str:
         """Return the last segment of the path."""
@@ -3154,7 +3139,6 @@ class RpcV2(WireProtocol):
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation in the path; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
-        coding = self.protocol.rpartition("-")[2]
         fault = ""
         if len(request.fields.get("smithy-protocol", ())) != 1:
             fault = "RPC v2 needs one Smithy-Protocol header"
@@ -3164,8 +3148,8 @@ class RpcV2(WireProtocol):
             fault = "RPC v2 is a POST to /service/NAME/operation/NAME"
         elif "?" in request.target:
             fault = "RPC v2 has no query string"
-        elif _media_type(request) not in ("", f"application/{coding}"):
-            fault = f"the Content-Type of {self.protocol} is application/{coding}"
+        elif _media_type(request) not in ("", self.content_type):
+            fault = f"the Content-Type of {self.protocol} is {self.content_type}"
         if fault or not match:
             raise ambiguous(self, fault)
         return Meaning(_operation_name(match[1]), body)
@@ -3174,14 +3158,12 @@ class RpcV2(WireProtocol):
         """Return a map of `__type` and `message`."""
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
-        of_cbor = self.protocol == "rpc-v2-cbor"
-        body = _cbor_strings(document) if of_cbor else _to_json(document)
-        headers = (
-            ("x-amzn-RequestId", request_id),
+        body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
+        named = (
             ("Smithy-Protocol", self.protocol),
-            ("Content-Type", "application/cbor" if of_cbor else "application/json"),
             ("x-amzn-query-error", f"{code};{_side(status)}"),
         )
+        headers = (*self._headers(request_id), *named)
         return Reply(status, headers, body)
 
 
@@ -3212,73 +3194,68 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
-# A reason to refuse, the code and the message: AWS's own where it is known.
+# A reason to refuse and the message, AWS's own where it is known.  The code is in brackets if it
+# is not InvalidParameterValue.
 _SQS_REFUSALS = """
-    invalid: InvalidParameterValue: {}
-    value: InvalidParameterValue: Value {} for parameter {} is invalid. Reason: {}
-    missing: MissingParameter: The request must contain the parameter {}.
-
-    no queue: QueueDoesNotExist: The specified queue does not exist.
-    queue name: InvalidParameterValue: Can only include alphanumeric characters, hyphens, or \
-        underscores. 1 to 80 in length
-    fifo name: InvalidParameterValue: The name of a FIFO queue can only include alphanumeric \
-        characters, hyphens, or underscores, must end with .fifo suffix and be 1 to 80 in length
-    exists: QueueNameExists: A queue already exists with the same name and a different value for \
+    invalid: {}
+    value: Value {} for parameter {} is invalid. Reason: {}
+    missing [MissingParameter]: The request must contain the parameter {}.
+    no queue [QueueDoesNotExist]: The specified queue does not exist.
+    queue name: Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in \
+        length
+    fifo name: The name of a FIFO queue can only include alphanumeric characters, hyphens, or \
+        underscores, must end with .fifo suffix and be 1 to 80 in length
+    exists [QueueNameExists]: A queue already exists with the same name and a different value for \
         attribute {}
-    deleted recently: QueueDeletedRecently: You must wait 60 seconds after deleting a queue \
+    deleted recently [QueueDeletedRecently]: You must wait 60 seconds after deleting a queue \
         before you can create another with the same name.
-    purged recently: PurgeQueueInProgress: Only one PurgeQueue operation on {} is allowed every \
+    purged recently [PurgeQueueInProgress]: Only one PurgeQueue operation on {} is allowed every \
         60 seconds.
-    attribute name: InvalidAttributeName: Unknown Attribute {}.
-    of fifo alone: InvalidAttributeName: You can specify the {} only when FifoQueue is set to true.
-    attribute value: InvalidAttributeValue: Invalid value for the parameter {}.
-    queue type: InvalidAttributeValue: Invalid value for the parameter FifoQueue. Reason: \
+    attribute name [InvalidAttributeName]: Unknown Attribute {}.
+    of fifo alone [InvalidAttributeName]: You can specify the {} only when FifoQueue is set to \
+        true.
+    attribute value [InvalidAttributeValue]: Invalid value for the parameter {}.
+    queue type [InvalidAttributeValue]: Invalid value for the parameter FifoQueue. Reason: \
         Modifying queue type is not supported.
-    two encryptions: InvalidAttributeName: You can use one type of server-side encryption (SSE) \
+    two encryptions [InvalidAttributeName]: You can use one type of server-side encryption (SSE) \
         at one time. You can either enable KMS SSE or SQS SSE.
-    token: InvalidParameterValue: Invalid or expired next token.
-    actions: OverLimit: {} Actions were found, maximum allowed is 7.
-
-    characters: InvalidMessageContents: Invalid characters found. Valid unicode characters are \
+    token: Invalid or expired next token.
+    actions [OverLimit]: {} Actions were found, maximum allowed is 7.
+    characters [InvalidMessageContents]: Invalid characters found. Valid unicode characters are \
         #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
-    attributes: InvalidParameterValue: Number of message attributes [{}] exceeds the allowed \
-        maximum [10].
-    attribute: InvalidParameterValue: Message (user) attribute '{}' must {}.
-    list values: UnsupportedOperation: Message (user) attribute '{}' has a list of values, which \
+    attributes: Number of message attributes [{}] exceeds the allowed maximum [10].
+    attribute: Message (user) attribute '{}' must {}.
+    list values [UnsupportedOperation]: Message (user) attribute '{}' has a list of values, which \
         is not supported.
-    number: InvalidParameterValue: Can't cast the value of message (user) attribute '{}' to a \
-        number.
-    system attribute: InvalidParameterValue: Message system attribute '{}' is invalid: only \
-        AWSTraceHeader, a String, can be sent.
-    too long: InvalidParameterValue: One or more parameters {}. Reason: Message must be shorter \
-        than {} bytes.
-    deduplication: InvalidParameterValue: The queue should either have ContentBasedDeduplication \
-        enabled or MessageDeduplicationId provided explicitly
-    in flight: OverLimit: Too many messages are in flight.
-    handle: ReceiptHandleIsInvalid: The input receipt handle "{}" is not a valid receipt handle.
-
-    no entries: EmptyBatchRequest: There should be at least one {}RequestEntry in the request.
-    entries: TooManyEntriesInBatchRequest: Maximum number of entries per request are {}. You \
+    number: Can't cast the value of message (user) attribute '{}' to a number.
+    system attribute: Message system attribute '{}' is invalid: only AWSTraceHeader, a String, \
+        can be sent.
+    too long: One or more parameters {}. Reason: Message must be shorter than {} bytes.
+    deduplication: The queue should either have ContentBasedDeduplication enabled or \
+        MessageDeduplicationId provided explicitly
+    in flight [OverLimit]: Too many messages are in flight.
+    handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
+    no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
+    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are {}. You \
         have sent {}.
-    entry id: InvalidBatchEntryId: A batch entry id can only contain alphanumeric characters, \
+    entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
         hyphens and underscores. It can be at most 80 letters long.
-    entry ids: BatchEntryIdsNotDistinct: Id {} repeated.
-    batch too long: BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have \
+    entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
+    batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
         sent {} bytes.
-
-    arn: InvalidParameterValue: You must use this format to specify the {}: \
+    arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
-    no resource: ResourceNotFoundException: The resource that you specified for the {} parameter \
+    no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
         doesn't exist.
-    no dead letters: InvalidParameterValue: Source queue must be configured as a Dead Letter Queue.
-    running: InvalidParameterValue: There is already a task running. Only one active task is \
-        allowed for a source queue arn at a given time.
-    task handle: InvalidParameterValue: Value for parameter TaskHandle is invalid.
-    no task: ResourceNotFoundException: Task does not exist.
+    no dead letters: Source queue must be configured as a Dead Letter Queue.
+    running: There is already a task running. Only one active task is allowed for a source queue \
+        arn at a given time.
+    task handle: Value for parameter TaskHandle is invalid.
+    no task [ResourceNotFoundException]: Task does not exist.
 """
 SQS_REFUSALS = {
-    reason: (code, " ".join(message.split()))
-    for reason, code, message in re.findall(r"^ +(.+?): (\w+): (.+)", _SQS_REFUSALS, re.MULTILINE)
+    reason: (code or "InvalidParameterValue", " ".join(message.split()))
+    for reason, code, message in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
 }
 
 
@@ -3622,20 +3599,19 @@ MAX_POLICY_DEPTH = 32
 
 
 def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError if it is so deep that writing it would fail."""
+    """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
     policy = read_json(text)
     level: List[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
         nodes = [list(node.values()) if isinstance(node, dict) else node for node in level]
         level = [below for node in nodes if isinstance(node, list) for below in node]
-    if level:
-        raise ValueError("too deeply nested")
+    if level or not isinstance(policy, dict):
+        raise ValueError(text)
     return policy
 
 
 def _a_policy(text: str) -> str:
-    if not isinstance(_read_policy(text), dict):
-        raise ValueError(text)
+    _read_policy(text)
     return text
 
 
@@ -3643,7 +3619,7 @@ def _redrive_policy(text: str) -> str:
     try:
         policy = _read_policy(text)
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         reason = "Redrive policy is not valid JSON."
         raise _bad_value(text[:2048], "RedrivePolicy", reason) from error
     if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
@@ -3656,7 +3632,7 @@ def _redrive_allow_policy(text: str) -> str:
     try:
         policy = _read_policy(text)
         permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, KeyError):
         permission, sources = "", []
     by_queue = permission == "byQueue"
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
@@ -3941,11 +3917,10 @@ class Sqs:
             reason = "Dead letter target does not exist."
         elif target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-        elif target.settings.get("RedriveAllowPolicy"):
-            policy = json.loads(target.settings["RedriveAllowPolicy"])
-            allowed = policy["redrivePermission"]
-            named = queue.arn in policy.get("sourceQueueArns", [])
-            if allowed == "denyAll" or (allowed == "byQueue" and not named):
+        else:
+            policy = json.loads(target.settings.get("RedriveAllowPolicy", "{}"))
+            allowed = policy.get("redrivePermission", "allowAll")
+            if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
                 reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
         if reason:
             raise _bad_value(text, "RedrivePolicy", reason)
@@ -7033,7 +7008,9 @@ class InFlight(Hook):
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
-        queue = _queue_key(call, given.get("QueueUrl") or call.request.path)
+        url: str = given.get("QueueUrl") or call.request.path
+        *_, account, name = ("", *url.rstrip("/").split("/"))
+        queue = call.region, f"{account or call.caller.account_id}/{name}"
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
@@ -7123,12 +7100,6 @@ class InFlight(Hook):
 def _digest(handle: str) -> bytes:
     """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
     return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-def _queue_key(call: Call, url: str) -> _QueueKey:
-    """Return the region and `account/name` of a queue, given its URL or name."""
-    *_, account_id, name = ("", *url.rstrip("/").split("/"))
-    return call.region, f"{account_id or call.caller.account_id}/{name}"
 
 
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
