@@ -137,6 +137,9 @@ log = logging.getLogger("awsproxy")
 
 Headers = Tuple[Tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
 Fields = Mapping[str, List[str]]  # by name in lower case, the values in the order received
+MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
+BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
@@ -233,20 +236,12 @@ class Request:
         return [(unquote(name), unquote(value)) for name, _, value in parts]
 
 
-MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
-BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
-BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
-
-
 class Reply(NamedTuple):
     """An HTTP response without its framing headers and its date."""
 
     status: int
     headers: Headers
     body: Union[bytes, Iterable[bytes]]  # bytes, or blocks of a body that streams
-
-
-Act = Callable[[], Reply]  # returns a reply, and may block
 
 
 class Client(NamedTuple):
@@ -262,9 +257,6 @@ class Client(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
-
-
-Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
 
 
 @dataclass
@@ -323,6 +315,8 @@ class Call:
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
+Act = Callable[[], Reply]  # returns a reply, and may block
+Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
 Clock = Callable[[], float]
 
 
@@ -417,6 +411,7 @@ MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
 CRLF = "\r\n"
+Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
@@ -427,6 +422,10 @@ _DIGITS = re.compile("[0-9]{1,18}")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
+_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
+_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
+UNTIL_CLOSE = -1
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
 _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
     (re.compile("\0"), "a NUL"),
@@ -508,10 +507,6 @@ def not_implemented(method: str) -> ServiceError:
     return ServiceError("NotImplemented", f"No AWS service has the method {method[:40]}.")
 
 
-_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
-_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
-
-
 def salvage_head(raw: bytes) -> Head:
     """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
@@ -555,9 +550,6 @@ def too_large(max_body: int) -> ServiceError:
     """Return the refusal of a body that is longer than `max_body` bytes."""
     message = f"The request body is longer than {max_body} bytes."
     return ServiceError("RequestEntityTooLarge", message)
-
-
-Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 
 
 class Stream:
@@ -702,10 +694,6 @@ class ResponseHead(NamedTuple):
     status: int
     headers: Headers
     keeps: bool
-
-
-UNTIL_CLOSE = -1
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
 
 def read_head(source: Stream) -> bytes:
@@ -2008,9 +1996,6 @@ class Structure(NamedTuple):
     required: Sequence[str]
 
 
-Shape = Union[str, ListOf, MapOf, Structure]
-
-
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     members, required = {}, []
@@ -2026,6 +2011,8 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
 _ANY = Structure({}, ())  # the input of an operation without a model
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
+Shape = Union[str, ListOf, MapOf, Structure]
+Hosts = Iterable[str]  # names of the proxy
 
 
 class Operation(NamedTuple):
@@ -2180,9 +2167,12 @@ TARGET_PREFIXES = {"sqs": "AmazonSQS"}  # of X-Amz-Target, by name in the creden
 TARGET_SERVICES = {prefix: service for service, prefix in TARGET_PREFIXES.items()}
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
+_RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
+_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 
 
 def _media_type(request: Request) -> str:
@@ -2247,9 +2237,6 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
 
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
-
-
-_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
@@ -2317,9 +2304,6 @@ class Meaning(NamedTuple):
     bucket: str = ""  # of Amazon S3, or the account of S3 Control, if the Host names it
 
 
-Hosts = Iterable[str]  # names of the proxy
-
-
 class WireProtocol:
     """Reads the operation and the input of a request, and writes the answer."""
 
@@ -2381,9 +2365,6 @@ def _operation_name(name: str) -> str:
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
-
-
-_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 
 
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
@@ -2801,6 +2782,7 @@ MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def _query_message(error: ServiceError) -> str:
@@ -2882,9 +2864,6 @@ def _plain_text(value: Any) -> str:
     if isinstance(value, bytes):
         return _base64_text(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def xml_text(text: str) -> str:
@@ -2973,6 +2952,8 @@ _S3_VERSIONED = frozenset(
 )
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
+_ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
+_PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 def host_name(host: str) -> str:
@@ -3040,9 +3021,6 @@ def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
     return Meaning(action, bucket=of_host)
 
 
-_ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
-
-
 def rest_meaning(request: Request) -> Meaning:
     """Return the method and the path of a request, with the path as patterns spell it.
 
@@ -3065,9 +3043,6 @@ def rest_meaning(request: Request) -> Meaning:
             message = "The path has a segment that is empty, '.', '..' or has a NUL."
             raise ServiceError("InvalidURI", message)
     return Meaning(request.method, path=plain, other_paths=others)
-
-
-_PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 class Rest(WireProtocol):
@@ -3117,9 +3092,6 @@ class Rest(WireProtocol):
 
 
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
-
-
-_RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
 
 
 class RpcV2(WireProtocol):
@@ -3190,6 +3162,7 @@ SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creatin
 MAX_IN_FLIGHT = 120000
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
 MAX_ATTRIBUTES = 10
+MAX_POLICY_DEPTH = 32
 MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
@@ -3595,9 +3568,6 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
     return found[0]
 
 
-MAX_POLICY_DEPTH = 32
-
-
 def _read_policy(text: str) -> Any:
     """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
     policy = read_json(text)
@@ -3715,6 +3685,7 @@ _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_BETWEEN = "Must be between {} and {}, if provided."
 
 
 def attributes_md5(attributes: Attributes) -> str:
@@ -3768,9 +3739,6 @@ def _size(entry: Members) -> int:
     for name, attribute in entry.get("MessageAttributes", {}).items():
         parts += (name, *attribute.values())
     return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
-
-
-_BETWEEN = "Must be between {} and {}, if provided."
 
 
 def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
@@ -6510,6 +6478,7 @@ class Exchange:
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
+Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
 
 
 class Workers:
@@ -6797,9 +6766,6 @@ def open_log(path: str) -> Any:
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
-Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
-
-
 class Metrics(Hook):
     """Counts calls for Prometheus.
 
@@ -6944,6 +6910,8 @@ Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
 Put = Callable[[str, bytes, float], bytes]
 _QueueKey = Tuple[str, str]  # region, account/name
+_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
+_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
 
 class _Hold(NamedTuple):
@@ -7100,10 +7068,6 @@ class InFlight(Hook):
 def _digest(handle: str) -> bytes:
     """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
     return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
 
 def _put(url: str, body: bytes, timeout: float) -> bytes:
