@@ -2047,9 +2047,6 @@ class QueryName(NamedTuple):
     value: str = ""
 
 
-Names = Mapping[str, QueryName]
-
-
 class Model(NamedTuple):
     """The operations of a service, for the wire protocols."""
 
@@ -2059,6 +2056,7 @@ class Model(NamedTuple):
 
 
 MODELS: Dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
+Names = Mapping[str, QueryName]
 
 
 def read_again(body: Body) -> bytes:
@@ -2173,6 +2171,11 @@ _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
+MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
+MAX_FORM_DEPTH = 12
+_NUMBER = re.compile("-?[0-9]{1,18}")
+_INDEX = re.compile("[0-9]{1,9}")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def _media_type(request: Request) -> str:
@@ -2776,13 +2779,6 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
             return [{spelled.key: key, spelled.value: item} for key, item in pairs.items()]
         return {name: _as_pairs(item, model, name) for name, item in value.items()}
     return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
-
-
-MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
-MAX_FORM_DEPTH = 12
-_NUMBER = re.compile("-?[0-9]{1,18}")
-_INDEX = re.compile("[0-9]{1,9}")
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def _query_message(error: ServiceError) -> str:
@@ -3686,6 +3682,8 @@ _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _BETWEEN = "Must be between {} and {}, if provided."
+_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
+_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def attributes_md5(attributes: Attributes) -> str:
@@ -3773,10 +3771,6 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
     by_content = queue.settings["ContentBasedDeduplication"] == "true"
     if "MessageDeduplicationId" not in entry and not by_content:
         raise sqs_refusal("deduplication")
-
-
-_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
-_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def steady_time() -> float:
