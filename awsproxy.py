@@ -167,10 +167,8 @@ class _Once:
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self._compute = compute
+        self._name = compute.__name__
         self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
         value = instance.__dict__[self._name] = self._compute(instance)
@@ -701,12 +699,11 @@ def read_head(source: Stream) -> bytes:
     lines: List[bytes] = []
     size = 0
     while size <= MAX_HEAD:
-        line = source.readline(MAX_HEAD + 1)
-        lines.append(line)
-        size += len(line)
-        if line in (b"\r\n", b"\n"):
+        lines.append(source.readline(MAX_HEAD + 1))
+        size += len(lines[-1])
+        if lines[-1] in (b"\r\n", b"\n"):
             return b"".join(lines)
-        if not line.endswith(b"\n"):
+        if not lines[-1].endswith(b"\n"):
             if not size:
                 return b""
             raise ValueError("the head of the answer is not complete")
@@ -2012,7 +2009,7 @@ _ANY = Structure({}, ())  # the input of an operation without a model
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
 Shape = Union[str, ListOf, MapOf, Structure]
-Hosts = Iterable[str]  # names of the proxy
+Hosts = Iterable[str]  # names of the proxy besides localhost
 
 
 class Operation(NamedTuple):
@@ -2939,7 +2936,6 @@ def _s3_actions(table: str) -> Iterator[Tuple[Tuple[str, str, str], str]]:
 S3_ACTIONS = dict(_s3_actions(_S3_TABLE))  # by level, sub-resource and method
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
-_S3_LEVELS = ("service", "bucket", "object")
 # With a versionId, these have another action: GetObject becomes GetObjectVersion.
 _S3_VERSIONED = frozenset(
     "DeleteObject DeleteObjectAnnotation DeleteObjectTagging GetObject GetObjectAcl"
@@ -2960,16 +2956,13 @@ def host_name(host: str) -> str:
 
 
 def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
-    """Return the bucket in a Host such as `bucket.localhost:8081`, or "".
-
-    `hosts` are names of the proxy besides localhost.  Raise ServiceError InvalidRequest if the
-    Host may or may not begin with a bucket: a wrong guess would lose an object.
-    """
+    """Return the bucket in a Host such as `bucket.localhost:8081`, or ""; or ServiceError."""
     name = host_name(host)
     own = [".localhost", *(f".{own}" for own in hosts)]
     suffixes = (*own, ".amazonaws.com", ".amazonaws.com.cn")
     suffix = next((suffix for suffix in suffixes if f".{name}".endswith(suffix)), "")
     if not suffix and "." in name.rstrip(".") and not re.fullmatch("[0-9.]+", name):
+        # A wrong guess would lose an object.
         raise ServiceError(
             "InvalidRequest",
             f"It is not certain whether the Host '{name[:80]}' begins with a bucket. Start the"
@@ -2993,24 +2986,24 @@ def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
         return rest_meaning(request)._replace(bucket=bucket)
     first, _, key = request.path[1:].partition("/")
     if bucket:
-        level = 2 if request.path != "/" else 1
+        level = "object" if request.path != "/" else "bucket"
     else:
-        bucket, level = first, 2 if key else 1 if first else 0
+        bucket, level = first, "object" if key else "bucket" if first else "service"
     name = urllib.parse.unquote(bucket, "latin-1")
     disguised = name != bucket and f"/{name}/" == _S3_CONTROL
-    if level and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
+    if level != "service" and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
         raise ServiceError("InvalidURI", "The name of the bucket is not allowed.")
-    if not level and request.path != "/":
+    if level == "service" and request.path != "/":
         raise ServiceError("InvalidURI", "The path has no bucket before its key.")
     parameters = {name.decode("latin-1") for name, _ in request.query}
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    action = S3_ACTIONS.get((_S3_LEVELS[level], found[0] if found else "", request.method))
+    action = S3_ACTIONS.get((level, found[0] if found else "", request.method))
     if action is None:  # take the strongest action of the method at that level
         method = _S3_LIKE.get(request.method, request.method)
-        action = S3_ACTIONS.get((_S3_LEVELS[level], "", method), "PutObject")
-    if action in _S3_VERSIONED and level == 2 and "versionId" in parameters:
+        action = S3_ACTIONS.get((level, "", method), "PutObject")
+    if action in _S3_VERSIONED and level == "object" and "versionId" in parameters:
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
@@ -3238,8 +3231,6 @@ def sqs_refusal(reason: str, *values: object) -> ServiceError:
 def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
     return sqs_refusal("value", value, parameter, reason)
 
-
-# ---- Messages and queues ----
 
 Attributes = Mapping[str, Members]  # of a message, by name
 Strings = Dict[str, str]
@@ -3636,14 +3627,12 @@ SETTINGS: Mapping[str, Setting] = {
     "FifoThroughputLimit": Setting("perQueue", _LIMIT, fifo=True),
 }
 COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
-    "QueueArn": lambda queue: queue.arn,
-    "CreatedTimestamp": lambda queue: int(queue.created),
-    "LastModifiedTimestamp": lambda queue: int(queue.modified),
-    "ApproximateNumberOfMessages": lambda queue: (
-        len(queue.messages) - queue.in_flight - queue.delayed
-    ),
-    "ApproximateNumberOfMessagesNotVisible": lambda queue: queue.in_flight,
-    "ApproximateNumberOfMessagesDelayed": lambda queue: queue.delayed,
+    "QueueArn": lambda it: it.arn,
+    "CreatedTimestamp": lambda it: int(it.created),
+    "LastModifiedTimestamp": lambda it: int(it.modified),
+    "ApproximateNumberOfMessages": lambda it: len(it.messages) - it.in_flight - it.delayed,
+    "ApproximateNumberOfMessagesNotVisible": lambda it: it.in_flight,
+    "ApproximateNumberOfMessagesDelayed": lambda it: it.delayed,
 }
 
 
@@ -3670,8 +3659,6 @@ def check_encryption(settings: Mapping[str, str]) -> None:
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
         raise sqs_refusal("two encryptions")
 
-
-# ---- Checks ----
 
 _QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
@@ -3722,13 +3709,6 @@ def _check_attributes(attributes: Attributes) -> None:
             raise sqs_refusal("attribute", name, "contain valid characters alone")
         if kind[1] == "Number" and not _DECIMAL.fullmatch(value):
             raise sqs_refusal("number", name)
-
-
-def _check_system(attributes: Attributes) -> None:
-    for name, attribute in attributes.items():
-        if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
-            raise sqs_refusal("system attribute", name[:80])
-    _check_attributes(attributes)
 
 
 def _size(entry: Members) -> int:
@@ -3820,8 +3800,6 @@ class Sqs:
             self._draining = True
             for queue in self._queues.values():
                 queue.changed.notify_all()
-
-    # ---- Queues ----
 
     def _queue(self, call: Call) -> Queue:
         """Return the queue that the last two segments of QueueUrl name, or the only one."""
@@ -3980,8 +3958,6 @@ class Sqs:
         queue.deleted = True
         queue.changed.notify_all()
 
-    # ---- Tags and permissions ----
-
     def tag_queue(self, call: Call) -> None:
         """Add tags to a queue, or change them."""
         self._queue(call).tags.update(call.input["Tags"])
@@ -4049,8 +4025,6 @@ class Sqs:
         self._drop_unset(queue)
         queue.modified = self._clock()
 
-    # ---- Sending ----
-
     def send_message(self, call: Call) -> Mapping[str, Any]:
         """Add a message, which is visible after its delay."""
         queue = self._queue(call)
@@ -4079,7 +4053,10 @@ class Sqs:
         if _size(entry) > most:
             raise sqs_refusal("too long", too_long, most)
         _check_attributes(attributes)
-        _check_system(system)
+        for name, attribute in system.items():
+            if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
+                raise sqs_refusal("system attribute", name[:80])
+        _check_attributes(system)
         delay, now = self._delay(queue, entry), self._clock()
         kept = {"SenderId": call.caller.access_key_id}
         if "MessageGroupId" in entry:
@@ -4146,8 +4123,6 @@ class Sqs:
                 failed.append({"Id": entry["Id"], **fault})
         outcome = (("Successful", successful), ("Failed", failed))
         return {member: results for member, results in outcome if results}
-
-    # ---- Receiving ----
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         """Return messages and hide them; wait for the first one up to WaitTimeSeconds."""
@@ -4330,8 +4305,6 @@ class Sqs:
         else:
             queue.show(message)
 
-    # ---- Moving messages out of a dead-letter queue ----
-
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
         """Start to move messages from a dead-letter queue to their source or DestinationArn."""
         given, now = call.input, self._clock()
@@ -4425,8 +4398,6 @@ def _asks_for(pattern: str, name: str) -> bool:
         return True
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
-
-# ---- The table of operations ----
 
 _SHAPES: Dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
@@ -6624,13 +6595,9 @@ class HookFile(Watched):
 
 
 class LineWriter:
-    """Writes lines to a stream in a thread, so that callers never wait for a slow reader.
+    """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
-    If MOST lines wait, more lines are dropped and counted.  `open_again` returns a new stream
-    for `reopen`, and may raise OSError.
-    """
-
-    MOST = 5000
+    MOST = 5000  # lines that wait; more are dropped and counted
     PAUSE = 0.02  # seconds in which lines are gathered for one write
 
     def __init__(self, stream: Any, open_again: Optional[Callable[[], Any]] = None) -> None:
@@ -8572,8 +8539,6 @@ class Server(http.server.HTTPServer):
         """Return how many calls wait for an upstream, a message or a hook."""
         return sum(not c.parked or c.pending is not None for c in list(self._conversations))
 
-    # ---- Connections come and go ----
-
     def _accept(self) -> None:
         for _ in range(64):
             try:
@@ -8666,8 +8631,6 @@ class Server(http.server.HTTPServer):
         for conversation in [c for c in self._conversations if c.deadline < now and c.parked]:
             conversation.close()
 
-    # ---- Calls that wait for an upstream ----
-
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
         """Make the loop wait for the answer of an upstream."""
         conversation.pending, conversation.deadline = pending, math.inf
@@ -8688,8 +8651,6 @@ class Server(http.server.HTTPServer):
         now = time.monotonic()
         for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
             self._settle(pending, pending.give_up())
-
-    # ---- Workers ----
 
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""
