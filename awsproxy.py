@@ -179,9 +179,8 @@ class _Once:
 class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
 
-    `target` is the raw request target.  Encoding text as latin-1 gives back the bytes that
-    were signed.  `peer` is the client's address.  `abandoned()` returns whether the client
-    has hung up.
+    `target` is the raw request target.  Encoding text as latin-1 gives back the signed bytes.
+    `peer` is the client's address.  `abandoned()` returns whether the client has hung up.
     """
 
     method: str
@@ -261,9 +260,8 @@ class Client(NamedTuple):
 class Call:
     """A Request whose caller, operation and input are known.
 
-    `body` and `payload_hash` are verified.  `signed_headers` are the names that the signature
-    covers.  `rewrites` are hooks that change the forwarded request.  `began` is on the monotonic
-    clock.
+    `body` and `payload_hash` are verified.  The signature covers `signed_headers`.  `rewrites`
+    are hooks that change the forwarded request.  `began` is on the monotonic clock.
     """
 
     request: Request
@@ -379,8 +377,7 @@ ERRORS: Mapping[str, Fault] = dict(_faults(_FAULTS))
 class ServiceError(Exception):
     """An answer that is not a success; the caller's wire protocol renders it.
 
-    `code` is a key of ERRORS (KeyError otherwise).  `detail` holds further elements of
-    Amazon S3's error document by name.
+    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document.
     """
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
@@ -1964,7 +1961,6 @@ def sign(
 # signature covers, chooses the protocol.  If a service speaks two, a signed header chooses.  The
 # protocol reads the operation from one place, and refuses a request that names an operation
 # anywhere else: another reader might look there.
-#
 # `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.  A
 # body is decoded only after its signature was verified.  Sources: the service models of the AWS
 # SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
@@ -2447,7 +2443,7 @@ class AwsJson(WireProtocol):
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        others = [name for name, _ in request.query if name not in _BESIDE_JSON]
+        others = [name for name, _ in request.query if name not in (b"Action", b"Version")]
         others = [name for name in others if name.lower() not in _QUERY_PARAMETERS]
         if service != "sqs" and actions:
             raise ambiguous(self, f"{service} does not read the query parameter Action")
@@ -2508,7 +2504,6 @@ AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
-_BESIDE_JSON = (b"Action", b"Version")
 
 
 @lru_cache(maxsize=1024)
@@ -2620,10 +2615,10 @@ def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class AwsQuery(WireProtocol):
-    """`Action` and the input as form fields, in the query string or the body; XML back.
+    """`Action` and the input are form fields in the query string or the body; answers are XML.
 
-    Smithy calls it awsQuery.  Besides POST it takes GET, and a queue's own URL, whose path
-    then stands for QueueUrl, as Amazon SQS does.
+    Smithy calls it awsQuery.  A GET and the URL of a queue are allowed, as by Amazon SQS.  The
+    path of such a URL stands for QueueUrl.
     """
 
     content_type = "text/xml"
@@ -2737,7 +2732,7 @@ class AwsQuery(WireProtocol):
 
 
 class AwsQueryJson(AwsQuery):
-    """AWS Query with answers in JSON, with which SQS answers `Accept: application/json`."""
+    """AWS Query with the answers in JSON that SQS gives to `Accept: application/json`."""
 
     content_type = "application/json"
 
@@ -2887,9 +2882,9 @@ def _write_xml(parts: List[str], element: str, value: Any, names: Names, operati
     parts.append(f"</{element}>")
 
 
-# The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line: the
-# level; methods with their actions; and sub-resources in the query, whose names for an action
-# replace `*`.  `-` stands for no sub-resource.  A Put of nothing deletes if there is no Delete.
+# The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
+# the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
+# The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
 _S3_TABLE = """
     service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
@@ -3140,7 +3135,6 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
 # Each queue has a condition, which shares that lock, so that a send wakes only those calls that
 # wait for this queue.  Clock, randomness and waiting are arguments.
-#
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 
@@ -3156,26 +3150,22 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
-# A reason to refuse and the message, AWS's own where it is known.  The code is in brackets if it
-# is not InvalidParameterValue.
+# Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
     invalid: {}
     value: Value {} for parameter {} is invalid. Reason: {}
     missing [MissingParameter]: The request must contain the parameter {}.
     no queue [QueueDoesNotExist]: The specified queue does not exist.
-    queue name: Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in \
-        length
+    name: Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length
     fifo name: The name of a FIFO queue can only include alphanumeric characters, hyphens, or \
         underscores, must end with .fifo suffix and be 1 to 80 in length
     exists [QueueNameExists]: A queue already exists with the same name and a different value for \
         attribute {}
     deleted recently [QueueDeletedRecently]: You must wait 60 seconds after deleting a queue \
         before you can create another with the same name.
-    purged recently [PurgeQueueInProgress]: Only one PurgeQueue operation on {} is allowed every \
-        60 seconds.
+    purge [PurgeQueueInProgress]: Only one PurgeQueue operation on {} is allowed every 60 seconds.
     attribute name [InvalidAttributeName]: Unknown Attribute {}.
-    of fifo alone [InvalidAttributeName]: You can specify the {} only when FifoQueue is set to \
-        true.
+    fifo only [InvalidAttributeName]: You can specify the {} only when FifoQueue is set to true.
     attribute value [InvalidAttributeValue]: Invalid value for the parameter {}.
     queue type [InvalidAttributeValue]: Invalid value for the parameter FifoQueue. Reason: \
         Modifying queue type is not supported.
@@ -3190,8 +3180,7 @@ _SQS_REFUSALS = """
     list values [UnsupportedOperation]: Message (user) attribute '{}' has a list of values, which \
         is not supported.
     number: Can't cast the value of message (user) attribute '{}' to a number.
-    system attribute: Message system attribute '{}' is invalid: only AWSTraceHeader, a String, \
-        can be sent.
+    system: Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent.
     too long: One or more parameters {}. Reason: Message must be shorter than {} bytes.
     deduplication: The queue should either have ContentBasedDeduplication enabled or \
         MessageDeduplicationId provided explicitly
@@ -3233,7 +3222,6 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
 
 
 Attributes = Mapping[str, Members]  # of a message, by name
-Strings = Dict[str, str]
 QueueKey = Tuple[str, str, str]  # region, account, name
 
 
@@ -3246,7 +3234,12 @@ class Message:
     )  # fmt: skip
 
     def __init__(
-        self, message_id: str, body: str, attributes: Attributes, system: Strings, sent: float
+        self,
+        message_id: str,
+        body: str,
+        attributes: Attributes,
+        system: Dict[str, str],
+        sent: float,
     ) -> None:
         self.message_id = message_id
         self.body = body
@@ -3271,7 +3264,7 @@ class Queue:
     fifo = False
 
     def __init__(
-        self, key: QueueKey, serial: int, settings: Strings, now: float, lock: Any
+        self, key: QueueKey, serial: int, settings: Dict[str, str], now: float, lock: Any
     ) -> None:
         self.region, self.account, self.name = key
         self.arn = "arn:aws:sqs:" + ":".join(key)
@@ -3414,7 +3407,7 @@ class FifoQueue(Queue):
         self.attempts: OrderedDict[str, Tuple[float, List[Tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first one with that deduplication id in five minutes, which may be `sent`."""
+        """Return the first send with this deduplication id in five minutes, or `sent`."""
         oldest = sent.at - SECONDS_DEDUPLICATED
         while self._sent and next(iter(self._sent.values())).at <= oldest:
             self._sent.popitem(last=False)
@@ -3531,9 +3524,6 @@ class MoveTask:
         return output
 
 
-# ---- Queue attributes ----
-
-
 class Setting(NamedTuple):
     """A queue attribute that callers can set."""
 
@@ -3643,7 +3633,7 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
         setting = SETTINGS.get(name)
         if setting is None or (setting.fifo and not fifo):
             known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise sqs_refusal("of fifo alone" if known else "attribute name", name)
+            raise sqs_refusal("fifo only" if known else "attribute name", name)
         try:
             unset = not text and not setting.default
             settings[name] = "" if unset else setting.normal(text)
@@ -3824,7 +3814,7 @@ class Sqs:
         fifo = given.get("FifoQueue", "").lower() == "true"
         allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
         if not allowed:
-            raise sqs_refusal("fifo name" if fifo else "queue name")
+            raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
         now, key = self._clock(), (call.region, call.caller.account_id, name)
@@ -3940,7 +3930,7 @@ class Sqs:
         """Drop all messages of a queue: visible, in flight and delayed."""
         queue, now = self._queue(call), self._clock()
         if self._cooldown and now < queue.purged + SECONDS_COOLING:
-            raise sqs_refusal("purged recently", queue.name)
+            raise sqs_refusal("purge", queue.name)
         queue.purged = now
         queue.clear()
 
@@ -3963,7 +3953,7 @@ class Sqs:
         self._queue(call).tags.update(call.input["Tags"])
 
     def untag_queue(self, call: Call) -> None:
-        """Take tags off a queue."""
+        """Remove tags from a queue."""
         tags = self._queue(call).tags
         for key in call.input["TagKeys"]:
             tags.pop(key, None)
@@ -4055,7 +4045,7 @@ class Sqs:
         _check_attributes(attributes)
         for name, attribute in system.items():
             if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
-                raise sqs_refusal("system attribute", name[:80])
+                raise sqs_refusal("system", name[:80])
         _check_attributes(system)
         delay, now = self._delay(queue, entry), self._clock()
         kept = {"SenderId": call.caller.access_key_id}
@@ -6484,9 +6474,8 @@ class Workers:
 class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
 
-    `before` runs in the order of the hooks, `after` and `observe` in reverse.  If a hook raises
-    ServiceError, that error is the answer.  Any other exception is logged, and the call gets
-    InternalFailure.
+    `before` runs in the order of the hooks, `after` and `observe` in reverse.  A ServiceError of
+    a hook is the answer.  Any other exception is logged, and the call gets InternalFailure.
     """
 
     def concerns(self, call: Call) -> bool:
@@ -8000,7 +7989,7 @@ def _http_date(second: int) -> str:
 
 
 class Certificate(Watched):
-    """The SSL context of a Server: a PEM file with the chain, and with the key or a key file."""
+    """The SSL context of a Server, from a PEM file with the chain and the key, or two files."""
 
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -8684,11 +8673,8 @@ class Server(http.server.HTTPServer):
             if conversation.socket.fileno() < 0:
                 self._conversations.discard(conversation)
             else:
-                self._guarded(self._go_on, conversation.socket, conversation)
-
-    def _go_on(self, conversation: Conversation) -> None:
-        self._park(conversation)
-        conversation.resume()
+                self._guarded(self._park, conversation.socket, conversation)
+                self._guarded(conversation.resume, conversation.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
