@@ -2251,8 +2251,7 @@ def _guessed_protocol(request: Request) -> WireProtocol:
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
     """Raise ServiceError if another reader could find another operation in the request."""
-    fields = request.fields
-    fault = ""
+    fields, fault = request.fields, ""
     if service not in SPEAKS and not _SERVICE_NAME.fullmatch(service):
         fault = f"'{service[:40]}' is no signing name: they are lower case"
     elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
@@ -2617,8 +2616,7 @@ def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
 class AwsQuery(WireProtocol):
     """`Action` and the input are form fields in the query string or the body; answers are XML.
 
-    Smithy calls it awsQuery.  A GET and the URL of a queue are allowed, as by Amazon SQS.  The
-    path of such a URL stands for QueueUrl.
+    A GET is allowed, and so is the URL of a queue, which stands for QueueUrl (Smithy: awsQuery).
     """
 
     content_type = "text/xml"
@@ -3391,8 +3389,7 @@ class Sent(NamedTuple):
 class FifoQueue(Queue):
     """A queue that keeps the order of each message group, and drops repeated sends.
 
-    A receive takes only messages before the first hidden message of a group: so a group is
-    locked while its first message is in flight ("Amazon SQS FIFO delivery logic").
+    A receive takes messages only before the first hidden one of a group ("FIFO delivery logic").
     """
 
     fifo = True
@@ -3500,8 +3497,7 @@ class MoveTask:
 
     def due(self, now: float) -> int:
         """Return how many messages should have moved by now."""
-        elapsed = now - self.started
-        return self._burst + int(elapsed * self._pace + 0.001)  # a float may be a little short
+        return self._burst + int((now - self.started) * self._pace + 0.001)  # a float may be short
 
     def next_move(self) -> float:
         """Return when the next message should move."""
@@ -3836,7 +3832,6 @@ class Sqs:
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
-        """Refuse a RedrivePolicy whose target is missing, of the other kind, or unwilling."""
         text = settings.get("RedrivePolicy")
         if not text:
             return
@@ -7029,8 +7024,7 @@ class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
     It asks for protection before the first messages are handed out, renews it, and gives it back
-    with the last one.  A failure of the agent never fails a receive ("Task scale-in protection
-    endpoint", Amazon ECS Developer Guide).
+    with the last one.  A failing agent fails no receive ("Task scale-in protection endpoint").
     """
 
     PATIENCE = 3  # seconds that a receive may wait for the agent
@@ -8540,8 +8534,7 @@ class Server(http.server.HTTPServer):
                 log.warning("no connection can be accepted: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            full = len(self._conversations) >= self._max_connections
-            if full and not self._make_room():
+            if len(self._conversations) >= self._max_connections and not self._make_room():
                 self._refuse(connection, address[0])
                 continue
             try:
