@@ -8187,7 +8187,7 @@ class Conversation:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the socket; with TLS, say that this is the end."""
+        """Close the socket, after a close_notify over TLS."""
         self._send_close_notify()
         self.socket.close()
 
@@ -8268,7 +8268,7 @@ class Conversation:
             if chunked and not head_only:
                 self._send_all(b"0\r\n\r\n")
         except (OSError, ServiceError) as error:
-            log.warning("an answer to %s broke off: %s", self.peer, error)
+            log.warning("an answer to %s is incomplete: %s", self.peer, error)
             if not chunked and not measured:  # a normal end would look like the end of the body
                 abort = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
@@ -8531,7 +8531,7 @@ class Server(http.server.HTTPServer):
             except ConnectionAbortedError:
                 continue
             except OSError as error:  # no file descriptor is left: try again in a moment
-                log.warning("no connection can be accepted: %s", error)
+                log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
                 return
             if len(self._conversations) >= self._max_connections and not self._make_room():
@@ -8640,7 +8640,7 @@ class Server(http.server.HTTPServer):
         try:
             self._workers.run(functools.partial(self._do, conversation, act))
         except RuntimeError as error:  # no more threads
-            log.warning("a call is given up: %s", error)
+            log.warning("a call is dropped because no thread can start: %s", error)
             conversation.close()
 
     def _do(self, conversation: Conversation, act: Callable[[], bool]) -> None:
