@@ -3283,6 +3283,10 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # wait for this queue.  Clock, randomness and waiting are arguments.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
+#
+# To add an operation: write a method of Sqs with its name in snake case, and a line in _OPERATIONS;
+# write the query spelling of a new list or map into SQS_MODEL.  To add a refusal: write a row of
+# SQS_REFUSALS and raise sqs_refusal(name, values).
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
@@ -6714,6 +6718,9 @@ class Upstream:
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
 #
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
+#
+# To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that is
+# read on demand, call metrics.gauge(name, help, function) in Program.
 
 
 class Exchange:
@@ -8584,6 +8591,11 @@ class Conversation:
 
         None if it is not complete, or refused, or if a worker is to read the body.
         """
+        if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
+            message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
+            log.warning(message, self.peer)
+            self.close()
+            return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer

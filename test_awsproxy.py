@@ -19666,6 +19666,19 @@ class SlowReaderTest(ProgramTest):
         self.assertEqual(received.count(b"<QueueUrl>"), 4000)
 
 
+class TlsOnPlainPortTest(ProgramTest):
+    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
+        program = self.start("--quiet")
+        context = ssl.create_default_context()
+        begin = time.monotonic()
+        with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
+            context.wrap_socket(connection, server_hostname="localhost")
+        self.assertLess(time.monotonic() - begin, 1.5)
+        line = program.line(3)
+        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assert_alive(program)
+
+
 class DrainByDefaultTest(ProgramTest):
     """SIGTERM without --drain-seconds: calls in progress have five seconds."""
 
