@@ -3284,9 +3284,9 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 #
-# To add an operation: write a method of Sqs with its name in snake case, and a line in _OPERATIONS;
-# write the query spelling of a new list or map into SQS_MODEL.  To add a refusal: write a row of
-# SQS_REFUSALS and raise sqs_refusal(name, values).
+# To add an operation: write a method of Sqs with its name in snake case, and a line in
+# _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
+# write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
@@ -6719,8 +6719,8 @@ class Upstream:
 #
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 #
-# To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that is
-# read on demand, call metrics.gauge(name, help, function) in Program.
+# To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
+# is read on demand, call metrics.gauge(name, help, function) in Program.
 
 
 class Exchange:
