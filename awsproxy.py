@@ -724,7 +724,8 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     for line in lines:
         field = _FIELD_LINE.fullmatch(line)
         if not field:
-            raise ValueError(f"it has a malformed header line {line[:40]!r}")
+            name = line.partition(":")[0][:40]  # not the value, which may repeat a secret
+            raise ValueError(f"it has a malformed header line {name!r}")
         name, value = field[1], field[2].strip(" \t")
         headers.append((name, value))
         if name.lower() == "connection":
@@ -2294,7 +2295,8 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
-            if fields["x-amz-target"][0].startswith(_OLD_TARGET) and _is_form(request):
+            is_old = fields["x-amz-target"][0].startswith(_OLD_TARGET)
+            if is_old and _media_type(request) == _FORM:
                 return AWS_QUERY_TARGET
             return AWS_JSON[_json_version(request)]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
@@ -2529,6 +2531,10 @@ class AwsJson(WireProtocol):
         if service == "sqs" and request.target != "/":
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
+            operation = MODELS["sqs"].operations.get(name)
+            if operation and "QueueUrl" in operation.input.members and not named:
+                if request.path != "/":  # which some servers take for QueueUrl
+                    raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
 
     def _action(self, request: Request, service: str) -> Optional[str]:
@@ -2793,7 +2799,7 @@ class AwsQuery(WireProtocol):
                 message = f"The parameter {name[:80]} is not understood."
                 raise ServiceError("InvalidParameterValue", message)
             if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name[:80])
+                ignored.append(name if _PARAMETER.fullmatch(name) else "...")
         return ignored[:MAX_IGNORED]
 
     def reencode(self, call: Call) -> bytes:
@@ -2895,6 +2901,7 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
 
 
 MAX_IGNORED = 20  # parameters that the log names
+_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
 
 
 def _query_message(error: ServiceError) -> str:
@@ -3111,6 +3118,8 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
         )
     labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
     for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
+        if labels[index].startswith(("s3-accesspoint", "s3-website")) or "vpce" in labels:
+            break  # the label before is no bucket
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
             return ".".join(labels[:index])
     if labels and suffix not in own:
@@ -6387,6 +6396,7 @@ class Upstream:
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         host = call.request.header("host") or ""
         fips, dualstack = self._credentials(call.caller).variants
+        host = host[len(call.bucket) :]
         if ("fips" in host or "dualstack" in host) and is_aws_host(host):
             fips, dualstack = fips or "fips" in host, dualstack or "dualstack" in host
         method, variants = call.request.method, (fips, dualstack)
@@ -6420,6 +6430,8 @@ class Upstream:
                 mark = query = ""
                 headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
+            elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
+                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
@@ -6767,7 +6779,7 @@ class Exchange:
         call = self.call
         if not call or not call.route:
             return "-"
-        return call.upstream_host or getattr(call.route.target, "name", "-")
+        return call.upstream_host[:MAX_SHOWN] or getattr(call.route.target, "name", "-")
 
     @property
     def request_bytes(self) -> int:
@@ -7758,10 +7770,14 @@ def is_preflight(request: Request) -> bool:
     fields = request.fields
     asked = fields.get("access-control-request-method", ("",))[0] in METHODS
     unsigned = "origin" in fields and "authorization" not in fields
-    return request.method == "OPTIONS" and asked and unsigned
+    length = fields.get("content-length", ("0",))[0].strip("0")
+    empty = not length and "transfer-encoding" not in fields and len(request.target) <= 8192
+    return request.method == "OPTIONS" and asked and unsigned and empty
 
 
-def check_page(request: Request, hosts: frozenset[str], any_address: bool = False) -> None:
+def check_page(
+    request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
+) -> None:
     """Raise ServiceError AccessDenied for what somebody else's web page may have sent.
 
     Browsers say where a request is from (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).
@@ -7774,7 +7790,7 @@ def check_page(request: Request, hosts: frozenset[str], any_address: bool = Fals
         fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
     named = "origin" in fields or "sec-fetch-site" in fields
-    if not named or is_preflight(request):  # which runs nothing
+    if not named or preflight:
         return
     sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
     origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
@@ -8099,7 +8115,8 @@ class Proxy:
         if exchange.request.method not in METHODS:
             raise not_implemented(exchange.request.method)
         if self._is_public or exchange.unsigned:
-            check_page(exchange.request, self._hosts)
+            preflight = exchange.unsigned and is_preflight(exchange.request)
+            check_page(exchange.request, self._hosts, preflight=preflight)
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
         """Find the operation, or refuse the request."""
@@ -8372,6 +8389,8 @@ class Proxy:
         key = "" if exchange.unsigned else claim(request)[0]
         scope = self._unverified_scope(request)._replace(service=exchange.service)
         name = scope.service
+        if exchange.unsigned and self._regions and scope.region not in self._regions:
+            raise ServiceError("AccessDenied", f"The region '{scope.region}' is not allowed here.")
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
             raise ServiceError("AccessDenied", "The service and region are no names of AWS.")
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)

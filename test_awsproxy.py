@@ -4098,7 +4098,7 @@ class FormTest(unittest.TestCase):
         with self.assertLogs("awsproxy", "WARNING") as logged:
             self.post("SendMessage", "MessageBody=m&DelaySecond=3&a%0Ab=c")
         (line,) = logged.output
-        self.assertIn("sqs:SendMessage has no parameters ['DelaySecond', 'a\\nb']", line)
+        self.assertIn("sqs:SendMessage has no parameters ['DelaySecond', '...']", line)
         with (
             self.assertNoLogs("awsproxy", "WARNING")
             if sys.version_info > (3, 10)
@@ -12861,12 +12861,42 @@ class UnsignedCallTest(ForwardCase):
             ("no method", ("*",), self.plain("OPTIONS", "/b/k", asked[:2])),
             ("no origin", ("*",), self.plain("OPTIONS", "/b/k", (asked[0], asked[2]))),
             ("another method", ("*",), self.plain("GET", "/b/k", asked)),
+            ("a body", ("*",), self.plain("OPTIONS", "/b/k", asked, b"data")),
+            ("a long path", ("*",), self.plain("OPTIONS", "/b/" + "k" * 9000, asked)),
             ("no method of HTTP", ("*",), self.plain("OPTIONS", "/b/k", (*asked[:2], ("Access-Control-Request-Method", "x y")))),
         ):  # fmt: skip
             recorder = FakeUpstream(self)
             with self.subTest(name):
                 self.assertIn(self.routed(recorder, *patterns).handle(request).status, (400, 403))
                 self.assertEqual(recorder.requests, [])
+
+    def test_a_signed_options_call_of_a_web_page_is_refused_with_the_demo_key(self):
+        recorder = FakeUpstream(self)
+        asked = (
+            ("Host", HOST),
+            ("Origin", "https://evil.example"),
+            ("Sec-Fetch-Site", "cross-site"),
+            ("Access-Control-Request-Method", "PUT"),
+        )
+        target = presign("OPTIONS", "/2015-03-31/functions/f", service="lambda")
+        for verified in (True, False):
+            proxy = self.proxy(recorder, verified=verified)
+            with self.subTest(verified=verified):
+                self.assertEqual(proxy.handle(self.plain("OPTIONS", target, asked)).status, 403)
+        self.assertEqual(recorder.requests, [])
+
+    def test_unsigned_calls_keep_to_the_regions_that_are_allowed(self):
+        call = self.calls()["sts:AssumeRoleWithWebIdentity"]
+        for host, status in (("sts.us-west-2.amazonaws.com", 403), ("localhost", 200)):
+            recorder = FakeUpstream(self)
+            headers = [("Host", host), *(h for h in call.headers if h[0] != "Host")]
+            call.body.seek(0)
+            request = dataclasses.replace(call, headers=tuple(headers))
+            proxy = self.routed(
+                recorder, "sts:AssumeRoleWithWebIdentity", regions=["eu-central-1"]
+            )
+            with self.subTest(host):
+                self.assertEqual(proxy.handle(request).status, status)
 
     def test_a_form_post_is_refused_by_name(self):
         kind = ("Content-Type", "multipart/form-data; boundary=x")
@@ -12902,6 +12932,72 @@ class HostPrefixTest(ForwardCase):
                 self.assertIn(
                     proxy.handle(request).status, (status, 400 if status == 403 else 200)
                 )
+
+
+class OneReadingForwardedTest(ForwardCase):
+    """The upstream finds the queue and the operation that hooks have seen."""
+
+    def test_an_old_target_goes_upstream_with_a_form_alone(self):
+        recorder = FakeUpstream(self)
+        proxy = self.proxy(recorder)
+        target = ("X-Amz-Target", "AmazonSQSv20121105.SendMessage")
+        url = urllib.parse.quote("http://localhost/000000000000/allowed", safe="")
+        text = f"&Action=SendMessage&QueueUrl={url}&MessageBody=y&Version=2012-11-05&z="
+        body = json.dumps({"QueueUrl": "http://localhost/000000000000/secret", "x": text}).encode()
+        for kind in (
+            (),
+            (("Content-Type", ""),),
+            (("Content-Type", "; application/x-amz-json-1.0"),),
+        ):
+            seen = []
+            hook = mock.Mock(
+                spec=["before"], before=lambda call, seen=seen: seen.append(call.input)
+            )
+            length = ("Content-Length", str(len(body)))
+            proxy = self.proxy(recorder, hooks=[hook])
+            request = signed("POST", "/", (target, *kind, length), body)
+            with self.subTest(kind):
+                _, sent = self.forwarded(proxy, recorder, request)
+                for given in seen:
+                    self.assertIn("secret", given["QueueUrl"])
+                if sent:
+                    self.assertIn("json", sent.header("content-type"))
+        form = b"Action=ListQueues&Version=2012-11-05"
+        length = ("Content-Length", str(len(form)))
+        listing = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
+        _, sent = self.forwarded(
+            proxy, recorder, signed("POST", "/", (listing, FORM, length), form)
+        )
+        self.assertIsNone(sent.header("x-amz-target"))
+
+    def test_json_on_a_queue_path_names_the_queue_itself(self):
+        recorder = FakeUpstream(self)
+        target = ("X-Amz-Target", "AmazonSQS.SendMessage")
+        for body in (
+            b'{"MessageBody":"x"}',
+            b'{"MessageBody":"x","QueueUrl":null}',
+            b'{"QueueUrl":""}',
+        ):
+            headers = (target, ("Content-Type", JSON_1_0), ("Content-Length", str(len(body))))
+            request = signed("POST", "/123456789012/secret", headers, body)
+            with self.subTest(body):
+                self.assertEqual(self.proxy(recorder).handle(request).status, 400)
+        self.assertEqual(recorder.requests, [])
+
+    def test_a_malformed_answer_shows_no_value_in_the_log(self):
+        recorder = FakeUpstream(self, b"HTTP/1.1 200 OK\r\nX-T: REALTOKEN\x01\r\n\r\n")
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            self.proxy(recorder).handle(table_call())
+        self.assertNotIn("REALTOKEN", "".join(logged.output))
+
+    def test_metrics_cut_the_hosts_that_callers_make_long(self):
+        metrics = awsproxy.Metrics()
+        call = mock.Mock(upstream_host="h" * 60000, upstream_seconds=0.0, operation="o")
+        call.caller.name, call.service, call.route.pattern = "c", "s", "*"
+        exchange = awsproxy.Exchange(table_call(), EXAMPLE_TIME, "r")
+        exchange.call = call
+        metrics.observe(exchange)
+        self.assertLess(len(metrics.text()), 20000)
 
 
 class JoinedUpTest(ForwardCase):
@@ -13022,7 +13118,9 @@ class OwnHostTest(ForwardCase):
         clients = {EXAMPLE.access_key_id: [EXAMPLE]}
         routes = [awsproxy.Route("*", target)]
         proxy = Proxy(clients, routes=routes, clock=lambda: EXAMPLE_TIME, **settings)
-        request = signed("GET", path, (("Host", host), *headers), service=service, client=EXAMPLE)
+        hashed = (("X-Amz-Content-Sha256", EMPTY),) if service == "s3" else ()
+        headers = (("Host", host), *headers, *hashed)
+        request = signed("GET", path, headers, service=service, client=EXAMPLE)
         with contextlib.suppress(AssertionError), self.assertLogs("awsproxy"):
             reply = proxy.handle(request)
         return (asked or [None])[0], reply
@@ -13050,12 +13148,13 @@ class OwnHostTest(ForwardCase):
             ("lambda", "/2015-03-31/functions/", "localhost", "lambda.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "lambda-fips.us-east-1.amazonaws.com", "lambda-fips.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "fips.example", "lambda.us-east-1.amazonaws.com"),
+            ("s3", "/k", "fips-data.s3.us-east-1.amazonaws.com", "fips-data.s3.us-east-1.amazonaws.com"),
         ):  # fmt: skip
             with self.subTest(f"{service}{path} {host}"):
                 self.assertEqual(self.sent_to(service, path, host)[0], wanted)
 
     def test_the_account_of_s3_control_is_in_the_host(self):
-        account = (("x-amz-account-id", "111122223333"), ("X-Amz-Content-Sha256", EMPTY))
+        account = (("x-amz-account-id", "111122223333"),)
         host, _ = self.sent_to("s3", "/v20180820/jobs", headers=account)
         self.assertEqual(host, "111122223333.s3-control.us-east-1.amazonaws.com")
 
