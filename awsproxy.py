@@ -4934,7 +4934,7 @@ def is_link_local(host: str) -> bool:
 
 
 class Skipped(Exception):
-    """Why a source has no credentials; `passing` if it may have some in a moment."""
+    """A source has no credentials; `passing` if it may have some in a moment."""
 
     def __init__(self, message: str, passing: bool = False) -> None:
         super().__init__(message)
@@ -4942,14 +4942,12 @@ class Skipped(Exception):
 
 
 class Failed(Skipped):
-    """Why a source that was set up has no credentials all the same; no other is tried then."""
+    """A source that is set up has no credentials: no other source is tried."""
 
 
 class _Unredirected(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: it would take our tokens along."""
-
     def redirect_request(self, *_: Any) -> None:
-        """Return None: it is an error."""
+        """Return None: a redirection would take our tokens along."""
 
 
 class _Hurried(http.client.HTTPConnection):
@@ -4992,9 +4990,7 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
 
 
-_TOLD = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-
-
+_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Hurry)
 _PROXIED = urllib.request.build_opener(_Unredirected, _Hurry)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
@@ -5008,9 +5004,9 @@ def fetch(
     method: Optional[str] = None,
     timeout: float = 5,
 ) -> bytes:
-    """Return the body of a successful answer that is there within `timeout` seconds.
+    """Return the body of a successful answer, or raise Skipped, within `timeout` seconds.
 
-    No proxy is asked for link-local and loopback addresses.  Raises Skipped.
+    Requests to link-local and loopback addresses bypass HTTPS_PROXY.
     """
     until = time.monotonic() + timeout
     host = host_of(url)
@@ -5021,14 +5017,11 @@ def fetch(
         with opener.open(request, timeout=timeout) as answer:
             body = bytes(answer.read(1048576))
     except urllib.error.HTTPError as error:
-        passing = error.code >= 500 or error.code == 429
+        passing, told = error.code >= 500 or error.code == 429, f"{host} answered {error.code}"
         with error, contextlib.suppress(OSError):
-            told = _TOLD.search(error.read(65536).decode("latin-1"))
-            if told:
-                raise Skipped(
-                    f"{host} answered {error.code}: {told[1] or told[2]}", passing
-                ) from error
-        raise Skipped(f"{host} answered {error.code}", passing) from error
+            for message in _MESSAGE.findall(error.read(65536).decode("latin-1"))[:1]:
+                told += f": {''.join(message)}"
+        raise Skipped(told, passing) from error
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise Skipped(f"{host} did not answer: {reason}", passing=True) from error
@@ -5040,7 +5033,7 @@ def fetch(
 
 
 def host_of(url: str) -> str:
-    """Return the host of an http or https URL.  Raises Skipped for another."""
+    """Return the host of an http or https URL.  Raise Skipped for another."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -5062,7 +5055,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _expiry(text: Any) -> float:
-    """Return the seconds since 1970 of an ISO 8601 time; no time is never."""
+    """Return the seconds since 1970 of an ISO 8601 time, infinity for no time."""
     if not text:
         return math.inf
     try:
@@ -5081,7 +5074,7 @@ def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.i
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    """Return the JSON object that an endpoint has answered."""
+    """Return a JSON object, or raise Skipped."""
     try:
         document = read_json(text.decode("utf-8"))
     except ValueError as error:
@@ -5092,18 +5085,20 @@ def _document(text: bytes) -> Mapping[str, Any]:
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    """Return the credentials that the answer of a credentials endpoint holds."""
-    expires = _expiry(found.get("Expiration"))
-    key, secret = found.get("AccessKeyId"), found.get("SecretAccessKey")
-    return _credentials(key, secret, found.get(token), expires)
+    """Return the credentials in the answer of a credentials endpoint."""
+    key, secret, given = map(found.get, ("AccessKeyId", "SecretAccessKey", token))
+    return _credentials(key, secret, given, _expiry(found.get("Expiration")))
+
+
+_SET_UP_BY = {
+    "environment": ("AWS_ACCESS_KEY_ID",),
+    "web identity": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
+    "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
+}
 
 
 class CredentialChain:
-    """Finds the credentials to sign with, in the order of the AWS SDKs.
-
-    Environment; the profile in ~/.aws (keys, a process, a role, web identity, SSO); a
-    container's endpoint; EC2's metadata.  With them `role_arn` is assumed, as `session_name`.
-    """
+    """Finds the credentials to sign with, in the order of the AWS SDKs; assumes `role_arn`."""
 
     def __init__(
         self,
@@ -5136,7 +5131,7 @@ class CredentialChain:
         tried: List[str] = []
         for name, source in self._sources.items():
             if self._chosen and not name.startswith("profile "):
-                continue  # who names a profile wants no other
+                continue  # a named profile excludes other sources
             try:
                 found = source()
             except Skipped as reason:
@@ -5151,19 +5146,8 @@ class CredentialChain:
         raise Skipped("; ".join(tried))
 
     def _is_set_up(self, name: str) -> bool:
-        """Return whether the environment sets up a source, so that it is an error if it fails."""
-        given = self._environ.get
-        container = (
-            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        )
-        if name == "environment":
-            return bool(given("AWS_ACCESS_KEY_ID"))
-        if name == "web identity":
-            return bool(given("AWS_WEB_IDENTITY_TOKEN_FILE") and given("AWS_ROLE_ARN"))
-        return name == "container" and any(map(given, container))
-
-    # ---- Sources ----
+        """Return whether the environment sets up a source, so that its failure is an error."""
+        return any(map(self._environ.get, _SET_UP_BY.get(name, ())))
 
     def _from_environment(self) -> Credentials:
         key = self._environ.get("AWS_ACCESS_KEY_ID")
@@ -5174,9 +5158,11 @@ class CredentialChain:
 
     def _from_web_identity(self) -> Credentials:
         path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
-        role = self._environ.get("AWS_ROLE_ARN")
-        if not path or not role:
-            raise Skipped("AWS_WEB_IDENTITY_TOKEN_FILE and AWS_ROLE_ARN are not both set")
+        if not path:
+            raise Skipped("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
+        role = self._environ.get("AWS_ROLE_ARN") or self._settings().get("role_arn")
+        if not role:
+            raise Skipped("AWS_ROLE_ARN is not set")
         return self._with_web_identity(path, role, self._environ.get("AWS_ROLE_SESSION_NAME"))
 
     def _from_container(self) -> Credentials:
@@ -5232,10 +5218,8 @@ class CredentialChain:
         answer = self._fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
-    # ---- Profiles ----
-
     def _file(self, variable: str, default: str) -> configparser.RawConfigParser:
-        """Return a file of the AWS SDKs; one that is not there is empty."""
+        """Return a file of the AWS SDKs, empty if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self._environ.get(variable) or default)
         try:
@@ -5260,6 +5244,13 @@ class CredentialChain:
         if session and config.has_section(f"sso-session {session}"):
             settings.update(config.items(f"sso-session {session}"))
         return settings
+
+    def _settings(self) -> Mapping[str, str]:
+        """Return the settings of the chosen profile, none if there is no such profile."""
+        try:
+            return self._section(self._profile)
+        except Skipped:
+            return {}
 
     def _from_chosen_profile(self) -> Credentials:
         settings: Mapping[str, str] = {}
@@ -5288,7 +5279,7 @@ class CredentialChain:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
-                fault = "its role needs a code (mfa_serial), which nobody is here to type"
+                fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
                 raise Failed(f"{fault}; {remedy}")
             return self._assume(self._source_of(settings, profile, visited), role, settings)
         if keys:
@@ -5420,17 +5411,11 @@ class CredentialChain:
             raise Skipped(f"the cached keys of its login have expired; {remedy}")
         return found
 
-    # ---- Roles ----
-
     @_Once
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
-        try:
-            settings = self._section(self._profile)
-        except Skipped:
-            settings = {}
         fips, dualstack = (
-            self._environ.get(f"AWS_{name}") or settings.get(name.lower(), "")
+            self._environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
             for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
         )
         return fips.lower() == "true", dualstack.lower() == "true"
@@ -5441,12 +5426,7 @@ class CredentialChain:
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
         named = self._environ.get("AWS_REGION") or self._environ.get("AWS_DEFAULT_REGION")
-        if named:
-            return named
-        try:
-            return self._section(self._profile).get("region") or "us-east-1"
-        except Skipped:
-            return "us-east-1"
+        return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
         session = settings.get("session") or settings.get("role_session_name")
@@ -5496,7 +5476,7 @@ _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)
 
 
 def session_name(name: Optional[str]) -> str:
-    """Return what may name a role session: 2 to 64 of a few characters (AssumeRole)."""
+    """Return a valid name of a role session, 2 to 64 characters long (AssumeRole)."""
     return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
 
 
@@ -5523,7 +5503,7 @@ def _write_private(path: str, document: Mapping[str, Any]) -> None:
 
 
 def _profile_of(section: str) -> str:
-    """Return the profile that a section of ~/.aws/config is about, "" for none."""
+    """Return the profile of a section in ~/.aws/config, "" for none."""
     try:
         kind, *names = shlex.split(section)  # a name with blanks may be quoted
     except ValueError:
@@ -5532,7 +5512,7 @@ def _profile_of(section: str) -> str:
 
 
 def _from_process(command: str) -> Credentials:
-    """Return what a `credential_process` prints."""
+    """Return the credentials that a `credential_process` prints."""
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
@@ -5545,12 +5525,12 @@ def _from_process(command: str) -> Credentials:
 
 
 class CredentialCache:
-    """Keeps the credentials of a chain, and renews them ahead of their end.
+    """Keeps the credentials of a chain, and renews them before they expire.
 
-    One thread renews at a time; the others go on with the old ones while those are good.
+    One thread renews at a time; the others use the old credentials while these are valid.
     """
 
-    AHEAD = 300  # seconds before the end at which renewal is first tried
+    AHEAD = 300  # seconds before the expiration at which the first renewal is tried
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
     PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 

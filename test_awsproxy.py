@@ -8534,6 +8534,14 @@ class ChainTest(unittest.TestCase):
 
 
 class SourceTest(ChainTest):
+    def test_web_identity_without_a_role_takes_that_of_the_profile_or_fails(self):
+        self.web = {STS: of_sts("W"), **self.metadata}
+        token_only = {k: v for k, v in BY_IDENTITY.items() if k != "AWS_ROLE_ARN"}
+        with self.assertRaisesRegex(Skipped, "AWS_ROLE_ARN is not set"):
+            self.found(token_only)
+        config = "[default]\nrole_arn = arn:aws:iam::1:role/Q\n"
+        self.assertEqual(self.found(token_only, config=config), lasting("W"))
+
     def test_the_first_source_that_has_keys_is_taken(self):
         self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
         left = everything = {**environment("E"), **BY_IDENTITY, **RELATIVE}
@@ -8541,7 +8549,7 @@ class SourceTest(ChainTest):
         rows = [
             ("environment", default, "", fixed("E")),
             ("web identity", default, "AWS_ACCESS_KEY_ID", lasting("W")),
-            ("profile", default, "AWS_ROLE_ARN", fixed("P")),
+            ("profile", default, "AWS_WEB_IDENTITY_TOKEN_FILE", fixed("P")),
             ("container", "", "", lasting("C")),
             ("metadata", "", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", lasting("I")),
         ]
