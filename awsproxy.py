@@ -867,13 +867,13 @@ def encode_reply(
 
 # ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
 #
-# The caller and we each reduce the request to one text, sign it with the same secret, and
-# compare.  All trouble comes from reducing it differently: so the raw target, the raw header
-# values in their order, and latin-1 both ways.  Sources: IAM User Guide, "Create a signed AWS
-# API request"; Amazon S3 API Reference, "Authenticating Requests (AWS Signature Version 4)".
+# The caller and the proxy each reduce the request to one text and sign it with the same secret.
+# Both texts must agree to the byte, so this chapter reads the raw target and raw header values,
+# and decodes and encodes them as latin-1.  Sources: IAM User Guide, "Create a signed AWS API
+# request"; Amazon S3 API Reference, "Authenticating Requests (AWS Signature Version 4)".
 #
-# There is one decision, `verify`, and its default is refusal.  The identity it returns is the
-# key whose signature was just checked; nothing later reads it from the request again.
+# One function decides, `verify`, and it refuses by default.  It returns the client whose key it
+# has just checked.  No later code reads the identity from the request again.
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
@@ -885,12 +885,12 @@ S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 
 
 class Profile(NamedTuple):
-    """The rules of a service for the canonical form and the payload of its requests."""
+    """A service's rules for the canonical form and the payload of requests."""
 
-    normalize_path: bool = True  # dot segments resolved, and the path encoded once more
+    normalize_path: bool = True  # resolve dot segments, and encode the path once more
     declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
     unsigned_token: bool = False  # clients append the session token after signing
-    unsigned_token_header: bool = False  # the same, of calls that are signed in their header
+    unsigned_token_header: bool = False  # the same for calls that have an Authorization header
     clock_skew: int = 900  # seconds that a caller's clock may differ from ours
     unsigned_body: str = ""  # a pattern of "METHOD /path" whose body need not be signed
     sends_hash: bool = False  # the service demands x-amz-content-sha256
@@ -914,9 +914,8 @@ PROFILES: Mapping[str, Profile] = {
 }
 _GENERAL = Profile()
 
-# Why a request can be refused: its code, its code from Amazon S3's family, its message, and the
-# message from S3's family if that is another.  The messages are AWS's own where they are known,
-# since people search for them.
+# By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
+# family if it differs.  People search for AWS's own messages, so they are AWS's where known.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
 _HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
 _SKEWED = "The difference between the request time and the server's time is too large."
@@ -1028,7 +1027,7 @@ class Authorization(NamedTuple):
     signed_headers: Tuple[str, ...]
     signature: str
     amz_date: str  # ISO 8601 basic
-    expires: Optional[int] = None  # seconds after amz_date; None where none is given
+    expires: Optional[int] = None  # seconds after amz_date
     presigned: bool = False
     session_token: Optional[str] = None
     dated_by: str = "x-amz-date"  # the header or query parameter that gave amz_date
@@ -1057,7 +1056,7 @@ _CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def authorization_of(request: Request) -> Authorization:
-    """Return what `parse_authorization` returns, parsed once; the verifier reads it here, too."""
+    """Return the authorization of a request, parsed once and then kept with the request."""
     found: Optional[Authorization] = request.__dict__.get("claimed")
     if found is None:
         found = request.__dict__["claimed"] = parse_authorization(request)
@@ -1065,32 +1064,24 @@ def authorization_of(request: Request) -> Authorization:
 
 
 def claim(request: Request) -> Claim:
-    """Return the access key id and scope that the request names, unverified; "" where none.
-
-    Of a malformed request, which will be refused, they are whatever looks like a credential.
-    """
-    salvaged: Optional[Claim] = request.__dict__.get("salvaged")
-    if salvaged is None:
+    """Return the unverified key id and scope of a request, even a malformed one; "" for none."""
+    found: Optional[Claim] = request.__dict__.get("salvaged")
+    if found is None:
         try:
-            authorization = authorization_of(request)
+            return authorization_of(request)[:2]
         except ServiceError:
-            salvaged = request.__dict__["salvaged"] = _salvaged_claim(request)
-        else:
-            return authorization.access_key_id, authorization.scope
-    return salvaged
+            found = request.__dict__["salvaged"] = _salvaged_claim(request)
+    return found
 
 
 def _salvaged_claim(request: Request) -> Claim:
+    """Return the first text that looks like a credential in a malformed request."""
     header = request.header("authorization")
     if header:
-        return _first_claim(_CLAIM_IN_HEADER.findall(header))
-    if "=" not in request.target:
-        return _NO_CLAIM
-    found = _CLAIM_IN_QUERY.findall(request.target)
-    return _first_claim([urllib.parse.unquote(text, "latin-1") for text in found])
-
-
-def _first_claim(texts: Sequence[str]) -> Claim:
+        texts = _CLAIM_IN_HEADER.findall(header)
+    else:
+        found = _CLAIM_IN_QUERY.findall(request.target)
+        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
@@ -1098,7 +1089,7 @@ def _first_claim(texts: Sequence[str]) -> Claim:
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
-    """Return the error for a row of REFUSALS, as the service that the request names spells it."""
+    """Return the error of a row of REFUSALS, in the words of the service that is called."""
     code, s3_code, message, *s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
@@ -1129,10 +1120,7 @@ _ESCAPED_NAME = re.compile(
 
 
 def parse_authorization(request: Request) -> Authorization:
-    """Return what the request claims, from its Authorization header or its query string.
-
-    Raises ServiceError for no claim, for two, and for another scheme or syntax.
-    """
+    """Parse the Authorization header or presigned query.  Raise ServiceError if not just one."""
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
         return _parse_header(request, headers[0])
@@ -1167,7 +1155,7 @@ _USUAL_HEADER = re.compile(
 
 @lru_cache(maxsize=256)
 def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str, ...]]]:
-    """Return key, scope and signed headers of a usual header; a client's calls have the same."""
+    """Return the key, scope and signed headers of a usual header, which a client repeats."""
     match = _USUAL_HEADER.fullmatch(header)
     if not match:
         return None
@@ -1217,8 +1205,8 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     if amz_date is None or faults:
         raise refusal(reason, request, " ".join(faults))
     key = _parse_credential(request, given["Credential"], "credential")
-    names = _parse_signed_headers(request, given["SignedHeaders"], reason)
-    made = _parse_signature(request, given["Signature"], reason)
+    made = given["Signature"]
+    names = _parse_signed_headers(request, given["SignedHeaders"], made, reason)
     token = _single(request, "x-amz-security-token")
     return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
 
@@ -1244,10 +1232,9 @@ def _parse_query(request: Request) -> Authorization:
             missing.append("X-Amz-Expires")
     if missing:
         raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
-    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], reason)
-    made = _parse_signature(request, given["X-Amz-Signature"], reason)
+    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
+    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
     expires = _parse_expires(request, given.get("X-Amz-Expires"))
-    token = given.get("X-Amz-Security-Token")
     return Authorization(*key, names, made, given["X-Amz-Date"], expires, True, token)
 
 
@@ -1259,19 +1246,16 @@ def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
     return parts[0], CredentialScope(*parts[1:])
 
 
-def _parse_signed_headers(request: Request, text: str, reason: str) -> Tuple[str, ...]:
+def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> Tuple[str, ...]:
+    """Return the names, and refuse a signature that is malformed."""
     names = tuple(text.split(";"))
     ascending = all(map(str.__lt__, names, names[1:]))
     if not _SIGNED_HEADERS.fullmatch(text) or not ascending:
         fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'."
         raise refusal(reason, request, fault)
-    return names
-
-
-def _parse_signature(request: Request, text: str, reason: str) -> str:
-    if not _SHA256_HEX.fullmatch(text):
+    if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
-    return text
+    return names
 
 
 def _parse_expires(request: Request, text: Optional[str]) -> Optional[int]:
@@ -1293,7 +1277,7 @@ def _single(request: Request, name: str) -> Optional[str]:
 
 
 def _date_header(request: Request) -> Optional[str]:
-    """Return the Date header in ISO 8601 basic format, from that or from RFC 9110's, 5.6.7."""
+    """Return the Date header in ISO 8601 basic format; RFC 9110, 5.6.7, has another."""
     value = _single(request, "date")
     if value is None or _AMZ_DATE.fullmatch(value):
         return value
@@ -1310,10 +1294,9 @@ def _date_header(request: Request) -> Optional[str]:
 def canonical_path(path: str, normalize: bool) -> str:
     """Return the canonical URI of a raw path.
 
-    With `normalize` (every service but S3's family): empty and dot segments resolved on the
-    encoded text, then each byte percent-encoded, `%` too.  Without: each segment decoded and
-    encoded once, so that `//`, `..` and `%2F` stay what they are, parts of an object key.
-    Raises ServiceError InvalidURI for a broken escape or a `..` above the root.
+    `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
+    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay.
+    Raise ServiceError InvalidURI for a broken escape or a `..` above the root.
     """
     if path in ("", "/"):
         return "/"
@@ -1336,7 +1319,7 @@ def canonical_path(path: str, normalize: bool) -> str:
 
 
 def canonical_query(pairs: Sequence[Tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
-    """Return the decoded pairs, encoded again and sorted by name, then by value."""
+    """Encode the decoded pairs again, and sort them by name, then by value."""
     quote = urllib.parse.quote  # pairs are sorted, not their text, where `=` comes after `-`
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
@@ -1346,7 +1329,7 @@ _BLANKS = re.compile("[ \t]+")
 
 
 def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
-    """Return a line for each name; values trimmed, blanks collapsed, repeats joined in order."""
+    """Return a line for each name: trim values, collapse blanks, join repeats in order."""
     lines = []
     for name in names:
         values = fields[name]
@@ -1393,8 +1376,8 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
     """Return the key derived for one day, region and service.
 
-    Kept for the next call; asked for only with the secret of a known key, so that strangers
-    cannot fill the cache.  `cache_clear` it when secrets change.
+    Callers pass only secrets of known keys, so strangers cannot fill the cache.  Call
+    `cache_clear` when secrets change.
     """
     key = b"AWS4" + secret_access_key.encode("utf-8")
     for part in scope:
@@ -1412,7 +1395,7 @@ def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> st
 
 @lru_cache(maxsize=256)
 def epoch(amz_date: str) -> int:
-    """Return the seconds since 1970 of a time such as 20150830T123600Z; ValueError for others."""
+    """Return the seconds since 1970 of a time such as 20150830T123600Z, or raise ValueError."""
     if not _AMZ_DATE.fullmatch(amz_date):
         raise ValueError(amz_date)
     moment = datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ")
@@ -1451,19 +1434,19 @@ def read_whole(body: Body) -> Tuple[Body, str]:
 def verify(
     request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
 ) -> Verified:
-    """Return who signed a request, for what, and its body.  `verify_head` takes the `rules`."""
+    """Return the client, the scope and the body of a request.  `rules` are for `verify_head`."""
     return verify_body(request, verify_head(request, clients, now, **rules), spool)
 
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
-    """Check what the head alone does not prove, and return who signed, for what, and the body.
+    """Check what the head alone does not prove, and return the client, the scope and the body.
 
-    `spool` reads the body, and only if the head alone gives no reason to refuse.  The body of
-    Amazon S3's family is checked while it is read.  A body that need not be signed is not read.
+    `spool` reads the body.  The body of Amazon S3's family is checked later, while it is read.
+    A body that need not be signed is not read.
     """
     claimed, profile, client, declared, _ = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
-    # 11. The body is the declared one.
+    # 11. The body has the declared hash.
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
         body = streamed_body(request, claimed, declared, key)
@@ -1488,31 +1471,30 @@ def verify_head(
     private: bool = True,
     other_host: str = "",
 ) -> Proven:
-    """Check all that the head proves, and return what it claims, of whom, for which body.
+    """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
-    The last part is the payload line that the head declares; without one the signature can be
-    checked only with the body.  `service` is the one that the request is for, if it says so apart
-    from its scope.  `regions` are those allowed, all if empty.  `must_be_signed` are headers that
-    decide what the request means.  `clock_skew` replaces the seconds that the service allows.
-    `private` tells whether the request came by TLS or from this machine, which a body that is not
-    signed needs.  `other_host` is a Host that clients may have signed, if a reverse proxy
-    replaced it.
+    service: the service that the request names apart from its scope
+    regions: the allowed regions; all if empty
+    clock_skew: seconds; replaces those of the service's profile
+    must_be_signed: headers that decide what the request means
+    private: whether the request came by TLS or from this machine, as an unsigned body must
+    other_host: a Host that clients may have signed, if a reverse proxy replaced it
     """
-    # 1. The framing was judged before there was a Request.
-    # 2. and 3. One claim, in one form, well formed.
+    # 1. The framing was checked before there was a Request.
+    # 2. and 3. The request has one claim, well formed.
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
-    # 4. and 5. A date, near now.
+    # 4. and 5. Its date is near now.
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
-    # 6. The scope is of that day, and for us.
+    # 6. Its scope has the same day, and this service and region.
     _check_scope(request, claimed, service, regions)
-    # 7. A key we know, with its token.
+    # 7. Its key is known, and has this token.
     client = _find_client(request, claimed, clients)
-    # 8. Whatever decides what the request means is signed.
+    # 8. The headers that decide its meaning are signed.
     _check_signed_headers(request, claimed, profile, must_be_signed)
-    # 9. What the head says of the body is what the service allows.
+    # 9. The service allows its payload line.
     declared = _declared_payload(request, claimed, profile, private)
-    # 10. The signature; from the head alone if that declares the body's hash.
+    # 10. Its signature is right.  Without a payload line, `verify_body` checks that.
     proven = Proven(claimed, profile, client, declared, other_host)
     if declared is not None:
         _check_signature(request, proven, declared)
@@ -1552,7 +1534,7 @@ def _check_scope(
             return
     date, region, name, end = (part[:40] for part in scope)
     expected = regions[0] if regions else "us-east-1"
-    rows = (  # whether it is right; what most services say if not, and what Amazon S3 says
+    rows = (  # whether it is right; the texts of most services and of Amazon S3 if it is not
         (scope.terminator == "aws4_request",
          f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
@@ -1650,8 +1632,8 @@ def _declared_payload(
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
 _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 
-# What curl and others are known to sign in place of the canonical form, by version: for each
-# line of the canonical request that they get wrong, what they have there, and what to do.
+# Known mistakes of curl and others: a line of the canonical request, a function that returns
+# their form of that line, and advice.
 DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
     (1, lambda request, _: request.path,
      "it signed the path as sent, not encoded once more: curl before 8.14 does"),
@@ -1673,8 +1655,6 @@ DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
     (5, lambda *_: EMPTY_SHA256,
      "it signed an empty body: in place of curl's -T or -F use --data-binary"),
 )  # fmt: skip
-
-
 _HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
 
 
@@ -1685,7 +1665,7 @@ def _with_host(headers: str, host: str) -> str:
 def explain_mismatch(
     request: Request, claimed: Authorization, parts: Sequence[str], secret_access_key: str
 ) -> str:
-    """Return what the client has signed instead, if that is a known deviation; else ""."""
+    """Return a known mistake of the client that explains its signature, or ""."""
     if sum(map(len, parts)) > 16384:  # each combination hashes all of it
         return ""
     choices: List[Dict[str, str]] = [{part: ""} for part in parts]
@@ -1699,7 +1679,7 @@ def explain_mismatch(
 
 
 def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
-    """Return whether a signature is that of the canonical request with these lines."""
+    """Return whether the signature fits a canonical request of these lines."""
     canonical = "\n".join(parts).encode("latin-1")
     text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
     computed = signature(secret_access_key, claimed.scope, text)
@@ -1707,7 +1687,7 @@ def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str])
 
 
 def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
-    """Compare in constant time; the refusal shows what we computed, less the session token."""
+    """Compare in constant time.  The refusal shows our canonical request, without the token."""
     claimed, profile, client, _, other_host = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
     if _holds(claimed, client.secret_access_key, parts):
@@ -1744,7 +1724,7 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 
 
 class HashedBody:
-    """A body that must have the declared SHA-256, with the reason for which it is refused."""
+    """A body that must have the declared SHA-256."""
 
     def __init__(self, request: Request, declared: str) -> None:
         self._request = request
@@ -1754,7 +1734,7 @@ class HashedBody:
         self._ended = False
 
     def read(self, size: int = -1) -> bytes:
-        """Return about `size` bytes, all if negative; ServiceError where the hash is another."""
+        """Return about `size` bytes, all if negative.  Raise ServiceError if the hash differs."""
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         while not self._ended:
@@ -1770,10 +1750,7 @@ class HashedBody:
 
 
 class ChunkSigner:
-    """Signs the chunks of a body one after another, each with the signature before it.
-
-    Source: "Transferring Payload in Multiple Chunks", Amazon S3 API Reference.
-    """
+    """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
     def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
         self._key = key
@@ -1795,27 +1772,23 @@ class ChunkSigner:
         return self._previous
 
 
-Signer = Optional[ChunkSigner]  # None where chunks are not signed, or not checked
-MAX_CHUNK = 16777216  # of a signed chunk, which is held until its signature is checked
+Signer = Optional[ChunkSigner]  # None if chunks are not signed, or not checked
+MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is checked
 MAX_TRAILERS = 16
 
 
 class Checksum(NamedTuple):
-    """A trailing checksum: how long it is in base64, and how to compute it.
-
-    Python's library has no CRC-32C and no CRC-64/NVME; those pass on to who stores the object.
-    """
+    """A trailing checksum: its length in base64, and its class, if Python's library has it."""
 
     length: int
     start: Optional[Callable[[], Any]] = None
 
 
 class _Crc32:
-    def __init__(self) -> None:
-        self._value = 0
+    _value = 0
 
     def update(self, data: bytes) -> None:
-        """Take in more of the data, as the objects of hashlib do."""
+        """Add data, as the objects of hashlib do."""
         self._value = zlib.crc32(data, self._value)
 
     def digest(self) -> bytes:
@@ -1836,11 +1809,7 @@ _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
 
 
 class AwsChunkedBody:
-    """The decoded content of an aws-chunked body, each chunk checked before it is given out.
-
-    `announced` are the trailers that x-amz-trailer names, in lower case; `trailers` holds them
-    once the body is read.
-    """
+    """The decoded content of an aws-chunked body; each chunk is checked before it is returned."""
 
     def __init__(
         self, request: Request, size: int, signer: Signer, announced: Sequence[str], checked: bool
@@ -1848,14 +1817,14 @@ class AwsChunkedBody:
         self.checked = checked
         self.length = size
         self.signed = signer is not None
-        self.announced = announced
-        self.trailers: Dict[str, str] = {}
+        self.announced = announced  # the names in x-amz-trailer, in lower case
+        self.trailers: Dict[str, str] = {}  # complete once the body is read
         self._stream = Stream(request.body.read)
         self._signer = signer
         self._left = 0  # bytes left of an unsigned chunk
         self._received = 0
         self._ended = False
-        self._held = memoryview(b"")  # checked, and not given out yet
+        self._held = memoryview(b"")  # checked, and not returned yet
         started = {name: CHECKSUMS[name].start for name in announced if name in CHECKSUMS}
         self._checks = {name: start() for name, start in started.items() if start}
 
@@ -1864,7 +1833,7 @@ class AwsChunkedBody:
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._held and not self._ended:
-            self._held = memoryview(self._next_block())  # whose slices are no copies
+            self._held = memoryview(self._next_block())  # its slices copy nothing
             self._received += len(self._held)
             if self._received > self.length:
                 raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
@@ -1876,23 +1845,19 @@ class AwsChunkedBody:
         return bytes(data)
 
     def _next_block(self) -> bytes:
-        """Return the next data: a whole signed chunk, or some of an unsigned one."""
+        """Return a whole signed chunk, or a part of an unsigned one."""
         if self._received == self.length:
             return b""
+        expected = b""
         if not self._left:
             self._left, expected = self._chunk_header()
             if not self._left:
                 raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
-            if self._signer:
-                data = self._exactly(self._left)
-                self._check_chunk(data, expected)
-                self._left = 0
-                self._line_end()
-                return data
-        data = self._exactly(min(self._left, 65536))
+        data = self._exactly(self._left if self._signer else min(self._left, 65536))
+        self._check_chunk(data, expected)
         self._left -= len(data)
-        if not self._left:
-            self._line_end()
+        if not self._left and self._exactly(2) != b"\r\n":
+            raise _incomplete("A chunk is longer than its size.")
         return data
 
     def _chunk_header(self) -> Tuple[int, bytes]:
@@ -1905,12 +1870,11 @@ class AwsChunkedBody:
         return size, match[2] or b""
 
     def _check_chunk(self, data: bytes, expected: bytes) -> None:
-        if self._signer and not hmac.compare_digest(self._signer.chunk(data).encode(), expected):
-            message = REFUSALS["signature"][3].partition("\n")[0]
-            raise ServiceError("SignatureDoesNotMatch", f"{message} (in a chunk of the body)")
+        if self._signer:
+            _compare(self._signer.chunk(data), expected, "a chunk of the body")
 
     def _finish(self) -> None:
-        """Read the last chunk and the trailers, check them, and see that nothing follows."""
+        """Check the last chunk and the trailers, and that nothing follows them."""
         size, expected = self._chunk_header() if not self._left else (-1, b"")
         if size:
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
@@ -1921,9 +1885,7 @@ class AwsChunkedBody:
             raise ServiceError("MalformedTrailerError", message)
         if self._signer and self.announced:
             computed = self._signer.trailers(canonical_trailers(self.trailers))
-            if not hmac.compare_digest(computed.encode(), signed_with):
-                message = REFUSALS["signature"][3].partition("\n")[0]
-                raise ServiceError("SignatureDoesNotMatch", f"{message} (in the trailers)")
+            _compare(computed, signed_with, "the trailers")
         for name, value in self.trailers.items():
             known = CHECKSUMS.get(name)
             if known and not (len(value) == known.length and BASE64.fullmatch(value)):
@@ -1938,7 +1900,7 @@ class AwsChunkedBody:
             raise ServiceError("BadRequest", "Something follows the last chunk.")
 
     def _read_trailers(self) -> bytes:
-        """Take in the trailers, and return the signature among them."""
+        """Read the trailers, and return their signature."""
         signed_with, complete = b"", True
         for _ in range(2 * MAX_TRAILERS + 2):
             line = self._stream.readline(4096)
@@ -1965,31 +1927,30 @@ class AwsChunkedBody:
             raise _incomplete("The body ended within a chunk.")
         return data
 
-    def _line_end(self) -> None:
-        if self._exactly(2) != b"\r\n":
-            raise _incomplete("A chunk is longer than its size.")
-
 
 def _incomplete(message: str) -> ServiceError:
     return ServiceError("IncompleteBody", message)
 
 
+def _compare(computed: str, given: bytes, place: str) -> None:
+    if not hmac.compare_digest(computed.encode(), given):
+        message = REFUSALS["signature"][3].partition("\n")[0]
+        raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
+
+
 def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
-    """Return the lines that the signature of trailers covers, each with its end."""
+    """Return the lines that the signature of trailers covers."""
     return "".join(f"{name}:{value}\n" for name, value in sorted(trailers.items())).encode()
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
-    """Yield the content of a body in aws-chunked form, signed with our key if it was signed."""
+    """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
 
     def _header(data: bytes) -> bytes:
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
         return f"{len(data):x}{signed}\r\n".encode()
 
-    while True:
-        data = b"".join(_blocks(body, size))
-        if not data:
-            break
+    for data in iter(lambda: b"".join(_blocks(body, size)), b""):
         yield b"".join((_header(data), data, b"\r\n"))
     lines = [_header(b"")]
     lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
@@ -2010,28 +1971,27 @@ def _blocks(body: Body, size: int) -> Iterator[bytes]:
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
-    """Return how long `aws_chunks` will be; None if that hangs on an unknown trailer."""
+    """Return the length of what `aws_chunks` yields; None if a trailer is unknown."""
     if not set(body.announced) <= set(CHECKSUMS):
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
-    sizes = [*([size] if whole else []), *([rest] if rest else []), 0]
-    lengths = [len(f"{n:x}") + signed + 2 + (n + 2 if n else 0) for n in sizes]
-    total = sum(lengths) + (whole - 1 if whole else 0) * lengths[0]
-    total += sum(len(name) + 1 + CHECKSUMS[name].length + 2 for name in body.announced)
+    of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
+    total = whole * of_whole + (of_rest if rest else 0) + of_last
+    total += sum(len(f"{name}:\r\n") + CHECKSUMS[name].length for name in body.announced)
     if body.signed and body.announced:
-        total += len("x-amz-trailer-signature:") + 64 + 2
-    return total + 2
+        total += len("x-amz-trailer-signature:\r\n") + 64
+    return total
 
 
 def streamed_body(
     request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
 ) -> Body:
-    """Return the reader for a body of Amazon S3's family; without `checked` it only decodes."""
+    """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
     if not declared.startswith("STREAMING-"):
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
         body = request.body if unchecked else HashedBody(request, declared)
-        # Without a body there is no last byte to hold back until the hash is known.
+        # An empty body has no last byte to keep until its hash is known.
         is_empty = not (request.header("content-length") or "0").strip("0")
         is_empty = is_empty and "transfer-encoding" not in request.fields
         return io.BytesIO(body.read()) if is_empty else body
@@ -2076,10 +2036,10 @@ def sign(
     amz_date: str,
     declares: bool = False,
 ) -> Tuple[Request, Authorization]:
-    """Return the request with the headers that sign it, and what those claim.
+    """Return the signed request, and the authorization that it has now.
 
-    It signs Host, Content-Type, Content-MD5 and x-amz-*: nothing that a proxy may change.
-    `declares` adds x-amz-content-sha256 where the service does not demand it.
+    `sign` covers the headers in _SIGNED and x-amz-*, which no proxy changes.  `declares` adds
+    x-amz-content-sha256 even if the service does not demand it.
     """
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
@@ -2089,14 +2049,13 @@ def sign(
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
     names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
-    key_id = keys.access_key_id
-    claimed = Authorization(key_id, scope, names, "", amz_date)
+    claimed = Authorization(keys.access_key_id, scope, names, "", amz_date)
     canonical = canonical_request(request, claimed, payload_hash, profile)
     made = signature(keys.secret_access_key, scope, string_to_sign(amz_date, scope, canonical))
-    header = f"{ALGORITHM} Credential={key_id}/{scope}, SignedHeaders={';'.join(names)}"
-    header += f", Signature={made}"
+    header = f"{ALGORITHM} Credential={keys.access_key_id}/{scope}"
+    header += f", SignedHeaders={';'.join(names)}, Signature={made}"
     signed = request.with_headers((*request.headers, ("Authorization", header)))
-    return signed, Authorization(key_id, scope, names, made, amz_date)
+    return signed, Authorization(keys.access_key_id, scope, names, made, amz_date)
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
