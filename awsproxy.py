@@ -4852,7 +4852,7 @@ SQS_MODEL = MODELS["sqs"] = Model(
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
 #
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
-# with its own credentials and sends it.  The rest of path and query stays the same to the byte.
+# with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
 
 # ---- Where a service is ----
@@ -4864,11 +4864,11 @@ class Endpoint(NamedTuple):
     scheme: str
     host: str  # IPv6 without its brackets
     port: int
-    region: str = ""  # that calls are signed for; "" for the region of the call
+    region: str = ""  # calls are signed for it; "" stands for the region of the call
 
     @property
     def authority(self) -> str:
-        """The Host header: the port only where it is not the scheme's own."""
+        """The Host header, with the port if it is not the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -4892,10 +4892,10 @@ PARTITIONS = (
     ("", "aws", "amazonaws.com", "api.aws"),
 )
 
-# What a host begins with, by signing name: PREFIX or PREFIX=PATTERN, the first match counts.
-# The prefix "-" stands for hosts that are a customer's own.
-# A pattern is matched from the start of X-Amz-Target, or for RPC v2 of SERVICE.OPERATION, or
-# else of PATH#METHOD. In a prefix, & is the signing name, and \1 the first group.
+# The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
+# The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
+# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD.  In a prefix, & is the signing
+# name, and \1 the first group.
 ENDPOINT_PREFIXES = {
     service: [row.partition("=")[::2] for row in rows]
     for service, *rows in map(str.split, r"""
@@ -4970,7 +4970,7 @@ ENDPOINT_PREFIXES = {
     vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
     """.split(";"))
 }  # fmt: skip
-# The same for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
+# The prefixes for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
 VARIANT_PREFIXES = pairs("""
     data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe
     api.sagemaker@fips=api-fips.sagemaker batch@fips=fips.batch data-ats.iot@fips=data.iot-fips
@@ -5016,16 +5016,12 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     |monitoring|networkmanager|organizations|outposts|ram|rds|redshift|route53(resolver)?
     |servicequotas|sns|sqs|ssm|sso|states|sts|swf
 """)
-
-
 # The region that the calls of a global service are signed for, if its host names none.
-SIGNING_REGIONS = pairs(
-    """
+SIGNING_REGIONS = pairs("""
     aws=us-east-1 aws-cn=cn-northwest-1 aws-us-gov=us-gov-west-1 aws-iso=us-iso-east-1
     aws-iso-b=us-isob-east-1
-    """
-)
-Variants = Tuple[bool, bool]  # whether endpoints are to use FIPS, and to be dual-stack
+""")
+Variants = Tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
 def partition_of(region: str) -> Tuple[str, str, str]:
@@ -5041,11 +5037,10 @@ def endpoint_for(
     method: str = "POST",
     variants: Variants = (False, False),
 ) -> Endpoint:
-    """Return where AWS answers for a signing name and region, both already checked as names.
+    """Return the endpoint of AWS for a signing name and region, both already checked as names.
 
-    `target`, the X-Amz-Target, the path and the method tell apart services that share a signing
-    name.  Source: the endpoint rule sets of botocore.  Raises ServiceError AccessDenied for a
-    host that is a customer's own.
+    X-Amz-Target, path and method tell services apart that share a signing name (source: the
+    endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host.
     """
     prefix = service
     if service in ENDPOINT_PREFIXES:
@@ -5064,7 +5059,6 @@ def endpoint_for(
 
 @lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    """Return the endpoint whose host begins with that prefix, in a region."""
     partition, suffix, dual_suffix = partition_of(region)
     fips, dualstack = variants
     ending = "-fips" if fips else ""
@@ -5085,18 +5079,15 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return the endpoint of an http(s) URL without a path; ValueError for any other URL.
-
-    The calls to a regional host of AWS are signed for its region.
-    """
+    """Return the endpoint of an http(s) URL without a path, or raise ValueError."""
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
-        raise ValueError("a URL with a user name is not taken")
+        raise ValueError("the URL must not have a user name")
     goes_on = parts.path not in ("", "/") or parts.query or parts.fragment
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname or goes_on:
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
     if is_link_local(parts.hostname):
-        raise ValueError(f"{parts.hostname} is a link-local address, where credentials are kept")
+        raise ValueError(f"{parts.hostname} is a link-local address, which serves credentials")
     port, region = parts.port or DEFAULT_PORTS[parts.scheme], service_of_host(parts.hostname)[1]
     return Endpoint(parts.scheme, parts.hostname, port, region)
 
@@ -5110,13 +5101,13 @@ _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.c
 
 
 def is_aws_host(host: str) -> bool:
-    """Return whether a Host is a name of AWS's own."""
+    """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host.partition(":")[0].lower()) is not None
 
 
 def zonal_endpoint(host: str, region: str) -> Endpoint:
-    """Return where S3 Express answers: the zone in the Host, or the control endpoint."""
-    # A zone is nowhere but in the Host ("Regional and Zonal endpoints for directory buckets").
+    """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
+    # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
     name = host.partition(":")[0].lower()
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
@@ -5126,7 +5117,7 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
 
 
 def service_of_host(host: str) -> Tuple[str, str]:
-    """Return the signing name and the region in a host of AWS's, "" for what it does not name."""
+    """Return the signing name and the region in a host of AWS, or "" for each."""
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
         return "", ""
@@ -5789,14 +5780,14 @@ class Keyring:
 
 
 class Mask:
-    """Hides our session token and signature in the answer of an upstream that repeats them."""
+    """Hides our session token and signature if the answer of an upstream repeats them."""
 
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
-        # AWS has no shorter token; a short one may stand in any answer by chance.
+        # AWS has no shorter token.  A short text may occur in any answer by chance.
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
         if claimed and claimed.signature:
             self._secrets += (claimed.signature.encode(),)
-        self.held = b""  # of a stream, what may be the beginning of a secret
+        self.held = b""  # the last bytes of a stream, if a secret may begin there
 
     def whole(self, data: bytes) -> bytes:
         """Return the data with asterisks in place of each secret."""
@@ -5823,7 +5814,7 @@ class Mask:
 
 @lru_cache(maxsize=64)
 def _forms_of_token(token: str) -> Tuple[bytes, ...]:
-    """Return how a session token can be spelled in an answer: plain, in a URL, in JSON."""
+    """Return the spellings of a session token in an answer: plain, in a URL, in JSON."""
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
@@ -5831,7 +5822,7 @@ def _forms_of_token(token: str) -> Tuple[bytes, ...]:
 
 
 def _overlap(data: bytes, secret: bytes) -> int:
-    """Return how long a beginning of the secret the data ends with."""
+    """Return the length of the secret's beginning with which the data ends."""
     at = max(0, len(data) - len(secret) + 1)
     while True:
         at = data.find(secret[:1], at)
@@ -5844,7 +5835,7 @@ MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character
 
 
 class UpstreamError(Exception):
-    """A connection that failed; `unanswered` if no byte of an answer had come."""
+    """The failure of a connection; `unanswered` if it came before any byte of an answer."""
 
     def __init__(self, message: str, unanswered: bool = True) -> None:
         super().__init__(message)
@@ -5852,10 +5843,7 @@ class UpstreamError(Exception):
 
 
 class Connection:
-    """A kept connection to an upstream, for one exchange at a time.
-
-    http.client connects; its parser would cost more time than all else in a small call.
-    """
+    """A kept connection to an upstream, for one exchange at a time."""
 
     def __init__(
         self, endpoint: Endpoint, connect: http.client.HTTPConnection, timeout: float
@@ -5863,14 +5851,14 @@ class Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.reused = False
-        self.spoiled = False  # whether a request was not sent to its end, or might not be read
+        self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.mask = Mask()
         self.streams_masked = True
-        self.heard = False  # whether anything has come since it was taken
+        self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = 0.0
-        self.deadline = math.inf  # until when the answer must have come
+        self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
-        self._client = connect
+        self._client = connect  # it only connects: its parser is slow
         try:
             connect.connect()
         except (OSError, UnicodeError, http.client.HTTPException) as error:
@@ -5884,40 +5872,37 @@ class Connection:
 
     def _receive(self, size: int) -> bytes:
         until = min(self.deadline, time.monotonic() + self.timeout)
-        while not self._has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
+        while not self.has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
             if self.abandoned():
                 raise ConnectionAbortedError("the client has left")
             if time.monotonic() >= until:
-                raise socket.timeout("the answer comes too slowly")
+                raise socket.timeout("the answer arrives too slowly")
         data = self.socket.recv(size)
         self.heard = self.heard or bool(data)
         return data
 
     def is_stale(self) -> bool:
         """Return whether the upstream has closed the connection or has sent something."""
-        return bool(self.source.buffer) or self._has_arrived(0)
+        return bool(self.source.buffer) or self.has_arrived(0)
 
-    def _has_arrived(self, seconds: float) -> bool:
-        """Return whether something can be received, at once or within that time."""
+    def has_arrived(self, seconds: float) -> bool:
+        """Return whether something can be received within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._client.close()
 
     def send(self, data: bytes) -> None:
-        """Send all of it.  Raises UpstreamError."""
+        """Send the data, or raise UpstreamError."""
         try:
             self.socket.sendall(data)
         except OSError as error:
-            raise UpstreamError(f"{self.endpoint.origin} hung up: {error}") from error
+            raise UpstreamError(f"cannot send to {self.endpoint.origin}: {error}") from error
 
     def send_until_answered(self, data: bytes) -> bool:
-        """Send it, but stop and return False once an answer begins, or the other side hangs up.
-
-        Raises UpstreamError if it takes too long.
-        """
+        """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
@@ -5925,7 +5910,7 @@ class Connection:
             while left:
                 ready = poll.poll(self.timeout * 1000)
                 if not ready:
-                    raise UpstreamError(f"{self.endpoint.origin} takes no more of a body")
+                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a body")
                 if ready[0][1] & ~select.POLLOUT and self._begins_to_answer():
                     return False
                 if ready[0][1] & select.POLLOUT:
@@ -5935,14 +5920,14 @@ class Connection:
         return True
 
     def _begins_to_answer(self) -> bool:
-        """Return whether an answer has begun: TLS sends records of another kind, too."""
+        """Return whether an answer has begun: not every TLS record is part of one."""
         self.socket.setblocking(False)
         going_on = self.receive_now()
         self.socket.settimeout(self.timeout)
         return bool(self.source.buffer) or not going_on
 
     def send_now(self, data: bytes) -> bool:
-        """Send all of it without waiting, or return False."""
+        """Send the data without waiting, and return whether all of it was sent."""
         self.socket.setblocking(False)
         try:
             return self.socket.send(data) == len(data)
@@ -5950,7 +5935,7 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Take what has arrived, if it is not too long; return whether more may come."""
+        """Read what has arrived, up to MAX_WHOLE_REPLY, and return whether more may arrive."""
         try:
             while len(self.source.buffer) <= MAX_WHOLE_REPLY:
                 data = self.socket.recv(65536)
@@ -5965,7 +5950,7 @@ class Connection:
         return True
 
     def answer(self) -> ResponseHead:
-        """Return the head of the final answer.  Raises UpstreamError."""
+        """Return the head of the final answer, or raise UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -5973,44 +5958,43 @@ class Connection:
                 if head.status >= 200:
                     return head
         except (OSError, ValueError) as error:
-            message = f"no answer from {self.endpoint.origin}: {error or 'it hung up'}"
+            message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             unanswered = not self.heard and not self.abandoned()
             raise UpstreamError(message, unanswered) from error
 
 
 RECEIVE = "sqs:ReceiveMessage"
-UPSTREAM_SECONDS = 900  # how long an answer may take: as long as AWS Lambda runs a function
-POLL_SECONDS = 65  # the same of ReceiveMessage: longer than the longest poll
+UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
+POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
 class Pool:
     """Connections by endpoint; idle ones are kept for the next call."""
 
-    IDLE_SECONDS = 15  # AWS closes after 20 and more
-    MOST = 256  # idle ones for each endpoint
+    IDLE_SECONDS = 15  # AWS closes idle connections after 20 seconds or more
+    MOST = 256  # idle connections for each endpoint
 
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
-        self.draining = False  # whether polls are to end
-        self.given_up: Set[Connection] = set()  # of polls whose messages will be put back
+        self.draining = False  # whether polls must end
+        self.given_up: Set[Connection] = set()  # their messages will be put back
 
     def awaits(self, connection: Connection) -> bool:
-        """Return whether an answer begins before draining; UpstreamError if none does in time."""
-        poll, until = select.poll(), time.monotonic() + connection.timeout
-        poll.register(connection.socket, select.POLLIN)
+        """Return whether an answer begins before draining, or raise UpstreamError if too late."""
+        until = time.monotonic() + connection.timeout
         while not connection.is_stale():
             if self.draining:
                 return False
             if time.monotonic() > until:
                 raise UpstreamError(f"no answer from {connection.endpoint.origin} in time")
-            poll.poll(500)
+            connection.has_arrived(0.5)
         return True
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
-        """Return a kept connection that still stands, or None."""
+        """Return a kept connection that is still open, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(endpoint)
@@ -6023,13 +6007,13 @@ class Pool:
             kept.close()
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
-        """Return a connection, a kept one if there is one that still stands."""
+        """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
         return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take, and for whom."""
-        poll = call.action == RECEIVE  # whose messages must be put back if the client has left
+        """Set how long the answer to a call may take, and which client may abandon it."""
+        poll = call.action == RECEIVE  # its messages must be put back if the client has left
         connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
         connection.abandoned = (lambda: False) if poll else call.request.abandoned
 
@@ -6045,7 +6029,7 @@ class Pool:
             connection.close()
 
     def give(self, connection: Connection) -> None:
-        """Take back a connection whose exchange is complete."""
+        """Keep a connection whose exchange is complete, or close it."""
         connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle.setdefault(connection.endpoint, [])
@@ -6078,34 +6062,34 @@ HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
 )
-# Headers of proxies on the way; they stay only if the caller signed them, as does X-Forwarded-*.
+# Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
 _OF_THE_WAY = frozenset({"forwarded", "via"})
-# The hop-by-hop headers, the caller's signature, and the headers that forwarding sets again.
+# Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
 _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
 _REPLACED = _SET_AGAIN | _OF_THE_WAY
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
-# How upstreams name a signature that does not hold; their text repeats what was signed.
+# The codes for a wrong signature.  The text of such an error repeats the signed request.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
     " SignatureDoesNotMatch".split()
 )
 _REFUSED = (400, 401, 403)
-_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # whose bodies some servers ignore
+_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
-_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # of an answer that the proxy frames itself
-MAX_WHOLE_REPLY = 65536  # a longer one is passed on as it comes
+_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
+MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
 
 def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> List[Tuple[str, str]]:
-    """Return the headers less those dropped, and the unsigned ones that Connection names."""
+    """Return the headers without those dropped and the unsigned ones that Connection names."""
     kept = []
     named: Set[str] = set()
     for name, value in headers:
@@ -6116,17 +6100,16 @@ def end_to_end(
             named.update(token.strip().lower() for token in value.split(","))
     if not named:
         return kept
-    # What was signed decides what the request means, and is not to be taken away like this.
+    # Signed headers decide what the request means: Connection must not remove them.
     named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
     named.difference_update(signed)
     return [(n, v) for n, v in kept if n.lower() not in named]
 
 
 def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
-    """Return a target without what signs it, and the x-amz-* headers that stood in its query.
+    """Return a target without its signature, and the x-amz-* parameters as headers.
 
-    What stays is kept to the byte.  SDKs move headers into the query of a presigned URL; in a
-    request that is signed in its header they must be headers again.
+    SDKs move these headers into the query of a presigned URL.  The rest stays the same.
     """
     path, mark, query = target.partition("?")
     kept, hoisted = [], []
@@ -6136,18 +6119,18 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
         if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
             continue
         if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores them (aws-sdk-js-v3#4448): they are of an empty body
+            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
         if lower.startswith("x-amz-"):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
-                raise ServiceError("BadRequest", f"{name[:80]} is not what a header may be.")
+                raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
             hoisted.append((lower, header))
         else:
             kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
-# ---- Queue URLs: ours to the caller, the upstream's to the upstream ----
+# ---- Queue URLs: the caller gets ours, the upstream gets its own ----
 
 _URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
 _ORIGIN = re.compile("https?://[^/]*")
@@ -6155,30 +6138,35 @@ _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
+def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
+    """Return the upstream's URL of a queue for one of ours; any other stays."""
+    ours = url.startswith(call.base_url + "/")
+    return endpoint.origin + url[len(call.base_url) :] if ours else url
+
+
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form with our QueueUrl turned into the upstream's, and the rest unchanged."""
+    """Return a form with the upstream's QueueUrl in place of ours."""
     parts = text.split("&")
     for index, part in enumerate(parts):
         name, _, value = part.partition("=")
         given = urllib.parse.unquote_plus(value)
-        if name == "QueueUrl" and given.startswith(call.base_url + "/"):
-            restored = endpoint.origin + given[len(call.base_url) :]
+        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
+        if restored != given:
             parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
     return "&".join(parts)
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
-    """Return a JSON document with our QueueUrl turned into the upstream's, if it has one."""
+    """Return a JSON document with the upstream's QueueUrl in place of ours."""
     if call.base_url.encode() not in body.replace(b"\\/", b"/"):
         return body
     try:
         document = read_json(body.decode("utf-8"))
-        given = document["QueueUrl"]
-        if not given.startswith(call.base_url + "/"):
-            return body
+        restored = _upstream_url(document["QueueUrl"], call, endpoint)
     except (ValueError, KeyError, TypeError, AttributeError):
         return body  # the upstream refuses malformed documents
-    return _to_json({**document, "QueueUrl": endpoint.origin + given[len(call.base_url) :]})
+    is_same = restored == document["QueueUrl"]
+    return body if is_same else _to_json({**document, "QueueUrl": restored})
 
 
 def _is_json(reply: Reply) -> bool:
@@ -6186,7 +6174,7 @@ def _is_json(reply: Reply) -> bool:
 
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
-    """Return the answer with the upstream's queue URLs leading back to us."""
+    """Return the answer with our queue URLs in place of the upstream's."""
     if call.operation not in _URL_OPERATIONS or reply.status != 200:
         return reply
     assert isinstance(reply.body, bytes)
@@ -6202,19 +6190,19 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
             elif value:
                 document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
     except (ValueError, TypeError, AttributeError):
-        return reply  # not what we know how to read: as it is
+        return reply  # the document is malformed
     return reply._replace(body=_to_json(document))
 
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
-    """Return each `key` in a list of an SQS answer; in XML, what the element's pattern finds."""
+    """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
     try:
         if not _is_json(reply):
             return [html.unescape(found.decode()) for found in element.findall(reply.body)]
         output = read_json(reply.body.decode())
-        for ending in ("Response", "Result"):  # in the legacy JSON of AWS Query
+        for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
     except (ValueError, TypeError, AttributeError, KeyError):
@@ -6227,7 +6215,7 @@ def receipt_handles(reply: Reply) -> List[str]:
 
 
 def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
-    """Return the headers of a body that was in aws-chunked form and is no more."""
+    """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
         if name.lower() == "content-encoding":
@@ -6240,7 +6228,7 @@ def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
     return kept
 
 
-# Names of roles and paths, which are for the log and not for callers.
+# Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
@@ -6255,7 +6243,7 @@ def _joined(start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def error_code(reply: Reply) -> str:
-    """Return the error code in the answer of an upstream or a hook, "-" if there is no code."""
+    """Return the error code in the answer of an upstream or a hook, or "-"."""
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
@@ -6266,30 +6254,25 @@ def error_code(reply: Reply) -> str:
 
 
 def outcome_unknown() -> ServiceError:
-    """Return the refusal of a call that may have run, which no SDK repeats by itself."""
-    message = (
-        "The proxy lost the upstream's answer. The call may have run: look before you repeat it."
-    )
-    return ServiceError("OutcomeUnknown", message)
+    """Return the refusal of a call that may have run; no SDK retries it."""
+    message = "The proxy lost the upstream's answer. The call may have run:"
+    return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
 
 class Outgoing(NamedTuple):
-    """A request on its way upstream, not yet signed; `payload_hash` is what it is signed with.
-
-    `declares` tells whether the caller had a header x-amz-content-sha256.
-    """
+    """A request to an upstream, before it is signed."""
 
     endpoint: Endpoint
     request: Request
     payload_hash: str
-    declares: bool = False
+    declares: bool = False  # whether to send x-amz-content-sha256
 
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
     if call.operation.startswith(_READ_ONLY):
         return True
-    # In the query protocol, an Action sends messages by GET too.
+    # In the query protocol, a GET can send messages.
     return call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
 
 
@@ -6301,12 +6284,12 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     return Request("POST", "/", headers, io.BytesIO(body))
 
 
-NOBODY = Credentials("", "")  # of calls that go upstream unsigned
+NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
-    """A call that is sent on a connection, and what it is signed with."""
+    """A call that is sent on a connection, and the keys that sign it."""
 
     call: Call
     outgoing: Outgoing
@@ -6338,14 +6321,11 @@ class Upstream:
 
     @property
     def is_aws(self) -> bool:
-        """True if calls go to AWS itself."""
+        """True if calls go to AWS."""
         return self._endpoint is None or is_aws_host(self._endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
-        """Forward the call and return the answer; a long one streams.
-
-        Raises ServiceError AccessDenied without credentials, ServiceUnavailable if it fails.
-        """
+        """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
             request = rewrite(call, outgoing.request)
@@ -6356,7 +6336,7 @@ class Upstream:
         return self._finish(call, outgoing, reply)
 
     def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
-        """Return a small call, its kept connection and what to send; None if that would wait."""
+        """Return the attempt and the bytes of a small call, or None if it would have to wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
         keys = NOBODY if call.unsigned else self._credentials(call.caller).ready()
@@ -6377,36 +6357,32 @@ class Upstream:
         return Attempt(call, outgoing, keys, connection), data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
-        """Return the answer if it has all arrived, None if not yet, or what waits for it."""
+        """Return a complete answer, None for a part of one, or a function that waits for it."""
         call, connection = attempt.call, attempt.connection
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return self._blocking(attempt)
+            return functools.partial(self._received, attempt)
         if end == 3:
             return None
         try:
             head = parse_response_head(buffer[:end])
             length = response_framing(head, call.request.method)
         except ValueError:
-            return self._blocking(attempt)
-        if head.status < 200 or length is None or length == UNTIL_CLOSE:
-            return self._blocking(attempt)
+            length = None  # `_received` reads it again, and refuses it
+        if length is None or length == UNTIL_CLOSE or head.status < 200:
+            return functools.partial(self._received, attempt)
         if len(buffer) < end + length:
             return None
         unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
         if head.status in _REFUSED or unwanted:
-            return self._blocking(attempt)
+            return functools.partial(self._received, attempt)
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._shown(call, self.whole(connection, head, call.request.method, body))
 
-    def _blocking(self, attempt: Attempt) -> Act:
-        attempt.connection.socket.settimeout(attempt.connection.timeout)
-        return functools.partial(self._received, attempt)
-
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
-        """Give up a poll; return what waits for its messages, and makes them visible again."""
+        """Give up a poll, and return a function that makes its messages visible again."""
         self._pool.given_up.add(attempt.connection)
         return functools.partial(self._put_back, attempt)
 
@@ -6417,12 +6393,12 @@ class Upstream:
             reply = self._reply(connection, connection.answer(), call.request.method)
             self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
         except (UpstreamError, ServiceError) as error:
-            log.warning("messages may stay hidden, the upstream did not answer: %s", error)
+            log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
             self._pool.given_up.discard(connection)
 
     def _finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
-        """Return the answer to the call; put messages back if the client has left."""
+        """Return the answer for the caller.  Put messages back if the client has left."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
             reply = self._gathered(call, reply)
             if call.request.abandoned():
@@ -6431,7 +6407,6 @@ class Upstream:
         return self._shown(call, reply)
 
     def _shown(self, call: Call, reply: Reply) -> Reply:
-        """Return the answer to the call as its caller gets it."""
         fields = fields_of(reply.headers)
         names = ("x-amzn-requestid", "x-amz-request-id", "x-amz-id-2")
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
@@ -6444,8 +6419,8 @@ class Upstream:
         return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
-        """Return the refusal without what the upstream says that we signed."""
-        log.error("the upstream refuses the signature of the proxy: are its key and clock right?")
+        """Return the refusal without the upstream's text, which repeats our signed request."""
+        log.error("the upstream refuses the proxy's signature: check the proxy's key and clock")
         message = "The upstream of this proxy refuses the proxy's own signature."
         message += " Check the credentials and the clock of the proxy; yours are good."
         request_id = fields_of(reply.headers).get("x-amzn-requestid", [random_id()])[0]
@@ -6453,7 +6428,7 @@ class Upstream:
         return call.wire.error(call.request, error, request_id[:128])
 
     def _gathered(self, call: Call, reply: Reply) -> Reply:
-        """Return an answer of Amazon SQS whole, since the proxy reads it.  Raise ServiceError."""
+        """Return an answer of Amazon SQS with a complete body, which the proxy reads."""
         if isinstance(reply.body, bytes):
             return reply
         try:
@@ -6463,27 +6438,17 @@ class Upstream:
                 if len(body) > MAX_SQS_ANSWER:
                     raise OSError("the answer is too long")
         except (OSError, ServiceError) as error:
-            broken = UpstreamError("an answer broke off", unanswered=False)
+            broken = UpstreamError("an answer is incomplete", unanswered=False)
             raise self._given_up(call, broken) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, bytes(body))
 
     def _received(self, attempt: Attempt) -> Reply:
-        """Return the answer that is on its way to a call that was sent."""
-        call, outgoing, keys, connection = attempt
-        try:
-            reply = self._reply(connection, connection.answer(), call.request.method)
-        except UpstreamError as error:
-            connection.close()
-            if not error.unanswered or not is_repeatable(call):
-                raise self._given_up(call, error, connection.reused) from error
-            reply = self._attempt(call, outgoing, keys, fresh=True)
-        if self._may_renew(call, keys, reply):
-            reply = self._answered(call, outgoing, again=True)
-        return self._finish(call, outgoing, reply)
+        call, outgoing = attempt.call, attempt.outgoing
+        return self._finish(call, outgoing, self._answered(call, outgoing, attempt))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
-        """Return whether AWS calls our token expired, and new credentials may help."""
+        """Return whether AWS says that our token expired, and new credentials may help."""
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
         return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
@@ -6494,7 +6459,7 @@ class Upstream:
         if self._endpoint:
             return self._endpoint
         if not _REGION.fullmatch(call.region):
-            # Any two names would make a host, and some hosts below amazonaws.com are customers'.
+            # Some hosts below amazonaws.com are customers', so only regions may name one.
             message = f"This proxy forwards to AWS, which has no region '{call.region}'."
             raise ServiceError("AccessDenied", message)
         if call.service == "s3express":
@@ -6509,13 +6474,12 @@ class Upstream:
         return endpoint_for(call.service, call.region, target, path, method, variants)
 
     def _outgoing(self, call: Call) -> Outgoing:
-        """Return the request to send, and its endpoint."""
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
             headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
             request = request.with_headers(tuple(headers))
-        hoisted: List[Tuple[str, str]] = []
         target = request.target
+        hoisted: List[Tuple[str, str]] = []
         if call.presigned:
             target, hoisted = strip_presigned(target)
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
@@ -6532,7 +6496,7 @@ class Upstream:
             target, endpoint = self._bucket_endpoint(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
-            if mark and isinstance(call.wire, AwsJson):  # Action moves to the one place for it
+            if mark and isinstance(call.wire, AwsJson):  # Action moves into X-Amz-Target
                 mark = query = ""
                 headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
@@ -6542,10 +6506,9 @@ class Upstream:
         if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
+            # curl's default is the type of a form.
             headers = [(n, v) for n, v in headers if n.lower() != "content-type"]
-            headers.append(
-                ("Content-Type", call.wire.content_type)
-            )  # and no form (curl's default)
+            headers.append(("Content-Type", call.wire.content_type))
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -6557,12 +6520,11 @@ class Upstream:
         return Outgoing(endpoint, sent, payload_hash, declares)
 
     def _body(self, call: Call, endpoint: Endpoint) -> Tuple[Body, str]:
-        """Return the body to send, and its payload hash."""
         body, payload_hash = call.body, call.payload_hash
         if call.service == "vpc-lattice-svcs":  # see PROFILES
             return body, "UNSIGNED-PAYLOAD"
         if isinstance(body, AwsChunkedBody) and not body.signed:
-            # In chunks for no reason that is left, or for the trailers alone.
+            # Only its trailers, if it has any, need the aws-chunked form.
             return body, STREAMING_UNSIGNED if body.announced else "UNSIGNED-PAYLOAD"
         if not isinstance(body, io.BytesIO) and not (call.changed or call.service == "sqs"):
             return body, payload_hash or "UNSIGNED-PAYLOAD"
@@ -6579,7 +6541,7 @@ class Upstream:
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
 
     def _length(self, call: Call, body: Body) -> Optional[int]:
-        """Return how long a body is in the form it is sent in, None if that is not known."""
+        """Return the length of a body as it is sent, or None if it is unknown."""
         if isinstance(body, AwsChunkedBody):
             plain = not body.signed and not body.announced
             return body.length if plain else aws_chunked_length(body)
@@ -6591,7 +6553,7 @@ class Upstream:
         return int(call.request.header("content-length") or 0)
 
     def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
-        """Return what a hook made of it; the payload hash follows a body that is another."""
+        """Return the request as a hook rewrote it; a new body gets a new payload hash."""
         if request.body is outgoing.request.body:
             return outgoing._replace(request=request)
         data = request.body.read()
@@ -6604,7 +6566,6 @@ class Upstream:
     def _bucket_endpoint(
         self, call: Call, target: str, endpoint: Endpoint
     ) -> Tuple[str, Endpoint]:
-        """Return the target and the endpoint of a call whose Host may name a bucket."""
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
         if of_control and not bucket:
             bucket = call.request.header("x-amz-account-id") or ""
@@ -6617,67 +6578,74 @@ class Upstream:
 
     # ---- The exchange ----
 
-    def _answered(self, call: Call, outgoing: Outgoing, again: bool = False) -> Reply:
-        """Return the answer; signed again, once, where AWS calls our token expired."""
-        cache = self._credentials(call.caller)
+    def _answered(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
+        """Return the answer.  Sign again, once, if AWS says that our token expired."""
         replayable = isinstance(outgoing.request.body, io.IOBase)
-        for last in (True,) if again else (False, True):
-            try:
-                keys = NOBODY if call.unsigned else cache.get()
-            except Skipped as reason:
-                code = "ServiceUnavailable" if reason.passing else "AccessDenied"
-                told = _PRIVATE.sub("...", str(reason))[:500]
-                message = f"The proxy has no credentials to sign with: {told}"
-                raise ServiceError(code, message) from reason
+        keys = sent.keys if sent else self._keys(call)
+        reply = self._attempt(call, outgoing, keys, sent)
+        if self._may_renew(call, keys, reply) and replayable:
+            keys = self._keys(call)
             reply = self._attempt(call, outgoing, keys)
-            renewed = self._may_renew(call, keys, reply)
-            if last or not replayable or not renewed:
-                break
+            self._may_renew(call, keys, reply)
         return reply
 
+    def _keys(self, call: Call) -> Credentials:
+        try:
+            return NOBODY if call.unsigned else self._credentials(call.caller).get()
+        except Skipped as reason:
+            code = "ServiceUnavailable" if reason.passing else "AccessDenied"
+            shown = _PRIVATE.sub("...", str(reason))[:500]
+            message = f"The proxy has no credentials to sign with: {shown}"
+            raise ServiceError(code, message) from reason
+
     def _attempt(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool = False
+        self, call: Call, outgoing: Outgoing, keys: Credentials, sent: Optional[Attempt] = None
     ) -> Reply:
-        """Return the answer; sent again, once, where nothing can have happened twice."""
+        """Return the answer.  Send the call again, once, if it cannot have run."""
         body = outgoing.request.body
         repeatable = is_repeatable(call) and isinstance(body, io.IOBase)
-        for again in (True,) if fresh else (False, True):
+        for again in (False, True):
             if isinstance(body, io.IOBase):
                 body.seek(0)
-            try:
-                connection = self._pool.take(outgoing.endpoint, fresh=again)
-            except UpstreamError as error:
-                raise self._down(error) from error
-            self._pool.allow(connection, call)
+            attempt = sent or self._connected(call, outgoing, keys, again)
+            connection = attempt.connection
             connection.socket.settimeout(connection.timeout)
             try:
-                attempt = Attempt(call, outgoing, keys, connection)
-                self._send(attempt)
-                if call.action == RECEIVE and not self._pool.awaits(connection):
-                    threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                    return call.wire.output(call, SQS_MODEL, {}, random_id())
+                if not sent:
+                    self._send(attempt)
+                    if call.action == RECEIVE and not self._pool.awaits(connection):
+                        threading.Thread(target=self.let_go(attempt), daemon=True).start()
+                        return call.wire.output(call, SQS_MODEL, {}, random_id())
                 return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
                 connection.close()
                 retry = connection.reused and error.unanswered and repeatable
                 if again or not retry:
                     raise self._given_up(call, error, connection.reused) from error
+                sent = None
             except Exception:
-                connection.close()  # a body that proved wrong: what was sent is not complete
+                connection.close()  # the body was wrong, and was not sent completely
                 raise
         raise AssertionError("unreachable")
+
+    def _connected(
+        self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool
+    ) -> Attempt:
+        try:
+            connection = self._pool.take(outgoing.endpoint, fresh)
+        except UpstreamError as error:
+            raise self._down(error) from error
+        self._pool.allow(connection, call)
+        return Attempt(call, outgoing, keys, connection)
 
     def _down(self, error: UpstreamError) -> ServiceError:
         log.warning("upstream: %s", error)
         return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
 
     def _given_up(self, call: Call, error: UpstreamError, reused: bool = False) -> ServiceError:
-        """Return the refusal of a call that was sent, and may have run.
-
-        SDKs repeat a call that is answered by 503; that must not run it twice.  A kept connection
-        that ends without a word was closed before the call arrived.
-        """
+        """Return the refusal of a call that was sent.  SDKs retry 503: it must not run twice."""
         late = isinstance(error.__cause__, socket.timeout)
+        # A kept connection that ends without an answer was closed before the call arrived.
         if is_repeatable(call) or (reused and error.unanswered and not late):
             return self._down(error)
         log.warning("upstream: %s", error)
@@ -6697,16 +6665,16 @@ class Upstream:
     def _send(self, attempt: Attempt) -> None:
         call, outgoing, keys, connection = attempt
         signed, claimed = self._signed(call, outgoing, keys)
-        # An object holds what was stored; a refusal repeats what was sent.
+        # An object stays as it was stored.  A refusal may repeat the request.
         connection.streams_masked = call.service not in ("s3", "s3express")
         connection.mask = Mask(claimed, keys.session_token)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
             data = body.getvalue()
             connection.spoiled = True
-            with contextlib.suppress(UpstreamError):  # it may have answered before it hung up
+            with contextlib.suppress(UpstreamError):  # an answer may have arrived before
                 connection.send(head + data)
-                # An upstream that ignores such a body would take it for the next request.
+                # An upstream that ignores the body would read it as the next request.
                 connection.spoiled = bool(data) and signed.method in _BODILESS
             return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
@@ -6716,14 +6684,14 @@ class Upstream:
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
         chunked = signed.header("transfer-encoding") is not None
-        first = next(blocks, b"")  # a body that proves wrong at once is not even announced
+        first = next(blocks, b"")  # raises for a wrong body before anything is sent
         connection.send(head)
         connection.spoiled = True
         blocks = itertools.chain((first,) if first else (), blocks, (b"",) if chunked else ())
         for block in blocks:
             framed = b"%x\r\n%b\r\n" % (len(block), block) if chunked else block
             if not connection.send_until_answered(framed):
-                return  # the rest is not wanted
+                return
         connection.spoiled = bool(first) and signed.method in _BODILESS
 
     # ---- The answer ----
@@ -6732,7 +6700,7 @@ class Upstream:
         try:
             length = response_framing(head, method)
         except ValueError as error:
-            message = f"{connection.endpoint.origin} answered out of form: {error}"
+            message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
             raise UpstreamError(message, unanswered=False) from error
         reader: Union[LengthBody, ChunkedBody, None] = None
         if length is None:
@@ -6744,10 +6712,10 @@ class Upstream:
             try:
                 body = reader.read()
             except (OSError, ServiceError) as error:
-                message = f"{connection.endpoint.origin} broke off its answer"
+                message = f"the answer of {connection.endpoint.origin} is incomplete"
                 raise UpstreamError(message, unanswered=False) from error
             return self.whole(connection, head, method, body)
-        connection.deadline = math.inf  # each part of what streams has its own time
+        connection.deadline = math.inf  # each block of a stream has its own timeout
         if head.status < 300 and not connection.streams_masked:
             connection.mask = Mask()
         blocks = self._stream(connection, reader, keep)
@@ -6756,7 +6724,7 @@ class Upstream:
         return self._refused(reply) if head.status in _REFUSED else reply
 
     def _refused(self, reply: Reply) -> Reply:
-        """Return a refusal read whole if it is short, or cut if our signature does not hold."""
+        """Read a short refusal completely; cut a long one that shows our signed request."""
         blocks, start = iter(reply.body), b""
         assert isinstance(blocks, collections.abc.Generator)
         try:
@@ -6768,20 +6736,20 @@ class Upstream:
                         return reply._replace(body=start)
                     return reply._replace(body=_joined(start, blocks))
         except (OSError, ServiceError) as error:
-            raise UpstreamError("an answer broke off", unanswered=False) from error
+            raise UpstreamError("an answer is incomplete", unanswered=False) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, start)
 
     def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
-        """Return an answer whose body has been read, and keep or close its connection."""
+        """Return an answer with its body, and keep or close its connection."""
         self._done(connection, head.keeps)
-        # An answer to HEAD tells the length of what it has not.
+        # An answer to HEAD has the length of a body, but no body.
         headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
         mask = connection.mask
         return Reply(head.status, mask.headers(headers), mask.whole(body))
 
     def _done(self, connection: Connection, keep: bool) -> None:
-        """Keep a connection on which all that was sent and received has its end, or close it."""
+        """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
             self._pool.give(connection)
         else:
@@ -6790,13 +6758,11 @@ class Upstream:
     def _stream(
         self, connection: Connection, reader: Union[LengthBody, ChunkedBody, None], keep: bool
     ) -> Iterator[bytes]:
-        """Yield the answer's body.  Raises OSError or ServiceError where it breaks off."""
+        """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
+        read = functools.partial((reader or connection.source).read_some, 65536)
         try:
-            while True:
-                block = (reader or connection.source).read_some(65536)
-                if not block:
-                    break
+            for block in iter(read, b""):
                 block = connection.mask.next(block)
                 if block:
                     yield block
@@ -6810,25 +6776,21 @@ class Upstream:
         """Make the messages visible again, since their receiver has left."""
         if not handles:
             return
-        url = call.input.get("QueueUrl", call.request.path)
-        if url.startswith(call.base_url):
-            url = url[len(call.base_url) :]
-        if url.startswith("/"):
-            url = received.endpoint.origin + url
+        endpoint, url = received.endpoint, call.input.get("QueueUrl", call.request.path)
+        url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
         entries = [
             {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
             for index, handle in enumerate(handles)
         ]
         document = {"QueueUrl": url, "Entries": entries}
-        operation, host = "ChangeMessageVisibilityBatch", received.endpoint.authority
-        request = sqs_request(host, operation, document)
+        request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
-        release = Outgoing(received.endpoint, request, payload_hash)
+        message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(call, release).status
-            log.warning("%d messages whose receiver is gone shown: %d", len(handles), status)
+            status = self._answered(call, Outgoing(endpoint, request, payload_hash)).status
+            log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
-            log.warning("%d messages whose receiver is gone hidden: %s", len(handles), error)
+            log.warning(message, len(handles), error)
 
 
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
@@ -7621,7 +7583,7 @@ class Target(Protocol):
 
 
 class Embedded:
-    """Answers Amazon SQS, from memory."""
+    """Answers Amazon SQS from memory."""
 
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
@@ -7632,7 +7594,7 @@ class Embedded:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer of Sqs, in the caller's protocol."""
         if call.service != "sqs":
-            message = f"{call.action} is routed to 'embedded', which answers Amazon SQS alone."
+            message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
             raise ServiceError("AccessDenied", message)
         if call.wire.is_opaque:
             message = "The embedded queues do not speak RPC v2; call in AWS JSON or AWS Query."
@@ -7646,14 +7608,13 @@ DEFAULT_ROUTE = ("sqs:*", "embedded")
 
 
 def route_flag(pattern: str, target: str) -> str:
-    """Return a --route flag as one types it into a shell."""
-    text = f"{pattern}={target}"
-    quoted = shlex.quote(text)
-    return f"--route {quoted}" if quoted != text else f"--route '{text}'"
+    """Return a --route flag with shell quotes."""
+    quoted = shlex.quote(f"{pattern}={target}")
+    return f"--route {quoted}" if quoted[0] == "'" else f"--route '{quoted}'"
 
 
 class Deny:
-    """Refuses, as a policy of AWS would."""
+    """Refuses each call, as an IAM policy does."""
 
     name = "deny"
     may_block = False
@@ -7670,7 +7631,7 @@ class Deny:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return what a function is called, and where it is from."""
+    """Return the qualified name of a function."""
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
@@ -7689,87 +7650,74 @@ class Moments(NamedTuple):
     after: Optional[Callable[[Call, Reply], Optional[Reply]]]
 
 
-# IAM's prefixes for the signing names that differ from them ("Actions, resources, and condition
-# keys for AWS services", Service Authorization Reference).
-IAM_PREFIXES = pairs(
-    """
+# IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
+# services", Service Authorization Reference).
+IAM_PREFIXES = pairs("""
     cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
     partnercentral-selling=partnercentral tagging=tag
-    """
-)
+""")
 _PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
-_TRANSACTION = ",".join(
-    f"dynamodb:{verb}Item" for verb in ("Put", "Update", "Delete", "ConditionCheck")
-)
+_WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem"
 # The actions that IAM asks for, if no action has the operation's name.
-IAM_ACTIONS = pairs(
-    f"""
+IAM_ACTIONS = pairs(f"""
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems={_TRANSACTION}
+    dynamodb:transactwriteitems={_WRITES}
     kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
     secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
-    """
-)
+""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile(
     "(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]{1,100})"
 )
-# What hands out AWS credentials, or a token that AWS exchanges for some: found in the outputs of
-# the SDKs' service models.  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = """
-    account-access:GET/access/credentials awsssoportal:GET/federation/credentials
-    cloudwatch:GetSpaceCredentialsForOrganization cloudwatch:GetSpaceDataAccess
-    codepipeline:GetJobDetails codepipeline:GetThirdPartyJobDetails codepipeline:PollForJobs
-    cognito-identity:GetCredentialsForIdentity cognito-identity:GetOpenIdToken*
-    datazone:GET/v2/domains/*/connections/* datazone:GET/v2/domains/*/environments/*/credentials
-    deadline:GET/2023-10-12/farms/*-roles eks-auth:POST/clusters/*/assume-role-for-pod-identity
-    finspace-api:GET/credentials/programmatic
-    finspace-api:POST/datasets/*/dataviewsv2/*/external-access-details
-    finspace-api:POST/workingLocationV1 gamelift:CreateBuild gamelift:GetComputeAccess
-    gamelift:RequestUploadCredentials iam:CreateAccessKey iam:CreateServiceSpecificCredential
-    iam:ResetServiceSpecificCredential iot:POST/keys-and-certificate
-    iot:POST/provisioning-templates/*/provisioning-claim
-    lakeformation:POST/AssumeDecoratedRoleWithSAML lakeformation:POST/GetTemporary*
-    license-manager:CreateToken license-manager:GetAccessToken lightsail:CreateBucketAccessKey
-    lightsail:GetBucketAccessKeys s3:CreateSession s3:GET/v20180820/accessgrantsinstance/dataaccess
-    s3express:CreateSession signin:POST/v1/token ssm:CreateActivation ssm:GetAccessToken
-    sso-oauth:POST/token sts:AssumeRo* sts:GetDelegatedAccessToken sts:GetFederationToken
-    sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
-""".split()
 
 
-# What AWS answers without a signature: the operations that the service models mark so.
-UNSIGNED_ACTIONS = frozenset(
-    """
-    awsssoportal:get/federation/credentials awsssoportal:get/assignment/accounts
-    awsssoportal:get/assignment/roles awsssoportal:post/logout
-    cognito-identity:getcredentialsforidentity cognito-identity:getid
-    cognito-identity:getopenidtoken cognito-identity:unlinkidentity
-    cognito-idp:associatesoftwaretoken cognito-idp:changepassword
-    cognito-idp:completewebauthnregistration cognito-idp:confirmdevice
-    cognito-idp:confirmforgotpassword cognito-idp:confirmsignup cognito-idp:deleteuser
-    cognito-idp:deleteuserattributes cognito-idp:deletewebauthncredential
-    cognito-idp:forgetdevice cognito-idp:forgotpassword cognito-idp:getdevice
-    cognito-idp:gettokensfromrefreshtoken cognito-idp:getuser
-    cognito-idp:getuserattributeverificationcode cognito-idp:getuserauthfactors
-    cognito-idp:globalsignout cognito-idp:initiateauth cognito-idp:listdevices
-    cognito-idp:listusersessions cognito-idp:listwebauthncredentials
-    cognito-idp:resendconfirmationcode cognito-idp:respondtoauthchallenge
-    cognito-idp:revoketoken cognito-idp:revokeusersession cognito-idp:setusermfapreference
-    cognito-idp:setusersettings cognito-idp:signup cognito-idp:startwebauthnregistration
-    cognito-idp:updateautheventfeedback cognito-idp:updatedevicestatus
-    cognito-idp:updateuserattributes cognito-idp:verifysoftwaretoken
-    cognito-idp:verifyuserattribute signin:post/v1/token sso-oauth:post/client/register
-    sso-oauth:post/device_authorization sso-oauth:post/token sts:assumerolewithsaml
-    sts:assumerolewithwebidentity
-    """.split()
-)
+def _actions(table: str) -> Sequence[str]:
+    """Return the actions of a table that is written as `service operation ...; service ...`."""
+    rows = [row.split() for row in table.split(";")]
+    return [f"{service}:{operation}" for service, *operations in rows for operation in operations]
+
+
+# Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
+# service models).  IAM cannot forbid some of them, such as GetSessionToken.
+CREDENTIAL_ACTIONS = _actions("""
+    account-access GET/access/credentials; awsssoportal GET/federation/credentials;
+    cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
+    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs;
+    cognito-identity GetCredentialsForIdentity GetOpenIdToken*;
+    datazone GET/v2/domains/*/connections/* GET/v2/domains/*/environments/*/credentials;
+    deadline GET/2023-10-12/farms/*-roles; eks-auth POST/clusters/*/assume-role-for-pod-identity;
+    finspace-api GET/credentials/programmatic POST/datasets/*/dataviewsv2/*/external-access-details
+    POST/workingLocationV1; gamelift CreateBuild GetComputeAccess RequestUploadCredentials;
+    iam CreateAccessKey CreateServiceSpecificCredential ResetServiceSpecificCredential;
+    iot POST/keys-and-certificate POST/provisioning-templates/*/provisioning-claim;
+    lakeformation POST/AssumeDecoratedRoleWithSAML POST/GetTemporary*;
+    license-manager CreateToken GetAccessToken; s3express CreateSession; signin POST/v1/token;
+    lightsail CreateBucketAccessKey GetBucketAccessKeys; s3 CreateSession
+    GET/v20180820/accessgrantsinstance/dataaccess;
+    ssm CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo*
+    GetDelegatedAccessToken GetFederationToken GetScopedCredentials GetSessionToken
+    GetWebIdentityToken
+""")
+# Actions that AWS answers without a signature, as the SDKs' service models say.
+UNSIGNED_ACTIONS = frozenset(_actions("""
+    awsssoportal get/federation/credentials get/assignment/accounts get/assignment/roles
+    post/logout; cognito-identity getcredentialsforidentity getid getopenidtoken unlinkidentity;
+    cognito-idp associatesoftwaretoken changepassword completewebauthnregistration confirmdevice
+    confirmforgotpassword confirmsignup deleteuser deleteuserattributes deletewebauthncredential
+    forgetdevice forgotpassword getdevice gettokensfromrefreshtoken getuser
+    getuserattributeverificationcode getuserauthfactors globalsignout initiateauth listdevices
+    listusersessions listwebauthncredentials resendconfirmationcode respondtoauthchallenge
+    revoketoken revokeusersession setusermfapreference setusersettings signup
+    startwebauthnregistration updateautheventfeedback updatedevicestatus updateuserattributes
+    verifysoftwaretoken verifyuserattribute; signin post/v1/token; sso-oauth post/client/register
+    post/device_authorization post/token; sts assumerolewithsaml assumerolewithwebidentity
+"""))  # fmt: skip
 BEARER_SERVICES = frozenset({"account-access", "agent-registry", "bedrock", "codecatalyst"})
 
 
@@ -7785,9 +7733,9 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
-    """Return an action's names, as `_folded` has them, and the actions that IAM needs instead.
+    """Return the folded names of an action, and the actions that IAM needs instead.
 
-    A REST action is named with and without a slash at its end, and by its method alone.
+    A REST action has a name with and without a slash at its end, and one without the path.
     """
     service, _, operation = _folded(action).partition(":")
     names = [operation]
@@ -7795,15 +7743,14 @@ def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
     if method != operation:
         names = [operation.rstrip("/"), operation.rstrip("/") + "/", method]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
-    needed = [name for name in IAM_ACTIONS.get(action.lower(), "").split(",") if name]
     batch = _BATCHES.fullmatch(action.lower())
-    if batch:
-        needed = [f"{batch[1]}:{batch[2]}"]
+    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
+    needed = [name for name in IAM_ACTIONS.get(action.lower(), of_batch).split(",") if name]
     return [f"{prefix}:{name}" for prefix in services for name in names], needed
 
 
 def _folded(action: str) -> str:
-    """Return an action or a pattern in lower case, but for its path: there, case counts."""
+    """Return an action or a pattern in lower case, except for its path."""
     name, slash, path = action.partition("/")
     return name.lower() + slash + path
 
@@ -7814,14 +7761,6 @@ def passes_unsigned(action: str) -> bool:
     return is_bearer or _folded(action) in UNSIGNED_ACTIONS
 
 
-def _plain_path(request: Request) -> str:
-    """Return the path of a request as patterns spell it, "" if it is not clear."""
-    try:
-        return rest_meaning(request).path
-    except ServiceError:
-        return ""
-
-
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
     names = [name.lower() for name in names_of(action)[0]]
@@ -7829,15 +7768,16 @@ def hands_out_credentials(action: str) -> bool:
 
 
 class Route(NamedTuple):
-    """Calls whose action matches the pattern, as in an IAM policy, go to the target."""
+    """A pattern of actions, as in an IAM policy, and the target that answers them."""
 
     pattern: str
     target: Target
 
     def matches(self, action: str) -> bool:
-        """Return whether an action is meant.  Case counts in a path, unless it is denied.
+        """Return whether the pattern matches an action: loosely to deny it, strictly to allow it.
 
-        If IAM needs several actions for it, one of them is enough to deny it, and all allow it.
+        Only an allowed path must have the same case.  If IAM needs several actions, one of them
+        is enough to deny the call, and all of them allow it.
         """
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
         names, needed = names_of(action)
@@ -7847,7 +7787,7 @@ class Route(NamedTuple):
         return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
 
     def names_exactly(self, action: str) -> bool:
-        """Return whether the pattern is the action itself: no wildcard, and the whole path."""
+        """Return whether the pattern has no wildcard and is the action with its whole path."""
         pattern = _folded(self.pattern)
         names, _ = names_of(action)
         whole = [name for name in names if "/" in name] or names
@@ -7855,7 +7795,7 @@ class Route(NamedTuple):
 
 
 class Status:
-    """The paths of our own, under `/_awsproxy/`: health, ready, metrics, in-flight."""
+    """Serves the paths under `/_awsproxy/`: health, ready, metrics, in-flight."""
 
     PREFIX = "/_awsproxy/"
 
@@ -7867,17 +7807,17 @@ class Status:
         self._in_flight = in_flight
 
     def answer(self, request: Request) -> Reply:
-        """Return what a path tells, 404 for one that tells nothing.  Never raises."""
+        """Return the reply for a path, 404 for an unknown path.  Never raises."""
         try:
-            return self._told(request)
+            return self._answer(request)
         except Exception:
-            log.exception("%s cannot be told", request.path)
-            return self._reply(500, "standard error tells more\n")
+            log.exception("the request for %s failed", request.path)
+            return self._reply(500, "the request failed; see standard error\n")
 
-    def _told(self, request: Request) -> Reply:
+    def _answer(self, request: Request) -> Reply:
         name = request.path.replace(self.PREFIX, "", 1)
         if request.method not in ("GET", "HEAD"):
-            return self._reply(405, "GET is all there is\n")
+            return self._reply(405, "only GET and HEAD are allowed\n")
         if name == "ready" and self.draining:
             return self._reply(503, "draining\n")
         if name in ("health", "ready"):
@@ -7887,7 +7827,7 @@ class Status:
         if name == "metrics" and self._metrics:
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return self._reply(200, self._metrics.text(), kind)
-        return self._reply(404, "health, ready, metrics and in-flight are all there is\n")
+        return self._reply(404, "the paths are health, ready, metrics and in-flight\n")
 
     def _reply(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
         headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
@@ -7895,7 +7835,7 @@ class Status:
 
 
 def is_preflight(request: Request) -> bool:
-    """Return whether a browser asks what a page of another site may do (CORS preflight)."""
+    """Return whether a request is a browser's CORS preflight."""
     fields = request.fields
     asked = fields.get("access-control-request-method", ("",))[0] in METHODS
     unsigned = "origin" in fields and "authorization" not in fields
@@ -7903,32 +7843,29 @@ def is_preflight(request: Request) -> bool:
 
 
 def check_page(request: Request, hosts: frozenset[str], any_address: bool = False) -> None:
-    """Raise ServiceError AccessDenied for what somebody else's web page may have sent.
+    """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
-    Browsers say where a request is from (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).
-    A name of the attacker's that resolves to our address shows in the Host (DNS rebinding).
-    `hosts` are our names besides localhost, loopback addresses and AWS's names.
+    Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
+    attacker's name resolves to our address, it is in the Host (DNS rebinding).  `hosts` are our
+    names next to localhost, loopback addresses and the names of AWS.
     """
     fields = request.fields
     host = (fields.get("host") or ("",))[0].lower()
+    named, fault = "origin" in fields or "sec-fetch-site" in fields, ""
     if len(host) > 255 or (host and not _is_own_host(host, hosts, any_address)):
-        fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
-        raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
-    named = "origin" in fields or "sec-fetch-site" in fields
-    if not named or is_preflight(request):  # which runs nothing
-        return
-    sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
-    origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
-    fault = ""
-    if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
-        fault = "A web page of another site sent this request (Sec-Fetch-Site)."
-    elif any(origin != host or not host for origin in origins):
-        fault = "A web page of another origin sent this request (Origin)."
+        fault = f"The Host '{host[:80]}' is not a name of this proxy (see --public-url)."
+    elif named and not is_preflight(request):  # which runs nothing
+        sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
+        origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
+        if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
+            fault = "A web page of another site sent this request (Sec-Fetch-Site)."
+        elif any(origin != host or not host for origin in origins):
+            fault = "A web page of another origin sent this request (Origin)."
     if fault:
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
 
-# What botocore puts before our name for some operations, besides labels of their own.
+# The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
     "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
 )
@@ -7946,7 +7883,7 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
 
 
 class Admin:
-    """Stands in for a Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
+    """Replaces the Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
 
     max_body = 0
 
@@ -7965,7 +7902,7 @@ class Admin:
                 raise refused
             if request.method not in METHODS:
                 raise not_implemented(request.method)
-            # Probes of Kubernetes name the pod's address, and rebinding needs a name.
+            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
             check_page(request, self._hosts, any_address=True)
         except ServiceError as error:
             return REST.error(request, error, random_id())
@@ -7981,7 +7918,7 @@ class Admin:
 
 
 class NoMessages:
-    """Answers ReceiveMessage at once, with none, while we are on our way out."""
+    """Answers ReceiveMessage at once, without messages, while the proxy drains."""
 
     name = "none"
     may_block = False
@@ -7992,7 +7929,7 @@ class NoMessages:
 
 
 class Pending:
-    """A call that an upstream answers; the answer will come from `socket`."""
+    """A call that waits for the answer of an upstream on `socket`."""
 
     def __init__(
         self, proxy: Proxy, exchange: Exchange, upstream: Upstream, attempt: Attempt, data: bytes
@@ -8009,18 +7946,18 @@ class Pending:
         return functools.partial(self._proxy.complete, self._exchange, act)
 
     def send(self) -> Union[Pending, Act]:
-        """Send the call; if that can't be without waiting, return what does, and has its reply."""
+        """Send the call without waiting, or return a function that sends it and waits."""
         call, connection = self._attempt.call, self._attempt.connection
-        call.upstream_seconds = -time.monotonic()  # until the answer is there
+        call.upstream_seconds = -time.monotonic()  # the answer adds its own time
         if connection.send_now(self._data):
             return self
-        connection.close()  # what was sent is not complete
+        connection.close()  # the call was not sent completely
         call.upstream_seconds = 0.0
         request_id = self._exchange.request_id
         return self._complete(functools.partial(self._upstream.answer, call, request_id))
 
     def proceed(self) -> Union[Reply, Act, None]:
-        """Return the reply, what returns it and may block, or None if it is not complete."""
+        """Return the reply, a function that may wait for it, or None if it is not complete."""
         try:
             result = self._upstream.arrived(self._attempt)
         except Exception as error:
@@ -8030,10 +7967,8 @@ class Pending:
         return result and self._complete(result)
 
     def wait(self) -> Union[Reply, Act]:
-        """Return the reply, or what returns it; wait for it."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        while poll.poll(self._attempt.connection.timeout * 1000):
+        """Wait for the reply, and return it or a function that waits for the rest."""
+        while self._attempt.connection.has_arrived(self.timeout):
             result = self.proceed()
             if result is not None:
                 return result
@@ -8050,8 +7985,8 @@ class Pending:
         put_back = self._upstream.let_go(self._attempt)
         return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
 
-    def give_up(self, why: str = "it takes too long") -> Reply:
-        """Return the refusal of a call that has no answer yet, and close its connection."""
+    def give_up(self, why: str = "it took too long") -> Reply:
+        """Close the connection, and return the refusal of the call."""
         connection = self._attempt.connection
         log.warning("upstream: no answer from %s: %s", connection.endpoint.origin, why)
         connection.close()
@@ -8066,14 +8001,15 @@ Outcome = Union[Reply, Pending, Act]
 
 
 class Proxy:
-    """Answers requests: it verifies the caller, finds the operation, and makes the reply.
+    """Answers requests: it verifies the caller, finds the operation, and returns the reply.
 
-    `clients` are the keys that callers may sign with.  verified=False accepts unsigned calls;
-    `sign_as` supplies a missing service and region.  The first of the `routes` that matches
-    decides.  Queue URLs begin with `public_url`, or with `scheme` and the Host of the request.
-    `hooks` are objects, modules or HookFiles with methods of Hook.  `hosts` are further names of
-    the proxy.  Web pages are refused if no secret protects the proxy: with the demo client, and
-    with verified=False.
+    clients: the keys that callers may sign with
+    routes: the first route that matches a call answers it
+    verified: False accepts unsigned calls, and refuses those of web pages
+    sign_as: the service and region of a call that does not name them
+    public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
+    hooks: objects, modules or HookFiles with methods of Hook
+    hosts: further names of the proxy
     """
 
     def __init__(
@@ -8097,7 +8033,7 @@ class Proxy:
         hook_seconds: float = 60,
         hosts: Iterable[str] = (),
     ) -> None:
-        self.draining = False  # the process ends soon: calls receive no messages
+        self.draining = False  # whether the process ends soon: calls receive no messages
         self._hook_seconds = hook_seconds
         self._workers = Workers()
         self._account_id = account_id
@@ -8106,10 +8042,9 @@ class Proxy:
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
         self._routes = (Route("sqs:*", embedded),) if routes is None else routes
         public = urllib.parse.urlsplit(public_url)
-        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # which no client puts into Host
+        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
         self._public_host = re.sub(f"{default_port}$", "", public.netloc)
-        own = (host_name(public.netloc), *map(host_name, hosts))
-        self._hosts = frozenset(filter(None, own))
+        self._hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
         self._regions = regions
@@ -8124,18 +8059,18 @@ class Proxy:
         self._known_route = lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
         exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
-        # The routes that name an action exactly, which AWS may answer without a signature.
+        # Actions that a route names exactly and AWS may answer without a signature.
         self._open = [action for action in exact if passes_unsigned(action)]
 
     @property
     def clients(self) -> Clients:
-        """The keys that callers may sign with; may be set at any time."""
+        """The keys that callers may sign with.  They can change at any time."""
         return self._clients
 
     @clients.setter
     def clients(self, clients: Clients) -> None:
         """Use these clients from the next request on."""
-        account_id = self._account_id  # for clients without one
+        account_id = self._account_id  # for clients that have none
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
             for key, same_key in clients.items()
@@ -8145,7 +8080,7 @@ class Proxy:
     # ---- Requests to replies ----
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """Answer one request, `refused` if its framing was.  Never raises: all becomes a Reply."""
+        """Answer one request; `refused` is a fault of its framing.  Never raises."""
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
@@ -8156,9 +8091,9 @@ class Proxy:
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Start each request.
 
-        Return a Reply where one is ready, a Pending where an upstream must answer first, or a
-        function that may block and returns the Reply.  Each step runs for all requests before the
-        next step: its code is then in the processor's caches, which saves a third of the time.
+        Return a Reply if one is ready, a Pending if an upstream must answer first, or a function
+        that may block and returns the Reply.  Each step runs for all requests before the next
+        step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
         for step in (self._understand, self._act, self._finish):
@@ -8176,7 +8111,7 @@ class Proxy:
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
-        """Return the service of an unsigned call that a route may let through, "" for none."""
+        """Return the service of an unsigned call that a route may allow, "" for none."""
         if is_preflight(request):
             service = claim(request)[1].service or "s3"
             return service if service in ("s3", "s3express") else ""
@@ -8189,7 +8124,9 @@ class Proxy:
             if error.reason not in ("unsigned", "scheme"):
                 return ""
         target = TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
-        path = "" if target else f"{request.method.lower()}{_plain_path(request)}"
+        path = "" if target else request.method.lower()
+        with contextlib.suppress(ServiceError):  # the path has several readings
+            path += "" if target else rest_meaning(request).path
         for service, _, operation in (action.partition(":") for action in self._open):
             by_path = operation == path
             by_form = service == "sts" and path == "post/" and _is_form(request)
@@ -8200,7 +8137,7 @@ class Proxy:
         return ""
 
     def _own_path(self, request: Request) -> Optional[Reply]:
-        """Return what a path of our own tells: no bucket is called as these are."""
+        """Return the reply for a path of our own; no bucket has such a name."""
         ours = request.target.startswith(Status.PREFIX) and is_loopback(request.peer)
         if not ours or not self._status:
             return None
@@ -8211,7 +8148,7 @@ class Proxy:
         return self._status.answer(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return why a request is refused whatever its body is; None if the body is wanted."""
+        """Return the refusal of a request by its head, or None if the body must be read."""
         exchange = self._exchange(request)
         wire = exchange.wire
         try:
@@ -8243,15 +8180,14 @@ class Proxy:
             check_page(exchange.request, self._hosts)
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
-        """Find the operation, or refuse the request."""
         try:
-            exchange.call, exchange.target = self._understood(exchange)
+            exchange.call, exchange.target = self._call_and_target(exchange)
         except Exception as error:
             return self.refuse(exchange, error)
         return exchange
 
     def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
-        """Let the target answer if it need not wait."""
+        """Let the target answer now, if it never waits."""
         call, target = exchange.call, exchange.target
         assert call and target
         try:
@@ -8285,7 +8221,7 @@ class Proxy:
         return self.observed(exchange, exchange.reply)
 
     def arrange_hooks(self) -> None:
-        """Take the moments of the hooks as they are now."""
+        """Find the methods of the hooks again."""
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         observers = [_moment(hook, "observe") for hook in hooks]
         self._observe = [observe for observe in reversed(observers) if observe]
@@ -8298,7 +8234,6 @@ class Proxy:
             self.arrange_hooks()
 
     def _hooked(self, call: Call, hooks: Sequence[Moments], act: Callable[[], Reply]) -> Reply:
-        """Return the answer after the hooks have run."""
         reply = None
         for hook in hooks:
             if hook.before and reply is None:
@@ -8314,7 +8249,7 @@ class Proxy:
         return reply
 
     def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
-        """Return what a hook returns in time, of that kind or None; TypeError, TimeoutError."""
+        """Return the result of a hook: `kind` or None, in time; else TypeError or TimeoutError."""
         outcome: queues.SimpleQueue[Tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
 
         def _run() -> None:
@@ -8341,17 +8276,17 @@ class Proxy:
         return result
 
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
-        """Return what `act` returns, or the refusal that it raises."""
+        """Return the reply of `act`, or the refusal for its exception."""
         try:
             return self.observed(exchange, act())
         except Exception as error:
             return self.refuse(exchange, error)
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
-        """Return the refusal; any error but ServiceError is our own fault, and is logged."""
+        """Return the refusal.  Log any error but ServiceError: it is a fault of the proxy."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
-            message = "The proxy failed; its standard error tells more."
+            message = "The proxy failed; see its standard error."
             error = ServiceError("InternalFailure", message)
         error = error.without_frames()
         exchange.reason = error.reason
@@ -8369,22 +8304,21 @@ class Proxy:
         exchange.seconds = time.monotonic() - exchange.began
         if exchange.call and exchange.call.ignored:
             action, names = exchange.call.action, exchange.call.ignored
-            log.warning("%s has no parameters %r: they are ignored", action, names)
+            log.warning("%s has no parameters %r; ignoring them", action, names)
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
         if exchange.spooled:
-            with contextlib.suppress(OSError):  # the disk is full, as was said then
+            with contextlib.suppress(OSError):  # the disk is full; `_spool` logged it
                 exchange.spooled.close()
         for observe in self._observe:
             try:
                 run_hook(observe, exchange)
             except Exception:
-                log.exception("a hook that observes failed")
+                log.exception("a hook's observe failed")
         return reply
 
     # ---- The meaning of a request ----
 
-    def _understood(self, exchange: Exchange) -> Tuple[Call, Target]:
-        """Return the call that a request makes, and the target that answers it."""
+    def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
         self._check_sender(exchange)
         if self._verified and not exchange.unsigned:
@@ -8404,14 +8338,14 @@ class Proxy:
             found.payload_hash, found.presigned, base_url, meaning.encoded, exchange.began,
             meaning.path, found.signed_headers, meaning.bucket,
         )  # fmt: skip
-        exchange.call = call  # so that a refusal from here on is logged with its action
+        exchange.call = call  # from here on, the log has the action of a refused call
         action = call.action
         call.route = self._route(action)
         if exchange.unsigned:
             self._pass_unsigned(exchange, call)
         for path in meaning.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != call.route:
-                message = "The path can be read in two ways, which have different routes."
+                message = "The path has two readings with different routes."
                 raise ServiceError("InvalidURI", message)
         if call.route is None:
             raise ServiceError("AccessDenied", self._no_route(action))
@@ -8423,7 +8357,7 @@ class Proxy:
         return call, target
 
     def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
-        """Return what a request asks for; a preflight asks for what the page will ask."""
+        """Return the meaning of a request, or of the request that a preflight announces."""
         request = exchange.request
         if exchange.unsigned and is_preflight(request):
             method = request.fields["access-control-request-method"][0]
@@ -8436,7 +8370,7 @@ class Proxy:
         target = route.target if route else None
         may_pass = isinstance(target, Upstream) and route is not None
         if is_preflight(request):
-            call.operation = request.method  # what hooks see and the upstream gets
+            call.operation = request.method  # hooks see it, and the upstream gets it
         elif may_pass and route:
             may_pass = route.names_exactly(call.action) and passes_unsigned(call.action)
         if not may_pass:
@@ -8445,7 +8379,7 @@ class Proxy:
         call.unsigned = True
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
-        """Return the visibility timeout of the queue of a call, in seconds, from its target."""
+        """Return the visibility timeout of a call's queue, in seconds, as its target answers."""
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
@@ -8462,8 +8396,7 @@ class Proxy:
         return int(read_json(reply.body.decode())["Attributes"]["VisibilityTimeout"])
 
     def _route(self, action: str) -> Optional[Route]:
-        """Return the route of an action, or None."""
-        # An action holds a path that a caller chose: the cache takes only short ones.
+        # A caller chooses the path in an action: the cache keeps only short ones.
         find = self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route
         return find(action)
 
@@ -8472,24 +8405,24 @@ class Proxy:
         for route in self._routes:
             if not route.matches(action):
                 continue
-            # Credentials go through to the caller only where somebody wrote just that.
+            # Only a route that names the action exactly may return credentials to the caller.
             if not secret or not isinstance(route.target, Upstream) or route.names_exactly(action):
                 return route
         return None
 
     def _other_target(self, service: str) -> str:
-        """Return what could answer a service's calls, as a flag names it."""
+        """Return a target for a service's calls, as a flag names it."""
         names = [getattr(route.target, "name", "") for route in self._routes]
         if service == "sqs" and "embedded" in names:
             return "embedded"
         return next((name for name in names if name.startswith("http")), "aws")
 
     def _no_route(self, action: str) -> str:
-        """Return why no route answers an action, with the flags that would allow it."""
+        """Return the refusal of an action without a route, with the flags that allow it."""
         target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
         flags = route_flag(shown, target)
         if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
-            flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # which a flag would replace
+            flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # a flag alone would replace it
         if target == "aws" and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
@@ -8508,13 +8441,13 @@ class Proxy:
         return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
 
     def _unverified(self, exchange: Exchange) -> Verified:
-        """Return what a request says of itself, for want of proof."""
+        """Return the claims of a request, which nothing proves."""
         request = exchange.request
         key = "" if exchange.unsigned else claim(request)[0]
         scope = self._unverified_scope(request)._replace(service=exchange.service)
         name = scope.service
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
-            raise ServiceError("AccessDenied", "The service and region are no names of AWS.")
+            raise ServiceError("AccessDenied", "The service or the region is not a name of AWS.")
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
@@ -8528,24 +8461,18 @@ class Proxy:
     # ---- Bodies ----
 
     def longest_body(self, head: Head) -> int:
-        """Return how long the body of a request may be: objects stream, and have no limit."""
+        """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
         request = Request(head.method, head.target, head.headers, io.BytesIO())
         return sys.maxsize if claim(request)[1].service in S3_FAMILY else self.max_body
 
     def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
-        if isinstance(body, io.BytesIO):  # the server has gathered it
-            data = body.getvalue()
+        gathered = body if isinstance(body, io.BytesIO) else None  # by the server
+        data = gathered.getvalue() if gathered else b"".join(_blocks(body, SPOOLED_IN_MEMORY))
+        if gathered or len(data) < SPOOLED_IN_MEMORY:
             if len(data) > self.max_body:
                 raise too_large(self.max_body)
-            return body, hashlib.sha256(data).hexdigest()
-        data = body.read(SPOOLED_IN_MEMORY)
-        if len(data) < SPOOLED_IN_MEMORY:
-            data += body.read(SPOOLED_IN_MEMORY - len(data))
-        if len(data) < SPOOLED_IN_MEMORY:
-            if len(data) > self.max_body:
-                raise too_large(self.max_body)
-            return io.BytesIO(data), hashlib.sha256(data).hexdigest()
+            return gathered or io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
         with _disk_errors():
             file = exchange.spooled = tempfile.TemporaryFile()
@@ -8558,7 +8485,7 @@ class Proxy:
                 file.write(data)
             data = body.read(65536)
         with _disk_errors():
-            file.seek(0)  # which writes the rest
+            file.seek(0)  # it writes the rest
         return file, digest.hexdigest()
 
 
@@ -8570,13 +8497,13 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("a long body cannot be kept: %s", error)
-        message = "The proxy has no room for so long a body."
+        log.warning("cannot write a long body to a temporary file: %s", error)
+        message = "The proxy has no disk space for this body."
         raise ServiceError("ServiceUnavailable", message) from error
 
 
 def has_demo_key(clients: Clients) -> bool:
-    """Return whether somebody may sign with the demo client's key, which everybody knows."""
+    """Return whether callers may sign with the demo client's key, which is public."""
     same_key = clients.get(_DEMO.access_key_id, ())
     return any(client.secret_access_key == _DEMO.secret_access_key for client in same_key)
 
