@@ -9290,16 +9290,15 @@ _OF_A_CLIENT = frozenset(
 def read_clients(path: str) -> Clients:
     """Return the clients of a file in the format of the AWS shared credentials file.
 
-    Each section is a client, with a key, a secret and any other settings of _OF_A_CLIENT.  One
-    key may stand in several sections with different tokens.  Raise OSError, or ValueError with
-    the section or line and the fault.
+    Each section is a client.  Several sections may have one key with different tokens.
+    Raise OSError, or ValueError with the section or line and the fault.
     """
     parser = configparser.RawConfigParser(default_section="")
     try:
         with open(path, encoding="utf-8") as lines:
             parser.read_file(lines)
-    except configparser.ParsingError as error:  # not what the line says: it may be a secret
-        errors = getattr(error, "errors", ())  # not of each kind before Python 3.13
+    except configparser.ParsingError as error:  # the line may be a secret: show its number
+        errors = getattr(error, "errors", ())  # some kinds have none before Python 3.13
         line = errors[0][0] if errors else getattr(error, "lineno", 1)
         raise ValueError(f"line {line} is malformed") from error
     except configparser.Error as error:
@@ -9326,12 +9325,12 @@ def read_clients(path: str) -> Clients:
             raise ValueError(f"[{name}] repeats the key and token of another section")
         same_key.append(client)
     if not clients:
-        raise ValueError("it has no section")
+        raise ValueError("the file has no section")
     return clients
 
 
 class ClientsFile(Watched):
-    """The clients of a file, as `read_clients` returns them; `check` may raise ValueError."""
+    """The clients of a file.  `check` raises ValueError for clients that the proxy refuses."""
 
     def __init__(self, path: str, check: Callable[[Clients], None] = lambda _: None) -> None:
         self._check = check
@@ -9344,7 +9343,7 @@ class ClientsFile(Watched):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Says the default of each flag that has one."""
+    """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
@@ -9352,28 +9351,20 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reads `@FILE` as a shell would read its lines, and complains in one line."""
+    """Reads the lines of `@FILE` as a shell does, and reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help tells all flags)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
     def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
         """Split a line of a file of flags."""
         return shlex.split(arg_line, comments=True)
 
 
-class _Version(argparse.Action):
-    """Names the copy: people carry this file about."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(f"awsproxy {__version__} (sha256 {file_sha256()[:12]})")
-        parser.exit()
-
-
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number; ArgumentTypeError if it is out of range."""
+        """Return the number, or raise ArgumentTypeError if it is out of range."""
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -9386,7 +9377,7 @@ def _client(text: str) -> Client:
     key, _, secret = text.partition(":")
     if not _KEY_ID.fullmatch(key) or not secret:
         message = "not KEY:SECRET, the key 3 to 128 letters, digits, '.', '_' or '-'"
-        raise argparse.ArgumentTypeError(message)  # without the text, which has a secret
+        raise argparse.ArgumentTypeError(message)  # it does not show the secret
     return Client(key, key, secret)
 
 
@@ -9398,7 +9389,7 @@ def _account_id(text: str) -> str:
 
 def _public_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+    if parts.scheme not in DEFAULT_PORTS or not parts.netloc or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
     return text.rstrip("/")
 
@@ -9436,12 +9427,12 @@ def _address(text: str) -> Tuple[str, int]:
 
 _EXAMPLES = """\
 examples:
-  python awsproxy.py --port 8081                       the demo client, dummykey
+  python awsproxy.py --port 8081                       use the demo client, dummykey
   python awsproxy.py --upstream aws --clients clients  verify, sign again, forward to AWS
-  python awsproxy.py --upstream http://localhost:4566  the same, to another server
+  python awsproxy.py --upstream http://localhost:4566  forward to another server
   python awsproxy.py --route 'sqs:Purge*=deny' --route 'sqs:*=aws' --clients clients
-  python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own
-  python awsproxy.py @flags                            flags from a file
+  python awsproxy.py --host 0.0.0.0 --clients clients  use your own clients
+  python awsproxy.py @flags                            read flags from a file
 """
 
 
@@ -9452,7 +9443,7 @@ def build_parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
         formatter_class=_Formatter,
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
-        " forward to AWS, signed anew.",
+        " sign the call again and forward it to AWS.",
         epilog=_EXAMPLES,
     )
     _add_listening(parser.add_argument_group("where to listen").add_argument)
@@ -9460,15 +9451,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_routes(parser.add_argument_group("what answers").add_argument)
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
-        help="account that queues belong to")  # fmt: skip
+        help="account that owns the queues")  # fmt: skip
     add("--cooldown", action="store_true",
         help="for 60 s refuse another PurgeQueue, or a deleted queue's name")  # fmt: skip
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--log-file", default="", metavar="FILE",
-        help="where the log lines go, if not to standard error; SIGHUP reopens it")  # fmt: skip
+        help="write log lines to this file, not to standard error; SIGHUP reopens it")  # fmt: skip
     add("--quiet", action="store_true", help="print no line for each call")
-    add("--version", action=_Version, nargs=0, help="print version and sha256 of this file")
+    version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
+    add("--version", action="version", version=version,
+        help="print version and sha256 of this file")  # fmt: skip
     return parser
 
 
@@ -9477,73 +9470,71 @@ def _add_listening(add: Callable[..., Any]) -> None:
     add("--port", type=_number(int, 0, 65535), default=8081, metavar="PORT",
         help="port to listen on; 0 picks one")  # fmt: skip
     add("--admin", type=_address, metavar="HOST:PORT",
-        help="where to tell /_awsproxy/ paths, if not to this machine on --port")  # fmt: skip
+        help="serve /_awsproxy/ here, not to this machine on --port")  # fmt: skip
     add("--tls-cert", default="", metavar="FILE",
-        help="speak TLS, with this certificate and its chain (PEM); read again when it"
-        " changes")  # fmt: skip
+        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
     add("--tls-key", default="", metavar="FILE",
-        help="where its private key is, if not in the same file")  # fmt: skip
+        help="private key of the certificate, if another file has it")  # fmt: skip
     add("--reuse-port", action="store_true",
-        help="share the port with other processes, where all calls are forwarded")  # fmt: skip
+        help="share the port with other processes; every route must forward")  # fmt: skip
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
-        help="how long, at the end, to wait for calls in progress and for messages in flight to"
-        " be settled")  # fmt: skip
+        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
-        help="what queue URLs begin with, if not http:// (https:// with TLS) and the Host of the"
-        " request")  # fmt: skip
+        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
     add("--host-name", action="append", default=[], metavar="NAME",
-        help="a name of this proxy, repeatable; in front of it stands an S3 bucket, if anything"
-        " does")  # fmt: skip
+        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
-        help="longest request body taken")  # fmt: skip
+        help="longest request body")  # fmt: skip
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="connections taken at once; one more is refused")  # fmt: skip
+        help="most connections at once; the proxy refuses more")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
-        help="how long a connection may stay silent")  # fmt: skip
+        help="close a connection that is silent for so long")  # fmt: skip
 
 
 def _add_callers(add: Callable[..., Any]) -> None:
     add("--clients", metavar="FILE",
         help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " when it changes (without: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
     add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
         help="a key that callers sign with, repeatable; other processes can see it in the list of"
         " processes: --clients hides it")  # fmt: skip
     add("--no-verify", action="store_true",
-        help="take calls unsigned or wrongly signed; on loopback only")  # fmt: skip
+        help="accept unsigned and wrongly signed calls; on loopback only")  # fmt: skip
     add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
-        help="how far a caller's clock may be off (without: 900, and 300 for kms, lambda,"
+        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
         " monitoring and route53, as on AWS)")  # fmt: skip
     add("--region", action="append", default=[], metavar="REGION",
-        help="a region that calls may be signed for, repeatable; without, any")  # fmt: skip
+        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
 
 
 def _add_routes(add: Callable[..., Any]) -> None:
     add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
-        help="what answers actions, named as in IAM policies, REST calls by method and path"
-        " (lambda:POST/2015-03-31/functions/*): embedded (SQS in memory), aws,"
-        " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
+        help="actions as in IAM policies, or service:METHOD/path of REST calls"
+        " (lambda:POST/2015-03-31/functions/*), and their target: embedded (SQS in memory), aws,"
+        " http(s)://host[:port] or deny; the first match counts"
+        " (default: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS", help="how long an upstream may take to answer; 65 at the most for"
-        " ReceiveMessage")  # fmt: skip
+        metavar="SECONDS",
+        help="longest wait for an upstream's answer; at most 65 for ReceiveMessage")  # fmt: skip
     add("--hook", action="append", default=[], metavar="FILE",
         help="a Python file (.py) with before, rewrite, after, observe or concerns;"
         " repeatable")  # fmt: skip
     add("--task-protection", action="store_true",
-        help="keep the ECS task from being scaled in while messages are in flight")  # fmt: skip
+        help="prevent scale-in of the ECS task while messages are in flight")  # fmt: skip
     add("--profile", default="", metavar="NAME",
-        help="the profile in ~/.aws to forward with, if not what an SDK would find")  # fmt: skip
+        help="profile in ~/.aws to forward with (default: as in an SDK)")  # fmt: skip
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify, what an unsigned call is, if its Host does not tell")  # fmt: skip
+        help="with --no-verify, service and region of an unsigned call whose Host names"
+        " none")  # fmt: skip
 
 
 class UsageError(Exception):
-    """A fault in the flags or in a file that they name, in one line with the remedy."""
+    """A fault in the flags or in a file that they name: one line with the remedy."""
 
 
 class Program:
-    """The parts of a running proxy, put together as the flags want it.  Raises UsageError."""
+    """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
@@ -9554,15 +9545,15 @@ class Program:
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
         metrics = Metrics()
-        file_sha256()  # that of the copy that runs, whatever will lie there later
         self._keyring = keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
-        self._routes = routes = build_routes(options, keyring, self._sqs, self._pool)
+        routes = build_routes(options, keyring, self._sqs, self._pool)
+        self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
         clients = self._read_clients()
         if options.reuse_port:
             check_sharing(options, routes)
         warn_of_routes(options.route)
-        check_upstream_keys(routes, keyring, clients)
+        self._check_upstream_keys(clients)
         self._in_flight = self._build_in_flight()
         self._status = Status(metrics, self._in_flight)
         self.proxy = Proxy(
@@ -9595,18 +9586,17 @@ class Program:
         if options.admin:
             admin, most = Admin(self._status, self._own_hosts()), ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
-        lag = "Longest time without a look at the sockets, since this was last read."
+        lag = "Longest delay of the event loop since the last scrape."
         metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
-        dropped = "Log lines that nobody read in time."
+        dropped = "Log lines dropped because their reader was too slow."
         metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
-        metrics.gauge("calls", "Calls being answered.", lambda: self.server.calls)
-        metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
-        left = "Until the credentials to forward with end."
+        metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
+        metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        left = "Time until the first credentials for forwarding expire."
         metrics.gauge("credentials_seconds", left, keyring.seconds_left)
 
     def _own_hosts(self) -> Sequence[str]:
-        """Return the names that the flags give to the proxy."""
         public = urllib.parse.urlsplit(self._options.public_url or "").netloc
         admin = self._options.admin[0] if self._options.admin else ""
         return [host_name(name) for name in (public, admin, *self._options.host_name) if name]
@@ -9623,7 +9613,7 @@ class Program:
         return clients
 
     def _all_clients(self) -> Clients:
-        """Return the clients of the file and of --client, or the demo client without both."""
+        """Return the clients of --clients and --client, or the demo client without both flags."""
         clients: Dict[str, Sequence[Client]] = {}
         if self._watched:
             clients.update(self._watched.value)
@@ -9632,23 +9622,30 @@ class Program:
         return clients or DEMO_CLIENTS
 
     def _check_clients(self, clients: Clients) -> None:
-        """Raise ValueError if the clients must not be let at what the routes lead to."""
-        upstreams = [r.target for r in self._routes if isinstance(r.target, Upstream)]
-        to_aws = any(upstream.is_aws for upstream in upstreams)
+        """Raise ValueError if the clients must not reach the upstreams of the routes."""
+        to_aws = any(upstream.is_aws for upstream in self._upstreams)
         if to_aws and has_demo_key(clients) and not self._options.no_verify:
-            message = "a route leads to aws, and everybody knows the demo key dummykey: give your"
-            message += " clients keys of their own with --clients FILE or --client KEY:SECRET"
-            raise ValueError(message)
-        for client in (client for same_key in clients.values() for client in same_key):
-            keys = self._keyring.of(client).ready() if upstreams else None
-            if keys and keys.access_key_id in clients:
-                raise ValueError(_shared_key(keys.access_key_id))
+            message = "a route leads to aws, and everybody knows the key dummykey: give clients keys"
+            raise ValueError(f"{message} of their own with --clients FILE or --client KEY:SECRET")
+        for client in itertools.chain(*clients.values()) if self._upstreams else ():
+            check_not_shared(self._keyring.of(client).ready(), clients)
+
+    def _check_upstream_keys(self, clients: Clients) -> None:
+        """Log each client without keys to forward with; raise UsageError for shared keys."""
+        named = {client.name: client for client in itertools.chain(*clients.values())}
+        for client in named.values() if self._upstreams else ():
+            try:
+                check_not_shared(self._keyring.of(client).get(), clients)
+            except Skipped as reason:
+                log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
     def _read_certificate(self) -> Optional[Certificate]:
         path, key = self._options.tls_cert, self._options.tls_key
         if not path:
             if key:
-                raise UsageError("--tls-key is of no use without --tls-cert")
+                raise UsageError("--tls-key needs --tls-cert")
             return None
         try:
             return Certificate(path, key)
@@ -9672,19 +9669,19 @@ class Program:
     def _build_in_flight(self) -> InFlight:
         agent, wanted = os.environ.get("ECS_AGENT_URI", ""), self._options.task_protection
         if wanted and not agent:
-            log.warning("--task-protection does nothing here: ECS_AGENT_URI is not set")
+            log.warning("--task-protection has no effect: ECS_AGENT_URI is not set")
         protect = functools.partial(TaskProtection, agent)
         kind: Callable[[Ask, Run], InFlight] = protect if wanted and agent else InFlight
         # The proxy is built later.
         return kind(lambda *about: self.proxy.visibility_timeout(*about), Workers().run)
 
     def _most_connections(self) -> int:
-        """Return how many connections there may be: each needs a file, and one to its upstream."""
+        """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
-        each = 2 if any(isinstance(route.target, Upstream) for route in self._routes) else 1
+        each = 2 if self._upstreams else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
-        if most < wanted * 9 // 10:  # a few less are not worth a line
+        if most < wanted * 9 // 10:  # a small difference needs no line
             message = "at most %d connections at once: ulimit -n allows %d open files"
             log.warning(message, most, allowed)
         return min(most, wanted)
@@ -9700,7 +9697,6 @@ class Program:
             raise UsageError(message) from error
 
     def _tick(self) -> None:
-        """Do the regular work of each half second."""
         self.proxy.refresh_hooks()
         self._pool.close_idle()
         if self._watched and self._watched.refresh():
@@ -9717,12 +9713,12 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        """True if no call is being answered and no message is in flight."""
+        """True if no call is in progress and no message in flight."""
         busy = not self.server.is_idle or self._pool.given_up
         return not busy and not self._in_flight.total
 
     def end(self) -> None:
-        """Drain, if the flags want that, and end; at once if asked a second time."""
+        """Drain if the flags say so, then stop.  Stop at once if called a second time."""
         if not self._options.drain_seconds or self._drain_until < math.inf or self._is_settled:
             self.server.stop()
             return
@@ -9731,17 +9727,17 @@ class Program:
         self._sqs.drain()
 
     def serve(self) -> int:
-        """Serve until a signal ends it; return the exit code."""
+        """Serve until a signal arrives, and return the exit code."""
         options = self._options
         address = str(self.server.server_address[0]).partition("%")[0]
         if not is_loopback(address):
             if options.no_verify:
-                raise UsageError("--no-verify is for a loopback --host alone, and this is not one")
+                raise UsageError("--no-verify needs a loopback --host")
             if has_demo_key(self.proxy.clients):
-                message = "the demo client is for a loopback --host alone; name --clients FILE or"
-                raise UsageError(f"{message} --client KEY:SECRET")
+                message = "the demo client needs a loopback --host; for others give --clients FILE"
+                raise UsageError(f"{message} or --client KEY:SECRET")
         if options.no_verify:
-            log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
+            log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, self._note_signal)
         if self.admin:
@@ -9750,8 +9746,7 @@ class Program:
         scheme = "https" if self._certificate else "http"
         self._announce(f"listening on {scheme}", options.host, self.server)
         give_memory_back()
-        # What exists now stays; messages in memory are many, and a collector that visits them all
-        # again and again would find nothing, for what a call leaves behind has no cycles.
+        # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
@@ -9766,7 +9761,7 @@ class Program:
             self._console.write(f"{what}://{host}:{port}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
-        """Leave a signal to the loop: a handler must not do anything that can wait or fail."""
+        """Let the event loop handle the signal: a signal handler must not wait or fail."""
         self._signals.append(number)
         self.server.wake()
 
@@ -9780,7 +9775,7 @@ class Program:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program with these arguments, the command line's if None; return its exit code."""
+    """Run the program with these arguments, or the command line's, and return its exit code."""
     options = build_parser().parse_args(argv)
     writer = LineWriter(sys.stderr) if sys.stderr else None
     stream: Any = writer or io.StringIO()
@@ -9798,8 +9793,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def give_memory_back() -> None:
-    """Return to the system what compiling this file took, some 15 MB, where the C library can."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # it need not be glibc
+    """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
@@ -9833,44 +9828,31 @@ def allow_files(wanted: int) -> int:
     more = wanted if hard == endless else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-    except (OSError, ValueError):  # the system has another limit
+    except (OSError, ValueError):  # the system has a lower limit
         return soft
     return more
 
 
 def check_sharing(options: argparse.Namespace, routes: Sequence[Route]) -> None:
-    """UsageError where processes that share a port would each have a part of the truth."""
+    """Raise UsageError if processes cannot share a port, because each has its own messages."""
     if not hasattr(socket, "SO_REUSEPORT"):
-        raise UsageError("--reuse-port is nothing that this system knows")
+        raise UsageError("this system does not support --reuse-port")
     if any(isinstance(route.target, Embedded) for route in routes):
         message = "--reuse-port with an embedded route: each process would have its own queues"
         raise UsageError(f"{message}; forward with --upstream")
     if options.task_protection:
-        raise UsageError("--reuse-port with --task-protection: each process counts for itself")
+        raise UsageError("--reuse-port with --task-protection: each process has its own counts")
 
 
-def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> None:
-    """Warn where there are no keys to forward with; UsageError if one is a client's, too."""
-    if not any(isinstance(route.target, Upstream) for route in routes):
-        return
-    named = {client.name: client for same_key in clients.values() for client in same_key}
-    for client in named.values():
-        try:
-            keys = keyring.of(client).get()
-        except Skipped as reason:
-            log.warning("no credentials to forward calls of [%s] with: %s", client.name, reason)
-            continue
-        if keys.access_key_id in clients:
-            raise UsageError(_shared_key(keys.access_key_id))
-
-
-def _shared_key(access_key_id: str) -> str:
-    fault = f"the key {access_key_id} is both a client's and the one to forward with; who holds it"
-    return f"{fault} needs no proxy: give the clients keys of their own with --clients"
+def check_not_shared(keys: Optional[Credentials], clients: Clients) -> None:
+    """Raise ValueError if a client signs with the key that its calls are forwarded with."""
+    if keys and keys.access_key_id in clients:
+        fault = f"the key {keys.access_key_id} is a client's and also the one to forward with"
+        raise ValueError(f"{fault}; give the clients their own keys with --clients")
 
 
 def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
-    """Log a warning for each pattern that matches no action there is."""
+    """Log a warning for each pattern that matches no known action."""
     for pattern, _ in routes:
         nearest = nearest_pattern(pattern)
         if nearest is not None:
@@ -9879,37 +9861,37 @@ def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
-    """Return what a pattern that can match nothing was to be, "" if unknown; None if it can match.
-
-    Known are the services, the actions of Amazon S3 and Amazon SQS, and which services are REST.
-    """
+    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
     aliases = ",".join(IAM_PREFIXES.values()).split(",")
     names = {name.lower(): name for name in (*SPEAKS, *REST_NAMES.split(), *aliases)}
     services = [name for name in names if glob_matches(prefix, name)]
+    if not colon:
+        for service in ("sqs", "s3"):
+            known = _known_operations(service)
+            if prefix in known:
+                return f"{service}:{known[prefix]}"
     if not services or not colon:
-        for service in ("sqs", "s3") if not colon else ():
-            for name in _known_operations(service):
-                if name.lower() == prefix:
-                    return f"{service}:{name}"
         close = difflib.get_close_matches(prefix, names, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
     service = services[0]
-    known = {name.lower(): name for name in _known_operations(service)}
+    known = _known_operations(service)
     close = difflib.get_close_matches(operation, known, 1, 0.5)
     example = "POST/path" if not known and _is_rest(service) else "*"
     return f"{names[service]}:{known[close[0]] if close else example}"
 
 
-def _known_operations(service: str) -> Iterable[str]:
+def _known_operations(service: str) -> Mapping[str, str]:
+    """Return the operations of Amazon S3 or SQS by their names in lower case."""
+    known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
     if service in ("s3", "s3express"):
         versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
-        return sorted({*S3_ACTIONS.values(), *versioned})
-    return MODELS[service].operations if service in MODELS else ()
+        known = sorted({*S3_ACTIONS.values(), *versioned})
+    return {name.lower(): name for name in known}
 
 
 def _is_rest(service: str) -> bool:
@@ -9917,14 +9899,12 @@ def _is_rest(service: str) -> bool:
 
 
 def _can_match(service: str, pattern: str) -> bool:
-    """Return whether the part of a pattern behind the colon fits an operation of the service."""
     known = _known_operations(service)
     if known and "/" not in pattern:
-        return any(glob_matches(pattern, name.lower()) for name in known)
+        return any(glob_matches(pattern, name) for name in known)
     start = re.split("[*?]", pattern, maxsplit=1)[0]
-    wild = start != pattern
     fits = any(
-        start == name or start.startswith(f"{name}/") or (wild and name.startswith(start))
+        f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
         for name in map(str.lower, METHODS)
     )
     named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
@@ -9932,17 +9912,16 @@ def _can_match(service: str, pattern: str) -> bool:
 
 
 def build_writers(options: argparse.Namespace, console: Optional[LineWriter]) -> List[LineWriter]:
-    """Return what writes the log that the flags ask for, or nothing.  Raises OSError."""
-    path = options.log_file
-    if options.quiet or not (path or console):  # there may be no standard error
+    """Return the writers of the access log, at most one, or raise OSError."""
+    if options.quiet:
         return []
-    if not path:
+    if not options.log_file:
         return [console] if console else []
-    open_again = functools.partial(open_log, path)
+    open_again = functools.partial(open_log, options.log_file)
     return [LineWriter(open_again(), open_again)]
 
 
 if __name__ == "__main__":
-    # A module that imports awsproxy must get this one, not a second copy (cpython#103390).
+    # A module that imports awsproxy must get this copy, not a second one (cpython#103390).
     sys.modules.setdefault("awsproxy", sys.modules[__name__])
     sys.exit(main())
