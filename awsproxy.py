@@ -9625,7 +9625,7 @@ class Program:
         """Raise ValueError if the clients must not reach the upstreams of the routes."""
         to_aws = any(upstream.is_aws for upstream in self._upstreams)
         if to_aws and has_demo_key(clients) and not self._options.no_verify:
-            message = "a route leads to aws, and everybody knows the key dummykey: give clients keys"
+            message = "a route leads to aws, and the key dummykey is public: give clients keys"
             raise ValueError(f"{message} of their own with --clients FILE or --client KEY:SECRET")
         for client in itertools.chain(*clients.values()) if self._upstreams else ():
             check_not_shared(self._keyring.of(client).ready(), clients)
