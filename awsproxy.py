@@ -1372,13 +1372,9 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # strangers cannot fill it: callers pass only secrets of known keys
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
-    """Return the key derived for one day, region and service.
-
-    Callers pass only secrets of known keys, so strangers cannot fill the cache.  Call
-    `cache_clear` when secrets change.
-    """
+    """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
     key = b"AWS4" + secret_access_key.encode("utf-8")
     for part in scope:
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
@@ -1398,8 +1394,7 @@ def epoch(amz_date: str) -> int:
     """Return the seconds since 1970 of a time such as 20150830T123600Z, or raise ValueError."""
     if not _AMZ_DATE.fullmatch(amz_date):
         raise ValueError(amz_date)
-    moment = datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ")
-    return calendar.timegm(moment.timetuple())
+    return calendar.timegm(datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ").timetuple())
 
 
 def iso_basic(seconds: float) -> str:
@@ -1439,11 +1434,7 @@ def verify(
 
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
-    """Check what the head alone does not prove, and return the client, the scope and the body.
-
-    `spool` reads the body.  The body of Amazon S3's family is checked later, while it is read.
-    A body that need not be signed is not read.
-    """
+    """Check what the head does not prove.  A body of S3's family is checked while it is read."""
     claimed, profile, client, declared, _ = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     # 11. The body has the declared hash.
@@ -1618,11 +1609,10 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    if not profile.declared_payload or not value.startswith("STREAMING-"):
-        raise refusal("payload", request, value[:60])
-    if "-ECDSA-" in value:
+    if profile.declared_payload and value.startswith("STREAMING-") and "-ECDSA-" in value:
         raise refusal("streaming", request, value[:60])
-    if value not in (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED):
+    streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
+    if not profile.declared_payload or value not in streaming:
         raise refusal("payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
         raise refusal("stream", request)
@@ -1680,8 +1670,7 @@ def explain_mismatch(
 
 def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
     """Return whether the signature fits a canonical request of these lines."""
-    canonical = "\n".join(parts).encode("latin-1")
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
+    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
     computed = signature(secret_access_key, claimed.scope, text)
     return hmac.compare_digest(computed, claimed.signature)  # both ASCII
 
@@ -1759,12 +1748,12 @@ class ChunkSigner:
 
     def chunk(self, data: bytes) -> str:
         """Return the signature of the next chunk."""
-        digest = hashlib.sha256(data).hexdigest()
-        return self._next("PAYLOAD", f"{EMPTY_SHA256}\n{digest}")
+        return self._next("PAYLOAD", f"{EMPTY_SHA256}\n{hashlib.sha256(data).hexdigest()}")
 
-    def trailers(self, canonical: bytes) -> str:
-        """Return the signature of the trailers, `name:value` lines in canonical form."""
-        return self._next("TRAILER", hashlib.sha256(canonical).hexdigest())
+    def trailers(self, trailers: Mapping[str, str]) -> str:
+        """Return the signature of the trailers, in order of their names."""
+        lines = [f"{name}:{value}\n" for name, value in sorted(trailers.items())]
+        return self._next("TRAILER", hashlib.sha256("".join(lines).encode()).hexdigest())
 
     def _next(self, kind: str, rest: str) -> str:
         text = f"{ALGORITHM}-{kind}\n{self._about}\n{self._previous}\n{rest}"
@@ -1845,7 +1834,6 @@ class AwsChunkedBody:
         return bytes(data)
 
     def _next_block(self) -> bytes:
-        """Return a whole signed chunk, or a part of an unsigned one."""
         if self._received == self.length:
             return b""
         expected = b""
@@ -1884,8 +1872,7 @@ class AwsChunkedBody:
             message = "The trailers are not those that x-amz-trailer announces."
             raise ServiceError("MalformedTrailerError", message)
         if self._signer and self.announced:
-            computed = self._signer.trailers(canonical_trailers(self.trailers))
-            _compare(computed, signed_with, "the trailers")
+            _compare(self._signer.trailers(self.trailers), signed_with, "the trailers")
         for name, value in self.trailers.items():
             known = CHECKSUMS.get(name)
             if known and not (len(value) == known.length and BASE64.fullmatch(value)):
@@ -1938,11 +1925,6 @@ def _compare(computed: str, given: bytes, place: str) -> None:
         raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
 
 
-def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
-    """Return the lines that the signature of trailers covers."""
-    return "".join(f"{name}:{value}\n" for name, value in sorted(trailers.items())).encode()
-
-
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
 
@@ -1955,8 +1937,7 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
     lines = [_header(b"")]
     lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
     if signer and body.trailers:
-        signature_of_trailers = signer.trailers(canonical_trailers(body.trailers))
-        lines.append(f"x-amz-trailer-signature:{signature_of_trailers}\r\n".encode())
+        lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
     yield b"".join((*lines, b"\r\n"))
 
 
@@ -2025,7 +2006,7 @@ class Credentials(NamedTuple):
         return f"Credentials({self.access_key_id!r})"
 
 
-_SIGNED = ("host", "date", "content-type", "content-md5")
+_SIGNED = ("host", "date", "content-type", "content-md5")  # and x-amz-*: no proxy changes them
 
 
 def sign(
@@ -2036,11 +2017,7 @@ def sign(
     amz_date: str,
     declares: bool = False,
 ) -> Tuple[Request, Authorization]:
-    """Return the signed request, and the authorization that it has now.
-
-    `sign` covers the headers in _SIGNED and x-amz-*, which no proxy changes.  `declares` adds
-    x-amz-content-sha256 even if the service does not demand it.
-    """
+    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
@@ -5024,11 +5001,6 @@ SIGNING_REGIONS = pairs("""
 Variants = Tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
-def partition_of(region: str) -> Tuple[str, str, str]:
-    """Return the partition of a region, its DNS suffix, and its dual-stack DNS suffix."""
-    return next(row[1:] for row in PARTITIONS if region.startswith(row[0]))
-
-
 def endpoint_for(
     service: str,
     region: str,
@@ -5059,7 +5031,7 @@ def endpoint_for(
 
 @lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    partition, suffix, dual_suffix = partition_of(region)
+    partition, suffix, dual_suffix = next(r[1:] for r in PARTITIONS if region.startswith(r[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
@@ -6107,10 +6079,7 @@ def end_to_end(
 
 
 def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
-    """Return a target without its signature, and the x-amz-* parameters as headers.
-
-    SDKs move these headers into the query of a presigned URL.  The rest stays the same.
-    """
+    """Return a target without its signature, and the x-amz-* headers that SDKs put into it."""
     path, mark, query = target.partition("?")
     kept, hoisted = [], []
     for part in query.split("&"):
@@ -6448,7 +6417,6 @@ class Upstream:
         return self._finish(call, outgoing, self._answered(call, outgoing, attempt))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
-        """Return whether AWS says that our token expired, and new credentials may help."""
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
         return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
@@ -6493,7 +6461,7 @@ class Upstream:
             present = {name.lower() for name, _ in headers}
             headers += [(name, value) for name, value in hoisted if name not in present]
         if call.service in S3_FAMILY:
-            target, endpoint = self._bucket_endpoint(call, target, endpoint)
+            target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
             if mark and isinstance(call.wire, AwsJson):  # Action moves into X-Amz-Target
@@ -6534,8 +6502,7 @@ class Upstream:
             if isinstance(call.wire, AwsJson):
                 sent = restore_in_json(sent, call, endpoint)
             else:
-                form = restore_queue_url(sent.decode("latin-1"), call, endpoint)
-                sent = form.encode("latin-1")
+                sent = restore_queue_url(sent.decode("latin-1"), call, endpoint).encode("latin-1")
         if sent == data and payload_hash:
             return body, payload_hash
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
@@ -6563,9 +6530,7 @@ class Upstream:
         payload_hash = hashlib.sha256(data).hexdigest()
         return outgoing._replace(request=request, payload_hash=payload_hash)
 
-    def _bucket_endpoint(
-        self, call: Call, target: str, endpoint: Endpoint
-    ) -> Tuple[str, Endpoint]:
+    def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> Tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
         if of_control and not bucket:
             bucket = call.request.header("x-amz-account-id") or ""
@@ -6607,7 +6572,7 @@ class Upstream:
         for again in (False, True):
             if isinstance(body, io.IOBase):
                 body.seek(0)
-            attempt = sent or self._connected(call, outgoing, keys, again)
+            attempt = sent or self._connect(call, outgoing, keys, again)
             connection = attempt.connection
             connection.socket.settimeout(connection.timeout)
             try:
@@ -6619,8 +6584,7 @@ class Upstream:
                 return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
                 connection.close()
-                retry = connection.reused and error.unanswered and repeatable
-                if again or not retry:
+                if again or not (connection.reused and error.unanswered and repeatable):
                     raise self._given_up(call, error, connection.reused) from error
                 sent = None
             except Exception:
@@ -6628,9 +6592,7 @@ class Upstream:
                 raise
         raise AssertionError("unreachable")
 
-    def _connected(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool
-    ) -> Attempt:
+    def _connect(self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool) -> Attempt:
         try:
             connection = self._pool.take(outgoing.endpoint, fresh)
         except UpstreamError as error:
@@ -6702,13 +6664,12 @@ class Upstream:
         except ValueError as error:
             message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
             raise UpstreamError(message, unanswered=False) from error
-        reader: Union[LengthBody, ChunkedBody, None] = None
+        reader: Union[Stream, LengthBody, ChunkedBody] = connection.source
         if length is None:
             reader = ChunkedBody(connection.source, sys.maxsize)
         elif length != UNTIL_CLOSE:
             reader = LengthBody(connection.source, length)
-        keep = reader is not None and head.keeps
-        if reader is not None and length is not None and length <= MAX_WHOLE_REPLY:
+        if length is not None and 0 <= length <= MAX_WHOLE_REPLY:
             try:
                 body = reader.read()
             except (OSError, ServiceError) as error:
@@ -6718,7 +6679,8 @@ class Upstream:
         connection.deadline = math.inf  # each block of a stream has its own timeout
         if head.status < 300 and not connection.streams_masked:
             connection.mask = Mask()
-        blocks = self._stream(connection, reader, keep)
+        raw = iter(functools.partial(reader.read_some, 65536), b"")
+        blocks = self._stream(connection, raw, head.keeps and length != UNTIL_CLOSE)
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
         reply = Reply(head.status, connection.mask.headers(headers), blocks)
         return self._refused(reply) if head.status in _REFUSED else reply
@@ -6755,15 +6717,11 @@ class Upstream:
         else:
             connection.close()
 
-    def _stream(
-        self, connection: Connection, reader: Union[LengthBody, ChunkedBody, None], keep: bool
-    ) -> Iterator[bytes]:
+    def _stream(self, connection: Connection, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
-        read = functools.partial((reader or connection.source).read_some, 65536)
         try:
-            for block in iter(read, b""):
-                block = connection.mask.next(block)
+            for block in map(connection.mask.next, raw):
                 if block:
                     yield block
             complete = True
@@ -6773,7 +6731,6 @@ class Upstream:
             self._done(connection, keep and complete)
 
     def _release(self, call: Call, received: Outgoing, handles: Sequence[str]) -> None:
-        """Make the messages visible again, since their receiver has left."""
         if not handles:
             return
         endpoint, url = received.endpoint, call.input.get("QueueUrl", call.request.path)
@@ -7636,7 +7593,6 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
-    """Return the method of a hook with that name, None if the hook does not define it."""
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
 
@@ -7733,10 +7689,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
-    """Return the folded names of an action, and the actions that IAM needs instead.
-
-    A REST action has a name with and without a slash at its end, and one without the path.
-    """
+    """Return the folded names of an action, and the actions that IAM needs instead."""
     service, _, operation = _folded(action).partition(":")
     names = [operation]
     method = operation.partition("/")[0]
@@ -8187,7 +8140,6 @@ class Proxy:
         return exchange
 
     def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
-        """Let the target answer now, if it never waits."""
         call, target = exchange.call, exchange.target
         assert call and target
         try:
@@ -8286,8 +8238,7 @@ class Proxy:
         """Return the refusal.  Log any error but ServiceError: it is a fault of the proxy."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
-            message = "The proxy failed; see its standard error."
-            error = ServiceError("InternalFailure", message)
+            error = ServiceError("InternalFailure", "The proxy failed; see its standard error.")
         error = error.without_frames()
         exchange.reason = error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
@@ -8357,7 +8308,6 @@ class Proxy:
         return call, target
 
     def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
-        """Return the meaning of a request, or of the request that a preflight announces."""
         request = exchange.request
         if exchange.unsigned and is_preflight(request):
             method = request.fields["access-control-request-method"][0]
@@ -8397,8 +8347,7 @@ class Proxy:
 
     def _route(self, action: str) -> Optional[Route]:
         # A caller chooses the path in an action: the cache keeps only short ones.
-        find = self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route
-        return find(action)
+        return (self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route)(action)
 
     def _find_route(self, action: str) -> Optional[Route]:
         secret = hands_out_credentials(action)
@@ -9288,11 +9237,7 @@ _OF_A_CLIENT = frozenset(
 
 
 def read_clients(path: str) -> Clients:
-    """Return the clients of a file in the format of the AWS shared credentials file.
-
-    Each section is a client.  Several sections may have one key with different tokens.
-    Raise OSError, or ValueError with the section or line and the fault.
-    """
+    """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
     try:
         with open(path, encoding="utf-8") as lines:
@@ -9308,9 +9253,8 @@ def read_clients(path: str) -> Clients:
         section = parser[name]
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
         if not _KEY_ID.fullmatch(key) or not secret:
-            letters = "(3 to 128 letters, digits, '.', '_', '-')"
-            needed = f"aws_access_key_id {letters} and aws_secret_access_key"
-            raise ValueError(f"[{name}] needs {needed}")
+            needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
+            raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
         for word in set(section) - _OF_A_CLIENT:
             for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
                 raise ValueError(f"[{name}] has {word}; did you mean {meant}?")
@@ -9460,8 +9404,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write log lines to this file, not to standard error; SIGHUP reopens it")  # fmt: skip
     add("--quiet", action="store_true", help="print no line for each call")
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
-    add("--version", action="version", version=version,
-        help="print version and sha256 of this file")  # fmt: skip
+    add("--version", action="version", version=version, help="print version and hash of this file")
     return parser
 
 
@@ -9713,9 +9656,8 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        """True if no call is in progress and no message in flight."""
-        busy = not self.server.is_idle or self._pool.given_up
-        return not busy and not self._in_flight.total
+        in_progress = not self.server.is_idle or self._pool.given_up
+        return not in_progress and not self._in_flight.total
 
     def end(self) -> None:
         """Drain if the flags say so, then stop.  Stop at once if called a second time."""
@@ -9729,8 +9671,7 @@ class Program:
     def serve(self) -> int:
         """Serve until a signal arrives, and return the exit code."""
         options = self._options
-        address = str(self.server.server_address[0]).partition("%")[0]
-        if not is_loopback(address):
+        if not is_loopback(str(self.server.server_address[0]).partition("%")[0]):
             if options.no_verify:
                 raise UsageError("--no-verify needs a loopback --host")
             if has_demo_key(self.proxy.clients):
