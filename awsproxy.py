@@ -8102,35 +8102,33 @@ class Proxy:
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return the refusal of a request by its head, or None if the body must be read."""
-        exchange = self._exchange(request)
-        wire = exchange.wire
         try:
-            self._check_sender(exchange)
-            if self._verified and not exchange.unsigned:
-                self._verify_head(request, wire, self._clock())
-            check_one_reading(request, wire, exchange.service)
+            self._check_head(self._exchange(request))
         except ServiceError as error:
             return error.without_frames()
         return None
 
-    def _verify_head(self, request: Request, wire: WireProtocol, now: float) -> Proven:
-        return verify_head(
-            request,
-            self._clients,
-            now,
-            wire.service(request),
-            self._regions,
-            self._clock_skew,
-            wire.must_be_signed,
-            private=self._scheme == "https" or is_loopback(request.peer),
-            other_host=self._public_host,
-        )
-
-    def _check_sender(self, exchange: Exchange) -> None:
-        if exchange.request.method not in METHODS:
-            raise not_implemented(exchange.request.method)
+    def _check_head(self, exchange: Exchange) -> Optional[Proven]:
+        """Return what the head proves, None if nothing is verified, or raise ServiceError."""
+        request, wire, proven = exchange.request, exchange.wire, None
+        if request.method not in METHODS:
+            raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
-            check_page(exchange.request, self._hosts)
+            check_page(request, self._hosts)
+        if self._verified and not exchange.unsigned:
+            proven = verify_head(
+                request,
+                self._clients,
+                exchange.started,
+                wire.service(request),
+                self._regions,
+                self._clock_skew,
+                wire.must_be_signed,
+                private=self._scheme == "https" or is_loopback(request.peer),
+                other_host=self._public_host,
+            )
+        check_one_reading(request, wire, exchange.service)
+        return proven
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
         try:
@@ -8271,13 +8269,10 @@ class Proxy:
 
     def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
-        self._check_sender(exchange)
-        if self._verified and not exchange.unsigned:
-            proven = self._verify_head(request, wire, exchange.started)
-            check_one_reading(request, wire, exchange.service)
+        proven = self._check_head(exchange)
+        if proven:
             found = verify_body(request, proven, functools.partial(self._spool, exchange))
         else:
-            check_one_reading(request, wire, exchange.service)
             found = self._unverified(exchange)
         client, scope = found.client, found.scope
         meaning = self._meaning(exchange, found)
