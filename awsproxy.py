@@ -1075,7 +1075,6 @@ def claim(request: Request) -> Claim:
 
 
 def _salvaged_claim(request: Request) -> Claim:
-    """Return the first text that looks like a credential in a malformed request."""
     header = request.header("authorization")
     if header:
         texts = _CLAIM_IN_HEADER.findall(header)
@@ -1466,7 +1465,7 @@ def verify_head(
 
     service: the service that the request names apart from its scope
     regions: the allowed regions; all if empty
-    clock_skew: seconds; replaces those of the service's profile
+    clock_skew: seconds; replaces the clock_skew of the service's profile
     must_be_signed: headers that decide what the request means
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
@@ -1669,7 +1668,6 @@ def explain_mismatch(
 
 
 def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
-    """Return whether the signature fits a canonical request of these lines."""
     text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
     computed = signature(secret_access_key, claimed.scope, text)
     return hmac.compare_digest(computed, claimed.signature)  # both ASCII
@@ -1767,7 +1765,7 @@ MAX_TRAILERS = 16
 
 
 class Checksum(NamedTuple):
-    """A trailing checksum: its length in base64, and its class, if Python's library has it."""
+    """A trailing checksum: its length in base64, and its class, unless Python has none."""
 
     length: int
     start: Optional[Callable[[], Any]] = None
@@ -1887,7 +1885,6 @@ class AwsChunkedBody:
             raise ServiceError("BadRequest", "Something follows the last chunk.")
 
     def _read_trailers(self) -> bytes:
-        """Read the trailers, and return their signature."""
         signed_with, complete = b"", True
         for _ in range(2 * MAX_TRAILERS + 2):
             line = self._stream.readline(4096)
@@ -6072,7 +6069,7 @@ def end_to_end(
             named.update(token.strip().lower() for token in value.split(","))
     if not named:
         return kept
-    # Signed headers decide what the request means: Connection must not remove them.
+    # Signed headers decide what the request means; Connection must not remove them.
     named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
     named.difference_update(signed)
     return [(n, v) for n, v in kept if n.lower() not in named]
@@ -6108,13 +6105,13 @@ _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
 def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
-    """Return the upstream's URL of a queue for one of ours; any other stays."""
+    """Return the upstream's URL of a queue in place of our URL; any other URL stays."""
     ours = url.startswith(call.base_url + "/")
     return endpoint.origin + url[len(call.base_url) :] if ours else url
 
 
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form with the upstream's QueueUrl in place of ours."""
+    """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
     parts = text.split("&")
     for index, part in enumerate(parts):
         name, _, value = part.partition("=")
@@ -6126,7 +6123,7 @@ def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
-    """Return a JSON document with the upstream's QueueUrl in place of ours."""
+    """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
     if call.base_url.encode() not in body.replace(b"\\/", b"/"):
         return body
     try:
@@ -6299,10 +6296,8 @@ class Upstream:
         for rewrite in call.rewrites:
             request = rewrite(call, outgoing.request)
             outgoing = self._rewritten(outgoing, request) if request else outgoing
-        began = time.monotonic()
-        reply = self._answered(call, outgoing)
-        call.upstream_seconds = time.monotonic() - began
-        return self._finish(call, outgoing, reply)
+        call.upstream_seconds = -time.monotonic()  # `_shown` adds its own time
+        return self._finish(call, outgoing, self._answered(call, outgoing))
 
     def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
@@ -6381,8 +6376,7 @@ class Upstream:
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
-        refused = reply.status in _REFUSED and error_code(reply) in _MISMATCHES
-        if refused and not call.unsigned:
+        if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
         of_sqs = call.service == "sqs"
         return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
@@ -7873,7 +7867,6 @@ class Admin:
 class NoMessages:
     """Answers ReceiveMessage at once, without messages, while the proxy drains."""
 
-    name = "none"
     may_block = False
 
     def answer(self, call: Call, request_id: str) -> Reply:
@@ -7901,11 +7894,10 @@ class Pending:
     def send(self) -> Union[Pending, Act]:
         """Send the call without waiting, or return a function that sends it and waits."""
         call, connection = self._attempt.call, self._attempt.connection
-        call.upstream_seconds = -time.monotonic()  # the answer adds its own time
+        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
         if connection.send_now(self._data):
             return self
         connection.close()  # the call was not sent completely
-        call.upstream_seconds = 0.0
         request_id = self._exchange.request_id
         return self._complete(functools.partial(self._upstream.answer, call, request_id))
 
@@ -7958,7 +7950,7 @@ class Proxy:
 
     clients: the keys that callers may sign with
     routes: the first route that matches a call answers it
-    verified: False accepts unsigned calls, and refuses those of web pages
+    verified: False accepts unsigned calls, but refuses web pages
     sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
@@ -8033,7 +8025,7 @@ class Proxy:
     # ---- Requests to replies ----
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """Answer one request; `refused` is a fault of its framing.  Never raises."""
+        """Answer one request; `refused` is a fault in the framing.  Never raises."""
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
@@ -8269,11 +8261,8 @@ class Proxy:
 
     def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
-        proven = self._check_head(exchange)
-        if proven:
-            found = verify_body(request, proven, functools.partial(self._spool, exchange))
-        else:
-            found = self._unverified(exchange)
+        proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
+        found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
         client, scope = found.client, found.scope
         meaning = self._meaning(exchange, found)
         host = request.header("host") or "localhost"
@@ -8312,8 +8301,7 @@ class Proxy:
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
         """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
         request, route = exchange.request, call.route
-        target = route.target if route else None
-        may_pass = isinstance(target, Upstream) and route is not None
+        may_pass = route is not None and isinstance(route.target, Upstream)
         if is_preflight(request):
             call.operation = request.method  # hooks see it, and the upstream gets it
         elif may_pass and route:
@@ -8362,7 +8350,6 @@ class Proxy:
         return next((name for name in names if name.startswith("http")), "aws")
 
     def _no_route(self, action: str) -> str:
-        """Return the refusal of an action without a route, with the flags that allow it."""
         target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
         flags = route_flag(shown, target)
         if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
@@ -9620,8 +9607,7 @@ class Program:
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
-            message = "at most %d connections at once: ulimit -n allows %d open files"
-            log.warning(message, most, allowed)
+            log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
     def _listen(
