@@ -1233,8 +1233,14 @@ def _parse_query(request: Request) -> Authorization:
         raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
     made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
     names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
-    expires = _parse_expires(request, given.get("X-Amz-Expires"))
-    return Authorization(*key, names, made, given["X-Amz-Date"], expires, True, token)
+    expires = given.get("X-Amz-Expires")
+    if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
+        raise refusal(reason, request, "X-Amz-Expires should be a number.")
+    seconds = int(expires) if expires else None
+    if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
+        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
+        raise refusal(reason, request, fault)
+    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
 
 
 def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
@@ -1255,17 +1261,6 @@ def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -
     if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
     return names
-
-
-def _parse_expires(request: Request, text: Optional[str]) -> Optional[int]:
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise refusal("query parameter", request, "X-Amz-Expires should be a number.")
-    if not 1 <= int(text) <= MAX_PRESIGNED_SECONDS:
-        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
-        raise refusal("query parameter", request, fault)
-    return int(text)
 
 
 def _single(request: Request, name: str) -> Optional[str]:
@@ -1578,15 +1573,9 @@ def _check_signed_headers(
     if unsigned:
         names = ", ".join(unsigned)
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
-    if claimed.presigned:
-        _check_hoisted(request)
-
-
-def _check_hoisted(request: Request) -> None:
-    """Refuse an x-amz-* header that differs from the query parameter with the same name."""
-    for raw_name, raw_value in request.query:
+    for raw_name, raw_value in request.query if claimed.presigned else ():
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        if name.startswith("x-amz-") and request.fields.get(name, [value]) != [value]:
+        if name.startswith("x-amz-") and fields.get(name, [value]) != [value]:
             fault = f"'{name[:40]}' differs between header and query."
             raise refusal("query parameter", request, fault)
 
@@ -8134,28 +8123,21 @@ class Proxy:
         assert call and target
         try:
             hooks = [it for it in self._moments if not it.concerns or run_hook(it.concerns, call)]
-            if hooks or target.may_block:
-                return self._act_later(exchange, call, target, hooks)
-            call.may_wait = False
-            exchange.reply = target.answer(call, exchange.request_id)
+            if not hooks and not target.may_block:
+                call.may_wait = False
+                exchange.reply = target.answer(call, exchange.request_id)
+                return exchange
+            if not hooks and isinstance(target, Upstream):
+                begun = target.begin(call)
+                if begun:
+                    return Pending(self, exchange, target, *begun)
         except WouldWait:
             call.may_wait = True
-            act = functools.partial(target.answer, call, exchange.request_id)
-            return functools.partial(self.complete, exchange, act)
         except Exception as error:
             return self.refuse(exchange, error)
-        return exchange
-
-    def _act_later(
-        self, exchange: Exchange, call: Call, target: Target, hooks: Sequence[Moments]
-    ) -> Outcome:
         act = functools.partial(target.answer, call, exchange.request_id)
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif isinstance(target, Upstream):
-            begun = target.begin(call)
-            if begun:
-                return Pending(self, exchange, target, *begun)
         return functools.partial(self.complete, exchange, act)
 
     def _finish(self, exchange: Exchange) -> Reply:
@@ -8208,13 +8190,11 @@ class Proxy:
             raise TimeoutError(message) from late
         if error:
             raise error
+        fault = fault_of_reply(result) if isinstance(result, Reply) else ""
         if not isinstance(result, (kind, type(None))):
-            message = f"{name_of(moment)} returned {result!r:.80}, which is no {kind.__name__}"
-            raise TypeError(message)
-        if isinstance(result, Reply):
-            fault = fault_of_reply(result)
-            if fault:
-                raise TypeError(f"{name_of(moment)} returned a Reply with {fault}")
+            fault = f"{result!r:.80}, which is no {kind.__name__}"
+        if fault:
+            raise TypeError(f"{name_of(moment)} returned {fault}")
         return result
 
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
@@ -8440,19 +8420,19 @@ def has_demo_key(clients: Clients) -> bool:
 
 
 def fault_of_reply(reply: Reply) -> str:
-    """Return the fault of a hook's Reply, "" if it can be sent."""
+    """Return the description of a hook's faulty Reply, "" if it can be sent."""
     status, headers, body = reply
     if type(status) is not int or not 200 <= status <= 599:
-        return f"the status {status!r:.40}"
+        return f"a Reply with the status {status!r:.40}"
     for header in headers:
         name, value = header
         is_text = isinstance(name, str) and isinstance(value, str) and ":" not in name
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
-            return f"the header {header!r:.80}"
+            return f"a Reply with the header {header!r:.80}"
     other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
     if other or not isinstance(body, (bytes, collections.abc.Iterable)):
-        return f"a body of type {type(body).__name__}"
+        return f"a Reply with a body of type {type(body).__name__}"
     return ""
 
 
@@ -9580,9 +9560,11 @@ class Program:
 
     def _read_hooks(self) -> List[Any]:
         hooks: List[Any] = []
-        path = self._options.log_file
+        path, quiet = self._options.log_file, self._options.quiet
         try:
-            self._writers = build_writers(self._options, self._console)
+            open_again = functools.partial(open_log, path)
+            writer = LineWriter(open_again(), open_again) if path and not quiet else self._console
+            self._writers = [writer] if writer and not quiet else []
             of_json = self._options.log_format == "json"
             hooks += [AccessLog(writer, of_json) for writer in self._writers]
             for path in self._options.hook:
@@ -9831,16 +9813,6 @@ def _can_match(service: str, pattern: str) -> bool:
     )
     named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
     return (fits and _is_rest(service)) or bool(named and pattern and "/" not in pattern)
-
-
-def build_writers(options: argparse.Namespace, console: Optional[LineWriter]) -> List[LineWriter]:
-    """Return the writers of the access log, at most one, or raise OSError."""
-    if options.quiet:
-        return []
-    if not options.log_file:
-        return [console] if console else []
-    open_again = functools.partial(open_log, options.log_file)
-    return [LineWriter(open_again(), open_again)]
 
 
 if __name__ == "__main__":
