@@ -1286,11 +1286,10 @@ def _date_header(request: Request) -> Optional[str]:
 
 
 def canonical_path(path: str, normalize: bool) -> str:
-    """Return the canonical URI of a raw path.
+    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
 
     `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
     it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay.
-    Raise ServiceError InvalidURI for a broken escape or a `..` above the root.
     """
     if path in ("", "/"):
         return "/"
@@ -5869,20 +5868,17 @@ class Connection:
                 ready = poll.poll(self.timeout * 1000)
                 if not ready:
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a body")
-                if ready[0][1] & ~select.POLLOUT and self._begins_to_answer():
-                    return False
+                if ready[0][1] & ~select.POLLOUT:
+                    self.socket.setblocking(False)
+                    going_on = self.receive_now()
+                    self.socket.settimeout(self.timeout)
+                    if self.source.buffer or not going_on:  # not just a TLS record without data
+                        return False
                 if ready[0][1] & select.POLLOUT:
                     left = left[self.socket.send(left) :]
         except OSError:
             return False
         return True
-
-    def _begins_to_answer(self) -> bool:
-        """Return whether an answer has begun: not every TLS record is part of one."""
-        self.socket.setblocking(False)
-        going_on = self.receive_now()
-        self.socket.settimeout(self.timeout)
-        return bool(self.source.buffer) or not going_on
 
     def send_now(self, data: bytes) -> bool:
         """Send the data without waiting, and return whether all of it was sent."""
@@ -7564,9 +7560,8 @@ class Deny:
         who = f"arn:aws:iam::{call.caller.account_id}:user/{call.caller.name}"
         message = f"User: {who} is not authorized to perform: {call.action[:MAX_SHOWN]}."
         if call.route:
-            route = f"{call.route.pattern}=deny"
-            message += f" This proxy refused the call: its route '{route}' came first."
-            message += f" To allow the call, put {call.advice} before it."
+            message += f" The route '{call.route.pattern}=deny' of this proxy refused the call."
+            message += f" To allow the call, put {call.advice} before this route."
         raise ServiceError("AccessDenied", message)
 
 
@@ -8004,9 +7999,8 @@ class Proxy:
     @clients.setter
     def clients(self, clients: Clients) -> None:
         """Use these clients from the next request on."""
-        account_id = self._account_id  # for clients that have none
         self._clients = {
-            key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
+            key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
             for key, same_key in clients.items()
         }
         self._is_public = not self._verified or has_demo_key(clients)
@@ -8062,11 +8056,9 @@ class Proxy:
         with contextlib.suppress(ServiceError):  # the path has several readings
             path += "" if target else rest_meaning(request).path
         for service, _, operation in (action.partition(":") for action in self._open):
-            by_path = operation == path
             by_form = service == "sts" and path == "post/" and _is_form(request)
-            if ("authorization" in request.fields) == (service in BEARER_SERVICES) and (
-                service == target or by_path or by_form
-            ):
+            is_meant = service == target or operation == path or by_form
+            if is_meant and (service in BEARER_SERVICES) == ("authorization" in request.fields):
                 return service
         return ""
 
@@ -8245,8 +8237,7 @@ class Proxy:
         found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
         client, scope = found.client, found.scope
         meaning = self._meaning(exchange, found)
-        host = request.header("host") or "localhost"
-        base_url = self._public_url or f"{self._scheme}://{host}"
+        base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
         service, operation = scope.service, meaning.operation
         call = Call(
             request, wire, service, operation, scope.region, client, found.body,
@@ -8260,8 +8251,7 @@ class Proxy:
             self._pass_unsigned(exchange, call)
         for path in meaning.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != call.route:
-                message = "The path has two readings with different routes."
-                raise ServiceError("InvalidURI", message)
+                raise ServiceError("InvalidURI", "The path has readings with different routes.")
         if call.route is None:
             raise ServiceError("AccessDenied", self._no_route(action))
         target = call.route.target
@@ -8409,8 +8399,7 @@ def _disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("cannot write a long body to a temporary file: %s", error)
-        message = "The proxy has no disk space for this body."
-        raise ServiceError("ServiceUnavailable", message) from error
+        raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -9519,9 +9508,7 @@ class Program:
 
     def _all_clients(self) -> Clients:
         """Return the clients of --clients and --client, or the demo client without both flags."""
-        clients: Dict[str, Sequence[Client]] = {}
-        if self._watched:
-            clients.update(self._watched.value)
+        clients: Dict[str, Sequence[Client]] = {**self._watched.value} if self._watched else {}
         for client in self._options.client:
             clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
         return clients or DEMO_CLIENTS
@@ -9548,12 +9535,10 @@ class Program:
 
     def _read_certificate(self) -> Optional[Certificate]:
         path, key = self._options.tls_cert, self._options.tls_key
-        if not path:
-            if key:
-                raise UsageError("--tls-key needs --tls-cert")
-            return None
+        if key and not path:
+            raise UsageError("--tls-key needs --tls-cert")
         try:
-            return Certificate(path, key)
+            return Certificate(path, key) if path else None
         except (OSError, ValueError) as error:
             files = f"{path} and {key}" if key else path
             raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
