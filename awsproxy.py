@@ -1430,7 +1430,6 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head does not prove.  A body of S3's family is checked while it is read."""
     claimed, profile, client, declared, _ = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
-    # 11. The body has the declared hash.
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
         body = streamed_body(request, claimed, declared, key)
@@ -1464,23 +1463,16 @@ def verify_head(
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
     """
-    # 1. The framing was checked before there was a Request.
-    # 2. and 3. The request has one claim, well formed.
+    # The order counts: the error of a later check would tell a stranger more.
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
-    # 4. and 5. Its date is near now.
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
-    # 6. Its scope has the same day, and this service and region.
     _check_scope(request, claimed, service, regions)
-    # 7. Its key is known, and has this token.
     client = _find_client(request, claimed, clients)
-    # 8. The headers that decide its meaning are signed.
     _check_signed_headers(request, claimed, profile, must_be_signed)
-    # 9. The service allows its payload line.
     declared = _declared_payload(request, claimed, profile, private)
-    # 10. Its signature is right.  Without a payload line, `verify_body` checks that.
     proven = Proven(claimed, profile, client, declared, other_host)
-    if declared is not None:
+    if declared is not None:  # otherwise `verify_body` checks the signature
         _check_signature(request, proven, declared)
     return proven
 
@@ -9347,8 +9339,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
         help="account that owns the queues")  # fmt: skip
-    add("--cooldown", action="store_true",
-        help="for 60 s refuse another PurgeQueue, or a deleted queue's name")  # fmt: skip
+    add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--log-file", default="", metavar="FILE",
@@ -9361,16 +9352,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_listening(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_number(int, 0, 65535), default=8081, metavar="PORT",
-        help="port to listen on; 0 picks one")  # fmt: skip
-    add("--admin", type=_address, metavar="HOST:PORT",
-        help="serve /_awsproxy/ here, not to this machine on --port")  # fmt: skip
+    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
+    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
     add("--tls-cert", default="", metavar="FILE",
         help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
-    add("--tls-key", default="", metavar="FILE",
-        help="private key of the certificate, if another file has it")  # fmt: skip
-    add("--reuse-port", action="store_true",
-        help="share the port with other processes; every route must forward")  # fmt: skip
+    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
+    add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
         help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
@@ -9392,12 +9379,11 @@ def _add_callers(add: Callable[..., Any]) -> None:
     add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
         help="a key that callers sign with, repeatable; other processes can see it in the list of"
         " processes: --clients hides it")  # fmt: skip
-    add("--no-verify", action="store_true",
-        help="accept unsigned and wrongly signed calls; on loopback only")  # fmt: skip
+    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
     add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
         help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
         " monitoring and route53, as on AWS)")  # fmt: skip
-    add("--region", action="append", default=[], metavar="REGION",
+    add("--region", action="append", default=[],
         help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
 
 
@@ -9414,10 +9400,8 @@ def _add_routes(add: Callable[..., Any]) -> None:
     add("--hook", action="append", default=[], metavar="FILE",
         help="a Python file (.py) with before, rewrite, after, observe or concerns;"
         " repeatable")  # fmt: skip
-    add("--task-protection", action="store_true",
-        help="prevent scale-in of the ECS task while messages are in flight")  # fmt: skip
-    add("--profile", default="", metavar="NAME",
-        help="profile in ~/.aws to forward with (default: as in an SDK)")  # fmt: skip
+    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
+    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
         help="with --no-verify, service and region of an unsigned call whose Host names"
         " none")  # fmt: skip
