@@ -1631,9 +1631,7 @@ def _with_host(headers: str, host: str) -> str:
     return _HOST_LINE.sub(lambda _: f"host:{host}", headers) if host else headers
 
 
-def explain_mismatch(
-    request: Request, claimed: Authorization, parts: Sequence[str], secret_access_key: str
-) -> str:
+def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> str:
     """Return a known mistake of the client that explains its signature, or ""."""
     if sum(map(len, parts)) > 16384:  # each combination hashes all of it
         return ""
@@ -1641,27 +1639,28 @@ def explain_mismatch(
     for line, deviate, advice in DEVIATIONS:
         choices[line].setdefault(deviate(request, parts[line]), advice)
     for chosen in itertools.product(*choices):
-        if _holds(claimed, secret_access_key, chosen):
+        if _holds(proven, chosen):
             faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
             return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
     return ""
 
 
-def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
+def _holds(proven: Proven, parts: Iterable[str]) -> bool:
+    claimed, _, client, *_ = proven
     text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
-    computed = signature(secret_access_key, claimed.scope, text)
+    computed = signature(client.secret_access_key, claimed.scope, text)
     return hmac.compare_digest(computed, claimed.signature)  # both ASCII
 
 
 def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    claimed, profile, client, _, other_host = proven
+    claimed, profile, _, _, other_host = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
-    if _holds(claimed, client.secret_access_key, parts):
+    if _holds(proven, parts):
         return
     if other_host:
         replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
-        if _holds(claimed, client.secret_access_key, replaced):
+        if _holds(proven, replaced):
             # From here on the request has the Host that the client signed.
             request.__dict__["fields"] = {**request.fields, "host": [other_host]}
             return
@@ -1669,7 +1668,7 @@ def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Non
     text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
     signed = text.decode("latin-1")
-    explained = explain_mismatch(request, claimed, parts, client.secret_access_key)
+    explained = explain_mismatch(request, proven, parts)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = text.hex(" ")
@@ -1840,7 +1839,6 @@ class AwsChunkedBody:
             _compare(self._signer.chunk(data), expected, "a chunk of the body")
 
     def _finish(self) -> None:
-        """Check the last chunk and the trailers, and that nothing follows them."""
         size, expected = self._chunk_header() if not self._left else (-1, b"")
         if size:
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
@@ -1919,7 +1917,6 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
 
 
 def _blocks(body: Body, size: int) -> Iterator[bytes]:
-    """Yield blocks until `size` bytes are read or the body ends."""
     while size:
         block = body.read(size)
         if not block:
@@ -5763,7 +5760,6 @@ class Mask:
 
 @lru_cache(maxsize=64)
 def _forms_of_token(token: str) -> Tuple[bytes, ...]:
-    """Return the spellings of a session token in an answer: plain, in a URL, in JSON."""
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
@@ -7722,9 +7718,7 @@ class Status:
 
     PREFIX = "/_awsproxy/"
 
-    def __init__(
-        self, metrics: Optional[Metrics] = None, in_flight: Optional[InFlight] = None
-    ) -> None:
+    def __init__(self, metrics: Metrics, in_flight: Optional[InFlight] = None) -> None:
         self.draining = False
         self._metrics = metrics
         self._in_flight = in_flight
@@ -7747,7 +7741,7 @@ class Status:
             return self._reply(200, "ok\n")
         if name == "in-flight" and self._in_flight:
             return self._reply(200, json.dumps(self._in_flight.counts()), "application/json")
-        if name == "metrics" and self._metrics:
+        if name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return self._reply(200, self._metrics.text(), kind)
         return self._reply(404, "the paths are health, ready, metrics and in-flight\n")
@@ -8305,7 +8299,6 @@ class Proxy:
         return None
 
     def _other_target(self, service: str) -> str:
-        """Return a target for a service's calls, as a flag names it."""
         names = [getattr(route.target, "name", "") for route in self._routes]
         if service == "sqs" and "embedded" in names:
             return "embedded"
@@ -8334,7 +8327,6 @@ class Proxy:
         return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
 
     def _unverified(self, exchange: Exchange) -> Verified:
-        """Return the claims of a request, which nothing proves."""
         request = exchange.request
         key = "" if exchange.unsigned else claim(request)[0]
         scope = self._unverified_scope(request)._replace(service=exchange.service)
@@ -9759,7 +9751,6 @@ def nearest_pattern(pattern: str) -> Optional[str]:
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
-    """Return the operations of Amazon S3 or SQS by their names in lower case."""
     known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
     if service in ("s3", "s3express"):
         versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
