@@ -4,45 +4,35 @@
 """awsproxy: see each AWS call, check its signature, answer it here or pass it on.
 
 AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests
-with Signature Version 4.  This one file stands between them and AWS: it verifies the
-signature as strictly as AWS does, finds out which operation is meant, and answers Amazon
-SQS itself, from memory, or forwards the call, signed anew with the real credentials.
+with Signature Version 4.  This file is a proxy between them and AWS.  It verifies the
+signature as strictly as AWS does and finds out which operation the client calls.  It
+answers Amazon SQS from memory, or signs the call again with the real credentials and
+forwards it.
 
 Run it, and call it with the AWS command line:
 
     python awsproxy.py --port 8081
     aws --endpoint-url http://localhost:8081 sqs create-queue --queue-name jobs
 
-Put it before AWS, with keys of its own for those who call, and a hook that watches them:
+Put it in front of AWS, with your own keys for the callers, and a hook that counts calls:
 
     python awsproxy.py --upstream aws --clients clients --hook count.py
 
-Learn Signature Version 4 with curl; change any signed header and read the refusal:
+Learn Signature Version 4 with curl.  Change any signed header and read the refusal:
 
     curl localhost:8081 --aws-sigv4 aws:amz:us-east-1:sqs --user dummykey:dummysecret \\
          -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'
 
-What happens to a call (`Proxy.handle` is the plot, and needs no socket):
+`Proxy.handle` does this with each call, and needs no socket:
 
     socket -> Request -> verify -> Call -> before hooks -+-> Embedded | Upstream | Deny -+
-              (wire)     (who?)    (what?)               +-> a hook answered ------------+
-    socket <- Reply  <---------------- after hooks <---- error, in the caller's protocol <+
+              wire:      who?      what?                 +-> a hook answers -------------+
+    socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
-The chapters, each using only earlier ones:
-
-    1  Messages              Request, Call, Reply, ServiceError
-    2  HTTP/1.1 framing      parse_head, body_framing, Stream, LengthBody, ChunkedBody
-    3  Signature Version 4   parse, canonicalize, verify, sign; bodies checked as they stream
-    4  Wire protocols        AWS JSON, AWS Query, REST
-    5  SQS in memory         Queue, Message, Sqs, OPERATIONS
-    6  Upstream              endpoint_for, CredentialChain, Pool, Upstream
-    7  Hooks                 Workers, Hook, HookFile, AccessLog, Metrics, InFlight, TaskProtection
-    8  The proxy             Route, Embedded, Deny, Proxy
-    9  The server            Certificate, Conversation, Server
-    10 Command line          build_parser, Program, main
-
-Chapters 1 to 4 are pure: bytes in, bytes out, the time an argument.  The names in
-`__all__` are what the README shows and what stays; everything else may change.
+The chapters, each using only earlier ones: 1 messages, 2 HTTP/1.1 framing, 3 Signature
+Version 4, 4 wire protocols, 5 SQS in memory, 6 upstream, 7 hooks, 8 the proxy, 9 the
+server, 10 the command line.  Chapters 1 to 4 are pure: bytes in, bytes out, the time is an
+argument.  The README documents the names in `__all__`, which stay; all others may change.
 """
 
 from __future__ import annotations
@@ -144,15 +134,18 @@ log = logging.getLogger("awsproxy")
 
 # ==== 1. Messages: Request, Call, Reply, ServiceError ====
 #
-# Request and Reply are HTTP and know nothing of AWS; Call is a Request that has been
-# understood.  All are immutable: a stage makes a new value or raises ServiceError.
+# Request and Reply are HTTP and know nothing of AWS.  A Call is a Request whose caller and
+# operation are known.  A stage makes a new value or raises ServiceError.
 
 Headers = Tuple[Tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
 Fields = Mapping[str, List[str]]  # by name in lower case, the values in the order received
+MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
+BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
 def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
-    """Return the headers by name."""
+    """Return the header values by name in lower case."""
     fields: Dict[str, List[str]] = {}
     for name, value in headers:
         fields.setdefault(name.lower(), []).append(value)
@@ -160,7 +153,7 @@ def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
 
 
 def pairs(table: str) -> Dict[str, str]:
-    """Return a table that is written as `name=value`, one behind the other."""
+    """Return a table that is written as `name=value` words."""
     return dict(entry.split("=", 1) for entry in table.split())
 
 
@@ -168,18 +161,16 @@ class Body(Protocol):
     """A request body: any binary reader."""
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes, all that is left if negative, b"" at the end."""
+        """Return up to `size` bytes, all the rest if negative, b"" at the end."""
 
 
 class _Once:
-    """A property computed when first asked for; cached_property takes a lock before 3.12."""
+    """A property that is computed once; cached_property takes a lock before Python 3.12."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self._compute = compute
+        self._name = compute.__name__
         self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
         value = instance.__dict__[self._name] = self._compute(instance)
@@ -190,9 +181,8 @@ class _Once:
 class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
 
-    `target` is the raw request target; text is latin-1, so that encoding it as latin-1
-    gives back the bytes that were signed.  `peer` is the client's address.  `abandoned()`
-    tells whether the client has gone away in the meantime.
+    `target` is the raw request target.  Encoding text as latin-1 gives back the signed bytes.
+    `peer` is the client's address.  `abandoned()` returns whether the client has hung up.
     """
 
     method: str
@@ -203,11 +193,11 @@ class Request:
     abandoned: Callable[[], bool] = lambda: False
 
     def __repr__(self) -> str:
-        return f"Request({self.method!r}, {self.path!r})"  # the rest may hold what signs
+        return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
 
     @_Once
     def fields(self) -> Fields:
-        """The header values under each name in lower case, in the order received."""
+        """Return the header values under each name in lower case, in the order received."""
         return fields_of(self.headers)
 
     def with_headers(self, headers: Headers) -> Request:
@@ -221,16 +211,15 @@ class Request:
 
     @property
     def path(self) -> str:
-        """The target up to its first question mark, still percent-encoded."""
+        """Return the target up to its first question mark, still percent-encoded."""
         return self.target.partition("?")[0]
 
     @_Once
     def query(self) -> Sequence[Tuple[bytes, bytes]]:
-        """The decoded (name, value) pairs of the query string, in order, repeats kept.
+        """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
-        `k` alone means `k=`; `+` is a space, as AWS reads it.
-        Raises ServiceError MalformedQueryString for a `%` that two hex digits don't follow, and
-        for more than MAX_PARAMETERS parameters: each one costs time in the canonical request.
+        `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
+        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs.
         """
         text = self.target.partition("?")[2]
         if not text:
@@ -246,47 +235,35 @@ class Request:
         return [(unquote(name), unquote(value)) for name, _, value in parts]
 
 
-MAX_PARAMETERS = 2000  # in a query string
-BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
-BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
-
-
 class Reply(NamedTuple):
-    """An HTTP response ready to send, but for its framing headers and its date."""
+    """An HTTP response without its framing headers and its date."""
 
     status: int
     headers: Headers
     body: Union[bytes, Iterable[bytes]]  # bytes, or blocks of a body that streams
 
 
-Act = Callable[[], Reply]  # what has a reply when called, and may block
-
-
 class Client(NamedTuple):
-    """A key that callers may sign with, and the name and the account it stands for."""
+    """A key that callers may sign with, its name and its account."""
 
     name: str
     access_key_id: str
     secret_access_key: str
     session_token: str = ""
     account_id: str = ""  # "" is the account of the proxy
-    upstream_profile: str = ""  # whose credentials forward its calls; "" for the proxy's
-    upstream_role_arn: str = ""  # the role to assume for that
+    upstream_profile: str = ""  # chooses the credentials of forwarded calls
+    upstream_role_arn: str = ""  # the role to assume for forwarded calls
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
 
 
-Clients = Mapping[str, Sequence[Client]]  # by access key id; same id, other token: another row
-
-
 @dataclass
 class Call:
-    """A Request that has been understood: which operation, with what input, by whom.
+    """A Request whose caller, operation and input are known.
 
-    `body` is as it was verified, and so is `payload_hash`, the hash that it was signed with.
-    `signed_headers` are the names that the signature covers.  `rewrites` are what hooks do to
-    the call when it is forwarded.  `began` is on the monotonic clock.
+    `body` and `payload_hash` are verified.  The signature covers `signed_headers`.  `rewrites`
+    are hooks that change the forwarded request.  `began` is on the monotonic clock.
     """
 
     request: Request
@@ -298,49 +275,50 @@ class Call:
     body: Body
     payload_hash: str = ""
     presigned: bool = False
-    base_url: str = ""  # what a QueueUrl begins with
-    encoded: Any = None  # what `input` is decoded from
+    base_url: str = ""  # the beginning of a QueueUrl
+    encoded: Any = None  # the form from which `input` is decoded
     began: float = math.inf
-    path: str = ""  # of a REST call: the path as patterns spell it, else ""
+    path: str = ""  # of a REST call, as patterns spell it
     signed_headers: Sequence[str] = ()
-    bucket: str = ""  # of Amazon S3, if it stands in the Host
+    bucket: str = ""  # of Amazon S3, if the Host names it
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
     advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
-    upstream_seconds: float = field(default=0.0, init=False)  # of its upstream, if it has one
-    upstream_host: str = field(default="", init=False)  # where it was sent
-    upstream_id: str = field(default="", init=False)  # the request id of the upstream's answer
-    unsigned: bool = field(default=False, init=False)  # it goes upstream without a signature
+    upstream_seconds: float = field(default=0.0, init=False)
+    upstream_host: str = field(default="", init=False)  # that the call was sent to
+    upstream_id: str = field(default="", init=False)  # the request id in the upstream's answer
+    unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
     _input: Optional[Dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
-        """The action, as IAM spells it: `sqs:SendMessage`, `lambda:POST/2015-03-31/functions`."""
+        """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody has asked for the input."""
+        """Return whether the input was decoded."""
         return self._input is not None
 
     @property
     def input(self) -> Dict[str, Any]:
-        """The operation's input, keyed as in the service's model, whichever the wire protocol."""
+        """Return the operation's input; its keys are the names in the service's model."""
         if self._input is None:
             self._input = self.wire.input(self)
         return self._input
 
     @input.setter
     def input(self, value: Dict[str, Any]) -> None:
-        """Have another input; `changed` says whether it is encoded anew."""
+        """Replace the input."""
         self._input = value
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
-
+Act = Callable[[], Reply]  # returns a reply, and may block
+Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
 Clock = Callable[[], float]
 
 
@@ -349,7 +327,7 @@ class WouldWait(Exception):
 
 
 class Fault(NamedTuple):
-    """How an error is spelled: its HTTP status, its code in XML, its `__type` in JSON."""
+    """The HTTP status of an error, its code in XML and its `__type` in JSON."""
 
     status: int
     code: str
@@ -357,67 +335,55 @@ class Fault(NamedTuple):
 
 
 _CORAL = "com.amazon.coral.service#"
-_SQS = "AWS.SimpleQueueService."
+_SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
+# A line: the status, the code in XML, the type in JSON, and the errors; * is the error's name.
+# Sources: the SQS service model; "Common Error Types" of the API references; "Error responses"
+# of Amazon S3; recorded answers.  No model has names for errors of HTTP framing.
+_FAULTS = f"""
+    400 * {_CORAL}*Exception AuthorizationHeaderMalformed AuthorizationQueryParametersError \
+        BadDigest BadRequest IncompleteBody IncompleteSignature InvalidArgument \
+        InvalidParameterValue InvalidRequest InvalidToken InvalidURI MalformedQueryString \
+        MalformedTrailerError MissingAction OutcomeUnknown RequestTimeout XAmzContentSHA256Mismatch
+    400 * {_CORAL}UnknownOperationException InvalidAction
+    400 * {_CORAL}MissingRequiredParameterException MissingParameter
+    400 MalformedInput {_CORAL}* SerializationException
+    401 * {_CORAL}*Exception AuthFailure
+    403 * {_CORAL}*Exception AccessDenied InvalidAccessKeyId MissingAuthenticationToken \
+        RequestTimeTooSkewed
+    403 * {_CORAL}UnrecognizedClientException InvalidClientTokenId
+    403 * {_CORAL}InvalidSignatureException SignatureDoesNotMatch
+    404 * {_CORAL}UnknownOperationException UnknownOperation
+    411 * {_CORAL}*Exception MissingContentLength
+    413 * {_CORAL}*Exception RequestEntityTooLarge
+    417 * {_CORAL}*Exception ExpectationFailed
+    431 * {_CORAL}*Exception RequestHeaderFieldsTooLarge
+    500 * {_CORAL}* InternalFailure
+    501 * {_CORAL}*Exception NotImplemented
+    503 * {_CORAL}* ServiceUnavailable
+    400 * {_SQS}* InvalidAttributeName InvalidAttributeValue InvalidMessageContents
+    400 {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
+    400 QueueAlreadyExists {_SQS}* QueueNameExists
+    400 {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
+        InvalidBatchEntryId QueueDeletedRecently TooManyEntriesInBatchRequest UnsupportedOperation
+    403 * {_SQS}* OverLimit
+    403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
+    404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
+"""
 
 
-def _framework(status: int, names: str, shape: str = "{}Exception") -> Mapping[str, Fault]:
-    shape = _CORAL + shape
-    return {name: Fault(status, name, shape.format(name)) for name in names.split()}
+def _faults(table: str) -> Iterator[Tuple[str, Fault]]:
+    for status, code, shape, *names in map(str.split, table.strip().splitlines()):
+        for name in names:
+            yield name, Fault(int(status), code.replace("*", name), shape.replace("*", name))
 
 
-def _modelled(status: int, names: str, code: str = "{}") -> Mapping[str, Fault]:
-    shape = "com.amazonaws.sqs#{}"
-    return {name: Fault(status, code.format(name), shape.format(name)) for name in names.split()}
-
-
-# Statuses and spellings: the SQS service model, and answers recorded from AWS.
-ERRORS: Mapping[str, Fault] = {
-    # HTTP framing; nothing in AWS's models names these.
-    **_framework(400, "BadRequest IncompleteBody RequestTimeout"),
-    **_framework(413, "RequestEntityTooLarge"),
-    **_framework(417, "ExpectationFailed"),
-    **_framework(431, "RequestHeaderFieldsTooLarge"),
-    **_framework(503, "ServiceUnavailable", "{}"),
-    # Authentication ("Common Error Types" of each API reference).
-    **_framework(400, "IncompleteSignature MalformedQueryString"),
-    **_framework(401, "AuthFailure"),
-    **_framework(403, "AccessDenied MissingAuthenticationToken"),
-    **_framework(403, "InvalidClientTokenId", "UnrecognizedClientException"),
-    **_framework(403, "SignatureDoesNotMatch", "InvalidSignatureException"),
-    # The same from Amazon S3 ("Error responses" of its API reference).
-    **_framework(400, "AuthorizationHeaderMalformed AuthorizationQueryParametersError BadDigest"),
-    **_framework(400, "InvalidArgument InvalidRequest InvalidToken InvalidURI"),
-    **_framework(400, "MalformedTrailerError XAmzContentSHA256Mismatch"),
-    **_framework(403, "InvalidAccessKeyId RequestTimeTooSkewed"),
-    **_framework(411, "MissingContentLength"),
-    **_framework(501, "NotImplemented"),
-    # Dispatch and decoding.
-    **_framework(400, "InvalidParameterValue MissingAction OutcomeUnknown"),
-    **_framework(400, "InvalidAction", "UnknownOperationException"),
-    **_framework(400, "MissingParameter", "MissingRequiredParameterException"),
-    **_framework(404, "UnknownOperation", "UnknownOperationException"),
-    **_framework(500, "InternalFailure", "{}"),
-    "SerializationException": Fault(400, "MalformedInput", f"{_CORAL}SerializationException"),
-    # Modelled by Amazon SQS.
-    **_modelled(400, "InvalidAttributeName InvalidAttributeValue InvalidMessageContents"),
-    **_modelled(400, "QueueDoesNotExist", _SQS + "NonExistentQueue"),
-    **_modelled(400, "QueueNameExists", "QueueAlreadyExists"),
-    **_modelled(
-        400, "BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest", _SQS + "{}"
-    ),
-    **_modelled(400, "InvalidBatchEntryId QueueDeletedRecently", _SQS + "{}"),
-    **_modelled(400, "TooManyEntriesInBatchRequest UnsupportedOperation", _SQS + "{}"),
-    **_modelled(403, "OverLimit"),
-    **_modelled(403, "PurgeQueueInProgress", _SQS + "{}"),
-    **_modelled(404, "ReceiptHandleIsInvalid ResourceNotFoundException"),
-}
+ERRORS: Mapping[str, Fault] = dict(_faults(_FAULTS))
 
 
 class ServiceError(Exception):
-    """Any answer that is not success; the caller's wire protocol renders it.
+    """An answer that is not a success; the caller's wire protocol renders it.
 
-    `code` is a key of ERRORS (KeyError otherwise).  `detail` holds further elements that
-    Amazon S3 puts into its error document, by name.
+    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document.
     """
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
@@ -429,23 +395,24 @@ class ServiceError(Exception):
         self.reason = ""  # the row of REFUSALS, if it is one
 
     def without_frames(self) -> ServiceError:
-        """Return the error as a value to keep: its frames would keep the request in memory."""
+        """Return the error without its frames, which would keep the request in memory."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
 #
-# http.server's own parser rewrites a target that begins with `//` (cpython#99220), reads a
-# bare CR as the end of a header line and drops what follows a malformed one.  A verifier
-# needs the bytes that were signed, and a proxy that guesses where a request ends can be
-# made to read one request as two.  So a head is parsed here, strictly (RFC 9112), and what
-# cannot be framed beyond doubt is refused.
+# http.server's own parser is lenient.  It rewrites a target that begins with `//`
+# (cpython#99220), reads a bare CR as the end of a header line and drops the lines after a
+# malformed one.  A verifier needs the bytes that were signed.  A proxy that guesses where a
+# request ends can be made to read one request as two.  So this chapter parses heads strictly
+# (RFC 9112), and refuses a request whose framing is in doubt.
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
 CRLF = "\r\n"
+Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
@@ -456,9 +423,12 @@ _DIGITS = re.compile("[0-9]{1,18}")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
+_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
+_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
+UNTIL_CLOSE = -1
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
-# What is wrong with a line that _FIELD_LINE does not match; the first that applies.
-_FIELD_FAULTS = (
+_FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
     (re.compile("\0"), "a NUL"),
     (re.compile("\r"), "a CR that no LF follows"),
     (re.compile("\n"), "a LF that no CR precedes"),
@@ -471,7 +441,6 @@ _FIELD_FAULTS = (
 
 
 def _field_fault(block: str) -> str:
-    """Return what is wrong with the first header line that is."""
     lines = block.split(CRLF)
     line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
@@ -487,18 +456,18 @@ class Head(NamedTuple):
     fields: Fields
 
     def request(self, body: Body, peer: str, abandoned: Callable[[], bool]) -> Request:
-        """Return the request that this is the head of."""
+        """Return the request with this head."""
         request = Request(self.method, self.target, self.headers, body, peer, abandoned)
-        request.__dict__["fields"] = self.fields  # once is enough
+        request.__dict__["fields"] = self.fields  # computed already
         return request
 
 
 def parse_head(raw: bytes) -> Head:
-    """Return the parts of a request head, given with its final blank line.
+    """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
 
-    The target is kept to the byte.  Raises ServiceError BadRequest, NotImplemented for a method
-    outside METHODS (RFC 9110, 9.1), or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes
-    or MAX_HEADERS lines (RFC 9112, 2 to 5; 3.2.2's absolute-form is refused, as AWS does).
+    The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
+    Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
+    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines.
     """
     if len(raw) > MAX_HEAD:
         message = f"The request head is longer than {MAX_HEAD} bytes."
@@ -514,7 +483,7 @@ def parse_head(raw: bytes) -> Head:
     if method not in METHODS:
         raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
-        message = "The request target must be a path, with a query or none (origin-form)."
+        message = "The request target must be a path, with or without a query (origin-form)."
         raise ServiceError("BadRequest", message)
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
@@ -522,7 +491,7 @@ def parse_head(raw: bytes) -> Head:
     headers = tuple([(name, value.strip(" \t")) for name, _, value in lines])
     fields: Fields = {name.lower(): [value] for name, value in headers}
     if len(fields) < len(headers):
-        fields = fields_of(headers)  # some come more than once
+        fields = fields_of(headers)  # a name is repeated
     if len(headers) > MAX_HEADERS:
         message = f"A request may have {MAX_HEADERS} header lines."
         raise ServiceError("RequestHeaderFieldsTooLarge", message)
@@ -539,12 +508,8 @@ def not_implemented(method: str) -> ServiceError:
     return ServiceError("NotImplemented", f"No AWS service has the method {method[:40]}.")
 
 
-_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
-_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
-
-
 def salvage_head(raw: bytes) -> Head:
-    """Return what can be told of a head that was refused, so as to refuse it in its protocol."""
+    """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
     line = _REFUSED_LINE.match(text)
     headers = tuple(_REFUSED_FIELDS.findall(text)[:MAX_HEADERS])
@@ -553,7 +518,7 @@ def salvage_head(raw: bytes) -> Head:
 
 
 def expects_continue(head: Head) -> bool:
-    """Return whether the client waits for `100 Continue`; ServiceError if for anything else."""
+    """Return whether the client waits for `100 Continue`; refuse any other expectation."""
     expected = head.fields.get("expect")
     if not expected or head.version == "1.0":
         return False
@@ -563,15 +528,12 @@ def expects_continue(head: Head) -> bool:
 
 
 def body_framing(head: Head) -> Optional[int]:
-    """Return how many bytes of body follow the head, None if they come chunked.
-
-    Raises ServiceError where two readers could disagree about its end (RFC 9112, 6.1 to 6.3).
-    """
+    """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
     lengths = head.fields.get("content-length")
     codings = head.fields.get("transfer-encoding")
     if codings:
         if head.version == "1.0":
-            raise ServiceError("BadRequest", "HTTP/1.0 knows no Transfer-Encoding.")
+            raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
         if lengths:
             message = "A request has Content-Length or Transfer-Encoding, not both."
             raise ServiceError("BadRequest", message)
@@ -586,29 +548,16 @@ def body_framing(head: Head) -> Optional[int]:
 
 
 def too_large(max_body: int) -> ServiceError:
-    """Return the refusal of a body longer than that."""
+    """Return the refusal of a body that is longer than `max_body` bytes."""
     message = f"The request body is longer than {max_body} bytes."
     return ServiceError("RequestEntityTooLarge", message)
 
 
-Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
-
-
-class Source(Protocol):
-    """Where a body is read from: a buffered binary stream."""
-
-    def read(self, size: int = -1) -> bytes:
-        """As io.BufferedIOBase.read."""
-
-    def readline(self, size: int = -1) -> bytes:
-        """As io.IOBase.readline."""
-
-
 class Stream:
-    """A buffered source over `receive`, which returns b"" at the end."""
+    """A buffered binary stream over `receive`, which returns b"" at the end."""
 
     def __init__(self, receive: Callable[[int], bytes], buffer: bytes = b"") -> None:
-        self.buffer = buffer  # what has arrived and was not read
+        self.buffer = buffer  # received and not read
         self._receive = receive
 
     def read(self, size: int = -1) -> bytes:
@@ -616,10 +565,7 @@ class Stream:
         buffer = self.buffer
         if len(buffer) < size:
             whole = bytearray(buffer)  # small parts kept one by one would take much more room
-            while len(whole) < size:
-                data = self._receive(min(size - len(whole), 262144))
-                if not data:
-                    break
+            while len(whole) < size and (data := self._receive(min(size - len(whole), 262144))):
                 whole += data
             buffer = bytes(whole)
         self.buffer = buffer[size:]
@@ -634,7 +580,7 @@ class Stream:
     def readline(self, size: int = -1) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(8192)  # few: what stays in the buffer is copied by each line
+            data = self._receive(8192)  # few: each line copies the rest of the buffer
             if not data:
                 break
             self.buffer += data
@@ -644,17 +590,16 @@ class Stream:
 
 
 class LengthBody:
-    """A body of a known number of bytes; `begin` sends `100 Continue` once it is wanted."""
+    """A body of a known number of bytes; `begin` sends `100 Continue` before the first read."""
 
-    def __init__(self, source: Source, length: int, begin: Begin = None) -> None:
-        self.length = length
+    def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
         self._source = source
         self._left = length
         self._begin = begin
 
     @property
     def unread(self) -> bool:
-        """Whether bytes of this body are still in the stream."""
+        """Return whether bytes of this body are still in the stream."""
         return self._left > 0
 
     def read(self, size: int = -1) -> bytes:
@@ -663,34 +608,27 @@ class LengthBody:
             self._begin()
             self._begin = None
         wanted = self._left if size < 0 else min(size, self._left)
-        data = self._source.read(wanted) if wanted else b""
-        self._left -= len(data)
-        if len(data) < wanted:
-            raise ServiceError("IncompleteBody", "The request body ended before its length.")
-        return data
+        return self._taken(self._source.read(wanted), wanted)
 
     def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
-        assert isinstance(self._source, Stream)
-        data = self._source.read_some(min(size, self._left)) if self._left else b""
-        if self._left and not data:
-            raise ServiceError("IncompleteBody", "The body ended before its length.")
+        """Return up to `size` bytes as soon as there are any."""
+        return self._taken(self._source.read_some(min(size, self._left)), 1) if self._left else b""
+
+    def _taken(self, data: bytes, least: int) -> bytes:
         self._left -= len(data)
+        if len(data) < least:
+            raise ServiceError("IncompleteBody", "The body ended before its length.")
         return data
 
 
 class ChunkedBody:
-    """A body in the chunked coding (RFC 9112, 7.1), of `limit` bytes at the most.
+    """A chunked body (RFC 9112, 7.1) of up to `limit` bytes; drops extensions and trailers."""
 
-    Chunk extensions and trailers are read and dropped.  Raises ServiceError BadRequest for
-    anything but the grammar, RequestEntityTooLarge, IncompleteBody.
-    """
-
-    def __init__(self, source: Source, limit: int, begin: Begin = None) -> None:
+    def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
         self._source = source
         self._limit = self._room = limit
         self._begin = begin
-        self._left = 0  # bytes left of the present chunk
+        self._left = 0  # bytes of the present chunk
         self.unread = True
 
     def read(self, size: int = -1) -> bytes:
@@ -699,34 +637,30 @@ class ChunkedBody:
             self._begin()
             self._begin = None
         whole = bytearray()
-        while self.unread and size:
-            if not self._left and not self._next_chunk():
-                break
+        while size and self._has_chunk():
             wanted = self._left if size < 0 else min(size, self._left)
-            data = self._source.read(wanted)
-            if len(data) < wanted:
-                raise ServiceError("IncompleteBody", "The request body ended within a chunk.")
-            whole += data
-            self._left -= wanted
-            size -= wanted if size > 0 else 0
-            if not self._left and self._line() != b"\r\n":
-                raise ServiceError("BadRequest", "A chunk is longer than its size.")
+            whole += self._taken(self._source.read(wanted), wanted)
+            size -= wanted
         return bytes(whole)
 
     def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any; the source is a Stream."""
-        assert isinstance(self._source, Stream)
-        if not self.unread or (not self._left and not self._next_chunk()):
+        """Return up to `size` bytes as soon as there are any."""
+        if not self._has_chunk():
             return b""
-        data = self._source.read_some(min(size, self._left))
-        if not data:
+        return self._taken(self._source.read_some(min(size, self._left)), 1)
+
+    def _taken(self, data: bytes, least: int) -> bytes:
+        if len(data) < least:
             raise ServiceError("IncompleteBody", "The body ended within a chunk.")
         self._left -= len(data)
         if not self._left and self._line() != b"\r\n":
             raise ServiceError("BadRequest", "A chunk is longer than its size.")
         return data
 
-    def _next_chunk(self) -> bool:
+    def _has_chunk(self) -> bool:
+        """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
+        if self._left or not self.unread:
+            return self.unread
         match = _CHUNK_SIZE.fullmatch(self._line())
         if not match:
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
@@ -751,33 +685,28 @@ class ChunkedBody:
     def _line(self) -> bytes:
         line = self._source.readline(4096)
         if not line:
-            raise ServiceError("IncompleteBody", "The request body ended before its last chunk.")
+            raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
 
 
 class ResponseHead(NamedTuple):
-    """The head of a response; `keeps` tells whether the connection may go on after it."""
+    """The head of a response; `keeps` means that the connection stays open after it."""
 
     status: int
     headers: Headers
     keeps: bool
 
 
-UNTIL_CLOSE = -1
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
-
-
-def read_head(source: Source) -> bytes:
+def read_head(source: Stream) -> bytes:
     """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
     lines: List[bytes] = []
     size = 0
     while size <= MAX_HEAD:
-        line = source.readline(MAX_HEAD + 1)
-        lines.append(line)
-        size += len(line)
-        if line in (b"\r\n", b"\n"):
+        lines.append(source.readline(MAX_HEAD + 1))
+        size += len(lines[-1])
+        if lines[-1] in (b"\r\n", b"\n"):
             return b"".join(lines)
-        if not line.endswith(b"\n"):
+        if not lines[-1].endswith(b"\n"):
             if not size:
                 return b""
             raise ValueError("the head of the answer is not complete")
@@ -785,7 +714,7 @@ def read_head(source: Source) -> bytes:
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the parts of a response head.  Raises ValueError for what is none."""
+    """Return the parts of a response head; ValueError if it is malformed."""
     status_line, *lines = raw.decode("latin-1").rstrip("\r\n").split(CRLF)
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
@@ -795,7 +724,8 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     for line in lines:
         field = _FIELD_LINE.fullmatch(line)
         if not field:
-            raise ValueError(f"it has a malformed header line {line[:40]!r}")
+            name = line.partition(":")[0][:40]  # not the value, which may repeat a secret
+            raise ValueError(f"it has a malformed header line {name!r}")
         name, value = field[1], field[2].strip(" \t")
         headers.append((name, value))
         if name.lower() == "connection":
@@ -804,11 +734,11 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 
 
 def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return how long the body is, None if chunked, UNTIL_CLOSE; ValueError if it is in doubt."""
+    """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
     if method == "HEAD" or head.status in (204, 304):
         return 0
     fields = fields_of(head.headers)
-    lengths = set(fields.get("content-length", ()))
+    lengths = fields.get("content-length")
     codings = fields.get("transfer-encoding")
     if codings:
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
@@ -816,10 +746,9 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
         return None
     if not lengths:
         return UNTIL_CLOSE
-    length = lengths.pop()
-    if lengths or not _DIGITS.fullmatch(length):
+    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ValueError("its Content-Length is no number")
-    return int(length)
+    return int(lengths[0])
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -830,7 +759,7 @@ def _encode_lines(lines: Sequence[str]) -> bytes:
 
 
 def encode_head(request: Request) -> bytes:
-    """Return the bytes of a request's head; ValueError for a line that breaks out (RFC 9110)."""
+    """Return the bytes of a request's head; ValueError for a line break or NUL in a line."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers]
     return _encode_lines(lines)
@@ -841,10 +770,9 @@ def encode_reply(
 ) -> bytes:
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
-    `close` announces that the connection ends here; `head_only` is for an answer to HEAD.
-    `streams` is for the head of a body that follows: the header that frames it, "" if the
-    reply has one or the end of the connection does.  A Date or Content-Length of the reply is
-    kept.  Raises ValueError for a header that breaks out of its line, and a body that streams.
+    `close` announces the end of the connection; `head_only` is for an answer to HEAD.  `streams`
+    is for the head of a streaming body: the header that frames the body, or "".  The reply's own
+    Date and Content-Length stay.  Raise ValueError for a line break in a header.
     """
     status, headers, body = reply
     if not isinstance(body, bytes):
@@ -885,7 +813,7 @@ S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 
 
 class Profile(NamedTuple):
-    """A service's rules for the canonical form and the payload of requests."""
+    """The rules of a service for canonical requests and payloads."""
 
     normalize_path: bool = True  # resolve dot segments, and encode the path once more
     declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
@@ -2011,17 +1939,16 @@ def sign(
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
 #
-# The invariant of this chapter: what a route, a hook, the log and the metrics see is what the
-# upstream runs, or the call is refused.  So the service of the credential scope, which the
-# signature covers, chooses the protocol; the operation is read from the one place where that
-# protocol names it; and a request that names an operation anywhere else is refused, since
-# another reader might look there.  Where a service speaks two, a signed header chooses.
-#
-# `wire_protocol` cannot fail, so that even a refusal of nonsense has the form that the caller
-# expects.  A body is decoded only after its signature was verified.  Sources: the service models
-# of the AWS SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
+# The invariant of this chapter: routes, hooks, the log and the metrics see the operation that
+# the upstream runs, or the call is refused.  So the service in the credential scope, which the
+# signature covers, chooses the protocol.  If a service speaks two, a signed header chooses.  The
+# protocol reads the operation from one place, and refuses a request that names an operation
+# anywhere else: another reader might look there.
+# `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.  A
+# body is decoded only after its signature was verified.  Sources: the service models of the AWS
+# SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
 
-# ---- Shapes: what a service model says of an operation's input ----
+# ---- Shapes of an operation's input, from the service model ----
 
 STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 
@@ -2039,20 +1966,14 @@ class MapOf(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """Members by name, and which of them must be given."""
+    """Members by name, and the names of the required ones."""
 
     members: Mapping[str, Shape]
     required: Sequence[str]
 
 
-Shape = Union[str, ListOf, MapOf, Structure]
-
-
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
-    """Return the structure declared by its members, as in `Id* Delay:int Tags*:map`.
-
-    A `*` marks what must be given; behind the colon is a name in `shapes`, none for a string.
-    """
+    """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     members, required = {}, []
     for member in declared.split():
         marked, _, shape = member.partition(":")
@@ -2066,21 +1987,23 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
 _ANY = Structure({}, ())  # the input of an operation without a model
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
+Shape = Union[str, ListOf, MapOf, Structure]
+Hosts = Iterable[str]  # names of the proxy besides localhost
 
 
 class Operation(NamedTuple):
-    """An operation of a service: its input, the members of its output, what answers it."""
+    """An operation of a service."""
 
     name: str
     input: Structure
-    output: Optional[Sequence[str]]  # None for an operation that has none (a void one)
+    output: Optional[Sequence[str]]  # its members; None for a void operation
     method: Callable[[Any, Call], Output]  # of the service object
 
 
 def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
-    """Return the operations of a table by name, each answered by the owner's method of that name.
+    """Return the operations of a table by name; the owner's method of that name answers each.
 
-    A line is the operation, its input as `structure` takes it, and `->` before its output.
+    A line is the operation, its input for `structure`, and `->` before its output.
     """
     found = {}
     for line in table.strip().splitlines():
@@ -2093,18 +2016,15 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
 
 class QueryName(NamedTuple):
-    """How the query protocol spells a flattened list or map; {} is the operation's name."""
+    """The names of a flattened list or map in the query protocol; {} is the operation."""
 
     element: str
     key: str = ""
     value: str = ""
 
 
-Names = Mapping[str, QueryName]
-
-
 class Model(NamedTuple):
-    """What the wire protocols need to know of a service."""
+    """The operations of a service, for the wire protocols."""
 
     operations: Mapping[str, Operation]
     query_names: Names  # of members that the query protocol spells in its own way
@@ -2112,14 +2032,15 @@ class Model(NamedTuple):
 
 
 MODELS: Dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
+Names = Mapping[str, QueryName]
 
 
 def read_again(body: Body) -> bytes:
-    """Return all of a body that can be read again, and leave it so."""
+    """Return all of a body that can be read again, and rewind it."""
     if isinstance(body, io.BytesIO):
         return body.getvalue()
     if not isinstance(body, io.IOBase):
-        raise ServiceError("SerializationException", "The body can be read but once.")
+        raise ServiceError("SerializationException", "The body can be read only once.")
     body.seek(0)
     data: bytes = body.read()
     body.seek(0)
@@ -2137,9 +2058,19 @@ def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
     return {service: frozenset(spoken) for service, spoken in found.items()}
 
 
-# What each signing name speaks; a name that is not here speaks REST-JSON alone.  A service of
-# AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does not
-# know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
+# The version of each query API, which its XML namespace ends in.
+QUERY_VERSIONS = pairs(
+    """
+    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
+    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
+    sts=2011-06-15
+    """
+)
+# The protocols of each signing name; a name that is not here speaks REST-JSON alone.  A service
+# of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does
+# not know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
 SPEAKS: Mapping[str, frozenset[str]] = _speaks(
     json="""
         IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
@@ -2165,10 +2096,7 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
         verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
         workspaces-instances
     """,
-    query="""
-        autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk
-        elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts
-    """,
+    query=" ".join(("ec2", *QUERY_VERSIONS)),
     rest_json="""
         aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
         s3-outposts sagemaker sdb servicecatalog ses sms-voice
@@ -2176,7 +2104,7 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
     rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
 )
 REST_JSON = frozenset({"rest-json"})
-# The signing names that speak REST-JSON alone: known in order to tell of misspelt routes.
+# The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
 REST_NAMES = """
     abuse access-analyzer account account-access agent-discovery agent-registry aidevops aiops
     airflow amplify amplifybackend amplifyuibuilder apigateway apiportal app-integrations
@@ -2209,28 +2137,26 @@ REST_NAMES = """
     synthetics tax thinclient trustedadvisor uxc vpc-lattice vpc-lattice-svcs wellarchitected
     wickr wisdom workdocs workmailmessageflow workspaces-web xray
 """
-# The service of an X-Amz-Target.  Some clients of old put the second one next to a form.
+# The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
 TARGET_SERVICES = {
     "AmazonSQS": "sqs",
     "AmazonSQSv20121105": "sqs",
     "AWSCognitoIdentityService": "cognito-identity",
     "AWSCognitoIdentityProviderService": "cognito-idp",
 }
-# The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs(
-    """
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
-    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
-    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
-    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
-    sts=2011-06-15
-    """
-)
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
+_RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
+_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
+MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
+MAX_FORM_DEPTH = 12
+_NUMBER = re.compile("-?[0-9]{1,18}")
+_INDEX = re.compile("[0-9]{1,9}")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def _media_type(request: Request) -> str:
@@ -2241,7 +2167,6 @@ def _media_type(request: Request) -> str:
 
 
 def _parse_content_type(text: str) -> Tuple[str, str]:
-    """Return the media type and the charset of a Content-Type, in lower case."""
     media_type = text.partition(";")[0].strip(" \t").lower()
     return media_type, ",".join(_CHARSET.findall(text)).lower()
 
@@ -2280,7 +2205,8 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
-            if fields["x-amz-target"][0].startswith(_OLD_TARGET) and _is_form(request):
+            is_old = fields["x-amz-target"][0].startswith(_OLD_TARGET)
+            if is_old and _media_type(request) == _FORM:
                 return AWS_QUERY_TARGET
             return AWS_JSON[_json_version(request)]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
@@ -2308,21 +2234,18 @@ def _json_version(request: Request) -> str:
 
 
 _XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
-_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
-    """Return the protocol that a request without a credential scope seems to speak."""
     smithy, media_type = request.header("smithy-protocol"), _media_type(request)
     if smithy is not None:
         return RpcV2(smithy)
     if "x-amz-target" in request.fields or media_type.startswith("application/x-amz-json-"):
         return AWS_JSON[_json_version(request)]
-    if _query_action(request) is not None:
-        of_json = "json" in media_type
-        query = AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
-        return AwsJson(_json_version(request), ("content-type",)) if of_json else query
-    if request.method == "POST" and media_type in ("", _FORM):
+    has_action = _query_action(request) is not None
+    if has_action and "json" in media_type:
+        return AwsJson(_json_version(request), ("content-type",))
+    if has_action or (request.method == "POST" and media_type in ("", _FORM)):
         return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
     if request.path.startswith(_XML_PATHS):
         return REST_XML
@@ -2332,8 +2255,7 @@ def _guessed_protocol(request: Request) -> WireProtocol:
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
     """Raise ServiceError if another reader could find another operation in the request."""
-    fields = request.fields
-    fault = ""
+    fields, fault = request.fields, ""
     if service not in SPEAKS and not _SERVICE_NAME.fullmatch(service):
         fault = f"'{service[:40]}' is no signing name: they are lower case"
     elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
@@ -2359,60 +2281,55 @@ def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
 
 
 def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> None:
-    """Refuse a path that could be the URL of another queue than QueueUrl is."""
+    """Refuse a path that could be the URL of a queue other than QueueUrl."""
     if request.path == "/":
         return
     segments = request.path.split("/")[1:]
     if "%" in request.path or not all(segments[:-1]) or {".", ".."} & set(segments):
-        raise ambiguous(wire, "its path is not that of a queue")
+        raise ambiguous(wire, "its path is not the path of a queue")
     named = queue_url.rstrip("/").split("/")[-2:]
     if queue_url and request.path.rstrip("/").count("/") > 1:
         if named != request.path.rstrip("/").split("/")[-len(named) :]:
-            raise ambiguous(wire, "its path is that of one queue and QueueUrl of another")
+            raise ambiguous(wire, "its path names one queue, and QueueUrl another")
 
 
 class Meaning(NamedTuple):
     """The operation that a request asks for."""
 
     operation: str
-    encoded: Any = None  # what the input is decoded from
+    encoded: Any = None  # the form from which the input is decoded
     path: str = ""  # of a REST call, as patterns spell it
     other_paths: Sequence[str] = ()  # other forms of it that a service might read
-    bucket: str = ""  # of Amazon S3, or the account of S3 Control, if it stands in the Host
+    bucket: str = ""  # of Amazon S3, or the account of S3 Control, if the Host names it
 
 
 class WireProtocol:
-    """How a request names its operation and carries its input, and how it is answered."""
+    """Reads the operation and the input of a request, and writes the answer."""
 
-    must_be_signed: Sequence[str] = ()  # headers on which this reading of the request rests
-    content_type = ""  # of its answers
+    must_be_signed: Sequence[str] = ()  # headers that this reading of the request depends on
+    content_type = ""  # of an answer
     reads_target = False  # whether X-Amz-Target may name the operation
     reads_action = False  # whether the query parameter Action may
     is_opaque = False  # whether bodies are passed on unread
 
     def service(self, request: Request) -> Optional[str]:
-        """Return the service that the head names apart from its credential scope, or None."""
+        """Return the service that the head names outside the credential scope, or None."""
         return None
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
         return ""
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return what the request asks for; ServiceError if it names nothing or could name two.
-
-        `hosts` are names of the proxy.
-        """
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the operation; ServiceError if the request names none, or could name two."""
         raise NotImplementedError
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """Return the call's input, checked against the model of its service if there is one."""
+        """Return the call's input, checked against the model of the service if there is one."""
         return {}
 
     def reencode(self, call: Call) -> bytes:
-        """Return the body that says what the call's input is now."""
+        """Return a body with the changed input of the call."""
         raise NotImplementedError
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
@@ -2430,7 +2347,7 @@ class WireProtocol:
         return error.fault
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the answer that refuses."""
+        """Return the answer that reports an error."""
         raise NotImplementedError
 
     def _headers(self, request_id: str) -> Headers:
@@ -2443,27 +2360,21 @@ def _invalid_action(operation: str) -> ServiceError:
 
 
 def _operation_name(name: str) -> str:
-    """Return the name; ServiceError InvalidAction if no operation can be called so."""
+    """Return the name; ServiceError InvalidAction if it is not the name of an operation."""
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
 
 
-_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
-
-
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
-    """Return a body of JSON or form fields, decompressed if it is coded in gzip.
-
-    Raises ServiceError for a coding or charset in which another reader could find something else.
-    """
+    """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
     fields, fault = request.fields, ""
     kind = fields.get("content-type", ("",))[0]
     if kind in _USUAL_TYPES and "content-encoding" not in fields:
         return data
     charset = _content_type(kind)[1] if len(kind) < 256 else _parse_content_type(kind)[1]
-    coding = fields["content-encoding"][0].lower() if "content-encoding" in fields else "identity"
+    coding = fields.get("content-encoding", ("identity",))[0].lower()
     if charset and charset not in ("utf-8", "utf8", "us-ascii"):
         fault = "The body must be in UTF-8."
     elif coding == "gzip":
@@ -2471,7 +2382,7 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
             unzip = zlib.decompressobj(31)
             flags, data = data[3:4], unzip.decompress(data, limit)
             whole = unzip.eof and not unzip.unused_data and flags == b"\0"
-            fault = "" if whole else "The body is not all gzip."  # a name or comment is no data
+            fault = "" if whole else "The body is not all gzip."  # a flag means a name or comment
         except zlib.error:
             fault = "The body is not gzip."
     elif coding not in ("identity", "aws-chunked"):
@@ -2485,14 +2396,11 @@ def _side(status: int) -> str:
     return "Sender" if status < 500 else "Receiver"
 
 
-# ---- AWS JSON 1.0 and 1.1 ----
-
-
 class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
     Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  A header that names the same operation may then be there, too.
+    of JSON.  X-Amz-Target may then name the same operation.
     """
 
     reads_target = reads_action = True
@@ -2502,11 +2410,11 @@ class AwsJson(WireProtocol):
         self.must_be_signed = must_be_signed
 
     def service(self, request: Request) -> Optional[str]:
-        """As the prefix of X-Amz-Target tells."""
+        """Return the service that the prefix of X-Amz-Target names."""
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
 
     def named(self, request: Request) -> str:
-        """What X-Amz-Target has behind its last dot, or else `Action`."""
+        """Return the last part of X-Amz-Target, or `Action`."""
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
@@ -2533,12 +2441,16 @@ class AwsJson(WireProtocol):
         if service == "sqs" and request.target != "/":
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
+            operation = MODELS["sqs"].operations.get(name)
+            if operation and "QueueUrl" in operation.input.members and not named:
+                if request.path != "/":  # which some servers take for QueueUrl
+                    raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
 
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        others = [name for name, _ in request.query if name not in _BESIDE_JSON]
+        others = [name for name, _ in request.query if name not in (b"Action", b"Version")]
         others = [name for name in others if name.lower() not in _QUERY_PARAMETERS]
         if service != "sqs" and actions:
             raise ambiguous(self, f"{service} does not read the query parameter Action")
@@ -2547,7 +2459,7 @@ class AwsJson(WireProtocol):
         return actions[0] if actions else None
 
     def _document(self, request: Request, body: Body) -> Any:
-        """Return what the body says, None for CBOR; no body at all is an empty object."""
+        """Return the document in the body, None for CBOR; an empty body is an empty object."""
         text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
@@ -2573,23 +2485,23 @@ class AwsJson(WireProtocol):
         return checked
 
     def reencode(self, call: Call) -> bytes:
-        """What the model does not know stays as it came."""
+        """Return the new input, and the members that the model does not know."""
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """A void operation is answered by no body at all."""
+        """Return the output as JSON, or an empty body for a void operation."""
         return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
-        """Amazon SQS and CloudWatch tell 403 from 400 in JSON too; the other services do not."""
+        """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
         fault = super().fault(request, error)
         service = self.service(request) or claim(request)[1].service
         as_query = service in _QUERY_COMPATIBLE or fault.status not in (401, 403)
         return fault if as_query else fault._replace(status=400)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """With the code that the query protocol would have used in a header."""
+        """Return the error as JSON; a header has the code of the query protocol."""
         status, code, shape = self.fault(request, error)
         headers = self._headers(request_id)
         if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
@@ -2600,25 +2512,19 @@ class AwsJson(WireProtocol):
 _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
-MAX_ELEMENTS = 500000  # of a document: the decoder holds the interpreter meanwhile
+MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
-_BESIDE_JSON = (b"Action", b"Version")
 
 
 @lru_cache(maxsize=1024)
 def _parse_target(target: str) -> Tuple[str, str]:
-    """Return the prefix and the operation of an X-Amz-Target, "" for what names none."""
+    """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
     match = _TARGET.fullmatch(target)
-    named = match is not None and _OPERATION_NAME.fullmatch(match[2])
-    return (match[1], match[2]) if match and named else ("", "")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")  # RFC 8259, 6
+    return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
 
 
 def _short_integer(digits: str) -> int:
-    if len(digits) > 20:  # to convert very many takes a time that grows with their square
+    if len(digits) > 20:  # the time of a conversion grows with the square of the digits
         raise ValueError("a number is too long")
     return int(digits)
 
@@ -2626,7 +2532,7 @@ def _short_integer(digits: str) -> int:
 def _each_once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise _TwoValues(": an object has one key twice.")  # readers differ in which one counts
+        raise _TwoValues(": an object has one key twice.")  # readers choose different ones
     return members
 
 
@@ -2634,19 +2540,17 @@ class _TwoValues(ValueError):
     """An object with the same key twice (RFC 8259, 4)."""
 
 
-_JSON = json.JSONDecoder(
-    parse_constant=_no_constant, parse_int=_short_integer, object_pairs_hook=_each_once
+_JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
+    parse_constant=int, parse_int=_short_integer, object_pairs_hook=_each_once
 )
 _SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
-    """Return what a JSON document says; ValueError for anything else and for a key given twice."""
+    """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
         document, end = _SCAN(text, 0)
-        if end == len(text):  # there are no blanks around it, as a rule
-            return document
-        return _JSON.decode(text)
+        return document if end == len(text) else _JSON.decode(text)
     except StopIteration:
         return _JSON.decode(text)
     except RecursionError as error:
@@ -2659,7 +2563,7 @@ def _base64_text(value: bytes) -> str:
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
 
-# JSONEncoder makes one for each document, which takes longer than to encode a small document.
+# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
 _encoder: Any = json.encoder
 _ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
     None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
@@ -2671,17 +2575,13 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
     return text.encode("ascii")
 
 
-_KINDS = {
-    bool: "BOOLEAN_VALUE",
-    type(None): "NULL_VALUE",
-    list: "START_ARRAY",
-    dict: "START_OBJECT",
-    str: "STRING_VALUE",
-}
+_KINDS = pairs(
+    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
+)
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
-    """Return a JSON value as its shape wants it; unknown members and nulls are left out."""
+    """Return a JSON value of that shape, without unknown members and nulls."""
     if shape is _ANY:
         return _expect(dict, value, "a structure")
     if isinstance(shape, Structure):
@@ -2705,7 +2605,7 @@ def _from_json(shape: Shape, value: Any) -> Any:
 
 def _expect(kind: type, value: Any, wanted: str) -> Any:
     if type(value) is not kind:  # True is an int to isinstance
-        got = _KINDS.get(type(value), "NUMBER_VALUE")
+        got = _KINDS.get(type(value).__name__, "NUMBER_VALUE")
         raise ServiceError("SerializationException", f"{got} can not be converted to {wanted}")
     return value
 
@@ -2724,14 +2624,10 @@ def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
     return members
 
 
-# ---- AWS Query ----
-
-
 class AwsQuery(WireProtocol):
-    """`Action` and the input as form fields, in the query string or the body; XML back.
+    """`Action` and the input are form fields in the query string or the body; answers are XML.
 
-    Smithy calls it awsQuery.  Besides POST it takes GET, and a queue's own URL, whose path
-    then stands for QueueUrl, as Amazon SQS does.
+    A GET is allowed, and so is the URL of a queue, which stands for QueueUrl (Smithy: awsQuery).
     """
 
     content_type = "text/xml"
@@ -2741,7 +2637,7 @@ class AwsQuery(WireProtocol):
         self.reads_target = reads_target
 
     def named(self, request: Request) -> str:
-        """`Action`, if the query string has it."""
+        """Return `Action` if it is in the query string."""
         return _query_action(request) or ""
 
     def meaning(
@@ -2785,7 +2681,7 @@ class AwsQuery(WireProtocol):
         return fields
 
     def input(self, call: Call) -> Dict[str, Any]:
-        """Without a model it is the fields as they are, but for Action and Version."""
+        """Return the checked input; without a model, the fields except Action and Version."""
         fields: Dict[str, str] = dict(call.encoded)
         model = MODELS.get(call.service)
         operation = model.operations.get(call.operation) if model else None
@@ -2813,11 +2709,11 @@ class AwsQuery(WireProtocol):
                 message = f"The parameter {name[:80]} is not understood."
                 raise ServiceError("InvalidParameterValue", message)
             if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name[:80])
+                ignored.append(name if _PARAMETER.fullmatch(name) else "...")
         return ignored[:MAX_IGNORED]
 
     def reencode(self, call: Call) -> bytes:
-        """Action and Version as they came, and the input in the model's spelling."""
+        """Return the unchanged Action and Version, and the input in the model's spelling."""
         model = MODELS.get(call.service)
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
         names = model.query_names if model else {}
@@ -2825,7 +2721,7 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *fields]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """A void operation's response has no result element."""
+        """Return the output as XML, without a result element for a void operation."""
         parts: List[str] = []
         if output is not None:
             _write_xml(parts, f"{call.operation}Result", output, model.query_names, call.operation)
@@ -2833,7 +2729,7 @@ class AwsQuery(WireProtocol):
         return self._reply(200, f"{call.operation}Response", call.service, parts, request_id)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """As AWS answers, down to the empty Detail."""
+        """Return the error as XML, with an empty Detail as in answers of AWS."""
         if error.code == "UnknownOperation":
             return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
         status, code, _ = self.fault(request, error)
@@ -2857,22 +2753,22 @@ class AwsQuery(WireProtocol):
     def _reply(
         self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
     ) -> Reply:
-        namespace = _query_namespace(service)
-        xmlns = f' xmlns="{namespace}"' if namespace else ""
+        host = "queue" if service == "sqs" else service
+        scheme = "https" if service in ("iam", "sts") else "http"
+        folder = "docs" if service == "elasticbeanstalk" else "doc"
+        version = QUERY_VERSIONS.get(service)
+        xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
         text = f'<?xml version="1.0"?><{root}{xmlns}>{"".join(parts)}</{root}>'
         return Reply(status, self._headers(request_id), text.encode("utf-8", "replace"))
 
 
 class AwsQueryJson(AwsQuery):
-    """AWS Query, answered in JSON: what SQS does for `Accept: application/json` since of old.
-
-    Members are spelled as within AWS, maps are lists of pairs, and what is absent is null.
-    """
+    """AWS Query with the answers in JSON that SQS gives to `Accept: application/json`."""
 
     content_type = "application/json"
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Wrapped as in XML."""
+        """Return the elements of the XML answer as JSON."""
         response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
@@ -2886,22 +2782,13 @@ class AwsQueryJson(AwsQuery):
         return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """The same elements as in XML; what names no Action gets XML here too."""
+        """Return the elements of the XML error as JSON; a request without Action gets XML."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
         status, code, _ = self.fault(request, error)
         fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
-
-
-def _query_namespace(service: str) -> str:
-    """Return the XML namespace of a query API's answers, "" for an unknown one."""
-    host = "queue" if service == "sqs" else service
-    scheme = "https" if service in ("iam", "sts") else "http"
-    folder = "docs" if service == "elasticbeanstalk" else "doc"
-    version = QUERY_VERSIONS.get(service)
-    return f"{scheme}://{host}.amazonaws.com/{folder}/{version}/" if version else ""
 
 
 AWS_QUERY = AwsQuery()
@@ -2914,7 +2801,6 @@ _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _as_pairs(value: Any, model: Model, member: str) -> Any:
-    """Return a member of an output with its maps as lists of pairs, at any depth."""
     spelled = model.query_names.get(member)
     if isinstance(value, dict):
         if spelled and spelled.key:
@@ -2925,14 +2811,11 @@ def _as_pairs(value: Any, model: Model, member: str) -> Any:
 
 
 MAX_IGNORED = 20  # parameters that the log names
-MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
-MAX_FORM_DEPTH = 12
-_NUMBER = re.compile("-?[0-9]{1,18}")
-_INDEX = re.compile("[0-9]{1,9}")
+_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
 
 
 def _query_message(error: ServiceError) -> str:
-    if error.code == "QueueDoesNotExist":  # XML says something else than JSON
+    if error.code == "QueueDoesNotExist":  # the message in XML differs from the one in JSON
         return "The specified queue does not exist for this wsdl version."
     return error.message
 
@@ -2951,7 +2834,7 @@ def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
     return root
 
 
-# The parameters of a query call that are no input of its operation.
+# The parameters of a query call that are no input of the operation.
 _NO_INPUT = frozenset(
     "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
     " SignatureVersion Timestamp Version".split()
@@ -2968,7 +2851,7 @@ def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
 
 
 def _from_form(shape: Shape, node: Dict[str, Any], names: Names, operation: str) -> Any:
-    """Return what a node of the form tree says, in the types of its shape, and take it out."""
+    """Return the values in a node of the form tree in the types of the shape, and remove them."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
@@ -2996,7 +2879,7 @@ def _from_form_member(
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
         if not numbered and (node.get(".") or set(node) - {"."}):
-            numbered = [node]  # `AttributeName=All`, from clients of old
+            numbered = [node]  # `AttributeName=All`, from old clients
         elif node.get(".") == "":
             del node["."]  # the whole of an empty list
         return [_from_form(shape.element, below, names, operation) for below in numbered]
@@ -3010,9 +2893,8 @@ def _from_form_member(
 
 
 def _to_form(
-    members: Mapping[str, Any], names: Names, operation: str, prefix: str = ""
+    members: Members, names: Names, operation: str, prefix: str = ""
 ) -> Iterator[Tuple[str, str]]:
-    """Yield the form fields of a structure."""
     for name, value in members.items():
         spelled = names.get(name)
         element = prefix + (spelled.element.format(operation) if spelled else name)
@@ -3035,16 +2917,13 @@ def _plain_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
 def xml_text(text: str) -> str:
-    """Return the text as XML content: a CR must not become a LF, nor a NUL break the document."""
+    """Return the text as XML content, with its CRs, without characters that XML forbids."""
     return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
 
 
 def _write_xml(parts: List[str], element: str, value: Any, names: Names, operation: str) -> None:
-    """Append an element and all that is in it; lists and maps are flattened."""
+    """Append an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
         parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
         return
@@ -3066,86 +2945,55 @@ def _write_xml(parts: List[str], element: str, value: Any, names: Names, operati
     parts.append(f"</{element}>")
 
 
-# ---- REST ----
-
-
-def _s3_actions(table: str) -> Mapping[Tuple[str, str, str], str]:
-    actions = {}
-    for level, subresource, noun, *methods in map(str.split, table.strip().splitlines()):
-        for method in methods:
-            method, named, action = method.partition("=")
-            # What no Delete action exists for is deleted by a Put of nothing.
-            action = action if named else ("Get" if method == "GET" else "Put") + noun
-            actions[level, subresource.replace("-none-", ""), method] = action
-    return actions
-
-
-# The operations of Amazon S3 and their actions: level, sub-resource in the query, what the action
-# is about, and the methods that exist ("Actions, resources, and condition keys for Amazon S3").
+# The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
+# the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
+# The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
 _S3_TABLE = """
-    service -none- - GET=ListAllMyBuckets
-    bucket -none- - GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket
-    bucket abac BucketAbac GET PUT
-    bucket accelerate AccelerateConfiguration GET PUT
-    bucket acl BucketAcl GET PUT
-    bucket analytics AnalyticsConfiguration GET PUT DELETE
-    bucket cors BucketCORS GET PUT DELETE
-    bucket delete - POST=DeleteObject
-    bucket encryption EncryptionConfiguration GET PUT DELETE
-    bucket intelligent-tiering IntelligentTieringConfiguration GET PUT DELETE
-    bucket inventory InventoryConfiguration GET PUT DELETE
-    bucket lifecycle LifecycleConfiguration GET PUT DELETE
-    bucket location BucketLocation GET
-    bucket logging BucketLogging GET PUT
-    bucket metadataAnnotationTable - PUT=UpdateBucketMetadataAnnotationTableConfiguration
-    bucket metadataConfiguration BucketMetadataTableConfiguration GET \
-        POST=CreateBucketMetadataTableConfiguration DELETE=DeleteBucketMetadataTableConfiguration
-    bucket metadataInventoryTable - PUT=UpdateBucketMetadataInventoryTableConfiguration
-    bucket metadataJournalTable - PUT=UpdateBucketMetadataJournalTableConfiguration
-    bucket metadataTable BucketMetadataTableConfiguration GET \
-        POST=CreateBucketMetadataTableConfiguration DELETE=DeleteBucketMetadataTableConfiguration
-    bucket metrics MetricsConfiguration GET PUT DELETE
-    bucket notification BucketNotification GET PUT
-    bucket object-lock BucketObjectLockConfiguration GET PUT
-    bucket ownershipControls BucketOwnershipControls GET PUT DELETE
-    bucket policy BucketPolicy GET PUT DELETE=DeleteBucketPolicy
-    bucket policyStatus BucketPolicyStatus GET
-    bucket publicAccessBlock BucketPublicAccessBlock GET PUT DELETE
-    bucket replication ReplicationConfiguration GET PUT DELETE
-    bucket requestPayment BucketRequestPayment GET PUT
-    bucket session - GET=CreateSession
-    bucket tagging BucketTagging GET PUT DELETE
-    bucket uploads - GET=ListBucketMultipartUploads
-    bucket versioning BucketVersioning GET PUT
-    bucket versions - GET=ListBucketVersions
-    bucket website BucketWebsite GET PUT DELETE=DeleteBucketWebsite
-    object -none- - GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject
-    object acl ObjectAcl GET PUT
-    object annotation ObjectAnnotation GET PUT DELETE=DeleteObjectAnnotation
-    object attributes ObjectAttributes GET
-    object encryption - PUT=UpdateObjectEncryption
-    object legal-hold ObjectLegalHold GET PUT
-    object renameObject - PUT=RenameObject
-    object restore - POST=RestoreObject
-    object retention ObjectRetention GET PUT
-    object select - POST=GetObject
-    object tagging ObjectTagging GET PUT DELETE=DeleteObjectTagging
-    object torrent ObjectTorrent GET
-    object uploadId - GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
-        DELETE=AbortMultipartUpload
-    object uploads - POST=PutObject
+    service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
+    bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
+    bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
+        logging=BucketLogging notification=BucketNotification policy=BucketPolicy \
+        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment \
+        versioning=BucketVersioning website=BucketWebsite
+    bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
+        encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
+        inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
+        metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
+        publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
+        tagging=BucketTagging
+    bucket: DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
+    bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
+    bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
+        versions=ListBucketVersions
+    bucket: POST=*: delete=DeleteObject
+    bucket: PUT=UpdateBucketMetadata*Configuration: metadataAnnotationTable=AnnotationTable \
+        metadataInventoryTable=InventoryTable metadataJournalTable=JournalTable
+    bucket: GET=Get* POST=Create* DELETE=Delete*: metadataTable=BucketMetadataTableConfiguration \
+        metadataConfiguration=BucketMetadataTableConfiguration
+    object: GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject: -
+    object: GET=Get* PUT=Put*: acl=ObjectAcl annotation=ObjectAnnotation tagging=ObjectTagging \
+        legal-hold=ObjectLegalHold retention=ObjectRetention
+    object: DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
+    object: GET=Get*: attributes=ObjectAttributes torrent=ObjectTorrent
+    object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
+    object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
+    object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
+        DELETE=AbortMultipartUpload: uploadId
 """
-S3_ACTIONS = _s3_actions(_S3_TABLE)
+
+
+def _s3_actions(table: str) -> Iterator[Tuple[Tuple[str, str, str], str]]:
+    for line in table.strip().splitlines():
+        level, methods, subresources = line.split(":")
+        for method, action in pairs(methods).items():
+            for word in subresources.split():
+                subresource, _, noun = word.strip("-").partition("=")
+                yield (level.strip(), subresource, method), action.replace("*", noun)
+
+
+S3_ACTIONS = dict(_s3_actions(_S3_TABLE))  # by level, sub-resource and method
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
-# The action of every other request: the strongest one of the method at that level.
-_S3_STRONGEST = {
-    "GET": ("ListAllMyBuckets", "ListBucket", "GetObject"),
-    "PUT": ("CreateBucket", "CreateBucket", "PutObject"),
-    "POST": ("PutObject", "PutObject", "PutObject"),
-    "DELETE": ("DeleteBucket", "DeleteBucket", "DeleteObject"),
-}
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
-_S3_LEVELS = ("service", "bucket", "object")
 # With a versionId, these have another action: GetObject becomes GetObjectVersion.
 _S3_VERSIONED = frozenset(
     "DeleteObject DeleteObjectAnnotation DeleteObjectTagging GetObject GetObjectAcl"
@@ -3154,26 +3002,25 @@ _S3_VERSIONED = frozenset(
 )
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
+_ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
+_PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 def host_name(host: str) -> str:
-    """Return a Host in lower case without its port, an IPv6 address without its brackets."""
+    """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
-def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
-    """Return the bucket that a Host names, as in `bucket.localhost:8081`; "" if none.
-
-    `hosts` are names of the proxy besides localhost.  Raises ServiceError InvalidRequest for a
-    name that may or may not begin with a bucket: a wrong guess would lose an object.
-    """
+def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
+    """Return the bucket in a Host such as `bucket.localhost:8081`, or ""; or ServiceError."""
     name = host_name(host)
     own = [".localhost", *(f".{own}" for own in hosts)]
     suffixes = (*own, ".amazonaws.com", ".amazonaws.com.cn")
     suffix = next((suffix for suffix in suffixes if f".{name}".endswith(suffix)), "")
     if not suffix and "." in name.rstrip(".") and not re.fullmatch("[0-9.]+", name):
+        # A wrong guess would lose an object.
         raise ServiceError(
             "InvalidRequest",
             f"It is not certain whether the Host '{name[:80]}' begins with a bucket. Start the"
@@ -3181,6 +3028,8 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
         )
     labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
     for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
+        if labels[index].startswith(("s3-accesspoint", "s3-website")) or "vpce" in labels:
+            break  # the label before is no bucket
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
             return ".".join(labels[:index])
     if labels and suffix not in own:
@@ -3188,49 +3037,44 @@ def bucket_of_host(host: str, hosts: Iterable[str] = ()) -> str:
     return ".".join(labels)
 
 
-def s3_meaning(request: Request, service: str, hosts: Iterable[str] = ()) -> Meaning:
-    """Return what a request to Amazon S3 does, as IAM policies spell it.
-
-    Raises ServiceError for two sub-resources, and for a bucket that could be a bucket and a key.
-    """
+def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
+    """Return the action of a request to Amazon S3 as IAM spells it; ServiceError if in doubt."""
     of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
-    # An SDK puts the account into the Host of S3 Control, where a bucket could be, too.
+    # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
     is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
     if is_account and request.path.startswith(_S3_CONTROL):
         return rest_meaning(request)._replace(bucket=bucket)
     first, _, key = request.path[1:].partition("/")
     if bucket:
-        level = 2 if request.path != "/" else 1
+        level = "object" if request.path != "/" else "bucket"
     else:
-        bucket, level = first, 2 if key else 1 if first else 0
+        bucket, level = first, "object" if key else "bucket" if first else "service"
     name = urllib.parse.unquote(bucket, "latin-1")
     disguised = name != bucket and f"/{name}/" == _S3_CONTROL
-    if level and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
+    if level != "service" and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
         raise ServiceError("InvalidURI", "The name of the bucket is not allowed.")
-    if not level and request.path != "/":
+    if level == "service" and request.path != "/":
         raise ServiceError("InvalidURI", "The path has no bucket before its key.")
     parameters = {name.decode("latin-1") for name, _ in request.query}
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    action = S3_ACTIONS.get((_S3_LEVELS[level], found[0] if found else "", request.method))
-    if action is None:
-        action = _S3_STRONGEST[_S3_LIKE.get(request.method, request.method)][level]
-    if action in _S3_VERSIONED and level == 2 and "versionId" in parameters:
+    action = S3_ACTIONS.get((level, found[0] if found else "", request.method))
+    if action is None:  # take the strongest action of the method at that level
+        method = _S3_LIKE.get(request.method, request.method)
+        action = S3_ACTIONS.get((level, "", method), "PutObject")
+    if action in _S3_VERSIONED and level == "object" and "versionId" in parameters:
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
     return Meaning(action, bucket=of_host)
 
 
-_ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
-
-
 def rest_meaning(request: Request) -> Meaning:
-    """Return method and path of a request, the path in the form that patterns are written in.
+    """Return the method and the path of a request, with the path as patterns spell it.
 
-    All escapes are decoded but `%2F`, `%25` and the escapes that no path can do without.  Raises
-    ServiceError InvalidURI where services could differ about which segments there are.
+    `%2F`, `%25` and the escapes of characters that no path may contain stay escaped.  Raise
+    ServiceError InvalidURI if services could split the path into different segments.
     """
     path = request.path
     if not _ODD_PATH.search(path):
@@ -3250,9 +3094,6 @@ def rest_meaning(request: Request) -> Meaning:
     return Meaning(request.method, path=plain, other_paths=others)
 
 
-_PLAIN_IN_PATH = "!$&'()*+,;=:@~"
-
-
 class Rest(WireProtocol):
     """Method and path name the operation (Smithy: restXml, restJson1)."""
 
@@ -3260,17 +3101,15 @@ class Rest(WireProtocol):
         self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
 
     def named(self, request: Request) -> str:
-        """Method and path, as in `lambda:POST/...`; for Amazon S3 the action."""
+        """Return the method and the path, or the action of Amazon S3."""
         try:
             meaning = self.meaning(request, claim(request)[1].service, request.body)
         except ServiceError:  # a broken path or query string
             return request.method
         return meaning.operation + meaning.path
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return method and path, or the action of Amazon S3, and the body."""
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the method and the path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
             return s3_meaning(request, service, hosts)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
@@ -3303,30 +3142,24 @@ class Rest(WireProtocol):
 
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
-# ---- RPC v2 ----
-
-_RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
-
 
 class RpcV2(WireProtocol):
-    """The path names the operation, in CBOR or JSON that is passed on unread (Smithy RPC v2)."""
+    """The path names the operation, and the CBOR or JSON is passed on unread (Smithy RPC v2)."""
 
     is_opaque = True
 
     def __init__(self, protocol: str) -> None:
         self.named_protocol = protocol
         self.protocol = protocol if protocol == "rpc-v2-json" else "rpc-v2-cbor"
+        self.content_type = f"application/{self.protocol[-4:]}"
 
     def named(self, request: Request) -> str:
-        """The last segment of the path."""
+        """Return the last segment of the path."""
         return request.path.rpartition("/")[2]
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """Return the operation that `named` returns; the body stays unread."""
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the operation in the path; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
-        coding = self.protocol.rpartition("-")[2]
         fault = ""
         if len(request.fields.get("smithy-protocol", ())) != 1:
             fault = "RPC v2 needs one Smithy-Protocol header"
@@ -3336,133 +3169,114 @@ class RpcV2(WireProtocol):
             fault = "RPC v2 is a POST to /service/NAME/operation/NAME"
         elif "?" in request.target:
             fault = "RPC v2 has no query string"
-        elif _media_type(request) not in ("", f"application/{coding}"):
-            fault = f"the Content-Type of {self.protocol} is application/{coding}"
+        elif _media_type(request) not in ("", self.content_type):
+            fault = f"the Content-Type of {self.protocol} is {self.content_type}"
         if fault or not match:
             raise ambiguous(self, fault)
         return Meaning(_operation_name(match[1]), body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """A map of `__type` and `message`."""
+        """Return a map of `__type` and `message`."""
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
-        of_cbor = self.protocol == "rpc-v2-cbor"
-        body = _cbor_strings(document) if of_cbor else _to_json(document)
-        headers = (
-            ("x-amzn-RequestId", request_id),
+        body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
+        named = (
             ("Smithy-Protocol", self.protocol),
-            ("Content-Type", "application/cbor" if of_cbor else "application/json"),
             ("x-amzn-query-error", f"{code};{_side(status)}"),
         )
+        headers = (*self._headers(request_id), *named)
         return Reply(status, headers, body)
 
 
 def _cbor_strings(document: Mapping[str, str]) -> bytes:
     """Return a small map of text to text in CBOR (RFC 8949, 3.1: major types 5 and 3)."""
-    parts = [bytes([0xA0 | len(document)])]
-    for item in itertools.chain.from_iterable(document.items()):
-        text = item.encode("utf-8", "replace")
-        parts.append(b"\x7a" + len(text).to_bytes(4, "big") + text)
-    return b"".join(parts)
+    texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
+    parts = [b"\x7a" + len(text).to_bytes(4, "big") + text for text in texts]
+    return bytes([0xA0 | len(document)]) + b"".join(parts)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 #
-# The measure is Amazon SQS as recorded, not its emulators.  All state is here, under one lock;
-# a call that waits does so on its queue's condition, which shares that lock, so that a send
-# wakes the waiters of its own queue alone.  Clock, randomness and waiting are passed in.
+# The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
+# Each queue has a condition, which shares that lock, so that a send wakes only those calls that
+# wait for this queue.  Clock, randomness and waiting are arguments.
+# A message is visible, or hidden until some time: delayed if it was never received, otherwise in
+# flight.  `advance` shows and expires messages when a call next uses the queue.
 #
-# A message is visible, or hidden until some time: delayed if it was never received, in flight
-# if it was.  What was due by now happens when a queue is next looked at (`advance`).
+# To add an operation: write a method of Sqs with its name in snake case, and a line in
+# _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
+# write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
-MAX_WAIT = 5  # seconds of a poll, until it is looked whether its client is still there
-SECONDS_COOLING = 60  # between two purges, and between deleting a queue and making it anew
+MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
+SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creating it again
 MAX_IN_FLIGHT = 120000
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
 MAX_ATTRIBUTES = 10
+MAX_POLICY_DEPTH = 32
 MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 
-# Why SQS refuses: the code and the message, AWS's own where it is known.
-_VALUE = "Value {} for parameter {} is invalid. Reason: {}"
-_CHARACTERS = "#x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF"
-_RESOURCE = "arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
-SQS_REFUSALS: Mapping[str, Tuple[str, str]] = {
-    "invalid": ("InvalidParameterValue", "{}"),
-    "value": ("InvalidParameterValue", _VALUE),
-    "missing": ("MissingParameter", "The request must contain the parameter {}."),
-    # Queues.
-    "no queue": ("QueueDoesNotExist", "The specified queue does not exist."),
-    "queue name": ("InvalidParameterValue",
-        "Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length"),
-    "fifo name": ("InvalidParameterValue",
-        "The name of a FIFO queue can only include alphanumeric characters, hyphens, or"
-        " underscores, must end with .fifo suffix and be 1 to 80 in length"),
-    "exists": ("QueueNameExists",
-        "A queue already exists with the same name and a different value for attribute {}"),
-    "deleted recently": ("QueueDeletedRecently",
-        "You must wait 60 seconds after deleting a queue before you can create another with the"
-        " same name."),
-    "purged recently": ("PurgeQueueInProgress",
-        "Only one PurgeQueue operation on {} is allowed every 60 seconds."),
-    "attribute name": ("InvalidAttributeName", "Unknown Attribute {}."),
-    "of fifo alone": ("InvalidAttributeName",
-        "You can specify the {} only when FifoQueue is set to true."),
-    "attribute value": ("InvalidAttributeValue", "Invalid value for the parameter {}."),
-    "queue type": ("InvalidAttributeValue",
-        "Invalid value for the parameter FifoQueue. Reason: Modifying queue type is not"
-        " supported."),
-    "two encryptions": ("InvalidAttributeName",
-        "You can use one type of server-side encryption (SSE) at one time. You can either enable"
-        " KMS SSE or SQS SSE."),
-    "token": ("InvalidParameterValue", "Invalid or expired next token."),
-    "actions": ("OverLimit", "{} Actions were found, maximum allowed is 7."),
-    # Messages.
-    "characters": ("InvalidMessageContents",
-        f"Invalid characters found. Valid unicode characters are {_CHARACTERS}"),
-    "attributes": ("InvalidParameterValue",
-        "Number of message attributes [{}] exceeds the allowed maximum [10]."),
-    "attribute": ("InvalidParameterValue", "Message (user) attribute '{}' must {}."),
-    "list values": ("UnsupportedOperation",
-        "Message (user) attribute '{}' has a list of values, which is not supported."),
-    "number": ("InvalidParameterValue",
-        "Can't cast the value of message (user) attribute '{}' to a number."),
-    "system attribute": ("InvalidParameterValue",
-        "Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent."),
-    "too long": ("InvalidParameterValue",
-        "One or more parameters {}. Reason: Message must be shorter than {} bytes."),
-    "deduplication": ("InvalidParameterValue",
-        "The queue should either have ContentBasedDeduplication enabled or"
-        " MessageDeduplicationId provided explicitly"),
-    "in flight": ("OverLimit", "Too many messages are in flight."),
-    "handle": ("ReceiptHandleIsInvalid",
-        'The input receipt handle "{}" is not a valid receipt handle.'),
-    # Batches.
-    "no entries": ("EmptyBatchRequest",
-        "There should be at least one {}RequestEntry in the request."),
-    "entries": ("TooManyEntriesInBatchRequest",
-        "Maximum number of entries per request are {}. You have sent {}."),
-    "entry id": ("InvalidBatchEntryId",
-        "A batch entry id can only contain alphanumeric characters, hyphens and underscores. It"
-        " can be at most 80 letters long."),
-    "entry ids": ("BatchEntryIdsNotDistinct", "Id {} repeated."),
-    "batch too long": ("BatchRequestTooLong",
-        "Batch requests cannot be longer than {} bytes. You have sent {} bytes."),
-    # Message move tasks.
-    "arn": ("InvalidParameterValue", f"You must use this format to specify the {{}}: {_RESOURCE}"),
-    "no resource": ("ResourceNotFoundException",
-        "The resource that you specified for the {} parameter doesn't exist."),
-    "no dead letters": ("InvalidParameterValue",
-        "Source queue must be configured as a Dead Letter Queue."),
-    "running": ("InvalidParameterValue",
-        "There is already a task running. Only one active task is allowed for a source queue arn"
-        " at a given time."),
-    "task handle": ("InvalidParameterValue", "Value for parameter TaskHandle is invalid."),
-    "no task": ("ResourceNotFoundException", "Task does not exist."),
-}  # fmt: skip
+# Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
+_SQS_REFUSALS = """
+    invalid: {}
+    value: Value {} for parameter {} is invalid. Reason: {}
+    missing [MissingParameter]: The request must contain the parameter {}.
+    no queue [QueueDoesNotExist]: The specified queue does not exist.
+    name: Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length
+    fifo name: The name of a FIFO queue can only include alphanumeric characters, hyphens, or \
+        underscores, must end with .fifo suffix and be 1 to 80 in length
+    exists [QueueNameExists]: A queue already exists with the same name and a different value for \
+        attribute {}
+    deleted recently [QueueDeletedRecently]: You must wait 60 seconds after deleting a queue \
+        before you can create another with the same name.
+    purge [PurgeQueueInProgress]: Only one PurgeQueue operation on {} is allowed every 60 seconds.
+    attribute name [InvalidAttributeName]: Unknown Attribute {}.
+    fifo only [InvalidAttributeName]: You can specify the {} only when FifoQueue is set to true.
+    attribute value [InvalidAttributeValue]: Invalid value for the parameter {}.
+    queue type [InvalidAttributeValue]: Invalid value for the parameter FifoQueue. Reason: \
+        Modifying queue type is not supported.
+    two encryptions [InvalidAttributeName]: You can use one type of server-side encryption (SSE) \
+        at one time. You can either enable KMS SSE or SQS SSE.
+    token: Invalid or expired next token.
+    actions [OverLimit]: {} Actions were found, maximum allowed is 7.
+    characters [InvalidMessageContents]: Invalid characters found. Valid unicode characters are \
+        #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
+    attributes: Number of message attributes [{}] exceeds the allowed maximum [10].
+    attribute: Message (user) attribute '{}' must {}.
+    list values [UnsupportedOperation]: Message (user) attribute '{}' has a list of values, which \
+        is not supported.
+    number: Can't cast the value of message (user) attribute '{}' to a number.
+    system: Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent.
+    too long: One or more parameters {}. Reason: Message must be shorter than {} bytes.
+    deduplication: The queue should either have ContentBasedDeduplication enabled or \
+        MessageDeduplicationId provided explicitly
+    in flight [OverLimit]: Too many messages are in flight.
+    handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
+    no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
+    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are {}. You \
+        have sent {}.
+    entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
+        hyphens and underscores. It can be at most 80 letters long.
+    entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
+    batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
+        sent {} bytes.
+    arn: You must use this format to specify the {}: \
+        arn:<partition>:<service>:<region>:<account-id>:<resource-id>
+    no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
+        doesn't exist.
+    no dead letters: Source queue must be configured as a Dead Letter Queue.
+    running: There is already a task running. Only one active task is allowed for a source queue \
+        arn at a given time.
+    task handle: Value for parameter TaskHandle is invalid.
+    no task [ResourceNotFoundException]: Task does not exist.
+"""
+SQS_REFUSALS = {
+    reason: (code or "InvalidParameterValue", " ".join(message.split()))
+    for reason, code, message in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
+}
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
@@ -3476,15 +3290,12 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
     return sqs_refusal("value", value, parameter, reason)
 
 
-# ---- Messages and queues ----
-
 Attributes = Mapping[str, Members]  # of a message, by name
-Strings = Dict[str, str]
 QueueKey = Tuple[str, str, str]  # region, account, name
 
 
 class Message:
-    """A message and where it stands."""
+    """A message and its state."""
 
     __slots__ = (
         "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
@@ -3492,7 +3303,12 @@ class Message:
     )  # fmt: skip
 
     def __init__(
-        self, message_id: str, body: str, attributes: Attributes, system: Strings, sent: float
+        self,
+        message_id: str,
+        body: str,
+        attributes: Attributes,
+        system: Dict[str, str],
+        sent: float,
     ) -> None:
         self.message_id = message_id
         self.body = body
@@ -3500,14 +3316,14 @@ class Message:
         self.system = system  # system attributes that do not change with a receive
         self.sent = sent
         self.received = 0  # how often
-        self.received_before = 0  # how often from other queues, which redrive policies disregard
+        self.received_before = 0  # how often from other queues; redrive policies ignore it
         self.first_received = 0.0
         self.last_received = 0.0
         self.hidden_until = 0.0  # 0 while it is visible
 
     @property
     def group(self) -> str:
-        """The message group id; "" where none was given."""
+        """Return the message group id, or ""."""
         return self.system.get("MessageGroupId", "")
 
 
@@ -3517,13 +3333,13 @@ class Queue:
     fifo = False
 
     def __init__(
-        self, key: QueueKey, serial: int, settings: Strings, now: float, lock: Any
+        self, key: QueueKey, serial: int, settings: Dict[str, str], now: float, lock: Any
     ) -> None:
         self.region, self.account, self.name = key
         self.arn = "arn:aws:sqs:" + ":".join(key)
         self.url_path = f"/{self.account}/{self.name}"
-        self.serial = serial  # tells queues apart that had the same name one after another
-        self.settings = settings  # by the names of SETTINGS, those that are set
+        self.serial = serial  # distinguishes queues that had the same name one after another
+        self.settings = settings  # by the names of SETTINGS
         self.tags: Dict[str, str] = {}
         self.created = self.modified = now
         self.purged = -math.inf
@@ -3534,7 +3350,7 @@ class Queue:
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._strays: List[Tuple[float, int, Message]] = []  # a heap of those older than the last
+        self._strays: List[Tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
 
     def number(self, setting: str) -> int:
@@ -3542,7 +3358,7 @@ class Queue:
         return int(self.settings[setting])
 
     def add(self, message: Message, delay: int = 0) -> None:
-        """Take in a message, hidden for its delay."""
+        """Add a message, hidden for its delay."""
         if self.messages and message.sent < next(reversed(self.messages.values())).sent:
             if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
                 self._strays = [it for it in self._strays if it[2].message_id in self.messages]
@@ -3550,32 +3366,31 @@ class Queue:
             heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
         message.hidden_until = 0.0
-        self._arrive(message)
         if delay:
             self.hide(message, message.sent + delay)
         else:
             self._offer(message)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until then."""
+        """Make a message invisible until that time."""
         self._withdraw(message)
         message.hidden_until = until
         self._count_hidden(message, 1)
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
-            self.changed.notify_all()  # who waits must now wait for less
+            self.changed.notify_all()  # the waiters must wake up earlier
         if len(self._hidden) > 2 * len(self.messages) + 64:
             self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
             heapq.heapify(self._hidden)
 
     def show(self, message: Message) -> None:
-        """Make a message visible, behind those that are."""
+        """Make a message visible, behind the other visible messages."""
         self._withdraw(message)
         self._offer(message)
 
     def remove(self, message: Message) -> None:
-        """Drop a message, wherever it stands."""
+        """Drop a message, visible or not."""
         self._withdraw(message)
         del self.messages[message.message_id]
 
@@ -3625,15 +3440,12 @@ class Queue:
         else:
             self.delayed += change
 
-    def _arrive(self, message: Message) -> None:
-        """Called when a message comes in, before it is visible or hidden."""
-
     def _offer(self, message: Message) -> None:
         self._visible[message.message_id] = message
         self.changed.notify()
 
     def _put_first(self, message: Message) -> None:
-        """Put a message that came back before those that were never received."""
+        """Put a message that was received before in front of the new messages."""
         if message.received and message.message_id in self._visible:
             self._visible.move_to_end(message.message_id, last=False)
 
@@ -3647,7 +3459,7 @@ class Queue:
 
 
 class Sent(NamedTuple):
-    """What a FIFO queue remembers of a message that was sent."""
+    """A sent message, as a FIFO queue remembers it."""
 
     at: float
     message_id: str
@@ -3655,39 +3467,43 @@ class Sent(NamedTuple):
 
 
 class FifoQueue(Queue):
-    """A queue whose messages come in the order of their group, each sent once.
+    """A queue that keeps the order of each message group, and drops repeated sends.
 
-    Of a group, only what stands before its first hidden message may be received: so a group is
-    locked while its first message is in flight ("Amazon SQS FIFO delivery logic").
+    A receive takes messages only before the first hidden one of a group ("FIFO delivery logic").
     """
 
     fifo = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Fixed when the queue is made: AWS takes a later change without heeding it.
+        # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
         self._groups: Dict[str, OrderedDict[str, Message]] = {}
-        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, by their turn
+        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[Tuple[str, str], Sent] = OrderedDict()
         self.attempts: OrderedDict[str, Tuple[float, List[Tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first sent with that deduplication id in five minutes; `sent` if none was."""
+        """Return the first send with this deduplication id in five minutes, or `sent`."""
         oldest = sent.at - SECONDS_DEDUPLICATED
         while self._sent and next(iter(self._sent.values())).at <= oldest:
             self._sent.popitem(last=False)
         group = system["MessageGroupId"] if self._scoped_to_group else ""
         return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
 
+    def add(self, message: Message, delay: int = 0) -> None:
+        """Add a message to its group, hidden for its delay."""
+        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
+        super().add(message, delay)
+
     def clear(self) -> None:
-        """Drop all messages, and the memory of those sent."""
+        """Drop all messages, and forget what was sent."""
         super().clear()
         for held in (self._groups, self._ready, self._sent, self.attempts):
             held.clear()
 
     def change_delay(self, now: float) -> None:
-        """Hold delayed messages to the present delay; on a standard queue they keep theirs."""
+        """Apply the new delay to delayed messages; on a standard queue they keep their own."""
         delay = self.number("DelaySeconds")
         for message in self.messages.values():
             if message.hidden_until and not message.received:
@@ -3695,21 +3511,21 @@ class FifoQueue(Queue):
         self.advance(now)
 
     def next_change(self, deadline: float) -> float:
-        """The oldest message may expire, too, and free its group."""
+        """Return when a message may come back or expire, which may free its group."""
         retained = self.number("MessageRetentionPeriod")
         oldest = next(iter(self.messages.values()), None)
         return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
 
     def pick(self, limit: int) -> List[Message]:
-        """As many as can be of one group, then of the next."""
+        """Return as many messages as possible of one group, then of the next."""
         picked: List[Message] = []
         for group in self._ready:
             for message in self._groups[group].values():
-                if message.hidden_until or len(picked) == limit:
+                if len(picked) == limit:
+                    return picked
+                if message.hidden_until:
                     break
                 picked.append(message)
-            if len(picked) == limit:
-                break
         return picked
 
     def remove(self, message: Message) -> None:
@@ -3722,18 +3538,15 @@ class FifoQueue(Queue):
         self._turn(message.group)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible, and so those behind it."""
+        """Make a message invisible until that time, and lock its group."""
         super().hide(message, until)
         self._turn(message.group)
-
-    def _arrive(self, message: Message) -> None:
-        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
 
     def _offer(self, message: Message) -> None:
         self._turn(message.group)
 
     def _turn(self, name: str) -> None:
-        """Give the group a turn if its first message is visible, or else none."""
+        """Add the group to `_ready` if its first message is visible, otherwise remove it."""
         group = self._groups.get(name)
         if not group or next(iter(group.values())).hidden_until:
             self._ready.pop(name, None)
@@ -3743,7 +3556,7 @@ class FifoQueue(Queue):
 
 
 class MoveTask:
-    """Messages on their way out of a dead-letter queue ("StartMessageMoveTask")."""
+    """A task that moves messages out of a dead-letter queue ("StartMessageMoveTask")."""
 
     def __init__(self, given: Mapping[str, Any], task_id: str, to_move: int, now: float) -> None:
         self.task_id = task_id
@@ -3756,31 +3569,29 @@ class MoveTask:
         self.to_move = to_move
         self.moved = 0
         self.status = "RUNNING"
-        self.failure = ""
 
     @property
     def handle(self) -> str:
-        """What names the task while it runs."""
+        """Return the name of the task while it runs."""
         return _base64_text(_to_json({"taskId": self.task_id, "sourceArn": self.source_arn}))
 
     def due(self, now: float) -> int:
         """Return how many messages should have moved by now."""
-        elapsed = now - self.started
-        return self._burst + int(elapsed * self._pace + 0.001)  # a float falls short of its tick
+        return self._burst + int((now - self.started) * self._pace + 0.001)  # a float may be short
 
     def next_move(self) -> float:
-        """Return when the next message is to move."""
+        """Return when the next message should move."""
         return self.started + (self.moved - self._burst + 1) / self._pace
 
     def output(self) -> Mapping[str, Any]:
-        """Return what ListMessageMoveTasks says of it."""
+        """Return the task as an element of the output of ListMessageMoveTasks."""
         output = {
             "TaskHandle": self.handle if self.status == "RUNNING" else "",
             "Status": self.status,
             "SourceArn": self.source_arn,
             "DestinationArn": self.destination_arn,
             "MaxNumberOfMessagesPerSecond": self.rate,
-            "FailureReason": self.failure,
+            "FailureReason": ERRORS["QueueDoesNotExist"].code if self.status == "FAILED" else "",
         }
         output = {name: value for name, value in output.items() if value}
         output["ApproximateNumberOfMessagesMoved"] = self.moved
@@ -3789,55 +3600,41 @@ class MoveTask:
         return output
 
 
-# ---- Queue attributes ----
-
-
 class Setting(NamedTuple):
-    """A queue attribute that can be set: its default, "" for none, and its normal form."""
+    """A queue attribute that callers can set."""
 
-    default: str
-    normal: Callable[[str], str]  # raises ValueError for what is not allowed
-    fifo: bool = False  # of FIFO queues alone
-
-
-def _whole(low: int, high: int) -> Callable[[str], str]:
-    def _normal(text: str) -> str:
-        if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
-            raise ValueError(text)
-        return str(int(text))
-
-    return _normal
+    default: str  # may be ""
+    normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
+    fifo: bool = False  # of FIFO queues only
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
-    by_lower = {value.lower(): value for value in allowed}
-
-    def _normal(text: str) -> str:
-        if text.lower() not in by_lower:
-            raise ValueError(text)
-        return by_lower[text.lower()]
-
-    return _normal
+def _whole(low: int, high: int, text: str) -> str:
+    if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
+        raise ValueError(text)
+    return str(int(text))
 
 
-MAX_POLICY_DEPTH = 32
+def _one_of(allowed: Sequence[str], text: str) -> str:
+    found = [value for value in allowed if value.lower() == text.lower()]
+    if not found:
+        raise ValueError(text)
+    return found[0]
 
 
 def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError for one so deep that writing it would fail."""
+    """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
     policy = read_json(text)
     level: List[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
         nodes = [list(node.values()) if isinstance(node, dict) else node for node in level]
         level = [below for node in nodes if isinstance(node, list) for below in node]
-    if level:
-        raise ValueError("too deeply nested")
+    if level or not isinstance(policy, dict):
+        raise ValueError(text)
     return policy
 
 
 def _a_policy(text: str) -> str:
-    if not isinstance(_read_policy(text), dict):
-        raise ValueError(text)
+    _read_policy(text)
     return text
 
 
@@ -3845,7 +3642,7 @@ def _redrive_policy(text: str) -> str:
     try:
         policy = _read_policy(text)
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         reason = "Redrive policy is not valid JSON."
         raise _bad_value(text[:2048], "RedrivePolicy", reason) from error
     if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
@@ -3858,7 +3655,7 @@ def _redrive_allow_policy(text: str) -> str:
     try:
         policy = _read_policy(text)
         permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, KeyError):
         permission, sources = "", []
     by_queue = permission == "byQueue"
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
@@ -3870,19 +3667,20 @@ def _redrive_allow_policy(text: str) -> str:
 
 
 def _reuse_period(text: str) -> str:
-    normal = _whole(60, 86400)(text)
+    normal = _whole(60, 86400, text)
     return "" if normal == "300" else normal  # the default is not shown
 
 
-_BOOLEAN = _one_of("true", "false")
-_LIMITS = _one_of("perQueue", "perMessageGroupId")
+_BOOLEAN = functools.partial(_one_of, ("true", "false"))
+_SCOPE = functools.partial(_one_of, ("queue", "messageGroup"))
+_LIMIT = functools.partial(_one_of, ("perQueue", "perMessageGroupId"))
 
 SETTINGS: Mapping[str, Setting] = {
-    "DelaySeconds": Setting("0", _whole(0, 900)),
-    "MaximumMessageSize": Setting("1048576", _whole(1024, 1048576)),
-    "MessageRetentionPeriod": Setting("345600", _whole(60, 1209600)),
-    "ReceiveMessageWaitTimeSeconds": Setting("0", _whole(0, 20)),
-    "VisibilityTimeout": Setting("30", _whole(0, SECONDS_HELD)),
+    "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
+    "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
+    "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
+    "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
     "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
     "KmsMasterKeyId": Setting("", str),
     "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
@@ -3891,29 +3689,27 @@ SETTINGS: Mapping[str, Setting] = {
     "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
     "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
     "ContentBasedDeduplication": Setting("false", _BOOLEAN, fifo=True),
-    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _LIMITS, fifo=True),
+    "DeduplicationScope": Setting("queue", _SCOPE, fifo=True),
+    "FifoThroughputLimit": Setting("perQueue", _LIMIT, fifo=True),
 }
 COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
-    "QueueArn": lambda queue: queue.arn,
-    "CreatedTimestamp": lambda queue: int(queue.created),
-    "LastModifiedTimestamp": lambda queue: int(queue.modified),
-    "ApproximateNumberOfMessages": lambda queue: (
-        len(queue.messages) - queue.in_flight - queue.delayed
-    ),
-    "ApproximateNumberOfMessagesNotVisible": lambda queue: queue.in_flight,
-    "ApproximateNumberOfMessagesDelayed": lambda queue: queue.delayed,
+    "QueueArn": lambda it: it.arn,
+    "CreatedTimestamp": lambda it: int(it.created),
+    "LastModifiedTimestamp": lambda it: int(it.modified),
+    "ApproximateNumberOfMessages": lambda it: len(it.messages) - it.in_flight - it.delayed,
+    "ApproximateNumberOfMessagesNotVisible": lambda it: it.in_flight,
+    "ApproximateNumberOfMessagesDelayed": lambda it: it.delayed,
 }
 
 
 def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
-    """Return queue attributes in their normal form, "" for one to unset, or raise ServiceError."""
+    """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: Dict[str, str] = {}
     for name, text in given.items():
         setting = SETTINGS.get(name)
         if setting is None or (setting.fifo and not fifo):
             known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise sqs_refusal("of fifo alone" if known else "attribute name", name)
+            raise sqs_refusal("fifo only" if known else "attribute name", name)
         try:
             unset = not text and not setting.default
             settings[name] = "" if unset else setting.normal(text)
@@ -3925,12 +3721,10 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
 
 
 def check_encryption(settings: Mapping[str, str]) -> None:
-    """Refuse settings that ask for two kinds of encryption at once."""
+    """Refuse settings that enable two kinds of encryption."""
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
         raise sqs_refusal("two encryptions")
 
-
-# ---- What may be sent ----
 
 _QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
@@ -3940,6 +3734,9 @@ _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_BETWEEN = "Must be between {} and {}, if provided."
+_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
+_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def attributes_md5(attributes: Attributes) -> str:
@@ -3956,13 +3753,6 @@ def attributes_md5(attributes: Attributes) -> str:
 
 def _md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _check_body(body: str) -> None:
-    if not body:
-        raise sqs_refusal("missing", "MessageBody")
-    if _NOT_XML.search(body):
-        raise sqs_refusal("characters")
 
 
 def _check_attributes(attributes: Attributes) -> None:
@@ -3987,22 +3777,12 @@ def _check_attributes(attributes: Attributes) -> None:
             raise sqs_refusal("number", name)
 
 
-def _check_system(attributes: Attributes) -> None:
-    for name, attribute in attributes.items():
-        if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
-            raise sqs_refusal("system attribute", name[:80])
-    _check_attributes(attributes)
-
-
 def _size(entry: Members) -> int:
-    """Return the bytes of a message that count: body, and names, types, values of attributes."""
+    """Return the bytes of the body, and of the names, types and values of the attributes."""
     parts = [entry["MessageBody"]]
     for name, attribute in entry.get("MessageAttributes", {}).items():
         parts += (name, *attribute.values())
     return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
-
-
-_BETWEEN = "Must be between {} and {}, if provided."
 
 
 def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
@@ -4023,7 +3803,7 @@ def _check_id(given: Members, parameter: str) -> None:
 
 
 def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
-    """Refuse what does not fit the kind of queue; in a batch this fails the whole batch."""
+    """Refuse an entry that does not fit the kind of queue, and with it the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
     if not queue.fifo:
@@ -4039,35 +3819,19 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
         raise sqs_refusal("deduplication")
 
 
-# ---- The operations ----
-
-
-def _uptime() -> float:
-    """Return seconds since some moment, which time in suspend counts towards if possible."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if boot is None else time.clock_gettime(boot)
-
-
-_BOOTED = time.time() - _uptime()
-
-
 def steady_time() -> float:
-    """Return seconds since 1970, whatever is done to the system's clock from now on."""
-    return _BOOTED + _uptime()
+    """Return seconds since 1970, without later changes of the system's clock."""
+    return _BOOTED + time.clock_gettime(_UPTIME)
 
 
 def random_id() -> str:
-    """Return a random UUID (RFC 9562, 5.4) in a fifth of the time that the uuid module takes."""
+    """Return a random UUID (RFC 9562, 5.4), five times as fast as the uuid module."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
 class Sqs:
-    """The queues of all accounts and regions, and the operations on them.
-
-    With `cooldown`, a queue may be purged, and made anew under a deleted name, only when 60
-    seconds have passed, as on AWS.
-    """
+    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds."""
 
     def __init__(
         self,
@@ -4079,7 +3843,7 @@ class Sqs:
     ) -> None:
         self._clock = clock
         self._new_id = new_id
-        self._secret = secret or os.urandom(32)  # receipt handles of others are not ours
+        self._secret = secret or os.urandom(32)  # authenticates receipt handles
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
@@ -4090,23 +3854,21 @@ class Sqs:
         self._serials = itertools.count(1)
 
     def answer(self, call: Call) -> Output:
-        """Return the output of a call; the queues are untouched where it raises ServiceError."""
+        """Return the output of a call; ServiceError, and then the queues are unchanged."""
         with self._lock:
             if self._running:
                 self._move_messages(self._clock())
             return OPERATIONS[call.operation].method(self, call)
 
     def drain(self) -> None:
-        """Have the calls that wait for messages return with none."""
+        """Make all calls that wait for messages return without messages."""
         with self._lock:
             self._draining = True
             for queue in self._queues.values():
                 queue.changed.notify_all()
 
-    # ---- Queues ----
-
     def _queue(self, call: Call) -> Queue:
-        """Return the queue of a QueueUrl: its last two segments count, or the name alone."""
+        """Return the queue that the last two segments of QueueUrl name, or the only one."""
         rest, slash, name = call.input.get("QueueUrl", "").rstrip("/").rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
         return self._found(call, account, name)
@@ -4123,12 +3885,12 @@ class Sqs:
         return self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
-        """Make a queue, or find one of that name whose attributes do not differ."""
+        """Create a queue, or return one with that name and the same attributes."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
         allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
         if not allowed:
-            raise sqs_refusal("fifo name" if fifo else "queue name")
+            raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
         now, key = self._clock(), (call.region, call.caller.account_id, name)
@@ -4140,8 +3902,7 @@ class Sqs:
             return {"QueueUrl": call.base_url + queue.url_path}
         if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
-        possible = [(name, it.default) for name, it in SETTINGS.items() if fifo or not it.fifo]
-        defaults = {attribute: default for attribute, default in possible if default}
+        defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
         queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
@@ -4151,7 +3912,6 @@ class Sqs:
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
-        """Refuse a RedrivePolicy whose target is missing, of the other kind, or unwilling."""
         text = settings.get("RedrivePolicy")
         if not text:
             return
@@ -4162,11 +3922,10 @@ class Sqs:
             reason = "Dead letter target does not exist."
         elif target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-        elif target.settings.get("RedriveAllowPolicy"):
-            policy = json.loads(target.settings["RedriveAllowPolicy"])
-            allowed = policy["redrivePermission"]
-            named = queue.arn in policy.get("sourceQueueArns", [])
-            if allowed == "denyAll" or (allowed == "byQueue" and not named):
+        else:
+            policy = json.loads(target.settings.get("RedriveAllowPolicy", "{}"))
+            allowed = policy.get("redrivePermission", "allowAll")
+            if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
                 reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
         if reason:
             raise _bad_value(text, "RedrivePolicy", reason)
@@ -4186,7 +3945,7 @@ class Sqs:
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
     def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
-        """Return a page of queue URLs, by name; a token only if a page was asked for."""
+        """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
         token, after = call.input.get("NextToken", ""), ""
         try:
@@ -4218,22 +3977,19 @@ class Sqs:
         return json.loads(text)["deadLetterTargetArn"] if text else ""
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
-        """Return the attributes asked for, those that are set."""
+        """Return the named attributes if they are set."""
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
                 raise sqs_refusal("attribute name", name)
-        shown = {**SETTINGS, **COMPUTED_ATTRIBUTES} if "All" in asked else asked
-        attributes = {}
-        for name in shown:
-            if name in COMPUTED_ATTRIBUTES:
-                attributes[name] = str(COMPUTED_ATTRIBUTES[name](queue))
-            elif name in queue.settings:
-                attributes[name] = queue.settings[name]
+        computed = {name: str(compute(queue)) for name, compute in COMPUTED_ATTRIBUTES.items()}
+        values = {**queue.settings, **computed}
+        shown = {**SETTINGS, **computed} if "All" in asked else asked
+        attributes = {name: values[name] for name in shown if name in values}
         return {"Attributes": attributes} if attributes else {}
 
     def set_queue_attributes(self, call: Call) -> None:
-        """Change attributes of a queue; all of them or none."""
+        """Change attributes of a queue, all or none."""
         queue = self._queue(call)
         settings = normal_settings(call.input["Attributes"], queue.fifo)
         both = "SqsManagedSseEnabled" in settings
@@ -4249,32 +4005,30 @@ class Sqs:
         """Drop all messages of a queue: visible, in flight and delayed."""
         queue, now = self._queue(call), self._clock()
         if self._cooldown and now < queue.purged + SECONDS_COOLING:
-            raise sqs_refusal("purged recently", queue.name)
+            raise sqs_refusal("purge", queue.name)
         queue.purged = now
         queue.clear()
 
     def delete_queue(self, call: Call) -> None:
-        """Drop a queue; calls that wait on it learn that it is gone."""
+        """Drop a queue and wake the calls that wait on it."""
         queue = self._queue(call)
         key = (queue.region, queue.account, queue.name)
         del self._queues[key]
         if self._cooldown:
             now = self._clock()
-            self._deleted.pop(key, None)  # they stand in the order of their time
+            self._deleted.pop(key, None)  # the oldest is first
             self._deleted[key] = now
             while next(iter(self._deleted.values())) + SECONDS_COOLING <= now:
                 del self._deleted[next(iter(self._deleted))]
         queue.deleted = True
         queue.changed.notify_all()
 
-    # ---- Tags and permissions ----
-
     def tag_queue(self, call: Call) -> None:
         """Add tags to a queue, or change them."""
         self._queue(call).tags.update(call.input["Tags"])
 
     def untag_queue(self, call: Call) -> None:
-        """Take tags off a queue."""
+        """Remove tags from a queue."""
         tags = self._queue(call).tags
         for key in call.input["TagKeys"]:
             tags.pop(key, None)
@@ -4285,7 +4039,7 @@ class Sqs:
         return {"Tags": tags} if tags else {}
 
     def add_permission(self, call: Call) -> None:
-        """Add a statement to the queue's policy, which is kept and not enforced."""
+        """Add a statement to the queue's policy, which the proxy does not enforce."""
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _BATCH_ID.fullmatch(label):
@@ -4317,7 +4071,7 @@ class Sqs:
         self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
 
     def remove_permission(self, call: Call) -> None:
-        """Take a statement out of the queue's policy; with the last the policy goes."""
+        """Remove a statement of the queue's policy; without statements, remove the policy."""
         queue, label = self._queue(call), call.input["Label"]
         policy = json.loads(queue.settings.get("Policy", "{}"))
         statements = self._statements(policy)
@@ -4336,16 +4090,14 @@ class Sqs:
         self._drop_unset(queue)
         queue.modified = self._clock()
 
-    # ---- Sending ----
-
     def send_message(self, call: Call) -> Mapping[str, Any]:
-        """Take in a message; it is visible after its delay."""
+        """Add a message, which is visible after its delay."""
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
         return self._send(queue, call, call.input, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Take in up to ten messages, each on its own."""
+        """Add up to ten messages independently of each other."""
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
@@ -4358,12 +4110,18 @@ class Sqs:
     def _send(self, queue: Queue, call: Call, entry: Members, too_long: str) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
-        _check_body(body)
+        if not body:
+            raise sqs_refusal("missing", "MessageBody")
+        if _NOT_XML.search(body):
+            raise sqs_refusal("characters")
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
             raise sqs_refusal("too long", too_long, most)
         _check_attributes(attributes)
-        _check_system(system)
+        for name, attribute in system.items():
+            if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
+                raise sqs_refusal("system", name[:80])
+        _check_attributes(system)
         delay, now = self._delay(queue, entry), self._clock()
         kept = {"SenderId": call.caller.access_key_id}
         if "MessageGroupId" in entry:
@@ -4405,7 +4163,7 @@ class Sqs:
         return of_queue
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
-        """Return the entries of a batch; refuse the whole of it for what is wrong with it."""
+        """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
         entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
         if not entries:
             raise sqs_refusal("no entries", call.operation)
@@ -4420,7 +4178,7 @@ class Sqs:
         return entries
 
     def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
-        """Return what became of each entry; one that fails leaves the others be."""
+        """Return the result of each entry; a failed entry does not affect the others."""
         successful, failed = [], []
         for entry in entries:
             try:
@@ -4431,10 +4189,8 @@ class Sqs:
         outcome = (("Successful", successful), ("Failed", failed))
         return {member: results for member, results in outcome if results}
 
-    # ---- Receiving ----
-
     def receive_message(self, call: Call) -> Mapping[str, Any]:
-        """Return messages, hidden from others from now on; wait for the first if asked to."""
+        """Return messages and hide them; wait for the first one up to WaitTimeSeconds."""
         queue, given = self._queue(call), call.input
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
@@ -4460,7 +4216,7 @@ class Sqs:
             queue.advance(now)
             if call.request.abandoned():
                 if queue.pick(1):
-                    queue.changed.notify()  # the wake-up was for a message; pass it on
+                    queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
         if not messages:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
@@ -4470,8 +4226,11 @@ class Sqs:
         return {"Messages": [self._received(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
-        """Return up to `limit` messages, received now; those received too often are moved."""
-        target, most = self._dead_letters(queue)
+        """Receive up to `limit` messages; move messages that were received too often."""
+        text, target, most = queue.settings.get("RedrivePolicy"), None, 0
+        if text:
+            policy = json.loads(text)
+            target, most = self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
         taken: List[Message] = []
         dead: List[Message] = []
         while len(taken) < limit:
@@ -4494,27 +4253,15 @@ class Sqs:
                 queue.show(message)
         for message in dead:
             assert target
-            self._bury(queue, target, message, now)
+            message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
+            message.received_before = message.received
+            if target.fifo:
+                message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
+            target.add(message)
         return taken
 
-    def _dead_letters(self, queue: Queue) -> Tuple[Optional[Queue], int]:
-        """Return where messages go, and after how many receives; None for nowhere."""
-        text = queue.settings.get("RedrivePolicy")
-        if not text:
-            return None, 0
-        policy = json.loads(text)
-        return self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
-
-    def _bury(self, queue: Queue, target: Queue, message: Message, now: float) -> None:
-        """Give a message to the dead-letter queue; the count of its receives goes on."""
-        message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
-        message.received_before = message.received
-        if target.fifo:
-            message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
-        target.add(message)
-
     def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> List[Message]:
-        """Return what the same attempt has received, if nothing has happened to it since."""
+        """Return the messages that the same attempt received, if none has changed since."""
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
             return []
@@ -4541,9 +4288,11 @@ class Sqs:
             attempts.popitem(last=False)
 
     def _received(self, queue: Queue, message: Message, given: Members) -> Members:
+        text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
+        handle = hmac.digest(self._secret, text, "sha256")[:12] + text
         output: Dict[str, Any] = {
             "MessageId": message.message_id,
-            "ReceiptHandle": self._receipt_handle(queue, message),
+            "ReceiptHandle": "AQEB" + _base64_text(handle),
             "MD5OfBody": _md5(message.body),
             "Body": message.body,
         }
@@ -4566,14 +4315,8 @@ class Sqs:
             output["MessageAttributes"] = chosen
         return output
 
-    # ---- What is done with a receipt handle ----
-
-    def _receipt_handle(self, queue: Queue, message: Message) -> str:
-        text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
-        return "AQEB" + _base64_text(hmac.digest(self._secret, text, "sha256")[:12] + text)
-
     def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
-        """Return the message of a handle, None if gone, and whether the receive still holds it."""
+        """Return the message of a handle, or None, and whether its receive still holds it."""
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
@@ -4586,7 +4329,7 @@ class Sqs:
         return message, held
 
     def delete_message(self, call: Call) -> None:
-        """Drop a received message; nothing happens if it is gone already."""
+        """Drop a received message if it still exists."""
         self._delete(self._queue(call), call.input["ReceiptHandle"])
 
     def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
@@ -4602,7 +4345,7 @@ class Sqs:
             queue.remove(message)
 
     def change_message_visibility(self, call: Call) -> None:
-        """Hide a received message for so many seconds from now on; 0 shows it at once."""
+        """Hide a received message for VisibilityTimeout seconds; 0 shows it at once."""
         self._change(self._queue(call), call.input)
 
     def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
@@ -4627,10 +4370,8 @@ class Sqs:
         else:
             queue.show(message)
 
-    # ---- Moving messages out of a dead-letter queue ----
-
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Begin to move messages from a dead-letter queue to their own, or elsewhere."""
+        """Start to move messages from a dead-letter queue to their source or DestinationArn."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
@@ -4649,7 +4390,7 @@ class Sqs:
         handle = task.handle
         self._move_messages(now)
         for queue in self._queues.values():
-            queue.changed.notify_all()  # who waits must now wait for less
+            queue.changed.notify_all()  # the waiters must wake up earlier
         return {"TaskHandle": handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
@@ -4670,7 +4411,7 @@ class Sqs:
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
     def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Stop a running task; what has moved stays where it is."""
+        """Stop a running task; messages that have moved stay where they are."""
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
@@ -4690,31 +4431,28 @@ class Sqs:
         raise sqs_refusal("no task")
 
     def _move_messages(self, now: float) -> None:
-        """Move what the running tasks should have moved by now."""
         for task in list(self._running):
-            source = self._by_arn(task.source_arn)
-            if source:
-                source.advance(now)
-            due = min(task.due(now), task.to_move)
-            while source and task.moved < due and task.status == "RUNNING":
-                picked = source.pick(1)
-                if not picked:
-                    break
-                arn = task.destination_arn or picked[0].system.get("DeadLetterQueueSourceArn", "")
-                target = self._by_arn(arn)
-                if target is None:
-                    task.status = "FAILED"
-                    task.failure = ERRORS["QueueDoesNotExist"].code
-                else:
-                    source.remove(picked[0])
-                    self._redrive(target, picked[0], now)
-                    task.moved += 1
-            if source is None:
-                task.status, task.failure = "FAILED", ERRORS["QueueDoesNotExist"].code
-            elif task.status == "RUNNING" and (task.moved >= task.to_move or not source.pick(1)):
-                task.status = "COMPLETED"
+            task.status = self._move(task, now)
             if task.status != "RUNNING":
                 self._running.remove(task)
+
+    def _move(self, task: MoveTask, now: float) -> str:
+        """Move the messages of a task that should have moved by now, and return its status."""
+        source = self._by_arn(task.source_arn)
+        if source is None:
+            return "FAILED"
+        source.advance(now)
+        due = min(task.due(now), task.to_move)
+        while task.moved < due and source.pick(1):
+            (message,) = source.pick(1)
+            arn = task.destination_arn or message.system.get("DeadLetterQueueSourceArn", "")
+            target = self._by_arn(arn)
+            if target is None:
+                return "FAILED"
+            source.remove(message)
+            self._redrive(target, message, now)
+            task.moved += 1
+        return "RUNNING" if task.moved < task.to_move and source.pick(1) else "COMPLETED"
 
     def _redrive(self, target: Queue, message: Message, now: float) -> None:
         """Send a dead letter again: a new message with a new id ("Configure a DLQ redrive")."""
@@ -4730,8 +4468,6 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
-# ---- The table of operations ----
-
 _SHAPES: Dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
@@ -4744,8 +4480,7 @@ _SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:in
 _SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
 _SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
 
-# Operation, input, and behind the arrow the output; no arrow: it has none.  QueueUrl is required
-# too, but who leaves it out is told that there is no such queue.
+# QueueUrl is required too, but AWS answers a call without it with QueueDoesNotExist.
 _OPERATIONS = f"""
     AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
     CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved
@@ -4776,26 +4511,19 @@ _OPERATIONS = f"""
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
 
-_LISTS = (  # that are spelled in the singular
-    "AWSAccountId AttributeName BinaryListValue MessageAttributeName Message QueueUrl"
-    " MessageSystemAttributeName StringListValue TagKey"
-)
+_QUERY_NAMES = """
+    AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
+    Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
+    Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
+    MessageAttributes=MessageAttribute:Name:Value Messages=Message
+    MessageSystemAttributeNames=MessageSystemAttributeName
+    MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
+    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry
+    TagKeys=TagKey Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+"""
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
-    {
-        **{f"{name}s": QueryName(name) for name in _LISTS.split()},
-        "Actions": QueryName("ActionName"),
-        "Attributes": QueryName("Attribute", "Name", "Value"),
-        "Entries": QueryName("{}RequestEntry"),
-        "Failed": QueryName("BatchResultErrorEntry"),
-        "MessageAttributes": QueryName("MessageAttribute", "Name", "Value"),
-        "MessageSystemAttributes": QueryName("MessageSystemAttribute", "Name", "Value"),
-        "Results": QueryName("{}ResultEntry"),
-        "Successful": QueryName("{}ResultEntry"),
-        "Tags": QueryName("Tag", "Key", "Value"),
-        "queueUrls": QueryName("QueueUrl"),
-        "tags": QueryName("Tag", "Key", "Value"),
-    },
+    {name: QueryName(*spelled.split(":")) for name, spelled in pairs(_QUERY_NAMES).items()},
     frozenset({"CreateQueue", "ListQueues"}),
 )
 
@@ -4964,8 +4692,8 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     access-analyzer|acm(-pca)?|appconfig|autoscaling|batch|clouddirectory|cloudformation|cloudtrail
     |config|connect|databrew|dms|dynamodb|ec2|eks|elasticache|elasticbeanstalk|elasticloadbalancing
     |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
-    |monitoring|networkmanager|organizations|outposts|ram|rds|redshift|route53(resolver)?
-    |servicequotas|sns|sqs|ssm|sso|states|sts|swf
+    |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
+    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
 """)
 # The region that the calls of a global service are signed for, if its host names none.
 SIGNING_REGIONS = pairs("""
@@ -5290,6 +5018,7 @@ class CredentialChain:
         self._session_name = session_name
         self._fetch = fetch
         self._clock = clock
+        self._instance: Optional[Credentials] = None  # the last keys of EC2 metadata
         self._sources: Mapping[str, Callable[[], Credentials]] = {
             "environment": self._from_environment,
             "web identity": self._from_web_identity,
@@ -5324,6 +5053,8 @@ class CredentialChain:
             "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
             "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         )
+        if name == "environment":
+            return bool(given("AWS_ACCESS_KEY_ID"))
         if name == "web identity":
             return bool(given("AWS_WEB_IDENTITY_TOKEN_FILE") and given("AWS_ROLE_ARN"))
         return name == "container" and any(map(given, container))
@@ -5362,6 +5093,25 @@ class CredentialChain:
         return _from_fields(_document(self._fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
+        """Return the keys of the EC2 instance; extend expired ones that cannot be renewed.
+
+        The SDKs call this static stability: AWS accepts the old keys while it has no new ones.
+        """
+        now, reason = self._clock(), "it still returns the old ones"
+        try:
+            self._instance = self._ask_metadata()
+        except Skipped as error:
+            if not self._instance or self._instance.expires > now:
+                raise
+            reason = str(error)
+        if self._instance.expires > now:
+            return self._instance
+        seconds = random.uniform(120, 600)  # until the next try: the jitter of botocore
+        text = "EC2 metadata has no new credentials (%s); using the expired ones for %d seconds"
+        log.warning(text, reason, seconds)
+        return self._instance._replace(expires=now + CredentialCache.AHEAD + seconds)
+
+    def _ask_metadata(self) -> Credentials:
         if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             raise Skipped("AWS_EC2_METADATA_DISABLED is true")
         given = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
@@ -5371,7 +5121,7 @@ class CredentialChain:
             token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         except Skipped as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
-            raise Skipped(f"{error} ({hint})") from error
+            raise Skipped(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
         role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
@@ -5387,7 +5137,7 @@ class CredentialChain:
         try:
             parser.read(path, "utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise Skipped(f"{path} is malformed") from error
+            raise Failed(f"{path} is malformed") from error
         return parser
 
     def _section(self, profile: str) -> Dict[str, str]:
@@ -5408,11 +5158,17 @@ class CredentialChain:
         return settings
 
     def _from_chosen_profile(self) -> Credentials:
-        settings = self._section(self._profile)
+        settings: Mapping[str, str] = {}
         try:
+            settings = self._section(self._profile)
             return self._from_profile(self._profile, ())
         except Skipped as reason:
-            if {"role_arn", "credential_process", "sso_account_id"} & set(settings):
+            set_up = (
+                *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
+                *("login_session", "aws_access_key_id"),
+            )
+            missing = not settings and self._environ.get("AWS_PROFILE")
+            if missing or any(map(settings.get, set_up)):
                 raise Failed(str(reason), reason.passing) from reason
             raise
 
@@ -5438,7 +5194,9 @@ class CredentialChain:
             return _from_process(settings["credential_process"])
         if settings.get("sso_account_id"):
             return self._from_sso(settings)
-        raise Skipped("it has no keys, process, role or SSO account")
+        if settings.get("login_session"):
+            return self._from_login(settings["login_session"], profile)
+        raise Skipped("it has no keys, process, role, SSO account or login session")
 
     def _source_of(
         self, settings: Mapping[str, str], profile: str, visited: Tuple[str, ...]
@@ -5455,7 +5213,33 @@ class CredentialChain:
         return source()
 
     def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
-        name = settings.get("sso_session") or settings.get("sso_start_url", "")
+        with _SSO_LOCK:
+            token = self._sso_token(settings)
+        region = settings.get("sso_region") or self.region()
+        role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
+        query = urllib.parse.urlencode({"role_name": role, "account_id": account})
+        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
+        try:
+            answer = self._fetch(url, {"x-amz-sso_bearer_token": token})
+        except Skipped as error:
+            remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
+            raise Skipped(f"{error}{remedy}", error.passing) from error
+        found = _document(answer)
+        try:
+            keys = found["roleCredentials"]
+            expires = keys["expiration"] / 1000
+            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
+            return _credentials(key, secret, keys["sessionToken"], expires)
+        except (KeyError, TypeError) as error:
+            raise Skipped("the SSO portal's answer holds no credentials") from error
+
+    def _sso_token(self, settings: Mapping[str, str]) -> str:
+        """Return the cached SSO token; refresh it first if it expires within 15 minutes.
+
+        Only the token of an sso_session can be refreshed (SSOTokenProvider of botocore).
+        """
+        session = settings.get("sso_session")
+        name = session or settings.get("sso_start_url", "")
         digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
         path = os.path.expanduser(f"~/.aws/sso/cache/{digest}.json")
         remedy = "run 'aws sso login'"
@@ -5464,20 +5248,73 @@ class CredentialChain:
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
         except (Skipped, KeyError) as error:
             raise Skipped(f"its SSO token is not cached; {remedy}") from error
-        if expires <= self._clock():
-            raise Skipped(f"its SSO token has expired; {remedy}")
+        left, why, passing = expires - self._clock(), "", False
+        if session and left < 900:
+            try:
+                return self._refresh_sso_token(path, cached, settings)
+            except Skipped as error:
+                why, passing = f" and cannot be refreshed ({error})", error.passing
+        if left <= 0:
+            raise Skipped(f"its SSO token has expired{why}; {remedy}", passing)
+        if why:
+            log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
+        return token
+
+    def _refresh_sso_token(
+        self, path: str, cached: Mapping[str, Any], settings: Mapping[str, str]
+    ) -> str:
+        """Return a new SSO token, and write it to the cache file with botocore's members."""
+        names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
+        missing = [name for name in names if not cached.get(name)]
+        if missing:
+            raise Skipped(f"{path} has no {' and no '.join(missing)}")
+        if _expiry(cached["registrationExpiresAt"]) <= self._clock():
+            raise Skipped("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
-        role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
-        query = urllib.parse.urlencode({"role_name": role, "account_id": account})
-        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
-        found = _document(self._fetch(url, {"x-amz-sso_bearer_token": token}))
+        url = f"{self._endpoint('sso-oauth', region).origin}/token"
+        given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
+        headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
+        answer = _document(self._fetch(url, headers, data=body))
+        token, seconds = answer.get("accessToken"), answer.get("expiresIn")
+        if not isinstance(seconds, int) or not 0 < seconds < 10**9:
+            raise Skipped("the answer of SSO holds no valid expiresIn")
+        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+            raise Skipped("the answer of SSO holds no token")
+        new = {
+            "startUrl": settings.get("sso_start_url", ""),
+            "region": region,
+            **{name: cached[name] for name in names if name != "refreshToken"},
+            "accessToken": token,
+            "expiresAt": _utc(math.floor(self._clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
+        }
+        if answer.get("refreshToken"):
+            new["refreshToken"] = answer["refreshToken"]
         try:
-            keys = found["roleCredentials"]
-            expires = keys["expiration"] / 1000
-            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
-            return _credentials(key, secret, keys["sessionToken"], expires)
-        except (KeyError, TypeError) as error:
-            raise Skipped("the SSO portal's answer holds no credentials") from error
+            _write_private(path, new)
+        except OSError as error:
+            log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
+        return token
+
+    def _from_login(self, session: str, profile: str) -> Credentials:
+        """Return the keys that `aws login` has cached; they expire after 15 minutes.
+
+        Source: LoginTokenLoader of botocore.  A refresh needs a DPoP proof, which is signed with
+        an elliptic curve that the standard library lacks.
+        """
+        given = self._environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
+        name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
+        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
+        remedy = f"add to its profile: credential_process = {command} --format process"
+        try:
+            path = os.path.join(os.path.expandvars(given), name)
+            keys = _document(_read_text(path).encode())["accessToken"]
+            key, secret, expires = keys["accessKeyId"], keys["secretAccessKey"], keys["expiresAt"]
+            found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
+        except (Skipped, KeyError, TypeError) as error:
+            raise Skipped(f"its login is not cached; run 'aws login', and {remedy}") from error
+        if found.expires <= self._clock():
+            raise Skipped(f"the cached keys of its login have expired; {remedy}")
+        return found
 
     # ---- Roles ----
 
@@ -5550,6 +5387,7 @@ class CredentialChain:
         return _from_fields(found, "SessionToken")
 
 
+_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
@@ -5564,6 +5402,20 @@ def _read_text(path: str) -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise Skipped(f"{path} cannot be read") from error
+
+
+def _write_private(path: str, document: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step; only its owner can read it.  Raises OSError."""
+    opened, new = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))  # its mode is 0600
+    try:
+        with os.fdopen(opened, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        os.unlink(new)
+        raise
 
 
 def _profile_of(section: str) -> str:
@@ -6403,6 +6255,7 @@ class Upstream:
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         host = call.request.header("host") or ""
         fips, dualstack = self._credentials(call.caller).variants
+        host = host[len(call.bucket) :]
         if ("fips" in host or "dualstack" in host) and is_aws_host(host):
             fips, dualstack = fips or "fips" in host, dualstack or "dualstack" in host
         method, variants = call.request.method, (fips, dualstack)
@@ -6435,6 +6288,8 @@ class Upstream:
                 mark = query = ""
                 headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
+            elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
+                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
@@ -6719,19 +6574,22 @@ class Upstream:
 
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
 #
-# Everything that watches calls or changes them is a hook, ours too.
+# Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
+#
+# To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
+# is read on demand, call metrics.gauge(name, help, function) in Program.
 
 
 class Exchange:
-    """A request, and what became of it, as `Hook.observe` sees it."""
+    """A request and its result, for `Hook.observe`."""
 
-    call: Optional[Call] = None  # once the meaning is known
-    target: Optional[Target] = None  # what answers, for Proxy
+    call: Optional[Call] = None  # None before the operation is known
+    target: Optional[Target] = None  # chosen by Proxy
     unsigned = False  # whether it has no signature, and a route may let it through
-    spooled: Optional[BinaryIO] = None  # the file that a long body is kept in meanwhile
+    spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = 0
-    error = "-"  # the code that the caller was told
-    reason = ""  # the row of REFUSALS, if its signature was refused
+    error = "-"  # the error code in the answer
+    reason = ""  # the row of REFUSALS, if the signature was refused
     seconds = 0.0
     reply_bytes = 0
     reply: Optional[Reply] = None
@@ -6746,7 +6604,7 @@ class Exchange:
 
     @property
     def access_key_id(self) -> str:
-        """The key that signed it; with `?` in front if its signature did not hold."""
+        """Return the key that signed it, with a `?` in front if the signature was not verified."""
         if self.call:
             return self.call.caller.access_key_id
         claimed = claim(self.request)[0]
@@ -6754,7 +6612,7 @@ class Exchange:
 
     @property
     def action(self) -> str:
-        """The action, as far as the head tells where it was not found out."""
+        """Return the action; without a Call, the one that the head names."""
         if self.call:
             return self.call.action
         service = self.wire.service(self.request) or claim(self.request)[1].service
@@ -6766,28 +6624,28 @@ class Exchange:
         call = self.call
         if not call or not call.route:
             return "-"
-        return call.upstream_host or getattr(call.route.target, "name", "-")
+        return call.upstream_host[:MAX_SHOWN] or getattr(call.route.target, "name", "-")
 
     @property
     def request_bytes(self) -> int:
-        """The Content-Length; 0 where there is none that is a number."""
+        """Return the Content-Length, 0 if it is missing or malformed."""
         length = self.request.header("content-length")
         return int(length) if length and _DIGITS.fullmatch(length) else 0
 
     @property
     def attempt(self) -> int:
-        """Which try of its SDK this is, from 1 on; 0 where the SDK does not tell."""
-        header = self.request.header("amz-sdk-request")
-        match = header and _ATTEMPT.search(header)
+        """Return the number of the SDK's attempt, from 1 on; 0 if it is unknown."""
+        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
         return int(match[1]) if match else 0
 
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
-MAX_SHOWN = 256  # characters of what a caller named, in a log line
+MAX_SHOWN = 256  # characters of a caller's text in a log line
+Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
 
 
 class Workers:
-    """Threads for what may wait: as many as there is to do at once, idle ones used again."""
+    """Threads for tasks that may block: a new one only if none is idle."""
 
     IDLE_SECONDS = 30
 
@@ -6797,7 +6655,7 @@ class Workers:
         self._idle = 0
 
     def run(self, task: Callable[[], None]) -> None:
-        """Have a thread do it; RuntimeError where no more threads can be had."""
+        """Run the task in a thread; RuntimeError if the system has no more threads."""
         with self._lock:
             spare = self._idle > 0
             if spare:
@@ -6812,7 +6670,7 @@ class Workers:
                 task = self._tasks.get(timeout=self.IDLE_SECONDS)
             except queues.Empty:
                 with self._lock:
-                    if self._idle > 0:  # none of the idle has been promised a task: one may go
+                    if self._idle > 0:  # no task waits for this thread
                         self._idle -= 1
                         return
                 continue
@@ -6822,41 +6680,34 @@ class Workers:
 
 
 class Hook:
-    """What can be done to calls; a subclass, or a module, has any of these.
+    """Watches or changes calls; a subclass, or a module, has some of these functions.
 
-    `before` runs in the order of the hooks, `after` and `observe` in reverse.  A hook may raise
-    ServiceError, which is the answer then; any other exception is logged, and answered as
-    InternalFailure.
+    `before` runs in the order of the hooks, `after` and `observe` in reverse.  A ServiceError of
+    a hook is the answer.  Any other exception is logged, and the call gets InternalFailure.
     """
 
     def concerns(self, call: Call) -> bool:
-        """Whether `before`, `rewrite` and `after` are for this call; it must not wait.
-
-        A call that no hook is for is answered as quickly as if there were none.
-        """
+        """Return whether to run `before`, `rewrite` and `after` for this call; do not block."""
         return True
 
     def before(self, call: Call) -> Optional[Reply]:
-        """Called once the call is verified; a Reply answers it, None lets it go on.
+        """Return a Reply to answer a verified call, None to let it go on.
 
-        `call.input` may be changed; the call is then encoded anew in its own protocol.
+        If the hook changes `call.input`, the call is encoded again in its own protocol.
         """
 
     def rewrite(self, call: Call, outgoing: Request) -> Optional[Request]:
-        """Return what to send upstream instead, before it is signed, or None.
-
-        Hop-by-hop headers are gone by then.
-        """
+        """Return another request to sign and send, without hop-by-hop headers, or None."""
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
-        """Called with the answer, ours or the upstream's; return another one, or None."""
+        """Return another answer, or None to keep this one of the proxy or the upstream."""
 
     def observe(self, exchange: Exchange) -> None:
-        """Called when a request was answered, also one that was refused; it must not wait."""
+        """Look at an answered or refused request; do not block."""
 
 
 def run_hook(act: Callable[..., Any], *given: Any) -> Any:
-    """Return what the code of a hook returns; raise RuntimeError if it raises no Exception."""
+    """Return what the code of a hook returns; turn a SystemExit and the like into RuntimeError."""
     try:
         return act(*given)
     except Exception:
@@ -6866,10 +6717,8 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 
 MOMENTS = ("before", "rewrite", "after", "observe")
-_OF_A_HOOK = (*MOMENTS, "concerns")  # which alone makes no hook
-
-
-_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read once
+_OF_A_HOOK = (*MOMENTS, "concerns")  # not a hook on its own
+_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
 def stamp_of(path: str) -> Tuple[int, ...]:
@@ -6884,10 +6733,7 @@ def stamp_of(path: str) -> Tuple[int, ...]:
 
 
 class Watched:
-    """What files say, read again when they change; a broken new version is logged and left.
-
-    Raises OSError or ValueError where the first one cannot be read.
-    """
+    """A value read from files, again when they change; if that fails, the old value stays."""
 
     def __init__(self, *paths: str) -> None:
         self._paths = [path for path in paths if path]
@@ -6901,7 +6747,7 @@ class Watched:
         return [stamp_of(path) for path in self._paths]
 
     def refresh(self) -> bool:
-        """Read again what has changed; whether there is a new value."""
+        """Read the files again if they have changed, and return whether there is a new value."""
         stamps = self._stamps_now()
         if stamps == self._stamps or _NO_FILE in stamps:
             return False
@@ -6909,7 +6755,7 @@ class Watched:
         try:
             self.value = self._read()
         except (OSError, ValueError) as error:
-            log.error("%s not read again, what it said stays: %s", self._paths[0], error)
+            log.error("%s not read again, keeping the old contents: %s", self._paths[0], error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._stamps = ()
             return False
@@ -6918,7 +6764,7 @@ class Watched:
 
 
 class HookFile(Watched):
-    """A hook in a file of its own: `value` is the module, a plain one."""
+    """A hook in a file: `value` is its module."""
 
     def _read(self) -> Any:
         name = os.path.splitext(os.path.basename(self._paths[0]))[0]
@@ -6938,8 +6784,7 @@ class HookFile(Watched):
                 close = difflib.get_close_matches(name, _OF_A_HOOK, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
-        for name in _OF_A_HOOK:
-            if hasattr(module, name) and not callable(getattr(module, name)):
+            if name in _OF_A_HOOK and not callable(value):
                 raise ValueError(f"{name} is no function")
         if not any(hasattr(module, moment) for moment in MOMENTS):
             raise ValueError(f"it has none of {', '.join(MOMENTS)}")
@@ -6947,13 +6792,9 @@ class HookFile(Watched):
 
 
 class LineWriter:
-    """Writes lines to a stream in a separate thread: callers never wait for a slow reader.
+    """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
-    At most MOST lines wait; lines beyond that are dropped and counted.  `open_again` returns a
-    new stream for `reopen`, and may raise OSError.
-    """
-
-    MOST = 5000
+    MOST = 5000  # lines that wait; more are dropped and counted
     PAUSE = 0.02  # seconds in which lines are gathered for one write
 
     def __init__(self, stream: Any, open_again: Optional[Callable[[], Any]] = None) -> None:
@@ -6968,7 +6809,7 @@ class LineWriter:
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
-        """Queue a line; it is written within a moment."""
+        """Queue a line for the thread."""
         if len(self._lines) + self._writing >= self.MOST:
             self.dropped += 1
             return
@@ -6977,12 +6818,12 @@ class LineWriter:
             self._arrived.set()
 
     def reopen(self) -> None:
-        """Open the stream again soon: somebody has moved the file away."""
+        """Open the stream again soon, because the log file was moved."""
         self._reopens = True
         self._arrived.set()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Wait until all lines are written, but not for a reader that does not read."""
+        """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
         while (self._lines or self._writing) and time.monotonic() < until:
             self._written.clear()
@@ -7012,14 +6853,14 @@ class LineWriter:
             try:
                 old, self._stream = self._stream, self._open_again()
             except OSError as error:
-                log.error("the log file cannot be opened again, the old one stays: %s", error)
+                log.error("the log file cannot be opened again, keeping the old one: %s", error)
                 return
-            with contextlib.suppress(OSError, ValueError):  # what it still held cannot be written
+            with contextlib.suppress(OSError, ValueError):  # its buffer cannot be written
                 old.close()
 
 
 class AccessLog(Hook):
-    """Writes a line for each exchange, as text or as JSON; without secrets."""
+    """Writes a line without secrets for each exchange, as text or as JSON."""
 
     def __init__(self, stream: Any, of_json: bool) -> None:
         self._stream = stream
@@ -7060,7 +6901,7 @@ class AccessLog(Hook):
         try:
             self._stream.write(line + "\n")
         except (OSError, ValueError):
-            return  # whoever reads the log is gone, and the log is where it would be told
+            return  # the reader of the log has left
 
 
 def _is_plain(text: str) -> bool:
@@ -7068,7 +6909,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a field of a text line: one word, cut, in printable ASCII."""
+    """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN]
     if not _is_plain(text) or "\\" in text:
         text = text.encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
@@ -7076,29 +6917,25 @@ def _shown(value: Any) -> str:
 
 
 def _cut(value: Any) -> Any:
-    """Return a field of a JSON line, cut; JSON spells a character in up to twelve."""
+    """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
     if not isinstance(value, str):
         return value
     return value[: MAX_SHOWN if _is_plain(value[:MAX_SHOWN]) else MAX_SHOWN // 8]
 
 
 def open_log(path: str) -> Any:
-    """Return a log file to append to, line by line.  Raises OSError."""
+    """Return a log file that appends line by line; or OSError."""
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
-Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
-
-
 class Metrics(Hook):
-    """Counts calls, and tells the counts in Prometheus's text format.
+    """Counts calls for Prometheus.
 
-    What strangers name is not counted by its name: before a signature held the client is "-",
-    and beyond MAX_OPERATIONS an operation that was not seen before is "other", as is, beyond
-    MAX_ROWS, a code, and beyond twice as many all of a row.
+    Strangers cannot add names without limit.  Without a verified signature the client is "-".
+    After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
+    After twice as many rows, so are all labels of a new row.
     """
 
-    BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
     THROTTLES = frozenset(
@@ -7113,12 +6950,11 @@ class Metrics(Hook):
         self._rows: Dict[Tuple[Any, ...], List[int]] = {}
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
-        self._seconds = Histogram(self.BUCKETS)
-        self._upstream_seconds = Histogram(self.BUCKETS)
+        self._seconds, self._upstream_seconds = Histogram(), Histogram()
         self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Have a value told that is read when it is asked for."""
+        """Add a gauge; `read` returns its value."""
         self._gauges[name] = (help_text, read)
 
     def observe(self, exchange: Exchange) -> None:
@@ -7143,7 +6979,7 @@ class Metrics(Hook):
                 self._targets[target] += 1
 
     def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
-        """Return where to count such calls; operations beyond the most are counted as one."""
+        """Return the row that counts such calls, a common one if there are too many."""
         client, *operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
             self._operations.add((operation[0], operation[1]))
@@ -7157,7 +6993,7 @@ class Metrics(Hook):
         return self._rows.setdefault(key, [0, 0, 0])
 
     def text(self) -> str:
-        """Return all of it (Prometheus, "Exposition formats", text format 0.0.4)."""
+        """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
         lines: List[str] = []
         calls, attempts = Counts(), Counts()
         totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
@@ -7180,8 +7016,8 @@ class Metrics(Hook):
             ):
                 _head(lines, f"{name}_total", "counter", help_text)
                 for values, count in sorted(counts.items()):
-                    told = _labels(zip(labels.split(), values))
-                    lines.append(f"awsproxy_{name}_total{told} {count}")
+                    shown = _labels(zip(labels.split(), values))
+                    lines.append(f"awsproxy_{name}_total{shown} {count}")
             self._seconds.write(lines, "request_seconds", "How long a request took.")
             self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
         for name, (help_text, read) in self._gauges.items():
@@ -7194,23 +7030,24 @@ class Metrics(Hook):
 
 
 class Histogram:
-    """Counts of values up to each bound."""
+    """Counts seconds up to each bound."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self.BOUNDS) + 1)
         self._sum = 0.0
 
     def add(self, value: float) -> None:
         """Count a value."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self._sum += value
 
     def write(self, lines: List[str], name: str, help_text: str) -> None:
-        """Append the lines that tell it."""
+        """Append the lines of the histogram."""
         _head(lines, name, "histogram", help_text)
         running = itertools.accumulate(self._counts)
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), running):
+        for bound, count in zip((*map(str, self.BOUNDS), "+Inf"), running):
             lines.append(f'awsproxy_{name}_bucket{{le="{bound}"}} {count}')
         lines.append(f"awsproxy_{name}_sum {_number_text(self._sum)}")
         lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
@@ -7233,7 +7070,7 @@ def _number_text(value: float) -> str:
 
 @lru_cache(maxsize=1)
 def file_sha256() -> str:
-    """Return the SHA-256 of this very file, in hex."""
+    """Return the SHA-256 of this file in hex."""
     with open(__file__, "rb") as source:
         return hashlib.sha256(source.read()).hexdigest()
 
@@ -7242,22 +7079,24 @@ Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
 Put = Callable[[str, bytes, float], bytes]
 _QueueKey = Tuple[str, str]  # region, account/name
+_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
+_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
 
 class _Hold(NamedTuple):
     queue: _QueueKey
-    until: float  # infinity while the timeout is being asked for
+    until: float  # infinity while the timeout is unknown
     since: float  # on the monotonic clock
 
 
 class InFlight(Hook):
-    """Counts the messages that workers hold, by queue, of SQS in memory and of forwarded SQS.
+    """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
-    A message is held from its receive until it is deleted, made visible, or its timeout is over.
-    `ask` returns the visibility timeout of a call's queue; `run` asks while nobody waits.
+    A worker holds a message from its receive until it is deleted, made visible, or times out.
+    `ask` returns the visibility timeout of a call's queue; `run` runs it in the background.
     """
 
-    FORGET_SECONDS = 60  # after which a queue is asked again
+    FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     NOTED = frozenset(
         "ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage DeleteMessageBatch"
@@ -7273,40 +7112,42 @@ class InFlight(Hook):
         self._held: Dict[str, _Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # the timeout, as of when
+        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # a timeout and its time
 
     def counts(self) -> Dict[str, int]:
-        """Return how many messages are held, by queue, those with any."""
+        """Return how many messages are held, by queue."""
         with self._lock:
             self._expire()
             return dict(collections.Counter(hold.queue[1] for hold in self._held.values()))
 
     @property
     def total(self) -> int:
-        """How many messages are held."""
+        """Return how many messages are held."""
         with self._lock:
             self._expire()
             return len(self._held)
 
     @property
     def longest(self) -> float:
-        """How many seconds the longest hold has left; 0 if nothing is held."""
+        """Return how many seconds the longest hold has left, 0 if no message is held."""
         with self._lock:
             ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
             return max(ends, default=self._clock()) - self._clock()
 
     def observe(self, exchange: Exchange) -> None:
-        """Take note of an answered call."""
+        """Count the messages of an answered call."""
         if exchange.call and exchange.reply:
             self.note(exchange.call, exchange.reply)
 
     def note(self, call: Call, reply: Reply) -> None:
-        """Take note of a call and its answer."""
+        """Count the messages of a call and its answer."""
         noted = call.operation in self.NOTED and call.service == "sqs"
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
-        queue = _queue_key(call, given.get("QueueUrl") or call.request.path)
+        url: str = given.get("QueueUrl") or call.request.path
+        *_, account, name = ("", *url.rstrip("/").split("/"))
+        queue = call.region, f"{account or call.caller.account_id}/{name}"
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
@@ -7341,12 +7182,12 @@ class InFlight(Hook):
             self._run(functools.partial(self._learn, call, queue, now, ids))
 
     def _learn(self, call: Call, queue: _QueueKey, taken: float, ids: Sequence[str]) -> None:
-        """Ask how long the messages are held that were taken then."""
+        """Ask for the visibility timeout of messages that were received at `taken`."""
         try:
             timeout = self._ask(call, queue[1])
         except Exception as error:
-            log.warning("the timeout of %s is not known, 30 s are taken: %s", queue[1], error)
-            timeout = 30  # what a queue has if nobody set another
+            log.warning("the timeout of %s is not known, assuming 30 s: %s", queue[1], error)
+            timeout = 30  # the default of SQS
         self._timeouts[queue] = (timeout, self._clock())
         with self._lock:
             for message_id in ids:
@@ -7364,7 +7205,7 @@ class InFlight(Hook):
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Any handle of a message, an older one too, is good for it, in its own queue."""
+        """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
             for entry in entries:
                 handle = _digest(entry["ReceiptHandle"])
@@ -7381,7 +7222,7 @@ class InFlight(Hook):
                     self._deleted[message_id] = time.monotonic()
                     if len(self._deleted) > self.REMEMBERED // 100:
                         self._deleted.popitem(last=False)
-                elif hold and hold.since < call.began:  # else somebody has it again already
+                elif hold and hold.since < call.began:  # not received again since
                     del self._held[message_id]
 
     def _expire(self) -> None:
@@ -7398,16 +7239,6 @@ def _digest(handle: str) -> bytes:
     return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def _queue_key(call: Call, url: str) -> _QueueKey:
-    """Return the region and `account/name` of a queue, whichever way it is spelled."""
-    *_, account_id, name = ("", *url.rstrip("/").split("/"))
-    return call.region, f"{account_id or call.caller.account_id}/{name}"
-
-
-_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-
-
 def _put(url: str, body: bytes, timeout: float) -> bytes:
     headers = {"Content-Type": "application/json"}
     return fetch(url, headers, data=body, method="PUT", timeout=timeout)
@@ -7416,13 +7247,12 @@ def _put(url: str, body: bytes, timeout: float) -> bytes:
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
-    Protection is asked for on the edge from idle to busy, before the messages are handed out,
-    given back on the way to idle, and renewed between; whatever the agent says, a message is
-    never failed for it ("Task scale-in protection endpoint", Amazon ECS Developer Guide).
+    It asks for protection before the first messages are handed out, renews it, and gives it back
+    with the last one.  A failing agent fails no receive ("Task scale-in protection endpoint").
     """
 
-    PATIENCE = 3  # seconds that handing out messages may wait for the agent
-    MINUTES = 60  # of protection, at the least; it is renewed when half of it is over
+    PATIENCE = 3  # seconds that a receive may wait for the agent
+    MINUTES = 60  # of protection, at the least; it is renewed after half of them
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
     def __init__(
@@ -7437,11 +7267,11 @@ class TaskProtection(InFlight):
         self._agent = threading.Lock()  # one request at a time
 
     def concerns(self, call: Call) -> bool:
-        """Whether its answer may have to wait for protection."""
+        """Return whether the answer may have to wait for protection."""
         return call.operation == "ReceiveMessage" and call.service == "sqs"
 
     def observe(self, exchange: Exchange) -> None:
-        """Take note of the other calls, and give protection back with the last message."""
+        """Count the messages of other calls, and give protection back with the last message."""
         if exchange.call and not self.concerns(exchange.call):
             super().observe(exchange)
         idle = self._protected_until and not self.total
@@ -7449,22 +7279,22 @@ class TaskProtection(InFlight):
             self._run(self.tend)
 
     def after(self, call: Call, reply: Reply) -> Reply:
-        """Take note; on the edge to busy, wait for protection, within bounds."""
+        """Count the received messages; with the first, wait up to PATIENCE for protection."""
         try:
             self.note(call, reply)
-        except Exception as error:  # an upstream may take what we would not
-            log.warning("in flight: %s not taken note of: %r", call.operation, error)
+        except Exception as error:  # an upstream may accept what the model does not
+            log.warning("in flight: the messages of %s are not counted: %r", call.operation, error)
         if self.total and self._protected_until <= self._clock():
             self.tend()
         return reply
 
     def tend_later(self) -> None:
-        """Have `tend` called, without waiting; once each half second will do."""
+        """Run `tend` in the background; call this every half second."""
         if self._protected_until or self.total:
             self._run(self.tend)
 
     def tend(self) -> None:
-        """Ask for protection, renew it or give it back, if that is due."""
+        """Ask for protection, renew it or give it back, if necessary."""
         with self._agent:
             now, busy = self._clock(), self.total > 0
             minutes = min(max(self.MINUTES, math.ceil(self.longest / 60) * 2), 2880)
@@ -7474,7 +7304,7 @@ class TaskProtection(InFlight):
             wanted: Dict[str, Any] = {"ProtectionEnabled": busy}
             if busy:
                 wanted["ExpiresInMinutes"] = minutes
-            else:  # whoever gets a message from now on waits, and asks anew
+            else:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
             try:
                 answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
@@ -7756,10 +7586,14 @@ def is_preflight(request: Request) -> bool:
     fields = request.fields
     asked = fields.get("access-control-request-method", ("",))[0] in METHODS
     unsigned = "origin" in fields and "authorization" not in fields
-    return request.method == "OPTIONS" and asked and unsigned
+    length = fields.get("content-length", ("0",))[0].strip("0")
+    empty = not length and "transfer-encoding" not in fields and len(request.target) <= 8192
+    return request.method == "OPTIONS" and asked and unsigned and empty
 
 
-def check_page(request: Request, hosts: frozenset[str], any_address: bool = False) -> None:
+def check_page(
+    request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
+) -> None:
     """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
     Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
@@ -7771,7 +7605,7 @@ def check_page(request: Request, hosts: frozenset[str], any_address: bool = Fals
     named, fault = "origin" in fields or "sec-fetch-site" in fields, ""
     if len(host) > 255 or (host and not _is_own_host(host, hosts, any_address)):
         fault = f"The Host '{host[:80]}' is not a name of this proxy (see --public-url)."
-    elif named and not is_preflight(request):  # which runs nothing
+    elif named and not preflight:  # which runs nothing
         sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
         origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
         if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
@@ -8073,7 +7907,8 @@ class Proxy:
         if request.method not in METHODS:
             raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
-            check_page(request, self._hosts)
+            preflight = exchange.unsigned and is_preflight(request)
+            check_page(request, self._hosts, preflight=preflight)
         if self._verified and not exchange.unsigned:
             proven = verify_head(
                 request,
@@ -8331,6 +8166,8 @@ class Proxy:
         key = "" if exchange.unsigned else claim(request)[0]
         scope = self._unverified_scope(request)._replace(service=exchange.service)
         name = scope.service
+        if exchange.unsigned and self._regions and scope.region not in self._regions:
+            raise ServiceError("AccessDenied", f"The region '{scope.region}' is not allowed here.")
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
             raise ServiceError("AccessDenied", "The service or the region is not a name of AWS.")
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
@@ -8411,17 +8248,16 @@ def fault_of_reply(reply: Reply) -> str:
 
 # ==== 9. The server: Certificate, Conversation, Server ====
 #
-# One thread reads all connections that are idle or sending a request, and answers whatever can
-# be answered without waiting: threads would fight over the interpreter for such calls.  What
-# has arrived together goes through each step together (see Proxy.begin).  A small forwarded
-# call is waited for in the same loop.  A call that may wait otherwise (a long poll, a hook, a
-# long body) is run by a worker thread, which has the connection to itself meanwhile and then
-# gives it back.
+# One thread runs a loop.  It reads all connections that are idle or sending a request, and
+# answers every call that need not wait: with more threads, such calls would compete for the
+# interpreter.  Requests that arrive together go through each step together (see Proxy.begin).
+# The same loop waits for small forwarded calls.  A worker thread runs any other call that may
+# wait (a long poll, a hook, a long body): it owns the connection until it gives it back.
 
-SMALL_BODY = 131072  # up to here a body is gathered before its call begins
-AT_A_TIME = 65536  # of an answer: TLS takes all it is given or nothing, within one timeout
-AT_ONCE = 16  # so many connections are seen to before the first is answered
-MIN_BODY_RATE = 1024  # bytes a second that a longer body must make on the whole
+SMALL_BODY = 131072  # bytes; the loop gathers bodies up to this length
+AT_A_TIME = 65536  # bytes of an answer: TLS sends a block within one timeout, or not at all
+AT_ONCE = 16  # connections to read before the first is answered
+MIN_BODY_RATE = 1024  # bytes a second, the slowest average of a longer body
 SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 
@@ -8434,10 +8270,7 @@ def _http_date(second: int) -> str:
 
 
 class Certificate(Watched):
-    """What a Server shows of itself with TLS 1.2 or later: `value` is the context.
-
-    The first file (PEM) has the chain after the certificate; the key may be in a second one.
-    """
+    """The SSL context of a Server, from a PEM file with the chain and the key, or two files."""
 
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -8449,50 +8282,40 @@ class Certificate(Watched):
 
     @staticmethod
     def _refuse_to_ask() -> str:
-        raise ValueError("its key is encrypted, and nobody is here to be asked for the password")
-
-    def wrap(self, connection: socket.socket) -> ssl.SSLSocket:
-        """Return the connection with TLS, its hands not yet shaken."""
-        context: ssl.SSLContext = self.value
-        return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
 class Manner(NamedTuple):
-    """How a request wants its answer."""
+    """The form of an answer."""
 
-    close: bool  # the connection ends with it
+    close: bool  # whether the connection ends with it
     head_only: bool
-    old: bool  # HTTP/1.0, which knows no chunks
+    old: bool  # HTTP/1.0, without chunks
 
 
 class Conversation:
-    """A connection: what has arrived and was not used yet, and when it is given up."""
-
-    __slots__ = (
-        "buffer", "deadline", "found", "lingering", "needed", "parked", "peer", "pending",
-        "queued", "scanned", "server", "socket", "used", "writing",
-    )  # fmt: skip
+    """A connection, its unread bytes and its deadline."""
 
     def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
         self.server = server
         self.socket = connection
         self.peer = peer
         self.buffer = b""
-        self.parked = False  # whether the selector has it
-        self.queued = False  # whether the loop is to look for a request in the buffer
-        self.pending: Optional[Pending] = None  # the call of its that an upstream answers
-        self.needed = 0  # so much must be in the buffer before it is worth a look
-        self.scanned = 0  # the buffer holds no end of a head before this
-        self.found: Optional[Tuple[Head, int, int]] = None  # a head, whose body is on its way
-        self.lingering = False  # whether what still arrives is dropped
-        self.used = False  # whether a whole request has come
-        self.writing = False  # whether the other side takes an answer slowly
+        self.parked = False  # whether it is registered with the selector
+        self.queued = False  # whether the loop will look for a request in the buffer
+        self.pending: Optional[Pending] = None  # the call that waits for an upstream
+        self.needed = 0  # bytes that must be in the buffer for a request
+        self.scanned = 0  # bytes of the buffer without the end of a head
+        self.found: Optional[Tuple[Head, int, int]] = None  # a head whose body is incomplete
+        self.lingering = False  # whether to drop what arrives
+        self.used = False  # whether it has sent a complete request
+        self.writing = False  # whether the client reads an answer slowly
         self.deadline = 0.0
 
     # ---- In the loop ----
 
     def shake_hands(self) -> None:
-        """Go on with the handshake of TLS."""
+        """Continue the TLS handshake."""
         assert isinstance(self.socket, ssl.SSLSocket)
         try:
             self.socket.do_handshake()
@@ -8509,8 +8332,8 @@ class Conversation:
             self.server.listen_to(self, selectors.EVENT_READ, self.readable)
 
     def readable(self) -> None:
-        """Take in what has arrived."""
-        if self.queued or not self.parked:  # its turn comes, or a worker has had it since
+        """Receive bytes into the buffer."""
+        if self.queued or not self.parked:  # it waits for `_answer`, or a worker owns it
             return
         if self.pending:
             self.server.interrupted(self, self.pending)
@@ -8519,14 +8342,14 @@ class Conversation:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError:  # or TLS has key updates to answer, and the other side does not read
+        except OSError:  # or TLS must answer a key update, and the client does not read
             data = b""
         if not data:
             self.close()
             return
         if self.lingering:
             return
-        if not self.buffer and data != b"\r\n":  # from its first byte on it has so long
+        if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
         if len(self.buffer) >= self.needed:
@@ -8535,7 +8358,7 @@ class Conversation:
         self.server.note_arrival(len(data))
 
     def next_request(self) -> Optional[Tuple[Request, Manner]]:
-        """Return the next request that the buffer holds, and how it wants its answer, or None."""
+        """Return the next request in the buffer and the form of the answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
@@ -8557,6 +8380,11 @@ class Conversation:
 
         None if it is not complete, or refused, or if a worker is to read the body.
         """
+        if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
+            message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
+            log.warning(message, self.peer)
+            self.close()
+            return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer
@@ -8590,7 +8418,7 @@ class Conversation:
         return head, length, end
 
     def _refuse(self, head: Head, refused: ServiceError) -> None:
-        """Send the refusal, and drop what still arrives for a moment: see `_linger`."""
+        """Send the refusal, then drop what arrives for a moment, for the reason in `_linger`."""
         request = head.request(io.BytesIO(), self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
         data = encode_reply(reply, _http_date(int(time.time())), True, head.method == "HEAD")
@@ -8606,17 +8434,17 @@ class Conversation:
         self.deadline = time.monotonic() + SECONDS_LINGERING
 
     def answer(self, outcome: Outcome, manner: Manner) -> None:
-        """Send a reply, or have it made or waited for."""
+        """Send a reply, or wait for it in the loop or in a worker."""
         if isinstance(outcome, Pending):
             self.server.wait(self, outcome, manner)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             date = _http_date(int(time.time()))
             self._send(encode_reply(outcome, date, manner.close, manner.head_only), manner.close)
         else:
-            self.server.work(self, functools.partial(self._finish, outcome, manner))
+            self.server.work(self, functools.partial(self._write, outcome, manner))
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
-        """Send a reply from its byte `sent` on, as fast as the other side takes it."""
+        """Send a reply from its byte `sent` on, as fast as the client reads."""
         try:
             while sent < len(data):
                 sent += self.socket.send(data[sent : sent + AT_A_TIME])
@@ -8638,32 +8466,31 @@ class Conversation:
         self.resume()
 
     def resume(self) -> None:
-        """Go on with what came while a worker had the connection."""
+        """Continue with bytes that arrived before the answer was sent."""
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
-            self.readable()  # no selector sees what is decrypted already
+            self.readable()  # the selector does not see decrypted bytes
         elif self.buffer:
             self.server.queue(self)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection and forget it."""
         self.server.forget(self)
-        self.buffer = b""  # its place in the queue may still be kept
+        self.buffer = b""  # the server's queue may still have the connection
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the socket; with TLS say so, for the other side to know the end from a cut."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            self._say_goodbye(self.socket)
+        """Close the socket, after a close_notify over TLS."""
+        self._send_close_notify()
         self.socket.close()
 
-    @staticmethod
-    def _say_goodbye(connection: ssl.SSLSocket) -> None:
-        """Send close_notify without waiting for the other side's (RFC 8446, 6.1)."""
-        with contextlib.suppress(OSError, ValueError):  # it is gone, or never shook hands
-            connection.setblocking(False)
-            connection.unwrap()
+    def _send_close_notify(self) -> None:
+        """Send close_notify over TLS without waiting for the client's (RFC 8446, 6.1)."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):  # it is closed, or had no handshake
+                self.socket.setblocking(False)
+                self.socket.unwrap()
 
-    # ---- In a worker, which may wait; each returns whether the connection goes on ----
+    # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
     def _ask_for_tls(self) -> bool:
         error = ServiceError("BadRequest", "This port speaks TLS: the URL must begin with https.")
@@ -8671,11 +8498,8 @@ class Conversation:
         self._linger()
         return False
 
-    def _finish(self, reply: Union[Reply, Callable[[], Reply]], manner: Manner) -> bool:
-        return self._write(reply if isinstance(reply, Reply) else reply(), manner)
-
     def _converse(self, head: Head, length: Optional[int]) -> bool:
-        """Answer a request whose body is read as it is wanted."""
+        """Answer a request while its body arrives."""
         source = Stream(self._receiver(), self.buffer)
         self.buffer = b""
         longest = self.server.proxy.longest_body(head)
@@ -8696,7 +8520,7 @@ class Conversation:
         return goes_on
 
     def _receiver(self) -> Callable[[int], bytes]:
-        """Return what receives a body, and gives up one that arrives too slowly."""
+        """Return a function that receives a body, and raises RequestTimeout if it is too slow."""
         began, total = time.monotonic(), 0
 
         def _receive(size: int) -> bytes:
@@ -8707,7 +8531,7 @@ class Conversation:
             except socket.timeout:
                 data = None
             except OSError:
-                data = b""  # it has hung up
+                data = b""  # the client has hung up
             if data is None:
                 message = "Your socket connection to the server was not read from or written to."
                 raise ServiceError("RequestTimeout", message)
@@ -8716,16 +8540,18 @@ class Conversation:
 
         return _receive
 
-    def _write(self, reply: Reply, manner: Manner) -> bool:
-        """Send a reply; one that streams may break off, and then so does the connection."""
+    def _write(self, outcome: Union[Reply, Act], manner: Manner) -> bool:
+        """Send a reply; if a streaming body fails, close the connection."""
+        reply = outcome if isinstance(outcome, Reply) else outcome()
         close, head_only, old = manner
         date = _http_date(int(time.time()))
         if isinstance(reply.body, bytes):
-            return self._write_rest(encode_reply(reply, date, close, head_only), close)
+            self._send_all(encode_reply(reply, date, close, head_only))
+            return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
         close, chunked = close or (old and not measured), not old and not measured
         framing = "Transfer-Encoding: chunked" if chunked else ""
-        blocks = () if head_only else filter(None, reply.body)  # an empty one would be the end
+        blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
         try:
             head = reply._replace(body=b"")
             self._send_all(encode_reply(head, date, close, head_only, framing))
@@ -8734,8 +8560,8 @@ class Conversation:
             if chunked and not head_only:
                 self._send_all(b"0\r\n\r\n")
         except (OSError, ServiceError) as error:
-            log.warning("an answer to %s broke off: %s", self.peer, error)
-            if not chunked and not measured:  # a mere end would look like that of the body
+            log.warning("an answer to %s is incomplete: %s", self.peer, error)
+            if not chunked and not measured:  # a normal end would look like the end of the body
                 abort = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
             self.socket.close()
@@ -8746,17 +8572,13 @@ class Conversation:
         return not close
 
     def _send_all(self, data: bytes) -> None:
-        """Send all of it; each part that is taken has the whole timeout."""
+        """Send all of the data, with a new timeout for each part."""
         left = memoryview(data)
         while left:
             left = left[self.socket.send(left[:AT_A_TIME]) :]
 
-    def _write_rest(self, data: bytes, close: bool) -> bool:
-        self._send_all(data)
-        return not close
-
     def abandoned(self) -> bool:
-        """Whether the other side has hung up; what it has sent stays where it is."""
+        """Return whether the client has hung up, without receiving anything."""
         if self.socket.fileno() < 0:
             return True
         poll = select.poll()
@@ -8764,7 +8586,7 @@ class Conversation:
         return bool(poll.poll(0))
 
     def _linger(self) -> None:
-        """Drop what still arrives, for a moment: a reset would overtake the answer."""
+        """Drop what arrives for a moment: a reset would overtake the answer."""
         self._end_writing()
         self.socket.settimeout(0.5)
         until = time.monotonic() + SECONDS_LINGERING
@@ -8772,10 +8594,8 @@ class Conversation:
             pass
 
     def _end_writing(self) -> None:
-        """Say that no more is sent."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            self._say_goodbye(self.socket)
-        with contextlib.suppress(OSError):  # it is gone
+        self._send_close_notify()
+        with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
 
 
@@ -8786,10 +8606,10 @@ def _manner(head: Head) -> Manner:
 
 
 class Server(http.server.HTTPServer):
-    """Listens, and has its Conversations answered by a Proxy.
+    """Listens for connections, and lets a Proxy answer their requests.
 
-    A connection may stay silent for `timeout` seconds; a head or small body must arrive, and a
-    write end, in that time.  `max_connections` bounds them.  With a `certificate` it speaks TLS.
+    A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
+    write must end, in that time.  With a `certificate` it speaks TLS.
     """
 
     request_queue_size = 1024
@@ -8810,37 +8630,35 @@ class Server(http.server.HTTPServer):
             self.address_family = socket.AF_INET6
         self.proxy = proxy
         self.timeout_seconds = timeout
-        self.gathered = min(SMALL_BODY, proxy.max_body)  # what a body may have to be gathered
+        self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections = max_connections
         self._reuse_port = reuse_port
         self._certificate = certificate
         self._when_woken = when_woken
-        self._arrived = 0  # bytes, since it was last looked how many are held
+        self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
         regular = (self._give_up_late, self._give_up_pending, self._listen_again)
         self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._conversations: Set[Conversation] = set()  # all; those of workers, too
-        self._queue: collections.deque[Conversation] = (
-            collections.deque()
-        )  # whose buffers may hold a request
+        self._conversations: Set[Conversation] = set()
+        self._queue: collections.deque[Conversation] = collections.deque()  # may hold a request
+        self._returned: collections.deque[Conversation] = collections.deque()  # by workers
         self._heard: List[Pending] = []  # whose upstreams have sent something
         self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
-        self._returned: collections.deque[Conversation] = collections.deque()
-        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # from when on
+        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # with its start
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
         self._stopped = threading.Event()
         self._stopped.set()
-        super().__init__(address, http.server.BaseHTTPRequestHandler)  # never made: we converse
+        super().__init__(address, http.server.BaseHTTPRequestHandler)  # which is never used
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
             self._selector.register(listening, selectors.EVENT_READ, act)
 
     def server_bind(self) -> None:
-        """Bind without asking a name server for our name."""
+        """Bind without a look-up of the host's name."""
         if self._reuse_port:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
@@ -8868,12 +8686,12 @@ class Server(http.server.HTTPServer):
         self._stopped.set()
 
     def take_lag(self) -> float:
-        """Return the longest time, in seconds, without a look at the sockets since last asked."""
+        """Return the longest turn of the loop since the last call, in seconds."""
         lag, self._longest_lag = self._longest_lag, 0.0
         return lag
 
     def note_arrival(self, size: int) -> None:
-        """Count bytes that were kept; close the connections that hold most if it is too much."""
+        """Count buffered bytes; beyond MAX_HELD, close the connections with the most."""
         self._arrived += size
         if self._arrived < MAX_HELD // 8:
             return
@@ -8881,7 +8699,7 @@ class Server(http.server.HTTPServer):
         held = sum(len(c.buffer) for c in self._conversations)
         if held <= MAX_HELD:
             return
-        log.warning("%d bytes of incomplete requests: the longest are dropped", held)
+        log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
         waiting = [c for c in self._conversations if c.parked and not c.pending]
         for conversation in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
             if held <= MAX_HELD * 3 // 4:
@@ -8891,7 +8709,7 @@ class Server(http.server.HTTPServer):
         give_memory_back()
 
     def _answer(self) -> None:
-        """Answer what has arrived, of upstreams, and of the clients whose turn it is."""
+        """Answer the upstreams' replies, and the next requests in the queue."""
         heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
         self._heard.clear()
         for pending, reply in [(pending, pending.proceed()) for pending in heard]:
@@ -8901,13 +8719,13 @@ class Server(http.server.HTTPServer):
         for _ in range(min(len(self._queue), AT_ONCE)):
             conversation = self._queue.popleft()
             if conversation not in self._conversations:
-                continue  # closed since
+                continue  # it was closed
             request = self._guarded(conversation.next_request, conversation.socket)
             if request:
                 found.append((conversation, *request))
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
-        if outcomes is None:  # none of them will be answered
+        if outcomes is None:  # the proxy failed
             for conversation, *_ in found:
                 conversation.close()
             outcomes = ()
@@ -8916,13 +8734,13 @@ class Server(http.server.HTTPServer):
             self._guarded(conversation.answer, conversation.socket, outcome, manner)
 
     def queue(self, conversation: Conversation) -> None:
-        """Have a request looked for in what it has sent, in its turn."""
+        """Add a connection to the queue of those whose buffers may hold a request."""
         if not conversation.queued:
             conversation.queued = True
             self._queue.append(conversation)
 
     def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
-        """Return what it returns; what goes wrong must not end the server."""
+        """Return the result of `act`; log an exception and close the connection."""
         try:
             return act(*given)
         except Exception:
@@ -8932,17 +8750,17 @@ class Server(http.server.HTTPServer):
             return None
 
     def stop(self) -> None:
-        """Have `serve_forever` return."""
+        """Make `serve_forever` return."""
         self._stopping = True
         self.wake()
 
     def wake(self) -> None:
         """Make the loop call `when_woken` soon; a signal handler may call this."""
-        with contextlib.suppress(OSError):  # it is awake already, or all is closed
+        with contextlib.suppress(OSError):  # it is awake already, or the server is closed
             self._wake.send(b"x")
 
     def shutdown(self) -> None:
-        """Have `serve_forever` return, and wait until it does."""
+        """Make `serve_forever` return, and wait until it does."""
         self.stop()
         self._stopped.wait()
 
@@ -8955,7 +8773,7 @@ class Server(http.server.HTTPServer):
         for conversation in list(self._conversations):
             if conversation.parked or conversation.pending:
                 conversation.close()
-            else:  # a worker's, which a mere close would have go on without TLS
+            else:  # a worker owns it: after a close, it would continue without TLS
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
         while self._returned:
@@ -8966,12 +8784,12 @@ class Server(http.server.HTTPServer):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is being answered."""
+        """Return whether no call is being answered."""
         busy = self._pending or self._queue or self._replies
         return not busy and all(c.parked and not c.writing for c in self._conversations)
 
     def cut_polls_short(self) -> None:
-        """Answer the calls that wait for an upstream's messages with none; from the loop."""
+        """Answer all polls of upstreams without messages; only the loop may call this."""
         for pending in [p for p in self._pending if p.is_poll]:
             self._cut_short(pending)
 
@@ -8992,15 +8810,13 @@ class Server(http.server.HTTPServer):
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """Return how many connections are open."""
         return len(self._conversations)
 
     @property
     def calls(self) -> int:
-        """How many calls wait for an upstream, a message or a hook."""
+        """Return how many calls wait for an upstream, a message or a hook."""
         return sum(not c.parked or c.pending is not None for c in list(self._conversations))
-
-    # ---- Connections come and go ----
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -9010,24 +8826,20 @@ class Server(http.server.HTTPServer):
                 return
             except ConnectionAbortedError:
                 continue
-            except OSError as error:  # no file descriptor is left: look again in a moment
-                log.warning("no connection can be accepted: %s", error)
+            except OSError as error:  # no file descriptor is left: try again in a moment
+                log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            full = len(self._conversations) >= self._max_connections
-            if full and not self._make_room():
+            if len(self._conversations) >= self._max_connections and not self._make_room():
                 self._refuse(connection, address[0])
                 continue
             try:
                 self._welcome(connection, address[0])
-            except (OSError, ValueError):  # it is gone already
+            except (OSError, ValueError):  # the client is gone
                 connection.close()
 
     def _make_room(self) -> bool:
-        """Close the connections that have idled longest, those never used before the others.
-
-        If none is idle, close the connections that are slowest to send a request.
-        """
+        """Close the connections that were idle longest, unused ones first; or slow senders."""
         waiting = [c for c in self._conversations if c.parked and not (c.pending or c.queued)]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for conversation in waiting[: len(waiting) // 100 + 1]:
@@ -9035,12 +8847,13 @@ class Server(http.server.HTTPServer):
         return bool(waiting)
 
     def _welcome(self, connection: socket.socket, peer: str) -> None:
-        # Otherwise a second small write waits for the first one's acknowledgement, 40 ms.
+        # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setblocking(False)
         if self._certificate:
-            connection = self._certificate.wrap(connection)
+            wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
+            connection = wrap(connection, do_handshake_on_connect=False)
         conversation = Conversation(self, connection, peer)
         self._park(conversation)
         self._conversations.add(conversation)
@@ -9052,27 +8865,27 @@ class Server(http.server.HTTPServer):
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def _refuse(self, connection: socket.socket, peer: str) -> None:
-        """Tell a connection too many that it is; with TLS there is no saying it."""
+        """Refuse a connection; with TLS, only close it."""
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
         answer = self.refusal(error, peer)
         connection.setblocking(False)
-        with connection, contextlib.suppress(OSError):  # whoever it is, we tried
+        with connection, contextlib.suppress(OSError):
             if not self._certificate:
                 connection.send(answer)
                 connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)  # left unread, it would make a reset of the end
+                connection.recv(65536)  # unread bytes would turn the end into a reset
 
     def refusal(self, error: ServiceError, peer: str) -> bytes:
-        """Return what answers a connection that nothing has been read from."""
+        """Return the answer for a connection from which nothing was read."""
         reply = self.proxy.handle(Request("GET", "/", (), io.BytesIO(), peer), error)
         return encode_reply(reply, _http_date(int(time.time())), True)
 
     def listen_to(self, conversation: Conversation, events: int, act: Callable[[], None]) -> None:
-        """Have the loop do that when the connection is ready for it."""
+        """Make the loop call `act` when the connection is ready for the events."""
         self._selector.modify(conversation.socket, events, act)
 
     def _park(self, conversation: Conversation) -> None:
-        """Have the loop wait for what the connection says next."""
+        """Make the loop wait for the next bytes of the connection."""
         conversation.deadline = time.monotonic() + self.timeout_seconds
         if not conversation.parked:
             conversation.parked = True
@@ -9081,12 +8894,12 @@ class Server(http.server.HTTPServer):
             self._selector.register(conversation.socket, selectors.EVENT_READ, act)
 
     def forget(self, conversation: Conversation) -> None:
-        """Leave a connection that is closed."""
+        """Forget a closed connection."""
         self._conversations.discard(conversation)
         self.unpark(conversation)
 
     def unpark(self, conversation: Conversation) -> None:
-        """Have the loop not wait for it any more."""
+        """Make the loop stop waiting for the connection."""
         if conversation.parked:
             conversation.parked = False
             self._selector.unregister(conversation.socket)
@@ -9096,10 +8909,8 @@ class Server(http.server.HTTPServer):
         for conversation in [c for c in self._conversations if c.deadline < now and c.parked]:
             conversation.close()
 
-    # ---- What waits for an upstream ----
-
     def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
-        """Have the loop wait for the answer of an upstream."""
+        """Make the loop wait for the answer of an upstream."""
         conversation.pending, conversation.deadline = pending, math.inf
         self._pending[pending] = (time.monotonic(), conversation, manner)
         act = functools.partial(self._heard.append, pending)
@@ -9119,15 +8930,13 @@ class Server(http.server.HTTPServer):
         for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
             self._settle(pending, pending.give_up())
 
-    # ---- Workers ----
-
     def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
-        """Have a worker do what may wait, and then park the connection, if it goes on."""
+        """Run `act` in a worker, which returns whether the connection stays open."""
         self.unpark(conversation)
         try:
             self._workers.run(functools.partial(self._do, conversation, act))
         except RuntimeError as error:  # no more threads
-            log.warning("a call is given up: %s", error)
+            log.warning("a call is dropped because no thread can start: %s", error)
             conversation.close()
 
     def _do(self, conversation: Conversation, act: Callable[[], bool]) -> None:
@@ -9136,7 +8945,7 @@ class Server(http.server.HTTPServer):
             conversation.socket.settimeout(self.timeout_seconds)
             goes_on = act()
         except OSError:
-            pass  # the other side was silent for too long, or is gone
+            pass  # the client was silent for too long, or is gone
         except Exception:
             log.exception("a connection failed")
         finally:  # the body of a hook's Reply may raise anything
@@ -9153,11 +8962,8 @@ class Server(http.server.HTTPServer):
             if conversation.socket.fileno() < 0:
                 self._conversations.discard(conversation)
             else:
-                self._guarded(self._go_on, conversation.socket, conversation)
-
-    def _go_on(self, conversation: Conversation) -> None:
-        self._park(conversation)
-        conversation.resume()
+                self._guarded(self._park, conversation.socket, conversation)
+                self._guarded(conversation.resume, conversation.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====

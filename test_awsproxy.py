@@ -20,12 +20,14 @@ import email.utils
 import errno
 import functools
 import gc
+import glob
 import gzip
 import hashlib
 import hmac
 import http.client
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -4096,7 +4098,7 @@ class FormTest(unittest.TestCase):
         with self.assertLogs("awsproxy", "WARNING") as logged:
             self.post("SendMessage", "MessageBody=m&DelaySecond=3&a%0Ab=c")
         (line,) = logged.output
-        self.assertIn("sqs:SendMessage has no parameters ['DelaySecond', 'a\\nb']", line)
+        self.assertIn("sqs:SendMessage has no parameters ['DelaySecond', '...']", line)
         with (
             self.assertNoLogs("awsproxy", "WARNING")
             if sys.version_info > (3, 10)
@@ -9139,6 +9141,714 @@ class KeyringTest(ChainTest):
         self.assertIn("STS", self.skipped({**NO_METADATA, **environment("E")}, **how))
 
 
+OIDC = "https://oidc.eu-west-1.amazonaws.com/token"
+REGISTERED = {
+    "clientId": "dummyclient",
+    "clientSecret": "dummysecretClient",
+    "registrationExpiresAt": "2015-11-28T12:36:00Z",
+}
+NEW_TOKEN = {
+    "accessToken": "dummysecretNew",
+    "expiresIn": 3600,
+    "refreshToken": "dummysecretNext",
+    "tokenType": "Bearer",
+}
+
+
+def zulu(seconds):
+    """Return a time as the cache files of the SDKs hold it; 0 is EXAMPLE_TIME."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EXAMPLE_TIME + seconds))
+
+
+class SsoRefreshTest(ChainTest):
+    """The SSO token of an sso_session is refreshed as SSOTokenProvider of botocore does it."""
+
+    SESSION = MappingProxyType({"config": "[profile x]\n" + BY_SESSION, "profile": "x"})
+    LEGACY = MappingProxyType({"config": "[profile x]\n" + CORP + SSO, "profile": "x"})
+
+    def setUp(self):
+        super().setUp()
+        self.web = {PORTAL: of_portal("S"), OIDC: json.dumps(NEW_TOKEN).encode()}
+
+    def cache_for(self, seconds, name="corp", **changed):
+        """Cache a token that expires in some seconds; changed members that are "-" are absent."""
+        given = {**REGISTERED, "refreshToken": "dummysecretRefresh", **changed}
+        given = {key: value for key, value in given.items() if value != "-"}
+        self.cache_token(name, expiresAt=zulu(seconds), **given)
+
+    def path(self, name="corp"):
+        digest = hashlib.sha1(name.encode()).hexdigest()
+        return os.path.join(self.home, ".aws", "sso", "cache", f"{digest}.json")
+
+    def cached(self):
+        with open(self.path(), encoding="utf-8") as file:
+            return json.load(file)
+
+    def failing(self, failure):
+        """Return a fetch that gets this failure, or this answer, from the token endpoint."""
+
+        def fetch(url, headers, **how):
+            if url != OIDC:
+                return self.fetch(url, headers, **how)
+            self.asked.append(Asked(url, headers, how.get("data"), how.get("method")))
+            if isinstance(failure, Skipped):
+                raise failure
+            return failure
+
+        return fetch
+
+    def test_a_token_is_refreshed_if_it_expires_within_15_minutes(self):
+        for left, refreshed in (
+            (901, False), (900, False), (899, True), (1, True), (0, True), (-86400, True),
+        ):  # fmt: skip
+            with self.subTest(left):
+                self.cache_for(left)
+                self.assertEqual(self.found(**self.SESSION), lasting("S"))
+                *before, portal = self.asked
+                self.assertEqual([it.url for it in before], [OIDC] * refreshed)
+                token = "dummysecretNew" if refreshed else "dummysecretSso"
+                self.assertEqual(portal.headers, {"x-amz-sso_bearer_token": token})
+
+    def test_a_refresh_sends_the_registration_unsigned_in_json(self):
+        self.cache_for(0)
+        self.found(**self.SESSION)
+        asked = self.asked[0]
+        self.assertEqual((asked.url, asked.method in (None, "POST")), (OIDC, True))
+        self.assertEqual(asked.headers, {"Content-Type": "application/json"})
+        expected = {
+            "grantType": "refresh_token",
+            "clientId": "dummyclient",
+            "clientSecret": "dummysecretClient",
+            "refreshToken": "dummysecretRefresh",
+        }
+        self.assertEqual(json.loads(asked.data), expected)
+
+    def test_a_new_token_is_written_to_the_cache_file_for_its_owner_alone(self):
+        expected = {
+            "startUrl": "https://corp.example/start",
+            "region": "eu-west-1",
+            "accessToken": "dummysecretNew",
+            "expiresAt": IN_AN_HOUR,
+            **REGISTERED,
+        }
+        answer = {key: value for key, value in NEW_TOKEN.items() if key != "refreshToken"}
+        for given, more in ((NEW_TOKEN, {"refreshToken": "dummysecretNext"}), (answer, {})):
+            with self.subTest(sorted(given)):
+                self.web[OIDC] = json.dumps(given).encode()
+                self.cache_for(0)
+                os.chmod(self.path(), 0o644)
+                self.found(**self.SESSION)
+                self.assertEqual(self.cached(), {**expected, **more})
+                self.assertEqual(os.stat(self.path()).st_mode & 0o777, 0o600)
+                self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
+        with self.subTest("the next renewal takes it from there"):
+            self.found(**self.SESSION)
+            self.assertEqual(len(self.asked), 1)
+            headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
+            self.assertEqual(self.asked[0].headers, headers)
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_botocore_sends_and_writes_the_same(self):
+        import datetime
+
+        from botocore.tokens import SSOTokenProvider, _sso_json_dumps
+        from botocore.utils import JSONFileCache
+
+        self.cache_for(60)
+        self.found(**self.SESSION)
+        written, sent = self.cached(), json.loads(self.asked[0].data)
+        self.cache_for(60)
+        now = datetime.datetime.fromtimestamp(EXAMPLE_TIME, datetime.timezone.utc)
+        session, client = mock.Mock(), mock.Mock()
+        start = {"sso_start_url": "https://corp.example/start", "sso_region": "eu-west-1"}
+        session.full_config = {
+            "profiles": {"x": {"sso_session": "corp"}},
+            "sso_sessions": {"corp": start},
+        }
+        client.create_token.return_value = NEW_TOKEN
+        cache = JSONFileCache(os.path.dirname(self.path()), dumps_func=_sso_json_dumps)
+        with mock.patch("botocore.tokens.create_nested_client", return_value=client):
+            provider = SSOTokenProvider(session, cache, lambda: now, profile_name="x")
+            self.assertEqual(provider.load_token().get_frozen_token().token, "dummysecretNew")
+        self.assertEqual(self.cached(), written)
+        self.assertEqual(client.create_token.call_args[1], sent)
+
+    def test_a_token_that_cannot_be_refreshed_is_used_until_it_expires(self):
+        rows = [
+            *({name: "-"} for name in (*REGISTERED, "refreshToken")),
+            {"registrationExpiresAt": zulu(0)},
+            {"registrationExpiresAt": zulu(-1)},
+            {"registrationExpiresAt": "no time"},
+        ]
+        for changed in rows:
+            with self.subTest(changed):
+                self.cache_for(60, **changed)
+                self.assertEqual(self.found(**self.SESSION), lasting("S"))
+                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+                self.assertEqual([it.headers for it in self.asked], [headers])
+                self.cache_for(0, **changed)
+                self.assertRegex(self.skipped(**self.SESSION), "expired.*run 'aws sso login'")
+                self.assertEqual(self.asked, [])
+
+    def test_a_refresh_that_fails_leaves_the_old_token_in_use_until_it_expires(self):
+        malformed = [
+            b"", b"<html>", b"[]", b"null", b"{}", b"[" * 100000,
+            *(json.dumps({**NEW_TOKEN, **changed}).encode() for changed in (
+                {"accessToken": None}, {"accessToken": ""}, {"accessToken": 5},
+                {"accessToken": "dummysecret\r\nX: y"}, {"accessToken": {"dummysecret": 1}},
+                {"expiresIn": None}, {"expiresIn": "3600"}, {"expiresIn": 0},
+                {"expiresIn": -1}, {"expiresIn": 10**30}, {"expiresIn": []},
+            )),
+        ]  # fmt: skip
+        no = "oidc.eu-west-1.amazonaws.com answered 400"
+        for failure in (Skipped(no), Skipped("timed out", True), *malformed):
+            fetch = self.failing(failure)
+            with self.subTest(str(failure)[:99]):
+                self.cache_for(60)
+                before = self.cached()
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    found = self.found(**self.SESSION, fetch=fetch)
+                self.assertEqual(found, lasting("S"))
+                self.assertEqual([it.url for it in self.asked][:1], [OIDC])
+                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+                self.assertEqual(self.asked[1].headers, headers)
+                (line,) = logged.output
+                self.assertNotIn("dummysecret", line)
+                self.assertIn(str(failure) if isinstance(failure, Skipped) else "SSO token", line)
+                self.assertEqual(self.cached(), before)
+                self.cache_for(0)
+                chain = self.chain(**self.SESSION, fetch=fetch)
+                with self.assertRaisesRegex(Skipped, "expired.*aws sso login") as caught:
+                    chain.find()
+                self.assertNotIn("dummysecret", repr(caught.exception))
+                self.assertEqual(caught.exception.passing, getattr(failure, "passing", False))
+                self.assertEqual([it.url for it in self.asked], [OIDC])
+
+    def test_a_token_of_a_start_url_is_never_refreshed(self):
+        name = "https://corp.example/start"
+        self.cache_for(60, name)
+        self.assertEqual(self.found(**self.LEGACY), lasting("S"))
+        self.assertEqual(len(self.asked), 1)
+        self.cache_for(0, name)
+        self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
+        self.assertEqual(self.asked, [])
+
+    def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self):
+        for function in ("tempfile.mkstemp", "os.replace"):
+            self.cache_for(0)
+            chain, before = self.chain(**self.SESSION), self.cached()
+            refused = PermissionError(13, "Permission denied", self.path())
+            with self.subTest(function), mock.patch(function, side_effect=refused):
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    self.assertEqual(chain.find(), lasting("S"))
+                headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
+                self.assertEqual(self.asked[1].headers, headers)
+                self.assertIn("Permission denied", logged.output[0])
+                self.assertNotIn("dummysecret", "".join(logged.output))
+                self.assertEqual(self.cached(), before)
+                self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
+
+    def test_two_renewals_at_once_use_a_refresh_token_once(self):
+        self.cache_for(0)
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def fetch(url, headers, **how):
+            answer = self.fetch(url, headers, **how)
+            if url == OIDC:
+                entered.set()
+                leave.wait(DEADLINE)
+            return answer
+
+        chains = [self.chain(**self.SESSION, fetch=fetch) for _ in range(2)]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(chains[0].find)]
+            self.assertTrue(entered.wait(DEADLINE))
+            found.append(pool.submit(chains[1].find))
+            concurrent.futures.wait(found, 0.05)
+            leave.set()
+            self.assertEqual([it.result(DEADLINE) for it in found], [lasting("S")] * 2)
+        self.assertEqual([it.url for it in self.asked].count(OIDC), 1)
+
+    def test_a_portal_that_refuses_the_token_names_the_remedy(self):
+        self.cache_for(3600)
+        for passing, named in ((False, True), (True, False)):
+
+            def fetch(url, headers, passing=passing, **how):
+                raise Skipped("portal answered 401: Session token not found or invalid", passing)
+
+            with self.subTest(passing=passing):
+                with self.assertRaisesRegex(Skipped, "not found or invalid") as caught:
+                    self.chain(**self.SESSION, fetch=fetch).find()
+                self.assertEqual("run 'aws sso login'" in str(caught.exception), named)
+                self.assertEqual(caught.exception.passing, passing)
+
+
+class LoginSessionTest(ChainTest):
+    """The keys of `aws login` are used while they are valid (LoginProvider of botocore)."""
+
+    SESSION = "arn:aws:iam::111122223333:user/somebody"
+    # hashlib.sha256(SESSION.encode()).hexdigest(): generate_login_cache_key of botocore
+    NAME = "3ea6d1a7586bb9145ea2770a6c5b2f4e21d50546988a8ca67bf20a82ed1ee82d.json"
+    CONFIG = f"[profile x]\nlogin_session = {SESSION}\nregion = eu-west-1\n"
+    REMEDY = "credential_process = aws configure export-credentials .*--format process"
+
+    def cache_keys(self, where=".aws/login/cache", name="L", seconds=3600, **changed):
+        names = ("accessKeyId", "secretAccessKey", "sessionToken")
+        inner = {**dict(zip(names, lasting(name))), "expiresAt": zulu(seconds), **changed}
+        token = {
+            "accessToken": {key: value for key, value in inner.items() if value != "-"},
+            "tokenType": "aws_sigv4",
+            "clientId": "arn:aws:signin:::devtools/same-device",
+            "refreshToken": "dummysecretRefresh",
+            "idToken": "dummysecretId",
+            "dpopKey": "-----BEGIN EC PRIVATE KEY-----\ndummysecret\n",
+        }
+        os.makedirs(os.path.join(self.home, where), exist_ok=True)
+        self.put(f"{where}/{self.NAME}", json.dumps(token))
+
+    def test_unexpired_keys_are_found_in_the_folder_of_the_environment(self):
+        variable = "AWS_LOGIN_CACHE_DIRECTORY"
+        rows = [
+            ("default", {}, ".aws/login/cache"),
+            ("set", {variable: f"{self.home}/other"}, "other"),
+            ("home", {variable: "~/third"}, "third"),
+            ("variable", {variable: "$HOME/fourth"}, "fourth"),
+        ]
+        for name, environ, where in rows:
+            with self.subTest(name):
+                environ = {**NO_METADATA, **environ}
+                self.assertRegex(self.skipped(environ, self.CONFIG, profile="x"), "aws login")
+                self.cache_keys(where)
+                self.assertEqual(self.found(environ, self.CONFIG, profile="x"), lasting("L"))
+                self.assertEqual(self.asked, [])
+
+    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
+    def test_botocore_uses_the_same_file_name(self):
+        from botocore.utils import generate_login_cache_key
+
+        self.assertEqual(generate_login_cache_key(self.SESSION) + ".json", self.NAME)
+
+    def test_keys_that_the_command_line_renewed_are_read_again(self):
+        self.cache_keys(seconds=900)
+        clock = Clock()
+        chain = self.chain(config=self.CONFIG, profile="x", clock=clock)
+        cache = CredentialCache(chain, clock)
+        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 900)
+        self.cache_keys(name="M", seconds=1800)
+        clock.now += 600
+        self.assertEqual(cache.get().access_key_id, "dummykeyM")
+
+    def test_expired_keys_are_refused_with_the_remedy(self):
+        for seconds in (0, -1, -86400):
+            with self.subTest(seconds):
+                self.cache_keys(seconds=seconds)
+                reason = self.skipped(config=self.CONFIG, profile="x")
+                self.assertRegex(reason, f"profile x: .*expired.*{self.REMEDY}")
+        with self.subTest("no login yet"):
+            os.remove(os.path.join(self.home, ".aws/login/cache", self.NAME))
+            reason = self.skipped(config=self.CONFIG, profile="x")
+            self.assertRegex(reason, f"profile x: .*aws login.*{self.REMEDY}")
+
+    def test_malformed_files_are_refused(self):
+        bodies = [b"", b"[]", b"null", b"\xff", b"[" * 100000, b'{"accessToken": "dummysecret"}']
+        for body in bodies:
+            with self.subTest(body=body[:99]):
+                self.cache_keys()
+                self.put(f".aws/login/cache/{self.NAME}", body)
+                self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
+        names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiresAt")
+        values = ("-", 5, {"dummysecret": 1}, "dummysecret\nmore")
+        for name in names:
+            for value in values:
+                with self.subTest(name, value=value):
+                    self.cache_keys(**{name: value})
+                    self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
+
+    def test_a_login_can_be_the_source_of_a_role(self):
+        self.cache_keys()
+        self.known["dummykeyL"] = [Client("", *lasting("L")[:3])]
+        config = role("y", "A", source_profile="x") + self.CONFIG
+        self.assertEqual(self.found(config=config, profile="y"), lasting("A"))
+        self.assertEqual([who for who, _, _ in self.assumed], ["L"])
+
+    def test_no_other_identity_takes_the_place_of_a_login(self):
+        self.cache_keys()
+        self.web = self.metadata
+        config = "[default]\nlogin_session = arn:aws:iam::111122223333:user/else\n"
+        self.assertRegex(self.skipped({}, config), "profile default: .*aws login")
+        self.assertEqual(self.asked, [])
+        both = self.CONFIG + keys("P")
+        self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
+
+
+class StaticStabilityTest(ChainTest):
+    """Keys of EC2 metadata outlive a failure of the metadata service.
+
+    AWS accepts them longer then.  InstanceMetadataFetcher of botocore extends them by its
+    refresh window and 2 to 10 minutes; the window here is CredentialCache.AHEAD.
+    """
+
+    def start(self, environ=(), config="", **how):
+        self.clock = Clock()
+        chain = self.chain(dict(environ), config, clock=self.clock, **how)
+        self.cache = CredentialCache(chain, self.clock, lambda _: None)
+
+    def answer(self, name, seconds):
+        return {**self.metadata, ROLES + "a%20b": document(name, Expiration=zulu(seconds))}
+
+    def get(self, seconds):
+        """Return the name of the keys that are used then, and how often IMDS was asked for it."""
+        self.clock.now, before = EXAMPLE_TIME + seconds, len(self.asked)
+        name = self.cache.get().access_key_id[8:]
+        urls = [it.url for it in self.asked[before:]]
+        return name, sum(url.endswith("/api/token") for url in urls)
+
+    def test_expired_keys_are_used_and_renewed_after_two_to_ten_minutes(self):
+        self.web = self.answer("I", -60)
+        waits = set()
+        for _ in range(50):
+            self.start()
+            with self.assertLogs("awsproxy", "WARNING") as logged:
+                self.assertEqual(self.get(0), ("I", 1))
+            self.assertRegex(logged.output[0], "EC2 metadata.*expired")
+            self.assertNotIn("dummysecret", "".join(logged.output))
+            wait = self.cache.seconds_left - CredentialCache.AHEAD
+            self.assertTrue(120 <= wait <= 600, wait)
+            waits.add(round(wait))
+            self.assertEqual(self.get(wait - 1), ("I", 0))
+        self.assertGreater(len(waits), 5)  # many hosts must not ask at the same time
+        with self.assertLogs("awsproxy", "WARNING"):  # still the old ones
+            self.assertEqual(self.get(wait), ("I", 1))
+        self.web = self.answer("J", 30000)
+        self.assertEqual(self.get(wait + 600), ("J", 1))
+        self.assertEqual(self.cache.seconds_left, 30000 - wait - 600)
+
+    def test_keys_that_expire_soon_are_used_past_their_end(self):
+        self.web = self.answer("I", 200)
+        self.start()
+        self.assertEqual(self.get(0), ("I", 1))
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.get(200), ("I", 1))
+        self.assertEqual(self.get(300), ("I", 0))
+
+    def test_keys_are_kept_while_the_metadata_service_fails(self):
+        down = {ROLES: b"a b"}  # the token cannot be had
+        rows = [
+            ("no answer", down),
+            ("no role", {**self.metadata, ROLES + "a%20b": b""}),
+            ("no JSON", {**self.metadata, ROLES + "a%20b": b"<html>"}),
+            (
+                "an error",
+                {**self.metadata, ROLES + "a%20b": b'{"Code": "Failed"}'},
+            ),
+        ]
+        for name, failure in rows:
+            with self.subTest(name), self.assertLogs("awsproxy", "WARNING") as logged:
+                self.web = self.answer("I", 3600)
+                self.start()
+                self.assertEqual(self.get(0), ("I", 1))
+                self.web = failure
+                self.assertEqual(self.get(3299)[0], "I")
+                self.assertEqual(self.get(3300), ("I", 1))
+                self.assertEqual(self.cache.seconds_left, 300)
+                self.assertEqual(self.get(3600)[0], "I")  # at its end
+                left = self.cache.seconds_left
+                self.assertTrue(420 <= left <= 900, left)
+                self.assertEqual(self.get(3600 + left), ("I", 1))
+                self.assertEqual(self.get(90000)[0], "I")
+                self.web = self.answer("J", 100000)
+                self.assertEqual(self.get(91000)[0], "J")
+                self.assertNotIn("dummysecret", "".join(logged.output))
+        with self.subTest("where there were none"):
+            self.web = down
+            self.start()
+            with self.assertRaisesRegex(Skipped, "EC2 metadata: "):
+                self.get(0)
+
+    def test_keys_of_other_sources_are_not_extended(self):
+        expired = {"Expiration": zulu(-1)}
+        self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired)}
+        for environ in (RELATIVE, BY_IDENTITY):
+            with self.subTest(environ), self.assertLogs("awsproxy", "WARNING"):
+                self.start({**NO_METADATA, **environ})
+                with self.assertRaisesRegex(Skipped, "expired"):
+                    self.get(0)
+
+    def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
+        self.web = self.answer("I", -60)
+        config = role("x", "A", credential_source="Ec2InstanceMetadata")
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.found({}, config, profile="x"), lasting("A"))
+        self.assertEqual([who for who, _, _ in self.assumed], ["I"])
+
+    def test_a_timeout_may_pass_if_a_profile_names_the_metadata(self):
+        config = role("default", "A", credential_source="Ec2InstanceMetadata")
+
+        def fetch(url, headers, **how):
+            raise Skipped("169.254.169.254 did not answer: timed out", True)
+
+        for name, given, passing in (("named", config, True), ("not named", "", False)):
+            with self.subTest(name), self.assertRaises(Skipped) as caught:
+                self.chain({}, given, fetch=fetch).find()
+            self.assertEqual(caught.exception.passing, passing)
+
+
+class VariantHostTest(ChainTest):
+    """FIPS and dual stack hold for the hosts of credentials; the hosts are botocore's."""
+
+    FIPS = MappingProxyType({"AWS_USE_FIPS_ENDPOINT": "true"})
+    DUAL = MappingProxyType({"AWS_USE_DUALSTACK_ENDPOINT": "true"})
+    BOTH = MappingProxyType({**FIPS, **DUAL})
+
+    def fetch(self, url, headers, **how):
+        if url.startswith("https://sts-fips."):
+            self.asked.append(Asked(url, headers, how["data"]))
+            return self.sts(headers, how["data"])
+        return super().fetch(url, headers, **how)
+
+    def rows(self):
+        fips, dual = "use_fips_endpoint = true\n", "use_dualstack_endpoint = true\n"
+        no = {"AWS_USE_FIPS_ENDPOINT": "false"}
+        west, gov = "us-west-2.amazonaws.com", "us-gov-west-1.amazonaws.com"
+        return [
+            ("neither", {}, "", "us-west-2", f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("FIPS", self.FIPS, "", "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("dual stack", self.DUAL, "", "us-west-2",
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
+            ("both", self.BOTH, "", "us-west-2", "sts-fips.us-west-2.api.aws",
+             "portal.sso-fips.us-west-2.api.aws", "oidc-fips.us-west-2.api.aws"),
+            ("True", {"AWS_USE_FIPS_ENDPOINT": "True"}, "", "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("profile, FIPS", {}, fips, "us-west-2",
+             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("profile, dual stack", {}, dual, "us-west-2",
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
+            ("environment first", no, fips, "us-west-2",
+             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("not true", {"AWS_USE_FIPS_ENDPOINT": "1"}, "", "us-west-2",
+             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+            ("GovCloud, FIPS", self.FIPS, "", "us-gov-west-1",
+             f"sts.{gov}", f"portal.sso.{gov}", f"oidc.{gov}"),
+            ("GovCloud, both", self.BOTH, "", "us-gov-west-1", "sts-fips.us-gov-west-1.api.aws",
+             "portal.sso-fips.us-gov-west-1.api.aws", "oidc-fips.us-gov-west-1.api.aws"),
+            ("China, both", self.BOTH, "", "cn-north-1",
+             *(f"{name}.cn-north-1.api.amazonwebservices.com.cn"
+               for name in ("sts-fips", "portal.sso-fips", "oidc-fips"))),
+        ]  # fmt: skip
+
+    def test_sts_and_sso_have_the_hosts_of_botocore(self):
+        self.web = {
+            "https://portal.": of_portal("S"),
+            "https://oidc": json.dumps(NEW_TOKEN).encode(),
+        }
+        for name, environ, settings, region, sts, portal, oidc in self.rows():
+            environ = {**NO_METADATA, **environ}
+            with self.subTest(name, source="STS"):
+                config = role("x", "A", source_profile="x", region=region) + keys("P") + settings
+                self.found(environ, config, profile="x")
+                self.assertEqual([it.url for it in self.asked], [f"https://{sts}/"])
+                self.assertEqual([where for _, where, _ in self.assumed], [region])
+            with self.subTest(name, source="SSO"):
+                more = {**REGISTERED, "refreshToken": "dummysecretRefresh"}
+                self.cache_token("corp", expiresAt=zulu(0), **more)
+                session = f"{settings}{BY_SESSION}".replace("eu-west-1", region)
+                self.found(environ, f"[profile x]\n{session}", profile="x")
+                urls = [it.url.partition("?")[0] for it in self.asked]
+                expected = [f"https://{oidc}/token", f"https://{portal}/federation/credentials"]
+                self.assertEqual(urls, expected)
+
+    def test_web_identity_uses_these_hosts_too(self):
+        environ = {**NO_METADATA, **BY_IDENTITY, **self.BOTH, "AWS_REGION": "us-west-2"}
+        self.assertEqual(self.found(environ), lasting("W"))
+        self.assertEqual(self.asked[0].url, "https://sts-fips.us-west-2.api.aws/")
+
+    def test_the_cache_of_a_client_knows_the_variants_of_its_profile(self):
+        self.chain(config="[profile x]\nuse_fips_endpoint = true\n" + keys("P"))
+        ring = Keyring({**environment("E"), **self.DUAL}, fetch=self.fetch)
+        client = Client("", "dummykey", "dummysecret")
+        self.assertEqual(ring.of(client).variants, (False, True))
+        other = client._replace(upstream_profile="x")
+        self.assertEqual(ring.of(other).variants, (True, True))
+
+
+class PartlySetUpTest(ChainTest):
+    """A source that is set up in part is an error; EC2 metadata do not take its place.
+
+    botocore raises ProfileNotFound, PartialCredentialsError, ConfigParseError and
+    InvalidConfigError in these cases.
+    """
+
+    def test_a_source_that_is_set_up_in_part_is_an_error(self):
+        key = "aws_access_key_id = dummykeyP\n"
+        rows = [
+            ("profile of nobody", {"AWS_PROFILE": "typo"}, "", "", "profile typo: .*no such"),
+            ("key alone", {"AWS_ACCESS_KEY_ID": "dummykeyE"}, "", "", "environment: "),
+            ("malformed keys", {"AWS_ACCESS_KEY_ID": "dummykeyE", "AWS_SECRET_ACCESS_KEY": "a b"},
+             "", "", "environment: .*malformed"),
+            ("key alone in a file", {}, "", "[default]\n" + key, "profile default: "),
+            ("key alone in the other", {}, "[default]\n" + key, "", "profile default: "),
+            ("malformed config", {}, "nonsense", "", "config is malformed"),
+            ("malformed credentials", {}, "", "nonsense", "credentials is malformed"),
+            ("role without account", {}, "[default]\nsso_role_name = Reader\n", "",
+             "profile default: "),
+        ]  # fmt: skip
+        for name, environ, config, credentials, expected in rows:
+            self.web = self.metadata
+            with self.subTest(name):
+                self.assertRegex(self.skipped(environ, config, credentials), expected)
+                self.assertEqual(self.asked, [])
+
+    def test_what_sets_up_no_keys_leaves_the_other_sources(self):
+        self.web = self.metadata
+        rows = [
+            ("secret alone", {"AWS_SECRET_ACCESS_KEY": "dummysecret"}, ""),
+            ("empty", {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": ""}, ""),
+            ("region", {}, "[default]\nregion = eu-west-1\n"),
+            ("profile with a region", {"AWS_PROFILE": "x"}, "[profile x]\nregion = eu-west-1\n"),
+            ("session alone", {}, "[default]\nsso_session = corp\n"),
+            ("secret alone in a file", {}, "[default]\naws_secret_access_key = dummysecret\n"),
+        ]
+        for name, environ, config in rows:
+            with self.subTest(name):
+                self.assertEqual(self.found(environ, config), lasting("I"))
+
+    def test_one_failure_while_renewing_changes_no_identity(self):
+        clock, pauses = Clock(), []
+        down = [False]
+
+        def fetch(url, headers, **how):
+            if down[0] and url.startswith("http://169.254.170.2/"):
+                raise Skipped("169.254.170.2 answered 503", True)
+            return self.fetch(url, headers, **how)
+
+        self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
+        chain = self.chain(RELATIVE, fetch=fetch, clock=clock)
+        cache = CredentialCache(chain, clock, pauses.append)
+        self.assertEqual(cache.get(), lasting("C"))
+        down[0] = True
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            for seconds in (3300, 3310, 3599):
+                clock.now = EXAMPLE_TIME + seconds
+                self.assertEqual(cache.get(), lasting("C"))
+            self.assertEqual(pauses, [])  # nobody waits while there are good ones
+            clock.now = EXAMPLE_TIME + 3600
+            with self.assertRaisesRegex(Skipped, "container: .*503") as caught:
+                cache.get()
+        self.assertTrue(caught.exception.passing)
+        self.assertIn("container: 169.254.170.2 answered 503", logged.output[0])
+        self.assertFalse([it.url for it in self.asked if "169.254.169.254" in it.url])
+        down[0] = False
+        self.web["http://169.254.170.2/"] = document("C", Expiration=zulu(9000))
+        clock.now += 1  # a failure that may pass is tried again after a second
+        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 9000)
+
+    def test_a_failure_that_may_pass_is_remembered_for_one_second(self):
+        for passing, seconds in ((True, 1), (False, 10)):
+            with self.subTest(passing=passing):
+                clock = Clock()
+                chain = Finding(Skipped("down", passing))
+                cache = CredentialCache(chain, clock, lambda _: None)
+                for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
+                    clock.now, before = EXAMPLE_TIME + now, chain.times
+                    with self.assertRaisesRegex(Skipped, "down"):
+                        cache.get()
+                    self.assertEqual(chain.times > before, asked, now)
+
+
+class Sequence(http.server.BaseHTTPRequestHandler):
+    """Gives the answers of its server one after the other, the last for ever."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path))
+        answers = self.server.answers
+        status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT = do_GET
+
+
+class FailureReasonTest(ChainTest):
+    """Failures over HTTP: which may pass, and the reason that they give."""
+
+    def serve(self, *answers, certificate=""):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sequence)
+        server.asked, server.answers = [], list(answers)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        for action in (server.server_close, thread.join, server.shutdown):
+            self.addCleanup(action)
+        scheme = "https" if certificate else "http"
+        return server, f"{scheme}://127.0.0.1:{server.server_port}/"
+
+    def test_a_container_that_fails_twice_is_asked_three_times(self):
+        for status in (500, 429, 503):
+            with self.subTest(status):
+                down = (status, b"dummysecret")
+                server, url = self.serve(down, down, (200, document("C")))
+                slept = []
+                chain = self.chain({**NO_METADATA, FULL: url}, fetch=awsproxy.fetch)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, slept.append)
+                self.assertEqual(cache.get(), lasting("C"))
+                self.assertEqual((len(server.asked), len(slept)), (3, 2))
+
+    def test_only_failures_of_the_server_and_too_many_requests_may_pass(self):
+        rows = [(400, False), (401, False), (403, False), (404, False), (429, True), (500, True)]
+        for status, passing in [*rows, (502, True), (503, True), (504, True)]:
+            with self.subTest(status):
+                _, url = self.serve((status, b"dummysecret"))
+                with self.assertRaisesRegex(Skipped, f"127.0.0.1 answered {status}") as caught:
+                    awsproxy.fetch(url, {})
+                self.assertEqual(caught.exception.passing, passing)
+                self.assertNotIn("dummysecret", str(caught.exception))
+
+    def test_the_error_and_the_log_have_the_message_of_sts(self):
+        no = "User is not authorized to perform: sts:AssumeRole"
+        xml = f"<E xmlns='x'><Error><Code>AccessDenied</Code><Message>{no}</Message></Error></E>"
+        rows = [xml, json.dumps({"message": no}), json.dumps({"__type": "x", "Message": no})]
+        for body in rows:
+            with self.subTest(body):
+                _, url = self.serve((403, body.encode()))
+                fetch = functools.partial(self.redirected, url)
+                chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
+                with self.assertLogs("awsproxy", "WARNING") as logged:
+                    with self.assertRaisesRegex(Skipped, f"answered 403: {no}"):
+                        cache.get()
+                self.assertIn(f"web identity: 127.0.0.1 answered 403: {no}", logged.output[0])
+
+    def redirected(self, url, asked, headers, **how):
+        headers = {key: value for key, value in headers.items() if key != "Host"}
+        return awsproxy.fetch(url, headers, **how)
+
+    def test_aws_ca_bundle_holds_for_fetching_credentials(self):
+        certificate = made_certificate(type(self))
+        _, url = self.serve((200, of_sts("W")), certificate=certificate)
+        fetch = functools.partial(self.redirected, url)
+        for bundle, trusted in ((certificate, True), ("", False)):
+            with self.subTest(bundle), mock.patch.dict(os.environ, {"AWS_CA_BUNDLE": bundle}):
+                awsproxy.tls_context.cache_clear()
+                self.addCleanup(awsproxy.tls_context.cache_clear)
+                environ = {**NO_METADATA, **BY_IDENTITY}
+                if trusted:
+                    self.assertEqual(self.found(environ, fetch=fetch), lasting("W"))
+                else:
+                    reason = self.skipped(environ, fetch=fetch)
+                    self.assertRegex(reason, "web identity: .*(?i:certificate)")
+
+
 class ForwardingFlagsTest(unittest.TestCase):
     def setUp(self):
         self.home = folder(self)
@@ -12151,12 +12861,42 @@ class UnsignedCallTest(ForwardCase):
             ("no method", ("*",), self.plain("OPTIONS", "/b/k", asked[:2])),
             ("no origin", ("*",), self.plain("OPTIONS", "/b/k", (asked[0], asked[2]))),
             ("another method", ("*",), self.plain("GET", "/b/k", asked)),
+            ("a body", ("*",), self.plain("OPTIONS", "/b/k", asked, b"data")),
+            ("a long path", ("*",), self.plain("OPTIONS", "/b/" + "k" * 9000, asked)),
             ("no method of HTTP", ("*",), self.plain("OPTIONS", "/b/k", (*asked[:2], ("Access-Control-Request-Method", "x y")))),
         ):  # fmt: skip
             recorder = FakeUpstream(self)
             with self.subTest(name):
                 self.assertIn(self.routed(recorder, *patterns).handle(request).status, (400, 403))
                 self.assertEqual(recorder.requests, [])
+
+    def test_a_signed_options_call_of_a_web_page_is_refused_with_the_demo_key(self):
+        recorder = FakeUpstream(self)
+        asked = (
+            ("Host", HOST),
+            ("Origin", "https://evil.example"),
+            ("Sec-Fetch-Site", "cross-site"),
+            ("Access-Control-Request-Method", "PUT"),
+        )
+        target = presign("OPTIONS", "/2015-03-31/functions/f", service="lambda")
+        for verified in (True, False):
+            proxy = self.proxy(recorder, verified=verified)
+            with self.subTest(verified=verified):
+                self.assertEqual(proxy.handle(self.plain("OPTIONS", target, asked)).status, 403)
+        self.assertEqual(recorder.requests, [])
+
+    def test_unsigned_calls_keep_to_the_regions_that_are_allowed(self):
+        call = self.calls()["sts:AssumeRoleWithWebIdentity"]
+        for host, status in (("sts.us-west-2.amazonaws.com", 403), ("localhost", 200)):
+            recorder = FakeUpstream(self)
+            headers = [("Host", host), *(h for h in call.headers if h[0] != "Host")]
+            call.body.seek(0)
+            request = dataclasses.replace(call, headers=tuple(headers))
+            proxy = self.routed(
+                recorder, "sts:AssumeRoleWithWebIdentity", regions=["eu-central-1"]
+            )
+            with self.subTest(host):
+                self.assertEqual(proxy.handle(request).status, status)
 
     def test_a_form_post_is_refused_by_name(self):
         kind = ("Content-Type", "multipart/form-data; boundary=x")
@@ -12192,6 +12932,72 @@ class HostPrefixTest(ForwardCase):
                 self.assertIn(
                     proxy.handle(request).status, (status, 400 if status == 403 else 200)
                 )
+
+
+class OneReadingForwardedTest(ForwardCase):
+    """The upstream finds the queue and the operation that hooks have seen."""
+
+    def test_an_old_target_goes_upstream_with_a_form_alone(self):
+        recorder = FakeUpstream(self)
+        proxy = self.proxy(recorder)
+        target = ("X-Amz-Target", "AmazonSQSv20121105.SendMessage")
+        url = urllib.parse.quote("http://localhost/000000000000/allowed", safe="")
+        text = f"&Action=SendMessage&QueueUrl={url}&MessageBody=y&Version=2012-11-05&z="
+        body = json.dumps({"QueueUrl": "http://localhost/000000000000/secret", "x": text}).encode()
+        for kind in (
+            (),
+            (("Content-Type", ""),),
+            (("Content-Type", "; application/x-amz-json-1.0"),),
+        ):
+            seen = []
+            hook = mock.Mock(
+                spec=["before"], before=lambda call, seen=seen: seen.append(call.input)
+            )
+            length = ("Content-Length", str(len(body)))
+            proxy = self.proxy(recorder, hooks=[hook])
+            request = signed("POST", "/", (target, *kind, length), body)
+            with self.subTest(kind):
+                _, sent = self.forwarded(proxy, recorder, request)
+                for given in seen:
+                    self.assertIn("secret", given["QueueUrl"])
+                if sent:
+                    self.assertIn("json", sent.header("content-type"))
+        form = b"Action=ListQueues&Version=2012-11-05"
+        length = ("Content-Length", str(len(form)))
+        listing = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
+        _, sent = self.forwarded(
+            proxy, recorder, signed("POST", "/", (listing, FORM, length), form)
+        )
+        self.assertIsNone(sent.header("x-amz-target"))
+
+    def test_json_on_a_queue_path_names_the_queue_itself(self):
+        recorder = FakeUpstream(self)
+        target = ("X-Amz-Target", "AmazonSQS.SendMessage")
+        for body in (
+            b'{"MessageBody":"x"}',
+            b'{"MessageBody":"x","QueueUrl":null}',
+            b'{"QueueUrl":""}',
+        ):
+            headers = (target, ("Content-Type", JSON_1_0), ("Content-Length", str(len(body))))
+            request = signed("POST", "/123456789012/secret", headers, body)
+            with self.subTest(body):
+                self.assertEqual(self.proxy(recorder).handle(request).status, 400)
+        self.assertEqual(recorder.requests, [])
+
+    def test_a_malformed_answer_shows_no_value_in_the_log(self):
+        recorder = FakeUpstream(self, b"HTTP/1.1 200 OK\r\nX-T: REALTOKEN\x01\r\n\r\n")
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            self.proxy(recorder).handle(table_call())
+        self.assertNotIn("REALTOKEN", "".join(logged.output))
+
+    def test_metrics_cut_the_hosts_that_callers_make_long(self):
+        metrics = awsproxy.Metrics()
+        call = mock.Mock(upstream_host="h" * 60000, upstream_seconds=0.0, operation="o")
+        call.caller.name, call.service, call.route.pattern = "c", "s", "*"
+        exchange = awsproxy.Exchange(table_call(), EXAMPLE_TIME, "r")
+        exchange.call = call
+        metrics.observe(exchange)
+        self.assertLess(len(metrics.text()), 20000)
 
 
 class JoinedUpTest(ForwardCase):
@@ -12312,7 +13118,9 @@ class OwnHostTest(ForwardCase):
         clients = {EXAMPLE.access_key_id: [EXAMPLE]}
         routes = [awsproxy.Route("*", target)]
         proxy = Proxy(clients, routes=routes, clock=lambda: EXAMPLE_TIME, **settings)
-        request = signed("GET", path, (("Host", host), *headers), service=service, client=EXAMPLE)
+        hashed = (("X-Amz-Content-Sha256", EMPTY),) if service == "s3" else ()
+        headers = (("Host", host), *headers, *hashed)
+        request = signed("GET", path, headers, service=service, client=EXAMPLE)
         with contextlib.suppress(AssertionError), self.assertLogs("awsproxy"):
             reply = proxy.handle(request)
         return (asked or [None])[0], reply
@@ -12340,12 +13148,13 @@ class OwnHostTest(ForwardCase):
             ("lambda", "/2015-03-31/functions/", "localhost", "lambda.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "lambda-fips.us-east-1.amazonaws.com", "lambda-fips.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "fips.example", "lambda.us-east-1.amazonaws.com"),
+            ("s3", "/k", "fips-data.s3.us-east-1.amazonaws.com", "fips-data.s3.us-east-1.amazonaws.com"),
         ):  # fmt: skip
             with self.subTest(f"{service}{path} {host}"):
                 self.assertEqual(self.sent_to(service, path, host)[0], wanted)
 
     def test_the_account_of_s3_control_is_in_the_host(self):
-        account = (("x-amz-account-id", "111122223333"), ("X-Amz-Content-Sha256", EMPTY))
+        account = (("x-amz-account-id", "111122223333"),)
         host, _ = self.sent_to("s3", "/v20180820/jobs", headers=account)
         self.assertEqual(host, "111122223333.s3-control.us-east-1.amazonaws.com")
 
@@ -18956,6 +19765,19 @@ class SlowReaderTest(ProgramTest):
         self.assertEqual(received.count(b"<QueueUrl>"), 4000)
 
 
+class TlsOnPlainPortTest(ProgramTest):
+    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
+        program = self.start("--quiet")
+        context = ssl.create_default_context()
+        begin = time.monotonic()
+        with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
+            context.wrap_socket(connection, server_hostname="localhost")
+        self.assertLess(time.monotonic() - begin, 1.5)
+        line = program.line(3)
+        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assert_alive(program)
+
+
 class DrainByDefaultTest(ProgramTest):
     """SIGTERM without --drain-seconds: calls in progress have five seconds."""
 
@@ -20200,6 +21022,638 @@ class Boto3Test(unittest.TestCase):
         error = ElementTree.fromstring(reply.body)
         self.assertEqual(error.findtext("Code"), "InvalidRequest")
         self.assertIn("s3v4", error.findtext("Message"))
+
+
+# ---- The client matrix: each client, directly and through the proxy ----
+
+OLD_BOTO3 = os.environ.get("AWSPROXY_OLD_BOTO3", "")  # a python that has boto3 1.28
+NODE = shutil.which("node")
+NODE_MODULES = os.environ.get("AWSPROXY_NODE_MODULES", "")  # where npm put @aws-sdk/...
+SERVED = "awsproxy_request_seconds_count"
+
+
+def called_by_boto3(origin):
+    """Call services with the boto3 at hand; return rows of a name and what was answered.
+
+    The source of this function is run by an older Python too, so that it needs nothing around.
+    """
+    import datetime
+    import hashlib
+    import io
+    import re
+    import urllib.error
+    import urllib.request
+
+    import boto3
+    import botocore.exceptions
+    from botocore.config import Config
+
+    of_the_moment = (
+        "connection date hostid last-modified lastmodified requestid uploadid x-amz-crc32"
+        " x-amz-id-2 x-amz-request-id x-amzn-requestid"
+    ).split()
+    newest = hasattr(Config(), "request_checksum_calculation")
+    modes = ("when_supported", "when_required") if newest else ("",)
+    mebibytes = bytes(range(256)) * 4096 * 5
+    clients, rows = [], []
+
+    def plain(value):
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if k.lower() not in of_the_moment}
+            if re.search("json|xml|^text$", kept.get("content-type", "")):
+                kept.pop("content-length", None)  # a time may be written longer or shorter
+            return {str(name): plain(kept[name]) for name in sorted(kept)}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        if isinstance(value, datetime.datetime):
+            return "a time"
+        if isinstance(value, bytes):
+            return [len(value), hashlib.sha256(value).hexdigest(), value[:64].decode("latin-1")]
+        return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+    def client(service, mode="", **settings):
+        if mode:
+            settings.update(request_checksum_calculation=mode, response_checksum_validation=mode)
+        config = Config(retries={"total_max_attempts": 1}, **settings)
+        made = boto3.client(
+            service, region_name="us-east-1", endpoint_url=origin, config=config,
+            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
+        )  # fmt: skip
+        clients.append(made)
+        return made
+
+    def call(function, name="", **given):
+        try:
+            answer = function(**given)
+        except botocore.exceptions.ClientError as error:
+            answer = error.response
+        if hasattr(answer.get("Body"), "read"):
+            answer["Body"] = answer["Body"].read()
+        shown = {"name": function.__name__ + " " * bool(name) + name, **plain(answer)}
+        rows.append([shown.pop("name"), shown])
+        return answer
+
+    def fetch(name, link, method="GET", data=None):
+        kind = {"Content-Type": "text/plain"} if data else {}  # else moto reads it as a form
+        request = urllib.request.Request(link, data, kind, method=method)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                got = [answer.status, dict(answer.headers.items()), answer.read()]
+        except urllib.error.HTTPError as error:
+            with error:
+                got = [error.code, dict(error.headers.items()), error.read()]
+        names = {key.lower(): value for key, value in got[1].items()}
+        names.pop("x-amz-content-sha256", None)  # moto tells what the PUT had; a link has none
+        rows.append([name, plain([got[0], names, *got[2:]])])
+
+    style = {"s3": {"addressing_style": "path"}, "signature_version": "s3v4"}
+    for mode in modes:
+        s3 = client("s3", mode, **style)
+        bucket = "things" + mode.replace("_", "-")
+        call(s3.create_bucket, mode, Bucket=bucket)
+        for algorithm in ("CRC32", "SHA1", "SHA256", ""):
+            asked = {"ChecksumAlgorithm": algorithm} if algorithm else {}
+            for number, data in enumerate((b"hello", b"", mebibytes[:70000])):
+                body = io.BytesIO(data) if number == 2 else data
+                named = f"{mode} {algorithm or 'none'} {number}"
+                at = {"Bucket": bucket, "Key": f"a+b c/{named} \u00e9"}
+                call(s3.put_object, named, **at, Body=body, Metadata={"m": named}, **asked)
+                got = call(s3.get_object, named, **at)
+                assert got.get("Body") == data, named
+                call(s3.head_object, named, **at, ChecksumMode="ENABLED")
+            call(s3.get_object, f"{named} in part", **at, Range="bytes=1-5")
+            none = {**at, "IfNoneMatch": got["ETag"]}
+            call(s3.get_object, f"{named} that is had, refused", **none)
+        at = {"Bucket": bucket, "Key": "parts"}
+        many = {"ChecksumAlgorithm": "SHA256"} if mode == "when_required" else {}
+        upload = {"UploadId": call(s3.create_multipart_upload, mode, **at, **many)["UploadId"]}
+        parts = []
+        for number in (1, 2):
+            body = mebibytes if number == 1 else mebibytes[::-1]
+            answer = call(
+                s3.upload_part, f"{mode} {number}", **at, **upload, PartNumber=number, Body=body,
+                **many,
+            )  # fmt: skip
+            sums = {k: v for k, v in answer.items() if k in ("ETag", "ChecksumSHA256")}
+            parts.append({"PartNumber": number, **sums})
+        call(s3.list_parts, mode, **at, **upload)
+        given = {"MultipartUpload": {"Parts": parts}}
+        call(s3.complete_multipart_upload, mode, **at, **upload, **given)
+        got = call(s3.get_object, f"{mode} parts", **at)
+        assert got.get("Body") == mebibytes + mebibytes[::-1], mode
+        call(s3.copy_object, mode, Bucket=bucket, Key="copy", CopySource=at)
+        at["Key"] = "a b+\u00e9"
+        link = s3.generate_presigned_url("put_object", Params=at)
+        fetch(f"presigned PUT {mode}", link, "PUT", b"hello")
+        link = s3.generate_presigned_url("get_object", Params=at)
+        fetch(f"presigned GET {mode}", link)
+        part = {"Bucket": bucket, "Key": "parts", "PartNumber": 2}
+        fetch(f"presigned GET {mode} part", s3.generate_presigned_url("get_object", Params=part))
+        call(s3.list_objects_v2, mode, Bucket=bucket, Prefix="a+b", MaxKeys=3)
+        gone = {"Objects": [{"Key": "parts"}, {"Key": "copy"}]}
+        call(s3.delete_objects, mode, Bucket=bucket, Delete=gone)
+        call(s3.get_object, f"{mode} that is gone, refused", Bucket=bucket, Key="parts")
+
+    sqs = client("sqs")
+    url = call(sqs.create_queue, QueueName="jobs", Attributes={"DelaySeconds": "0"})["QueueUrl"]
+    of_one = {"StringValue": "1", "DataType": "Number"}
+    of_two = {"BinaryValue": b"\0\xff", "DataType": "Binary"}
+    call(
+        sqs.send_message, QueueUrl=url, MessageBody="hello \u00e9 <&\r\n>",
+        MessageAttributes={"one": of_one, "two": of_two},
+    )  # fmt: skip
+    entries = [{"Id": str(n), "MessageBody": f"m{n}"} for n in range(3)]
+    call(sqs.send_message_batch, QueueUrl=url, Entries=entries)
+    asked = {"MaxNumberOfMessages": 10, "MessageAttributeNames": ["All"]}
+    got = call(sqs.receive_message, QueueUrl=url, **asked)
+    handles = [each["ReceiptHandle"] for each in got.get("Messages", [])] or ["none"]
+    held = {"QueueUrl": url, "ReceiptHandle": handles[0]}
+    call(sqs.change_message_visibility, **held, VisibilityTimeout=60)
+    call(sqs.delete_message, **held)
+    entries = [{"Id": str(n), "ReceiptHandle": held} for n, held in enumerate(handles[1:])]
+    call(sqs.delete_message_batch, QueueUrl=url, Entries=entries)
+    call(sqs.get_queue_attributes, QueueUrl=url, AttributeNames=["QueueArn", "DelaySeconds"])
+    call(sqs.get_queue_url, QueueName="jobs")
+    call(sqs.list_queues, QueueNamePrefix="j")
+    call(sqs.get_queue_url, "that is not, refused", QueueName="none")
+
+    table = client("dynamodb")
+    call(
+        table.create_table, TableName="things", BillingMode="PAY_PER_REQUEST",
+        KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+    )  # fmt: skip
+    item = {"k": {"S": "\u00e9"}, "n": {"N": "1.5"}, "b": {"B": b"\0\xff"}, "l": {"L": []}}
+    call(table.put_item, TableName="things", Item=item)
+    call(table.get_item, TableName="things", Key={"k": item["k"]})
+    call(table.query, TableName="things", KeyConditionExpression="k = :k",
+         ExpressionAttributeValues={":k": item["k"]})  # fmt: skip
+    call(table.put_item, "that is there, refused", TableName="things", Item=item,
+         ConditionExpression="attribute_not_exists(k)")  # fmt: skip
+    call(table.scan, TableName="things")
+    call(table.get_item, "of no table, refused", TableName="none", Key={"k": item["k"]})
+
+    call(client("sts").get_caller_identity)
+
+    watch = client("cloudwatch")
+    at = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc)
+    data = [{"MetricName": "m", "Value": value, "Timestamp": at, "Unit": "Count"}
+            for value in (1.5, 2.5)]  # fmt: skip
+    call(watch.put_metric_data, Namespace="matrix", MetricData=data)
+    call(watch.list_metrics, Namespace="matrix")
+    hour = datetime.timedelta(hours=1)
+    call(watch.get_metric_statistics, Namespace="matrix", MetricName="m", Period=60,
+         StartTime=at - hour, EndTime=at + hour, Statistics=["Sum", "Maximum"])  # fmt: skip
+    call(watch.put_metric_alarm, AlarmName="a", Namespace="matrix", MetricName="m", Period=60,
+         EvaluationPeriods=1, Threshold=1.0, Statistic="Sum",
+         ComparisonOperator="GreaterThanThreshold")  # fmt: skip
+    call(watch.describe_alarms)
+
+    bus = client("events")
+    call(bus.put_rule, Name="r", EventPattern='{"source": ["matrix"]}')
+    target = "arn:aws:sqs:us-east-1:123456789012:jobs"
+    call(bus.put_targets, Rule="r", Targets=[{"Id": "1", "Arn": target}])
+    call(bus.list_rules)
+    event = {"Source": "matrix", "DetailType": "d", "Detail": '{"a": "\u00e9"}'}
+    call(bus.put_events, Entries=[event, {"Source": "matrix"}])  # the second one is refused
+    call(sqs.delete_queue, QueueUrl=url)
+    call(bus.describe_rule, "that is not, refused", Name="none")
+    for each in clients:
+        each.close()
+    return rows
+
+
+CBOR_BODY = b"\xbfiNextTokengmore \xc3\xa9\xff"
+CBOR_ANSWER = answer(
+    b"200 OK", b"Smithy-Protocol: rpc-v2-cbor", b"Content-Type: application/cbor",
+    length_of(CBOR_BODY), body=CBOR_BODY,
+)  # fmt: skip
+CBOR_METRICS = [
+    {"MetricName": "m\u00e9", "Value": value, "Unit": "Count"} for value in (1.5, -2.0, 1e300)
+]
+CBOR_CALLS = (
+    ("cloudwatch", "list_metrics", {"Namespace": "matrix \u00e9"}),
+    ("cloudwatch", "put_metric_data", {"Namespace": "matrix", "MetricData": CBOR_METRICS}),
+    ("cloudwatchomni", "list_spaces", {}),
+    ("eventbridgev2", "list_subscribers", {}),
+    ("partnercentral-marketing", "list_campaigns", {"Catalog": "AWS"}),
+    ("partnercentral-revenue-measurement", "list_revenue_attributions", {"Catalog": "AWS"}),
+)
+
+TREE = {
+    "empty": b"",
+    "small": b"hello\n",
+    "a b/c+d \u00e9": b"name\n",
+    "a b/deep/er/empty": b"",
+    "big": bytes(range(256)) * 4096 * 9,  # in parts
+}
+AWS_CHAINS = (
+    """s3 cp --no-progress tree/empty s3://one/empty
+    s3 cp --no-progress s3://one/empty back/empty""",
+    """s3 cp --no-progress --recursive tree s3://two/tree
+    s3 cp --no-progress --recursive s3://two/tree back""",
+    """sqs create-queue --queue-name jobs
+    sqs send-message --queue-url ORIGIN/123456789012/jobs --message-body hello
+    sqs receive-message --queue-url ORIGIN/123456789012/jobs
+    sts get-caller-identity""",
+    """dynamodb put-item --table-name things --item '{"k": {"S": "a"}, "b": {"B": "AP8="}}'
+    dynamodb get-item --table-name things --key '{"k": {"S": "a"}}'
+    dynamodb get-item --table-name none --key '{"k": {"S": "a"}}'  # refused""",
+)
+# What no two runs have in common: ids, and receipt handles as moto makes them.
+IDS = re.compile(r"\b([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[a-z]{150,})\b")
+OF_MOMENT = re.compile("(connection|date|last-modified|x-amz-request-id|x-amzn-requestid):")
+
+IN_JAVASCRIPT = r"""
+const { createHash } = require("crypto");
+const { Readable } = require("stream");
+const { Upload } = require("@aws-sdk/lib-storage");
+const { getSignedUrl } = require("@aws-sdk/s3-request-presigner");
+const S3 = require("@aws-sdk/client-s3");
+
+const rows = [];
+const told = (name, answer) => rows.push([name, JSON.parse(JSON.stringify(answer, (key, value) =>
+  ["$metadata", "LastModified", "UploadId"].includes(key) ? undefined : value))]);
+const digest = (data) => [data.length, createHash("sha256").update(data).digest("hex")];
+const big = Buffer.alloc(11 << 20, "0123456789abcdef!");  // three parts
+
+const call = async (client, name, command) => {
+  let answer;
+  try {
+    answer = await client.send(command);
+  } catch (error) {
+    answer = { refused: error.name, status: error.$metadata?.httpStatusCode, of: String(error) };
+  }
+  if (answer.Body) answer.Body = digest(Buffer.from(await answer.Body.transformToByteArray()));
+  told(name, answer);
+};
+
+const fetched = async (name, link, options) => {
+  const answer = await fetch(link, options);
+  const data = Buffer.from(await answer.arrayBuffer());
+  const body = answer.ok ? digest(data) : String(data).match(/<Code>.*<\/Code>/)[0];
+  const kinds = ["content-type", "content-length", "etag", "x-amz-meta-m"];
+  told(name, [answer.status, kinds.map((kind) => answer.headers.get(kind)), body]);
+};
+
+const run = async (mode) => {
+  const client = new S3.S3Client({
+    endpoint: process.argv[2], region: "us-east-1", forcePathStyle: true, maxAttempts: 1,
+    requestChecksumCalculation: mode, responseChecksumValidation: mode,
+    credentials: { accessKeyId: "dummykey", secretAccessKey: "dummysecret" },
+  });
+  const Bucket = mode.toLowerCase().replace("_", "-");
+  await call(client, `${mode} CreateBucket`, new S3.CreateBucketCommand({ Bucket }));
+  const stream = () => Readable.from([big.subarray(0, 70000)], { objectMode: false });
+  for (const [kind, Body, more] of [
+    ["text", "hello"], ["nothing", ""], ["bytes", big.subarray(0, 70000)],
+    ["a stream", stream(), { ContentLength: 70000 }],
+    ["a hashed stream", stream(), { ContentLength: 70000, ChecksumAlgorithm: "SHA256" }],
+  ]) {
+    const Key = `a+b c/${kind} \u00e9`;
+    const given = { Bucket, Key, Body, Metadata: { m: kind }, ...more };
+    await call(client, `${mode} PutObject of ${kind}`, new S3.PutObjectCommand(given));
+    await call(client, `${mode} GetObject of ${kind}`, new S3.GetObjectCommand({ Bucket, Key }));
+  }
+  const uploads = [
+    ["text", "hello"], ["many bytes", big], ["a long stream", Readable.from([big])],
+  ];
+  for (const [kind, Body] of uploads) {
+    const params = { Bucket, Key: `by ${kind}`, Body };
+    const upload = new Upload({ client, params, partSize: 5 << 20, queueSize: 2 });
+    told(`${mode} Upload of ${kind}`, await upload.done());
+    const read = new S3.GetObjectCommand({ Bucket, Key: params.Key });
+    await call(client, `${mode} GetObject by ${kind}`, read);
+  }
+  const at = { Bucket, Key: "by a link \u00e9+ " };
+  const put = new S3.PutObjectCommand({ ...at, ContentType: "text/plain", Metadata: { m: "v" } });
+  const headers = { "Content-Type": "text/plain", "x-amz-meta-m": "v" };
+  const unhoistableHeaders = new Set(["x-amz-meta-m"]);
+  const link = await getSignedUrl(client, put, { expiresIn: 60, unhoistableHeaders });
+  await fetched(`${mode} presigned PUT`, link, { method: "PUT", body: "hello", headers });
+  const get = await getSignedUrl(client, new S3.GetObjectCommand(at), { expiresIn: 60 });
+  await fetched(`${mode} presigned GET`, get);
+  const none = new S3.GetObjectCommand({ Bucket, Key: "none" });
+  await fetched(`${mode} presigned GET of none, refused`, await getSignedUrl(client, none));
+  await call(client, `${mode} GetObject of none, refused`, none);
+  client.destroy();
+};
+
+run("WHEN_SUPPORTED").then(() => run("WHEN_REQUIRED")).then(
+  () => console.log(JSON.stringify(rows)),
+  (error) => { console.error(error); process.exitCode = 1; });
+"""
+
+
+@unittest.skipUnless(MOTO, "moto or boto3 is not installed")
+class ClientMatrixTest(unittest.TestCase):
+    """Each client calls moto, and moto behind the proxy, and must not tell one from the other."""
+
+    @classmethod
+    def setUpClass(cls):
+        import moto.server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BOTO"))}
+        cls.environ = {**kept, **nothing, **NO_METADATA, "NO_PROXY": "*"}
+        patch = mock.patch.dict(os.environ, cls.environ, clear=True)
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        moto_server = moto.server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto_server.start()
+        cls.addClassCleanup(moto_server.stop)
+        cls.addClassCleanup(cls.renew)
+        cls.direct = "http://{}:{}".format(*moto_server.get_host_and_port())
+        routes = ["--route", f"*={cls.direct}"]
+        environ = {**cls.environ, **UPSTREAM_ENVIRONMENT}
+        cls.program = Program(cls.addClassCleanup, "--quiet", *routes, env=environ)
+        cls.proxied = "http://{}:{}".format(*cls.program.address)
+
+    @classmethod
+    def renew(cls):
+        """Have moto forget all."""
+        from moto.moto_api._internal.models import moto_api_backend
+
+        moto_api_backend.reset()
+
+    def served(self):
+        return metric(self.program.address, SERVED)
+
+    def has_served(self, count):
+        return self.served() >= count
+
+    def same_both_ways(self, calls):
+        """Check that calls(origin) returns the same rows of a name and a result.
+
+        A name ends with "refused" if the result is a refusal.
+        """
+        told = []
+        for origin in (self.direct, self.proxied):
+            self.renew()
+            before = self.served()
+            rows = calls(origin)
+            if origin == self.direct:
+                self.assertEqual(self.served(), before)
+            else:
+                enough = before + len(rows)
+                wait_until(functools.partial(self.has_served, enough))
+            told.append(dict(self.comparable(rows, origin)))
+            self.assertEqual(len(told[-1]), len(rows), [name for name, _ in rows])
+        direct, proxied = told
+        self.assertEqual(list(direct), list(proxied))
+        for name, result in direct.items():
+            with self.subTest(name):
+                self.assertEqual(proxied[name], result)
+                self.assertEqual(self.is_refusal(result), name.endswith("refused"), result)
+
+    @staticmethod
+    def is_refusal(result):
+        if isinstance(result, dict):
+            return "Error" in result or "refused" in result
+        return isinstance(result, list) and result[0] not in (0, 200)
+
+    @staticmethod
+    def comparable(rows, origin):
+        """Put one word for where a client was pointed at, and a number for each id."""
+        seen = {}
+        text = json.dumps(rows).replace(origin, "ORIGIN")
+        return json.loads(IDS.sub(lambda it: f"id {seen.setdefault(it[0], len(seen))}", text))
+
+    def test_the_newest_boto3(self):
+        self.same_both_ways(called_by_boto3)
+
+    def test_an_old_boto3(self):
+        if not OLD_BOTO3:
+            self.skipTest("AWSPROXY_OLD_BOTO3 names no python that has boto3 1.28")
+        source = inspect.getsource(called_by_boto3)
+        asked = "import json, sys\nprint(json.dumps(called_by_boto3(sys.argv[1])))"
+        self.same_both_ways(
+            lambda origin: self.printed([OLD_BOTO3, "-c", f"{source}\n\n{asked}", origin])
+        )
+
+    def printed(self, command, **how):
+        """Run a command; return the JSON that it prints."""
+        how.setdefault("env", self.environ)
+        ended = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=DEADLINE, **how
+        )
+        self.assertEqual(ended.returncode, 0, ended.stderr[-3000:])
+        return json.loads(ended.stdout)
+
+    def test_boto3_in_cbor(self):
+        """Moto speaks no CBOR: what arrives is compared, and must be signed as it should."""
+        ours = Client("ours", *UPSTREAM_ENVIRONMENT.values())
+        recorder = FakeUpstream(self, default=CBOR_ANSWER)
+        direct = f"http://127.0.0.1:{recorder.endpoint.port}"
+        environ = {**self.environ, **UPSTREAM_ENVIRONMENT}
+        program = Program(self.addCleanup, "--quiet", "--upstream", direct, env=environ)
+        proxied = "http://{}:{}".format(*program.address)
+        core = self.cbor_session()
+        for service, operation, given in CBOR_CALLS:
+            if not self.speaks_cbor(service):
+                with self.subTest(f"{service} {operation}"):
+                    self.skipTest(f"this botocore speaks no CBOR with {service}")
+                continue
+            told = []
+            for origin, signer in ((direct, DEMO), (proxied, ours)):
+                with self.subTest(f"{service} {operation}", origin=origin):
+                    client, made = self.cbor_client(service, origin, core)
+                    answered = getattr(client, operation)(**given)
+                    (sent,) = recorder.requests
+                    recorder.requests.clear()
+                    awsproxy.verify(sent, {signer.access_key_id: [signer]}, time.time())
+                    sent.body.seek(0)
+                    self.assertEqual(sent.body.read(), made[0].body)
+                    told.append((answered.get("NextToken"), self.head_of(sent)))
+            with self.subTest(f"{service} {operation}"):
+                self.assertEqual(told[1], told[0])
+                self.assertIn(told[0][0], ("more \u00e9", None))
+                self.assertEqual(sent.fields["smithy-protocol"], ["rpc-v2-cbor"])
+
+    @staticmethod
+    def head_of(request):
+        """Return what an upstream sees of a head, but for the signature and the moment."""
+        other = (
+            "amz-sdk-invocation-id authorization host x-amz-content-sha256 x-amz-date"
+            " x-amz-security-token"
+        ).split()
+        fields = {name: values for name, values in request.fields.items() if name not in other}
+        return request.method, request.target, fields
+
+    def client(self, service, origin, core=None, **settings):
+        import boto3
+        import botocore.config
+
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, **settings)
+        client = (boto3.Session(botocore_session=core) if core else boto3).client(
+            service, region_name="us-east-1", endpoint_url=origin, config=config,
+            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
+        )  # fmt: skip
+        self.addCleanup(client.close)
+        return client
+
+    @staticmethod
+    def speaks_cbor(service):
+        import botocore.exceptions
+        import botocore.loaders
+
+        try:
+            model = botocore.loaders.Loader().load_service_model(service, "service-2")
+        except botocore.exceptions.UnknownServiceError:
+            return False
+        return "smithy-rpc-v2-cbor" in model["metadata"].get("protocols", ())
+
+    @staticmethod
+    def cbor_session():
+        """Return a session of botocore that has nothing but CBOR to choose from."""
+        import botocore.session
+
+        core = botocore.session.Session()
+        loader = core.get_component("data_loader")
+        load = loader.load_service_model
+
+        def load_as_cbor(name, kind, api_version=None):
+            model = load(name, kind, api_version)
+            if kind == "service-2":
+                model["metadata"].update(protocols=["smithy-rpc-v2-cbor"])
+            return model
+
+        loader.load_service_model = load_as_cbor
+        return core
+
+    def cbor_client(self, service, origin, core):
+        """Return a client, and a list of what it will send."""
+        client = self.client(service, origin, core, request_min_compression_size_bytes=100)
+        made = []
+        client.meta.events.register("before-send", lambda request, **_: made.append(request))
+        return client, made
+
+    @unittest.skipUnless(AWS, "the AWS command line is not installed")
+    def test_the_aws_command_line(self):
+        self.same_both_ways(self.called_by_aws)
+
+    def called_by_aws(self, origin):
+        home = folder(self)
+        for name, data in TREE.items():
+            path = os.path.join(home, "tree", *name.split("/"))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write(path, data)
+        for bucket in ("one", "two"):
+            self.client("s3", origin).create_bucket(Bucket=bucket)
+        self.client("dynamodb", origin).create_table(
+            TableName="things", BillingMode="PAY_PER_REQUEST",
+            KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        )  # fmt: skip
+        at = ["--endpoint-url", origin, "--region", "us-east-1", "--output", "json"]
+        environ = {
+            **self.environ,
+            "PATH": BESIDE,
+            "HOME": home,
+            "AWS_ACCESS_KEY_ID": "dummykey",
+            "AWS_SECRET_ACCESS_KEY": "dummysecret",
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_PAGER": "",
+        }
+
+        def run(chain):
+            rows = []
+            for command in chain.splitlines():
+                words = command.replace("ORIGIN", origin).strip()
+                ended = subprocess.run(
+                    [AWS, *at, *shlex.split(words, comments=True)],
+                    capture_output=True,
+                    encoding="utf-8",
+                    env=environ,
+                    cwd=home,
+                    stdin=subprocess.DEVNULL,
+                    timeout=DEADLINE,
+                )
+                if ended.returncode == 127:
+                    self.skipTest("the AWS command line does not run here")
+                lines = sorted(ended.stdout.splitlines())  # a tree's files go in any order
+                rows.append((command.strip(), [ended.returncode, lines, ended.stderr]))
+            return rows
+
+        with concurrent.futures.ThreadPoolExecutor(CORES) as threads:
+            rows = list(itertools.chain.from_iterable(threads.map(run, AWS_CHAINS)))
+        for path in sorted(glob.glob(os.path.join(home, "back", "**"), recursive=True)):
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    data = file.read()
+                name = os.path.relpath(path, os.path.join(home, "back")).replace(os.sep, "/")
+                self.assertEqual(sha256(data), sha256(TREE[name]), name)
+                rows.append((name, len(data)))
+        self.assertEqual({name for name, _ in rows} & set(TREE), set(TREE))
+        return rows
+
+    def test_the_javascript_sdk(self):
+        if not NODE:
+            self.skipTest("no node is installed")
+        if not os.path.isdir(os.path.join(NODE_MODULES, "@aws-sdk")):
+            self.skipTest("AWSPROXY_NODE_MODULES names no folder that has @aws-sdk")
+        script = write(os.path.join(folder(self), "matrix.cjs"), IN_JAVASCRIPT)
+        environ = {**self.environ, "NODE_PATH": NODE_MODULES}
+        self.same_both_ways(lambda origin: self.printed([NODE, script, origin], env=environ))
+
+    def test_curl(self):
+        if not curl_signs():
+            self.skipTest("no curl that knows --aws-sigv4 is installed")
+        self.same_both_ways(self.called_by_curl)
+
+    def called_by_curl(self, origin):
+        self.client("s3", origin).create_bucket(Bucket="things")
+        home, rows = folder(self), []
+        bodies = {"empty": b"", "small": b"hello\n", "long": bytes(range(256)) * 8192}
+        for name, data in bodies.items():
+            write(os.path.join(home, name), data)
+
+        def curl(name, service, words):
+            words = shlex.split(words.replace("ORIGIN", origin))
+            keys = ["--aws-sigv4", f"aws:amz:us-east-1:{service}", "-u", "dummykey:dummysecret"]
+            fixed = [CURL, "-q", "-sS", "-i", "--noproxy", "*", "--max-time", str(DEADLINE), *keys]
+            ended = subprocess.run([*fixed, *words], capture_output=True, cwd=home)
+            self.assertEqual(ended.returncode, 0, ended.stderr)
+            answer = ended.stdout
+            while answer.startswith(b"HTTP/1.1 100"):
+                answer = answer.partition(b"\r\n\r\n")[2]
+            head, _, body = answer.partition(b"\r\n\r\n")
+            first, *lines = head.decode("latin-1").lower().split("\r\n")
+            fields = sorted(line for line in lines if not OF_MOMENT.match(line))
+            status = int(first.split()[1])
+            rows.append((name, [status, fields, sha256(re.sub(b"<RequestId>.*?<", b"", body))]))
+            return status, body
+
+        bare = "-H 'x-amz-content-sha256: UNSIGNED-PAYLOAD'"  # an older curl says nothing there
+        plain = "-H 'Content-Type: text/plain'"  # moto would read a form
+        for name, data in bodies.items():
+            at = f"ORIGIN/things/a/{name}"
+            for way, words in (
+                ("-T", f"-T {name} {bare}"),
+                ("-d", f"-X PUT --data-binary @{name} -H 'x-amz-content-sha256: {sha256(data)}'"),
+            ):
+                status, _ = curl(f"PUT {name} with {way}", "s3", f"{at}{way} {words} {plain}")
+                self.assertEqual(status, 200)
+                got = curl(f"GET {name} with {way}", "s3", f"{at}{way} {bare}")
+                self.assertEqual(got, (200, data))
+        self.assertEqual(curl("GET nothing, refused", "s3", f"ORIGIN/things/none {bare}")[0], 404)
+        url = "ORIGIN/123456789012/jobs"
+        for operation, document, status in (
+            ("CreateQueue", {"QueueName": "jobs"}, 200),
+            ("SendMessage", {"QueueUrl": url, "MessageBody": "\u00e9"}, 200),
+            ("ReceiveMessage", {"QueueUrl": url}, 200),
+            ("ListQueues", {}, 200),
+            ("GetQueueUrl", {"QueueName": "none"}, 400),
+        ):
+            name = operation + ", refused" * (status >= 400)
+            words = ["ORIGIN", "-H", f"X-Amz-Target: AmazonSQS.{operation}"]
+            words += ["-H", f"Content-Type: {JSON_1_0}", "-d", json.dumps(document)]
+            told, body = curl(name, "sqs", shlex.join(words))
+            fields = [it for it in rows[-1][1][1] if not it.startswith("content-length")]
+            rows[-1][1][1:] = fields, json.loads(body)  # a URL may be longer: it has our port
+            self.assertEqual(told, status)
+        return rows
 
 
 # ==== Fuzzing ====
