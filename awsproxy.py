@@ -6240,8 +6240,6 @@ class Upstream:
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
         return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
 
-    # ---- The request ----
-
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self._endpoint:
             return self._endpoint
@@ -6363,8 +6361,6 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    # ---- The exchange ----
-
     def _answered(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
         replayable = isinstance(outgoing.request.body, io.IOBase)
@@ -6477,8 +6473,6 @@ class Upstream:
             if not connection.send_until_answered(framed):
                 return
         connection.spoiled = bool(first) and signed.method in _BODILESS
-
-    # ---- The answer ----
 
     def _reply(self, connection: Connection, head: ResponseHead, method: str) -> Reply:
         try:
@@ -7825,8 +7819,6 @@ class Proxy:
         }
         self._is_public = not self._verified or has_demo_key(clients)
 
-    # ---- Requests to replies ----
-
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Answer one request; `refused` is a fault in the framing.  Never raises."""
         if refused:
@@ -8050,8 +8042,6 @@ class Proxy:
                 log.exception("a hook's observe failed")
         return reply
 
-    # ---- The meaning of a request ----
-
     def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
@@ -8179,8 +8169,6 @@ class Proxy:
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
-
-    # ---- Bodies ----
 
     def longest_body(self, head: Head) -> int:
         """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
