@@ -7836,7 +7836,7 @@ class Proxy:
         step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
-        for step in (self._understand, self._act, self._finish):
+        for step in (self._understand, self._act, self._observe_reply):
             outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
@@ -7945,7 +7945,7 @@ class Proxy:
             act = functools.partial(self._hooked, call, hooks, act)
         return functools.partial(self.complete, exchange, act)
 
-    def _finish(self, exchange: Exchange) -> Reply:
+    def _observe_reply(self, exchange: Exchange) -> Reply:
         assert exchange.reply
         return self.observed(exchange, exchange.reply)
 
@@ -9128,8 +9128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
-    add("--log-file", default="", metavar="FILE",
-        help="write log lines to this file, not to standard error; SIGHUP reopens it")  # fmt: skip
+    add("--log-file", default="", metavar="FILE", help="file for log lines; SIGHUP reopens it")
     add("--quiet", action="store_true", help="print no line for each call")
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
@@ -9163,8 +9162,7 @@ def _add_callers(add: Callable[..., Any]) -> None:
         help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
         " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
     add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
-        help="a key that callers sign with, repeatable; other processes can see it in the list of"
-        " processes: --clients hides it")  # fmt: skip
+        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
     add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
     add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
         help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
@@ -9175,22 +9173,18 @@ def _add_callers(add: Callable[..., Any]) -> None:
 
 def _add_routes(add: Callable[..., Any]) -> None:
     add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
-        help="actions as in IAM policies, or service:METHOD/path of REST calls"
-        " (lambda:POST/2015-03-31/functions/*), and their target: embedded (SQS in memory), aws,"
-        " http(s)://host[:port] or deny; the first match counts"
-        " (default: sqs:*=embedded)")  # fmt: skip
+        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
+        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
+        " match counts (default: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS",
-        help="longest wait for an upstream's answer; at most 65 for ReceiveMessage")  # fmt: skip
+        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
     add("--hook", action="append", default=[], metavar="FILE",
-        help="a Python file (.py) with before, rewrite, after, observe or concerns;"
-        " repeatable")  # fmt: skip
+        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
     add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify, service and region of an unsigned call whose Host names"
-        " none")  # fmt: skip
+        help="with --no-verify: service and region if the Host names none")  # fmt: skip
 
 
 class UsageError(Exception):
