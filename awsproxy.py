@@ -1027,8 +1027,6 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
     return error
 
 
-# ---- Parsing ----
-
 _AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
 _SHA256_HEX = re.compile("[0-9a-f]{64}")
 _SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
@@ -1210,9 +1208,6 @@ def _date_header(request: Request) -> Optional[str]:
         raise refusal("date", request, value[:80]) from error
 
 
-# ---- Canonical form ----
-
-
 def canonical_path(path: str, normalize: bool) -> str:
     """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
 
@@ -1305,9 +1300,6 @@ def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
 def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> str:
     """Return the signature of a string to sign, in lower-case hex."""
     return hmac.digest(signing_key(secret_access_key, scope), text, "sha256").hex()
-
-
-# ---- Verification ----
 
 
 @lru_cache(maxsize=256)
@@ -1891,9 +1883,6 @@ def streamed_body(
     if declared != STREAMING_UNSIGNED and checked:
         signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
     return AwsChunkedBody(request, int(length), signer, announced, checked)
-
-
-# ---- Signing ----
 
 
 class Credentials(NamedTuple):
@@ -4533,8 +4522,6 @@ SQS_MODEL = MODELS["sqs"] = Model(
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
-
-# ---- Where a service is ----
 
 
 class Endpoint(NamedTuple):
@@ -7734,8 +7721,7 @@ class Pending:
         log.warning("upstream: no answer from %s: %s", connection.endpoint.origin, why)
         connection.close()
         message = "The upstream of this proxy did not answer in time."
-        call = self._exchange.call
-        again = call is not None and is_repeatable(call)
+        again = is_repeatable(self._attempt.call)
         error = ServiceError("ServiceUnavailable", message) if again else outcome_unknown()
         return self._proxy.refuse(self._exchange, error)
 
