@@ -795,13 +795,13 @@ def encode_reply(
 
 # ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
 #
-# The caller and we each reduce the request to one text, sign it with the same secret, and
-# compare.  All trouble comes from reducing it differently: so the raw target, the raw header
-# values in their order, and latin-1 both ways.  Sources: IAM User Guide, "Create a signed AWS
-# API request"; Amazon S3 API Reference, "Authenticating Requests (AWS Signature Version 4)".
+# The caller and the proxy each reduce the request to one text and sign it with the same secret.
+# Both texts must agree to the byte, so this chapter reads the raw target and raw header values,
+# and decodes and encodes them as latin-1.  Sources: IAM User Guide, "Create a signed AWS API
+# request"; Amazon S3 API Reference, "Authenticating Requests (AWS Signature Version 4)".
 #
-# There is one decision, `verify`, and its default is refusal.  The identity it returns is the
-# key whose signature was just checked; nothing later reads it from the request again.
+# One function decides, `verify`, and it refuses by default.  It returns the client whose key it
+# has just checked.  No later code reads the identity from the request again.
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
@@ -815,10 +815,10 @@ S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 class Profile(NamedTuple):
     """The rules of a service for canonical requests and payloads."""
 
-    normalize_path: bool = True  # dot segments resolved, and the path encoded once more
+    normalize_path: bool = True  # resolve dot segments, and encode the path once more
     declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
     unsigned_token: bool = False  # clients append the session token after signing
-    unsigned_token_header: bool = False  # the same, of calls that are signed in their header
+    unsigned_token_header: bool = False  # the same for calls that have an Authorization header
     clock_skew: int = 900  # seconds that a caller's clock may differ from ours
     unsigned_body: str = ""  # a pattern of "METHOD /path" whose body need not be signed
     sends_hash: bool = False  # the service demands x-amz-content-sha256
@@ -842,9 +842,8 @@ PROFILES: Mapping[str, Profile] = {
 }
 _GENERAL = Profile()
 
-# Why a request can be refused: its code, its code from Amazon S3's family, its message, and the
-# message from S3's family if that is another.  The messages are AWS's own where they are known,
-# since people search for them.
+# By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
+# family if it differs.  People search for AWS's own messages, so they are AWS's where known.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
 _HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
 _SKEWED = "The difference between the request time and the server's time is too large."
@@ -956,7 +955,7 @@ class Authorization(NamedTuple):
     signed_headers: Tuple[str, ...]
     signature: str
     amz_date: str  # ISO 8601 basic
-    expires: Optional[int] = None  # seconds after amz_date; None where none is given
+    expires: Optional[int] = None  # seconds after amz_date
     presigned: bool = False
     session_token: Optional[str] = None
     dated_by: str = "x-amz-date"  # the header or query parameter that gave amz_date
@@ -985,7 +984,7 @@ _CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def authorization_of(request: Request) -> Authorization:
-    """Return what `parse_authorization` returns, parsed once; the verifier reads it here, too."""
+    """Return the authorization of a request, parsed once and then kept with the request."""
     found: Optional[Authorization] = request.__dict__.get("claimed")
     if found is None:
         found = request.__dict__["claimed"] = parse_authorization(request)
@@ -993,32 +992,23 @@ def authorization_of(request: Request) -> Authorization:
 
 
 def claim(request: Request) -> Claim:
-    """Return the access key id and scope that the request names, unverified; "" where none.
-
-    Of a malformed request, which will be refused, they are whatever looks like a credential.
-    """
-    salvaged: Optional[Claim] = request.__dict__.get("salvaged")
-    if salvaged is None:
+    """Return the unverified key id and scope of a request, even a malformed one; "" for none."""
+    found: Optional[Claim] = request.__dict__.get("salvaged")
+    if found is None:
         try:
-            authorization = authorization_of(request)
+            return authorization_of(request)[:2]
         except ServiceError:
-            salvaged = request.__dict__["salvaged"] = _salvaged_claim(request)
-        else:
-            return authorization.access_key_id, authorization.scope
-    return salvaged
+            found = request.__dict__["salvaged"] = _salvaged_claim(request)
+    return found
 
 
 def _salvaged_claim(request: Request) -> Claim:
     header = request.header("authorization")
     if header:
-        return _first_claim(_CLAIM_IN_HEADER.findall(header))
-    if "=" not in request.target:
-        return _NO_CLAIM
-    found = _CLAIM_IN_QUERY.findall(request.target)
-    return _first_claim([urllib.parse.unquote(text, "latin-1") for text in found])
-
-
-def _first_claim(texts: Sequence[str]) -> Claim:
+        texts = _CLAIM_IN_HEADER.findall(header)
+    else:
+        found = _CLAIM_IN_QUERY.findall(request.target)
+        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
@@ -1026,7 +1016,7 @@ def _first_claim(texts: Sequence[str]) -> Claim:
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
-    """Return the error for a row of REFUSALS, as the service that the request names spells it."""
+    """Return the error of a row of REFUSALS, in the words of the service that is called."""
     code, s3_code, message, *s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
@@ -1036,8 +1026,6 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
     error.reason = reason
     return error
 
-
-# ---- Parsing ----
 
 _AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
 _SHA256_HEX = re.compile("[0-9a-f]{64}")
@@ -1057,10 +1045,7 @@ _ESCAPED_NAME = re.compile(
 
 
 def parse_authorization(request: Request) -> Authorization:
-    """Return what the request claims, from its Authorization header or its query string.
-
-    Raises ServiceError for no claim, for two, and for another scheme or syntax.
-    """
+    """Parse the Authorization header or presigned query.  Raise ServiceError if not just one."""
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
         return _parse_header(request, headers[0])
@@ -1095,7 +1080,7 @@ _USUAL_HEADER = re.compile(
 
 @lru_cache(maxsize=256)
 def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str, ...]]]:
-    """Return key, scope and signed headers of a usual header; a client's calls have the same."""
+    """Return the key, scope and signed headers of a usual header, which a client repeats."""
     match = _USUAL_HEADER.fullmatch(header)
     if not match:
         return None
@@ -1145,8 +1130,8 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     if amz_date is None or faults:
         raise refusal(reason, request, " ".join(faults))
     key = _parse_credential(request, given["Credential"], "credential")
-    names = _parse_signed_headers(request, given["SignedHeaders"], reason)
-    made = _parse_signature(request, given["Signature"], reason)
+    made = given["Signature"]
+    names = _parse_signed_headers(request, given["SignedHeaders"], made, reason)
     token = _single(request, "x-amz-security-token")
     return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
 
@@ -1172,11 +1157,16 @@ def _parse_query(request: Request) -> Authorization:
             missing.append("X-Amz-Expires")
     if missing:
         raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
-    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], reason)
-    made = _parse_signature(request, given["X-Amz-Signature"], reason)
-    expires = _parse_expires(request, given.get("X-Amz-Expires"))
-    token = given.get("X-Amz-Security-Token")
-    return Authorization(*key, names, made, given["X-Amz-Date"], expires, True, token)
+    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
+    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
+    expires = given.get("X-Amz-Expires")
+    if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
+        raise refusal(reason, request, "X-Amz-Expires should be a number.")
+    seconds = int(expires) if expires else None
+    if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
+        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
+        raise refusal(reason, request, fault)
+    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
 
 
 def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
@@ -1187,30 +1177,16 @@ def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
     return parts[0], CredentialScope(*parts[1:])
 
 
-def _parse_signed_headers(request: Request, text: str, reason: str) -> Tuple[str, ...]:
+def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> Tuple[str, ...]:
+    """Return the names, and refuse a signature that is malformed."""
     names = tuple(text.split(";"))
     ascending = all(map(str.__lt__, names, names[1:]))
     if not _SIGNED_HEADERS.fullmatch(text) or not ascending:
         fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'."
         raise refusal(reason, request, fault)
-    return names
-
-
-def _parse_signature(request: Request, text: str, reason: str) -> str:
-    if not _SHA256_HEX.fullmatch(text):
+    if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
-    return text
-
-
-def _parse_expires(request: Request, text: Optional[str]) -> Optional[int]:
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise refusal("query parameter", request, "X-Amz-Expires should be a number.")
-    if not 1 <= int(text) <= MAX_PRESIGNED_SECONDS:
-        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
-        raise refusal("query parameter", request, fault)
-    return int(text)
+    return names
 
 
 def _single(request: Request, name: str) -> Optional[str]:
@@ -1221,7 +1197,7 @@ def _single(request: Request, name: str) -> Optional[str]:
 
 
 def _date_header(request: Request) -> Optional[str]:
-    """Return the Date header in ISO 8601 basic format, from that or from RFC 9110's, 5.6.7."""
+    """Return the Date header in ISO 8601 basic format; RFC 9110, 5.6.7, has another."""
     value = _single(request, "date")
     if value is None or _AMZ_DATE.fullmatch(value):
         return value
@@ -1232,16 +1208,11 @@ def _date_header(request: Request) -> Optional[str]:
         raise refusal("date", request, value[:80]) from error
 
 
-# ---- Canonical form ----
-
-
 def canonical_path(path: str, normalize: bool) -> str:
-    """Return the canonical URI of a raw path.
+    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
 
-    With `normalize` (every service but S3's family): empty and dot segments resolved on the
-    encoded text, then each byte percent-encoded, `%` too.  Without: each segment decoded and
-    encoded once, so that `//`, `..` and `%2F` stay what they are, parts of an object key.
-    Raises ServiceError InvalidURI for a broken escape or a `..` above the root.
+    `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
+    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay.
     """
     if path in ("", "/"):
         return "/"
@@ -1264,7 +1235,7 @@ def canonical_path(path: str, normalize: bool) -> str:
 
 
 def canonical_query(pairs: Sequence[Tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
-    """Return the decoded pairs, encoded again and sorted by name, then by value."""
+    """Encode the decoded pairs again, and sort them by name, then by value."""
     quote = urllib.parse.quote  # pairs are sorted, not their text, where `=` comes after `-`
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
@@ -1274,7 +1245,7 @@ _BLANKS = re.compile("[ \t]+")
 
 
 def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
-    """Return a line for each name; values trimmed, blanks collapsed, repeats joined in order."""
+    """Return a line for each name: trim values, collapse blanks, join repeats in order."""
     lines = []
     for name in names:
         values = fields[name]
@@ -1317,13 +1288,9 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # strangers cannot fill it: callers pass only secrets of known keys
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
-    """Return the key derived for one day, region and service.
-
-    Kept for the next call; asked for only with the secret of a known key, so that strangers
-    cannot fill the cache.  `cache_clear` it when secrets change.
-    """
+    """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
     key = b"AWS4" + secret_access_key.encode("utf-8")
     for part in scope:
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
@@ -1335,16 +1302,12 @@ def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> st
     return hmac.digest(signing_key(secret_access_key, scope), text, "sha256").hex()
 
 
-# ---- Verification ----
-
-
 @lru_cache(maxsize=256)
 def epoch(amz_date: str) -> int:
-    """Return the seconds since 1970 of a time such as 20150830T123600Z; ValueError for others."""
+    """Return the seconds since 1970 of a time such as 20150830T123600Z, or raise ValueError."""
     if not _AMZ_DATE.fullmatch(amz_date):
         raise ValueError(amz_date)
-    moment = datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ")
-    return calendar.timegm(moment.timetuple())
+    return calendar.timegm(datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ").timetuple())
 
 
 def iso_basic(seconds: float) -> str:
@@ -1379,19 +1342,14 @@ def read_whole(body: Body) -> Tuple[Body, str]:
 def verify(
     request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
 ) -> Verified:
-    """Return who signed a request, for what, and its body.  `verify_head` takes the `rules`."""
+    """Return the client, the scope and the body of a request.  `rules` are for `verify_head`."""
     return verify_body(request, verify_head(request, clients, now, **rules), spool)
 
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
-    """Check what the head alone does not prove, and return who signed, for what, and the body.
-
-    `spool` reads the body, and only if the head alone gives no reason to refuse.  The body of
-    Amazon S3's family is checked while it is read.  A body that need not be signed is not read.
-    """
+    """Check what the head does not prove.  A body of S3's family is checked while it is read."""
     claimed, profile, client, declared, _ = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
-    # 11. The body is the declared one.
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
         body = streamed_body(request, claimed, declared, key)
@@ -1416,33 +1374,25 @@ def verify_head(
     private: bool = True,
     other_host: str = "",
 ) -> Proven:
-    """Check all that the head proves, and return what it claims, of whom, for which body.
+    """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
-    The last part is the payload line that the head declares; without one the signature can be
-    checked only with the body.  `service` is the one that the request is for, if it says so apart
-    from its scope.  `regions` are those allowed, all if empty.  `must_be_signed` are headers that
-    decide what the request means.  `clock_skew` replaces the seconds that the service allows.
-    `private` tells whether the request came by TLS or from this machine, which a body that is not
-    signed needs.  `other_host` is a Host that clients may have signed, if a reverse proxy
-    replaced it.
+    service: the service that the request names apart from its scope
+    regions: the allowed regions; all if empty
+    clock_skew: seconds; replaces the clock_skew of the service's profile
+    must_be_signed: headers that decide what the request means
+    private: whether the request came by TLS or from this machine, as an unsigned body must
+    other_host: a Host that clients may have signed, if a reverse proxy replaced it
     """
-    # 1. The framing was judged before there was a Request.
-    # 2. and 3. One claim, in one form, well formed.
+    # The order counts: the error of a later check would tell a stranger more.
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
-    # 4. and 5. A date, near now.
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
-    # 6. The scope is of that day, and for us.
     _check_scope(request, claimed, service, regions)
-    # 7. A key we know, with its token.
     client = _find_client(request, claimed, clients)
-    # 8. Whatever decides what the request means is signed.
     _check_signed_headers(request, claimed, profile, must_be_signed)
-    # 9. What the head says of the body is what the service allows.
     declared = _declared_payload(request, claimed, profile, private)
-    # 10. The signature; from the head alone if that declares the body's hash.
     proven = Proven(claimed, profile, client, declared, other_host)
-    if declared is not None:
+    if declared is not None:  # otherwise `verify_body` checks the signature
         _check_signature(request, proven, declared)
     return proven
 
@@ -1480,7 +1430,7 @@ def _check_scope(
             return
     date, region, name, end = (part[:40] for part in scope)
     expected = regions[0] if regions else "us-east-1"
-    rows = (  # whether it is right; what most services say if not, and what Amazon S3 says
+    rows = (  # whether it is right; the texts of most services and of Amazon S3 if it is not
         (scope.terminator == "aws4_request",
          f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
@@ -1534,15 +1484,9 @@ def _check_signed_headers(
     if unsigned:
         names = ", ".join(unsigned)
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
-    if claimed.presigned:
-        _check_hoisted(request)
-
-
-def _check_hoisted(request: Request) -> None:
-    """Refuse an x-amz-* header that differs from the query parameter with the same name."""
-    for raw_name, raw_value in request.query:
+    for raw_name, raw_value in request.query if claimed.presigned else ():
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        if name.startswith("x-amz-") and request.fields.get(name, [value]) != [value]:
+        if name.startswith("x-amz-") and fields.get(name, [value]) != [value]:
             fault = f"'{name[:40]}' differs between header and query."
             raise refusal("query parameter", request, fault)
 
@@ -1564,11 +1508,10 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    if not profile.declared_payload or not value.startswith("STREAMING-"):
-        raise refusal("payload", request, value[:60])
-    if "-ECDSA-" in value:
+    if profile.declared_payload and value.startswith("STREAMING-") and "-ECDSA-" in value:
         raise refusal("streaming", request, value[:60])
-    if value not in (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED):
+    streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
+    if not profile.declared_payload or value not in streaming:
         raise refusal("payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
         raise refusal("stream", request)
@@ -1578,8 +1521,8 @@ def _declared_payload(
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
 _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 
-# What curl and others are known to sign in place of the canonical form, by version: for each
-# line of the canonical request that they get wrong, what they have there, and what to do.
+# Known mistakes of curl and others: a line of the canonical request, a function that returns
+# their form of that line, and advice.
 DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
     (1, lambda request, _: request.path,
      "it signed the path as sent, not encoded once more: curl before 8.14 does"),
@@ -1601,8 +1544,6 @@ DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
     (5, lambda *_: EMPTY_SHA256,
      "it signed an empty body: in place of curl's -T or -F use --data-binary"),
 )  # fmt: skip
-
-
 _HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
 
 
@@ -1610,39 +1551,36 @@ def _with_host(headers: str, host: str) -> str:
     return _HOST_LINE.sub(lambda _: f"host:{host}", headers) if host else headers
 
 
-def explain_mismatch(
-    request: Request, claimed: Authorization, parts: Sequence[str], secret_access_key: str
-) -> str:
-    """Return what the client has signed instead, if that is a known deviation; else ""."""
+def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> str:
+    """Return a known mistake of the client that explains its signature, or ""."""
     if sum(map(len, parts)) > 16384:  # each combination hashes all of it
         return ""
     choices: List[Dict[str, str]] = [{part: ""} for part in parts]
     for line, deviate, advice in DEVIATIONS:
         choices[line].setdefault(deviate(request, parts[line]), advice)
     for chosen in itertools.product(*choices):
-        if _holds(claimed, secret_access_key, chosen):
+        if _holds(proven, chosen):
             faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
             return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
     return ""
 
 
-def _holds(claimed: Authorization, secret_access_key: str, parts: Iterable[str]) -> bool:
-    """Return whether a signature is that of the canonical request with these lines."""
-    canonical = "\n".join(parts).encode("latin-1")
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
-    computed = signature(secret_access_key, claimed.scope, text)
+def _holds(proven: Proven, parts: Iterable[str]) -> bool:
+    claimed, _, client, *_ = proven
+    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
+    computed = signature(client.secret_access_key, claimed.scope, text)
     return hmac.compare_digest(computed, claimed.signature)  # both ASCII
 
 
 def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
-    """Compare in constant time; the refusal shows what we computed, less the session token."""
-    claimed, profile, client, _, other_host = proven
+    """Compare in constant time.  The refusal shows our canonical request, without the token."""
+    claimed, profile, _, _, other_host = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
-    if _holds(claimed, client.secret_access_key, parts):
+    if _holds(proven, parts):
         return
     if other_host:
         replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
-        if _holds(claimed, client.secret_access_key, replaced):
+        if _holds(proven, replaced):
             # From here on the request has the Host that the client signed.
             request.__dict__["fields"] = {**request.fields, "host": [other_host]}
             return
@@ -1650,7 +1588,7 @@ def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Non
     text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
     signed = text.decode("latin-1")
-    explained = explain_mismatch(request, claimed, parts, client.secret_access_key)
+    explained = explain_mismatch(request, proven, parts)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = text.hex(" ")
@@ -1672,7 +1610,7 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 
 
 class HashedBody:
-    """A body that must have the declared SHA-256, with the reason for which it is refused."""
+    """A body that must have the declared SHA-256."""
 
     def __init__(self, request: Request, declared: str) -> None:
         self._request = request
@@ -1682,7 +1620,7 @@ class HashedBody:
         self._ended = False
 
     def read(self, size: int = -1) -> bytes:
-        """Return about `size` bytes, all if negative; ServiceError where the hash is another."""
+        """Return about `size` bytes, all if negative.  Raise ServiceError if the hash differs."""
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         while not self._ended:
@@ -1698,10 +1636,7 @@ class HashedBody:
 
 
 class ChunkSigner:
-    """Signs the chunks of a body one after another, each with the signature before it.
-
-    Source: "Transferring Payload in Multiple Chunks", Amazon S3 API Reference.
-    """
+    """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
     def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
         self._key = key
@@ -1710,12 +1645,12 @@ class ChunkSigner:
 
     def chunk(self, data: bytes) -> str:
         """Return the signature of the next chunk."""
-        digest = hashlib.sha256(data).hexdigest()
-        return self._next("PAYLOAD", f"{EMPTY_SHA256}\n{digest}")
+        return self._next("PAYLOAD", f"{EMPTY_SHA256}\n{hashlib.sha256(data).hexdigest()}")
 
-    def trailers(self, canonical: bytes) -> str:
-        """Return the signature of the trailers, `name:value` lines in canonical form."""
-        return self._next("TRAILER", hashlib.sha256(canonical).hexdigest())
+    def trailers(self, trailers: Mapping[str, str]) -> str:
+        """Return the signature of the trailers, in order of their names."""
+        lines = [f"{name}:{value}\n" for name, value in sorted(trailers.items())]
+        return self._next("TRAILER", hashlib.sha256("".join(lines).encode()).hexdigest())
 
     def _next(self, kind: str, rest: str) -> str:
         text = f"{ALGORITHM}-{kind}\n{self._about}\n{self._previous}\n{rest}"
@@ -1723,27 +1658,23 @@ class ChunkSigner:
         return self._previous
 
 
-Signer = Optional[ChunkSigner]  # None where chunks are not signed, or not checked
-MAX_CHUNK = 16777216  # of a signed chunk, which is held until its signature is checked
+Signer = Optional[ChunkSigner]  # None if chunks are not signed, or not checked
+MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is checked
 MAX_TRAILERS = 16
 
 
 class Checksum(NamedTuple):
-    """A trailing checksum: how long it is in base64, and how to compute it.
-
-    Python's library has no CRC-32C and no CRC-64/NVME; those pass on to who stores the object.
-    """
+    """A trailing checksum: its length in base64, and its class, unless Python has none."""
 
     length: int
     start: Optional[Callable[[], Any]] = None
 
 
 class _Crc32:
-    def __init__(self) -> None:
-        self._value = 0
+    _value = 0
 
     def update(self, data: bytes) -> None:
-        """Take in more of the data, as the objects of hashlib do."""
+        """Add data, as the objects of hashlib do."""
         self._value = zlib.crc32(data, self._value)
 
     def digest(self) -> bytes:
@@ -1764,11 +1695,7 @@ _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
 
 
 class AwsChunkedBody:
-    """The decoded content of an aws-chunked body, each chunk checked before it is given out.
-
-    `announced` are the trailers that x-amz-trailer names, in lower case; `trailers` holds them
-    once the body is read.
-    """
+    """The decoded content of an aws-chunked body; each chunk is checked before it is returned."""
 
     def __init__(
         self, request: Request, size: int, signer: Signer, announced: Sequence[str], checked: bool
@@ -1776,14 +1703,14 @@ class AwsChunkedBody:
         self.checked = checked
         self.length = size
         self.signed = signer is not None
-        self.announced = announced
-        self.trailers: Dict[str, str] = {}
+        self.announced = announced  # the names in x-amz-trailer, in lower case
+        self.trailers: Dict[str, str] = {}  # complete once the body is read
         self._stream = Stream(request.body.read)
         self._signer = signer
         self._left = 0  # bytes left of an unsigned chunk
         self._received = 0
         self._ended = False
-        self._held = memoryview(b"")  # checked, and not given out yet
+        self._held = memoryview(b"")  # checked, and not returned yet
         started = {name: CHECKSUMS[name].start for name in announced if name in CHECKSUMS}
         self._checks = {name: start() for name, start in started.items() if start}
 
@@ -1792,7 +1719,7 @@ class AwsChunkedBody:
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._held and not self._ended:
-            self._held = memoryview(self._next_block())  # whose slices are no copies
+            self._held = memoryview(self._next_block())  # its slices copy nothing
             self._received += len(self._held)
             if self._received > self.length:
                 raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
@@ -1804,23 +1731,18 @@ class AwsChunkedBody:
         return bytes(data)
 
     def _next_block(self) -> bytes:
-        """Return the next data: a whole signed chunk, or some of an unsigned one."""
         if self._received == self.length:
             return b""
+        expected = b""
         if not self._left:
             self._left, expected = self._chunk_header()
             if not self._left:
                 raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
-            if self._signer:
-                data = self._exactly(self._left)
-                self._check_chunk(data, expected)
-                self._left = 0
-                self._line_end()
-                return data
-        data = self._exactly(min(self._left, 65536))
+        data = self._exactly(self._left if self._signer else min(self._left, 65536))
+        self._check_chunk(data, expected)
         self._left -= len(data)
-        if not self._left:
-            self._line_end()
+        if not self._left and self._exactly(2) != b"\r\n":
+            raise _incomplete("A chunk is longer than its size.")
         return data
 
     def _chunk_header(self) -> Tuple[int, bytes]:
@@ -1833,12 +1755,10 @@ class AwsChunkedBody:
         return size, match[2] or b""
 
     def _check_chunk(self, data: bytes, expected: bytes) -> None:
-        if self._signer and not hmac.compare_digest(self._signer.chunk(data).encode(), expected):
-            message = REFUSALS["signature"][3].partition("\n")[0]
-            raise ServiceError("SignatureDoesNotMatch", f"{message} (in a chunk of the body)")
+        if self._signer:
+            _compare(self._signer.chunk(data), expected, "a chunk of the body")
 
     def _finish(self) -> None:
-        """Read the last chunk and the trailers, check them, and see that nothing follows."""
         size, expected = self._chunk_header() if not self._left else (-1, b"")
         if size:
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
@@ -1848,10 +1768,7 @@ class AwsChunkedBody:
             message = "The trailers are not those that x-amz-trailer announces."
             raise ServiceError("MalformedTrailerError", message)
         if self._signer and self.announced:
-            computed = self._signer.trailers(canonical_trailers(self.trailers))
-            if not hmac.compare_digest(computed.encode(), signed_with):
-                message = REFUSALS["signature"][3].partition("\n")[0]
-                raise ServiceError("SignatureDoesNotMatch", f"{message} (in the trailers)")
+            _compare(self._signer.trailers(self.trailers), signed_with, "the trailers")
         for name, value in self.trailers.items():
             known = CHECKSUMS.get(name)
             if known and not (len(value) == known.length and BASE64.fullmatch(value)):
@@ -1866,7 +1783,6 @@ class AwsChunkedBody:
             raise ServiceError("BadRequest", "Something follows the last chunk.")
 
     def _read_trailers(self) -> bytes:
-        """Take in the trailers, and return the signature among them."""
         signed_with, complete = b"", True
         for _ in range(2 * MAX_TRAILERS + 2):
             line = self._stream.readline(4096)
@@ -1893,42 +1809,34 @@ class AwsChunkedBody:
             raise _incomplete("The body ended within a chunk.")
         return data
 
-    def _line_end(self) -> None:
-        if self._exactly(2) != b"\r\n":
-            raise _incomplete("A chunk is longer than its size.")
-
 
 def _incomplete(message: str) -> ServiceError:
     return ServiceError("IncompleteBody", message)
 
 
-def canonical_trailers(trailers: Mapping[str, str]) -> bytes:
-    """Return the lines that the signature of trailers covers, each with its end."""
-    return "".join(f"{name}:{value}\n" for name, value in sorted(trailers.items())).encode()
+def _compare(computed: str, given: bytes, place: str) -> None:
+    if not hmac.compare_digest(computed.encode(), given):
+        message = REFUSALS["signature"][3].partition("\n")[0]
+        raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
-    """Yield the content of a body in aws-chunked form, signed with our key if it was signed."""
+    """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
 
     def _header(data: bytes) -> bytes:
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
         return f"{len(data):x}{signed}\r\n".encode()
 
-    while True:
-        data = b"".join(_blocks(body, size))
-        if not data:
-            break
+    for data in iter(lambda: b"".join(_blocks(body, size)), b""):
         yield b"".join((_header(data), data, b"\r\n"))
     lines = [_header(b"")]
     lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
     if signer and body.trailers:
-        signature_of_trailers = signer.trailers(canonical_trailers(body.trailers))
-        lines.append(f"x-amz-trailer-signature:{signature_of_trailers}\r\n".encode())
+        lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
     yield b"".join((*lines, b"\r\n"))
 
 
 def _blocks(body: Body, size: int) -> Iterator[bytes]:
-    """Yield blocks until `size` bytes are read or the body ends."""
     while size:
         block = body.read(size)
         if not block:
@@ -1938,28 +1846,27 @@ def _blocks(body: Body, size: int) -> Iterator[bytes]:
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
-    """Return how long `aws_chunks` will be; None if that hangs on an unknown trailer."""
+    """Return the length of what `aws_chunks` yields; None if a trailer is unknown."""
     if not set(body.announced) <= set(CHECKSUMS):
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
-    sizes = [*([size] if whole else []), *([rest] if rest else []), 0]
-    lengths = [len(f"{n:x}") + signed + 2 + (n + 2 if n else 0) for n in sizes]
-    total = sum(lengths) + (whole - 1 if whole else 0) * lengths[0]
-    total += sum(len(name) + 1 + CHECKSUMS[name].length + 2 for name in body.announced)
+    of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
+    total = whole * of_whole + (of_rest if rest else 0) + of_last
+    total += sum(len(f"{name}:\r\n") + CHECKSUMS[name].length for name in body.announced)
     if body.signed and body.announced:
-        total += len("x-amz-trailer-signature:") + 64 + 2
-    return total + 2
+        total += len("x-amz-trailer-signature:\r\n") + 64
+    return total
 
 
 def streamed_body(
     request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
 ) -> Body:
-    """Return the reader for a body of Amazon S3's family; without `checked` it only decodes."""
+    """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
     if not declared.startswith("STREAMING-"):
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
         body = request.body if unchecked else HashedBody(request, declared)
-        # Without a body there is no last byte to hold back until the hash is known.
+        # An empty body has no last byte to keep until its hash is known.
         is_empty = not (request.header("content-length") or "0").strip("0")
         is_empty = is_empty and "transfer-encoding" not in request.fields
         return io.BytesIO(body.read()) if is_empty else body
@@ -1978,9 +1885,6 @@ def streamed_body(
     return AwsChunkedBody(request, int(length), signer, announced, checked)
 
 
-# ---- Signing ----
-
-
 class Credentials(NamedTuple):
     """Keys to sign with; `expires` is in seconds since 1970."""
 
@@ -1993,7 +1897,7 @@ class Credentials(NamedTuple):
         return f"Credentials({self.access_key_id!r})"
 
 
-_SIGNED = ("host", "date", "content-type", "content-md5")
+_SIGNED = ("host", "date", "content-type", "content-md5")  # and x-amz-*: no proxy changes them
 
 
 def sign(
@@ -2004,11 +1908,7 @@ def sign(
     amz_date: str,
     declares: bool = False,
 ) -> Tuple[Request, Authorization]:
-    """Return the request with the headers that sign it, and what those claim.
-
-    It signs Host, Content-Type, Content-MD5 and x-amz-*: nothing that a proxy may change.
-    `declares` adds x-amz-content-sha256 where the service does not demand it.
-    """
+    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
@@ -2017,14 +1917,13 @@ def sign(
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
     names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
-    key_id = keys.access_key_id
-    claimed = Authorization(key_id, scope, names, "", amz_date)
+    claimed = Authorization(keys.access_key_id, scope, names, "", amz_date)
     canonical = canonical_request(request, claimed, payload_hash, profile)
     made = signature(keys.secret_access_key, scope, string_to_sign(amz_date, scope, canonical))
-    header = f"{ALGORITHM} Credential={key_id}/{scope}, SignedHeaders={';'.join(names)}"
-    header += f", Signature={made}"
+    header = f"{ALGORITHM} Credential={keys.access_key_id}/{scope}"
+    header += f", SignedHeaders={';'.join(names)}, Signature={made}"
     signed = request.with_headers((*request.headers, ("Authorization", header)))
-    return signed, Authorization(key_id, scope, names, made, amz_date)
+    return signed, Authorization(keys.access_key_id, scope, names, made, amz_date)
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -4621,10 +4520,8 @@ SQS_MODEL = MODELS["sqs"] = Model(
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
 #
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
-# with its own credentials and sends it.  The rest of path and query stays the same to the byte.
+# with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
-
-# ---- Where a service is ----
 
 
 class Endpoint(NamedTuple):
@@ -4633,11 +4530,11 @@ class Endpoint(NamedTuple):
     scheme: str
     host: str  # IPv6 without its brackets
     port: int
-    region: str = ""  # that calls are signed for; "" for the region of the call
+    region: str = ""  # calls are signed for it; "" stands for the region of the call
 
     @property
     def authority(self) -> str:
-        """The Host header: the port only where it is not the scheme's own."""
+        """The Host header, with the port if it is not the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -4661,10 +4558,10 @@ PARTITIONS = (
     ("", "aws", "amazonaws.com", "api.aws"),
 )
 
-# What a host begins with, by signing name: PREFIX or PREFIX=PATTERN, the first match counts.
-# The prefix "-" stands for hosts that are a customer's own.
-# A pattern is matched from the start of X-Amz-Target, or for RPC v2 of SERVICE.OPERATION, or
-# else of PATH#METHOD. In a prefix, & is the signing name, and \1 the first group.
+# The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
+# The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
+# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD.  In a prefix, & is the signing
+# name, and \1 the first group.
 ENDPOINT_PREFIXES = {
     service: [row.partition("=")[::2] for row in rows]
     for service, *rows in map(str.split, r"""
@@ -4739,7 +4636,7 @@ ENDPOINT_PREFIXES = {
     vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
     """.split(";"))
 }  # fmt: skip
-# The same for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
+# The prefixes for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
 VARIANT_PREFIXES = pairs("""
     data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe
     api.sagemaker@fips=api-fips.sagemaker batch@fips=fips.batch data-ats.iot@fips=data.iot-fips
@@ -4785,21 +4682,12 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
     |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
 """)
-
-
 # The region that the calls of a global service are signed for, if its host names none.
-SIGNING_REGIONS = pairs(
-    """
+SIGNING_REGIONS = pairs("""
     aws=us-east-1 aws-cn=cn-northwest-1 aws-us-gov=us-gov-west-1 aws-iso=us-iso-east-1
     aws-iso-b=us-isob-east-1
-    """
-)
-Variants = Tuple[bool, bool]  # whether endpoints are to use FIPS, and to be dual-stack
-
-
-def partition_of(region: str) -> Tuple[str, str, str]:
-    """Return the partition of a region, its DNS suffix, and its dual-stack DNS suffix."""
-    return next(row[1:] for row in PARTITIONS if region.startswith(row[0]))
+""")
+Variants = Tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
 def endpoint_for(
@@ -4810,11 +4698,10 @@ def endpoint_for(
     method: str = "POST",
     variants: Variants = (False, False),
 ) -> Endpoint:
-    """Return where AWS answers for a signing name and region, both already checked as names.
+    """Return the endpoint of AWS for a signing name and region, both already checked as names.
 
-    `target`, the X-Amz-Target, the path and the method tell apart services that share a signing
-    name.  Source: the endpoint rule sets of botocore.  Raises ServiceError AccessDenied for a
-    host that is a customer's own.
+    X-Amz-Target, path and method tell services apart that share a signing name (source: the
+    endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host.
     """
     prefix = service
     if service in ENDPOINT_PREFIXES:
@@ -4833,8 +4720,7 @@ def endpoint_for(
 
 @lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    """Return the endpoint whose host begins with that prefix, in a region."""
-    partition, suffix, dual_suffix = partition_of(region)
+    partition, suffix, dual_suffix = next(r[1:] for r in PARTITIONS if region.startswith(r[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
@@ -4854,18 +4740,15 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return the endpoint of an http(s) URL without a path; ValueError for any other URL.
-
-    The calls to a regional host of AWS are signed for its region.
-    """
+    """Return the endpoint of an http(s) URL without a path, or raise ValueError."""
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None:
-        raise ValueError("a URL with a user name is not taken")
+        raise ValueError("the URL must not have a user name")
     goes_on = parts.path not in ("", "/") or parts.query or parts.fragment
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname or goes_on:
         raise ValueError(f"{url!r} is not http(s)://host[:port]")
     if is_link_local(parts.hostname):
-        raise ValueError(f"{parts.hostname} is a link-local address, where credentials are kept")
+        raise ValueError(f"{parts.hostname} is a link-local address, which serves credentials")
     port, region = parts.port or DEFAULT_PORTS[parts.scheme], service_of_host(parts.hostname)[1]
     return Endpoint(parts.scheme, parts.hostname, port, region)
 
@@ -4879,13 +4762,13 @@ _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.c
 
 
 def is_aws_host(host: str) -> bool:
-    """Return whether a Host is a name of AWS's own."""
+    """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host.partition(":")[0].lower()) is not None
 
 
 def zonal_endpoint(host: str, region: str) -> Endpoint:
-    """Return where S3 Express answers: the zone in the Host, or the control endpoint."""
-    # A zone is nowhere but in the Host ("Regional and Zonal endpoints for directory buckets").
+    """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
+    # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
     name = host.partition(":")[0].lower()
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
@@ -4895,7 +4778,7 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
 
 
 def service_of_host(host: str) -> Tuple[str, str]:
-    """Return the signing name and the region in a host of AWS's, "" for what it does not name."""
+    """Return the signing name and the region in a host of AWS, or "" for each."""
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
         return "", ""
@@ -5662,14 +5545,14 @@ class Keyring:
 
 
 class Mask:
-    """Hides our session token and signature in the answer of an upstream that repeats them."""
+    """Hides our session token and signature if the answer of an upstream repeats them."""
 
     def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
-        # AWS has no shorter token; a short one may stand in any answer by chance.
+        # AWS has no shorter token.  A short text may occur in any answer by chance.
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
         if claimed and claimed.signature:
             self._secrets += (claimed.signature.encode(),)
-        self.held = b""  # of a stream, what may be the beginning of a secret
+        self.held = b""  # the last bytes of a stream, if a secret may begin there
 
     def whole(self, data: bytes) -> bytes:
         """Return the data with asterisks in place of each secret."""
@@ -5696,7 +5579,6 @@ class Mask:
 
 @lru_cache(maxsize=64)
 def _forms_of_token(token: str) -> Tuple[bytes, ...]:
-    """Return how a session token can be spelled in an answer: plain, in a URL, in JSON."""
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
@@ -5704,7 +5586,7 @@ def _forms_of_token(token: str) -> Tuple[bytes, ...]:
 
 
 def _overlap(data: bytes, secret: bytes) -> int:
-    """Return how long a beginning of the secret the data ends with."""
+    """Return the length of the secret's beginning with which the data ends."""
     at = max(0, len(data) - len(secret) + 1)
     while True:
         at = data.find(secret[:1], at)
@@ -5717,7 +5599,7 @@ MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character
 
 
 class UpstreamError(Exception):
-    """A connection that failed; `unanswered` if no byte of an answer had come."""
+    """The failure of a connection; `unanswered` if it came before any byte of an answer."""
 
     def __init__(self, message: str, unanswered: bool = True) -> None:
         super().__init__(message)
@@ -5725,10 +5607,7 @@ class UpstreamError(Exception):
 
 
 class Connection:
-    """A kept connection to an upstream, for one exchange at a time.
-
-    http.client connects; its parser would cost more time than all else in a small call.
-    """
+    """A kept connection to an upstream, for one exchange at a time."""
 
     def __init__(
         self, endpoint: Endpoint, connect: http.client.HTTPConnection, timeout: float
@@ -5736,14 +5615,14 @@ class Connection:
         self.endpoint = endpoint
         self.timeout = timeout
         self.reused = False
-        self.spoiled = False  # whether a request was not sent to its end, or might not be read
+        self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.mask = Mask()
         self.streams_masked = True
-        self.heard = False  # whether anything has come since it was taken
+        self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = 0.0
-        self.deadline = math.inf  # until when the answer must have come
+        self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
-        self._client = connect
+        self._client = connect  # it only connects: its parser is slow
         try:
             connect.connect()
         except (OSError, UnicodeError, http.client.HTTPException) as error:
@@ -5757,40 +5636,37 @@ class Connection:
 
     def _receive(self, size: int) -> bytes:
         until = min(self.deadline, time.monotonic() + self.timeout)
-        while not self._has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
+        while not self.has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
             if self.abandoned():
                 raise ConnectionAbortedError("the client has left")
             if time.monotonic() >= until:
-                raise socket.timeout("the answer comes too slowly")
+                raise socket.timeout("the answer arrives too slowly")
         data = self.socket.recv(size)
         self.heard = self.heard or bool(data)
         return data
 
     def is_stale(self) -> bool:
         """Return whether the upstream has closed the connection or has sent something."""
-        return bool(self.source.buffer) or self._has_arrived(0)
+        return bool(self.source.buffer) or self.has_arrived(0)
 
-    def _has_arrived(self, seconds: float) -> bool:
-        """Return whether something can be received, at once or within that time."""
+    def has_arrived(self, seconds: float) -> bool:
+        """Return whether something can be received within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._client.close()
 
     def send(self, data: bytes) -> None:
-        """Send all of it.  Raises UpstreamError."""
+        """Send the data, or raise UpstreamError."""
         try:
             self.socket.sendall(data)
         except OSError as error:
-            raise UpstreamError(f"{self.endpoint.origin} hung up: {error}") from error
+            raise UpstreamError(f"cannot send to {self.endpoint.origin}: {error}") from error
 
     def send_until_answered(self, data: bytes) -> bool:
-        """Send it, but stop and return False once an answer begins, or the other side hangs up.
-
-        Raises UpstreamError if it takes too long.
-        """
+        """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
@@ -5798,24 +5674,21 @@ class Connection:
             while left:
                 ready = poll.poll(self.timeout * 1000)
                 if not ready:
-                    raise UpstreamError(f"{self.endpoint.origin} takes no more of a body")
-                if ready[0][1] & ~select.POLLOUT and self._begins_to_answer():
-                    return False
+                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a body")
+                if ready[0][1] & ~select.POLLOUT:
+                    self.socket.setblocking(False)
+                    going_on = self.receive_now()
+                    self.socket.settimeout(self.timeout)
+                    if self.source.buffer or not going_on:  # not just a TLS record without data
+                        return False
                 if ready[0][1] & select.POLLOUT:
                     left = left[self.socket.send(left) :]
         except OSError:
             return False
         return True
 
-    def _begins_to_answer(self) -> bool:
-        """Return whether an answer has begun: TLS sends records of another kind, too."""
-        self.socket.setblocking(False)
-        going_on = self.receive_now()
-        self.socket.settimeout(self.timeout)
-        return bool(self.source.buffer) or not going_on
-
     def send_now(self, data: bytes) -> bool:
-        """Send all of it without waiting, or return False."""
+        """Send the data without waiting, and return whether all of it was sent."""
         self.socket.setblocking(False)
         try:
             return self.socket.send(data) == len(data)
@@ -5823,7 +5696,7 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Take what has arrived, if it is not too long; return whether more may come."""
+        """Read what has arrived, up to MAX_WHOLE_REPLY, and return whether more may arrive."""
         try:
             while len(self.source.buffer) <= MAX_WHOLE_REPLY:
                 data = self.socket.recv(65536)
@@ -5838,7 +5711,7 @@ class Connection:
         return True
 
     def answer(self) -> ResponseHead:
-        """Return the head of the final answer.  Raises UpstreamError."""
+        """Return the head of the final answer, or raise UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -5846,44 +5719,43 @@ class Connection:
                 if head.status >= 200:
                     return head
         except (OSError, ValueError) as error:
-            message = f"no answer from {self.endpoint.origin}: {error or 'it hung up'}"
+            message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             unanswered = not self.heard and not self.abandoned()
             raise UpstreamError(message, unanswered) from error
 
 
 RECEIVE = "sqs:ReceiveMessage"
-UPSTREAM_SECONDS = 900  # how long an answer may take: as long as AWS Lambda runs a function
-POLL_SECONDS = 65  # the same of ReceiveMessage: longer than the longest poll
+UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
+POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
 class Pool:
     """Connections by endpoint; idle ones are kept for the next call."""
 
-    IDLE_SECONDS = 15  # AWS closes after 20 and more
-    MOST = 256  # idle ones for each endpoint
+    IDLE_SECONDS = 15  # AWS closes idle connections after 20 seconds or more
+    MOST = 256  # idle connections for each endpoint
 
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         self._lock = threading.Lock()
         self._idle: Dict[Endpoint, List[Connection]] = {}
-        self.draining = False  # whether polls are to end
-        self.given_up: Set[Connection] = set()  # of polls whose messages will be put back
+        self.draining = False  # whether polls must end
+        self.given_up: Set[Connection] = set()  # their messages will be put back
 
     def awaits(self, connection: Connection) -> bool:
-        """Return whether an answer begins before draining; UpstreamError if none does in time."""
-        poll, until = select.poll(), time.monotonic() + connection.timeout
-        poll.register(connection.socket, select.POLLIN)
+        """Return whether an answer begins before draining, or raise UpstreamError if too late."""
+        until = time.monotonic() + connection.timeout
         while not connection.is_stale():
             if self.draining:
                 return False
             if time.monotonic() > until:
                 raise UpstreamError(f"no answer from {connection.endpoint.origin} in time")
-            poll.poll(500)
+            connection.has_arrived(0.5)
         return True
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
-        """Return a kept connection that still stands, or None."""
+        """Return a kept connection that is still open, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(endpoint)
@@ -5896,13 +5768,13 @@ class Pool:
             kept.close()
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
-        """Return a connection, a kept one if there is one that still stands."""
+        """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
         return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take, and for whom."""
-        poll = call.action == RECEIVE  # whose messages must be put back if the client has left
+        """Set how long the answer to a call may take, and which client may abandon it."""
+        poll = call.action == RECEIVE  # its messages must be put back if the client has left
         connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
         connection.abandoned = (lambda: False) if poll else call.request.abandoned
 
@@ -5918,7 +5790,7 @@ class Pool:
             connection.close()
 
     def give(self, connection: Connection) -> None:
-        """Take back a connection whose exchange is complete."""
+        """Keep a connection whose exchange is complete, or close it."""
         connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle.setdefault(connection.endpoint, [])
@@ -5951,34 +5823,34 @@ HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
 )
-# Headers of proxies on the way; they stay only if the caller signed them, as does X-Forwarded-*.
+# Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
 _OF_THE_WAY = frozenset({"forwarded", "via"})
-# The hop-by-hop headers, the caller's signature, and the headers that forwarding sets again.
+# Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
 _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
 _REPLACED = _SET_AGAIN | _OF_THE_WAY
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
-# How upstreams name a signature that does not hold; their text repeats what was signed.
+# The codes for a wrong signature.  The text of such an error repeats the signed request.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
     " SignatureDoesNotMatch".split()
 )
 _REFUSED = (400, 401, 403)
-_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # whose bodies some servers ignore
+_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
-_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # of an answer that the proxy frames itself
-MAX_WHOLE_REPLY = 65536  # a longer one is passed on as it comes
+_ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
+MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
 
 def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> List[Tuple[str, str]]:
-    """Return the headers less those dropped, and the unsigned ones that Connection names."""
+    """Return the headers without those dropped and the unsigned ones that Connection names."""
     kept = []
     named: Set[str] = set()
     for name, value in headers:
@@ -5989,18 +5861,14 @@ def end_to_end(
             named.update(token.strip().lower() for token in value.split(","))
     if not named:
         return kept
-    # What was signed decides what the request means, and is not to be taken away like this.
+    # Signed headers decide what the request means; Connection must not remove them.
     named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
     named.difference_update(signed)
     return [(n, v) for n, v in kept if n.lower() not in named]
 
 
 def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
-    """Return a target without what signs it, and the x-amz-* headers that stood in its query.
-
-    What stays is kept to the byte.  SDKs move headers into the query of a presigned URL; in a
-    request that is signed in its header they must be headers again.
-    """
+    """Return a target without its signature, and the x-amz-* headers that SDKs put into it."""
     path, mark, query = target.partition("?")
     kept, hoisted = [], []
     for part in query.split("&"):
@@ -6009,18 +5877,18 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
         if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
             continue
         if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores them (aws-sdk-js-v3#4448): they are of an empty body
+            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
         if lower.startswith("x-amz-"):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
-                raise ServiceError("BadRequest", f"{name[:80]} is not what a header may be.")
+                raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
             hoisted.append((lower, header))
         else:
             kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
-# ---- Queue URLs: ours to the caller, the upstream's to the upstream ----
+# ---- Queue URLs: the caller gets ours, the upstream gets its own ----
 
 _URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
 _ORIGIN = re.compile("https?://[^/]*")
@@ -6028,30 +5896,35 @@ _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
+def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
+    """Return the upstream's URL of a queue in place of our URL; any other URL stays."""
+    ours = url.startswith(call.base_url + "/")
+    return endpoint.origin + url[len(call.base_url) :] if ours else url
+
+
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form with our QueueUrl turned into the upstream's, and the rest unchanged."""
+    """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
     parts = text.split("&")
     for index, part in enumerate(parts):
         name, _, value = part.partition("=")
         given = urllib.parse.unquote_plus(value)
-        if name == "QueueUrl" and given.startswith(call.base_url + "/"):
-            restored = endpoint.origin + given[len(call.base_url) :]
+        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
+        if restored != given:
             parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
     return "&".join(parts)
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
-    """Return a JSON document with our QueueUrl turned into the upstream's, if it has one."""
+    """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
     if call.base_url.encode() not in body.replace(b"\\/", b"/"):
         return body
     try:
         document = read_json(body.decode("utf-8"))
-        given = document["QueueUrl"]
-        if not given.startswith(call.base_url + "/"):
-            return body
+        restored = _upstream_url(document["QueueUrl"], call, endpoint)
     except (ValueError, KeyError, TypeError, AttributeError):
         return body  # the upstream refuses malformed documents
-    return _to_json({**document, "QueueUrl": endpoint.origin + given[len(call.base_url) :]})
+    is_same = restored == document["QueueUrl"]
+    return body if is_same else _to_json({**document, "QueueUrl": restored})
 
 
 def _is_json(reply: Reply) -> bool:
@@ -6059,7 +5932,7 @@ def _is_json(reply: Reply) -> bool:
 
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
-    """Return the answer with the upstream's queue URLs leading back to us."""
+    """Return the answer with our queue URLs in place of the upstream's."""
     if call.operation not in _URL_OPERATIONS or reply.status != 200:
         return reply
     assert isinstance(reply.body, bytes)
@@ -6075,19 +5948,19 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
             elif value:
                 document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
     except (ValueError, TypeError, AttributeError):
-        return reply  # not what we know how to read: as it is
+        return reply  # the document is malformed
     return reply._replace(body=_to_json(document))
 
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
-    """Return each `key` in a list of an SQS answer; in XML, what the element's pattern finds."""
+    """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
     try:
         if not _is_json(reply):
             return [html.unescape(found.decode()) for found in element.findall(reply.body)]
         output = read_json(reply.body.decode())
-        for ending in ("Response", "Result"):  # in the legacy JSON of AWS Query
+        for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
     except (ValueError, TypeError, AttributeError, KeyError):
@@ -6100,7 +5973,7 @@ def receipt_handles(reply: Reply) -> List[str]:
 
 
 def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
-    """Return the headers of a body that was in aws-chunked form and is no more."""
+    """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
         if name.lower() == "content-encoding":
@@ -6113,7 +5986,7 @@ def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
     return kept
 
 
-# Names of roles and paths, which are for the log and not for callers.
+# Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
@@ -6128,7 +6001,7 @@ def _joined(start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def error_code(reply: Reply) -> str:
-    """Return the error code in the answer of an upstream or a hook, "-" if there is no code."""
+    """Return the error code in the answer of an upstream or a hook, or "-"."""
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
@@ -6139,30 +6012,25 @@ def error_code(reply: Reply) -> str:
 
 
 def outcome_unknown() -> ServiceError:
-    """Return the refusal of a call that may have run, which no SDK repeats by itself."""
-    message = (
-        "The proxy lost the upstream's answer. The call may have run: look before you repeat it."
-    )
-    return ServiceError("OutcomeUnknown", message)
+    """Return the refusal of a call that may have run; no SDK retries it."""
+    message = "The proxy lost the upstream's answer. The call may have run:"
+    return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
 
 class Outgoing(NamedTuple):
-    """A request on its way upstream, not yet signed; `payload_hash` is what it is signed with.
-
-    `declares` tells whether the caller had a header x-amz-content-sha256.
-    """
+    """A request to an upstream, before it is signed."""
 
     endpoint: Endpoint
     request: Request
     payload_hash: str
-    declares: bool = False
+    declares: bool = False  # whether to send x-amz-content-sha256
 
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
     if call.operation.startswith(_READ_ONLY):
         return True
-    # In the query protocol, an Action sends messages by GET too.
+    # In the query protocol, a GET can send messages.
     return call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
 
 
@@ -6174,12 +6042,12 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     return Request("POST", "/", headers, io.BytesIO(body))
 
 
-NOBODY = Credentials("", "")  # of calls that go upstream unsigned
+NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
-    """A call that is sent on a connection, and what it is signed with."""
+    """A call that is sent on a connection, and the keys that sign it."""
 
     call: Call
     outgoing: Outgoing
@@ -6211,25 +6079,20 @@ class Upstream:
 
     @property
     def is_aws(self) -> bool:
-        """True if calls go to AWS itself."""
+        """True if calls go to AWS."""
         return self._endpoint is None or is_aws_host(self._endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
-        """Forward the call and return the answer; a long one streams.
-
-        Raises ServiceError AccessDenied without credentials, ServiceUnavailable if it fails.
-        """
+        """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         outgoing = self._outgoing(call)
         for rewrite in call.rewrites:
             request = rewrite(call, outgoing.request)
             outgoing = self._rewritten(outgoing, request) if request else outgoing
-        began = time.monotonic()
-        reply = self._answered(call, outgoing)
-        call.upstream_seconds = time.monotonic() - began
-        return self._finish(call, outgoing, reply)
+        call.upstream_seconds = -time.monotonic()  # `_shown` adds its own time
+        return self._finish(call, outgoing, self._answered(call, outgoing))
 
     def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
-        """Return a small call, its kept connection and what to send; None if that would wait."""
+        """Return the attempt and the bytes of a small call, or None if it would have to wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
         keys = NOBODY if call.unsigned else self._credentials(call.caller).ready()
@@ -6250,36 +6113,32 @@ class Upstream:
         return Attempt(call, outgoing, keys, connection), data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
-        """Return the answer if it has all arrived, None if not yet, or what waits for it."""
+        """Return a complete answer, None for a part of one, or a function that waits for it."""
         call, connection = attempt.call, attempt.connection
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return self._blocking(attempt)
+            return functools.partial(self._received, attempt)
         if end == 3:
             return None
         try:
             head = parse_response_head(buffer[:end])
             length = response_framing(head, call.request.method)
         except ValueError:
-            return self._blocking(attempt)
-        if head.status < 200 or length is None or length == UNTIL_CLOSE:
-            return self._blocking(attempt)
+            length = None  # `_received` reads it again, and refuses it
+        if length is None or length == UNTIL_CLOSE or head.status < 200:
+            return functools.partial(self._received, attempt)
         if len(buffer) < end + length:
             return None
         unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
         if head.status in _REFUSED or unwanted:
-            return self._blocking(attempt)
+            return functools.partial(self._received, attempt)
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._shown(call, self.whole(connection, head, call.request.method, body))
 
-    def _blocking(self, attempt: Attempt) -> Act:
-        attempt.connection.socket.settimeout(attempt.connection.timeout)
-        return functools.partial(self._received, attempt)
-
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
-        """Give up a poll; return what waits for its messages, and makes them visible again."""
+        """Give up a poll, and return a function that makes its messages visible again."""
         self._pool.given_up.add(attempt.connection)
         return functools.partial(self._put_back, attempt)
 
@@ -6290,12 +6149,12 @@ class Upstream:
             reply = self._reply(connection, connection.answer(), call.request.method)
             self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
         except (UpstreamError, ServiceError) as error:
-            log.warning("messages may stay hidden, the upstream did not answer: %s", error)
+            log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
             self._pool.given_up.discard(connection)
 
     def _finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
-        """Return the answer to the call; put messages back if the client has left."""
+        """Return the answer for the caller.  Put messages back if the client has left."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
             reply = self._gathered(call, reply)
             if call.request.abandoned():
@@ -6304,21 +6163,19 @@ class Upstream:
         return self._shown(call, reply)
 
     def _shown(self, call: Call, reply: Reply) -> Reply:
-        """Return the answer to the call as its caller gets it."""
         fields = fields_of(reply.headers)
         names = ("x-amzn-requestid", "x-amz-request-id", "x-amz-id-2")
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
-        refused = reply.status in _REFUSED and error_code(reply) in _MISMATCHES
-        if refused and not call.unsigned:
+        if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
         of_sqs = call.service == "sqs"
         return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
-        """Return the refusal without what the upstream says that we signed."""
-        log.error("the upstream refuses the signature of the proxy: are its key and clock right?")
+        """Return the refusal without the upstream's text, which repeats our signed request."""
+        log.error("the upstream refuses the proxy's signature: check the proxy's key and clock")
         message = "The upstream of this proxy refuses the proxy's own signature."
         message += " Check the credentials and the clock of the proxy; yours are good."
         request_id = fields_of(reply.headers).get("x-amzn-requestid", [random_id()])[0]
@@ -6326,7 +6183,7 @@ class Upstream:
         return call.wire.error(call.request, error, request_id[:128])
 
     def _gathered(self, call: Call, reply: Reply) -> Reply:
-        """Return an answer of Amazon SQS whole, since the proxy reads it.  Raise ServiceError."""
+        """Return an answer of Amazon SQS with a complete body, which the proxy reads."""
         if isinstance(reply.body, bytes):
             return reply
         try:
@@ -6336,38 +6193,25 @@ class Upstream:
                 if len(body) > MAX_SQS_ANSWER:
                     raise OSError("the answer is too long")
         except (OSError, ServiceError) as error:
-            broken = UpstreamError("an answer broke off", unanswered=False)
+            broken = UpstreamError("an answer is incomplete", unanswered=False)
             raise self._given_up(call, broken) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, bytes(body))
 
     def _received(self, attempt: Attempt) -> Reply:
-        """Return the answer that is on its way to a call that was sent."""
-        call, outgoing, keys, connection = attempt
-        try:
-            reply = self._reply(connection, connection.answer(), call.request.method)
-        except UpstreamError as error:
-            connection.close()
-            if not error.unanswered or not is_repeatable(call):
-                raise self._given_up(call, error, connection.reused) from error
-            reply = self._attempt(call, outgoing, keys, fresh=True)
-        if self._may_renew(call, keys, reply):
-            reply = self._answered(call, outgoing, again=True)
-        return self._finish(call, outgoing, reply)
+        call, outgoing = attempt.call, attempt.outgoing
+        return self._finish(call, outgoing, self._answered(call, outgoing, attempt))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
-        """Return whether AWS calls our token expired, and new credentials may help."""
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
         expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
         return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
-
-    # ---- The request ----
 
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self._endpoint:
             return self._endpoint
         if not _REGION.fullmatch(call.region):
-            # Any two names would make a host, and some hosts below amazonaws.com are customers'.
+            # Some hosts below amazonaws.com are customers', so only regions may name one.
             message = f"This proxy forwards to AWS, which has no region '{call.region}'."
             raise ServiceError("AccessDenied", message)
         if call.service == "s3express":
@@ -6383,13 +6227,12 @@ class Upstream:
         return endpoint_for(call.service, call.region, target, path, method, variants)
 
     def _outgoing(self, call: Call) -> Outgoing:
-        """Return the request to send, and its endpoint."""
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
             headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
             request = request.with_headers(tuple(headers))
-        hoisted: List[Tuple[str, str]] = []
         target = request.target
+        hoisted: List[Tuple[str, str]] = []
         if call.presigned:
             target, hoisted = strip_presigned(target)
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
@@ -6403,10 +6246,10 @@ class Upstream:
             present = {name.lower() for name, _ in headers}
             headers += [(name, value) for name, value in hoisted if name not in present]
         if call.service in S3_FAMILY:
-            target, endpoint = self._bucket_endpoint(call, target, endpoint)
+            target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
-            if mark and isinstance(call.wire, AwsJson):  # Action moves to the one place for it
+            if mark and isinstance(call.wire, AwsJson):  # Action moves into X-Amz-Target
                 mark = query = ""
                 headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
@@ -6418,10 +6261,9 @@ class Upstream:
         if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
+            # curl's default is the type of a form.
             headers = [(n, v) for n, v in headers if n.lower() != "content-type"]
-            headers.append(
-                ("Content-Type", call.wire.content_type)
-            )  # and no form (curl's default)
+            headers.append(("Content-Type", call.wire.content_type))
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -6433,12 +6275,11 @@ class Upstream:
         return Outgoing(endpoint, sent, payload_hash, declares)
 
     def _body(self, call: Call, endpoint: Endpoint) -> Tuple[Body, str]:
-        """Return the body to send, and its payload hash."""
         body, payload_hash = call.body, call.payload_hash
         if call.service == "vpc-lattice-svcs":  # see PROFILES
             return body, "UNSIGNED-PAYLOAD"
         if isinstance(body, AwsChunkedBody) and not body.signed:
-            # In chunks for no reason that is left, or for the trailers alone.
+            # Only its trailers, if it has any, need the aws-chunked form.
             return body, STREAMING_UNSIGNED if body.announced else "UNSIGNED-PAYLOAD"
         if not isinstance(body, io.BytesIO) and not (call.changed or call.service == "sqs"):
             return body, payload_hash or "UNSIGNED-PAYLOAD"
@@ -6448,14 +6289,13 @@ class Upstream:
             if isinstance(call.wire, AwsJson):
                 sent = restore_in_json(sent, call, endpoint)
             else:
-                form = restore_queue_url(sent.decode("latin-1"), call, endpoint)
-                sent = form.encode("latin-1")
+                sent = restore_queue_url(sent.decode("latin-1"), call, endpoint).encode("latin-1")
         if sent == data and payload_hash:
             return body, payload_hash
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
 
     def _length(self, call: Call, body: Body) -> Optional[int]:
-        """Return how long a body is in the form it is sent in, None if that is not known."""
+        """Return the length of a body as it is sent, or None if it is unknown."""
         if isinstance(body, AwsChunkedBody):
             plain = not body.signed and not body.announced
             return body.length if plain else aws_chunked_length(body)
@@ -6467,7 +6307,7 @@ class Upstream:
         return int(call.request.header("content-length") or 0)
 
     def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
-        """Return what a hook made of it; the payload hash follows a body that is another."""
+        """Return the request as a hook rewrote it; a new body gets a new payload hash."""
         if request.body is outgoing.request.body:
             return outgoing._replace(request=request)
         data = request.body.read()
@@ -6477,10 +6317,7 @@ class Upstream:
         payload_hash = hashlib.sha256(data).hexdigest()
         return outgoing._replace(request=request, payload_hash=payload_hash)
 
-    def _bucket_endpoint(
-        self, call: Call, target: str, endpoint: Endpoint
-    ) -> Tuple[str, Endpoint]:
-        """Return the target and the endpoint of a call whose Host may name a bucket."""
+    def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> Tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
         if of_control and not bucket:
             bucket = call.request.header("x-amz-account-id") or ""
@@ -6491,69 +6328,71 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    # ---- The exchange ----
-
-    def _answered(self, call: Call, outgoing: Outgoing, again: bool = False) -> Reply:
-        """Return the answer; signed again, once, where AWS calls our token expired."""
-        cache = self._credentials(call.caller)
+    def _answered(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
+        """Return the answer.  Sign again, once, if AWS says that our token expired."""
         replayable = isinstance(outgoing.request.body, io.IOBase)
-        for last in (True,) if again else (False, True):
-            try:
-                keys = NOBODY if call.unsigned else cache.get()
-            except Skipped as reason:
-                code = "ServiceUnavailable" if reason.passing else "AccessDenied"
-                told = _PRIVATE.sub("...", str(reason))[:500]
-                message = f"The proxy has no credentials to sign with: {told}"
-                raise ServiceError(code, message) from reason
+        keys = sent.keys if sent else self._keys(call)
+        reply = self._attempt(call, outgoing, keys, sent)
+        if self._may_renew(call, keys, reply) and replayable:
+            keys = self._keys(call)
             reply = self._attempt(call, outgoing, keys)
-            renewed = self._may_renew(call, keys, reply)
-            if last or not replayable or not renewed:
-                break
+            self._may_renew(call, keys, reply)
         return reply
 
+    def _keys(self, call: Call) -> Credentials:
+        try:
+            return NOBODY if call.unsigned else self._credentials(call.caller).get()
+        except Skipped as reason:
+            code = "ServiceUnavailable" if reason.passing else "AccessDenied"
+            shown = _PRIVATE.sub("...", str(reason))[:500]
+            message = f"The proxy has no credentials to sign with: {shown}"
+            raise ServiceError(code, message) from reason
+
     def _attempt(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool = False
+        self, call: Call, outgoing: Outgoing, keys: Credentials, sent: Optional[Attempt] = None
     ) -> Reply:
-        """Return the answer; sent again, once, where nothing can have happened twice."""
+        """Return the answer.  Send the call again, once, if it cannot have run."""
         body = outgoing.request.body
         repeatable = is_repeatable(call) and isinstance(body, io.IOBase)
-        for again in (True,) if fresh else (False, True):
+        for again in (False, True):
             if isinstance(body, io.IOBase):
                 body.seek(0)
-            try:
-                connection = self._pool.take(outgoing.endpoint, fresh=again)
-            except UpstreamError as error:
-                raise self._down(error) from error
-            self._pool.allow(connection, call)
+            attempt = sent or self._connect(call, outgoing, keys, again)
+            connection = attempt.connection
             connection.socket.settimeout(connection.timeout)
             try:
-                attempt = Attempt(call, outgoing, keys, connection)
-                self._send(attempt)
-                if call.action == RECEIVE and not self._pool.awaits(connection):
-                    threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                    return call.wire.output(call, SQS_MODEL, {}, random_id())
+                if not sent:
+                    self._send(attempt)
+                    if call.action == RECEIVE and not self._pool.awaits(connection):
+                        threading.Thread(target=self.let_go(attempt), daemon=True).start()
+                        return call.wire.output(call, SQS_MODEL, {}, random_id())
                 return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
                 connection.close()
-                retry = connection.reused and error.unanswered and repeatable
-                if again or not retry:
+                if again or not (connection.reused and error.unanswered and repeatable):
                     raise self._given_up(call, error, connection.reused) from error
+                sent = None
             except Exception:
-                connection.close()  # a body that proved wrong: what was sent is not complete
+                connection.close()  # the body was wrong, and was not sent completely
                 raise
         raise AssertionError("unreachable")
+
+    def _connect(self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool) -> Attempt:
+        try:
+            connection = self._pool.take(outgoing.endpoint, fresh)
+        except UpstreamError as error:
+            raise self._down(error) from error
+        self._pool.allow(connection, call)
+        return Attempt(call, outgoing, keys, connection)
 
     def _down(self, error: UpstreamError) -> ServiceError:
         log.warning("upstream: %s", error)
         return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
 
     def _given_up(self, call: Call, error: UpstreamError, reused: bool = False) -> ServiceError:
-        """Return the refusal of a call that was sent, and may have run.
-
-        SDKs repeat a call that is answered by 503; that must not run it twice.  A kept connection
-        that ends without a word was closed before the call arrived.
-        """
+        """Return the refusal of a call that was sent.  SDKs retry 503: it must not run twice."""
         late = isinstance(error.__cause__, socket.timeout)
+        # A kept connection that ends without an answer was closed before the call arrived.
         if is_repeatable(call) or (reused and error.unanswered and not late):
             return self._down(error)
         log.warning("upstream: %s", error)
@@ -6573,16 +6412,16 @@ class Upstream:
     def _send(self, attempt: Attempt) -> None:
         call, outgoing, keys, connection = attempt
         signed, claimed = self._signed(call, outgoing, keys)
-        # An object holds what was stored; a refusal repeats what was sent.
+        # An object stays as it was stored.  A refusal may repeat the request.
         connection.streams_masked = call.service not in ("s3", "s3express")
         connection.mask = Mask(claimed, keys.session_token)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
             data = body.getvalue()
             connection.spoiled = True
-            with contextlib.suppress(UpstreamError):  # it may have answered before it hung up
+            with contextlib.suppress(UpstreamError):  # an answer may have arrived before
                 connection.send(head + data)
-                # An upstream that ignores such a body would take it for the next request.
+                # An upstream that ignores the body would read it as the next request.
                 connection.spoiled = bool(data) and signed.method in _BODILESS
             return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
@@ -6592,47 +6431,45 @@ class Upstream:
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
         chunked = signed.header("transfer-encoding") is not None
-        first = next(blocks, b"")  # a body that proves wrong at once is not even announced
+        first = next(blocks, b"")  # raises for a wrong body before anything is sent
         connection.send(head)
         connection.spoiled = True
         blocks = itertools.chain((first,) if first else (), blocks, (b"",) if chunked else ())
         for block in blocks:
             framed = b"%x\r\n%b\r\n" % (len(block), block) if chunked else block
             if not connection.send_until_answered(framed):
-                return  # the rest is not wanted
+                return
         connection.spoiled = bool(first) and signed.method in _BODILESS
-
-    # ---- The answer ----
 
     def _reply(self, connection: Connection, head: ResponseHead, method: str) -> Reply:
         try:
             length = response_framing(head, method)
         except ValueError as error:
-            message = f"{connection.endpoint.origin} answered out of form: {error}"
+            message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
             raise UpstreamError(message, unanswered=False) from error
-        reader: Union[LengthBody, ChunkedBody, None] = None
+        reader: Union[Stream, LengthBody, ChunkedBody] = connection.source
         if length is None:
             reader = ChunkedBody(connection.source, sys.maxsize)
         elif length != UNTIL_CLOSE:
             reader = LengthBody(connection.source, length)
-        keep = reader is not None and head.keeps
-        if reader is not None and length is not None and length <= MAX_WHOLE_REPLY:
+        if length is not None and 0 <= length <= MAX_WHOLE_REPLY:
             try:
                 body = reader.read()
             except (OSError, ServiceError) as error:
-                message = f"{connection.endpoint.origin} broke off its answer"
+                message = f"the answer of {connection.endpoint.origin} is incomplete"
                 raise UpstreamError(message, unanswered=False) from error
             return self.whole(connection, head, method, body)
-        connection.deadline = math.inf  # each part of what streams has its own time
+        connection.deadline = math.inf  # each block of a stream has its own timeout
         if head.status < 300 and not connection.streams_masked:
             connection.mask = Mask()
-        blocks = self._stream(connection, reader, keep)
+        raw = iter(functools.partial(reader.read_some, 65536), b"")
+        blocks = self._stream(connection, raw, head.keeps and length != UNTIL_CLOSE)
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
         reply = Reply(head.status, connection.mask.headers(headers), blocks)
         return self._refused(reply) if head.status in _REFUSED else reply
 
     def _refused(self, reply: Reply) -> Reply:
-        """Return a refusal read whole if it is short, or cut if our signature does not hold."""
+        """Read a short refusal completely; cut a long one that shows our signed request."""
         blocks, start = iter(reply.body), b""
         assert isinstance(blocks, collections.abc.Generator)
         try:
@@ -6644,36 +6481,30 @@ class Upstream:
                         return reply._replace(body=start)
                     return reply._replace(body=_joined(start, blocks))
         except (OSError, ServiceError) as error:
-            raise UpstreamError("an answer broke off", unanswered=False) from error
+            raise UpstreamError("an answer is incomplete", unanswered=False) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, start)
 
     def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
-        """Return an answer whose body has been read, and keep or close its connection."""
+        """Return an answer with its body, and keep or close its connection."""
         self._done(connection, head.keeps)
-        # An answer to HEAD tells the length of what it has not.
+        # An answer to HEAD has the length of a body, but no body.
         headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
         mask = connection.mask
         return Reply(head.status, mask.headers(headers), mask.whole(body))
 
     def _done(self, connection: Connection, keep: bool) -> None:
-        """Keep a connection on which all that was sent and received has its end, or close it."""
+        """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
             self._pool.give(connection)
         else:
             connection.close()
 
-    def _stream(
-        self, connection: Connection, reader: Union[LengthBody, ChunkedBody, None], keep: bool
-    ) -> Iterator[bytes]:
-        """Yield the answer's body.  Raises OSError or ServiceError where it breaks off."""
+    def _stream(self, connection: Connection, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
+        """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            while True:
-                block = (reader or connection.source).read_some(65536)
-                if not block:
-                    break
-                block = connection.mask.next(block)
+            for block in map(connection.mask.next, raw):
                 if block:
                     yield block
             complete = True
@@ -6683,28 +6514,23 @@ class Upstream:
             self._done(connection, keep and complete)
 
     def _release(self, call: Call, received: Outgoing, handles: Sequence[str]) -> None:
-        """Make the messages visible again, since their receiver has left."""
         if not handles:
             return
-        url = call.input.get("QueueUrl", call.request.path)
-        if url.startswith(call.base_url):
-            url = url[len(call.base_url) :]
-        if url.startswith("/"):
-            url = received.endpoint.origin + url
+        endpoint, url = received.endpoint, call.input.get("QueueUrl", call.request.path)
+        url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
         entries = [
             {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
             for index, handle in enumerate(handles)
         ]
         document = {"QueueUrl": url, "Entries": entries}
-        operation, host = "ChangeMessageVisibilityBatch", received.endpoint.authority
-        request = sqs_request(host, operation, document)
+        request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
-        release = Outgoing(received.endpoint, request, payload_hash)
+        message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(call, release).status
-            log.warning("%d messages whose receiver is gone shown: %d", len(handles), status)
+            status = self._answered(call, Outgoing(endpoint, request, payload_hash)).status
+            log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
-            log.warning("%d messages whose receiver is gone hidden: %s", len(handles), error)
+            log.warning(message, len(handles), error)
 
 
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
@@ -7472,7 +7298,7 @@ class Target(Protocol):
 
 
 class Embedded:
-    """Answers Amazon SQS, from memory."""
+    """Answers Amazon SQS from memory."""
 
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
@@ -7483,7 +7309,7 @@ class Embedded:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer of Sqs, in the caller's protocol."""
         if call.service != "sqs":
-            message = f"{call.action} is routed to 'embedded', which answers Amazon SQS alone."
+            message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
             raise ServiceError("AccessDenied", message)
         if call.wire.is_opaque:
             message = "The embedded queues do not speak RPC v2; call in AWS JSON or AWS Query."
@@ -7497,14 +7323,13 @@ DEFAULT_ROUTE = ("sqs:*", "embedded")
 
 
 def route_flag(pattern: str, target: str) -> str:
-    """Return a --route flag as one types it into a shell."""
-    text = f"{pattern}={target}"
-    quoted = shlex.quote(text)
-    return f"--route {quoted}" if quoted != text else f"--route '{text}'"
+    """Return a --route flag with shell quotes."""
+    quoted = shlex.quote(f"{pattern}={target}")
+    return f"--route {quoted}" if quoted[0] == "'" else f"--route '{quoted}'"
 
 
 class Deny:
-    """Refuses, as a policy of AWS would."""
+    """Refuses each call, as an IAM policy does."""
 
     name = "deny"
     may_block = False
@@ -7514,19 +7339,17 @@ class Deny:
         who = f"arn:aws:iam::{call.caller.account_id}:user/{call.caller.name}"
         message = f"User: {who} is not authorized to perform: {call.action[:MAX_SHOWN]}."
         if call.route:
-            route = f"{call.route.pattern}=deny"
-            message += f" This proxy refused the call: its route '{route}' came first."
-            message += f" To allow the call, put {call.advice} before it."
+            message += f" The route '{call.route.pattern}=deny' of this proxy refused the call."
+            message += f" To allow the call, put {call.advice} before this route."
         raise ServiceError("AccessDenied", message)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return what a function is called, and where it is from."""
+    """Return the qualified name of a function."""
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
-    """Return the method of a hook with that name, None if the hook does not define it."""
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
 
@@ -7540,87 +7363,74 @@ class Moments(NamedTuple):
     after: Optional[Callable[[Call, Reply], Optional[Reply]]]
 
 
-# IAM's prefixes for the signing names that differ from them ("Actions, resources, and condition
-# keys for AWS services", Service Authorization Reference).
-IAM_PREFIXES = pairs(
-    """
+# IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
+# services", Service Authorization Reference).
+IAM_PREFIXES = pairs("""
     cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
     partnercentral-selling=partnercentral tagging=tag
-    """
-)
+""")
 _PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
-_TRANSACTION = ",".join(
-    f"dynamodb:{verb}Item" for verb in ("Put", "Update", "Delete", "ConditionCheck")
-)
+_WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem"
 # The actions that IAM asks for, if no action has the operation's name.
-IAM_ACTIONS = pairs(
-    f"""
+IAM_ACTIONS = pairs(f"""
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems={_TRANSACTION}
+    dynamodb:transactwriteitems={_WRITES}
     kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
     secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
-    """
-)
+""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile(
     "(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]{1,100})"
 )
-# What hands out AWS credentials, or a token that AWS exchanges for some: found in the outputs of
-# the SDKs' service models.  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = """
-    account-access:GET/access/credentials awsssoportal:GET/federation/credentials
-    cloudwatch:GetSpaceCredentialsForOrganization cloudwatch:GetSpaceDataAccess
-    codepipeline:GetJobDetails codepipeline:GetThirdPartyJobDetails codepipeline:PollForJobs
-    cognito-identity:GetCredentialsForIdentity cognito-identity:GetOpenIdToken*
-    datazone:GET/v2/domains/*/connections/* datazone:GET/v2/domains/*/environments/*/credentials
-    deadline:GET/2023-10-12/farms/*-roles eks-auth:POST/clusters/*/assume-role-for-pod-identity
-    finspace-api:GET/credentials/programmatic
-    finspace-api:POST/datasets/*/dataviewsv2/*/external-access-details
-    finspace-api:POST/workingLocationV1 gamelift:CreateBuild gamelift:GetComputeAccess
-    gamelift:RequestUploadCredentials iam:CreateAccessKey iam:CreateServiceSpecificCredential
-    iam:ResetServiceSpecificCredential iot:POST/keys-and-certificate
-    iot:POST/provisioning-templates/*/provisioning-claim
-    lakeformation:POST/AssumeDecoratedRoleWithSAML lakeformation:POST/GetTemporary*
-    license-manager:CreateToken license-manager:GetAccessToken lightsail:CreateBucketAccessKey
-    lightsail:GetBucketAccessKeys s3:CreateSession s3:GET/v20180820/accessgrantsinstance/dataaccess
-    s3express:CreateSession signin:POST/v1/token ssm:CreateActivation ssm:GetAccessToken
-    sso-oauth:POST/token sts:AssumeRo* sts:GetDelegatedAccessToken sts:GetFederationToken
-    sts:GetScopedCredentials sts:GetSessionToken sts:GetWebIdentityToken
-""".split()
 
 
-# What AWS answers without a signature: the operations that the service models mark so.
-UNSIGNED_ACTIONS = frozenset(
-    """
-    awsssoportal:get/federation/credentials awsssoportal:get/assignment/accounts
-    awsssoportal:get/assignment/roles awsssoportal:post/logout
-    cognito-identity:getcredentialsforidentity cognito-identity:getid
-    cognito-identity:getopenidtoken cognito-identity:unlinkidentity
-    cognito-idp:associatesoftwaretoken cognito-idp:changepassword
-    cognito-idp:completewebauthnregistration cognito-idp:confirmdevice
-    cognito-idp:confirmforgotpassword cognito-idp:confirmsignup cognito-idp:deleteuser
-    cognito-idp:deleteuserattributes cognito-idp:deletewebauthncredential
-    cognito-idp:forgetdevice cognito-idp:forgotpassword cognito-idp:getdevice
-    cognito-idp:gettokensfromrefreshtoken cognito-idp:getuser
-    cognito-idp:getuserattributeverificationcode cognito-idp:getuserauthfactors
-    cognito-idp:globalsignout cognito-idp:initiateauth cognito-idp:listdevices
-    cognito-idp:listusersessions cognito-idp:listwebauthncredentials
-    cognito-idp:resendconfirmationcode cognito-idp:respondtoauthchallenge
-    cognito-idp:revoketoken cognito-idp:revokeusersession cognito-idp:setusermfapreference
-    cognito-idp:setusersettings cognito-idp:signup cognito-idp:startwebauthnregistration
-    cognito-idp:updateautheventfeedback cognito-idp:updatedevicestatus
-    cognito-idp:updateuserattributes cognito-idp:verifysoftwaretoken
-    cognito-idp:verifyuserattribute signin:post/v1/token sso-oauth:post/client/register
-    sso-oauth:post/device_authorization sso-oauth:post/token sts:assumerolewithsaml
-    sts:assumerolewithwebidentity
-    """.split()
-)
+def _actions(table: str) -> Sequence[str]:
+    """Return the actions of a table that is written as `service operation ...; service ...`."""
+    rows = [row.split() for row in table.split(";")]
+    return [f"{service}:{operation}" for service, *operations in rows for operation in operations]
+
+
+# Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
+# service models).  IAM cannot forbid some of them, such as GetSessionToken.
+CREDENTIAL_ACTIONS = _actions("""
+    account-access GET/access/credentials; awsssoportal GET/federation/credentials;
+    cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
+    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs;
+    cognito-identity GetCredentialsForIdentity GetOpenIdToken*;
+    datazone GET/v2/domains/*/connections/* GET/v2/domains/*/environments/*/credentials;
+    deadline GET/2023-10-12/farms/*-roles; eks-auth POST/clusters/*/assume-role-for-pod-identity;
+    finspace-api GET/credentials/programmatic POST/datasets/*/dataviewsv2/*/external-access-details
+    POST/workingLocationV1; gamelift CreateBuild GetComputeAccess RequestUploadCredentials;
+    iam CreateAccessKey CreateServiceSpecificCredential ResetServiceSpecificCredential;
+    iot POST/keys-and-certificate POST/provisioning-templates/*/provisioning-claim;
+    lakeformation POST/AssumeDecoratedRoleWithSAML POST/GetTemporary*;
+    license-manager CreateToken GetAccessToken; s3express CreateSession; signin POST/v1/token;
+    lightsail CreateBucketAccessKey GetBucketAccessKeys; s3 CreateSession
+    GET/v20180820/accessgrantsinstance/dataaccess;
+    ssm CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo*
+    GetDelegatedAccessToken GetFederationToken GetScopedCredentials GetSessionToken
+    GetWebIdentityToken
+""")
+# Actions that AWS answers without a signature, as the SDKs' service models say.
+UNSIGNED_ACTIONS = frozenset(_actions("""
+    awsssoportal get/federation/credentials get/assignment/accounts get/assignment/roles
+    post/logout; cognito-identity getcredentialsforidentity getid getopenidtoken unlinkidentity;
+    cognito-idp associatesoftwaretoken changepassword completewebauthnregistration confirmdevice
+    confirmforgotpassword confirmsignup deleteuser deleteuserattributes deletewebauthncredential
+    forgetdevice forgotpassword getdevice gettokensfromrefreshtoken getuser
+    getuserattributeverificationcode getuserauthfactors globalsignout initiateauth listdevices
+    listusersessions listwebauthncredentials resendconfirmationcode respondtoauthchallenge
+    revoketoken revokeusersession setusermfapreference setusersettings signup
+    startwebauthnregistration updateautheventfeedback updatedevicestatus updateuserattributes
+    verifysoftwaretoken verifyuserattribute; signin post/v1/token; sso-oauth post/client/register
+    post/device_authorization post/token; sts assumerolewithsaml assumerolewithwebidentity
+"""))  # fmt: skip
 BEARER_SERVICES = frozenset({"account-access", "agent-registry", "bedrock", "codecatalyst"})
 
 
@@ -7636,25 +7446,21 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
-    """Return an action's names, as `_folded` has them, and the actions that IAM needs instead.
-
-    A REST action is named with and without a slash at its end, and by its method alone.
-    """
+    """Return the folded names of an action, and the actions that IAM needs instead."""
     service, _, operation = _folded(action).partition(":")
     names = [operation]
     method = operation.partition("/")[0]
     if method != operation:
         names = [operation.rstrip("/"), operation.rstrip("/") + "/", method]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
-    needed = [name for name in IAM_ACTIONS.get(action.lower(), "").split(",") if name]
     batch = _BATCHES.fullmatch(action.lower())
-    if batch:
-        needed = [f"{batch[1]}:{batch[2]}"]
+    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
+    needed = [name for name in IAM_ACTIONS.get(action.lower(), of_batch).split(",") if name]
     return [f"{prefix}:{name}" for prefix in services for name in names], needed
 
 
 def _folded(action: str) -> str:
-    """Return an action or a pattern in lower case, but for its path: there, case counts."""
+    """Return an action or a pattern in lower case, except for its path."""
     name, slash, path = action.partition("/")
     return name.lower() + slash + path
 
@@ -7665,14 +7471,6 @@ def passes_unsigned(action: str) -> bool:
     return is_bearer or _folded(action) in UNSIGNED_ACTIONS
 
 
-def _plain_path(request: Request) -> str:
-    """Return the path of a request as patterns spell it, "" if it is not clear."""
-    try:
-        return rest_meaning(request).path
-    except ServiceError:
-        return ""
-
-
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
     names = [name.lower() for name in names_of(action)[0]]
@@ -7680,15 +7478,16 @@ def hands_out_credentials(action: str) -> bool:
 
 
 class Route(NamedTuple):
-    """Calls whose action matches the pattern, as in an IAM policy, go to the target."""
+    """A pattern of actions, as in an IAM policy, and the target that answers them."""
 
     pattern: str
     target: Target
 
     def matches(self, action: str) -> bool:
-        """Return whether an action is meant.  Case counts in a path, unless it is denied.
+        """Return whether the pattern matches an action: loosely to deny it, strictly to allow it.
 
-        If IAM needs several actions for it, one of them is enough to deny it, and all allow it.
+        Only an allowed path must have the same case.  If IAM needs several actions, one of them
+        is enough to deny the call, and all of them allow it.
         """
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
         names, needed = names_of(action)
@@ -7698,7 +7497,7 @@ class Route(NamedTuple):
         return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
 
     def names_exactly(self, action: str) -> bool:
-        """Return whether the pattern is the action itself: no wildcard, and the whole path."""
+        """Return whether the pattern has no wildcard and is the action with its whole path."""
         pattern = _folded(self.pattern)
         names, _ = names_of(action)
         whole = [name for name in names if "/" in name] or names
@@ -7706,39 +7505,37 @@ class Route(NamedTuple):
 
 
 class Status:
-    """The paths of our own, under `/_awsproxy/`: health, ready, metrics, in-flight."""
+    """Serves the paths under `/_awsproxy/`: health, ready, metrics, in-flight."""
 
     PREFIX = "/_awsproxy/"
 
-    def __init__(
-        self, metrics: Optional[Metrics] = None, in_flight: Optional[InFlight] = None
-    ) -> None:
+    def __init__(self, metrics: Metrics, in_flight: Optional[InFlight] = None) -> None:
         self.draining = False
         self._metrics = metrics
         self._in_flight = in_flight
 
     def answer(self, request: Request) -> Reply:
-        """Return what a path tells, 404 for one that tells nothing.  Never raises."""
+        """Return the reply for a path, 404 for an unknown path.  Never raises."""
         try:
-            return self._told(request)
+            return self._answer(request)
         except Exception:
-            log.exception("%s cannot be told", request.path)
-            return self._reply(500, "standard error tells more\n")
+            log.exception("the request for %s failed", request.path)
+            return self._reply(500, "the request failed; see standard error\n")
 
-    def _told(self, request: Request) -> Reply:
+    def _answer(self, request: Request) -> Reply:
         name = request.path.replace(self.PREFIX, "", 1)
         if request.method not in ("GET", "HEAD"):
-            return self._reply(405, "GET is all there is\n")
+            return self._reply(405, "only GET and HEAD are allowed\n")
         if name == "ready" and self.draining:
             return self._reply(503, "draining\n")
         if name in ("health", "ready"):
             return self._reply(200, "ok\n")
         if name == "in-flight" and self._in_flight:
             return self._reply(200, json.dumps(self._in_flight.counts()), "application/json")
-        if name == "metrics" and self._metrics:
+        if name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return self._reply(200, self._metrics.text(), kind)
-        return self._reply(404, "health, ready, metrics and in-flight are all there is\n")
+        return self._reply(404, "the paths are health, ready, metrics and in-flight\n")
 
     def _reply(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
         headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
@@ -7746,7 +7543,7 @@ class Status:
 
 
 def is_preflight(request: Request) -> bool:
-    """Return whether a browser asks what a page of another site may do (CORS preflight)."""
+    """Return whether a request is a browser's CORS preflight."""
     fields = request.fields
     asked = fields.get("access-control-request-method", ("",))[0] in METHODS
     unsigned = "origin" in fields and "authorization" not in fields
@@ -7758,32 +7555,29 @@ def is_preflight(request: Request) -> bool:
 def check_page(
     request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
 ) -> None:
-    """Raise ServiceError AccessDenied for what somebody else's web page may have sent.
+    """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
-    Browsers say where a request is from (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).
-    A name of the attacker's that resolves to our address shows in the Host (DNS rebinding).
-    `hosts` are our names besides localhost, loopback addresses and AWS's names.
+    Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
+    attacker's name resolves to our address, it is in the Host (DNS rebinding).  `hosts` are our
+    names next to localhost, loopback addresses and the names of AWS.
     """
     fields = request.fields
     host = (fields.get("host") or ("",))[0].lower()
+    named, fault = "origin" in fields or "sec-fetch-site" in fields, ""
     if len(host) > 255 or (host and not _is_own_host(host, hosts, any_address)):
-        fault = f"The Host '{host[:80]}' is none of this proxy's (see --public-url)."
-        raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
-    named = "origin" in fields or "sec-fetch-site" in fields
-    if not named or preflight:
-        return
-    sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
-    origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
-    fault = ""
-    if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
-        fault = "A web page of another site sent this request (Sec-Fetch-Site)."
-    elif any(origin != host or not host for origin in origins):
-        fault = "A web page of another origin sent this request (Origin)."
+        fault = f"The Host '{host[:80]}' is not a name of this proxy (see --public-url)."
+    elif named and not preflight:  # which runs nothing
+        sites = ",".join(fields.get("sec-fetch-site", ("none",))).lower().split(",")
+        origins = [value.strip().lower().partition("://")[2] for value in fields.get("origin", ())]
+        if not {"same-origin", "none"}.issuperset(map(str.strip, sites)):
+            fault = "A web page of another site sent this request (Sec-Fetch-Site)."
+        elif any(origin != host or not host for origin in origins):
+            fault = "A web page of another origin sent this request (Origin)."
     if fault:
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
 
-# What botocore puts before our name for some operations, besides labels of their own.
+# The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
     "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
 )
@@ -7801,7 +7595,7 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
 
 
 class Admin:
-    """Stands in for a Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
+    """Replaces the Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
 
     max_body = 0
 
@@ -7820,7 +7614,7 @@ class Admin:
                 raise refused
             if request.method not in METHODS:
                 raise not_implemented(request.method)
-            # Probes of Kubernetes name the pod's address, and rebinding needs a name.
+            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
             check_page(request, self._hosts, any_address=True)
         except ServiceError as error:
             return REST.error(request, error, random_id())
@@ -7836,9 +7630,8 @@ class Admin:
 
 
 class NoMessages:
-    """Answers ReceiveMessage at once, with none, while we are on our way out."""
+    """Answers ReceiveMessage at once, without messages, while the proxy drains."""
 
-    name = "none"
     may_block = False
 
     def answer(self, call: Call, request_id: str) -> Reply:
@@ -7847,7 +7640,7 @@ class NoMessages:
 
 
 class Pending:
-    """A call that an upstream answers; the answer will come from `socket`."""
+    """A call that waits for the answer of an upstream on `socket`."""
 
     def __init__(
         self, proxy: Proxy, exchange: Exchange, upstream: Upstream, attempt: Attempt, data: bytes
@@ -7864,18 +7657,17 @@ class Pending:
         return functools.partial(self._proxy.complete, self._exchange, act)
 
     def send(self) -> Union[Pending, Act]:
-        """Send the call; if that can't be without waiting, return what does, and has its reply."""
+        """Send the call without waiting, or return a function that sends it and waits."""
         call, connection = self._attempt.call, self._attempt.connection
-        call.upstream_seconds = -time.monotonic()  # until the answer is there
+        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
         if connection.send_now(self._data):
             return self
-        connection.close()  # what was sent is not complete
-        call.upstream_seconds = 0.0
+        connection.close()  # the call was not sent completely
         request_id = self._exchange.request_id
         return self._complete(functools.partial(self._upstream.answer, call, request_id))
 
     def proceed(self) -> Union[Reply, Act, None]:
-        """Return the reply, what returns it and may block, or None if it is not complete."""
+        """Return the reply, a function that may wait for it, or None if it is not complete."""
         try:
             result = self._upstream.arrived(self._attempt)
         except Exception as error:
@@ -7885,10 +7677,8 @@ class Pending:
         return result and self._complete(result)
 
     def wait(self) -> Union[Reply, Act]:
-        """Return the reply, or what returns it; wait for it."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        while poll.poll(self._attempt.connection.timeout * 1000):
+        """Wait for the reply, and return it or a function that waits for the rest."""
+        while self._attempt.connection.has_arrived(self.timeout):
             result = self.proceed()
             if result is not None:
                 return result
@@ -7905,14 +7695,13 @@ class Pending:
         put_back = self._upstream.let_go(self._attempt)
         return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
 
-    def give_up(self, why: str = "it takes too long") -> Reply:
-        """Return the refusal of a call that has no answer yet, and close its connection."""
+    def give_up(self, why: str = "it took too long") -> Reply:
+        """Close the connection, and return the refusal of the call."""
         connection = self._attempt.connection
         log.warning("upstream: no answer from %s: %s", connection.endpoint.origin, why)
         connection.close()
         message = "The upstream of this proxy did not answer in time."
-        call = self._exchange.call
-        again = call is not None and is_repeatable(call)
+        again = is_repeatable(self._attempt.call)
         error = ServiceError("ServiceUnavailable", message) if again else outcome_unknown()
         return self._proxy.refuse(self._exchange, error)
 
@@ -7921,14 +7710,15 @@ Outcome = Union[Reply, Pending, Act]
 
 
 class Proxy:
-    """Answers requests: it verifies the caller, finds the operation, and makes the reply.
+    """Answers requests: it verifies the caller, finds the operation, and returns the reply.
 
-    `clients` are the keys that callers may sign with.  verified=False accepts unsigned calls;
-    `sign_as` supplies a missing service and region.  The first of the `routes` that matches
-    decides.  Queue URLs begin with `public_url`, or with `scheme` and the Host of the request.
-    `hooks` are objects, modules or HookFiles with methods of Hook.  `hosts` are further names of
-    the proxy.  Web pages are refused if no secret protects the proxy: with the demo client, and
-    with verified=False.
+    clients: the keys that callers may sign with
+    routes: the first route that matches a call answers it
+    verified: False accepts unsigned calls, but refuses web pages
+    sign_as: the service and region of a call that does not name them
+    public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
+    hooks: objects, modules or HookFiles with methods of Hook
+    hosts: further names of the proxy
     """
 
     def __init__(
@@ -7952,7 +7742,7 @@ class Proxy:
         hook_seconds: float = 60,
         hosts: Iterable[str] = (),
     ) -> None:
-        self.draining = False  # the process ends soon: calls receive no messages
+        self.draining = False  # whether the process ends soon: calls receive no messages
         self._hook_seconds = hook_seconds
         self._workers = Workers()
         self._account_id = account_id
@@ -7961,10 +7751,9 @@ class Proxy:
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
         self._routes = (Route("sqs:*", embedded),) if routes is None else routes
         public = urllib.parse.urlsplit(public_url)
-        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # which no client puts into Host
+        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
         self._public_host = re.sub(f"{default_port}$", "", public.netloc)
-        own = (host_name(public.netloc), *map(host_name, hosts))
-        self._hosts = frozenset(filter(None, own))
+        self._hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
         self._regions = regions
@@ -7979,28 +7768,25 @@ class Proxy:
         self._known_route = lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
         exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
-        # The routes that name an action exactly, which AWS may answer without a signature.
+        # Actions that a route names exactly and AWS may answer without a signature.
         self._open = [action for action in exact if passes_unsigned(action)]
 
     @property
     def clients(self) -> Clients:
-        """The keys that callers may sign with; may be set at any time."""
+        """The keys that callers may sign with.  They can change at any time."""
         return self._clients
 
     @clients.setter
     def clients(self, clients: Clients) -> None:
         """Use these clients from the next request on."""
-        account_id = self._account_id  # for clients without one
         self._clients = {
-            key: [c if c.account_id else c._replace(account_id=account_id) for c in same_key]
+            key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
             for key, same_key in clients.items()
         }
         self._is_public = not self._verified or has_demo_key(clients)
 
-    # ---- Requests to replies ----
-
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """Answer one request, `refused` if its framing was.  Never raises: all becomes a Reply."""
+        """Answer one request; `refused` is a fault in the framing.  Never raises."""
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
@@ -8011,12 +7797,12 @@ class Proxy:
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Start each request.
 
-        Return a Reply where one is ready, a Pending where an upstream must answer first, or a
-        function that may block and returns the Reply.  Each step runs for all requests before the
-        next step: its code is then in the processor's caches, which saves a third of the time.
+        Return a Reply if one is ready, a Pending if an upstream must answer first, or a function
+        that may block and returns the Reply.  Each step runs for all requests before the next
+        step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
-        for step in (self._understand, self._act, self._finish):
+        for step in (self._understand, self._act, self._observe_reply):
             outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
@@ -8031,7 +7817,7 @@ class Proxy:
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
-        """Return the service of an unsigned call that a route may let through, "" for none."""
+        """Return the service of an unsigned call that a route may allow, "" for none."""
         if is_preflight(request):
             service = claim(request)[1].service or "s3"
             return service if service in ("s3", "s3express") else ""
@@ -8044,18 +7830,18 @@ class Proxy:
             if error.reason not in ("unsigned", "scheme"):
                 return ""
         target = TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
-        path = "" if target else f"{request.method.lower()}{_plain_path(request)}"
+        path = "" if target else request.method.lower()
+        with contextlib.suppress(ServiceError):  # the path has several readings
+            path += "" if target else rest_meaning(request).path
         for service, _, operation in (action.partition(":") for action in self._open):
-            by_path = operation == path
             by_form = service == "sts" and path == "post/" and _is_form(request)
-            if ("authorization" in request.fields) == (service in BEARER_SERVICES) and (
-                service == target or by_path or by_form
-            ):
+            is_meant = service == target or operation == path or by_form
+            if is_meant and (service in BEARER_SERVICES) == ("authorization" in request.fields):
                 return service
         return ""
 
     def _own_path(self, request: Request) -> Optional[Reply]:
-        """Return what a path of our own tells: no bucket is called as these are."""
+        """Return the reply for a path of our own; no bucket has such a name."""
         ours = request.target.startswith(Status.PREFIX) and is_loopback(request.peer)
         if not ours or not self._status:
             return None
@@ -8066,82 +7852,71 @@ class Proxy:
         return self._status.answer(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return why a request is refused whatever its body is; None if the body is wanted."""
-        exchange = self._exchange(request)
-        wire = exchange.wire
+        """Return the refusal of a request by its head, or None if the body must be read."""
         try:
-            self._check_sender(exchange)
-            if self._verified and not exchange.unsigned:
-                self._verify_head(request, wire, self._clock())
-            check_one_reading(request, wire, exchange.service)
+            self._check_head(self._exchange(request))
         except ServiceError as error:
             return error.without_frames()
         return None
 
-    def _verify_head(self, request: Request, wire: WireProtocol, now: float) -> Proven:
-        return verify_head(
-            request,
-            self._clients,
-            now,
-            wire.service(request),
-            self._regions,
-            self._clock_skew,
-            wire.must_be_signed,
-            private=self._scheme == "https" or is_loopback(request.peer),
-            other_host=self._public_host,
-        )
-
-    def _check_sender(self, exchange: Exchange) -> None:
-        if exchange.request.method not in METHODS:
-            raise not_implemented(exchange.request.method)
+    def _check_head(self, exchange: Exchange) -> Optional[Proven]:
+        """Return what the head proves, None if nothing is verified, or raise ServiceError."""
+        request, wire, proven = exchange.request, exchange.wire, None
+        if request.method not in METHODS:
+            raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
-            preflight = exchange.unsigned and is_preflight(exchange.request)
-            check_page(exchange.request, self._hosts, preflight=preflight)
+            preflight = exchange.unsigned and is_preflight(request)
+            check_page(request, self._hosts, preflight=preflight)
+        if self._verified and not exchange.unsigned:
+            proven = verify_head(
+                request,
+                self._clients,
+                exchange.started,
+                wire.service(request),
+                self._regions,
+                self._clock_skew,
+                wire.must_be_signed,
+                private=self._scheme == "https" or is_loopback(request.peer),
+                other_host=self._public_host,
+            )
+        check_one_reading(request, wire, exchange.service)
+        return proven
 
     def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
-        """Find the operation, or refuse the request."""
         try:
-            exchange.call, exchange.target = self._understood(exchange)
+            exchange.call, exchange.target = self._call_and_target(exchange)
         except Exception as error:
             return self.refuse(exchange, error)
         return exchange
 
     def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
-        """Let the target answer if it need not wait."""
         call, target = exchange.call, exchange.target
         assert call and target
         try:
             hooks = [it for it in self._moments if not it.concerns or run_hook(it.concerns, call)]
-            if hooks or target.may_block:
-                return self._act_later(exchange, call, target, hooks)
-            call.may_wait = False
-            exchange.reply = target.answer(call, exchange.request_id)
+            if not hooks and not target.may_block:
+                call.may_wait = False
+                exchange.reply = target.answer(call, exchange.request_id)
+                return exchange
+            if not hooks and isinstance(target, Upstream):
+                begun = target.begin(call)
+                if begun:
+                    return Pending(self, exchange, target, *begun)
         except WouldWait:
             call.may_wait = True
-            act = functools.partial(target.answer, call, exchange.request_id)
-            return functools.partial(self.complete, exchange, act)
         except Exception as error:
             return self.refuse(exchange, error)
-        return exchange
-
-    def _act_later(
-        self, exchange: Exchange, call: Call, target: Target, hooks: Sequence[Moments]
-    ) -> Outcome:
         act = functools.partial(target.answer, call, exchange.request_id)
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif isinstance(target, Upstream):
-            begun = target.begin(call)
-            if begun:
-                return Pending(self, exchange, target, *begun)
         return functools.partial(self.complete, exchange, act)
 
-    def _finish(self, exchange: Exchange) -> Reply:
+    def _observe_reply(self, exchange: Exchange) -> Reply:
         assert exchange.reply
         return self.observed(exchange, exchange.reply)
 
     def arrange_hooks(self) -> None:
-        """Take the moments of the hooks as they are now."""
+        """Find the methods of the hooks again."""
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         observers = [_moment(hook, "observe") for hook in hooks]
         self._observe = [observe for observe in reversed(observers) if observe]
@@ -8154,7 +7929,6 @@ class Proxy:
             self.arrange_hooks()
 
     def _hooked(self, call: Call, hooks: Sequence[Moments], act: Callable[[], Reply]) -> Reply:
-        """Return the answer after the hooks have run."""
         reply = None
         for hook in hooks:
             if hook.before and reply is None:
@@ -8170,7 +7944,7 @@ class Proxy:
         return reply
 
     def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
-        """Return what a hook returns in time, of that kind or None; TypeError, TimeoutError."""
+        """Return the result of a hook: `kind` or None, in time; else TypeError or TimeoutError."""
         outcome: queues.SimpleQueue[Tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
 
         def _run() -> None:
@@ -8187,28 +7961,25 @@ class Proxy:
             raise TimeoutError(message) from late
         if error:
             raise error
+        fault = fault_of_reply(result) if isinstance(result, Reply) else ""
         if not isinstance(result, (kind, type(None))):
-            message = f"{name_of(moment)} returned {result!r:.80}, which is no {kind.__name__}"
-            raise TypeError(message)
-        if isinstance(result, Reply):
-            fault = fault_of_reply(result)
-            if fault:
-                raise TypeError(f"{name_of(moment)} returned a Reply with {fault}")
+            fault = f"{result!r:.80}, which is no {kind.__name__}"
+        if fault:
+            raise TypeError(f"{name_of(moment)} returned {fault}")
         return result
 
     def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
-        """Return what `act` returns, or the refusal that it raises."""
+        """Return the reply of `act`, or the refusal for its exception."""
         try:
             return self.observed(exchange, act())
         except Exception as error:
             return self.refuse(exchange, error)
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
-        """Return the refusal; any error but ServiceError is our own fault, and is logged."""
+        """Return the refusal.  Log any error but ServiceError: it is a fault of the proxy."""
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
-            message = "The proxy failed; its standard error tells more."
-            error = ServiceError("InternalFailure", message)
+            error = ServiceError("InternalFailure", "The proxy failed; see its standard error.")
         error = error.without_frames()
         exchange.reason = error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
@@ -8225,50 +7996,39 @@ class Proxy:
         exchange.seconds = time.monotonic() - exchange.began
         if exchange.call and exchange.call.ignored:
             action, names = exchange.call.action, exchange.call.ignored
-            log.warning("%s has no parameters %r: they are ignored", action, names)
+            log.warning("%s has no parameters %r; ignoring them", action, names)
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
         if exchange.spooled:
-            with contextlib.suppress(OSError):  # the disk is full, as was said then
+            with contextlib.suppress(OSError):  # the disk is full; `_spool` logged it
                 exchange.spooled.close()
         for observe in self._observe:
             try:
                 run_hook(observe, exchange)
             except Exception:
-                log.exception("a hook that observes failed")
+                log.exception("a hook's observe failed")
         return reply
 
-    # ---- The meaning of a request ----
-
-    def _understood(self, exchange: Exchange) -> Tuple[Call, Target]:
-        """Return the call that a request makes, and the target that answers it."""
+    def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
-        self._check_sender(exchange)
-        if self._verified and not exchange.unsigned:
-            proven = self._verify_head(request, wire, exchange.started)
-            check_one_reading(request, wire, exchange.service)
-            found = verify_body(request, proven, functools.partial(self._spool, exchange))
-        else:
-            check_one_reading(request, wire, exchange.service)
-            found = self._unverified(exchange)
+        proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
+        found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
         client, scope = found.client, found.scope
         meaning = self._meaning(exchange, found)
-        host = request.header("host") or "localhost"
-        base_url = self._public_url or f"{self._scheme}://{host}"
+        base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
         service, operation = scope.service, meaning.operation
         call = Call(
             request, wire, service, operation, scope.region, client, found.body,
             found.payload_hash, found.presigned, base_url, meaning.encoded, exchange.began,
             meaning.path, found.signed_headers, meaning.bucket,
         )  # fmt: skip
-        exchange.call = call  # so that a refusal from here on is logged with its action
+        exchange.call = call  # from here on, the log has the action of a refused call
         action = call.action
         call.route = self._route(action)
         if exchange.unsigned:
             self._pass_unsigned(exchange, call)
         for path in meaning.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != call.route:
-                message = "The path can be read in two ways, which have different routes."
-                raise ServiceError("InvalidURI", message)
+                raise ServiceError("InvalidURI", "The path has readings with different routes.")
         if call.route is None:
             raise ServiceError("AccessDenied", self._no_route(action))
         target = call.route.target
@@ -8279,7 +8039,6 @@ class Proxy:
         return call, target
 
     def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
-        """Return what a request asks for; a preflight asks for what the page will ask."""
         request = exchange.request
         if exchange.unsigned and is_preflight(request):
             method = request.fields["access-control-request-method"][0]
@@ -8289,10 +8048,9 @@ class Proxy:
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
         """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
         request, route = exchange.request, call.route
-        target = route.target if route else None
-        may_pass = isinstance(target, Upstream) and route is not None
+        may_pass = route is not None and isinstance(route.target, Upstream)
         if is_preflight(request):
-            call.operation = request.method  # what hooks see and the upstream gets
+            call.operation = request.method  # hooks see it, and the upstream gets it
         elif may_pass and route:
             may_pass = route.names_exactly(call.action) and passes_unsigned(call.action)
         if not may_pass:
@@ -8301,7 +8059,7 @@ class Proxy:
         call.unsigned = True
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
-        """Return the visibility timeout of the queue of a call, in seconds, from its target."""
+        """Return the visibility timeout of a call's queue, in seconds, as its target answers."""
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
@@ -8318,34 +8076,30 @@ class Proxy:
         return int(read_json(reply.body.decode())["Attributes"]["VisibilityTimeout"])
 
     def _route(self, action: str) -> Optional[Route]:
-        """Return the route of an action, or None."""
-        # An action holds a path that a caller chose: the cache takes only short ones.
-        find = self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route
-        return find(action)
+        # A caller chooses the path in an action: the cache keeps only short ones.
+        return (self._known_route if len(action) <= 2 * MAX_SHOWN else self._find_route)(action)
 
     def _find_route(self, action: str) -> Optional[Route]:
         secret = hands_out_credentials(action)
         for route in self._routes:
             if not route.matches(action):
                 continue
-            # Credentials go through to the caller only where somebody wrote just that.
+            # Only a route that names the action exactly may return credentials to the caller.
             if not secret or not isinstance(route.target, Upstream) or route.names_exactly(action):
                 return route
         return None
 
     def _other_target(self, service: str) -> str:
-        """Return what could answer a service's calls, as a flag names it."""
         names = [getattr(route.target, "name", "") for route in self._routes]
         if service == "sqs" and "embedded" in names:
             return "embedded"
         return next((name for name in names if name.startswith("http")), "aws")
 
     def _no_route(self, action: str) -> str:
-        """Return why no route answers an action, with the flags that would allow it."""
         target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
         flags = route_flag(shown, target)
         if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
-            flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # which a flag would replace
+            flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # a flag alone would replace it
         if target == "aws" and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
@@ -8364,7 +8118,6 @@ class Proxy:
         return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
 
     def _unverified(self, exchange: Exchange) -> Verified:
-        """Return what a request says of itself, for want of proof."""
         request = exchange.request
         key = "" if exchange.unsigned else claim(request)[0]
         scope = self._unverified_scope(request)._replace(service=exchange.service)
@@ -8372,7 +8125,7 @@ class Proxy:
         if exchange.unsigned and self._regions and scope.region not in self._regions:
             raise ServiceError("AccessDenied", f"The region '{scope.region}' is not allowed here.")
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
-            raise ServiceError("AccessDenied", "The service and region are no names of AWS.")
+            raise ServiceError("AccessDenied", "The service or the region is not a name of AWS.")
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
@@ -8383,27 +8136,19 @@ class Proxy:
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
 
-    # ---- Bodies ----
-
     def longest_body(self, head: Head) -> int:
-        """Return how long the body of a request may be: objects stream, and have no limit."""
+        """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
         request = Request(head.method, head.target, head.headers, io.BytesIO())
         return sys.maxsize if claim(request)[1].service in S3_FAMILY else self.max_body
 
     def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
-        if isinstance(body, io.BytesIO):  # the server has gathered it
-            data = body.getvalue()
+        gathered = body if isinstance(body, io.BytesIO) else None  # by the server
+        data = gathered.getvalue() if gathered else b"".join(_blocks(body, SPOOLED_IN_MEMORY))
+        if gathered or len(data) < SPOOLED_IN_MEMORY:
             if len(data) > self.max_body:
                 raise too_large(self.max_body)
-            return body, hashlib.sha256(data).hexdigest()
-        data = body.read(SPOOLED_IN_MEMORY)
-        if len(data) < SPOOLED_IN_MEMORY:
-            data += body.read(SPOOLED_IN_MEMORY - len(data))
-        if len(data) < SPOOLED_IN_MEMORY:
-            if len(data) > self.max_body:
-                raise too_large(self.max_body)
-            return io.BytesIO(data), hashlib.sha256(data).hexdigest()
+            return gathered or io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
         with _disk_errors():
             file = exchange.spooled = tempfile.TemporaryFile()
@@ -8416,7 +8161,7 @@ class Proxy:
                 file.write(data)
             data = body.read(65536)
         with _disk_errors():
-            file.seek(0)  # which writes the rest
+            file.seek(0)  # it writes the rest
         return file, digest.hexdigest()
 
 
@@ -8428,31 +8173,30 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("a long body cannot be kept: %s", error)
-        message = "The proxy has no room for so long a body."
-        raise ServiceError("ServiceUnavailable", message) from error
+        log.warning("cannot write a long body to a temporary file: %s", error)
+        raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
 
 
 def has_demo_key(clients: Clients) -> bool:
-    """Return whether somebody may sign with the demo client's key, which everybody knows."""
+    """Return whether callers may sign with the demo client's key, which is public."""
     same_key = clients.get(_DEMO.access_key_id, ())
     return any(client.secret_access_key == _DEMO.secret_access_key for client in same_key)
 
 
 def fault_of_reply(reply: Reply) -> str:
-    """Return the fault of a hook's Reply, "" if it can be sent."""
+    """Return the description of a hook's faulty Reply, "" if it can be sent."""
     status, headers, body = reply
     if type(status) is not int or not 200 <= status <= 599:
-        return f"the status {status!r:.40}"
+        return f"a Reply with the status {status!r:.40}"
     for header in headers:
         name, value = header
         is_text = isinstance(name, str) and isinstance(value, str) and ":" not in name
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
-            return f"the header {header!r:.80}"
+            return f"a Reply with the header {header!r:.80}"
     other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
     if other or not isinstance(body, (bytes, collections.abc.Iterable)):
-        return f"a body of type {type(body).__name__}"
+        return f"a Reply with a body of type {type(body).__name__}"
     return ""
 
 
@@ -9188,18 +8932,13 @@ _OF_A_CLIENT = frozenset(
 
 
 def read_clients(path: str) -> Clients:
-    """Return the clients of a file in the format of the AWS shared credentials file.
-
-    Each section is a client, with a key, a secret and any other settings of _OF_A_CLIENT.  One
-    key may stand in several sections with different tokens.  Raise OSError, or ValueError with
-    the section or line and the fault.
-    """
+    """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
     try:
         with open(path, encoding="utf-8") as lines:
             parser.read_file(lines)
-    except configparser.ParsingError as error:  # not what the line says: it may be a secret
-        errors = getattr(error, "errors", ())  # not of each kind before Python 3.13
+    except configparser.ParsingError as error:  # the line may be a secret: show its number
+        errors = getattr(error, "errors", ())  # some kinds have none before Python 3.13
         line = errors[0][0] if errors else getattr(error, "lineno", 1)
         raise ValueError(f"line {line} is malformed") from error
     except configparser.Error as error:
@@ -9209,9 +8948,8 @@ def read_clients(path: str) -> Clients:
         section = parser[name]
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
         if not _KEY_ID.fullmatch(key) or not secret:
-            letters = "(3 to 128 letters, digits, '.', '_', '-')"
-            needed = f"aws_access_key_id {letters} and aws_secret_access_key"
-            raise ValueError(f"[{name}] needs {needed}")
+            needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
+            raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
         for word in set(section) - _OF_A_CLIENT:
             for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
                 raise ValueError(f"[{name}] has {word}; did you mean {meant}?")
@@ -9226,12 +8964,12 @@ def read_clients(path: str) -> Clients:
             raise ValueError(f"[{name}] repeats the key and token of another section")
         same_key.append(client)
     if not clients:
-        raise ValueError("it has no section")
+        raise ValueError("the file has no section")
     return clients
 
 
 class ClientsFile(Watched):
-    """The clients of a file, as `read_clients` returns them; `check` may raise ValueError."""
+    """The clients of a file.  `check` raises ValueError for clients that the proxy refuses."""
 
     def __init__(self, path: str, check: Callable[[Clients], None] = lambda _: None) -> None:
         self._check = check
@@ -9244,7 +8982,7 @@ class ClientsFile(Watched):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Says the default of each flag that has one."""
+    """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
@@ -9252,28 +8990,20 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reads `@FILE` as a shell would read its lines, and complains in one line."""
+    """Reads the lines of `@FILE` as a shell does, and reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help tells all flags)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
     def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
         """Split a line of a file of flags."""
         return shlex.split(arg_line, comments=True)
 
 
-class _Version(argparse.Action):
-    """Names the copy: people carry this file about."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(f"awsproxy {__version__} (sha256 {file_sha256()[:12]})")
-        parser.exit()
-
-
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number; ArgumentTypeError if it is out of range."""
+        """Return the number, or raise ArgumentTypeError if it is out of range."""
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -9286,7 +9016,7 @@ def _client(text: str) -> Client:
     key, _, secret = text.partition(":")
     if not _KEY_ID.fullmatch(key) or not secret:
         message = "not KEY:SECRET, the key 3 to 128 letters, digits, '.', '_' or '-'"
-        raise argparse.ArgumentTypeError(message)  # without the text, which has a secret
+        raise argparse.ArgumentTypeError(message)  # it does not show the secret
     return Client(key, key, secret)
 
 
@@ -9298,7 +9028,7 @@ def _account_id(text: str) -> str:
 
 def _public_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+    if parts.scheme not in DEFAULT_PORTS or not parts.netloc or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
     return text.rstrip("/")
 
@@ -9336,12 +9066,12 @@ def _address(text: str) -> Tuple[str, int]:
 
 _EXAMPLES = """\
 examples:
-  python awsproxy.py --port 8081                       the demo client, dummykey
+  python awsproxy.py --port 8081                       use the demo client, dummykey
   python awsproxy.py --upstream aws --clients clients  verify, sign again, forward to AWS
-  python awsproxy.py --upstream http://localhost:4566  the same, to another server
+  python awsproxy.py --upstream http://localhost:4566  forward to another server
   python awsproxy.py --route 'sqs:Purge*=deny' --route 'sqs:*=aws' --clients clients
-  python awsproxy.py --host 0.0.0.0 --clients clients  clients of your own
-  python awsproxy.py @flags                            flags from a file
+  python awsproxy.py --host 0.0.0.0 --clients clients  use your own clients
+  python awsproxy.py @flags                            read flags from a file
 """
 
 
@@ -9352,7 +9082,7 @@ def build_parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
         formatter_class=_Formatter,
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
-        " forward to AWS, signed anew.",
+        " sign the call again and forward it to AWS.",
         epilog=_EXAMPLES,
     )
     _add_listening(parser.add_argument_group("where to listen").add_argument)
@@ -9360,90 +9090,75 @@ def build_parser() -> argparse.ArgumentParser:
     _add_routes(parser.add_argument_group("what answers").add_argument)
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
-        help="account that queues belong to")  # fmt: skip
-    add("--cooldown", action="store_true",
-        help="for 60 s refuse another PurgeQueue, or a deleted queue's name")  # fmt: skip
+        help="account that owns the queues")  # fmt: skip
+    add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
-    add("--log-file", default="", metavar="FILE",
-        help="where the log lines go, if not to standard error; SIGHUP reopens it")  # fmt: skip
+    add("--log-file", default="", metavar="FILE", help="file for log lines; SIGHUP reopens it")
     add("--quiet", action="store_true", help="print no line for each call")
-    add("--version", action=_Version, nargs=0, help="print version and sha256 of this file")
+    version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
+    add("--version", action="version", version=version, help="print version and hash of this file")
     return parser
 
 
 def _add_listening(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_number(int, 0, 65535), default=8081, metavar="PORT",
-        help="port to listen on; 0 picks one")  # fmt: skip
-    add("--admin", type=_address, metavar="HOST:PORT",
-        help="where to tell /_awsproxy/ paths, if not to this machine on --port")  # fmt: skip
+    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
+    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
     add("--tls-cert", default="", metavar="FILE",
-        help="speak TLS, with this certificate and its chain (PEM); read again when it"
-        " changes")  # fmt: skip
-    add("--tls-key", default="", metavar="FILE",
-        help="where its private key is, if not in the same file")  # fmt: skip
-    add("--reuse-port", action="store_true",
-        help="share the port with other processes, where all calls are forwarded")  # fmt: skip
+        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
+    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
+    add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
-        help="how long, at the end, to wait for calls in progress and for messages in flight to"
-        " be settled")  # fmt: skip
+        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
-        help="what queue URLs begin with, if not http:// (https:// with TLS) and the Host of the"
-        " request")  # fmt: skip
+        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
     add("--host-name", action="append", default=[], metavar="NAME",
-        help="a name of this proxy, repeatable; in front of it stands an S3 bucket, if anything"
-        " does")  # fmt: skip
+        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
-        help="longest request body taken")  # fmt: skip
+        help="longest request body")  # fmt: skip
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="connections taken at once; one more is refused")  # fmt: skip
+        help="most connections at once; the proxy refuses more")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
-        help="how long a connection may stay silent")  # fmt: skip
+        help="close a connection that is silent for so long")  # fmt: skip
 
 
 def _add_callers(add: Callable[..., Any]) -> None:
     add("--clients", metavar="FILE",
         help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " when it changes (without: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
     add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
-        help="a key that callers sign with, repeatable; other processes can see it in the list of"
-        " processes: --clients hides it")  # fmt: skip
-    add("--no-verify", action="store_true",
-        help="take calls unsigned or wrongly signed; on loopback only")  # fmt: skip
+        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
+    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
     add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
-        help="how far a caller's clock may be off (without: 900, and 300 for kms, lambda,"
+        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
         " monitoring and route53, as on AWS)")  # fmt: skip
-    add("--region", action="append", default=[], metavar="REGION",
-        help="a region that calls may be signed for, repeatable; without, any")  # fmt: skip
+    add("--region", action="append", default=[],
+        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
 
 
 def _add_routes(add: Callable[..., Any]) -> None:
     add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
-        help="what answers actions, named as in IAM policies, REST calls by method and path"
-        " (lambda:POST/2015-03-31/functions/*): embedded (SQS in memory), aws,"
-        " http(s)://host[:port] or deny; the first match (without: sqs:*=embedded)")  # fmt: skip
+        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
+        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
+        " match counts (default: sqs:*=embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS", help="how long an upstream may take to answer; 65 at the most for"
-        " ReceiveMessage")  # fmt: skip
+        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
     add("--hook", action="append", default=[], metavar="FILE",
-        help="a Python file (.py) with before, rewrite, after, observe or concerns;"
-        " repeatable")  # fmt: skip
-    add("--task-protection", action="store_true",
-        help="keep the ECS task from being scaled in while messages are in flight")  # fmt: skip
-    add("--profile", default="", metavar="NAME",
-        help="the profile in ~/.aws to forward with, if not what an SDK would find")  # fmt: skip
+        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
+    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
+    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify, what an unsigned call is, if its Host does not tell")  # fmt: skip
+        help="with --no-verify: service and region if the Host names none")  # fmt: skip
 
 
 class UsageError(Exception):
-    """A fault in the flags or in a file that they name, in one line with the remedy."""
+    """A fault in the flags or in a file that they name: one line with the remedy."""
 
 
 class Program:
-    """The parts of a running proxy, put together as the flags want it.  Raises UsageError."""
+    """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
@@ -9454,15 +9169,15 @@ class Program:
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
         metrics = Metrics()
-        file_sha256()  # that of the copy that runs, whatever will lie there later
         self._keyring = keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
-        self._routes = routes = build_routes(options, keyring, self._sqs, self._pool)
+        routes = build_routes(options, keyring, self._sqs, self._pool)
+        self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
         clients = self._read_clients()
         if options.reuse_port:
             check_sharing(options, routes)
         warn_of_routes(options.route)
-        check_upstream_keys(routes, keyring, clients)
+        self._check_upstream_keys(clients)
         self._in_flight = self._build_in_flight()
         self._status = Status(metrics, self._in_flight)
         self.proxy = Proxy(
@@ -9495,18 +9210,17 @@ class Program:
         if options.admin:
             admin, most = Admin(self._status, self._own_hosts()), ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
-        lag = "Longest time without a look at the sockets, since this was last read."
+        lag = "Longest delay of the event loop since the last scrape."
         metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
-        dropped = "Log lines that nobody read in time."
+        dropped = "Log lines dropped because their reader was too slow."
         metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
-        metrics.gauge("calls", "Calls being answered.", lambda: self.server.calls)
-        metrics.gauge("in_flight", "Messages that workers hold.", lambda: self._in_flight.total)
-        left = "Until the credentials to forward with end."
+        metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
+        metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        left = "Time until the first credentials for forwarding expire."
         metrics.gauge("credentials_seconds", left, keyring.seconds_left)
 
     def _own_hosts(self) -> Sequence[str]:
-        """Return the names that the flags give to the proxy."""
         public = urllib.parse.urlsplit(self._options.public_url or "").netloc
         admin = self._options.admin[0] if self._options.admin else ""
         return [host_name(name) for name in (public, admin, *self._options.host_name) if name]
@@ -9523,44 +9237,49 @@ class Program:
         return clients
 
     def _all_clients(self) -> Clients:
-        """Return the clients of the file and of --client, or the demo client without both."""
-        clients: Dict[str, Sequence[Client]] = {}
-        if self._watched:
-            clients.update(self._watched.value)
+        """Return the clients of --clients and --client, or the demo client without both flags."""
+        clients: Dict[str, Sequence[Client]] = {**self._watched.value} if self._watched else {}
         for client in self._options.client:
             clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
         return clients or DEMO_CLIENTS
 
     def _check_clients(self, clients: Clients) -> None:
-        """Raise ValueError if the clients must not be let at what the routes lead to."""
-        upstreams = [r.target for r in self._routes if isinstance(r.target, Upstream)]
-        to_aws = any(upstream.is_aws for upstream in upstreams)
+        """Raise ValueError if the clients must not reach the upstreams of the routes."""
+        to_aws = any(upstream.is_aws for upstream in self._upstreams)
         if to_aws and has_demo_key(clients) and not self._options.no_verify:
-            message = "a route leads to aws, and everybody knows the demo key dummykey: give your"
-            message += " clients keys of their own with --clients FILE or --client KEY:SECRET"
-            raise ValueError(message)
-        for client in (client for same_key in clients.values() for client in same_key):
-            keys = self._keyring.of(client).ready() if upstreams else None
-            if keys and keys.access_key_id in clients:
-                raise ValueError(_shared_key(keys.access_key_id))
+            message = "a route leads to aws, and the key dummykey is public: give clients keys"
+            raise ValueError(f"{message} of their own with --clients FILE or --client KEY:SECRET")
+        for client in itertools.chain(*clients.values()) if self._upstreams else ():
+            check_not_shared(self._keyring.of(client).ready(), clients)
+
+    def _check_upstream_keys(self, clients: Clients) -> None:
+        """Log each client without keys to forward with; raise UsageError for shared keys."""
+        named = {client.name: client for client in itertools.chain(*clients.values())}
+        for client in named.values() if self._upstreams else ():
+            try:
+                check_not_shared(self._keyring.of(client).get(), clients)
+            except Skipped as reason:
+                log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
     def _read_certificate(self) -> Optional[Certificate]:
         path, key = self._options.tls_cert, self._options.tls_key
-        if not path:
-            if key:
-                raise UsageError("--tls-key is of no use without --tls-cert")
-            return None
+        if key and not path:
+            raise UsageError("--tls-key needs --tls-cert")
         try:
-            return Certificate(path, key)
+            return Certificate(path, key) if path else None
         except (OSError, ValueError) as error:
             files = f"{path} and {key}" if key else path
             raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
 
     def _read_hooks(self) -> List[Any]:
         hooks: List[Any] = []
-        path = self._options.log_file
+        path, quiet = self._options.log_file, self._options.quiet
         try:
-            self._writers = build_writers(self._options, self._console)
+            open_again = functools.partial(open_log, path)
+            writer = LineWriter(open_again(), open_again) if path and not quiet else self._console
+            self._writers = [writer] if writer and not quiet else []
             of_json = self._options.log_format == "json"
             hooks += [AccessLog(writer, of_json) for writer in self._writers]
             for path in self._options.hook:
@@ -9572,21 +9291,20 @@ class Program:
     def _build_in_flight(self) -> InFlight:
         agent, wanted = os.environ.get("ECS_AGENT_URI", ""), self._options.task_protection
         if wanted and not agent:
-            log.warning("--task-protection does nothing here: ECS_AGENT_URI is not set")
+            log.warning("--task-protection has no effect: ECS_AGENT_URI is not set")
         protect = functools.partial(TaskProtection, agent)
         kind: Callable[[Ask, Run], InFlight] = protect if wanted and agent else InFlight
         # The proxy is built later.
         return kind(lambda *about: self.proxy.visibility_timeout(*about), Workers().run)
 
     def _most_connections(self) -> int:
-        """Return how many connections there may be: each needs a file, and one to its upstream."""
+        """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
-        each = 2 if any(isinstance(route.target, Upstream) for route in self._routes) else 1
+        each = 2 if self._upstreams else 1
         allowed = allow_files(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
-        if most < wanted * 9 // 10:  # a few less are not worth a line
-            message = "at most %d connections at once: ulimit -n allows %d open files"
-            log.warning(message, most, allowed)
+        if most < wanted * 9 // 10:  # a small difference needs no line
+            log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
     def _listen(
@@ -9600,7 +9318,6 @@ class Program:
             raise UsageError(message) from error
 
     def _tick(self) -> None:
-        """Do the regular work of each half second."""
         self.proxy.refresh_hooks()
         self._pool.close_idle()
         if self._watched and self._watched.refresh():
@@ -9617,12 +9334,11 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        """True if no call is being answered and no message is in flight."""
-        busy = not self.server.is_idle or self._pool.given_up
-        return not busy and not self._in_flight.total
+        in_progress = not self.server.is_idle or self._pool.given_up
+        return not in_progress and not self._in_flight.total
 
     def end(self) -> None:
-        """Drain, if the flags want that, and end; at once if asked a second time."""
+        """Drain if the flags say so, then stop.  Stop at once if called a second time."""
         if not self._options.drain_seconds or self._drain_until < math.inf or self._is_settled:
             self.server.stop()
             return
@@ -9631,17 +9347,16 @@ class Program:
         self._sqs.drain()
 
     def serve(self) -> int:
-        """Serve until a signal ends it; return the exit code."""
+        """Serve until a signal arrives, and return the exit code."""
         options = self._options
-        address = str(self.server.server_address[0]).partition("%")[0]
-        if not is_loopback(address):
+        if not is_loopback(str(self.server.server_address[0]).partition("%")[0]):
             if options.no_verify:
-                raise UsageError("--no-verify is for a loopback --host alone, and this is not one")
+                raise UsageError("--no-verify needs a loopback --host")
             if has_demo_key(self.proxy.clients):
-                message = "the demo client is for a loopback --host alone; name --clients FILE or"
-                raise UsageError(f"{message} --client KEY:SECRET")
+                message = "the demo client needs a loopback --host; for others give --clients FILE"
+                raise UsageError(f"{message} or --client KEY:SECRET")
         if options.no_verify:
-            log.warning("--no-verify: no signature is checked, whoever reaches this port may call")
+            log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, self._note_signal)
         if self.admin:
@@ -9650,8 +9365,7 @@ class Program:
         scheme = "https" if self._certificate else "http"
         self._announce(f"listening on {scheme}", options.host, self.server)
         give_memory_back()
-        # What exists now stays; messages in memory are many, and a collector that visits them all
-        # again and again would find nothing, for what a call leaves behind has no cycles.
+        # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
@@ -9666,7 +9380,7 @@ class Program:
             self._console.write(f"{what}://{host}:{port}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
-        """Leave a signal to the loop: a handler must not do anything that can wait or fail."""
+        """Let the event loop handle the signal: a signal handler must not wait or fail."""
         self._signals.append(number)
         self.server.wake()
 
@@ -9680,7 +9394,7 @@ class Program:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program with these arguments, the command line's if None; return its exit code."""
+    """Run the program with these arguments, or the command line's, and return its exit code."""
     options = build_parser().parse_args(argv)
     writer = LineWriter(sys.stderr) if sys.stderr else None
     stream: Any = writer or io.StringIO()
@@ -9698,8 +9412,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def give_memory_back() -> None:
-    """Return to the system what compiling this file took, some 15 MB, where the C library can."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # it need not be glibc
+    """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
@@ -9733,44 +9447,31 @@ def allow_files(wanted: int) -> int:
     more = wanted if hard == endless else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-    except (OSError, ValueError):  # the system has another limit
+    except (OSError, ValueError):  # the system has a lower limit
         return soft
     return more
 
 
 def check_sharing(options: argparse.Namespace, routes: Sequence[Route]) -> None:
-    """UsageError where processes that share a port would each have a part of the truth."""
+    """Raise UsageError if processes cannot share a port, because each has its own messages."""
     if not hasattr(socket, "SO_REUSEPORT"):
-        raise UsageError("--reuse-port is nothing that this system knows")
+        raise UsageError("this system does not support --reuse-port")
     if any(isinstance(route.target, Embedded) for route in routes):
         message = "--reuse-port with an embedded route: each process would have its own queues"
         raise UsageError(f"{message}; forward with --upstream")
     if options.task_protection:
-        raise UsageError("--reuse-port with --task-protection: each process counts for itself")
+        raise UsageError("--reuse-port with --task-protection: each process has its own counts")
 
 
-def check_upstream_keys(routes: Sequence[Route], keyring: Keyring, clients: Clients) -> None:
-    """Warn where there are no keys to forward with; UsageError if one is a client's, too."""
-    if not any(isinstance(route.target, Upstream) for route in routes):
-        return
-    named = {client.name: client for same_key in clients.values() for client in same_key}
-    for client in named.values():
-        try:
-            keys = keyring.of(client).get()
-        except Skipped as reason:
-            log.warning("no credentials to forward calls of [%s] with: %s", client.name, reason)
-            continue
-        if keys.access_key_id in clients:
-            raise UsageError(_shared_key(keys.access_key_id))
-
-
-def _shared_key(access_key_id: str) -> str:
-    fault = f"the key {access_key_id} is both a client's and the one to forward with; who holds it"
-    return f"{fault} needs no proxy: give the clients keys of their own with --clients"
+def check_not_shared(keys: Optional[Credentials], clients: Clients) -> None:
+    """Raise ValueError if a client signs with the key that its calls are forwarded with."""
+    if keys and keys.access_key_id in clients:
+        fault = f"the key {keys.access_key_id} is a client's and also the one to forward with"
+        raise ValueError(f"{fault}; give the clients their own keys with --clients")
 
 
 def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
-    """Log a warning for each pattern that matches no action there is."""
+    """Log a warning for each pattern that matches no known action."""
     for pattern, _ in routes:
         nearest = nearest_pattern(pattern)
         if nearest is not None:
@@ -9779,37 +9480,36 @@ def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
-    """Return what a pattern that can match nothing was to be, "" if unknown; None if it can match.
-
-    Known are the services, the actions of Amazon S3 and Amazon SQS, and which services are REST.
-    """
+    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
     aliases = ",".join(IAM_PREFIXES.values()).split(",")
     names = {name.lower(): name for name in (*SPEAKS, *REST_NAMES.split(), *aliases)}
     services = [name for name in names if glob_matches(prefix, name)]
+    if not colon:
+        for service in ("sqs", "s3"):
+            known = _known_operations(service)
+            if prefix in known:
+                return f"{service}:{known[prefix]}"
     if not services or not colon:
-        for service in ("sqs", "s3") if not colon else ():
-            for name in _known_operations(service):
-                if name.lower() == prefix:
-                    return f"{service}:{name}"
         close = difflib.get_close_matches(prefix, names, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
     service = services[0]
-    known = {name.lower(): name for name in _known_operations(service)}
+    known = _known_operations(service)
     close = difflib.get_close_matches(operation, known, 1, 0.5)
     example = "POST/path" if not known and _is_rest(service) else "*"
     return f"{names[service]}:{known[close[0]] if close else example}"
 
 
-def _known_operations(service: str) -> Iterable[str]:
+def _known_operations(service: str) -> Mapping[str, str]:
+    known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
     if service in ("s3", "s3express"):
         versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
-        return sorted({*S3_ACTIONS.values(), *versioned})
-    return MODELS[service].operations if service in MODELS else ()
+        known = sorted({*S3_ACTIONS.values(), *versioned})
+    return {name.lower(): name for name in known}
 
 
 def _is_rest(service: str) -> bool:
@@ -9817,32 +9517,19 @@ def _is_rest(service: str) -> bool:
 
 
 def _can_match(service: str, pattern: str) -> bool:
-    """Return whether the part of a pattern behind the colon fits an operation of the service."""
     known = _known_operations(service)
     if known and "/" not in pattern:
-        return any(glob_matches(pattern, name.lower()) for name in known)
+        return any(glob_matches(pattern, name) for name in known)
     start = re.split("[*?]", pattern, maxsplit=1)[0]
-    wild = start != pattern
     fits = any(
-        start == name or start.startswith(f"{name}/") or (wild and name.startswith(start))
+        f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
         for name in map(str.lower, METHODS)
     )
     named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
     return (fits and _is_rest(service)) or bool(named and pattern and "/" not in pattern)
 
 
-def build_writers(options: argparse.Namespace, console: Optional[LineWriter]) -> List[LineWriter]:
-    """Return what writes the log that the flags ask for, or nothing.  Raises OSError."""
-    path = options.log_file
-    if options.quiet or not (path or console):  # there may be no standard error
-        return []
-    if not path:
-        return [console] if console else []
-    open_again = functools.partial(open_log, path)
-    return [LineWriter(open_again(), open_again)]
-
-
 if __name__ == "__main__":
-    # A module that imports awsproxy must get this one, not a second copy (cpython#103390).
+    # A module that imports awsproxy must get this copy, not a second one (cpython#103390).
     sys.modules.setdefault("awsproxy", sys.modules[__name__])
     sys.exit(main())
