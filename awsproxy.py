@@ -1926,6 +1926,78 @@ def sign(
     return signed, Authorization(keys.access_key_id, scope, names, made, amz_date)
 
 
+# ---- Removing a signature ----
+
+HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
+    " transfer-encoding upgrade".split()
+)
+# Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
+_OF_THE_WAY = frozenset({"forwarded", "via"})
+# Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
+_SET_AGAIN = HOP_BY_HOP | frozenset(
+    "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
+    " x-amz-s3session-token x-amz-security-token".split()
+)
+_REPLACED = _SET_AGAIN | _OF_THE_WAY
+_KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
+
+
+def end_to_end(
+    headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
+) -> List[Tuple[str, str]]:
+    """Return the headers without those dropped and the unsigned ones that Connection names."""
+    kept = []
+    named: Set[str] = set()
+    for name, value in headers:
+        lower = name.lower()
+        if lower not in dropped:
+            kept.append((name, value))
+        elif lower == "connection":
+            named.update(token.strip().lower() for token in value.split(","))
+    if not named:
+        return kept
+    # Signed headers decide what the request means; Connection must not remove them.
+    named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
+    named.difference_update(signed)
+    return [(n, v) for n, v in kept if n.lower() not in named]
+
+
+def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
+    """Return a target without its signature, and the x-amz-* headers that SDKs put into it."""
+    path, mark, query = target.partition("?")
+    kept, hoisted = [], []
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        lower = urllib.parse.unquote(name, "latin-1").lower()
+        if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
+            continue
+        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
+            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
+        if lower.startswith("x-amz-"):
+            header = urllib.parse.unquote_plus(value, "latin-1")
+            if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
+                raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
+            hoisted.append((lower, header))
+        else:
+            kept.append(part)
+    return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
+
+
+def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
+    """Return the headers of a body that leaves its aws-chunked form."""
+    kept = []
+    for name, value in headers:
+        if name.lower() == "content-encoding":
+            codings = [coding.strip() for coding in value.split(",")]
+            value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
+            if not value:
+                continue
+        if name.lower() != "x-amz-decoded-content-length":
+            kept.append((name, value))
+    return kept
+
+
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
 #
 # The invariant of this chapter: routes, hooks, the log and the metrics see the operation that
@@ -4517,6 +4589,90 @@ SQS_MODEL = MODELS["sqs"] = Model(
 )
 
 
+# ---- Queue URLs: the caller gets ours, the upstream gets its own ----
+
+_URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
+_ORIGIN = re.compile("https?://[^/]*")
+_XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
+_XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
+
+
+def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
+    """Return the upstream's URL of a queue in place of our URL; any other URL stays."""
+    ours = url.startswith(call.base_url + "/")
+    return endpoint.origin + url[len(call.base_url) :] if ours else url
+
+
+def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
+    """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
+    parts = text.split("&")
+    for index, part in enumerate(parts):
+        name, _, value = part.partition("=")
+        given = urllib.parse.unquote_plus(value)
+        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
+        if restored != given:
+            parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
+    return "&".join(parts)
+
+
+def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
+    """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
+    if call.base_url.encode() not in body.replace(b"\\/", b"/"):
+        return body
+    try:
+        document = read_json(body.decode("utf-8"))
+        restored = _upstream_url(document["QueueUrl"], call, endpoint)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body  # the upstream refuses malformed documents
+    is_same = restored == document["QueueUrl"]
+    return body if is_same else _to_json({**document, "QueueUrl": restored})
+
+
+def _is_json(reply: Reply) -> bool:
+    return any(n.lower() == "content-type" and "json" in v for n, v in reply.headers)
+
+
+def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
+    """Return the answer with our queue URLs in place of the upstream's."""
+    if call.operation not in _URL_OPERATIONS or reply.status != 200:
+        return reply
+    assert isinstance(reply.body, bytes)
+    if not _is_json(reply):
+        ours = call.base_url.encode()
+        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
+    try:
+        document = read_json(reply.body.decode("utf-8"))
+        for member in ("QueueUrl", "QueueUrls", "queueUrls"):
+            value = document.get(member)
+            if isinstance(value, str):
+                document[member] = _ORIGIN.sub(call.base_url, value, 1)
+            elif value:
+                document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
+    except (ValueError, TypeError, AttributeError):
+        return reply  # the document is malformed
+    return reply._replace(body=_to_json(document))
+
+
+def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
+    """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
+    if reply.status != 200 or not isinstance(reply.body, bytes):
+        return []
+    try:
+        if not _is_json(reply):
+            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
+        output = read_json(reply.body.decode())
+        for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
+            output = next((v for k, v in output.items() if k.endswith(ending)), output)
+        return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return []
+
+
+def receipt_handles(reply: Reply) -> List[str]:
+    """Return the receipt handles of an answer to ReceiveMessage."""
+    return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
+
+
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
 #
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
@@ -5819,19 +5975,6 @@ class Pool:
 
 # ---- Forwarding ----
 
-HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
-# Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
-_OF_THE_WAY = frozenset({"forwarded", "via"})
-# Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
-_SET_AGAIN = HOP_BY_HOP | frozenset(
-    "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
-    " x-amz-s3session-token x-amz-security-token".split()
-)
-_REPLACED = _SET_AGAIN | _OF_THE_WAY
-_KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 # The codes for a wrong signature.  The text of such an error repeats the signed request.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
@@ -5845,145 +5988,6 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
-
-
-def end_to_end(
-    headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
-) -> List[Tuple[str, str]]:
-    """Return the headers without those dropped and the unsigned ones that Connection names."""
-    kept = []
-    named: Set[str] = set()
-    for name, value in headers:
-        lower = name.lower()
-        if lower not in dropped:
-            kept.append((name, value))
-        elif lower == "connection":
-            named.update(token.strip().lower() for token in value.split(","))
-    if not named:
-        return kept
-    # Signed headers decide what the request means; Connection must not remove them.
-    named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
-    named.difference_update(signed)
-    return [(n, v) for n, v in kept if n.lower() not in named]
-
-
-def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
-    """Return a target without its signature, and the x-amz-* headers that SDKs put into it."""
-    path, mark, query = target.partition("?")
-    kept, hoisted = [], []
-    for part in query.split("&"):
-        name, _, value = part.partition("=")
-        lower = urllib.parse.unquote(name, "latin-1").lower()
-        if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
-            continue
-        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
-        if lower.startswith("x-amz-"):
-            header = urllib.parse.unquote_plus(value, "latin-1")
-            if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
-                raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
-            hoisted.append((lower, header))
-        else:
-            kept.append(part)
-    return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
-
-
-# ---- Queue URLs: the caller gets ours, the upstream gets its own ----
-
-_URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
-_ORIGIN = re.compile("https?://[^/]*")
-_XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
-_XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
-
-
-def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
-    """Return the upstream's URL of a queue in place of our URL; any other URL stays."""
-    ours = url.startswith(call.base_url + "/")
-    return endpoint.origin + url[len(call.base_url) :] if ours else url
-
-
-def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
-    """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
-    parts = text.split("&")
-    for index, part in enumerate(parts):
-        name, _, value = part.partition("=")
-        given = urllib.parse.unquote_plus(value)
-        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
-        if restored != given:
-            parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
-    return "&".join(parts)
-
-
-def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
-    """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
-    if call.base_url.encode() not in body.replace(b"\\/", b"/"):
-        return body
-    try:
-        document = read_json(body.decode("utf-8"))
-        restored = _upstream_url(document["QueueUrl"], call, endpoint)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return body  # the upstream refuses malformed documents
-    is_same = restored == document["QueueUrl"]
-    return body if is_same else _to_json({**document, "QueueUrl": restored})
-
-
-def _is_json(reply: Reply) -> bool:
-    return any(n.lower() == "content-type" and "json" in v for n, v in reply.headers)
-
-
-def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
-    """Return the answer with our queue URLs in place of the upstream's."""
-    if call.operation not in _URL_OPERATIONS or reply.status != 200:
-        return reply
-    assert isinstance(reply.body, bytes)
-    if not _is_json(reply):
-        ours = call.base_url.encode()
-        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
-    try:
-        document = read_json(reply.body.decode("utf-8"))
-        for member in ("QueueUrl", "QueueUrls", "queueUrls"):
-            value = document.get(member)
-            if isinstance(value, str):
-                document[member] = _ORIGIN.sub(call.base_url, value, 1)
-            elif value:
-                document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
-    except (ValueError, TypeError, AttributeError):
-        return reply  # the document is malformed
-    return reply._replace(body=_to_json(document))
-
-
-def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
-    """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
-    if reply.status != 200 or not isinstance(reply.body, bytes):
-        return []
-    try:
-        if not _is_json(reply):
-            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
-        output = read_json(reply.body.decode())
-        for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
-            output = next((v for k, v in output.items() if k.endswith(ending)), output)
-        return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return []
-
-
-def receipt_handles(reply: Reply) -> List[str]:
-    """Return the receipt handles of an answer to ReceiveMessage."""
-    return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
-
-
-def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
-    """Return the headers of a body that leaves its aws-chunked form."""
-    kept = []
-    for name, value in headers:
-        if name.lower() == "content-encoding":
-            codings = [coding.strip() for coding in value.split(",")]
-            value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-            if not value:
-                continue
-        if name.lower() != "x-amz-decoded-content-length":
-            kept.append((name, value))
-    return kept
 
 
 # Names of roles and paths: the log shows them, callers must not see them.
