@@ -92,26 +92,10 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import (
-    Any,
-    BinaryIO,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Protocol,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
@@ -137,22 +121,22 @@ log = logging.getLogger("awsproxy")
 # Request and Reply are HTTP and know nothing of AWS.  A Call is a Request whose caller and
 # operation are known.  A stage makes a new value or raises ServiceError.
 
-Headers = Tuple[Tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
-Fields = Mapping[str, List[str]]  # by name in lower case, the values in the order received
+Headers = tuple[tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
+Fields = Mapping[str, list[str]]  # by name in lower case, the values in the order received
 MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
 BROKEN_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
-def fields_of(headers: Iterable[Tuple[str, str]]) -> Fields:
+def fields_of(headers: Iterable[tuple[str, str]]) -> Fields:
     """Return the header values by name in lower case."""
-    fields: Dict[str, List[str]] = {}
+    fields: dict[str, list[str]] = {}
     for name, value in headers:
         fields.setdefault(name.lower(), []).append(value)
     return fields
 
 
-def pairs(table: str) -> Dict[str, str]:
+def pairs(table: str) -> dict[str, str]:
     """Return a table that is written as `name=value` words."""
     return dict(entry.split("=", 1) for entry in table.split())
 
@@ -215,7 +199,7 @@ class Request:
         return self.target.partition("?")[0]
 
     @_Once
-    def query(self) -> Sequence[Tuple[bytes, bytes]]:
+    def query(self) -> Sequence[tuple[bytes, bytes]]:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
         `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
@@ -291,7 +275,7 @@ class Call:
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
-    _input: Optional[Dict[str, Any]] = field(default=None, init=False)
+    _input: Optional[dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
@@ -304,14 +288,14 @@ class Call:
         return self._input is not None
 
     @property
-    def input(self) -> Dict[str, Any]:
+    def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
         if self._input is None:
             self._input = self.wire.input(self)
         return self._input
 
     @input.setter
-    def input(self, value: Dict[str, Any]) -> None:
+    def input(self, value: dict[str, Any]) -> None:
         """Replace the input."""
         self._input = value
 
@@ -371,7 +355,7 @@ _FAULTS = f"""
 """
 
 
-def _faults(table: str) -> Iterator[Tuple[str, Fault]]:
+def _faults(table: str) -> Iterator[tuple[str, Fault]]:
     for status, code, shape, *names in map(str.split, table.strip().splitlines()):
         for name in names:
             yield name, Fault(int(status), code.replace("*", name), shape.replace("*", name))
@@ -699,7 +683,7 @@ class ResponseHead(NamedTuple):
 
 def read_head(source: Stream) -> bytes:
     """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
-    lines: List[bytes] = []
+    lines: list[bytes] = []
     size = 0
     while size <= MAX_HEAD:
         lines.append(source.readline(MAX_HEAD + 1))
@@ -952,7 +936,7 @@ class Authorization(NamedTuple):
 
     access_key_id: str
     scope: CredentialScope
-    signed_headers: Tuple[str, ...]
+    signed_headers: tuple[str, ...]
     signature: str
     amz_date: str  # ISO 8601 basic
     expires: Optional[int] = None  # seconds after amz_date
@@ -975,7 +959,7 @@ class Verified(NamedTuple):
     signed_headers: Sequence[str] = ()
 
 
-Claim = Tuple[str, CredentialScope]  # an access key id, and what it signs for
+Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
 _NO_CLAIM = "", CredentialScope("", "", "")
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
@@ -1079,7 +1063,7 @@ _USUAL_HEADER = re.compile(
 
 
 @lru_cache(maxsize=256)
-def _usual_claims(header: str) -> Optional[Tuple[str, CredentialScope, Tuple[str, ...]]]:
+def _usual_claims(header: str) -> Optional[tuple[str, CredentialScope, tuple[str, ...]]]:
     """Return the key, scope and signed headers of a usual header, which a client repeats."""
     match = _USUAL_HEADER.fullmatch(header)
     if not match:
@@ -1109,7 +1093,7 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     if scheme != ALGORITHM:
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
-    given: Dict[str, str] = {}
+    given: dict[str, str] = {}
     for part in rest.split(",") if rest else ():
         name, equals, value = part.strip(" \t").partition("=")
         if not equals:
@@ -1138,7 +1122,7 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
 
 def _parse_query(request: Request) -> Authorization:
     reason = "query parameter"
-    given: Dict[str, str] = {}
+    given: dict[str, str] = {}
     for raw_name, raw_value in request.query:
         name = _QUERY_PARAMETERS.get(raw_name.lower())
         if name is None:
@@ -1177,7 +1161,7 @@ def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
     return parts[0], CredentialScope(*parts[1:])
 
 
-def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> Tuple[str, ...]:
+def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> tuple[str, ...]:
     """Return the names, and refuse a signature that is malformed."""
     names = tuple(text.split(";"))
     ascending = all(map(str.__lt__, names, names[1:]))
@@ -1222,7 +1206,7 @@ def canonical_path(path: str, normalize: bool) -> str:
     if not normalize:
         unquote = urllib.parse.unquote_to_bytes
         return "/".join(urllib.parse.quote(unquote(segment), safe="") for segment in segments)
-    kept: List[bytes] = []
+    kept: list[bytes] = []
     for segment in segments:
         if segment == b"..":
             if not kept:
@@ -1234,7 +1218,7 @@ def canonical_path(path: str, normalize: bool) -> str:
     return urllib.parse.quote(b"/" + b"/".join(kept) + slash, safe="/")
 
 
-def canonical_query(pairs: Sequence[Tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
+def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
     """Encode the decoded pairs again, and sort them by name, then by value."""
     quote = urllib.parse.quote  # pairs are sorted, not their text, where `=` comes after `-`
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
@@ -1261,7 +1245,7 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
 
 def canonical_parts(
     request: Request, authorization: Authorization, payload_hash: str, profile: Profile
-) -> Tuple[str, ...]:
+) -> tuple[str, ...]:
     """Return the lines of a canonical request: method, path, query, headers, names, payload."""
     path, _, query = request.target.partition("?")
     if query:
@@ -1320,7 +1304,7 @@ def _utc(second: int, form: str) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(form)
 
 
-Spool = Callable[[Body], Tuple[Body, str]]
+Spool = Callable[[Body], tuple[Body, str]]
 
 
 class Proven(NamedTuple):
@@ -1333,7 +1317,7 @@ class Proven(NamedTuple):
     other_host: str
 
 
-def read_whole(body: Body) -> Tuple[Body, str]:
+def read_whole(body: Body) -> tuple[Body, str]:
     """Return a body that can be read again, and its SHA-256."""
     data = body.read()
     return io.BytesIO(data), hashlib.sha256(data).hexdigest()
@@ -1523,7 +1507,7 @@ _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 
 # Known mistakes of curl and others: a line of the canonical request, a function that returns
 # their form of that line, and advice.
-DEVIATIONS: Sequence[Tuple[int, Callable[[Request, str], str], str]] = (
+DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
     (1, lambda request, _: request.path,
      "it signed the path as sent, not encoded once more: curl before 8.14 does"),
     (2, lambda request, _: request.target.partition("?")[2],
@@ -1555,7 +1539,7 @@ def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> 
     """Return a known mistake of the client that explains its signature, or ""."""
     if sum(map(len, parts)) > 16384:  # each combination hashes all of it
         return ""
-    choices: List[Dict[str, str]] = [{part: ""} for part in parts]
+    choices: list[dict[str, str]] = [{part: ""} for part in parts]
     for line, deviate, advice in DEVIATIONS:
         choices[line].setdefault(deviate(request, parts[line]), advice)
     for chosen in itertools.product(*choices):
@@ -1704,7 +1688,7 @@ class AwsChunkedBody:
         self.length = size
         self.signed = signer is not None
         self.announced = announced  # the names in x-amz-trailer, in lower case
-        self.trailers: Dict[str, str] = {}  # complete once the body is read
+        self.trailers: dict[str, str] = {}  # complete once the body is read
         self._stream = Stream(request.body.read)
         self._signer = signer
         self._left = 0  # bytes left of an unsigned chunk
@@ -1745,7 +1729,7 @@ class AwsChunkedBody:
             raise _incomplete("A chunk is longer than its size.")
         return data
 
-    def _chunk_header(self) -> Tuple[int, bytes]:
+    def _chunk_header(self) -> tuple[int, bytes]:
         match = _CHUNK_HEADER.fullmatch(self._stream.readline(4096))
         if not match or (self.checked and self.signed != bool(match[2])):
             raise _incomplete("A chunk does not begin with its size and, if signed, signature.")
@@ -1907,7 +1891,7 @@ def sign(
     scope: CredentialScope,
     amz_date: str,
     declares: bool = False,
-) -> Tuple[Request, Authorization]:
+) -> tuple[Request, Authorization]:
     """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
@@ -1945,10 +1929,10 @@ _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # 
 
 def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
-) -> List[Tuple[str, str]]:
+) -> list[tuple[str, str]]:
     """Return the headers without those dropped and the unsigned ones that Connection names."""
     kept = []
-    named: Set[str] = set()
+    named: set[str] = set()
     for name, value in headers:
         lower = name.lower()
         if lower not in dropped:
@@ -1963,7 +1947,7 @@ def end_to_end(
     return [(n, v) for n, v in kept if n.lower() not in named]
 
 
-def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
+def strip_presigned(target: str) -> tuple[str, list[tuple[str, str]]]:
     """Return a target without its signature, and the x-amz-* headers that SDKs put into it."""
     path, mark, query = target.partition("?")
     kept, hoisted = [], []
@@ -1984,7 +1968,7 @@ def strip_presigned(target: str) -> Tuple[str, List[Tuple[str, str]]]:
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
-def without_chunks(headers: Sequence[Tuple[str, str]]) -> List[Tuple[str, str]]:
+def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
@@ -2092,7 +2076,7 @@ class Model(NamedTuple):
     not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
 
 
-MODELS: Dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
+MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
 Names = Mapping[str, QueryName]
 
 
@@ -2112,7 +2096,7 @@ def read_again(body: Body) -> bytes:
 
 
 def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
-    found: Dict[str, Set[str]] = {}
+    found: dict[str, set[str]] = {}
     for protocol, services in protocols.items():
         for service in services.split():
             found.setdefault(service, set()).add(protocol.replace("_", "-"))
@@ -2227,7 +2211,7 @@ def _media_type(request: Request) -> str:
     return (_content_type(kinds[0]) if len(kinds[0]) < 256 else _parse_content_type(kinds[0]))[0]
 
 
-def _parse_content_type(text: str) -> Tuple[str, str]:
+def _parse_content_type(text: str) -> tuple[str, str]:
     media_type = text.partition(";")[0].strip(" \t").lower()
     return media_type, ",".join(_CHARSET.findall(text)).lower()
 
@@ -2235,7 +2219,7 @@ def _parse_content_type(text: str) -> Tuple[str, str]:
 _content_type = lru_cache(maxsize=256)(_parse_content_type)
 
 
-def _query_values(request: Request, wanted: bytes) -> List[str]:
+def _query_values(request: Request, wanted: bytes) -> list[str]:
     """Return the values of a query parameter, in order; none if the query string is broken."""
     if "?" not in request.target:
         return []
@@ -2385,7 +2369,7 @@ class WireProtocol:
         """Return the operation; ServiceError if the request names none, or could name two."""
         raise NotImplementedError
 
-    def input(self, call: Call) -> Dict[str, Any]:
+    def input(self, call: Call) -> dict[str, Any]:
         """Return the call's input, checked against the model of the service if there is one."""
         return {}
 
@@ -2533,7 +2517,7 @@ class AwsJson(WireProtocol):
             message = f"The body is not clear{error}" if unclear else "The body is not JSON."
             raise ServiceError("SerializationException", message) from error
 
-    def input(self, call: Call) -> Dict[str, Any]:
+    def input(self, call: Call) -> dict[str, Any]:
         """Return the checked input, or the whole document if the service has no model."""
         document = call.encoded
         if document is None:
@@ -2542,7 +2526,7 @@ class AwsJson(WireProtocol):
         operation = model.operations.get(call.operation) if model else None
         if operation is None:
             document = copy.deepcopy(document)
-        checked: Dict[str, Any] = _from_json(operation.input if operation else _ANY, document)
+        checked: dict[str, Any] = _from_json(operation.input if operation else _ANY, document)
         return checked
 
     def reencode(self, call: Call) -> bytes:
@@ -2578,7 +2562,7 @@ _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A
 
 
 @lru_cache(maxsize=1024)
-def _parse_target(target: str) -> Tuple[str, str]:
+def _parse_target(target: str) -> tuple[str, str]:
     """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
     match = _TARGET.fullmatch(target)
     return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
@@ -2590,7 +2574,7 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def _each_once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
         raise _TwoValues(": an object has one key twice.")  # readers choose different ones
@@ -2677,7 +2661,7 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text)
 
 
-def _with_required(shape: Structure, members: Dict[str, Any]) -> Dict[str, Any]:
+def _with_required(shape: Structure, members: dict[str, Any]) -> dict[str, Any]:
     for name in shape.required:
         if name not in members:
             message = f"The request must contain the parameter {name}."
@@ -2721,7 +2705,7 @@ class AwsQuery(WireProtocol):
             check_queue_path(self, request, fields.get("QueueUrl", ""))
         return Meaning(name, fields)
 
-    def _fields(self, request: Request, body: bytes) -> Dict[str, str]:
+    def _fields(self, request: Request, body: bytes) -> dict[str, str]:
         """Return the fields of query string and body; refuse one name with two values."""
         try:
             pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
@@ -2734,16 +2718,16 @@ class AwsQuery(WireProtocol):
             raise ServiceError("SerializationException", "The form is malformed.") from error
         if sum(name.lower() == "action" for name, _ in pairs) > 1:
             raise ambiguous(self, "Action is given twice")
-        fields: Dict[str, str] = {}
+        fields: dict[str, str] = {}
         for name, value in pairs:
             if fields.setdefault(name, value) != value:
                 message = f"The parameter {name[:80]} has two values."
                 raise ServiceError("MalformedQueryString", message)
         return fields
 
-    def input(self, call: Call) -> Dict[str, Any]:
+    def input(self, call: Call) -> dict[str, Any]:
         """Return the checked input; without a model, the fields except Action and Version."""
-        fields: Dict[str, str] = dict(call.encoded)
+        fields: dict[str, str] = dict(call.encoded)
         model = MODELS.get(call.service)
         operation = model.operations.get(call.operation) if model else None
         if model is None or operation is None:
@@ -2753,7 +2737,7 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
         names, tree = model.query_names, _form_tree(fields)
-        checked: Dict[str, Any] = _from_form(operation.input, tree, names, operation.name)
+        checked: dict[str, Any] = _from_form(operation.input, tree, names, operation.name)
         call.ignored = self._ignored(operation, names, tree)
         return checked
 
@@ -2783,7 +2767,7 @@ class AwsQuery(WireProtocol):
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """Return the output as XML, without a result element for a void operation."""
-        parts: List[str] = []
+        parts: list[str] = []
         if output is not None:
             _write_xml(parts, f"{call.operation}Result", output, model.query_names, call.operation)
         parts.append(f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>")
@@ -2830,7 +2814,7 @@ class AwsQueryJson(AwsQuery):
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """Return the elements of the XML answer as JSON."""
-        response: Dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
+        response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
             result = response[f"{call.operation}Result"] = {}
@@ -2881,9 +2865,9 @@ def _query_message(error: ServiceError) -> str:
     return error.message
 
 
-def _form_tree(fields: Mapping[str, str]) -> Dict[str, Any]:
+def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
     """Return fields such as `Tag.1.Key` as nested maps; a node's own value is under "."."""
-    root: Dict[str, Any] = {}
+    root: dict[str, Any] = {}
     for name, value in fields.items():
         parts = name.split(".")
         if len(parts) > MAX_FORM_DEPTH:
@@ -2911,7 +2895,7 @@ def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
             yield from _unread(below, f"{name}.{part}" if name else part)
 
 
-def _from_form(shape: Shape, node: Dict[str, Any], names: Names, operation: str) -> Any:
+def _from_form(shape: Shape, node: dict[str, Any], names: Names, operation: str) -> Any:
     """Return the values in a node of the form tree in the types of the shape, and remove them."""
     if isinstance(shape, Structure):
         present = {}
@@ -2933,7 +2917,7 @@ def _from_form(shape: Shape, node: Dict[str, Any], names: Names, operation: str)
 
 
 def _from_form_member(
-    shape: Shape, node: Dict[str, Any], names: Names, operation: str, spelled: Optional[QueryName]
+    shape: Shape, node: dict[str, Any], names: Names, operation: str, spelled: Optional[QueryName]
 ) -> Any:
     if not isinstance(shape, (ListOf, MapOf)):
         return _from_form(shape, node, names, operation)
@@ -2955,11 +2939,11 @@ def _from_form_member(
 
 def _to_form(
     members: Members, names: Names, operation: str, prefix: str = ""
-) -> Iterator[Tuple[str, str]]:
+) -> Iterator[tuple[str, str]]:
     for name, value in members.items():
         spelled = names.get(name)
         element = prefix + (spelled.element.format(operation) if spelled else name)
-        items: Iterable[Tuple[str, Any]] = ((element, value),)
+        items: Iterable[tuple[str, Any]] = ((element, value),)
         if isinstance(value, dict) and spelled and spelled.key:
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
         if isinstance(value, list):
@@ -2983,7 +2967,7 @@ def xml_text(text: str) -> str:
     return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
 
 
-def _write_xml(parts: List[str], element: str, value: Any, names: Names, operation: str) -> None:
+def _write_xml(parts: list[str], element: str, value: Any, names: Names, operation: str) -> None:
     """Append an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
         parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
@@ -3043,7 +3027,7 @@ _S3_TABLE = """
 """
 
 
-def _s3_actions(table: str) -> Iterator[Tuple[Tuple[str, str, str], str]]:
+def _s3_actions(table: str) -> Iterator[tuple[tuple[str, str, str], str]]:
     for line in table.strip().splitlines():
         level, methods, subresources = line.split(":")
         for method, action in pairs(methods).items():
@@ -3187,7 +3171,7 @@ class Rest(WireProtocol):
             kind = shape.rpartition("#")[2]
             headers += (("Content-Type", "application/json"), ("x-amzn-ErrorType", kind))
             return Reply(status, headers, _to_json({"message": error.message}))
-        parts: List[str] = []
+        parts: list[str] = []
         if self.form == "xml":
             fault = {"Type": _side(status), "Code": code, "Message": error.message}
             _write_xml(parts, "ErrorResponse", {"Error": fault, "RequestId": request_id}, {}, "")
@@ -3352,7 +3336,7 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
 
 
 Attributes = Mapping[str, Members]  # of a message, by name
-QueueKey = Tuple[str, str, str]  # region, account, name
+QueueKey = tuple[str, str, str]  # region, account, name
 
 
 class Message:
@@ -3368,7 +3352,7 @@ class Message:
         message_id: str,
         body: str,
         attributes: Attributes,
-        system: Dict[str, str],
+        system: dict[str, str],
         sent: float,
     ) -> None:
         self.message_id = message_id
@@ -3394,14 +3378,14 @@ class Queue:
     fifo = False
 
     def __init__(
-        self, key: QueueKey, serial: int, settings: Dict[str, str], now: float, lock: Any
+        self, key: QueueKey, serial: int, settings: dict[str, str], now: float, lock: Any
     ) -> None:
         self.region, self.account, self.name = key
         self.arn = "arn:aws:sqs:" + ":".join(key)
         self.url_path = f"/{self.account}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings = settings  # by the names of SETTINGS
-        self.tags: Dict[str, str] = {}
+        self.tags: dict[str, str] = {}
         self.created = self.modified = now
         self.purged = -math.inf
         self.deleted = False
@@ -3410,8 +3394,8 @@ class Queue:
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
-        self._hidden: List[Tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._strays: List[Tuple[float, int, Message]] = []  # a heap: older than the one before
+        self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
+        self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
 
     def number(self, setting: str) -> int:
@@ -3487,11 +3471,11 @@ class Queue:
         """Return when a hidden message may come back, `deadline` if that is earlier."""
         return min(deadline, self._hidden[0][0]) if self._hidden else deadline
 
-    def pick(self, limit: int) -> List[Message]:
+    def pick(self, limit: int) -> list[Message]:
         """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._visible.values(), limit))
 
-    def _is_due(self, entry: Tuple[float, int, Message]) -> bool:
+    def _is_due(self, entry: tuple[float, int, Message]) -> bool:
         until, _, message = entry
         return self.messages.get(message.message_id) is message and message.hidden_until == until
 
@@ -3539,10 +3523,10 @@ class FifoQueue(Queue):
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: Dict[str, OrderedDict[str, Message]] = {}
+        self._groups: dict[str, OrderedDict[str, Message]] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
-        self._sent: OrderedDict[Tuple[str, str], Sent] = OrderedDict()
-        self.attempts: OrderedDict[str, Tuple[float, List[Tuple[Message, float]]]] = OrderedDict()
+        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
+        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
@@ -3577,9 +3561,9 @@ class FifoQueue(Queue):
         oldest = next(iter(self.messages.values()), None)
         return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
 
-    def pick(self, limit: int) -> List[Message]:
+    def pick(self, limit: int) -> list[Message]:
         """Return as many messages as possible of one group, then of the next."""
-        picked: List[Message] = []
+        picked: list[Message] = []
         for group in self._ready:
             for message in self._groups[group].values():
                 if len(picked) == limit:
@@ -3685,7 +3669,7 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
 def _read_policy(text: str) -> Any:
     """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
     policy = read_json(text)
-    level: List[Any] = [policy]
+    level: list[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
         nodes = [list(node.values()) if isinstance(node, dict) else node for node in level]
         level = [below for node in nodes if isinstance(node, list) for below in node]
@@ -3763,9 +3747,9 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
 }
 
 
-def normal_settings(given: Mapping[str, str], fifo: bool) -> Dict[str, str]:
+def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
-    settings: Dict[str, str] = {}
+    settings: dict[str, str] = {}
     for name, text in given.items():
         setting = SETTINGS.get(name)
         if setting is None or (setting.fifo and not fifo):
@@ -3908,9 +3892,9 @@ class Sqs:
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
-        self._queues: Dict[QueueKey, Queue] = {}
-        self._deleted: Dict[QueueKey, float] = {}
-        self._running: List[MoveTask] = []
+        self._queues: dict[QueueKey, Queue] = {}
+        self._deleted: dict[QueueKey, float] = {}
+        self._running: list[MoveTask] = []
         self._draining = False
         self._serials = itertools.count(1)
 
@@ -4016,7 +4000,7 @@ class Sqs:
         mine = (call.region, call.caller.account_id)
         queues = [q for key, q in self._queues.items() if key[:2] == mine and chosen(q)]
         left = sorted((q for q in queues if q.name > after), key=lambda queue: queue.name)
-        output: Dict[str, Any] = {}
+        output: dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
         if len(left) > most and "MaxResults" in call.input:
@@ -4141,7 +4125,7 @@ class Sqs:
             raise _bad_value(label[:80], "Label", "can't find label.")
         self._set_policy(queue, {**policy, "Statement": left} if left else {})
 
-    def _statements(self, policy: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    def _statements(self, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = policy.get("Statement", [])
         listed = found if isinstance(found, list) else [found]
         return [item for item in listed if type(item) is dict]
@@ -4286,14 +4270,14 @@ class Sqs:
         self._remember(queue, given, messages, now)
         return {"Messages": [self._received(queue, message, given) for message in messages]}
 
-    def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> List[Message]:
+    def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
         text, target, most = queue.settings.get("RedrivePolicy"), None, 0
         if text:
             policy = json.loads(text)
             target, most = self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
-        taken: List[Message] = []
-        dead: List[Message] = []
+        taken: list[Message] = []
+        dead: list[Message] = []
         while len(taken) < limit:
             room = limit if queue.fifo else max(0, MAX_IN_FLIGHT - queue.in_flight)
             picked = queue.pick(min(limit - len(taken), room))
@@ -4321,7 +4305,7 @@ class Sqs:
             target.add(message)
         return taken
 
-    def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> List[Message]:
+    def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
@@ -4337,7 +4321,7 @@ class Sqs:
             queue.hide(message, now + timeout)
         return [message for message, _ in received]
 
-    def _remember(self, queue: Queue, given: Members, messages: List[Message], now: float) -> None:
+    def _remember(self, queue: Queue, given: Members, messages: list[Message], now: float) -> None:
         attempt = given.get("ReceiveRequestAttemptId")
         if attempt is None or not isinstance(queue, FifoQueue):
             return
@@ -4351,7 +4335,7 @@ class Sqs:
     def _received(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
         handle = hmac.digest(self._secret, text, "sha256")[:12] + text
-        output: Dict[str, Any] = {
+        output: dict[str, Any] = {
             "MessageId": message.message_id,
             "ReceiptHandle": "AQEB" + _base64_text(handle),
             "MD5OfBody": _md5(message.body),
@@ -4376,7 +4360,7 @@ class Sqs:
             output["MessageAttributes"] = chosen
         return output
 
-    def _of_handle(self, queue: Queue, handle: str) -> Tuple[Optional[Message], bool]:
+    def _of_handle(self, queue: Queue, handle: str) -> tuple[Optional[Message], bool]:
         """Return the message of a handle, or None, and whether its receive still holds it."""
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
@@ -4529,7 +4513,7 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
-_SHAPES: Dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
+_SHAPES: dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
 _SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
@@ -4653,7 +4637,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     return reply._replace(body=_to_json(document))
 
 
-def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> List[str]:
+def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
@@ -4668,7 +4652,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
         return []
 
 
-def receipt_handles(reply: Reply) -> List[str]:
+def receipt_handles(reply: Reply) -> list[str]:
     """Return the receipt handles of an answer to ReceiveMessage."""
     return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
 
@@ -4804,7 +4788,7 @@ VARIANT_PREFIXES = pairs("""
     query.timestream@dual=timestream-query streams.dynamodb@dual=streams-dynamodb
 """)
 # The region in the hosts of global services, by partition or region; "-" stands for none.
-GLOBAL_REGIONS: Mapping[Tuple[str, str], str] = {
+GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     (place, prefix): region.strip("-")
     for place, region, *prefixes in map(str.split, """
     aws - budgets cloudfront iam importexport route53 savingsplans waf; aws global codecatalyst
@@ -4843,7 +4827,7 @@ SIGNING_REGIONS = pairs("""
     aws=us-east-1 aws-cn=cn-northwest-1 aws-us-gov=us-gov-west-1 aws-iso=us-iso-east-1
     aws-iso-b=us-isob-east-1
 """)
-Variants = Tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
+Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
 def endpoint_for(
@@ -4933,7 +4917,7 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
     return Endpoint("https", zonal, 443, region)
 
 
-def service_of_host(host: str) -> Tuple[str, str]:
+def service_of_host(host: str) -> tuple[str, str]:
     """Return the signing name and the region in a host of AWS, or "" for each."""
     match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
     if not match:
@@ -5167,7 +5151,7 @@ class CredentialChain:
 
     def find(self) -> Credentials:
         """Return credentials.  Raises Skipped with what was tried and why each had none."""
-        tried: List[str] = []
+        tried: list[str] = []
         for name, source in self._sources.items():
             if self._chosen and not name.startswith("profile "):
                 continue  # a named profile excludes other sources
@@ -5267,10 +5251,10 @@ class CredentialChain:
             raise Failed(f"{path} is malformed") from error
         return parser
 
-    def _section(self, profile: str) -> Dict[str, str]:
+    def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         credentials = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
-        settings: Dict[str, str] = {}
+        settings: dict[str, str] = {}
         # [profile default] has the last word over [default].
         for section in sorted(config.sections(), key="default".__ne__):
             if _profile_of(section) == profile:
@@ -5306,7 +5290,7 @@ class CredentialChain:
                 raise Failed(str(reason), reason.passing) from reason
             raise
 
-    def _from_profile(self, profile: str, visited: Tuple[str, ...]) -> Credentials:
+    def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
         settings = self._section(profile)
         role = settings.get("role_arn")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
@@ -5333,7 +5317,7 @@ class CredentialChain:
         raise Skipped("it has no keys, process, role, SSO account or login session")
 
     def _source_of(
-        self, settings: Mapping[str, str], profile: str, visited: Tuple[str, ...]
+        self, settings: Mapping[str, str], profile: str, visited: tuple[str, ...]
     ) -> Credentials:
         if settings.get("source_profile"):
             return self._from_profile(settings["source_profile"], (*visited, profile))
@@ -5677,7 +5661,7 @@ class Keyring:
         self._clock = clock
         self._chain = functools.partial(CredentialChain, environ, fetch=fetch, clock=clock)
         self._lock = threading.Lock()
-        self._caches: Dict[Tuple[str, str, str], CredentialCache] = {}
+        self._caches: dict[tuple[str, str, str], CredentialCache] = {}
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
@@ -5717,7 +5701,7 @@ class Mask:
                 data = data.replace(secret, b"*" * len(secret))
         return data
 
-    def headers(self, headers: Sequence[Tuple[str, str]]) -> Headers:
+    def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
         """Return the headers with asterisks in place of each secret."""
         text = "\n".join([value for _, value in headers]).encode("latin-1")
         if not any([secret in text for secret in self._secrets]):
@@ -5734,7 +5718,7 @@ class Mask:
 
 
 @lru_cache(maxsize=64)
-def _forms_of_token(token: str) -> Tuple[bytes, ...]:
+def _forms_of_token(token: str) -> tuple[bytes, ...]:
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
@@ -5895,9 +5879,9 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._idle: Dict[Endpoint, List[Connection]] = {}
+        self._idle: dict[Endpoint, list[Connection]] = {}
         self.draining = False  # whether polls must end
-        self.given_up: Set[Connection] = set()  # their messages will be put back
+        self.given_up: set[Connection] = set()  # their messages will be put back
 
     def awaits(self, connection: Connection) -> bool:
         """Return whether an answer begins before draining, or raise UpstreamError if too late."""
@@ -5959,7 +5943,7 @@ class Pool:
         host, port = endpoint.host, endpoint.port
         if endpoint.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
-        how: Dict[str, Any] = {"timeout": self._connect_timeout, "context": tls_context()}
+        how: dict[str, Any] = {"timeout": self._connect_timeout, "context": tls_context()}
         proxy = urllib.request.getproxies().get("https")
         if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
             return http.client.HTTPSConnection(host, port, **how)
@@ -6095,7 +6079,7 @@ class Upstream:
         call.upstream_seconds = -time.monotonic()  # `_shown` adds its own time
         return self._finish(call, outgoing, self._answered(call, outgoing))
 
-    def begin(self, call: Call) -> Optional[Tuple[Attempt, bytes]]:
+    def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
@@ -6236,7 +6220,7 @@ class Upstream:
             headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
             request = request.with_headers(tuple(headers))
         target = request.target
-        hoisted: List[Tuple[str, str]] = []
+        hoisted: list[tuple[str, str]] = []
         if call.presigned:
             target, hoisted = strip_presigned(target)
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
@@ -6278,7 +6262,7 @@ class Upstream:
         declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
         return Outgoing(endpoint, sent, payload_hash, declares)
 
-    def _body(self, call: Call, endpoint: Endpoint) -> Tuple[Body, str]:
+    def _body(self, call: Call, endpoint: Endpoint) -> tuple[Body, str]:
         body, payload_hash = call.body, call.payload_hash
         if call.service == "vpc-lattice-svcs":  # see PROFILES
             return body, "UNSIGNED-PAYLOAD"
@@ -6321,7 +6305,7 @@ class Upstream:
         payload_hash = hashlib.sha256(data).hexdigest()
         return outgoing._replace(request=request, payload_hash=payload_hash)
 
-    def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> Tuple[str, Endpoint]:
+    def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
         if of_control and not bucket:
             bucket = call.request.header("x-amz-account-id") or ""
@@ -6404,7 +6388,7 @@ class Upstream:
 
     def _signed(
         self, call: Call, outgoing: Outgoing, keys: Credentials
-    ) -> Tuple[Request, Authorization]:
+    ) -> tuple[Request, Authorization]:
         if call.unsigned:
             return outgoing.request, _NO_AUTHORIZATION
         amz_date = iso_basic(self._clock())
@@ -6606,7 +6590,7 @@ class Exchange:
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[Tuple[str, ...]]  # by the values of their labels
+Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
 
 
 class Workers:
@@ -6686,7 +6670,7 @@ _OF_A_HOOK = (*MOMENTS, "concerns")  # not a hook on its own
 _NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
-def stamp_of(path: str) -> Tuple[int, ...]:
+def stamp_of(path: str) -> tuple[int, ...]:
     """Return values that change when a file changes or is replaced; () if there is no file."""
     try:
         status = os.stat(path)
@@ -6910,13 +6894,13 @@ class Metrics(Hook):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._operations: Set[Tuple[str, str]] = {("-", "-")}
+        self._operations: set[tuple[str, str]] = {("-", "-")}
         # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
-        self._rows: Dict[Tuple[Any, ...], List[int]] = {}
+        self._rows: dict[tuple[Any, ...], list[int]] = {}
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._seconds, self._upstream_seconds = Histogram(), Histogram()
-        self._gauges: Dict[str, Tuple[str, Callable[[], float]]] = {}
+        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """Add a gauge; `read` returns its value."""
@@ -6943,7 +6927,7 @@ class Metrics(Hook):
                     target = (call.route.pattern, "other")
                 self._targets[target] += 1
 
-    def _new_row(self, key: Tuple[Any, ...]) -> List[int]:
+    def _new_row(self, key: tuple[Any, ...]) -> list[int]:
         """Return the row that counts such calls, a common one if there are too many."""
         client, *operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
@@ -6959,7 +6943,7 @@ class Metrics(Hook):
 
     def text(self) -> str:
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
-        lines: List[str] = []
+        lines: list[str] = []
         calls, attempts = Counts(), Counts()
         totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
         with self._lock:
@@ -7008,7 +6992,7 @@ class Histogram:
         self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self._sum += value
 
-    def write(self, lines: List[str], name: str, help_text: str) -> None:
+    def write(self, lines: list[str], name: str, help_text: str) -> None:
         """Append the lines of the histogram."""
         _head(lines, name, "histogram", help_text)
         running = itertools.accumulate(self._counts)
@@ -7018,11 +7002,11 @@ class Histogram:
         lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
 
 
-def _head(lines: List[str], name: str, kind: str, help_text: str) -> None:
+def _head(lines: list[str], name: str, kind: str, help_text: str) -> None:
     lines += (f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}")
 
 
-def _labels(pairs: Iterable[Tuple[str, str]]) -> str:
+def _labels(pairs: Iterable[tuple[str, str]]) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     text = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in pairs)
     return f"{{{text}}}" if text else ""
@@ -7043,7 +7027,7 @@ def file_sha256() -> str:
 Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
 Put = Callable[[str, bytes, float], bytes]
-_QueueKey = Tuple[str, str]  # region, account/name
+_QueueKey = tuple[str, str]  # region, account/name
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
 _XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
@@ -7073,13 +7057,13 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, Tuple[str, _QueueKey]] = OrderedDict()  # by handle
-        self._held: Dict[str, _Hold] = {}  # by message id
+        self._messages: OrderedDict[bytes, tuple[str, _QueueKey]] = OrderedDict()  # by handle
+        self._held: dict[str, _Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
-        self._ends: List[Tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: Dict[_QueueKey, Tuple[int, float]] = {}  # a timeout and its time
+        self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
+        self._timeouts: dict[_QueueKey, tuple[int, float]] = {}  # a timeout and its time
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Return how many messages are held, by queue."""
         with self._lock:
             self._expire()
@@ -7266,7 +7250,7 @@ class TaskProtection(InFlight):
             due = busy and self._protected_until - now < minutes * 30
             if now < self._not_before or not (due or (self._protected_until and not busy)):
                 return
-            wanted: Dict[str, Any] = {"ProtectionEnabled": busy}
+            wanted: dict[str, Any] = {"ProtectionEnabled": busy}
             if busy:
                 wanted["ExpiresInMinutes"] = minutes
             else:  # the next receive must wait, and ask again
@@ -7449,7 +7433,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
 
 
-def names_of(action: str) -> Tuple[Sequence[str], Sequence[str]]:
+def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
     """Return the folded names of an action, and the actions that IAM needs instead."""
     service, _, operation = _folded(action).partition(":")
     names = [operation]
@@ -7693,7 +7677,7 @@ class Pending:
         """True if the call waits for messages."""
         return self._attempt.call.action == RECEIVE
 
-    def cut_short(self) -> Tuple[Reply, Callable[[], None]]:
+    def cut_short(self) -> tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and a function that puts later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
         put_back = self._upstream.let_go(self._attempt)
@@ -7731,7 +7715,7 @@ class Proxy:
         *,
         routes: Optional[Sequence[Route]] = None,
         verified: bool = True,
-        sign_as: Tuple[str, str] = ("", ""),
+        sign_as: tuple[str, str] = ("", ""),
         clock_skew: Optional[int] = None,
         regions: Sequence[str] = (),
         account_id: str = "000000000000",
@@ -7805,7 +7789,7 @@ class Proxy:
         that may block and returns the Reply.  Each step runs for all requests before the next
         step: its code is then in the processor's caches, which saves a third of the time.
         """
-        outcomes: List[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
+        outcomes: list[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
         for step in (self._understand, self._act, self._observe_reply):
             outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
@@ -7949,7 +7933,7 @@ class Proxy:
 
     def _bounded(self, kind: type, moment: Callable[..., Any], *given: Any) -> Any:
         """Return the result of a hook: `kind` or None, in time; else TypeError or TimeoutError."""
-        outcome: queues.SimpleQueue[Tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
+        outcome: queues.SimpleQueue[tuple[Any, Optional[Exception]]] = queues.SimpleQueue()
 
         def _run() -> None:
             try:
@@ -8012,7 +7996,7 @@ class Proxy:
                 log.exception("a hook's observe failed")
         return reply
 
-    def _call_and_target(self, exchange: Exchange) -> Tuple[Call, Target]:
+    def _call_and_target(self, exchange: Exchange) -> tuple[Call, Target]:
         request, wire = exchange.request, exchange.wire
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
         found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
@@ -8145,7 +8129,7 @@ class Proxy:
         request = Request(head.method, head.target, head.headers, io.BytesIO())
         return sys.maxsize if claim(request)[1].service in S3_FAMILY else self.max_body
 
-    def _spool(self, exchange: Exchange, body: Body) -> Tuple[Body, str]:
+    def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         gathered = body if isinstance(body, io.BytesIO) else None  # by the server
         data = gathered.getvalue() if gathered else b"".join(_blocks(body, SPOOLED_IN_MEMORY))
@@ -8264,7 +8248,7 @@ class Conversation:
         self.pending: Optional[Pending] = None  # the call that waits for an upstream
         self.needed = 0  # bytes that must be in the buffer for a request
         self.scanned = 0  # bytes of the buffer without the end of a head
-        self.found: Optional[Tuple[Head, int, int]] = None  # a head whose body is incomplete
+        self.found: Optional[tuple[Head, int, int]] = None  # a head whose body is incomplete
         self.lingering = False  # whether to drop what arrives
         self.used = False  # whether it has sent a complete request
         self.writing = False  # whether the client reads an answer slowly
@@ -8315,7 +8299,7 @@ class Conversation:
             self.server.queue(self)
         self.server.note_arrival(len(data))
 
-    def next_request(self) -> Optional[Tuple[Request, Manner]]:
+    def next_request(self) -> Optional[tuple[Request, Manner]]:
         """Return the next request in the buffer and the form of the answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
@@ -8333,7 +8317,7 @@ class Conversation:
         request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
         return request, _manner(head)
 
-    def _find_head(self) -> Optional[Tuple[Head, int, int]]:
+    def _find_head(self) -> Optional[tuple[Head, int, int]]:
         """Return the head in the buffer, the length of the body, and the end of the head.
 
         None if it is not complete, or refused, or if a worker is to read the body.
@@ -8574,7 +8558,7 @@ class Server(http.server.HTTPServer):
 
     def __init__(
         self,
-        address: Tuple[str, int],
+        address: tuple[str, int],
         proxy: Union[Proxy, Admin],
         *,
         timeout: float = 60,
@@ -8599,12 +8583,12 @@ class Server(http.server.HTTPServer):
         self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._conversations: Set[Conversation] = set()
+        self._conversations: set[Conversation] = set()
         self._queue: collections.deque[Conversation] = collections.deque()  # may hold a request
         self._returned: collections.deque[Conversation] = collections.deque()  # by workers
-        self._heard: List[Pending] = []  # whose upstreams have sent something
-        self._replies: List[Tuple[Conversation, Outcome, Manner]] = []  # of upstreams
-        self._pending: Dict[Pending, Tuple[float, Conversation, Manner]] = {}  # with its start
+        self._heard: list[Pending] = []  # whose upstreams have sent something
+        self._replies: list[tuple[Conversation, Outcome, Manner]] = []  # of upstreams
+        self._pending: dict[Pending, tuple[float, Conversation, Manner]] = {}  # with its start
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -8673,7 +8657,7 @@ class Server(http.server.HTTPServer):
         for pending, reply in [(pending, pending.proceed()) for pending in heard]:
             if reply is not None:
                 self._settle(pending, reply)
-        found: List[Tuple[Conversation, Request, Manner]] = []
+        found: list[tuple[Conversation, Request, Manner]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
             conversation = self._queue.popleft()
             if conversation not in self._conversations:
@@ -8947,7 +8931,7 @@ def read_clients(path: str) -> Clients:
         raise ValueError(f"line {line} is malformed") from error
     except configparser.Error as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    clients: Dict[str, List[Client]] = {}
+    clients: dict[str, list[Client]] = {}
     for name in parser.sections():
         section = parser[name]
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
@@ -9000,7 +8984,7 @@ class _Parser(argparse.ArgumentParser):
         """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
-    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of a file of flags."""
         return shlex.split(arg_line, comments=True)
 
@@ -9037,7 +9021,7 @@ def _public_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _route(text: str) -> Tuple[str, str]:
+def _route(text: str) -> tuple[str, str]:
     pattern, equals, target = text.rpartition("=")
     if not equals or not re.fullmatch("[!-~]+", pattern):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TARGET, as in 's3:Get*=aws'")
@@ -9054,14 +9038,14 @@ def _target_name(text: str) -> str:
     return text
 
 
-def _sign_as(text: str) -> Tuple[str, str]:
+def _sign_as(text: str) -> tuple[str, str]:
     service, slash, region = text.partition("/")
     if not slash or not _SCOPE_NAME.fullmatch(service) or not _SCOPE_NAME.fullmatch(region):
         raise argparse.ArgumentTypeError(f"{text!r} is not SERVICE/REGION, as in sqs/us-east-1")
     return service, region
 
 
-def _address(text: str) -> Tuple[str, int]:
+def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -9242,7 +9226,7 @@ class Program:
 
     def _all_clients(self) -> Clients:
         """Return the clients of --clients and --client, or the demo client without both flags."""
-        clients: Dict[str, Sequence[Client]] = {**self._watched.value} if self._watched else {}
+        clients: dict[str, Sequence[Client]] = {**self._watched.value} if self._watched else {}
         for client in self._options.client:
             clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
         return clients or DEMO_CLIENTS
@@ -9277,8 +9261,8 @@ class Program:
             files = f"{path} and {key}" if key else path
             raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
 
-    def _read_hooks(self) -> List[Any]:
-        hooks: List[Any] = []
+    def _read_hooks(self) -> list[Any]:
+        hooks: list[Any] = []
         path, quiet = self._options.log_file, self._options.quiet
         try:
             open_again = functools.partial(open_log, path)
@@ -9312,7 +9296,7 @@ class Program:
         return min(most, wanted)
 
     def _listen(
-        self, address: Tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
+        self, address: tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
     ) -> Server:
         try:
             return Server(address, proxy, timeout=self._options.timeout, **how)
@@ -9430,7 +9414,7 @@ def build_routes(
     given = list(options.route)
     if options.upstream:
         given.append(("*", options.upstream))
-    targets: Dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
+    targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     for _, name in given:
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
@@ -9474,7 +9458,7 @@ def check_not_shared(keys: Optional[Credentials], clients: Clients) -> None:
         raise ValueError(f"{fault}; give the clients their own keys with --clients")
 
 
-def warn_of_routes(routes: Sequence[Tuple[str, str]]) -> None:
+def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
     """Log a warning for each pattern that matches no known action."""
     for pattern, _ in routes:
         nearest = nearest_pattern(pattern)
