@@ -100,18 +100,9 @@ from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
 __all__ = [
-    "DEMO_CLIENTS",
-    "Client",
-    "Hook",
-    "Proxy",
-    "Reply",
-    "Request",
-    "Route",
-    "Server",
-    "ServiceError",
-    "Sqs",
-    "main",
-]
+    "DEMO_CLIENTS", "Client", "Hook", "Proxy", "Reply", "Request", "Route", "Server",
+    "ServiceError", "Sqs", "main",
+]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
 
@@ -386,11 +377,9 @@ class ServiceError(Exception):
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
 #
-# http.server's own parser is lenient.  It rewrites a target that begins with `//`
-# (cpython#99220), reads a bare CR as the end of a header line and drops the lines after a
-# malformed one.  A verifier needs the bytes that were signed.  A proxy that guesses where a
-# request ends can be made to read one request as two.  So this chapter parses heads strictly
-# (RFC 9112), and refuses a request whose framing is in doubt.
+# http.server's own parser is lenient: it rewrites a target that begins with `//` (cpython#99220)
+# and drops the lines after a malformed one.  A verifier needs the bytes that were signed.  This
+# chapter parses heads strictly (RFC 9112), and refuses a request whose framing is in doubt.
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
@@ -1305,16 +1294,8 @@ def _utc(second: int, form: str) -> str:
 
 
 Spool = Callable[[Body], tuple[Body, str]]
-
-
-class Proven(NamedTuple):
-    """The facts that `verify_head` has proved from the head of a request."""
-
-    claimed: Authorization
-    profile: Profile
-    client: Client
-    declared: Optional[str]  # the payload line; None where the body must be hashed
-    other_host: str
+# The claims, profile, client, payload line (None: hash the body) and other Host of a head.
+Proven = tuple[Authorization, Profile, Client, Optional[str], str]
 
 
 def read_whole(body: Body) -> tuple[Body, str]:
@@ -1375,7 +1356,7 @@ def verify_head(
     client = _find_client(request, claimed, clients)
     _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
-    proven = Proven(claimed, profile, client, declared, other_host)
+    proven = (claimed, profile, client, declared, other_host)
     if declared is not None:  # otherwise `verify_body` checks the signature
         _check_signature(request, proven, declared)
     return proven
@@ -1519,7 +1500,7 @@ DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
      "it signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B"),
     (2, lambda _, query: query.replace("%2B", "%20"),
      "it signed %2B in the query as a blank: curl 8.14 to 8.18 do, take curl 8.19 or newer"),
-    (3, lambda request, headers: _with_host(headers, request.header("x-forwarded-host") or ""),
+    (3, lambda request, headers: _with_host(headers, _forwarded_host(request)),
      "it signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host: set"
      " 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url and that"
      " host"),
@@ -1529,6 +1510,10 @@ DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
      "it signed an empty body: in place of curl's -T or -F use --data-binary"),
 )  # fmt: skip
 _HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
+
+
+def _forwarded_host(request: Request) -> str:
+    return (request.header("x-forwarded-host") or "").partition(",")[0].strip()
 
 
 def _with_host(headers: str, host: str) -> str:
@@ -1989,9 +1974,8 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 # signature covers, chooses the protocol.  If a service speaks two, a signed header chooses.  The
 # protocol reads the operation from one place, and refuses a request that names an operation
 # anywhere else: another reader might look there.
-# `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.  A
-# body is decoded only after its signature was verified.  Sources: the service models of the AWS
-# SDKs; Smithy 2.0, "AWS protocols"; recorded answers of Amazon SQS.
+# `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.
+# Sources: the SDKs' service models; Smithy 2.0, "AWS protocols"; recordings of Amazon SQS.
 
 # ---- Shapes of an operation's input, from the service model ----
 
@@ -2151,36 +2135,30 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
 REST_JSON = frozenset({"rest-json"})
 # The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
 REST_NAMES = """
-    abuse access-analyzer account account-access agent-discovery agent-registry aidevops aiops
-    airflow amplify amplifybackend amplifyuibuilder apigateway apiportal app-integrations
-    appconfig appfabric appflow application-cost-profiler application-signals appmesh appsync aps
-    arc-zonal-shift artifact auditmanager awsssoportal backup backup-search batch
-    bedrock-agentcore billingconductor braket cases chatbot chime cleanrooms cleanrooms-ml
-    clouddirectory cloudfront-keyvaluestore cloudtrail-data codeartifact codecatalyst
-    codeguru-profiler codeguru-reviewer codeguru-security codestar-notifications cognito-sync
-    connect connect-campaigns continuum controlcatalog controltower databrew dataexchange datazone
-    deadline detective devops-guru dlm docdb-elastic drs ds-data dsql ebs eks eks-auth
-    elasticfilesystem elemental-inference emr-containers emr-serverless end-user-messaging
-    entityresolution es execute-api fis gameliftstreams geo geo-maps geo-places geo-routes glacier
-    grafana greengrass groundstation guardduty health-agent imagebuilder inspector-scan inspector2
-    internetmonitor iot iot-jobs-data iotdata iotdeviceadvisor iotdevicegateway
-    iotmanagedintegrations iotsitewise iottwinmaker iotwireless ivs ivschat kafka kafka-cluster
-    kafkaconnect kinesisvideo lakeformation lambda launchwizard lex
-    license-manager-linux-subscriptions license-manager-user-subscriptions m2 macie2
-    managedblockchain managedblockchain-query mediaconnect mediaconvert medialive mediapackage
-    mediapackage-vod mediapackagev2 mediatailor medical-imaging mgn migrationhub-orchestrator
-    migrationhub-strategy mobiletargeting mpa mq neptune-db neptune-graph network-security-manager
-    networkflowmonitor networkmanager networkmonitor notifications notifications-contacts nova-act
-    oam observabilityadmin omics osis outposts pca-connector-ad pca-connector-scep pipes polly
-    pricingplanmanager profile qapps qbusiness quicksight ram rbin rds-data refactor-spaces
+    abuse access-analyzer account agent-discovery aiops amplify amplifybackend amplifyuibuilder
+    apigateway apiportal app-integrations appfabric appflow application-cost-profiler
+    application-signals appmesh arc-zonal-shift artifact auditmanager backup backup-search
+    batch billingconductor braket cases chatbot cleanrooms cleanrooms-ml clouddirectory
+    cloudfront-keyvaluestore cloudtrail-data codeartifact codecatalyst codeguru-profiler
+    codeguru-reviewer codeguru-security codestar-notifications cognito-sync connect-campaigns
+    continuum controlcatalog controltower databrew datazone devops-guru dlm docdb-elastic drs
+    ds-data dsql eks eks-auth elasticfilesystem elemental-inference emr-containers
+    emr-serverless end-user-messaging entityresolution fis gameliftstreams grafana greengrass
+    groundstation guardduty imagebuilder inspector-scan inspector2 internetmonitor iot ivschat
+    kafka kafkaconnect kinesisvideo launchwizard license-manager-linux-subscriptions
+    license-manager-user-subscriptions m2 macie2 managedblockchain managedblockchain-query
+    mediaconnect mediaconvert medialive mediapackage mediapackage-vod mediapackagev2 mgn
+    migrationhub-orchestrator migrationhub-strategy mpa mq network-security-manager
+    networkflowmonitor networkmanager networkmonitor notifications notifications-contacts
+    nova-act oam observabilityadmin osis outposts pca-connector-ad pca-connector-scep pipes
+    polly pricingplanmanager profile qbusiness quicksight ram rbin rds-data refactor-spaces
     repostspace resiliencehub resource-explorer-2 resource-groups rolesanywhere
     route53-recovery-control-config route53-recovery-readiness route53globalresolver
-    route53profiles rtbfabric rum s3-outposts s3files s3tables s3vectors sagemaker-geospatial
-    savingsplans scheduler schemas scn security-ir securityagent securityhub securitylake
-    serverlessrepo signer signin snow-device-management social-messaging ssm-guiconnect
-    ssm-incidents ssm-quicksetup ssm-sap sso-oauth supportapp supportauthz sustainability
-    synthetics tax thinclient trustedadvisor uxc vpc-lattice vpc-lattice-svcs wellarchitected
-    wickr wisdom workdocs workmailmessageflow workspaces-web xray
+    route53profiles rtbfabric s3files s3tables s3vectors sagemaker-geospatial savingsplans
+    scheduler schemas scn security-ir securityagent securityhub securitylake serverlessrepo
+    signin snow-device-management social-messaging ssm-guiconnect ssm-incidents ssm-quicksetup
+    ssm-sap supportapp supportauthz synthetics tax trustedadvisor uxc vpc-lattice wisdom
+    workdocs workmailmessageflow workspaces-web xray
 """
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
 TARGET_SERVICES = {
@@ -2270,10 +2248,6 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
 _OLD_TARGET = "AmazonSQSv20121105."
 
 
-def _is_form(request: Request) -> bool:
-    return _media_type(request) in ("", _FORM)
-
-
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
@@ -2301,8 +2275,9 @@ def _guessed_protocol(request: Request) -> WireProtocol:
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
     """Raise ServiceError if another reader could find another operation in the request."""
     fields, fault = request.fields, ""
-    if service not in SPEAKS and not _SERVICE_NAME.fullmatch(service):
-        fault = f"'{service[:40]}' is no signing name: they are lower case"
+    if service not in SPEAKS and (service.isdigit() or not _SERVICE_NAME.fullmatch(service)):
+        example = "they are lower case, as in curl's --aws-sigv4 aws:amz:us-east-1:sqs"
+        fault = f"'{service[:40]}' is no signing name: {example}"
     elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
         fault = "it has two Content-Type or Content-Encoding headers"
     elif "x-amz-target" in fields and not wire.reads_target:
@@ -4686,16 +4661,17 @@ class Endpoint(NamedTuple):
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# By the beginning of a region: partition, DNS suffix, dual-stack DNS suffix (partitions.json).
+# By the beginning of a region: partition, DNS suffix, dual-stack DNS suffix (partitions.json), and
+# the region that the calls of global services are signed for.
 PARTITIONS = (
-    ("cn-", "aws-cn", "amazonaws.com.cn", "api.amazonwebservices.com.cn"),
-    ("us-gov-", "aws-us-gov", "amazonaws.com", "api.aws"),
-    ("us-iso-", "aws-iso", "c2s.ic.gov", "api.aws.ic.gov"),
-    ("us-isob-", "aws-iso-b", "sc2s.sgov.gov", "api.aws.scloud"),
-    ("us-isof-", "aws-iso-f", "csp.hci.ic.gov", "api.aws.hci.ic.gov"),
-    ("eu-isoe-", "aws-iso-e", "cloud.adc-e.uk", "api.cloud-aws.adc-e.uk"),
-    ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu"),
-    ("", "aws", "amazonaws.com", "api.aws"),
+    ("cn-", "aws-cn", "amazonaws.com.cn", "api.amazonwebservices.com.cn", "cn-northwest-1"),
+    ("us-gov-", "aws-us-gov", "amazonaws.com", "api.aws", "us-gov-west-1"),
+    ("us-iso-", "aws-iso", "c2s.ic.gov", "api.aws.ic.gov", "us-iso-east-1"),
+    ("us-isob-", "aws-iso-b", "sc2s.sgov.gov", "api.aws.scloud", "us-isob-east-1"),
+    ("us-isof-", "aws-iso-f", "csp.hci.ic.gov", "api.aws.hci.ic.gov", "us-isof-south-1"),
+    ("eu-isoe-", "aws-iso-e", "cloud.adc-e.uk", "api.cloud-aws.adc-e.uk", "eu-isoe-west-1"),
+    ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu", "eusc-de-east-1"),
+    ("", "aws", "amazonaws.com", "api.aws", "us-east-1"),
 )
 
 # The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
@@ -4736,8 +4712,8 @@ ENDPOINT_PREFIXES = {
     api.&; dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public
     api.&; events eventsv2=AWSEventsV2; es &=/20\d\d- -; execute-api
     participant.connect=/participant/ -; forecast forecastquery=AmazonForecastRuntime; geo
-    metadata.&=/metadata/v0/jobs \1.&=/(\w+)/v0/\w+/[^/]+/(?!consumers|list-consumers)
-    cp.\1.&=/(\w+)/v0/ cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes
+    metadata.&=/metadata/v0/jobs \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers)
+    cp.\1.&=/(\w{1,20})/v0/ cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes
     routes.geo; health-agent streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
     datatransformation.&=.*(DataTransf|ProfileWithAgent); iam
     iam-toolbox=/authorization-details/; iot-jobs-data data.jobs.iot; iotdata data-ats.iot;
@@ -4822,11 +4798,6 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
     |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
 """)
-# The region that the calls of a global service are signed for, if its host names none.
-SIGNING_REGIONS = pairs("""
-    aws=us-east-1 aws-cn=cn-northwest-1 aws-us-gov=us-gov-west-1 aws-iso=us-iso-east-1
-    aws-iso-b=us-isob-east-1
-""")
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
@@ -4860,12 +4831,14 @@ def endpoint_for(
 
 @lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    partition, suffix, dual_suffix = next(r[1:] for r in PARTITIONS if region.startswith(r[0]))
+    partition, suffix, dual_suffix, main = next(
+        row[1:] for row in PARTITIONS if region.startswith(row[0])
+    )
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
     place = next((found for found in regions if found is not None), region)
-    signed_for = place if _REGION.fullmatch(place) else SIGNING_REGIONS.get(partition, region)
+    signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
@@ -5206,10 +5179,7 @@ class CredentialChain:
         return _from_fields(_document(self._fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
-        """Return the keys of the EC2 instance; extend expired ones that cannot be renewed.
-
-        The SDKs call this static stability: AWS accepts the old keys while it has no new ones.
-        """
+        """Return the keys of the EC2 instance; extend expired ones (SDKs: static stability)."""
         now, reason = self._clock(), "it still returns the old ones"
         try:
             self._instance = self._ask_metadata()
@@ -5352,10 +5322,7 @@ class CredentialChain:
             raise Skipped("the SSO portal's answer holds no credentials") from error
 
     def _sso_token(self, settings: Mapping[str, str]) -> str:
-        """Return the cached SSO token; refresh it first if it expires within 15 minutes.
-
-        Only the token of an sso_session can be refreshed (SSOTokenProvider of botocore).
-        """
+        """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
         session = settings.get("sso_session")
         name = session or settings.get("sso_start_url", "")
         digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
@@ -5414,11 +5381,8 @@ class CredentialChain:
         return token
 
     def _from_login(self, session: str, profile: str) -> Credentials:
-        """Return the keys that `aws login` has cached; they expire after 15 minutes.
-
-        Source: LoginTokenLoader of botocore.  A refresh needs a DPoP proof, which is signed with
-        an elliptic curve that the standard library lacks.
-        """
+        """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
+        # A refresh needs a signature with an elliptic curve, which the standard library lacks.
         given = self._environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
         name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
@@ -5738,6 +5702,14 @@ def _overlap(data: bytes, secret: bytes) -> int:
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Probe an idle connection each minute: NAT gateways forget it after six minutes."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # of Linux; of macOS; of both
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), 60)
+
+
 class UpstreamError(Exception):
     """The failure of a connection; `unanswered` if it came before any byte of an answer."""
 
@@ -5768,7 +5740,7 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = connect.sock
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(self.socket)
         self.socket.settimeout(timeout)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -5867,6 +5839,11 @@ class Connection:
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
+
+
+def no_messages(call: Call, request_id: str) -> Reply:
+    """Return an answer to ReceiveMessage without messages."""
+    return call.wire.output(call, SQS_MODEL, {}, request_id)
 
 
 class Pool:
@@ -5972,7 +5949,6 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
-
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
@@ -6147,7 +6123,7 @@ class Upstream:
             reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
-                reply = call.wire.output(call, SQS_MODEL, {}, random_id())
+                reply = no_messages(call, random_id())
         return self._shown(call, reply)
 
     def _shown(self, call: Call, reply: Reply) -> Reply:
@@ -6353,7 +6329,7 @@ class Upstream:
                     self._send(attempt)
                     if call.action == RECEIVE and not self._pool.awaits(connection):
                         threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                        return call.wire.output(call, SQS_MODEL, {}, random_id())
+                        return no_messages(call, random_id())
                 return self._reply(connection, connection.answer(), call.request.method)
             except UpstreamError as error:
                 connection.close()
@@ -7617,16 +7593,6 @@ class Admin:
         return self.max_body
 
 
-class NoMessages:
-    """Answers ReceiveMessage at once, without messages, while the proxy drains."""
-
-    may_block = False
-
-    def answer(self, call: Call, request_id: str) -> Reply:
-        """Return an empty answer."""
-        return call.wire.output(call, SQS_MODEL, {}, request_id)
-
-
 class Pending:
     """A call that waits for the answer of an upstream on `socket`."""
 
@@ -7681,7 +7647,7 @@ class Pending:
         """Return an answer without messages, and a function that puts later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
         put_back = self._upstream.let_go(self._attempt)
-        return self._complete(lambda: NoMessages().answer(call, request_id))(), put_back
+        return self._proxy.observed(self._exchange, no_messages(call, request_id)), put_back
 
     def give_up(self, why: str = "it took too long") -> Reply:
         """Close the connection, and return the refusal of the call."""
@@ -7790,8 +7756,11 @@ class Proxy:
         step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: list[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
-        for step in (self._understand, self._act, self._observe_reply):
-            outcomes = [step(it) if isinstance(it, Exchange) else it for it in outcomes]
+        step: Callable[..., Any] = self._step
+        observed: Callable[..., Reply] = self.observed
+        for act in (self._find_call, self._act):
+            outcomes = [step(act, it) if isinstance(it, Exchange) else it for it in outcomes]
+        outcomes = [observed(it, it.reply) if isinstance(it, Exchange) else it for it in outcomes]
         return [it.send() if isinstance(it, Pending) else it for it in outcomes]
 
     def _exchange(self, request: Request) -> Exchange:
@@ -7822,7 +7791,7 @@ class Proxy:
         with contextlib.suppress(ServiceError):  # the path has several readings
             path += "" if target else rest_meaning(request).path
         for service, _, operation in (action.partition(":") for action in self._open):
-            by_form = service == "sts" and path == "post/" and _is_form(request)
+            by_form = service == "sts" and path == "post/" and _media_type(request) in ("", _FORM)
             is_meant = service == target or operation == path or by_form
             if is_meant and (service in BEARER_SERVICES) == ("authorization" in request.fields):
                 return service
@@ -7870,16 +7839,19 @@ class Proxy:
         check_one_reading(request, wire, exchange.service)
         return proven
 
-    def _understand(self, exchange: Exchange) -> Union[Exchange, Reply]:
+    def _step(self, step: Callable[[Exchange], Any], exchange: Exchange) -> Any:
         try:
-            exchange.call, exchange.target = self._call_and_target(exchange)
+            return step(exchange)
         except Exception as error:
             return self.refuse(exchange, error)
-        return exchange
 
     def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
+        """Let the target answer if it need not wait."""
         call, target = exchange.call, exchange.target
         assert call and target
+        if self.draining and call.action == RECEIVE:
+            exchange.reply = no_messages(call, exchange.request_id)
+            return exchange
         try:
             hooks = [it for it in self._moments if not it.concerns or run_hook(it.concerns, call)]
             if not hooks and not target.may_block:
@@ -7892,22 +7864,22 @@ class Proxy:
                     return Pending(self, exchange, target, *begun)
         except WouldWait:
             call.may_wait = True
-        except Exception as error:
-            return self.refuse(exchange, error)
         act = functools.partial(target.answer, call, exchange.request_id)
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
         return functools.partial(self.complete, exchange, act)
 
-    def _observe_reply(self, exchange: Exchange) -> Reply:
-        assert exchange.reply
-        return self.observed(exchange, exchange.reply)
-
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         observers = [_moment(hook, "observe") for hook in hooks]
-        self._observe = [observe for observe in reversed(observers) if observe]
+        own = __name__  # our own hooks raise no BaseException
+        self._observe = [
+            observe
+            if getattr(observe, "__module__", "") == own
+            else functools.partial(run_hook, observe)
+            for observe in filter(None, reversed(observers))
+        ]
         moments = [Moments(*(_moment(hook, name) for name in Moments._fields)) for hook in hooks]
         self._moments = [it for it in moments if it.before or it.rewrite or it.after]
 
@@ -7991,12 +7963,13 @@ class Proxy:
                 exchange.spooled.close()
         for observe in self._observe:
             try:
-                run_hook(observe, exchange)
+                observe(exchange)
             except Exception:
                 log.exception("a hook's observe failed")
         return reply
 
-    def _call_and_target(self, exchange: Exchange) -> tuple[Call, Target]:
+    def _find_call(self, exchange: Exchange) -> Exchange:
+        """Verify the caller, and find the call and its target."""
         request, wire = exchange.request, exchange.wire
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
         found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
@@ -8022,9 +7995,8 @@ class Proxy:
         target = call.route.target
         if isinstance(target, Deny):
             call.advice = route_flag(call.action[:MAX_SHOWN], self._other_target(call.service))
-        elif self.draining and action == RECEIVE:
-            target = NoMessages()
-        return call, target
+        exchange.target = target
+        return exchange
 
     def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
         request = exchange.request
@@ -8791,7 +8763,7 @@ class Server(http.server.HTTPServer):
     def _welcome(self, connection: socket.socket, peer: str) -> None:
         # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(connection)
         connection.setblocking(False)
         if self._certificate:
             wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
@@ -9467,13 +9439,18 @@ def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
 
 
+_KNOWN_NAMES = (
+    *(*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split()),
+    *",".join(IAM_PREFIXES.values()).split(","),
+)
+
+
 def nearest_pattern(pattern: str) -> Optional[str]:
     """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
-    aliases = ",".join(IAM_PREFIXES.values()).split(",")
-    names = {name.lower(): name for name in (*SPEAKS, *REST_NAMES.split(), *aliases)}
+    names = {name.lower(): name for name in _KNOWN_NAMES}
     services = [name for name in names if glob_matches(prefix, name)]
     if not colon:
         for service in ("sqs", "s3"):

@@ -12942,6 +12942,14 @@ class HostPrefixTest(ForwardCase):
                 )
 
 
+class DerivedNameTest(ForwardCase):
+    def test_a_service_that_curl_took_from_an_address_is_named_as_the_fault(self):
+        request = signed(*form_call("Action=ListQueues"), service="127", region="0")
+        reply = self.proxy(FakeUpstream(self)).handle(request)
+        self.assertEqual(reply.status, 400)
+        self.assertIn(b"aws:amz:us-east-1:sqs", reply.body)
+
+
 class OneReadingForwardedTest(ForwardCase):
     """The upstream finds the queue and the operation that hooks have seen."""
 
@@ -13180,6 +13188,27 @@ class OwnHostTest(ForwardCase):
         ):
             with self.subTest(host):
                 self.assertEqual(awsproxy.service_of_host(host), wanted)
+
+
+class KeepAliveTest(ForwardCase):
+    @unittest.skipUnless(LINUX, "TCP_KEEPIDLE is of Linux")
+    def test_both_sides_probe_an_idle_connection_each_minute(self):
+        recorder = FakeUpstream(self)
+        pool = self.pool()
+        connection = pool.take(recorder.endpoint)
+        self.addCleanup(connection.close)
+        pair = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(pair.close)
+        client = socket.create_connection(pair.getsockname())
+        accepted, _ = pair.accept()
+        self.addCleanup(client.close)
+        self.addCleanup(accepted.close)
+        server = awsproxy.Server(("127.0.0.1", 0), self.proxy(recorder))
+        self.addCleanup(server.server_close)
+        server._welcome(accepted, "127.0.0.1")
+        for side in (connection.socket, accepted):
+            self.assertEqual(side.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
+            self.assertEqual(side.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60)
 
 
 class LeavingClientTest(ForwardCase):
