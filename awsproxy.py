@@ -6195,10 +6195,8 @@ class Upstream:
         if call.changed:  # the body is encoded again, and not compressed
             headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
             request = request.with_headers(tuple(headers))
-        target = request.target
-        hoisted: list[tuple[str, str]] = []
-        if call.presigned:
-            target, hoisted = strip_presigned(target)
+        target, presigned = request.target, call.presigned
+        target, hoisted = strip_presigned(target) if presigned else (target, [])
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
         if not _OF_THE_WAY.isdisjoint(signed):
             dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
@@ -6213,8 +6211,9 @@ class Upstream:
             target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
-            if mark and isinstance(call.wire, AwsJson):  # Action moves into X-Amz-Target
-                mark = query = ""
+            named = request.header("x-amz-target") or ""
+            if isinstance(call.wire, AwsJson) and (mark or named.startswith(_OLD_TARGET)):
+                mark = query = ""  # Action moves into X-Amz-Target
                 headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
             elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too

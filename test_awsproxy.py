@@ -12978,6 +12978,10 @@ class OneReadingForwardedTest(ForwardCase):
                     self.assertIn("secret", given["QueueUrl"])
                 if sent:
                     self.assertIn("json", sent.header("content-type"))
+        old = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
+        headers = (old, ("Content-Type", JSON_1_0), ("Content-Length", "2"))
+        _, sent = self.forwarded(proxy, recorder, signed("POST", "/", headers, b"{}"))
+        self.assertEqual(sent.header("x-amz-target"), "AmazonSQS.ListQueues")
         form = b"Action=ListQueues&Version=2012-11-05"
         length = ("Content-Length", str(len(form)))
         listing = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
