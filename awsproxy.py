@@ -139,19 +139,6 @@ class Body(Protocol):
         """Return up to `size` bytes, all the rest if negative, b"" at the end."""
 
 
-class _Once:
-    """A property that is computed once; cached_property takes a lock before Python 3.12."""
-
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
-        self._compute = compute
-        self._name = compute.__name__
-        self.__doc__ = compute.__doc__
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        value = instance.__dict__[self._name] = self._compute(instance)
-        return value
-
-
 @dataclass(eq=False)
 class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
@@ -170,7 +157,7 @@ class Request:
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
 
-    @_Once
+    @functools.cached_property
     def fields(self) -> Fields:
         """Return the header values under each name in lower case, in the order received."""
         return fields_of(self.headers)
@@ -189,7 +176,7 @@ class Request:
         """Return the target up to its first question mark, still percent-encoded."""
         return self.target.partition("?")[0]
 
-    @_Once
+    @functools.cached_property
     def query(self) -> Sequence[tuple[bytes, bytes]]:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
@@ -5398,7 +5385,7 @@ class CredentialChain:
             raise Skipped(f"the cached keys of its login have expired; {remedy}")
         return found
 
-    @_Once
+    @functools.cached_property
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
         fips, dualstack = (
