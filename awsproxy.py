@@ -762,6 +762,8 @@ def encode_reply(
 #
 # One function decides, `verify`, and it refuses by default.  It returns the client whose key it
 # has just checked.  No later code reads the identity from the request again.
+#
+# To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
@@ -4624,6 +4626,9 @@ def receipt_handles(reply: Reply) -> list[str]:
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
+#
+# To add a source of credentials: write a method of CredentialChain that returns Credentials or
+# raises Skipped, put it into _sources, and its environment variables into _SET_UP_BY.
 
 
 class Endpoint(NamedTuple):
@@ -8867,6 +8872,8 @@ class Server(http.server.HTTPServer):
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
+#
+# To add a flag: call `add` in a function below build_parser, and use the option in Program.
 
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
