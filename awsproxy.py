@@ -8455,11 +8455,11 @@ class Conversation:
             return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
         close, chunked = close or (old and not measured), not old and not measured
-        framing = "Transfer-Encoding: chunked" if chunked else ""
+        header = "Transfer-Encoding: chunked" if chunked else ""
         blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
         try:
             head = reply._replace(body=b"")
-            self._send_all(encode_reply(head, date, close, head_only, framing))
+            self._send_all(encode_reply(head, date, close, head_only, header))
             for block in blocks:
                 self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked and not head_only:
