@@ -7840,7 +7840,7 @@ class Proxy:
         """Let the target answer if it need not wait."""
         call, target = exchange.call, exchange.target
         assert call and target
-        if self.draining and call.action == RECEIVE:
+        if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             exchange.reply = no_messages(call, exchange.request_id)
             return exchange
         try:
