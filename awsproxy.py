@@ -1567,7 +1567,7 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 # passes the body on can stop before the body is complete.
 
 
-class HashedBody:
+class CheckedBody:
     """A body that must have the declared SHA-256."""
 
     def __init__(self, request: Request, declared: str) -> None:
@@ -1823,7 +1823,7 @@ def streamed_body(
     """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
     if not declared.startswith("STREAMING-"):
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
-        body = request.body if unchecked else HashedBody(request, declared)
+        body = request.body if unchecked else CheckedBody(request, declared)
         # An empty body has no last byte to keep until its hash is known.
         is_empty = not (request.header("content-length") or "0").strip("0")
         is_empty = is_empty and "transfer-encoding" not in request.fields
@@ -3862,7 +3862,7 @@ class Sqs:
         self._draining = False
         self._serials = itertools.count(1)
 
-    def answer(self, call: Call) -> Output:
+    def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
         with self._lock:
             if self._running:
@@ -4232,7 +4232,7 @@ class Sqs:
                 raise sqs_refusal("in flight")
             return {}
         self._remember(queue, given, messages, now)
-        return {"Messages": [self._received(queue, message, given) for message in messages]}
+        return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
@@ -4296,7 +4296,7 @@ class Sqs:
         if len(attempts) > MAX_ATTEMPTS:
             attempts.popitem(last=False)
 
-    def _received(self, queue: Queue, message: Message, given: Members) -> Members:
+    def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
         handle = hmac.digest(self._secret, text, "sha256")[:12] + text
         output: dict[str, Any] = {
@@ -4628,7 +4628,7 @@ def receipt_handles(reply: Reply) -> list[str]:
 # The route, the verified scope and the meaning of the call decide the host.
 #
 # To add a source of credentials: write a method of CredentialChain that returns Credentials or
-# raises Skipped, put it into _sources, and its environment variables into _SET_UP_BY.
+# raises NoKeys, put it into _sources, and its environment variables into _SET_UP_BY.
 
 
 class Endpoint(NamedTuple):
@@ -4921,7 +4921,7 @@ def is_link_local(host: str) -> bool:
 # ---- Our own credentials ----
 
 
-class Skipped(Exception):
+class NoKeys(Exception):
     """A source has no credentials; `passing` if it may have some in a moment."""
 
     def __init__(self, message: str, passing: bool = False) -> None:
@@ -4929,7 +4929,7 @@ class Skipped(Exception):
         self.passing = passing
 
 
-class Failed(Skipped):
+class SourceFailed(NoKeys):
     """A source that is set up has no credentials: no other source is tried."""
 
 
@@ -4938,7 +4938,7 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
         """Return None: a redirection would take our tokens along."""
 
 
-class _Hurried(http.client.HTTPConnection):
+class _DeadlineConnection(http.client.HTTPConnection):
     """A connection with a deadline: a socket's own timeout starts again with each byte."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
@@ -4958,18 +4958,18 @@ class _Hurried(http.client.HTTPConnection):
             socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-class _HurriedTls(_Hurried, http.client.HTTPSConnection):
+class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
     """A connection with TLS and a deadline."""
 
 
-class _Hurry(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """Open it with a deadline."""
-        return self.do_open(_Hurried, request)
+        return self.do_open(_DeadlineConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         """Open it with a deadline, and TLS."""
-        return self.do_open(_HurriedTls, request, context=tls_context())
+        return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
 
 
 @lru_cache(maxsize=1)
@@ -4979,8 +4979,8 @@ def tls_context() -> ssl.SSLContext:
 
 
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Hurry)
-_PROXIED = urllib.request.build_opener(_Unredirected, _Hurry)
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
+_PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
 
 
@@ -4992,7 +4992,7 @@ def fetch(
     method: Optional[str] = None,
     timeout: float = 5,
 ) -> bytes:
-    """Return the body of a successful answer, or raise Skipped, within `timeout` seconds.
+    """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
     Requests to link-local and loopback addresses bypass HTTPS_PROXY.
     """
@@ -5009,26 +5009,26 @@ def fetch(
         with error, contextlib.suppress(OSError):
             for message in _MESSAGE.findall(error.read(65536).decode("latin-1"))[:1]:
                 told += f": {''.join(message)}"
-        raise Skipped(told, passing) from error
+        raise NoKeys(told, passing) from error
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise Skipped(f"{host} did not answer: {reason}", passing=True) from error
+        raise NoKeys(f"{host} did not answer: {reason}", passing=True) from error
     except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
-        raise Skipped(f"{host} could not be asked: {type(error).__name__}") from error
+        raise NoKeys(f"{host} could not be asked: {type(error).__name__}") from error
     if time.monotonic() > until:  # and may have been cut
-        raise Skipped(f"{host} took longer than {timeout} s", passing=True)
+        raise NoKeys(f"{host} took longer than {timeout} s", passing=True)
     return body
 
 
 def host_of(url: str) -> str:
-    """Return the host of an http or https URL.  Raise Skipped for another."""
+    """Return the host of an http or https URL.  Raise NoKeys for another."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
     except ValueError:
         host = ""
     if not host or parts.scheme not in DEFAULT_PORTS:
-        raise Skipped(f"{url[:80]!r} is no http or https URL")
+        raise NoKeys(f"{url[:80]!r} is no http or https URL")
     return host
 
 
@@ -5049,26 +5049,26 @@ def _expiry(text: Any) -> float:
     try:
         moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", str(text)))
     except ValueError as error:
-        raise Skipped(f"the expiration {str(text)[:40]!r} is no time") from error
+        raise NoKeys(f"the expiration {str(text)[:40]!r} is no time") from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
 def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
-    """Return credentials to sign with.  Raise Skipped if the values are malformed."""
+    """Return credentials to sign with.  Raise NoKeys if the values are malformed."""
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
-            raise Skipped("the keys found are malformed")
+            raise NoKeys("the keys found are malformed")
     return Credentials(key, secret, token or "", expires)
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    """Return a JSON object, or raise Skipped."""
+    """Return a JSON object, or raise NoKeys."""
     try:
         document = read_json(text.decode("utf-8"))
     except ValueError as error:
-        raise Skipped("the answer is not JSON") from error
+        raise NoKeys("the answer is not JSON") from error
     if not isinstance(document, dict):
-        raise Skipped("the answer is no JSON object")
+        raise NoKeys("the answer is no JSON object")
     return document
 
 
@@ -5115,23 +5115,23 @@ class CredentialChain:
         }
 
     def find(self) -> Credentials:
-        """Return credentials.  Raises Skipped with what was tried and why each had none."""
+        """Return credentials.  Raises NoKeys with what was tried and why each had none."""
         tried: list[str] = []
         for name, source in self._sources.items():
             if self._chosen and not name.startswith("profile "):
                 continue  # a named profile excludes other sources
             try:
                 found = source()
-            except Skipped as reason:
+            except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                if isinstance(reason, Failed) or self._is_set_up(name):
+                if isinstance(reason, SourceFailed) or self._is_set_up(name):
                     # Another source would be another identity.
-                    raise Skipped("; ".join(tried), reason.passing) from reason
+                    raise NoKeys("; ".join(tried), reason.passing) from reason
                 continue
             if self._role_arn:
                 return self._assume(found, self._role_arn, {"session": self._session_name})
             return found
-        raise Skipped("; ".join(tried))
+        raise NoKeys("; ".join(tried))
 
     def _is_set_up(self, name: str) -> bool:
         """Return whether the environment sets up a source, so that its failure is an error."""
@@ -5141,16 +5141,16 @@ class CredentialChain:
         key = self._environ.get("AWS_ACCESS_KEY_ID")
         secret = self._environ.get("AWS_SECRET_ACCESS_KEY")
         if not key or not secret:
-            raise Skipped("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set")
+            raise NoKeys("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set")
         return _credentials(key, secret, self._environ.get("AWS_SESSION_TOKEN"))
 
     def _from_web_identity(self) -> Credentials:
         path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not path:
-            raise Skipped("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
+            raise NoKeys("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
         role = self._environ.get("AWS_ROLE_ARN") or self._settings().get("role_arn")
         if not role:
-            raise Skipped("AWS_ROLE_ARN is not set")
+            raise NoKeys("AWS_ROLE_ARN is not set")
         return self._with_web_identity(path, role, self._environ.get("AWS_ROLE_SESSION_NAME"))
 
     def _from_container(self) -> Credentials:
@@ -5159,10 +5159,10 @@ class CredentialChain:
         if relative:
             url = f"http://169.254.170.2{relative}"
         if not url:
-            raise Skipped("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
+            raise NoKeys("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
         host = host_of(url)
         if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
-            raise Skipped(f"{host} is neither https nor an address of a container's host")
+            raise NoKeys(f"{host} is neither https nor an address of a container's host")
         token = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         if path:
@@ -5175,7 +5175,7 @@ class CredentialChain:
         now, reason = self._clock(), "it still returns the old ones"
         try:
             self._instance = self._ask_metadata()
-        except Skipped as error:
+        except NoKeys as error:
             if not self._instance or self._instance.expires > now:
                 raise
             reason = str(error)
@@ -5188,15 +5188,15 @@ class CredentialChain:
 
     def _ask_metadata(self) -> Credentials:
         if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
-            raise Skipped("AWS_EC2_METADATA_DISABLED is true")
+            raise NoKeys("AWS_EC2_METADATA_DISABLED is true")
         given = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
         try:
             token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
-        except Skipped as error:
+        except NoKeys as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
-            raise Skipped(f"{error} ({hint})", error.passing) from error
+            raise NoKeys(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
         role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
@@ -5210,7 +5210,7 @@ class CredentialChain:
         try:
             parser.read(path, "utf-8")
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise Failed(f"{path} is malformed") from error
+            raise SourceFailed(f"{path} is malformed") from error
         return parser
 
     def _section(self, profile: str) -> dict[str, str]:
@@ -5224,7 +5224,7 @@ class CredentialChain:
         if credentials.has_section(profile):
             settings.update(credentials.items(profile))
         if not settings:
-            raise Skipped("there is no such section in ~/.aws/config and ~/.aws/credentials")
+            raise NoKeys("there is no such section in ~/.aws/config and ~/.aws/credentials")
         session = settings.get("sso_session")
         if session and config.has_section(f"sso-session {session}"):
             settings.update(config.items(f"sso-session {session}"))
@@ -5234,7 +5234,7 @@ class CredentialChain:
         """Return the settings of the chosen profile, none if there is no such profile."""
         try:
             return self._section(self._profile)
-        except Skipped:
+        except NoKeys:
             return {}
 
     def _from_chosen_profile(self) -> Credentials:
@@ -5242,14 +5242,14 @@ class CredentialChain:
         try:
             settings = self._section(self._profile)
             return self._from_profile(self._profile, ())
-        except Skipped as reason:
+        except NoKeys as reason:
             set_up = (
                 *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
                 *("login_session", "aws_access_key_id"),
             )
             missing = not settings and self._environ.get("AWS_PROFILE")
             if missing or any(map(settings.get, set_up)):
-                raise Failed(str(reason), reason.passing) from reason
+                raise SourceFailed(str(reason), reason.passing) from reason
             raise
 
     def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
@@ -5257,7 +5257,7 @@ class CredentialChain:
         role = settings.get("role_arn")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
         if profile in visited and not (keys and visited[-1] == profile):
-            raise Skipped(f"the profile {profile} is, by way of others, its own source")
+            raise NoKeys(f"the profile {profile} is, by way of others, its own source")
         if role and not (visited and keys):  # a source profile gives its keys first
             path = settings.get("web_identity_token_file")
             if path:
@@ -5265,7 +5265,7 @@ class CredentialChain:
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
-                raise Failed(f"{fault}; {remedy}")
+                raise SourceFailed(f"{fault}; {remedy}")
             return self._assume(self._source_of(settings, profile, visited), role, settings)
         if keys:
             key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
@@ -5276,7 +5276,7 @@ class CredentialChain:
             return self._from_sso(settings)
         if settings.get("login_session"):
             return self._from_login(settings["login_session"], profile)
-        raise Skipped("it has no keys, process, role, SSO account or login session")
+        raise NoKeys("it has no keys, process, role, SSO account or login session")
 
     def _source_of(
         self, settings: Mapping[str, str], profile: str, visited: tuple[str, ...]
@@ -5289,7 +5289,7 @@ class CredentialChain:
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))
         if not source:
-            raise Skipped("its role has neither source_profile nor a known credential_source")
+            raise NoKeys("its role has neither source_profile nor a known credential_source")
         return source()
 
     def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
@@ -5301,9 +5301,9 @@ class CredentialChain:
         url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
         try:
             answer = self._fetch(url, {"x-amz-sso_bearer_token": token})
-        except Skipped as error:
+        except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
-            raise Skipped(f"{error}{remedy}", error.passing) from error
+            raise NoKeys(f"{error}{remedy}", error.passing) from error
         found = _document(answer)
         try:
             keys = found["roleCredentials"]
@@ -5311,7 +5311,7 @@ class CredentialChain:
             key, secret = keys["accessKeyId"], keys["secretAccessKey"]
             return _credentials(key, secret, keys["sessionToken"], expires)
         except (KeyError, TypeError) as error:
-            raise Skipped("the SSO portal's answer holds no credentials") from error
+            raise NoKeys("the SSO portal's answer holds no credentials") from error
 
     def _sso_token(self, settings: Mapping[str, str]) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
@@ -5323,16 +5323,16 @@ class CredentialChain:
         try:
             cached = _document(_read_text(path).encode())
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
-        except (Skipped, KeyError) as error:
-            raise Skipped(f"its SSO token is not cached; {remedy}") from error
+        except (NoKeys, KeyError) as error:
+            raise NoKeys(f"its SSO token is not cached; {remedy}") from error
         left, why, passing = expires - self._clock(), "", False
         if session and left < 900:
             try:
                 return self._refresh_sso_token(path, cached, settings)
-            except Skipped as error:
+            except NoKeys as error:
                 why, passing = f" and cannot be refreshed ({error})", error.passing
         if left <= 0:
-            raise Skipped(f"its SSO token has expired{why}; {remedy}", passing)
+            raise NoKeys(f"its SSO token has expired{why}; {remedy}", passing)
         if why:
             log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
         return token
@@ -5344,9 +5344,9 @@ class CredentialChain:
         names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
         missing = [name for name in names if not cached.get(name)]
         if missing:
-            raise Skipped(f"{path} has no {' and no '.join(missing)}")
+            raise NoKeys(f"{path} has no {' and no '.join(missing)}")
         if _expiry(cached["registrationExpiresAt"]) <= self._clock():
-            raise Skipped("the registration of its client has expired")
+            raise NoKeys("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
         url = f"{self._endpoint('sso-oauth', region).origin}/token"
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
@@ -5354,9 +5354,9 @@ class CredentialChain:
         answer = _document(self._fetch(url, headers, data=body))
         token, seconds = answer.get("accessToken"), answer.get("expiresIn")
         if not isinstance(seconds, int) or not 0 < seconds < 10**9:
-            raise Skipped("the answer of SSO holds no valid expiresIn")
+            raise NoKeys("the answer of SSO holds no valid expiresIn")
         if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-            raise Skipped("the answer of SSO holds no token")
+            raise NoKeys("the answer of SSO holds no token")
         new = {
             "startUrl": settings.get("sso_start_url", ""),
             "region": region,
@@ -5384,10 +5384,10 @@ class CredentialChain:
             keys = _document(_read_text(path).encode())["accessToken"]
             key, secret, expires = keys["accessKeyId"], keys["secretAccessKey"], keys["expiresAt"]
             found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
-        except (Skipped, KeyError, TypeError) as error:
-            raise Skipped(f"its login is not cached; run 'aws login', and {remedy}") from error
+        except (NoKeys, KeyError, TypeError) as error:
+            raise NoKeys(f"its login is not cached; run 'aws login', and {remedy}") from error
         if found.expires <= self._clock():
-            raise Skipped(f"the cached keys of its login have expired; {remedy}")
+            raise NoKeys(f"the cached keys of its login have expired; {remedy}")
         return found
 
     @functools.cached_property
@@ -5418,9 +5418,9 @@ class CredentialChain:
         }
         try:
             return self._ask_sts(fields, source)
-        except Skipped as reason:
+        except NoKeys as reason:
             message = f"the role {role} cannot be assumed: {reason}"
-            raise Failed(message, reason.passing) from reason
+            raise SourceFailed(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
         fields = {
@@ -5446,7 +5446,7 @@ class CredentialChain:
         answer = self._fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELDS.findall(answer))
         if len(found) < 4:
-            raise Skipped("the answer of STS holds no credentials")
+            raise NoKeys("the answer of STS holds no credentials")
         return _from_fields(found, "SessionToken")
 
 
@@ -5464,7 +5464,7 @@ def _read_text(path: str) -> str:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise Skipped(f"{path} cannot be read") from error
+        raise NoKeys(f"{path} cannot be read") from error
 
 
 def _write_private(path: str, document: Mapping[str, Any]) -> None:
@@ -5496,10 +5496,10 @@ def _from_process(command: str) -> Credentials:
         words = shlex.split(command)
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise Skipped(f"its process failed: {type(error).__name__}") from error
+        raise NoKeys(f"its process failed: {type(error).__name__}") from error
     if done.returncode:
         told = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
-        raise Skipped(f"its process ended with {done.returncode}: {told or 'it says nothing'}")
+        raise NoKeys(f"its process ended with {done.returncode}: {told or 'it says nothing'}")
     return _from_fields(_document(done.stdout), "SessionToken")
 
 
@@ -5538,7 +5538,7 @@ class CredentialCache:
         return current if good else None
 
     def get(self) -> Credentials:
-        """Return credentials that are valid now.  Raise Skipped if no source has any."""
+        """Return credentials that are valid now.  Raise NoKeys if no source has any."""
         current = self.ready()
         if current:
             return current
@@ -5559,14 +5559,14 @@ class CredentialCache:
             if good:
                 return good
             if self._reason:
-                raise Skipped(self._reason, self._passing)
+                raise NoKeys(self._reason, self._passing)
         self._tried = now
         try:
             found = self._find(() if good else self.PAUSES)
             if found.expires <= now:
-                raise Skipped("the credentials found have expired")
+                raise NoKeys("the credentials found have expired")
             self._current = found
-        except Skipped as reason:
+        except NoKeys as reason:
             self._reason, self._passing = str(reason), reason.passing
             log.warning("credentials not renewed: %s", reason)
             if good:
@@ -5580,7 +5580,7 @@ class CredentialCache:
         for pause in pauses:
             try:
                 return self._chain.find()
-            except Skipped as reason:
+            except NoKeys as reason:
                 if not reason.passing:
                     raise
             self._sleep(pause)
@@ -5650,7 +5650,7 @@ class Mask:
             self._secrets += (claimed.signature.encode(),)
         self.held = b""  # the last bytes of a stream, if a secret may begin there
 
-    def whole(self, data: bytes) -> bytes:
+    def hide(self, data: bytes) -> bytes:
         """Return the data with asterisks in place of each secret."""
         for secret in self._secrets:
             if secret in data:
@@ -5662,12 +5662,12 @@ class Mask:
         text = "\n".join([value for _, value in headers]).encode("latin-1")
         if not any([secret in text for secret in self._secrets]):
             return tuple(headers)
-        whole = [(name, self.whole(value.encode("latin-1"))) for name, value in headers]
+        whole = [(name, self.hide(value.encode("latin-1"))) for name, value in headers]
         return tuple((name, value.decode("latin-1")) for name, value in whole)
 
     def next(self, block: bytes) -> bytes:
         """Return a block of a stream without its last bytes if a secret may begin there."""
-        data = self.whole(self.held + block if self.held else block)
+        data = self.hide(self.held + block if self.held else block)
         keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
         self.held = data[len(data) - keep :]
         return data[: len(data) - keep] if keep else data
@@ -5814,7 +5814,7 @@ class Connection:
             return False
         return True
 
-    def answer(self) -> ResponseHead:
+    def receive_head(self) -> ResponseHead:
         """Return the head of the final answer, or raise UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
         try:
@@ -6044,8 +6044,8 @@ class Upstream:
         for rewrite in call.rewrites:
             request = rewrite(call, outgoing.request)
             outgoing = self._rewritten(outgoing, request) if request else outgoing
-        call.upstream_seconds = -time.monotonic()  # `_shown` adds its own time
-        return self._finish(call, outgoing, self._answered(call, outgoing))
+        call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
+        return self._settled(call, outgoing, self._answered(call, outgoing))
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
@@ -6075,23 +6075,23 @@ class Upstream:
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return functools.partial(self._received, attempt)
+            return functools.partial(self._rest, attempt)
         if end == 3:
             return None
         try:
             head = parse_response_head(buffer[:end])
             length = response_framing(head, call.request.method)
         except ValueError:
-            length = None  # `_received` reads it again, and refuses it
+            length = None  # `_rest` reads it again, and refuses it
         if length is None or length == UNTIL_CLOSE or head.status < 200:
-            return functools.partial(self._received, attempt)
+            return functools.partial(self._rest, attempt)
         if len(buffer) < end + length:
             return None
         unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
         if head.status in _REFUSED or unwanted:
-            return functools.partial(self._received, attempt)
+            return functools.partial(self._rest, attempt)
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
-        return self._shown(call, self.whole(connection, head, call.request.method, body))
+        return self._final(call, self.whole(connection, head, call.request.method, body))
 
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
         """Give up a poll, and return a function that makes its messages visible again."""
@@ -6102,23 +6102,23 @@ class Upstream:
         call, outgoing, _, connection = attempt
         try:
             connection.socket.settimeout(connection.timeout)
-            reply = self._reply(connection, connection.answer(), call.request.method)
+            reply = self._reply(connection, connection.receive_head(), call.request.method)
             self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
         except (UpstreamError, ServiceError) as error:
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
             self._pool.given_up.discard(connection)
 
-    def _finish(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+    def _settled(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
         if call.operation == "ReceiveMessage" and call.service == "sqs":
             reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
                 reply = no_messages(call, random_id())
-        return self._shown(call, reply)
+        return self._final(call, reply)
 
-    def _shown(self, call: Call, reply: Reply) -> Reply:
+    def _final(self, call: Call, reply: Reply) -> Reply:
         fields = fields_of(reply.headers)
         names = ("x-amzn-requestid", "x-amz-request-id", "x-amz-id-2")
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
@@ -6154,9 +6154,9 @@ class Upstream:
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
         return Reply(reply.status, headers, bytes(body))
 
-    def _received(self, attempt: Attempt) -> Reply:
+    def _rest(self, attempt: Attempt) -> Reply:
         call, outgoing = attempt.call, attempt.outgoing
-        return self._finish(call, outgoing, self._answered(call, outgoing, attempt))
+        return self._settled(call, outgoing, self._answered(call, outgoing, attempt))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
@@ -6297,7 +6297,7 @@ class Upstream:
     def _keys(self, call: Call) -> Credentials:
         try:
             return NOBODY if call.unsigned else self._credentials(call.caller).get()
-        except Skipped as reason:
+        except NoKeys as reason:
             code = "ServiceUnavailable" if reason.passing else "AccessDenied"
             shown = _PRIVATE.sub("...", str(reason))[:500]
             message = f"The proxy has no credentials to sign with: {shown}"
@@ -6321,7 +6321,7 @@ class Upstream:
                     if call.action == RECEIVE and not self._pool.awaits(connection):
                         threading.Thread(target=self.let_go(attempt), daemon=True).start()
                         return no_messages(call, random_id())
-                return self._reply(connection, connection.answer(), call.request.method)
+                return self._reply(connection, connection.receive_head(), call.request.method)
             except UpstreamError as error:
                 connection.close()
                 if again or not (connection.reused and error.unanswered and repeatable):
@@ -6446,7 +6446,7 @@ class Upstream:
         # An answer to HEAD has the length of a body, but no body.
         headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
         mask = connection.mask
-        return Reply(head.status, mask.headers(headers), mask.whole(body))
+        return Reply(head.status, mask.headers(headers), mask.hide(body))
 
     def _done(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
@@ -6632,8 +6632,8 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
         raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
 
 
-MOMENTS = ("before", "rewrite", "after", "observe")
-_OF_A_HOOK = (*MOMENTS, "concerns")  # not a hook on its own
+HOOK_METHODS = ("before", "rewrite", "after", "observe")
+_OF_A_HOOK = (*HOOK_METHODS, "concerns")  # not a hook on its own
 _NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
@@ -6702,8 +6702,8 @@ class HookFile(Watched):
                 raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
             if name in _OF_A_HOOK and not callable(value):
                 raise ValueError(f"{name} is no function")
-        if not any(hasattr(module, moment) for moment in MOMENTS):
-            raise ValueError(f"it has none of {', '.join(MOMENTS)}")
+        if not any(hasattr(module, moment) for moment in HOOK_METHODS):
+            raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
         return module
 
 
@@ -6813,7 +6813,7 @@ class AccessLog(Hook):
         else:
             line = " ".join(map(str, fields.values()))
             if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
-                line = " ".join(str(_shown(value)) for value in fields.values())
+                line = " ".join(str(_one_word(value)) for value in fields.values())
         try:
             self._stream.write(line + "\n")
         except (OSError, ValueError):
@@ -6824,7 +6824,7 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable() and len(text) < 1024
 
 
-def _shown(value: Any) -> str:
+def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN]
     if not _is_plain(text) or "\\" in text:
@@ -7227,7 +7227,7 @@ class TaskProtection(InFlight):
                 failure = answer.get("failure") or answer.get("error")
                 if failure:
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
-            except (Skipped, ValueError, AttributeError, RecursionError) as error:
+            except (NoKeys, ValueError, AttributeError, RecursionError) as error:
                 pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
                 self._failures += 1
                 self._not_before = now + pause
@@ -7237,7 +7237,7 @@ class TaskProtection(InFlight):
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
-# ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
+# ==== 8. The proxy: Route, Embedded, Deny, PendingCall, Proxy ====
 
 _DEMO = Client("demo", "dummykey", "dummysecret")
 DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
@@ -7271,7 +7271,7 @@ class Embedded:
             raise ServiceError("InvalidAction", message)
         if call.operation not in OPERATIONS:
             raise _invalid_action(call.operation)
-        return call.wire.output(call, SQS_MODEL, self._sqs.answer(call), request_id)
+        return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
 
 
 DEFAULT_ROUTE = ("sqs:*", "embedded")
@@ -7304,12 +7304,12 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
-def _moment(hook: Any, name: str) -> Optional[Callable[..., Any]]:
+def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
 
 
-class Moments(NamedTuple):
+class HookMethods(NamedTuple):
     """The methods of a hook; without `concerns` it is for all calls."""
 
     concerns: Optional[Callable[[Call], bool]]
@@ -7469,7 +7469,7 @@ class Status:
         self._metrics = metrics
         self._in_flight = in_flight
 
-    def answer(self, request: Request) -> Reply:
+    def reply_to(self, request: Request) -> Reply:
         """Return the reply for a path, 404 for an unknown path.  Never raises."""
         try:
             return self._answer(request)
@@ -7573,7 +7573,7 @@ class Admin:
             check_page(request, self._hosts, any_address=True)
         except ServiceError as error:
             return REST.error(request, error, random_id())
-        return self._status.answer(request)
+        return self._status.reply_to(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return None: the head is never refused."""
@@ -7584,7 +7584,7 @@ class Admin:
         return self.max_body
 
 
-class Pending:
+class PendingCall:
     """A call that waits for the answer of an upstream on `socket`."""
 
     def __init__(
@@ -7601,7 +7601,7 @@ class Pending:
     def _complete(self, act: Act) -> Act:
         return functools.partial(self._proxy.complete, self._exchange, act)
 
-    def send(self) -> Union[Pending, Act]:
+    def send(self) -> Union[PendingCall, Act]:
         """Send the call without waiting, or return a function that sends it and waits."""
         call, connection = self._attempt.call, self._attempt.connection
         call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
@@ -7651,7 +7651,7 @@ class Pending:
         return self._proxy.refuse(self._exchange, error)
 
 
-Outcome = Union[Reply, Pending, Act]
+Outcome = Union[Reply, PendingCall, Act]
 
 
 class Proxy:
@@ -7735,16 +7735,16 @@ class Proxy:
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
-        if isinstance(outcome, Pending):
+        if isinstance(outcome, PendingCall):
             outcome = outcome.wait()
         return outcome if isinstance(outcome, Reply) else outcome()
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Start each request.
 
-        Return a Reply if one is ready, a Pending if an upstream must answer first, or a function
-        that may block and returns the Reply.  Each step runs for all requests before the next
-        step: its code is then in the processor's caches, which saves a third of the time.
+        Return a Reply if one is ready, a PendingCall if an upstream must answer first, or a
+        function that may block and returns the Reply.  Each step runs for all requests before the
+        next step: its code is then in the processor's caches, which saves a third of the time.
         """
         outcomes: list[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
         step: Callable[..., Any] = self._step
@@ -7752,7 +7752,7 @@ class Proxy:
         for act in (self._find_call, self._act):
             outcomes = [step(act, it) if isinstance(it, Exchange) else it for it in outcomes]
         outcomes = [observed(it, it.reply) if isinstance(it, Exchange) else it for it in outcomes]
-        return [it.send() if isinstance(it, Pending) else it for it in outcomes]
+        return [it.send() if isinstance(it, PendingCall) else it for it in outcomes]
 
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
@@ -7797,7 +7797,7 @@ class Proxy:
             check_page(request, self._hosts)
         except ServiceError as error:
             return REST.error(request, error, self._new_id())
-        return self._status.answer(request)
+        return self._status.reply_to(request)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return the refusal of a request by its head, or None if the body must be read."""
@@ -7844,7 +7844,7 @@ class Proxy:
             exchange.reply = no_messages(call, exchange.request_id)
             return exchange
         try:
-            hooks = [it for it in self._moments if not it.concerns or run_hook(it.concerns, call)]
+            hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
             if not hooks and not target.may_block:
                 call.may_wait = False
                 exchange.reply = target.answer(call, exchange.request_id)
@@ -7852,7 +7852,7 @@ class Proxy:
             if not hooks and isinstance(target, Upstream):
                 begun = target.begin(call)
                 if begun:
-                    return Pending(self, exchange, target, *begun)
+                    return PendingCall(self, exchange, target, *begun)
         except WouldWait:
             call.may_wait = True
         act = functools.partial(target.answer, call, exchange.request_id)
@@ -7863,7 +7863,7 @@ class Proxy:
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
-        observers = [_moment(hook, "observe") for hook in hooks]
+        observers = [_method_of(hook, "observe") for hook in hooks]
         own = __name__  # our own hooks raise no BaseException
         self._observe = [
             observe
@@ -7871,15 +7871,18 @@ class Proxy:
             else functools.partial(run_hook, observe)
             for observe in filter(None, reversed(observers))
         ]
-        moments = [Moments(*(_moment(hook, name) for name in Moments._fields)) for hook in hooks]
-        self._moments = [it for it in moments if it.before or it.rewrite or it.after]
+        moments = [
+            HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
+            for hook in hooks
+        ]
+        self._methods = [it for it in moments if it.before or it.rewrite or it.after]
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed."""
         if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
             self.arrange_hooks()
 
-    def _hooked(self, call: Call, hooks: Sequence[Moments], act: Callable[[], Reply]) -> Reply:
+    def _hooked(self, call: Call, hooks: Sequence[HookMethods], act: Callable[[], Reply]) -> Reply:
         reply = None
         for hook in hooks:
             if hook.before and reply is None:
@@ -8151,7 +8154,7 @@ def fault_of_reply(reply: Reply) -> str:
     return ""
 
 
-# ==== 9. The server: Certificate, Conversation, Server ====
+# ==== 9. The server: Certificate, PeerConnection, Server ====
 #
 # One thread runs a loop.  It reads all connections that are idle or sending a request, and
 # answers every call that need not wait: with more threads, such calls would compete for the
@@ -8190,7 +8193,7 @@ class Certificate(Watched):
         raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
-class Manner(NamedTuple):
+class Framing(NamedTuple):
     """The form of an answer."""
 
     close: bool  # whether the connection ends with it
@@ -8198,17 +8201,17 @@ class Manner(NamedTuple):
     old: bool  # HTTP/1.0, without chunks
 
 
-class Conversation:
+class PeerConnection:
     """A connection, its unread bytes and its deadline."""
 
-    def __init__(self, server: Server, connection: socket.socket, peer: str) -> None:
+    def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
-        self.socket = connection
+        self.socket = sock
         self.peer = peer
         self.buffer = b""
         self.parked = False  # whether it is registered with the selector
         self.queued = False  # whether the loop will look for a request in the buffer
-        self.pending: Optional[Pending] = None  # the call that waits for an upstream
+        self.pending: Optional[PendingCall] = None  # the call that waits for an upstream
         self.needed = 0  # bytes that must be in the buffer for a request
         self.scanned = 0  # bytes of the buffer without the end of a head
         self.found: Optional[tuple[Head, int, int]] = None  # a head whose body is incomplete
@@ -8262,7 +8265,7 @@ class Conversation:
             self.server.queue(self)
         self.server.note_arrival(len(data))
 
-    def next_request(self) -> Optional[tuple[Request, Manner]]:
+    def next_request(self) -> Optional[tuple[Request, Framing]]:
         """Return the next request in the buffer and the form of the answer, or None."""
         self.queued = False
         found = self.found or self._find_head()
@@ -8278,7 +8281,7 @@ class Conversation:
         if self.buffer:
             self.deadline = time.monotonic() + self.server.timeout_seconds
         request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
-        return request, _manner(head)
+        return request, _framing_of(head)
 
     def _find_head(self) -> Optional[tuple[Head, int, int]]:
         """Return the head in the buffer, the length of the body, and the end of the head.
@@ -8338,15 +8341,17 @@ class Conversation:
         self.lingering, self.needed = True, 0
         self.deadline = time.monotonic() + SECONDS_LINGERING
 
-    def answer(self, outcome: Outcome, manner: Manner) -> None:
+    def send_outcome(self, outcome: Outcome, framing: Framing) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
-        if isinstance(outcome, Pending):
-            self.server.wait(self, outcome, manner)
+        if isinstance(outcome, PendingCall):
+            self.server.wait(self, outcome, framing)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             date = _http_date(int(time.time()))
-            self._send(encode_reply(outcome, date, manner.close, manner.head_only), manner.close)
+            self._send(
+                encode_reply(outcome, date, framing.close, framing.head_only), framing.close
+            )
         else:
-            self.server.work(self, functools.partial(self._write, outcome, manner))
+            self.server.work(self, functools.partial(self._write, outcome, framing))
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
         """Send a reply from its byte `sent` on, as fast as the client reads."""
@@ -8417,8 +8422,8 @@ class Conversation:
             body = LengthBody(source, length, begin)
         request = head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request)
-        manner = _manner(head)
-        goes_on = self._write(reply, manner._replace(close=True) if body.unread else manner)
+        framing = _framing_of(head)
+        goes_on = self._write(reply, framing._replace(close=True) if body.unread else framing)
         self.buffer = source.buffer
         if body.unread:
             self._linger()
@@ -8445,10 +8450,10 @@ class Conversation:
 
         return _receive
 
-    def _write(self, outcome: Union[Reply, Act], manner: Manner) -> bool:
+    def _write(self, outcome: Union[Reply, Act], framing: Framing) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
         reply = outcome if isinstance(outcome, Reply) else outcome()
-        close, head_only, old = manner
+        close, head_only, old = framing
         date = _http_date(int(time.time()))
         if isinstance(reply.body, bytes):
             self._send_all(encode_reply(reply, date, close, head_only))
@@ -8504,10 +8509,10 @@ class Conversation:
             self.socket.shutdown(socket.SHUT_WR)
 
 
-def _manner(head: Head) -> Manner:
+def _framing_of(head: Head) -> Framing:
     options = ",".join(head.fields.get("connection", ())).lower().split(",")
     is_old = head.version == "1.0"  # RFC 9112, 9.6
-    return Manner(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
+    return Framing(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
 
 
 class Server(http.server.HTTPServer):
@@ -8546,12 +8551,14 @@ class Server(http.server.HTTPServer):
         self._regular = (*regular, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._conversations: set[Conversation] = set()
-        self._queue: collections.deque[Conversation] = collections.deque()  # may hold a request
-        self._returned: collections.deque[Conversation] = collections.deque()  # by workers
-        self._heard: list[Pending] = []  # whose upstreams have sent something
-        self._replies: list[tuple[Conversation, Outcome, Manner]] = []  # of upstreams
-        self._pending: dict[Pending, tuple[float, Conversation, Manner]] = {}  # with its start
+        self._connections: set[PeerConnection] = set()
+        self._queue: collections.deque[PeerConnection] = collections.deque()  # may hold a request
+        self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
+        self._heard: list[PendingCall] = []  # whose upstreams have sent something
+        self._replies: list[tuple[PeerConnection, Outcome, Framing]] = []  # of upstreams
+        self._pending: dict[
+            PendingCall, tuple[float, PeerConnection, Framing]
+        ] = {}  # with its start
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -8601,17 +8608,17 @@ class Server(http.server.HTTPServer):
         if self._arrived < MAX_HELD // 8:
             return
         self._arrived = 0
-        held = sum(len(c.buffer) for c in self._conversations)
+        held = sum(len(c.buffer) for c in self._connections)
         if held <= MAX_HELD:
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
-        waiting = [c for c in self._conversations if c.parked and not c.pending]
-        for conversation in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
+        waiting = [c for c in self._connections if c.parked and not c.pending]
+        for connection in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
             if held <= MAX_HELD * 3 // 4:
                 break
-            held -= len(conversation.buffer)
-            conversation.close()
-        give_memory_back()
+            held -= len(connection.buffer)
+            connection.close()
+        release_memory()
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
@@ -8620,38 +8627,38 @@ class Server(http.server.HTTPServer):
         for pending, reply in [(pending, pending.proceed()) for pending in heard]:
             if reply is not None:
                 self._settle(pending, reply)
-        found: list[tuple[Conversation, Request, Manner]] = []
+        found: list[tuple[PeerConnection, Request, Framing]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
-            conversation = self._queue.popleft()
-            if conversation not in self._conversations:
+            connection = self._queue.popleft()
+            if connection not in self._connections:
                 continue  # it was closed
-            request = self._guarded(conversation.next_request, conversation.socket)
+            request = self._guarded(connection.next_request, connection.socket)
             if request:
-                found.append((conversation, *request))
+                found.append((connection, *request))
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
         if outcomes is None:  # the proxy failed
-            for conversation, *_ in found:
-                conversation.close()
+            for connection, *_ in found:
+                connection.close()
             outcomes = ()
         replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
-        for conversation, outcome, manner in replies:
-            self._guarded(conversation.answer, conversation.socket, outcome, manner)
+        for connection, outcome, framing in replies:
+            self._guarded(connection.send_outcome, connection.socket, outcome, framing)
 
-    def queue(self, conversation: Conversation) -> None:
+    def queue(self, connection: PeerConnection) -> None:
         """Add a connection to the queue of those whose buffers may hold a request."""
-        if not conversation.queued:
-            conversation.queued = True
-            self._queue.append(conversation)
+        if not connection.queued:
+            connection.queued = True
+            self._queue.append(connection)
 
-    def _guarded(self, act: Callable[..., Any], connection: Any = None, *given: Any) -> Any:
+    def _guarded(self, act: Callable[..., Any], sock: Any = None, *given: Any) -> Any:
         """Return the result of `act`; log an exception and close the connection."""
         try:
             return act(*given)
         except Exception:
             log.exception("a connection failed")
-            for conversation in [c for c in self._conversations if c.socket is connection]:
-                conversation.close()
+            for connection in [c for c in self._connections if c.socket is sock]:
+                connection.close()
             return None
 
     def stop(self) -> None:
@@ -8675,12 +8682,12 @@ class Server(http.server.HTTPServer):
         self._closed = True
         while self._pending:
             self._pending.popitem()[0].give_up()
-        for conversation in list(self._conversations):
-            if conversation.parked or conversation.pending:
-                conversation.close()
+        for connection in list(self._connections):
+            if connection.parked or connection.pending:
+                connection.close()
             else:  # a worker owns it: after a close, it would continue without TLS
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(conversation.socket, socket.SHUT_RDWR)
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
         while self._returned:
             self._returned.popleft().hang_up()
         self._selector.close()
@@ -8691,24 +8698,24 @@ class Server(http.server.HTTPServer):
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
         busy = self._pending or self._queue or self._replies
-        return not busy and all(c.parked and not c.writing for c in self._conversations)
+        return not busy and all(c.parked and not c.writing for c in self._connections)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
         for pending in [p for p in self._pending if p.is_poll]:
             self._cut_short(pending)
 
-    def interrupted(self, conversation: Conversation, pending: Pending) -> None:
+    def interrupted(self, connection: PeerConnection, pending: PendingCall) -> None:
         """End the call of a client that has hung up; what another client says can wait."""
-        self.unpark(conversation)
-        if not conversation.abandoned():
+        self.unpark(connection)
+        if not connection.abandoned():
             return
         if pending.is_poll:
             self._cut_short(pending)
         else:
             self._settle(pending, pending.give_up("the client has left"))
 
-    def _cut_short(self, pending: Pending) -> None:
+    def _cut_short(self, pending: PendingCall) -> None:
         reply, put_back = pending.cut_short()
         self._settle(pending, reply)
         self._workers.run(put_back)
@@ -8716,17 +8723,17 @@ class Server(http.server.HTTPServer):
     @property
     def connections(self) -> int:
         """Return how many connections are open."""
-        return len(self._conversations)
+        return len(self._connections)
 
     @property
     def calls(self) -> int:
         """Return how many calls wait for an upstream, a message or a hook."""
-        return sum(not c.parked or c.pending is not None for c in list(self._conversations))
+        return sum(not c.parked or c.pending is not None for c in list(self._connections))
 
     def _accept(self) -> None:
         for _ in range(64):
             try:
-                connection, address = self.socket.accept()
+                sock, address = self.socket.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
@@ -8735,119 +8742,119 @@ class Server(http.server.HTTPServer):
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            if len(self._conversations) >= self._max_connections and not self._make_room():
-                self._refuse(connection, address[0])
+            if len(self._connections) >= self._max_connections and not self._make_room():
+                self._refuse(sock, address[0])
                 continue
             try:
-                self._welcome(connection, address[0])
+                self._welcome(sock, address[0])
             except (OSError, ValueError):  # the client is gone
-                connection.close()
+                sock.close()
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        waiting = [c for c in self._conversations if c.parked and not (c.pending or c.queued)]
+        waiting = [c for c in self._connections if c.parked and not (c.pending or c.queued)]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
-        for conversation in waiting[: len(waiting) // 100 + 1]:
-            conversation.close()
+        for connection in waiting[: len(waiting) // 100 + 1]:
+            connection.close()
         return bool(waiting)
 
-    def _welcome(self, connection: socket.socket, peer: str) -> None:
+    def _welcome(self, sock: socket.socket, peer: str) -> None:
         # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(connection)
-        connection.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
+        sock.setblocking(False)
         if self._certificate:
             wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
-            connection = wrap(connection, do_handshake_on_connect=False)
-        conversation = Conversation(self, connection, peer)
-        self._park(conversation)
-        self._conversations.add(conversation)
+            sock = wrap(sock, do_handshake_on_connect=False)
+        connection = PeerConnection(self, sock, peer)
+        self._park(connection)
+        self._connections.add(connection)
         if self._certificate:
-            conversation.shake_hands()
+            connection.shake_hands()
 
     def _listen_again(self) -> None:
         if self.socket not in self._selector.get_map():
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
-    def _refuse(self, connection: socket.socket, peer: str) -> None:
+    def _refuse(self, sock: socket.socket, peer: str) -> None:
         """Refuse a connection; with TLS, only close it."""
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
         answer = self.refusal(error, peer)
-        connection.setblocking(False)
-        with connection, contextlib.suppress(OSError):
+        sock.setblocking(False)
+        with sock, contextlib.suppress(OSError):
             if not self._certificate:
-                connection.send(answer)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)  # unread bytes would turn the end into a reset
+                sock.send(answer)
+                sock.shutdown(socket.SHUT_WR)
+                sock.recv(65536)  # unread bytes would turn the end into a reset
 
     def refusal(self, error: ServiceError, peer: str) -> bytes:
         """Return the answer for a connection from which nothing was read."""
         reply = self.proxy.handle(Request("GET", "/", (), io.BytesIO(), peer), error)
         return encode_reply(reply, _http_date(int(time.time())), True)
 
-    def listen_to(self, conversation: Conversation, events: int, act: Callable[[], None]) -> None:
+    def listen_to(self, connection: PeerConnection, events: int, act: Callable[[], None]) -> None:
         """Make the loop call `act` when the connection is ready for the events."""
-        self._selector.modify(conversation.socket, events, act)
+        self._selector.modify(connection.socket, events, act)
 
-    def _park(self, conversation: Conversation) -> None:
+    def _park(self, connection: PeerConnection) -> None:
         """Make the loop wait for the next bytes of the connection."""
-        conversation.deadline = time.monotonic() + self.timeout_seconds
-        if not conversation.parked:
-            conversation.parked = True
-            conversation.socket.setblocking(False)
-            act = conversation.readable
-            self._selector.register(conversation.socket, selectors.EVENT_READ, act)
+        connection.deadline = time.monotonic() + self.timeout_seconds
+        if not connection.parked:
+            connection.parked = True
+            connection.socket.setblocking(False)
+            act = connection.readable
+            self._selector.register(connection.socket, selectors.EVENT_READ, act)
 
-    def forget(self, conversation: Conversation) -> None:
+    def forget(self, connection: PeerConnection) -> None:
         """Forget a closed connection."""
-        self._conversations.discard(conversation)
-        self.unpark(conversation)
+        self._connections.discard(connection)
+        self.unpark(connection)
 
-    def unpark(self, conversation: Conversation) -> None:
+    def unpark(self, connection: PeerConnection) -> None:
         """Make the loop stop waiting for the connection."""
-        if conversation.parked:
-            conversation.parked = False
-            self._selector.unregister(conversation.socket)
+        if connection.parked:
+            connection.parked = False
+            self._selector.unregister(connection.socket)
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        for conversation in [c for c in self._conversations if c.deadline < now and c.parked]:
-            conversation.close()
+        for connection in [c for c in self._connections if c.deadline < now and c.parked]:
+            connection.close()
 
-    def wait(self, conversation: Conversation, pending: Pending, manner: Manner) -> None:
+    def wait(self, connection: PeerConnection, pending: PendingCall, framing: Framing) -> None:
         """Make the loop wait for the answer of an upstream."""
-        conversation.pending, conversation.deadline = pending, math.inf
-        self._pending[pending] = (time.monotonic(), conversation, manner)
+        connection.pending, connection.deadline = pending, math.inf
+        self._pending[pending] = (time.monotonic(), connection, framing)
         act = functools.partial(self._heard.append, pending)
         self._selector.register(pending.socket, selectors.EVENT_READ, act)
 
-    def _settle(self, pending: Pending, reply: Union[Reply, Callable[[], Reply]]) -> None:
-        _, conversation, manner = self._pending.pop(pending)
+    def _settle(self, pending: PendingCall, reply: Union[Reply, Callable[[], Reply]]) -> None:
+        _, connection, framing = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(pending.socket)
-        conversation.pending = None
-        if conversation in self._conversations:
-            self._park(conversation)
-            self._replies.append((conversation, reply, manner))
+        connection.pending = None
+        if connection in self._connections:
+            self._park(connection)
+            self._replies.append((connection, reply, framing))
 
     def _give_up_pending(self) -> None:
         now = time.monotonic()
         for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
             self._settle(pending, pending.give_up())
 
-    def work(self, conversation: Conversation, act: Callable[[], bool]) -> None:
+    def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""
-        self.unpark(conversation)
+        self.unpark(connection)
         try:
-            self._workers.run(functools.partial(self._do, conversation, act))
+            self._workers.run(functools.partial(self._do, connection, act))
         except RuntimeError as error:  # no more threads
             log.warning("a call is dropped because no thread can start: %s", error)
-            conversation.close()
+            connection.close()
 
-    def _do(self, conversation: Conversation, act: Callable[[], bool]) -> None:
+    def _do(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         goes_on = False
         try:
-            conversation.socket.settimeout(self.timeout_seconds)
+            connection.socket.settimeout(self.timeout_seconds)
             goes_on = act()
         except OSError:
             pass  # the client was silent for too long, or is gone
@@ -8855,20 +8862,20 @@ class Server(http.server.HTTPServer):
             log.exception("a connection failed")
         finally:  # the body of a hook's Reply may raise anything
             if not goes_on or self._closed:
-                conversation.hang_up()
-            self._returned.append(conversation)
+                connection.hang_up()
+            self._returned.append(connection)
             self.wake()
 
     def _take_back(self) -> None:
         self._woken.recv(4096)
         self._when_woken()
         while self._returned:
-            conversation = self._returned.popleft()
-            if conversation.socket.fileno() < 0:
-                self._conversations.discard(conversation)
+            connection = self._returned.popleft()
+            if connection.socket.fileno() < 0:
+                self._connections.discard(connection)
             else:
-                self._guarded(self._park, conversation.socket, conversation)
-                self._guarded(conversation.resume, conversation.socket)
+                self._guarded(self._park, connection.socket, connection)
+                self._guarded(connection.resume, connection.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
@@ -9211,7 +9218,7 @@ class Program:
         for client in named.values() if self._upstreams else ():
             try:
                 check_not_shared(self._keyring.of(client).get(), clients)
-            except Skipped as reason:
+            except NoKeys as reason:
                 log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
             except ValueError as error:
                 raise UsageError(str(error)) from error
@@ -9254,7 +9261,7 @@ class Program:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
         each = 2 if self._upstreams else 1
-        allowed = allow_files(SPARE_FILES + wanted * each)
+        allowed = raise_file_limit(SPARE_FILES + wanted * each)
         most = (allowed - min(SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
@@ -9317,7 +9324,7 @@ class Program:
             self._announce("admin on http", options.admin[0], self.admin)
         scheme = "https" if self._certificate else "http"
         self._announce(f"listening on {scheme}", options.host, self.server)
-        give_memory_back()
+        release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
@@ -9364,7 +9371,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             writer.close()
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
     with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
         import ctypes
@@ -9391,7 +9398,7 @@ SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
 ADMIN_CONNECTIONS = 32
 
 
-def allow_files(wanted: int) -> int:
+def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     endless = resource.RLIM_INFINITY

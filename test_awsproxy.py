@@ -69,13 +69,13 @@ from awsproxy import (
     CredentialChain,
     Credentials,
     Keyring,
+    NoKeys,
     Profile,
     Proxy,
     Reply,
     Request,
     Server,
     ServiceError,
-    Skipped,
 )
 
 # ==== A signer of our own, a clock that waits for nobody, and a caller in both protocols ====
@@ -3657,7 +3657,7 @@ class EnvelopeTest(Spoken):
 
     def test_a_fault_of_our_own_is_the_receivers(self):
         class Broken:
-            def answer(self, call):
+            def perform(self, call):
                 raise LookupError("dummysecret")
 
         self.sqs.proxy = Proxy(awsproxy.DEMO_CLIENTS, clock=self.clock, sqs=Broken())
@@ -8499,7 +8499,7 @@ class ChainTest(unittest.TestCase):
                 return answer
         if url.startswith("https://sts."):
             return self.sts(headers, data)
-        raise Skipped("nobody answered")
+        raise NoKeys("nobody answered")
 
     def sts(self, headers, data):
         """Answer for a role with the key of its name, to who signs with a key that is known."""
@@ -8527,7 +8527,7 @@ class ChainTest(unittest.TestCase):
 
     def skipped(self, *args, **how):
         """Return why there are no credentials."""
-        with self.assertRaises(Skipped) as caught:
+        with self.assertRaises(NoKeys) as caught:
             self.chain(*args, **how).find()
         self.assertNotIn("dummysecret", repr(caught.exception))
         return str(caught.exception)
@@ -8537,7 +8537,7 @@ class SourceTest(ChainTest):
     def test_web_identity_without_a_role_takes_that_of_the_profile_or_fails(self):
         self.web = {STS: of_sts("W"), **self.metadata}
         token_only = {k: v for k, v in BY_IDENTITY.items() if k != "AWS_ROLE_ARN"}
-        with self.assertRaisesRegex(Skipped, "AWS_ROLE_ARN is not set"):
+        with self.assertRaisesRegex(NoKeys, "AWS_ROLE_ARN is not set"):
             self.found(token_only)
         config = "[default]\nrole_arn = arn:aws:iam::1:role/Q\n"
         self.assertEqual(self.found(token_only, config=config), lasting("W"))
@@ -8891,13 +8891,13 @@ class FetchTest(ChainTest):
         for url in urls:
             with self.subTest(url):
                 seconds = 0.2 if "slow" in url else DEADLINE
-                with self.assertRaises(Skipped) as caught:
+                with self.assertRaises(NoKeys) as caught:
                     awsproxy.fetch(url, {"Authorization": "dummysecret"}, timeout=seconds)
                 self.assertRegex(str(caught.exception), "404" if "nothing" in url else ".")
                 self.assertNotIn("secret", str(caught.exception))
 
     def test_a_redirection_is_not_followed(self):  # it would take the token elsewhere
-        with self.assertRaisesRegex(Skipped, "302"):
+        with self.assertRaisesRegex(NoKeys, "302"):
             awsproxy.fetch(self.origin + "/moved", {"Authorization": "dummysecret"})
         self.assertEqual(self.server.asked, [("GET", "/moved", "dummysecret")])
 
@@ -8915,7 +8915,7 @@ class FetchTest(ChainTest):
         code = (
             "import awsproxy, sys\nfor url in sys.argv[1:]:\n"
             f"    seconds = {DEADLINE} if 'keys' in url else 0.3\n"
-            "    try: awsproxy.fetch(url, {}, timeout=seconds)\n    except awsproxy.Skipped: pass\n"
+            "    try: awsproxy.fetch(url, {}, timeout=seconds)\n    except awsproxy.NoKeys: pass\n"
         )
         hosts = "127.0.0.2:9 [::1]:9 localhost:9 169.254.170.2 169.254.170.23 169.254.169.254"
         hosts = [*hosts.split(), "[fd00:ec2::23]", "[fd00:ec2::254]", "keys.example"]
@@ -8931,7 +8931,7 @@ class NoOtherIdentityTest(ChainTest):
     def fails(self, passing):
         def fetch(url, headers, *, data=None, method=None, timeout=5):
             self.asked.append(Asked(url, headers, data, method))
-            raise Skipped("sts.us-east-1.amazonaws.com answered 403: no such role", passing)
+            raise NoKeys("sts.us-east-1.amazonaws.com answered 403: no such role", passing)
 
         return fetch
 
@@ -8946,7 +8946,7 @@ class NoOtherIdentityTest(ChainTest):
             for passing in (True, False):
                 with self.subTest(name, environ=environ, passing=passing):
                     chain = self.chain(environ, fetch=self.fails(passing))
-                    with self.assertRaisesRegex(Skipped, f"{name}: ") as caught:
+                    with self.assertRaisesRegex(NoKeys, f"{name}: ") as caught:
                         chain.find()
                     of_file = "/no/such/file" in environ.values()
                     self.assertEqual(caught.exception.passing, passing and not of_file)
@@ -8977,12 +8977,12 @@ class NoOtherIdentityTest(ChainTest):
             with self.subTest(passing=passing, failures=results):
                 pauses, clock = [], Clock()
                 good = Credentials("dummykey", "dummysecret")
-                chain = Finding(*[Skipped("down", passing)] * results, good)
+                chain = Finding(*[NoKeys("down", passing)] * results, good)
                 cache = CredentialCache(chain, clock, pauses.append)
                 if passing and results < 3:
                     self.assertIs(cache.get(), good)
                 else:
-                    with self.assertRaisesRegex(Skipped, "down") as caught:
+                    with self.assertRaisesRegex(NoKeys, "down") as caught:
                         cache.get()
                     self.assertEqual(caught.exception.passing, passing)
                 self.assertEqual(pauses, slept)
@@ -8994,7 +8994,7 @@ class NoOtherIdentityTest(ChainTest):
             (True, 503, "ServiceUnavailable"),
             (False, 403, "AccessDeniedException"),
         ):
-            cache = CredentialCache(Finding(Skipped(reason, passing)), Clock(), lambda _: None)
+            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock(), lambda _: None)
             upstream = awsproxy.Upstream(
                 awsproxy.Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
             )
@@ -9043,7 +9043,7 @@ class CacheTest(unittest.TestCase):
             with self.subTest(seconds):
                 self.clock.now = EXAMPLE_TIME + seconds
                 if isinstance(expected, str):
-                    with self.assertRaisesRegex(Skipped, expected):
+                    with self.assertRaisesRegex(NoKeys, expected):
                         self.cache.get()
                 else:
                     self.assertIs(self.cache.get(), expected)
@@ -9063,7 +9063,7 @@ class CacheTest(unittest.TestCase):
 
     def test_a_failure_is_tried_again_after_ten_seconds_and_the_old_serve(self):
         first, no = self.first, "no dice"
-        self.start(first, Skipped(no))
+        self.start(first, NoKeys(no))
         self.check([(0, first, 1)])
         with self.assertLogs("awsproxy", "WARNING") as logged:
             self.check([(3300, first, 2), (3309, first, 2), (3310, first, 3), (3599, first, 4)])
@@ -9072,7 +9072,7 @@ class CacheTest(unittest.TestCase):
         self.check([(3600, no, 4), (3608, no, 4), (3609, no, 5), (3618, no, 5)])
         self.chain.results = [self.second]
         self.check([(3619, self.second, 6)])
-        self.start(Skipped(no), first)  # the same where there were none
+        self.start(NoKeys(no), first)  # the same where there were none
         self.check([(0, no, 1), (9.9, no, 1), (10, first, 2)])
 
     def test_short_ones_serve_and_expired_ones_do_not(self):
@@ -9090,14 +9090,14 @@ class CacheTest(unittest.TestCase):
         self.check([(0, second, 2)])
         self.assertTrue(self.cache.expire(first))  # somebody else has renewed them
         self.check([(0, second, 2)])
-        self.chain.results = [Skipped("no dice")]
+        self.chain.results = [NoKeys("no dice")]
         self.assertTrue(self.cache.expire(second))
         self.assertFalse(self.cache.expire(second))
         with self.assertLogs("awsproxy", "WARNING"):
             self.check([(1, second, 3), (2, second, 3)])
 
     def test_one_thread_renews_and_only_who_has_none_waits_for_it(self):
-        no, entered, leave = Skipped("no dice"), threading.Event(), threading.Event()
+        no, entered, leave = NoKeys("no dice"), threading.Event(), threading.Event()
         self.addCleanup(leave.set)
         for old, new in ((self.first, self.second), (None, self.first), (None, no)):
             with self.subTest(old=old, new=new):
@@ -9199,7 +9199,7 @@ class SsoRefreshTest(ChainTest):
             if url != OIDC:
                 return self.fetch(url, headers, **how)
             self.asked.append(Asked(url, headers, how.get("data"), how.get("method")))
-            if isinstance(failure, Skipped):
+            if isinstance(failure, NoKeys):
                 raise failure
             return failure
 
@@ -9309,7 +9309,7 @@ class SsoRefreshTest(ChainTest):
             )),
         ]  # fmt: skip
         no = "oidc.eu-west-1.amazonaws.com answered 400"
-        for failure in (Skipped(no), Skipped("timed out", True), *malformed):
+        for failure in (NoKeys(no), NoKeys("timed out", True), *malformed):
             fetch = self.failing(failure)
             with self.subTest(str(failure)[:99]):
                 self.cache_for(60)
@@ -9322,11 +9322,11 @@ class SsoRefreshTest(ChainTest):
                 self.assertEqual(self.asked[1].headers, headers)
                 (line,) = logged.output
                 self.assertNotIn("dummysecret", line)
-                self.assertIn(str(failure) if isinstance(failure, Skipped) else "SSO token", line)
+                self.assertIn(str(failure) if isinstance(failure, NoKeys) else "SSO token", line)
                 self.assertEqual(self.cached(), before)
                 self.cache_for(0)
                 chain = self.chain(**self.SESSION, fetch=fetch)
-                with self.assertRaisesRegex(Skipped, "expired.*aws sso login") as caught:
+                with self.assertRaisesRegex(NoKeys, "expired.*aws sso login") as caught:
                     chain.find()
                 self.assertNotIn("dummysecret", repr(caught.exception))
                 self.assertEqual(caught.exception.passing, getattr(failure, "passing", False))
@@ -9383,10 +9383,10 @@ class SsoRefreshTest(ChainTest):
         for passing, named in ((False, True), (True, False)):
 
             def fetch(url, headers, passing=passing, **how):
-                raise Skipped("portal answered 401: Session token not found or invalid", passing)
+                raise NoKeys("portal answered 401: Session token not found or invalid", passing)
 
             with self.subTest(passing=passing):
-                with self.assertRaisesRegex(Skipped, "not found or invalid") as caught:
+                with self.assertRaisesRegex(NoKeys, "not found or invalid") as caught:
                     self.chain(**self.SESSION, fetch=fetch).find()
                 self.assertEqual("run 'aws sso login'" in str(caught.exception), named)
                 self.assertEqual(caught.exception.passing, passing)
@@ -9571,7 +9571,7 @@ class StaticStabilityTest(ChainTest):
         with self.subTest("where there were none"):
             self.web = down
             self.start()
-            with self.assertRaisesRegex(Skipped, "EC2 metadata: "):
+            with self.assertRaisesRegex(NoKeys, "EC2 metadata: "):
                 self.get(0)
 
     def test_keys_of_other_sources_are_not_extended(self):
@@ -9580,7 +9580,7 @@ class StaticStabilityTest(ChainTest):
         for environ in (RELATIVE, BY_IDENTITY):
             with self.subTest(environ), self.assertLogs("awsproxy", "WARNING"):
                 self.start({**NO_METADATA, **environ})
-                with self.assertRaisesRegex(Skipped, "expired"):
+                with self.assertRaisesRegex(NoKeys, "expired"):
                     self.get(0)
 
     def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
@@ -9594,10 +9594,10 @@ class StaticStabilityTest(ChainTest):
         config = role("default", "A", credential_source="Ec2InstanceMetadata")
 
         def fetch(url, headers, **how):
-            raise Skipped("169.254.169.254 did not answer: timed out", True)
+            raise NoKeys("169.254.169.254 did not answer: timed out", True)
 
         for name, given, passing in (("named", config, True), ("not named", "", False)):
-            with self.subTest(name), self.assertRaises(Skipped) as caught:
+            with self.subTest(name), self.assertRaises(NoKeys) as caught:
                 self.chain({}, given, fetch=fetch).find()
             self.assertEqual(caught.exception.passing, passing)
 
@@ -9728,7 +9728,7 @@ class PartlySetUpTest(ChainTest):
 
         def fetch(url, headers, **how):
             if down[0] and url.startswith("http://169.254.170.2/"):
-                raise Skipped("169.254.170.2 answered 503", True)
+                raise NoKeys("169.254.170.2 answered 503", True)
             return self.fetch(url, headers, **how)
 
         self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
@@ -9742,7 +9742,7 @@ class PartlySetUpTest(ChainTest):
                 self.assertEqual(cache.get(), lasting("C"))
             self.assertEqual(pauses, [])  # nobody waits while there are good ones
             clock.now = EXAMPLE_TIME + 3600
-            with self.assertRaisesRegex(Skipped, "container: .*503") as caught:
+            with self.assertRaisesRegex(NoKeys, "container: .*503") as caught:
                 cache.get()
         self.assertTrue(caught.exception.passing)
         self.assertIn("container: 169.254.170.2 answered 503", logged.output[0])
@@ -9756,11 +9756,11 @@ class PartlySetUpTest(ChainTest):
         for passing, seconds in ((True, 1), (False, 10)):
             with self.subTest(passing=passing):
                 clock = Clock()
-                chain = Finding(Skipped("down", passing))
+                chain = Finding(NoKeys("down", passing))
                 cache = CredentialCache(chain, clock, lambda _: None)
                 for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
                     clock.now, before = EXAMPLE_TIME + now, chain.times
-                    with self.assertRaisesRegex(Skipped, "down"):
+                    with self.assertRaisesRegex(NoKeys, "down"):
                         cache.get()
                     self.assertEqual(chain.times > before, asked, now)
 
@@ -9817,7 +9817,7 @@ class FailureReasonTest(ChainTest):
         for status, passing in [*rows, (502, True), (503, True), (504, True)]:
             with self.subTest(status):
                 _, url = self.serve((status, b"dummysecret"))
-                with self.assertRaisesRegex(Skipped, f"127.0.0.1 answered {status}") as caught:
+                with self.assertRaisesRegex(NoKeys, f"127.0.0.1 answered {status}") as caught:
                     awsproxy.fetch(url, {})
                 self.assertEqual(caught.exception.passing, passing)
                 self.assertNotIn("dummysecret", str(caught.exception))
@@ -9833,7 +9833,7 @@ class FailureReasonTest(ChainTest):
                 chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
                 cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
                 with self.assertLogs("awsproxy", "WARNING") as logged:
-                    with self.assertRaisesRegex(Skipped, f"answered 403: {no}"):
+                    with self.assertRaisesRegex(NoKeys, f"answered 403: {no}"):
                         cache.get()
                 self.assertIn(f"web identity: 127.0.0.1 answered 403: {no}", logged.output[0])
 
@@ -10283,13 +10283,13 @@ class AwsChunkedTest(unittest.TestCase):
         self.assertIsNone(awsproxy.aws_chunked_length(checked_body(made, wire)))
 
 
-class HashedBodyTest(unittest.TestCase):
+class CheckedBodyTest(unittest.TestCase):
     def test_the_last_byte_is_given_out_once_the_hash_has_proved_right(self):
         for content in (b"", b"a", b"hello", b"x" * 200000):
             for size in SIZES:
                 for declared in (sha256(content), sha256(b"other")):
                     request = Request("PUT", "/", (), io.BytesIO(content))
-                    got, code = taken(awsproxy.HashedBody(request, declared), size)
+                    got, code = taken(awsproxy.CheckedBody(request, declared), size)
                     with self.subTest(length=len(content), size=size, declared=declared):
                         if declared == sha256(content):
                             self.assertEqual((got, code), (content, None))
@@ -10337,7 +10337,7 @@ class Keys:
 
     def get(self):
         if not self.given:
-            raise awsproxy.Skipped("there are none")
+            raise awsproxy.NoKeys("there are none")
         return self.given[0]
 
     def expire(self, keys):
@@ -14507,7 +14507,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             " ".join(f"{byte:02x}" for byte in TOKEN.encode()),
         ):
             with self.subTest(form):
-                hidden = mask.whole(f"<a>{form}</a>".encode())
+                hidden = mask.hide(f"<a>{form}</a>".encode())
                 self.assertEqual(hidden, b"<a>" + b"*" * len(form) + b"</a>")
 
     def test_json_is_not_forwarded_as_a_form(self):
@@ -16663,7 +16663,7 @@ class TaskProtectionTest(LedgerCase):
 
     def test_no_message_fails_because_of_the_agent(self):
         blocked = b'{"failure":{"Reason":"DEPLOYMENT_BLOCKED"}}'
-        for answer in (awsproxy.Skipped("agent answered 500"), blocked, b"garbage", b"[]"):
+        for answer in (awsproxy.NoKeys("agent answered 500"), blocked, b"garbage", b"[]"):
             with self.subTest(answer):
                 caller = self.protecting(answer, answer)
                 url = caller.queue()
@@ -16851,8 +16851,8 @@ class TaskProtectionTest(LedgerCase):
             ("failure of another shape", b'{"failure":["x"]}'),
             ("failure without a reason", b'{"failure":{"Arn":"a"}}'),
             ("error", b'{"error":{"Code":"ServerException"},"protection":null}'),
-            ("4xx", awsproxy.Skipped("agent answered 400")),
-            ("too many", awsproxy.Skipped("agent answered 429")),
+            ("4xx", awsproxy.NoKeys("agent answered 400")),
+            ("too many", awsproxy.NoKeys("agent answered 429")),
         ):
             with self.subTest(name):
                 caller = self.protecting(*[answer] * 4)
@@ -16873,7 +16873,7 @@ class TaskProtectionTest(LedgerCase):
                 self.assertEqual(self.wanted(), [True] * 5 + [False])
 
     def test_what_could_not_be_given_back_is_given_back_later(self):
-        caller = self.protecting(b"{}", awsproxy.Skipped("agent answered 500"))
+        caller = self.protecting(b"{}", awsproxy.NoKeys("agent answered 500"))
         url = caller.queue()
         fill(caller, url)
         (handle,) = handles(caller, url)
@@ -18715,7 +18715,7 @@ class LoopTest(unittest.TestCase):
         for end in (self.ours, self.client):
             self.addCleanup(end.close)
             end.setblocking(False)
-        self.conversation = awsproxy.Conversation(self.server, self.ours, "")
+        self.conversation = awsproxy.PeerConnection(self.server, self.ours, "")
 
     def test_what_has_arrived_for_a_worker_is_left_to_it(self):
         self.client.send(SECOND)
@@ -18724,7 +18724,7 @@ class LoopTest(unittest.TestCase):
 
     def test_a_request_has_one_turn_however_often_it_is_told_of(self):
         self.server._park(self.conversation)
-        self.server._conversations.add(self.conversation)
+        self.server._connections.add(self.conversation)
         self.client.send(SECOND * 2)
         for _ in range(3):
             self.conversation.readable()
@@ -18749,7 +18749,7 @@ class LoopTest(unittest.TestCase):
 
     def test_a_closed_connection_makes_no_calls(self):
         self.server._park(self.conversation)
-        self.server._conversations.add(self.conversation)
+        self.server._connections.add(self.conversation)
         self.client.send(SECOND)
         self.conversation.readable()
         self.conversation.close()
@@ -18758,7 +18758,7 @@ class LoopTest(unittest.TestCase):
 
     def test_a_proxy_that_fails_ends_its_connections_alone(self):
         self.server._park(self.conversation)
-        self.server._conversations.add(self.conversation)
+        self.server._connections.add(self.conversation)
         self.client.send(SECOND)
         self.conversation.readable()
         self.server.proxy.begin = None
@@ -19813,7 +19813,7 @@ class TlsOnPlainPortTest(ProgramTest):
         begin = time.monotonic()
         with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
             context.wrap_socket(connection, server_hostname="localhost")
-        self.assertLess(time.monotonic() - begin, DEADLINE)
+        self.assertLess(time.monotonic() - begin, 20)  # and no timeout
         line = program.line(3)
         self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
         self.assert_alive(program)
@@ -19864,7 +19864,7 @@ class CrowdOfStrangersTest(ProgramTest):
         """Return as many connections, or as many as the system allows."""
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        count = min(count, awsproxy.allow_files(count + 200) - 200)
+        count = min(count, awsproxy.raise_file_limit(count + 200) - 200)
         return [self.connect(program) for _ in range(count)]
 
     def test_heads_without_an_end_do_not_fill_the_memory(self):
