@@ -373,7 +373,6 @@ MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entri
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
 CRLF = "\r\n"
 Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
-
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0-\x08\n-\x1f\x7f]*)")
@@ -387,7 +386,6 @@ _REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
 _REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
-
 _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
     (re.compile("\0"), "a NUL"),
     (re.compile("\r"), "a CR that no LF follows"),
@@ -8168,7 +8166,6 @@ AT_ONCE = 16  # connections to read before the first is answered
 MIN_BODY_RATE = 1024  # bytes a second, the slowest average of a longer body
 SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
-
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 
 
@@ -8884,7 +8881,6 @@ class Server(http.server.HTTPServer):
 
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
-
 _OF_A_CLIENT = frozenset(
     "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
     " upstream_role_arn".split()
