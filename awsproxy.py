@@ -3,20 +3,15 @@
 # Copyright 2026 the awsproxy authors
 """awsproxy: see each AWS call, check its signature, answer it here or pass it on.
 
-AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests
-with Signature Version 4.  This file is a proxy between them and AWS.  It verifies the
-signature as strictly as AWS does and finds out which operation the client calls.  It
-answers Amazon SQS from memory, or signs the call again with the real credentials and
-forwards it.
+AWS clients (the command line, every SDK, `curl --aws-sigv4`) sign their HTTP requests with
+Signature Version 4.  This file is a proxy between them and AWS.  It verifies the signature as
+strictly as AWS does, and finds out which operation the client calls.  It answers Amazon SQS from
+memory, or signs the call again with the real credentials and forwards it.
 
 Run it, and call it with the AWS command line:
 
     python awsproxy.py --port 8081
     aws --endpoint-url http://localhost:8081 sqs create-queue --queue-name jobs
-
-Put it in front of AWS, with your own keys for the callers, and a hook that counts calls:
-
-    python awsproxy.py --upstream aws --clients clients --hook count.py
 
 Learn Signature Version 4 with curl.  Change any signed header and read the refusal:
 
@@ -29,10 +24,10 @@ Learn Signature Version 4 with curl.  Change any signed header and read the refu
               wire:      who?      what?                 +-> a hook answers -------------+
     socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
-The chapters, each using only earlier ones: 1 messages, 2 HTTP/1.1 framing, 3 Signature
-Version 4, 4 wire protocols, 5 SQS in memory, 6 upstream, 7 hooks, 8 the proxy, 9 the
-server, 10 the command line.  Chapters 1 to 4 are pure: bytes in, bytes out, the time is an
-argument.  The README documents the names in `__all__`, which stay; all others may change.
+The chapters, each using only earlier ones: 1 messages, 2 HTTP/1.1 framing, 3 Signature Version 4,
+4 wire protocols, 5 SQS in memory, 6 upstream, 7 hooks, 8 the proxy, 9 the server, 10 the command
+line.  Chapters 1 to 4 are pure: bytes in, bytes out, the time is an argument.  README documents
+the names in `__all__`, which stay; all others may change.
 """
 
 from __future__ import annotations
@@ -91,10 +86,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 from xml.sax.saxutils import escape
 
@@ -760,7 +753,6 @@ def encode_reply(
 #
 # One function decides, `verify`, and it refuses by default.  It returns the client whose key it
 # has just checked.  No later code reads the identity from the request again.
-#
 # To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
 ALGORITHM = "AWS4-HMAC-SHA256"
@@ -1038,7 +1030,7 @@ _USUAL_HEADER = re.compile(
 )
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _usual_claims(header: str) -> Optional[tuple[str, CredentialScope, tuple[str, ...]]]:
     """Return the key, scope and signed headers of a usual header, which a client repeats."""
     match = _USUAL_HEADER.fullmatch(header)
@@ -1248,7 +1240,9 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
-@lru_cache(maxsize=1024)  # strangers cannot fill it: callers pass only secrets of known keys
+@functools.lru_cache(
+    maxsize=1024
+)  # strangers cannot fill it: callers pass only secrets of known keys
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
     """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
     key = b"AWS4" + secret_access_key.encode("utf-8")
@@ -1262,7 +1256,7 @@ def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> st
     return hmac.digest(signing_key(secret_access_key, scope), text, "sha256").hex()
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def epoch(amz_date: str) -> int:
     """Return the seconds since 1970 of a time such as 20150830T123600Z, or raise ValueError."""
     if not _AMZ_DATE.fullmatch(amz_date):
@@ -1275,7 +1269,7 @@ def iso_basic(seconds: float) -> str:
     return _utc(math.floor(seconds), "%Y%m%dT%H%M%SZ")
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def _utc(second: int, form: str) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(form)
 
@@ -1451,7 +1445,9 @@ def _declared_payload(
     if value == "UNSIGNED-PAYLOAD" and profile.unsigned_body and private:
         if re.fullmatch(profile.unsigned_body, f"{request.method} {request.path}"):
             return value
-    if value is None and not profile.declared_payload:
+    # The client of S3 on Outposts' own API sends no hash.
+    of_outposts = claimed.scope.service == "s3-outposts" and request.path[:12] == "/S3Outposts/"
+    if value is None and (of_outposts or not profile.declared_payload):
         return None
     if value is None and claimed.presigned:
         hoisted = [v for name, v in request.query if name.lower() == b"x-amz-content-sha256"]
@@ -1487,7 +1483,7 @@ DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
      "it signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B"),
     (2, lambda _, query: query.replace("%2B", "%20"),
      "it signed %2B in the query as a blank: curl 8.14 to 8.18 do, take curl 8.19 or newer"),
-    (3, lambda request, headers: _with_host(headers, _forwarded_host(request)),
+    (3, lambda request, headers: _with_host(headers, request.header("x-forwarded-host") or ""),
      "it signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host: set"
      " 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url and that"
      " host"),
@@ -1499,11 +1495,8 @@ DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
 _HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
 
 
-def _forwarded_host(request: Request) -> str:
-    return (request.header("x-forwarded-host") or "").partition(",")[0].strip()
-
-
 def _with_host(headers: str, host: str) -> str:
+    host = host.partition(",")[0].strip()
     return _HOST_LINE.sub(lambda _: f"host:{host}", headers) if host else headers
 
 
@@ -2181,7 +2174,7 @@ def _parse_content_type(text: str) -> tuple[str, str]:
     return media_type, ",".join(_CHARSET.findall(text)).lower()
 
 
-_content_type = lru_cache(maxsize=256)(_parse_content_type)
+_content_type = functools.lru_cache(maxsize=256)(_parse_content_type)
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
@@ -2523,7 +2516,7 @@ MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _parse_target(target: str) -> tuple[str, str]:
     """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
     match = _TARGET.fullmatch(target)
@@ -2893,6 +2886,8 @@ def _from_form_member(
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
     if not numbered and key in node:  # as in the samples of AWS's API references
         numbered = [node]
+    elif not numbered and set(node) - {"."}:
+        raise ServiceError("InvalidParameterValue", "A map of the form is not understood.")
     if node.get(".") == "":
         del node["."]  # the whole of an empty map
     pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
@@ -3209,7 +3204,6 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # wait for this queue.  Clock, randomness and waiting are arguments.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
-#
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
 # _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
 # write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
@@ -3353,9 +3347,11 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
+        self.messages: collections.OrderedDict[str, Message] = (
+            collections.OrderedDict()
+        )  # in the order of arrival
         self.delayed = self.in_flight = 0
-        self._visible: OrderedDict[str, Message] = OrderedDict()
+        self._visible: collections.OrderedDict[str, Message] = collections.OrderedDict()
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
@@ -3485,10 +3481,14 @@ class FifoQueue(Queue):
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = {}
-        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
-        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
+        self._groups: dict[str, collections.OrderedDict[str, Message]] = {}
+        self._ready: collections.OrderedDict[str, None] = (
+            collections.OrderedDict()
+        )  # groups, the next one first
+        self._sent: collections.OrderedDict[tuple[str, str], Sent] = collections.OrderedDict()
+        self.attempts: collections.OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = (
+            collections.OrderedDict()
+        )
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
@@ -3500,7 +3500,9 @@ class FifoQueue(Queue):
 
     def add(self, message: Message, delay: int = 0) -> None:
         """Add a message to its group, hidden for its delay."""
-        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
+        self._groups.setdefault(message.group, collections.OrderedDict())[message.message_id] = (
+            message
+        )
         super().add(message, delay)
 
     def clear(self) -> None:
@@ -4624,7 +4626,6 @@ def receipt_handles(reply: Reply) -> list[str]:
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
-#
 # To add a source of credentials: write a method of CredentialChain that returns Credentials or
 # raises NoKeys, put it into _sources, and its environment variables into _SET_UP_BY.
 
@@ -4762,9 +4763,12 @@ GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     arc-region-switch-control-plane artifact bcm-dashboards bcm-data-exports bcm-pricing-calculator
     bcm-recommended-actions billing billingconductor ce chime freetier invoicing
     notifications-contacts organizations payments pricingplanmanager route53domains shield support
-    tax; aws us-west-2 globalaccelerator networkmanager; us-east-1 - sdb; aws-cn - budgets route53;
-    aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account ce cloudfront organizations;
-    aws-us-gov us-gov iam route53; aws-us-gov us-gov-west-1 networkmanager organizations support;
+    tax; aws us-west-2 globalaccelerator networkmanager route53-recovery-control-config; us-east-1
+    - sdb; aws-cn - budgets route53; aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account
+    artifact bcm-pricing-calculator billing ce cloudfront invoicing networkmanager organizations
+    route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
+    cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
+    invoicing networkmanager organizations route53-recovery-control-config support tax;
     aws-iso - budgets route53; aws-iso-b - route53
     """.split(";"))
     for prefix in prefixes
@@ -4819,7 +4823,7 @@ def endpoint_for(
     return _endpoint_at(prefix, region, variants)
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     partition, suffix, dual_suffix, main = next(
         row[1:] for row in PARTITIONS if region.startswith(row[0])
@@ -4970,12 +4974,13 @@ class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
 
 
+_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
 _PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
@@ -5005,7 +5010,9 @@ def fetch(
     except urllib.error.HTTPError as error:
         passing, told = error.code >= 500 or error.code == 429, f"{host} answered {error.code}"
         with error, contextlib.suppress(OSError):
-            for message in _MESSAGE.findall(error.read(65536).decode("latin-1"))[:1]:
+            text = error.read(65536).decode("latin-1")
+            passing = passing or bool(_PASSING.search(text))
+            for message in _MESSAGE.findall(text)[:1]:
                 told += f": {''.join(message)}"
         raise NoKeys(told, passing) from error
     except OSError as error:
@@ -5030,7 +5037,7 @@ def host_of(url: str) -> str:
     return host
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Return whether the name or address of a host means this machine."""
     try:
@@ -5098,7 +5105,8 @@ class CredentialChain:
     ) -> None:
         self._environ = environ
         self._chosen = profile
-        self._profile = profile or environ.get("AWS_PROFILE") or "default"
+        named = environ.get("AWS_DEFAULT_PROFILE") or environ.get("AWS_PROFILE")
+        self._profile = profile or named or "default"
         self._role_arn = role_arn
         self._session_name = session_name
         self._fetch = fetch
@@ -5115,7 +5123,10 @@ class CredentialChain:
     def find(self) -> Credentials:
         """Return credentials.  Raises NoKeys with what was tried and why each had none."""
         tried: list[str] = []
-        for name, source in self._sources.items():
+        sources, settings, passing = list(self._sources.items()), self._settings(), False
+        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
+            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
+        for name, source in sources:
             if self._chosen and not name.startswith("profile "):
                 continue  # a named profile excludes other sources
             try:
@@ -5125,11 +5136,12 @@ class CredentialChain:
                 if isinstance(reason, SourceFailed) or self._is_set_up(name):
                     # Another source would be another identity.
                     raise NoKeys("; ".join(tried), reason.passing) from reason
+                passing = reason.passing and " answered " in str(reason)
                 continue
             if self._role_arn:
                 return self._assume(found, self._role_arn, {"session": self._session_name})
             return found
-        raise NoKeys("; ".join(tried))
+        raise NoKeys("; ".join(tried), passing)
 
     def _is_set_up(self, name: str) -> bool:
         """Return whether the environment sets up a source, so that its failure is an error."""
@@ -5146,7 +5158,7 @@ class CredentialChain:
         path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not path:
             raise NoKeys("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
-        role = self._environ.get("AWS_ROLE_ARN") or self._settings().get("role_arn")
+        role = self._environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
         return self._with_web_identity(path, role, self._environ.get("AWS_ROLE_SESSION_NAME"))
@@ -5219,8 +5231,12 @@ class CredentialChain:
         for section in sorted(config.sections(), key="default".__ne__):
             if _profile_of(section) == profile:
                 settings.update(config.items(section))
-        if credentials.has_section(profile):
-            settings.update(credentials.items(profile))
+        own = dict(credentials.items(profile)) if credentials.has_section(profile) else {}
+        if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
+            # Keys are those of one file; in the config file they come after a process.
+            for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
+                settings.pop(name, None)
+        settings.update(own)
         if not settings:
             raise NoKeys("there is no such section in ~/.aws/config and ~/.aws/credentials")
         session = settings.get("sso_session")
@@ -5245,7 +5261,7 @@ class CredentialChain:
                 *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
                 *("login_session", "aws_access_key_id"),
             )
-            missing = not settings and self._environ.get("AWS_PROFILE")
+            missing = not settings and self._profile != "default"
             if missing or any(map(settings.get, set_up)):
                 raise SourceFailed(str(reason), reason.passing) from reason
             raise
@@ -5265,13 +5281,13 @@ class CredentialChain:
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
                 raise SourceFailed(f"{fault}; {remedy}")
             return self._assume(self._source_of(settings, profile, visited), role, settings)
+        if settings.get("sso_account_id") and not (visited and keys):
+            return self._from_sso(settings)
         if keys:
             key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
             return _credentials(key, secret, settings.get("aws_session_token"))
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
-        if settings.get("sso_account_id"):
-            return self._from_sso(settings)
         if settings.get("login_session"):
             return self._from_login(settings["login_session"], profile)
         raise NoKeys("it has no keys, process, role, SSO account or login session")
@@ -5671,7 +5687,7 @@ class Mask:
         return data[: len(data) - keep] if keep else data
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _forms_of_token(token: str) -> tuple[bytes, ...]:
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
@@ -5721,7 +5737,7 @@ class Connection:
         self.mask = Mask()
         self.streams_masked = True
         self.heard = False  # whether any byte of an answer has arrived
-        self.idle_since = 0.0
+        self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         self._client = connect  # it only connects: its parser is slow
@@ -5828,6 +5844,7 @@ class Connection:
 
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
+STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
 POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
@@ -5884,6 +5901,7 @@ class Pool:
         poll = call.action == RECEIVE  # its messages must be put back if the client has left
         connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
         connection.abandoned = (lambda: False) if poll else call.request.abandoned
+        connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
@@ -5947,11 +5965,6 @@ _CODE_IN_BODY = re.compile(
     rb"<Code>([A-Za-z0-9._-]{1,128})<"
     rb'|"(?:__type|code|Code)" *: *"(?:[^"#]*#)?([A-Za-z0-9._-]{1,128})"'
 )
-
-
-def _joined(start: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    yield start
-    yield from blocks
 
 
 def error_code(reply: Reply) -> str:
@@ -6175,8 +6188,9 @@ class Upstream:
         host = call.request.header("host") or ""
         fips, dualstack = self._credentials(call.caller).variants
         host = host[len(call.bucket) :]
-        if ("fips" in host or "dualstack" in host) and is_aws_host(host):
-            fips, dualstack = fips or "fips" in host, dualstack or "dualstack" in host
+        dual_host = "dualstack" in host or ".api.aws" in host
+        if ("fips" in host or dual_host) and is_aws_host(host):
+            fips, dualstack = fips or "fips" in host, dualstack or dual_host
         method, variants = call.request.method, (fips, dualstack)
         return endpoint_for(call.service, call.region, target, path, method, variants)
 
@@ -6267,8 +6281,7 @@ class Upstream:
         headers = [(n, v) for n, v in request.headers if n.lower() not in _FRAMING]
         headers.append(("Content-Length", str(len(data))))
         request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
-        payload_hash = hashlib.sha256(data).hexdigest()
-        return outgoing._replace(request=request, payload_hash=payload_hash)
+        return outgoing._replace(request=request, payload_hash=hashlib.sha256(data).hexdigest())
 
     def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
@@ -6322,8 +6335,10 @@ class Upstream:
                 return self._reply(connection, connection.receive_head(), call.request.method)
             except UpstreamError as error:
                 connection.close()
-                if again or not (connection.reused and error.unanswered and repeatable):
-                    raise self._given_up(call, error, connection.reused) from error
+                stale = connection.reused and error.unanswered
+                if again or not (stale and repeatable):
+                    stale = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                    raise self._given_up(call, error, stale) from error
                 sent = None
             except Exception:
                 connection.close()  # the body was wrong, and was not sent completely
@@ -6342,11 +6357,9 @@ class Upstream:
         log.warning("upstream: %s", error)
         return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
 
-    def _given_up(self, call: Call, error: UpstreamError, reused: bool = False) -> ServiceError:
+    def _given_up(self, call: Call, error: UpstreamError, stale: bool = False) -> ServiceError:
         """Return the refusal of a call that was sent.  SDKs retry 503: it must not run twice."""
-        late = isinstance(error.__cause__, socket.timeout)
-        # A kept connection that ends without an answer was closed before the call arrived.
-        if is_repeatable(call) or (reused and error.unanswered and not late):
+        if is_repeatable(call) or stale:
             return self._down(error)
         log.warning("upstream: %s", error)
         return outcome_unknown()
@@ -6432,7 +6445,8 @@ class Upstream:
                     if error_code(reply._replace(body=start)) in _MISMATCHES:
                         blocks.close()
                         return reply._replace(body=start)
-                    return reply._replace(body=_joined(start, blocks))
+                    rest = (block for block in itertools.chain((start,), blocks))
+                    return reply._replace(body=rest)
         except (OSError, ServiceError) as error:
             raise UpstreamError("an answer is incomplete", unanswered=False) from error
         headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
@@ -6489,7 +6503,6 @@ class Upstream:
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
 #
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
-#
 # To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
 # is read on demand, call metrics.gauge(name, help, function) in Program.
 
@@ -6982,7 +6995,7 @@ def _number_text(value: float) -> str:
     return special.get(repr(value), repr(value))
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def file_sha256() -> str:
     """Return the SHA-256 of this file in hex."""
     with open(__file__, "rb") as source:
@@ -7022,9 +7035,13 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, tuple[str, _QueueKey]] = OrderedDict()  # by handle
+        self._messages: collections.OrderedDict[bytes, tuple[str, _QueueKey]] = (
+            collections.OrderedDict()
+        )  # by handle
         self._held: dict[str, _Hold] = {}  # by message id
-        self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
+        self._deleted: collections.OrderedDict[str, float] = (
+            collections.OrderedDict()
+        )  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[_QueueKey, tuple[int, float]] = {}  # a timeout and its time
 
@@ -7392,7 +7409,7 @@ def glob_matches(pattern: str, text: str) -> bool:
     return _glob(pattern).match(text) is not None
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _glob(pattern: str) -> re.Pattern[str]:
     """Return a regex that takes linear time: fnmatch lets no `*` backtrack."""
     return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
@@ -7536,7 +7553,7 @@ _HOST_PREFIX = re.compile(
 )
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     name = _HOST_PREFIX.sub("", host_name(host))
     try:
@@ -7708,7 +7725,7 @@ class Proxy:
         self.arrange_hooks()
         self._clock = clock
         self._new_id = new_id
-        self._known_route = lru_cache(maxsize=1024)(self._find_route)
+        self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
         exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
         # Actions that a route names exactly and AWS may answer without a signature.
@@ -8169,7 +8186,7 @@ MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 
 
-@lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)
 def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
@@ -8876,7 +8893,6 @@ class Server(http.server.HTTPServer):
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
-#
 # To add a flag: call `add` in a function below build_parser, and use the option in Program.
 
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
@@ -9210,6 +9226,10 @@ class Program:
 
     def _check_upstream_keys(self, clients: Clients) -> None:
         """Log each client without keys to forward with; raise UsageError for shared keys."""
+        try:
+            tls_context()
+        except OSError as error:
+            raise UsageError(f"AWS_CA_BUNDLE cannot be used: {error}") from error
         named = {client.name: client for client in itertools.chain(*clients.values())}
         for client in named.values() if self._upstreams else ():
             try:
