@@ -86,6 +86,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
@@ -1240,12 +1241,10 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
-@functools.lru_cache(
-    maxsize=1024
-)  # strangers cannot fill it: callers pass only secrets of known keys
+@functools.lru_cache(maxsize=1024)
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
     """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
-    key = b"AWS4" + secret_access_key.encode("utf-8")
+    key = b"AWS4" + secret_access_key.encode("utf-8")  # strangers' secrets never come here
     for part in scope:
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
     return key
@@ -3347,11 +3346,9 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.messages: collections.OrderedDict[str, Message] = (
-            collections.OrderedDict()
-        )  # in the order of arrival
+        self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
-        self._visible: collections.OrderedDict[str, Message] = collections.OrderedDict()
+        self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
@@ -3481,14 +3478,10 @@ class FifoQueue(Queue):
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, collections.OrderedDict[str, Message]] = {}
-        self._ready: collections.OrderedDict[str, None] = (
-            collections.OrderedDict()
-        )  # groups, the next one first
-        self._sent: collections.OrderedDict[tuple[str, str], Sent] = collections.OrderedDict()
-        self.attempts: collections.OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = (
-            collections.OrderedDict()
-        )
+        self._groups: dict[str, OrderedDict[str, Message]] = {}
+        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
+        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
+        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
@@ -3500,9 +3493,7 @@ class FifoQueue(Queue):
 
     def add(self, message: Message, delay: int = 0) -> None:
         """Add a message to its group, hidden for its delay."""
-        self._groups.setdefault(message.group, collections.OrderedDict())[message.message_id] = (
-            message
-        )
+        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
         super().add(message, delay)
 
     def clear(self) -> None:
@@ -6131,7 +6122,7 @@ class Upstream:
 
     def _final(self, call: Call, reply: Reply) -> Reply:
         fields = fields_of(reply.headers)
-        names = ("x-amzn-requestid", "x-amz-request-id", "x-amz-id-2")
+        names = ("x-amzn-requestid", "x-amz-request-id")
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
@@ -6285,9 +6276,9 @@ class Upstream:
 
     def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
-        if of_control and not bucket:
-            bucket = call.request.header("x-amz-account-id") or ""
-            bucket = bucket if _ACCOUNT_ID.fullmatch(bucket) else ""
+        account = call.request.header("x-amz-account-id") or ""
+        if of_control and not bucket and _ACCOUNT_ID.fullmatch(account):
+            bucket = account
         if not bucket or (self._endpoint and of_control):
             return target, endpoint
         if self._endpoint or "." in bucket:  # no TLS certificate covers dots
@@ -7035,13 +7026,9 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._messages: collections.OrderedDict[bytes, tuple[str, _QueueKey]] = (
-            collections.OrderedDict()
-        )  # by handle
+        self._messages: OrderedDict[bytes, tuple[str, _QueueKey]] = OrderedDict()  # by handle
         self._held: dict[str, _Hold] = {}  # by message id
-        self._deleted: collections.OrderedDict[str, float] = (
-            collections.OrderedDict()
-        )  # message ids, since when
+        self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[_QueueKey, tuple[int, float]] = {}  # a timeout and its time
 
@@ -9042,7 +9029,6 @@ examples:
   python awsproxy.py --upstream aws --clients clients  verify, sign again, forward to AWS
   python awsproxy.py --upstream http://localhost:4566  forward to another server
   python awsproxy.py --route 'sqs:Purge*=deny' --route 'sqs:*=aws' --clients clients
-  python awsproxy.py --host 0.0.0.0 --clients clients  use your own clients
   python awsproxy.py @flags                            read flags from a file
 """
 
@@ -9270,7 +9256,6 @@ class Program:
             log.warning("--task-protection has no effect: ECS_AGENT_URI is not set")
         protect = functools.partial(TaskProtection, agent)
         kind: Callable[[Ask, Run], InFlight] = protect if wanted and agent else InFlight
-        # The proxy is built later.
         return kind(lambda *about: self.proxy.visibility_timeout(*about), Workers().run)
 
     def _most_connections(self) -> int:
@@ -9329,8 +9314,7 @@ class Program:
             if options.no_verify:
                 raise UsageError("--no-verify needs a loopback --host")
             if has_demo_key(self.proxy.clients):
-                message = "the demo client needs a loopback --host; for others give --clients FILE"
-                raise UsageError(f"{message} or --client KEY:SECRET")
+                raise UsageError("the demo client needs a loopback --host; give --clients FILE")
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
