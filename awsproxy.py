@@ -5224,7 +5224,7 @@ class CredentialChain:
                 settings.update(config.items(section))
         own = dict(credentials.items(profile)) if credentials.has_section(profile) else {}
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
-            # Keys are those of one file; in the config file they come after a process.
+            # Take both keys from one file; keys in the config file come after a process.
             for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
                 settings.pop(name, None)
         settings.update(own)
