@@ -4086,6 +4086,10 @@ class FormTest(unittest.TestCase):
             ("SetQueueAttributes", "Attribute.1.Name=DelaySeconds&Attribute.1.Value=1"
              "&Attribute.Name=VisibilityTimeout&Attribute.Value=77"),
             ("SetQueueAttributes", "Attribute.VisibilityTimeout=77"),
+            ("SetQueueAttributes", "Attributes.member.1.Name=DelaySeconds"
+             "&Attributes.member.1.Value=7"),
+            ("SetQueueAttributes", "Attributes.entry.1.key=DelaySeconds&Attributes.entry.1.value=7"),
+            ("TagQueue", "Tags.entry.1.key=a&Tags.entry.1.value=b"),
             ("GetQueueAttributes", "AttributeName.1=All&AttributeName=DelaySeconds"),
             ("GetQueueAttributes", "AttributeName.First=All"),
             ("SendMessage", "MessageBody=m&MessageBody.1=n"),
@@ -12966,6 +12970,34 @@ class HostPrefixTest(ForwardCase):
                 self.assertIn(
                     proxy.handle(request).status, (status, 400 if status == 403 else 200)
                 )
+
+
+class StaleConnectionTest(ForwardCase):
+    def test_a_kept_connection_that_worked_for_long_may_have_run_the_call(self):
+        for seconds, status in ((0.0, 503), (2.0, 400)):
+            recorder = FakeUpstream(self, ANSWER, b"")
+            proxy = self.proxy(recorder)
+            invoke = functools.partial(
+                signed, "POST", "/2015-03-31/functions/f/invocations", (("Content-Length", "2"),),
+                b"{}", service="lambda",
+            )  # fmt: skip
+            self.assertEqual(proxy.handle(invoke()).status, 200)
+            past = awsproxy.STALE_SECONDS - seconds
+            with self.subTest(seconds), mock.patch.object(awsproxy, "STALE_SECONDS", past):
+                with self.assertLogs("awsproxy", "WARNING"):
+                    self.assertEqual(proxy.handle(invoke()).status, status)
+                self.assertEqual(len(recorder.requests), 2)
+
+
+class OutpostsTest(ForwardCase):
+    def test_the_control_client_sends_no_hash(self):
+        recorder = FakeUpstream(self)
+        request = signed("GET", "/S3Outposts/ListEndpoints", service="s3-outposts")
+        reply, sent = self.forwarded(self.proxy(recorder), recorder, request)
+        self.assertEqual(reply.status, 200)
+        self.check(sent)
+        request = signed("GET", "/S3Outposts/ListEndpoints", service="s3")
+        self.assertEqual(self.proxy(recorder).handle(request).status, 400)
 
 
 class DerivedNameTest(ForwardCase):
