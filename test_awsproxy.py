@@ -1002,12 +1002,6 @@ class HeadTest(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(refused_with(awsproxy.parse_head, raw), 400)
 
-    def test_methods_that_no_service_has_are_not_implemented(self):
-        for line in (b"get /", b"M-SEARCH /", b"CONNECT a:80", b"CONNECT /", b"TRACE /", b"G /"):
-            with self.subTest(line):
-                raw = line + b" HTTP/1.1\r\nHost: a\r\n\r\n"
-                self.assertEqual(refused_with(awsproxy.parse_head, raw), 501)
-
     def test_too_large_heads_are_refused(self):
         for name, raw in (("headers", head_with(501)), ("bytes", head_of(65537, 10000))):
             with self.subTest(name):
@@ -1135,13 +1129,6 @@ class BodyTest(unittest.TestCase):
                 self.assertEqual(asked, [])
                 self.assertEqual(read_in_pieces(body, 2), b"0123456")
                 self.assertEqual(asked, [0])
-
-    def test_empty_body_is_asked_for_once(self):
-        """A client that expects 100 Continue gets it, though no body follows."""
-        asked = []
-        body = awsproxy.LengthBody(io.BytesIO(), 0, lambda: asked.append("continue"))
-        self.assertEqual((body.read(), body.read(), body.unread), (b"", b"", False))
-        self.assertEqual(asked, ["continue"])
 
 
 class Answer(NamedTuple):
@@ -3343,91 +3330,7 @@ class SecrecyTest(VerifyCase):
                         self.assertNotIn("wrongsession", text)
 
 
-def meaning(request):
-    """Reduce a request to what its receiver acts on, without the code under test."""
-    path, _, query = request.target.partition("?")
-    segments = []
-    for segment in path.split("/"):
-        if segment == "..":
-            del segments[-1:]
-        elif segment not in ("", "."):
-            segments.append(segment)
-    pairs = []
-    for part in query.split("&"):
-        name, _, value = part.replace("+", " ").partition("=")
-        pairs.append(
-            tuple(urllib.parse.unquote_to_bytes(x.encode("latin-1")) for x in (name, value))
-        )
-    pairs = sorted(pair for pair in pairs if pair[0] not in (b"", b"X-Amz-Signature"))
-    given = {}
-    for name, value in request.headers:
-        name, value = name.lower(), " ".join(re.split("[ \t]+", value)).strip(" ")
-        if name.startswith("x-") or name == "host":
-            given.setdefault(name, []).append(value)
-    headers = {name: ",".join(values) for name, values in given.items()}
-    ends = path.endswith("/") and bool(segments)
-    return request.method, segments, ends, pairs, headers, request.body.getvalue()
-
-
 class NonsenseTest(VerifyCase):
-    PIECES = (
-        *"/?&=;:,. \t%+#\"'{}[]\\\x00\x7f\x85\xa0\xe9\xff0aAZ_-~",
-        "..", "//", "/./", "%2F", "%2e%2e", "%", "%zz", "%00", "%25", "%C3%A0", "&&", "==", "?a=b",
-        "X-Amz-Signature=", "X-Amz-Algorithm=", "x-amz-date=", "X-Amz-Security-Token=x", "host",
-        "Credential=", "SignedHeaders=", "Signature=", "AWS4-HMAC-SHA256 ", "9" * 50, "-1", "{}",
-    )  # fmt: skip
-
-    def mangled(self, chance, text):
-        """Return the text with a bit inserted, removed, replaced, doubled or swapped."""
-        at = chance.randrange(len(text) + 1)
-        end = min(len(text), at + chance.choice((0, 0, 1, 1, 2, 5, 20)))
-        piece = chance.choice((*self.PIECES, text[at:end], text[at:end].swapcase(), ""))
-        return "".join(c for c in text[:at] + piece + text[end:] if ord(c) < 256)
-
-    def test_a_mangled_request_is_refused_or_means_the_same(self):
-        for seed in range(3000):
-            chance = random.Random(seed)
-            service = chance.choice(("sqs", "sqs", "s3"))
-            headers = [("X-Amz-Meta-A", "one  two"), ("X-B", "1"), ("X-B", "caff\xc3\xa0")]
-            if chance.random() < 0.5:
-                client = chance.choice((DEMO, SESSION))
-                good = ask(service, target="/a/b%20c?k=&l=%2F&a=1", headers=headers, client=client)
-            else:
-                client = DEMO
-                target = "/a/b%20c?k=&l=%2F&a=1"
-                good = link(service, target=target, headers=headers)
-            self.verify(good, clients=(client,))
-            method, target, given = good.method, good.target, list(good.headers)
-            for _ in range(chance.choice((1, 1, 1, 2, 5))):
-                what = chance.random()
-                if what < 0.05:
-                    method = self.mangled(chance, method)
-                elif what < 0.45:
-                    target = self.mangled(chance, target)
-                elif what < 0.85:
-                    at = chance.randrange(len(given))
-                    name, value = given[at]
-                    given[at] = (name, self.mangled(chance, value))
-                elif what < 0.9:
-                    given.append(chance.choice(given))
-                elif what < 0.95:
-                    chance.shuffle(given)
-                else:
-                    del given[chance.randrange(len(given))]
-            request = get(target, given, method, good.body.getvalue())
-            try:
-                self.verify(request, clients=(client,))
-            except ServiceError:
-                continue
-            except Exception as error:
-                raise AssertionError(f"seed {seed}: {request!r}") from error
-            if service == "sqs":
-                self.assertEqual(meaning(request), meaning(good), f"seed {seed}")
-            else:
-                self.assertEqual(meaning(request)[3:], meaning(good)[3:], f"seed {seed}")
-                paths = [urllib.parse.unquote(r.path, "latin-1") for r in (request, good)]
-                self.assertEqual(*paths, f"seed {seed}")
-
     def test_what_is_long_is_refused_quickly(self):
         """Whoever has no key must not be able to keep us busy: all this is read before one."""
         many = 65536 // 11
@@ -3507,50 +3410,13 @@ class BotocoreTest(VerifyCase):
         now = calendar.timegm(time.strptime(stamp, "%Y%m%dT%H%M%SZ"))
         return get(target, (("Host", HOST), *headers), method, body), client, now
 
-    def changed(self, chance, request):
-        """Return the request with one thing changed, and what that is."""
-        method, target, headers = request.method, request.target, list(request.headers)
-        body = request.body.getvalue()
-        in_query = not has(headers, "authorization")
-        choices = ["method", "path", "query", "header", "signature"]
-        what = chance.choice(choices if in_query else [*choices, "body"])
-        path, mark, query = target.partition("?")
-        if what == "method":
-            method = "PATCH"
-        elif what == "path":
-            target = chance.choice((path + "x", path + "/x", "/x" + path)) + mark + query
-        elif what == "query":
-            target += "&x=1" if mark else "?x"
-        elif what == "header":
-            signed_names = [n for n, _ in headers if n.lower() not in ("authorization",)]
-            name = chance.choice(signed_names)
-            at = [n for n, _ in headers].index(name)
-            headers[at] = (name, headers[at][1] + "x")
-        elif what == "signature":
-            where = target if in_query else headers[-1][1]
-            at = re.search("Signature=([0-9a-f]{64})", where).start(1) + chance.randrange(64)
-            where = (
-                where[:at] + f"{int(where[at], 16) ^ chance.randint(1, 15):x}" + where[at + 1 :]
-            )
-            if in_query:
-                target = where
-            else:
-                headers[-1] = (headers[-1][0], where)
-        else:
-            body += b"x"
-        return get(target, headers, method, body), what
-
-    def test_what_botocore_signs_is_accepted_and_refused_once_changed(self):
+    def test_what_botocore_signs_is_accepted(self):
         for seed in range(300):
-            chance = random.Random(seed)
-            request, client, now = self.made(chance)
+            request, client, now = self.made(random.Random(seed))
             with self.subTest(seed=seed, target=request.target):
                 verified = self.verify(request, now, (DEMO, SESSION))
                 self.assertEqual(verified.client, client)
                 self.assertEqual(verified.body, request.body.getvalue())
-                spoiled, what = self.changed(chance, request)
-                with self.assertRaises(ServiceError, msg=what):
-                    self.verify(spoiled, now, (DEMO, SESSION))
 
 
 # ==== 4. Wire protocols, and 5. SQS in memory ====
@@ -3678,13 +3544,6 @@ class ProtocolTest(unittest.TestCase):
                 self.assertIn(reply.status, range(400, 500))
                 self.assertEqual(header(reply, "Content-Type"), JSON_1_0)
                 self.assertEqual(list(json.loads(reply.body)), ["__type", "message"])
-
-    def test_two_targets_are_refused(self):
-        for second in ("AmazonSQS.ListQueues", "AmazonSQS.PurgeQueue"):
-            headers = (("X-Amz-Target", "AmazonSQS.ListQueues"), ("X-Amz-Target", second))
-            with self.subTest(second):
-                reply = reply_to(self.sqs, "POST", "/", headers, b"{}")
-                self.assertIn(reply.status, range(400, 500))
 
     def test_a_form_with_a_target_is_read_as_json(self):
         headers = (("X-Amz-Target", "AmazonSQS.ListQueues"), FORM)
@@ -3819,14 +3678,6 @@ class QueuePathTest(unittest.TestCase):
                 self.get(f"{path}?Action=ReceiveMessage")
             self.assertEqual(caught.exception.status, 400)
             self.assertEqual(caught.exception.code, SQS + "NonExistentQueue")
-
-    def test_a_missing_parameter_is_named(self):
-        with self.assertRaises(Refused) as caught:
-            self.get("/000000000000/jobs?Action=SendMessage")
-        refusal = caught.exception
-        self.assertEqual((refusal.status, refusal.code), (400, MISSING))
-        text = "The request must contain the parameter MessageBody."
-        self.assertEqual(refusal.message, text)
 
     def test_json_is_answered_there(self):
         sqs = Caller("json")
@@ -4620,86 +4471,6 @@ class LegacyJsonTest(unittest.TestCase):
 
 
 class ErrorTest(Spoken):
-    SPELLED = MappingProxyType(  # query code and status, by shape
-        {
-            "QueueDoesNotExist": (SQS + "NonExistentQueue", 400),
-            "QueueNameExists": ("QueueAlreadyExists", 400),
-            "QueueDeletedRecently": (SQS + "QueueDeletedRecently", 400),
-            "PurgeQueueInProgress": (SQS + "PurgeQueueInProgress", 403),
-            "ReceiptHandleIsInvalid": ("ReceiptHandleIsInvalid", 404),
-            "InvalidAttributeName": ("InvalidAttributeName", 400),
-            "InvalidAttributeValue": ("InvalidAttributeValue", 400),
-            "InvalidMessageContents": ("InvalidMessageContents", 400),
-            "BatchEntryIdsNotDistinct": (SQS + "BatchEntryIdsNotDistinct", 400),
-            "BatchRequestTooLong": (SQS + "BatchRequestTooLong", 400),
-            "EmptyBatchRequest": (SQS + "EmptyBatchRequest", 400),
-            "InvalidBatchEntryId": (SQS + "InvalidBatchEntryId", 400),
-            "TooManyEntriesInBatchRequest": (SQS + "TooManyEntriesInBatchRequest", 400),
-            "UnsupportedOperation": (SQS + "UnsupportedOperation", 400),
-            "OverLimit": ("OverLimit", 403),
-            "ResourceNotFoundException": ("ResourceNotFoundException", 404),
-        }
-    )
-
-    def start(self):
-        super().start(cooldown=True)
-
-    def test_each_error_has_its_status_and_spellings(self):
-        url, other = self.sqs.queue("jobs"), self.sqs.queue("other")
-        self.sqs("DeleteQueue", QueueUrl=other)
-        self.sqs("PurgeQueue", QueueUrl=url)
-        a, at = {"Id": "a", "MessageBody": "hello"}, {"QueueUrl": url}
-        long = {"Id": "b", "MessageBody": "x" * MEBIBYTE}
-        listed = {"MessageAttributes": {"a": {**string("x"), "StringListValues": ["b"]}}}
-        eight = {"AWSAccountIds": [ACCOUNT], "Actions": ["SendMessage"] * 8}
-        changed = {"QueueName": "jobs", "Attributes": {"DelaySeconds": "9"}}
-        delay = {"DelaySeconds": "901"}
-        for shape, operation, given in (
-            ("QueueDoesNotExist", "PurgeQueue", {"QueueUrl": "unheard-of"}),
-            ("QueueNameExists", "CreateQueue", changed),
-            ("QueueDeletedRecently", "CreateQueue", {"QueueName": "other"}),
-            ("PurgeQueueInProgress", "PurgeQueue", at),
-            ("ReceiptHandleIsInvalid", "DeleteMessage", {**at, "ReceiptHandle": "x"}),
-            ("InvalidAttributeName", "GetQueueAttributes", {**at, "AttributeNames": ["x"]}),
-            ("InvalidAttributeValue", "SetQueueAttributes", {**at, "Attributes": delay}),
-            ("InvalidMessageContents", "SendMessage", {**at, "MessageBody": "\0"}),
-            ("BatchEntryIdsNotDistinct", "SendMessageBatch", {**at, "Entries": [a, a]}),
-            ("BatchRequestTooLong", "SendMessageBatch", {**at, "Entries": [a, long]}),
-            ("EmptyBatchRequest", "SendMessageBatch", {**at, "Entries": []}),
-            ("InvalidBatchEntryId", "SendMessageBatch", {**at, "Entries": [{**a, "Id": "b c"}]}),
-            (
-                "TooManyEntriesInBatchRequest",
-                "SendMessageBatch",
-                {**at, "Entries": [{**a, "Id": str(number)} for number in range(11)]},
-            ),
-            ("UnsupportedOperation", "SendMessage", {**at, **a, **listed}),
-            ("OverLimit", "AddPermission", {**at, "Label": "l", **eight}),
-            (
-                "ResourceNotFoundException",
-                "StartMessageMoveTask",
-                {"SourceArn": arn("unheard-of")},
-            ),
-        ):
-            with self.subTest(shape):
-                code, status = self.SPELLED[shape]
-                shape = MODELLED + shape
-                self.refused(code, operation, status=status, shape=shape, **given)
-
-    def test_each_fault_of_the_framework_has_its_status_and_spellings(self):
-        at = {"QueueUrl": self.sqs.queue("jobs")}
-        bad, missing = "InvalidParameterValueException", "MissingRequiredParameterException"
-        long = {**at, "MessageBody": "x" * (MEBIBYTE + 1)}
-        for code, shape, operation, given in (
-            (INVALID, bad, "ReceiveMessage", {**at, "MaxNumberOfMessages": 11}),
-            (INVALID, bad, "CreateQueue", {"QueueName": "a b"}),
-            (INVALID, bad, "GetQueueUrl", {}),
-            (INVALID, bad, "SendMessage", long),
-            (MISSING, missing, "SendMessage", at),
-            ("InvalidAction", "UnknownOperationException", "FooBar", {}),
-        ):
-            with self.subTest(operation, code=code):
-                self.refused(code, operation, shape=FRAMEWORK + shape, **given)
-
     def test_what_is_required_is_missed_by_name(self):
         url = self.sqs.queue("jobs")
         handle = {"QueueUrl": url, "ReceiptHandle": "x"}
@@ -5151,31 +4922,6 @@ class QueueTest(Spoken):
         (message,) = self.sqs("ReceiveMessage", target=path, QueueUrl=url)["Messages"]
         self.assertEqual(message["Body"], "hello")
 
-    def test_accounts_and_regions_have_queues_of_their_own(self):
-        other = Client("other", "AKIDOTHER", "dummysecret", account_id=OTHER_ACCOUNT)
-        mine = self.sqs.queue("jobs")
-        self.send(mine)
-        for name, caller, account, region in (
-            ("an account", self.another(client=other), OTHER_ACCOUNT, "us-east-1"),
-            ("a region", self.another(region="eu-west-1"), ACCOUNT, "eu-west-1"),
-        ):
-            with self.subTest(name):
-                self.assertEqual(caller("ListQueues"), {})
-                for url in (mine, "jobs"):
-                    with self.assertRaises(Refused) as caught:
-                        caller("ReceiveMessage", QueueUrl=url)
-                    self.assertEqual(caught.exception.code, SQS + "NonExistentQueue")
-                    self.assertEqual(caught.exception.status, 400)
-                url = caller.queue("jobs")
-                self.assertEqual(url, url_of("jobs", account))
-                given = {"QueueUrl": url, "AttributeNames": ["QueueArn"]}
-                shown = caller("GetQueueAttributes", **given)["Attributes"]
-                self.assertEqual(shown["QueueArn"], arn("jobs", region, account))
-                self.assertEqual(caller("ListQueues"), {"QueueUrls": [url]})
-                self.assertEqual(caller.receive(url), [])
-                caller("DeleteQueue", QueueUrl=url)
-        self.assertEqual(self.sqs.bodies(mine), ["hello"])
-
     def test_the_url_of_a_queue_of_another_account_is_not_given(self):
         self.sqs.queue("jobs")
         given = {"QueueName": "jobs", "QueueOwnerAWSAccountId": OTHER_ACCOUNT}
@@ -5207,11 +4953,12 @@ class QueueTest(Spoken):
             "You must wait 60 seconds after deleting a queue before you can create another with"
             " the same name."
         )
+        code, shape = SQS + "QueueDeletedRecently", MODELLED + "QueueDeletedRecently"
         self.sqs("DeleteQueue", QueueUrl=self.sqs.queue("jobs"))
         self.sqs.queue("other")
         for seconds in (0, 59):
             self.clock.now = EXAMPLE_TIME + seconds
-            self.refused(SQS + "QueueDeletedRecently", "CreateQueue", text, QueueName="jobs")
+            self.refused(code, "CreateQueue", text, shape=shape, QueueName="jobs")
         self.clock.now = EXAMPLE_TIME + 60
         self.assertEqual(self.sqs.queue("jobs"), url_of("jobs"))
 
@@ -5792,10 +5539,6 @@ class SendTest(Spoken):
             given = {"QueueUrl": self.url, "ReceiptHandle": message["ReceiptHandle"]}
             self.sqs("DeleteMessage", **given)
         self.refuse_value(self.TOO_LONG.format(MEBIBYTE), body="x" * (MEBIBYTE + 1))
-
-    def test_the_body_must_not_be_empty(self):
-        text = "The request must contain the parameter MessageBody."
-        self.refuse(MISSING, text, FRAMEWORK + "MissingRequiredParameterException", body="")
 
     def test_some_characters_are_not_allowed(self):
         for character in "\t\n\r \x20\x7f\x85\ud7ff\ue000\ufffd\U00010000\U0010ffff":
@@ -6528,13 +6271,6 @@ class FifoSendTest(Spoken):
             },
         )
 
-    def test_a_standard_queue_gives_no_sequence_number(self):
-        url = self.sqs.queue()
-        self.assertNotIn("SequenceNumber", self.send(url))
-        entries = [{"Id": "a", "MessageBody": "x"}]
-        batch = self.sqs("SendMessageBatch", QueueUrl=url, Entries=entries)
-        self.assertNotIn("SequenceNumber", batch["Successful"][0])
-
     def test_a_delay_is_the_queues_and_no_messages(self):
         url = self.fifo(DelaySeconds="5")
         text = (
@@ -7152,18 +6888,6 @@ class HandleTest(Spoken):
                         **more,
                     )
         self.assertEqual((self.counts(url), self.counts(other)), ((0, 1, 0), (0, 1, 0)))
-
-    def test_what_is_required_is_missed(self):
-        url = self.sqs.queue()
-        handle = self.received(url)
-        shape = "com.amazon.coral.service#MissingRequiredParameterException"
-        for operation, given in (
-            ("DeleteMessage", {}),
-            ("ChangeMessageVisibility", {"VisibilityTimeout": 5}),
-            ("ChangeMessageVisibility", {"ReceiptHandle": handle}),
-        ):
-            with self.subTest(operation, given=sorted(given)):
-                self.refused(MISSING, operation, shape=shape, QueueUrl=url, **given)
 
     def test_deleting_succeeds_whatever_became_of_the_message(self):
         def deleted(url, handle):
@@ -7895,28 +7619,6 @@ class MoveTaskTest(Spoken):
         self.clock.now += 60
         self.assertEqual((self.counts(url)[0], self.counts(dead)[0]), (10, 0))
 
-    def test_a_handle_of_a_queue_that_is_not_there_is_refused_as_on_aws(self):
-        self.running()
-        for source, task, text in (
-            (arn("gone"), "x", "The resource that you specified for the SourceArn parameter doesn't exist."),
-            (arn("dead", account="111111111111"), "x", "The resource that you specified for the SourceArn parameter doesn't exist."),
-            (arn("dead"), "x", "Task does not exist."),
-        ):  # fmt: skip
-            document = json.dumps({"taskId": task, "sourceArn": source})
-            handle = base64.b64encode(document.encode()).decode()
-            with self.subTest(source):
-                self.refused(
-                    "ResourceNotFoundException",
-                    "CancelMessageMoveTask",
-                    text,
-                    status=404,
-                    TaskHandle=handle,
-                )
-        for document in ({"taskId": "x", "sourceArn": 1}, {"taskId": "x", "sourceArn": None}, []):
-            handle = base64.b64encode(json.dumps(document).encode()).decode()
-            with self.subTest(document):
-                self.refused(INVALID, "CancelMessageMoveTask", TaskHandle=handle)
-
     def test_a_task_fails_when_its_destination_goes(self):
         self.sqs.queue("other")
         _, dead, _ = self.running(rate=2, DestinationArn=arn("other"))
@@ -7957,26 +7659,38 @@ class MoveTaskTest(Spoken):
     def test_a_handle_of_no_task_is_refused(self):
         _, _, handle = self.running()
         known = json.loads(base64.b64decode(handle))
+
+        def changed(**members):
+            return as_base64(json.dumps({**known, **members}).encode())
+
         invalid = "Value for parameter TaskHandle is invalid."
-        for name, given in (
-            ("garbage", "garbage"),
-            ("not ASCII", "h\u00e9"),
-            ("not JSON", as_base64(b"garbage")),
-            ("not UTF-8", as_base64(b"\xff\xfe")),
-            ("no object", as_base64(b"[1]")),
-            ("deep", as_base64(b"[" * 5000)),
+        for name, given, text in (
+            ("garbage", "garbage", invalid),
+            ("not ASCII", "h\u00e9", invalid),
+            ("not JSON", as_base64(b"garbage"), invalid),
+            ("not UTF-8", as_base64(b"\xff\xfe"), invalid),
+            ("no object", as_base64(b"[1]"), invalid),
+            ("empty list", as_base64(b"[]"), invalid),
+            ("deep", as_base64(b"[" * 5000), invalid),
+            ("a number as source", changed(sourceArn=1), None),
+            ("no source", changed(sourceArn=None), None),
         ):
             with self.subTest(name):
-                self.refused(INVALID, "CancelMessageMoveTask", invalid, TaskHandle=given)
-        for name, change in (
-            ("unknown task", {"taskId": "00000000-0000-0000-0000-000000000000"}),
-            ("unknown source", {"sourceArn": arn("none")}),
+                self.refused(INVALID, "CancelMessageMoveTask", text, TaskHandle=given)
+        unknown, shape = "Task does not exist.", "com.amazonaws.sqs#" + self.NO_RESOURCE
+        for name, given, text in (
+            ("another task", changed(taskId="00000000-0000-0000-0000-000000000000"), unknown),
+            ("odd task", changed(taskId="x"), unknown),
+            ("another source", changed(sourceArn=arn("none")), self.MISSING_SOURCE),
+            (
+                "another account",
+                changed(sourceArn=arn("dead", account="111111111111")),
+                self.MISSING_SOURCE,
+            ),
         ):
             with self.subTest(name):
-                other = as_base64(json.dumps({**known, **change}).encode())
-                text = "Task does not exist." if "taskId" in change else None
-                given = {"TaskHandle": other}
-                self.refused(self.NO_RESOURCE, "CancelMessageMoveTask", text, 404, **given)
+                given = {"TaskHandle": given}
+                self.refused(self.NO_RESOURCE, "CancelMessageMoveTask", text, 404, shape, **given)
         self.refused(MISSING, "CancelMessageMoveTask")
         self.assertEqual(self.task()["Status"], "RUNNING")
 
@@ -8082,28 +7796,33 @@ class ApartTest(Spoken):
             with self.subTest(name):
                 self.start(client=self.OTHER)
                 mine, other = self.another(), self.another(client, region)
-                given = {"VisibilityTimeout": "600"}
-                urls = mine.queue(**given), other.queue(**given)
+                account, given = client.account_id or ACCOUNT, {"VisibilityTimeout": "600"}
+                urls = [mine.queue(**given)]
+                self.assertEqual(other("ListQueues"), {})
+                for url in (urls[0], "jobs"):
+                    self.assertEqual(refused_code(other, "ReceiveMessage", QueueUrl=url), NO_QUEUE)
+                urls.append(other.queue(**given))
+                self.assertEqual(urls, [url_of("jobs"), url_of("jobs", account)])
                 sent = []
                 for caller, url, body in ((mine, urls[0], "mine"), (other, urls[1], "other")):
                     caller("SendMessage", QueueUrl=url, MessageBody=body)
                     (message,) = caller.receive(url, MaxNumberOfMessages=10)
                     self.assertEqual(message["Body"], body)
-                    sent.append(message["ReceiptHandle"])
-                with self.assertRaises(Refused) as caught:
-                    other("DeleteMessage", QueueUrl=urls[1], ReceiptHandle=sent[0])
-                self.assertEqual(caught.exception.code, "ReceiptHandleIsInvalid")
-                account = client.account_id or ACCOUNT
+                    sent.append({"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]})
+                foreign = {**sent[0], "QueueUrl": urls[1]}
+                code = refused_code(other, "DeleteMessage", **foreign)
+                self.assertEqual(code, "ReceiptHandleIsInvalid")
                 shown = other("GetQueueAttributes", QueueUrl=urls[1], AttributeNames=["QueueArn"])
-                self.assertEqual(shown["Attributes"], {"QueueArn": arn("jobs", region, account)})
+                theirs = arn("jobs", region, account)
+                self.assertEqual(shown["Attributes"], {"QueueArn": theirs})
                 with self.assertRaises(Refused) as caught:
-                    mine("ListMessageMoveTasks", SourceArn=arn("jobs", region, account))
+                    mine("ListMessageMoveTasks", SourceArn=theirs)
                 self.assertIn(caught.exception.status, (403, 404))
                 other.queue("more")
                 self.assertEqual(mine("ListQueues"), {"QueueUrls": [urls[0]]})
                 mine("DeleteQueue", QueueUrl=urls[0])
                 self.assertEqual(len(other("ListQueues")["QueueUrls"]), 2)
-                other("DeleteMessage", QueueUrl=urls[1], ReceiptHandle=sent[1])
+                other("DeleteMessage", **sent[1])
 
     def test_the_queue_of_another_account_does_not_exist(self):
         self.start(client=self.OTHER)
@@ -12212,6 +11931,18 @@ class RouteTest(unittest.TestCase):
             ("sqs:", "sqs:SendMessage", False),
             ("", "sqs:SendMessage", False),
             ("*", "sqs:a\nb", True),
+            ("a:*b*c", "a:bc", True),
+            ("a:*b*c", "a:xbxbxcxc", True),
+            ("a:*b*c", "a:xcxb", False),
+            ("a:*b?c*", "a:bbcbxc", True),
+            ("a:?*b", "a:b", False),
+            ("a:?*b", "a:bb", True),
+            ("a:**b", "a:b", True),
+            ("a:*?b", "a:xb", True),
+            ("a:b*", "a:b", True),
+            ("a:*b*b", "a:b", False),
+            ("a:b*b", "a:b", False),
+            ("a:b*b", "a:bb", True),
         ]:
             with self.subTest(pattern, action=action):
                 self.assertIs(awsproxy.Route(pattern, None).matches(action), matches)
@@ -12258,53 +11989,6 @@ class RouteTest(unittest.TestCase):
                 self.assertEqual(reply.status, status)
                 self.assertIn(told, reply.body.decode())
         self.assertEqual(self.pool.asked, [])
-
-    def test_the_actions_of_amazon_s3(self):
-        for method, target, action in [
-            ("GET", "/", "ListAllMyBuckets"),
-            ("GET", "/b", "ListBucket"),
-            ("GET", "/b/", "ListBucket"),
-            ("HEAD", "/b", "ListBucket"),
-            ("GET", "/b?list-type=2", "ListBucket"),
-            ("GET", "/b?versions", "ListBucketVersions"),
-            ("GET", "/b?uploads", "ListBucketMultipartUploads"),
-            ("PUT", "/b", "CreateBucket"),
-            ("DELETE", "/b", "DeleteBucket"),
-            ("POST", "/b?delete", "DeleteObject"),
-            ("GET", "/b/k", "GetObject"),
-            ("HEAD", "/b/k", "GetObject"),
-            ("GET", "/b/k?versionId=1", "GetObjectVersion"),
-            ("PUT", "/b/k", "PutObject"),
-            ("PUT", "/b/k?partNumber=1&uploadId=a", "PutObject"),
-            ("POST", "/b/k?uploads", "PutObject"),
-            ("POST", "/b/k?uploadId=a", "PutObject"),
-            ("DELETE", "/b/k?uploadId=a", "AbortMultipartUpload"),
-            ("GET", "/b/k?uploadId=a", "ListMultipartUploadParts"),
-            ("DELETE", "/b/k", "DeleteObject"),
-            ("DELETE", "/b/k?versionId=1", "DeleteObjectVersion"),
-            ("GET", "/b?acl", "GetBucketAcl"),
-            ("PUT", "/b/k?acl", "PutObjectAcl"),
-            ("GET", "/b?policy", "GetBucketPolicy"),
-            ("PUT", "/b?policy", "PutBucketPolicy"),
-            ("DELETE", "/b?policy", "DeleteBucketPolicy"),
-            ("PUT", "/b/k?tagging", "PutObjectTagging"),
-            ("DELETE", "/b/k?tagging", "DeleteObjectTagging"),
-            ("DELETE", "/b?cors", "PutBucketCORS"),
-            ("GET", "/b//", "GetObject"),
-            ("GET", "/b?location", "GetBucketLocation"),
-            ("PATCH", "/b/k", "PutObject"),
-            ("OPTIONS", "/b/k", "GetObject"),
-            ("POST", "/b/k", "PutObject"),
-        ]:
-            path = target[2:] if target.startswith("/b") else None
-            hosts = [("localhost:8081", target)]
-            if path is not None:
-                path = path if path.startswith("/") else "/" + path
-                hosts += [("b.localhost:8081", path), ("b.s3.us-east-1.amazonaws.com", path)]
-            for host, given in hosts:
-                request = Request(method, given, (("Host", host),), io.BytesIO())
-                with self.subTest(f"{method} {host}{given}"):
-                    self.assertEqual(awsproxy.s3_meaning(request, "s3").operation, action)
 
     def test_where_services_answer(self):
         streams = "DynamoDBStreams_20120810.ListStreams"
@@ -12738,116 +12422,6 @@ class NoVerifyTest(Through):
 
 
 MOTO = importlib.util.find_spec("moto") and importlib.util.find_spec("boto3")
-
-
-@unittest.skipUnless(MOTO, "moto or boto3 is not installed")
-class MotoTest(unittest.TestCase):
-    """boto3 through the proxy to moto, which answers for many services."""
-
-    @classmethod
-    def setUpClass(cls):
-        import moto.server
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BOTO"))}
-        patch = mock.patch.dict(os.environ, {**kept, **nothing, "NO_PROXY": "*"}, clear=True)
-        patch.start()
-        cls.addClassCleanup(patch.stop)
-        moto_server = moto.server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        moto_server.start()
-        cls.addClassCleanup(moto_server.stop)
-        endpoint = awsproxy.Endpoint("http", *moto_server.get_host_and_port())
-        keys, pool = Keys(OUR_KEYS), awsproxy.Pool(5, 30)
-        target = awsproxy.Upstream(endpoint, lambda client: keys, pool)
-        proxy = Proxy(awsproxy.DEMO_CLIENTS, routes=[awsproxy.Route("*", target)])
-        cls.running = Running(proxy)
-        cls.addClassCleanup(cls.running.stop)
-        cls.addClassCleanup(Through.drain, cls, pool, endpoint)
-
-    def client(self, service, **settings):
-        import boto3
-        import botocore.config
-
-        host, port = self.running.address
-        config = botocore.config.Config(retries={"total_max_attempts": 1}, **settings)
-        client = boto3.client(
-            service, region_name="us-east-1", endpoint_url=f"http://{host}:{port}", config=config,
-            aws_access_key_id="dummykey", aws_secret_access_key="dummysecret",
-        )  # fmt: skip
-        self.addCleanup(client.close)
-        return client
-
-    def test_amazon_sqs(self):
-        sqs = self.client("sqs")
-        url = sqs.create_queue(QueueName="jobs")["QueueUrl"]
-        self.assertTrue(url.startswith("http://{}:{}/".format(*self.running.address)), url)
-        self.assertEqual(sqs.list_queues()["QueueUrls"], [url])
-        sqs.send_message(QueueUrl=url, MessageBody="hello \u00e9")
-        (message,) = sqs.receive_message(QueueUrl=url)["Messages"]
-        self.assertEqual(message["Body"], "hello \u00e9")
-        sqs.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
-        with self.assertRaises(sqs.exceptions.QueueDoesNotExist):
-            sqs.get_queue_url(QueueName="none")
-
-    def test_amazon_s3(self):
-        s3 = self.client("s3", s3={"addressing_style": "path"}, signature_version="s3v4")
-        s3.create_bucket(Bucket="things")
-        keys = ["a//b", "a+b c", "\u00e9/\u65e5", "/leading", "a/../b", "a%2Fb", "~(b)'!*=&?#"]
-        for key in keys:
-            with self.subTest(key):
-                s3.put_object(Bucket="things", Key=key, Body=key.encode(), Metadata={"a": "b"})
-                got = s3.get_object(Bucket="things", Key=key)
-                self.assertEqual((got["Body"].read(), got["Metadata"]), (key.encode(), {"a": "b"}))
-                self.assertEqual(
-                    s3.head_object(Bucket="things", Key=key)["ContentLength"], len(key.encode())
-                )
-        listed = [o["Key"] for o in s3.list_objects_v2(Bucket="things")["Contents"]]
-        self.assertEqual(sorted(listed), sorted(keys))
-        found = s3.list_objects_v2(Bucket="things", Prefix="a+b ")["Contents"]
-        self.assertEqual([o["Key"] for o in found], ["a+b c"])
-        big = os.urandom(6 * MEBIBYTE)
-        upload = s3.create_multipart_upload(Bucket="things", Key="big")["UploadId"]
-        parts = []
-        for number, data in enumerate((big, b"end"), 1):
-            etag = s3.upload_part(
-                Bucket="things", Key="big", UploadId=upload, PartNumber=number, Body=data
-            )["ETag"]
-            parts.append({"PartNumber": number, "ETag": etag})
-        s3.complete_multipart_upload(
-            Bucket="things", Key="big", UploadId=upload, MultipartUpload={"Parts": parts}
-        )
-        s3.copy_object(Bucket="things", Key="copy", CopySource={"Bucket": "things", "Key": "big"})
-        self.assertEqual(s3.get_object(Bucket="things", Key="copy")["Body"].read(), big + b"end")
-        part = s3.get_object(Bucket="things", Key="big", Range="bytes=1-5")
-        self.assertEqual(part["Body"].read(), big[1:6])
-        for key in ("a+b c", "\u00e9/\u65e5", "a//b"):
-            link = s3.generate_presigned_url("get_object", Params={"Bucket": "things", "Key": key})
-            with urllib.request.urlopen(link) as answered:
-                self.assertEqual(answered.read(), key.encode())
-        s3.delete_object(Bucket="things", Key="big")
-        with self.assertRaises(s3.exceptions.NoSuchKey):
-            s3.get_object(Bucket="things", Key="big")
-
-    def test_other_services(self):
-        table = self.client("dynamodb")
-        table.create_table(
-            TableName="t", BillingMode="PAY_PER_REQUEST",
-            KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
-            AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
-        )  # fmt: skip
-        table.put_item(TableName="t", Item={"k": {"S": "a"}})
-        self.assertEqual(
-            table.get_item(TableName="t", Key={"k": {"S": "a"}})["Item"]["k"]["S"], "a"
-        )
-        self.assertIn("Arn", self.client("sts").get_caller_identity())
-        sns = self.client("sns")
-        topic = sns.create_topic(Name="news")["TopicArn"]
-        self.assertIn("MessageId", sns.publish(TopicArn=topic, Message="a"))
-        self.assertEqual(self.client("lambda").list_functions()["Functions"], [])
-        iam = self.client("iam")
-        iam.create_user(UserName="bob")
-        self.assertEqual([u["UserName"] for u in iam.list_users()["Users"]], ["bob"])
 
 
 UPSTREAM_KEYS = awsproxy.Credentials("upstreamkey", "upstreamsecret", "upstreamtoken")
@@ -14706,29 +14280,6 @@ class ForwardedMeaningTest(ForwardMeaning):
         if sent:
             self.assertNotIn("secret", sent.target)
 
-    def test_hostile_request_does_not_reach_the_upstream(self):
-        recorder = FakeUpstream(self)
-        proxy = self.routed(recorder)
-        target = (("X-Amz-Target", "x.GetObject"),)
-        for name, asked in (
-            ("a", request("DELETE", "/bkt/key", target, service="s3")),
-            ("c", request("DELETE", "/bkt/key?Action=GetObject", service="s3", order=(2, 0, 1))),
-            ("d", signed_link("DELETE", "/bkt/key?Action=GetObject", service="s3",
-                       replace=[("X-Amz-Credential", "X-Amz-%43redential")])),
-            ("e", request("POST", INVOKE + "?Action=GET", service="lambda")),
-            ("f", form_request("sns", "Action=DeleteTopic",
-                               headers=(("X-Amz-Target", "x.ListTopics"),))),
-            ("g", signed_link("POST", "/?X-Amz-Target=DynamoDB_20120810.DeleteTable",
-                       service="dynamodb")),
-            ("h", request("POST", "/?Action=ListTopics&Action=DeleteTopic",
-                          (("Content-Type", JSON_1_0),), b"{}", service="sns")),
-            ("j", form_request("sqs", "Action=PurgeQueue%00")),
-            ("k", json_request("dynamodb", "GetItem", b'{"TableName":"a","TableName":"b"}')),
-        ):  # fmt: skip
-            with self.subTest(name):
-                reply, sent = self.forwarded(proxy, recorder, asked)
-                self.assertEqual((reply.status, sent), (400, None))
-
 
 class AnotherReaderTest(MeaningCase):
     """What a reader with other habits could take for another operation."""
@@ -14950,6 +14501,9 @@ class S3ActionTest(MeaningCase):
             ("DELETE", "/b?publicAccessBlock", "PutBucketPublicAccessBlock"),
             ("POST", "/b?delete", "DeleteObject"),
             ("POST", "/b", "PutObject"),
+            ("GET", "/b/", "ListBucket"),
+            ("PATCH", "/b/k", "PutObject"),
+            ("OPTIONS", "/b/k", "GetObject"),
             ("GET", "/b/k", "GetObject"),
             ("HEAD", "/b/k", "GetObject"),
             ("GET", "/b/k?response-content-type=acl", "GetObject"),
@@ -16486,15 +16040,6 @@ class MetricsTest(unittest.TestCase):
             name = re.match(r"\w+", line)[0]
             self.assertIn(re.sub("_(bucket|sum|count)$", "", name), described)
 
-    def test_hostile_names_do_not_grow_it(self):
-        metrics, caller = self.counting()
-        for number in range(600):
-            with self.assertRaises(Refused):
-                caller(f"Bogus{number}")
-        text = metrics.text()
-        self.assertIn('operation="other"', text)
-        self.assertLess(len(text.splitlines()), 700)
-
     def test_our_own_paths_are_told_to_this_machine_alone(self):
         status = awsproxy.Status(awsproxy.Metrics())
         proxy = Proxy(awsproxy.DEMO_CLIENTS, status=status)
@@ -16664,10 +16209,10 @@ class InFlightTest(LedgerCase):
             count = int(shown["Attributes"][names[0]])
             self.assertEqual(self.ledger.total, count, number)
 
-    def test_eight_workers_over_10000_messages_leave_it_exactly_right(self):
+    def test_eight_workers_over_3000_messages_leave_it_exactly_right(self):
         caller = self.caller()
         url = caller.queue(VisibilityTimeout="20")
-        for start in range(0, 10000, 10):
+        for start in range(0, 3000, 10):
             entries = [{"Id": f"{n}", "MessageBody": f"{n}"} for n in range(start, start + 10)]
             caller("SendMessageBatch", QueueUrl=url, Entries=entries)
         done = dict.fromkeys(range(8), 0)
@@ -16709,13 +16254,13 @@ class InFlightTest(LedgerCase):
             shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
             left, count = (int(shown["Attributes"][name]) for name in names)
             self.assertEqual(self.ledger.total, count)
-            self.assertEqual(left + count, 10000 - sum(done.values()))
+            self.assertEqual(left + count, 3000 - sum(done.values()))
             if left + count == 0:
                 finished.append(True)
             together.wait()
         for thread in threads:
             thread.join(DEADLINE)
-        self.assertEqual(sum(done.values()), 10000)
+        self.assertEqual(sum(done.values()), 3000)
 
     def not_visible(self, caller, url):
         shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=[NOT_VISIBLE])
@@ -17000,21 +16545,6 @@ class TaskProtectionTest(LedgerCase):
             self.protection.tend_later()
             self.assertEqual(len(self.asked_of_agent), count, minutes)
 
-    def test_no_message_fails_because_of_the_agent(self):
-        blocked = b'{"failure":{"Reason":"DEPLOYMENT_BLOCKED"}}'
-        for answer in (awsproxy.NoKeys("agent answered 500"), blocked, b"garbage", b"[]"):
-            with self.subTest(answer):
-                caller = self.protecting(answer, answer)
-                url = caller.queue()
-                caller("SendMessage", QueueUrl=url, MessageBody="a")
-                with self.assertLogs("awsproxy", "WARNING"):
-                    self.assertEqual(caller.bodies(url), ["a"])
-                    for seconds, count in ((0.5, 1), (1, 2), (1, 2), (1.5, 3)):
-                        caller.clock.now += seconds
-                        self.protection.tend_later()
-                        self.assertEqual(len(self.asked_of_agent), count)
-                self.assertEqual(self.wanted(), [True] * 3)
-
     def test_calls_do_not_queue_up_for_an_agent_that_is_slow(self):
         caller = self.protecting()
         url = caller.queue()
@@ -17085,31 +16615,6 @@ class TaskProtectionTest(LedgerCase):
         self.assertTrue(body["ProtectionEnabled"])
         caller("DeleteMessage", QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
         self.assertFalse(seen.get(timeout=DEADLINE)[1]["ProtectionEnabled"])
-
-    def test_an_agent_that_refuses_or_hangs_holds_up_no_message_for_long(self):
-        self.assertLess(awsproxy.TaskProtection.PATIENCE, 6)
-        hook = write(
-            os.path.join(folder(self), "hook.py"),
-            "import awsproxy\nawsproxy.TaskProtection.PATIENCE = 0.5\ndef before(call): pass\n",
-        )
-        limited = b'{"error":{"Code":"ThrottlingException","Message":"Rate exceeded"}}'
-        started = []
-        for answer in ((429, limited), (400, b'{"error":{"Code":"InvalidParameter"}}'), None):
-            with self.subTest(answer):
-                uri, seen = self.agent(answer)
-                program = self.program(uri, "--hook", hook)
-                caller = program.caller()
-                url = caller.queue()
-                caller("SendMessage", QueueUrl=url, MessageBody="a")
-                begin = time.monotonic()
-                self.assertEqual(caller.bodies(url), ["a"])
-                self.assertLess(time.monotonic() - begin, DEADLINE / 2)
-                started.append((answer, seen, program))
-        for answer, seen, program in started:
-            with self.subTest(answer):
-                for _ in range(2):  # the program asks again, after a pause
-                    self.assertTrue(seen.get(timeout=DEADLINE)[1]["ProtectionEnabled"])
-                self.assertIn("task protection not changed", program.line())
 
     def test_it_is_asked_before_the_messages_go_out(self):
         caller = self.protecting()
@@ -17185,13 +16690,17 @@ class TaskProtectionTest(LedgerCase):
             ("nested too deep", b"[" * 200000),
             ("null", b"null"),
             ("a number", b"1"),
+            ("a list", b"[]"),
+            ("garbage", b"garbage"),
             ("no UTF-8", b"\xff\xfe{"),
             ("empty", b""),
+            ("a failure", b'{"failure":{"Reason":"DEPLOYMENT_BLOCKED"}}'),
             ("failure of another shape", b'{"failure":["x"]}'),
             ("failure without a reason", b'{"failure":{"Arn":"a"}}'),
             ("error", b'{"error":{"Code":"ServerException"},"protection":null}'),
-            ("4xx", awsproxy.NoKeys("agent answered 400")),
-            ("too many", awsproxy.NoKeys("agent answered 429")),
+            ("4xx", awsproxy.Skipped("agent answered 400")),
+            ("too many", awsproxy.Skipped("agent answered 429")),
+            ("5xx", awsproxy.Skipped("agent answered 500")),
         ):
             with self.subTest(name):
                 caller = self.protecting(*[answer] * 4)
@@ -17207,7 +16716,9 @@ class TaskProtectionTest(LedgerCase):
                         asked += [second + 1] * (len(self.asked_of_agent) - before)
                 self.assertEqual(asked, [1, 3, 8, 18])  # then it worked
                 self.assertEqual(len(logged.output), 4)
-                self.assertTrue(all(len(line) < 300 for line in logged.output))
+                for line in logged.output:
+                    self.assertIn("task protection not changed", line)
+                    self.assertLess(len(line), 300)
                 caller("DeleteMessage", QueueUrl=url, ReceiptHandle=handle)
                 self.assertEqual(self.wanted(), [True] * 5 + [False])
 
@@ -17255,6 +16766,7 @@ class TaskProtectionTest(LedgerCase):
                 words = (listener, at_once, dripped)
                 threading.Thread(target=serve, args=words, daemon=True).start()
                 caller = self.protecting()
+                self.assertLess(self.protection.PATIENCE, 6)
                 self.protection.PATIENCE = 0.4
                 self.protection._put = awsproxy._put
                 self.protection._url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
@@ -18005,15 +17517,6 @@ class StreamTest(SocketTest):
             wire.send(by_chunks(body) if index % 2 else by_length(body))
             self.assertEqual(wire.answer().body, body)
 
-    def test_chunks_arrive_decoded(self):
-        head = raw_post(b"Transfer-Encoding: chunked")
-        for name, coded, expected in CHUNKED:
-            for piece in (0, 1):
-                with self.subTest(name, piece=piece):
-                    wire, answer = self.running.ask(head + coded + SECOND, piece)
-                    self.assertEqual((answer.status, answer.body), (200, expected))
-                    self.assertEqual(wire.answer().body, b"second")
-
     def test_broken_requests_are_refused_and_what_follows_is_not_read(self):
         head = raw_post(b"Transfer-Encoding: chunked")
         cases = [
@@ -18495,15 +17998,6 @@ class ServerSettingsTest(unittest.TestCase):
         self.start(every_half_second=done.set)
         self.assertTrue(done.wait(DEADLINE))
 
-    def test_it_listens_on_ipv6(self):
-        try:
-            with socket.socket(socket.AF_INET6) as probe:
-                probe.bind(("::1", 0))
-        except OSError as error:
-            self.skipTest(f"no IPv6 here: {error}")
-        _, answer = self.start(("::1", 0)).ask(SECOND)
-        self.assertEqual(answer.body, b"second")
-
 
 def half(data):
     """Return a request's bytes in two parts, the second beginning within the body."""
@@ -18650,17 +18144,6 @@ class CrowdTest(SocketTest):
         self.assertEqual(one.answer().body, b"second")
         self.assertLess([it.path for it in proxy.requests].index("/second"), 100)
         self.assertEqual({many.answer().status for _ in range(500)}, {200})
-
-    def test_a_poll_ends_soon_once_its_caller_has_hung_up(self):
-        """Else polls begun and left would hold connections and threads that others need."""
-        caller = Caller("json")
-        given = {"QueueUrl": caller.queue(), "WaitTimeSeconds": 20}
-        target = (("X-Amz-Target", "AmazonSQS.ReceiveMessage"),)
-        request = signed("POST", "/", target, json.dumps(given).encode(), at=caller.clock())
-        before = caller.clock()
-        reply = caller.proxy.handle(dataclasses.replace(request, abandoned=lambda: True))
-        self.assertEqual(reply.status, 200)
-        self.assertLessEqual(caller.clock() - before, 5)
 
     def test_who_never_ceases_to_send_is_not_given_up(self):
         """The buffer is never empty: the beginning of a request arrives with each end."""
@@ -19418,6 +18901,7 @@ class CommandLineTest(unittest.TestCase):
         ended = run_each([("help", ["--help"]), ("version", ["--version"])])
         code, text, errors = ended["help"]
         self.assertEqual((code, errors), (0, ""))
+        self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
         for flag in FLAGS:
             with self.subTest(flag):
                 self.assertRegex(text, rf"(?m)^  (-h, )?{flag}\b")
@@ -20060,27 +19544,6 @@ class ProgramTest(unittest.TestCase):
 
 
 class HostNameTest(ProgramTest):
-    def test_hosts_of_many_labels_are_answered_at_once(self):
-        program = self.start()
-        claimed = "X-Amz-Credential=a/20150830/us-east-1/s3/aws4_request"
-        for host in (
-            "a.s3" + "-a" * 40 + "!",
-            "a.s3" + ".a" * 40 + "!",
-            "a.s3" + "-a.b" * 5000 + "!",
-            "a.s3" + ".amazonaws.com" * 3000 + "!",
-            "a" + ".s3" * 15000 + "!",
-            "a.s3." + "-" * 50000 + "!",
-            "." * 50000 + "amazonaws.com",
-            "a." * 25000 + "api.aws!",
-            "a:" + "1" * 5000,
-        ):
-            head = f"GET /b/k?{claimed} HTTP/1.1\r\nHost: {host}\r\n\r\n"
-            status = self.status_of(program, head.encode())
-            self.assertIn(status, range(400, 500), host[:40])
-            request = raw_request("GET", "/k", (("Host", host), named_by("s3")))
-            self.assertIn(self.status_of(program, request), range(400, 500), host[:40])
-        self.assertEqual(program.end()[0], 0)
-
     def test_hosts_of_many_labels_name_no_bucket_slowly(self):
         took = run_apart(
             self,
@@ -20179,22 +19642,9 @@ class DrainByDefaultTest(ProgramTest):
         self.assertEqual((code, codes), (0, [""]))
         self.assertLess(seconds, 4)
 
-    def test_an_idle_program_ends_at_once(self):
-        program = self.start("--quiet")
-        program.caller()("ListQueues")
-        code, seconds = program.end()
-        self.assertEqual(code, 0)
-        self.assertLess(seconds, 2)
-
-    def test_messages_in_flight_have_five_seconds(self):
-        program = self.start("--quiet")
-        call = program.caller()
-        url = call.queue("jobs")
-        call("SendMessage", QueueUrl=url, MessageBody="m")
-        call("ReceiveMessage", QueueUrl=url)
-        code, seconds = program.end()
-        self.assertEqual(code, 0)
-        self.assertTrue(4.5 < seconds < 8, seconds)
+    def test_the_default_is_five_seconds(self):
+        """DrainTest shows that a program waits so long for messages in flight, and no longer."""
+        self.assertEqual(awsproxy.build_parser().parse_args([]).drain_seconds, 5)
 
 
 @unittest.skipUnless(LINUX, "it reads /proc")
@@ -20365,10 +19815,6 @@ class ClientFlagTest(unittest.TestCase):
         for line in self.refused(*(("--client", value) for value in values)):
             self.assertIn("--client", line)
             self.assertNotIn("verysecret", line)
-
-    def test_help_names_the_flag(self):
-        _, text, _ = run_each([("help", ["--help"])])["help"]
-        self.assertRegex(text, r"(?m)^  --client KEY:SECRET")
 
 
 UPSTREAM_ENVIRONMENT = {
@@ -20793,25 +20239,6 @@ class CostTest(unittest.TestCase):
             3,
         )
         self.assertLess(took, 0.2)
-
-    def test_route_patterns_match_as_before(self):
-        for pattern, action, matches in (
-            ("a:*b*c", "a:bc", True),
-            ("a:*b*c", "a:xbxbxcxc", True),
-            ("a:*b*c", "a:xcxb", False),
-            ("a:*b?c*", "a:bbcbxc", True),
-            ("a:?*b", "a:b", False),
-            ("a:?*b", "a:bb", True),
-            ("a:**b", "a:b", True),
-            ("a:*?b", "a:xb", True),
-            ("a:b*", "a:b", True),
-            ("a:*b*b", "a:b", False),
-            ("a:b*b", "a:b", False),
-            ("a:b*b", "a:bb", True),
-            ("*", "a:b\nc", True),
-        ):
-            with self.subTest(pattern, action=action):
-                self.assertIs(awsproxy.Route(pattern, None).matches(action), matches)
 
     def test_long_signed_chunks_are_not_copied_for_each_part(self):
         made, body = streamed(pieces=(b"a" * (16 * MEBIBYTE),))
@@ -21534,6 +20961,12 @@ def called_by_boto3(origin):
         call(s3.delete_objects, mode, Bucket=bucket, Delete=gone)
         call(s3.get_object, f"{mode} that is gone, refused", Bucket=bucket, Key="parts")
 
+    call(s3.create_bucket, "odd", Bucket="odd")
+    for key in ("a//b", "/leading", "a/../b", "a%2Fb", "~(b)'!*=&?#", "\u00e9/\u65e5"):
+        at = {"Bucket": "odd", "Key": key}
+        call(s3.put_object, key, **at, Body=key.encode(), Metadata={"a": "b"})
+        assert call(s3.get_object, key, **at).get("Body") == key.encode(), key
+    call(s3.list_objects_v2, "odd", Bucket="odd", Prefix="a")
     sqs = client("sqs")
     url = call(sqs.create_queue, QueueName="jobs", Attributes={"DelaySeconds": "0"})["QueueUrl"]
     of_one = {"StringValue": "1", "DataType": "Number"}
@@ -21574,6 +21007,11 @@ def called_by_boto3(origin):
     call(table.get_item, "of no table, refused", TableName="none", Key={"k": item["k"]})
 
     call(client("sts").get_caller_identity)
+    sns = client("sns")
+    topic = call(sns.create_topic, Name="news")["TopicArn"]
+    call(sns.publish, TopicArn=topic, Message="a")
+    call(client("lambda").list_functions)
+    call(client("iam").list_users)
 
     watch = client("cloudwatch")
     at = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc)
