@@ -1900,17 +1900,9 @@ class PublishedExampleTest(VerifyCase):
                 self.check(request, S3_EXAMPLE, S3_TIME)
 
     @each(
-        (
-            "value2",
-            "value1",
-            "5772eed61e12b33fae39ee5e7012498b51d56abc0abb7c60486157bd471c4694",
-        ),
-        (
-            "value2",
-            "Value1",
-            "eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1",
-        ),
-    )
+        ("value2", "value1", "5772eed61e12b33fae39ee5e7012498b51d56abc0abb7c60486157bd471c4694"),
+        ("value2", "Value1", "eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1"),
+    )  # fmt: skip
     def test_repeated_parameters_are_sorted_by_value(self, first, second, made):
         """AWS's first test suite (get-vanilla-query-order-value and -key); none since has one."""
         value = (
@@ -2864,12 +2856,8 @@ class PresignedTest(VerifyCase):
         spelling = "^SignedHeaders must be "
         table = [
             ("date", "Date=20150830T", "Date=20150230T", "^Date must be in ISO-8601"),
-            (
-                "date as in a header",
-                "Date=[^&]*",
-                "Date=Sun%2C%2030%20Aug%202015",
-                "^Date must be",
-            ),
+            ("date as in a header", "Date=[^&]*", "Date=Sun%2C%2030%20Aug%202015",
+             "^Date must be"),
             ("signed headers unsorted", "=host", "=x-a%3Bhost", spelling),
             ("signed headers in upper case", "=host", "=Host", spelling),
             ("signed headers twice", "=host", "=host%3Bhost", spelling),
@@ -2880,7 +2868,7 @@ class PresignedTest(VerifyCase):
             ("credential of 4 parts", "%2Faws4_request", "", "exactly 5"),
             ("credential of 6 parts", "aws4_request", "aws4_request%2Fx", "exactly 5"),
             ("credential double encoded", "%2F", "%252F", "exactly 5"),
-        ]
+        ]  # fmt: skip
         for name, old, new, pattern in table:
             with self.subTest(name):
                 self.refused(link(edit=(old, new)), "400 IncompleteSignature", pattern)
@@ -3513,24 +3501,23 @@ class ProtocolTest(unittest.TestCase):
                 reply = reply_to(self.sqs, "POST", "/", headers, b"{}")
                 self.assertIn(reply.status, range(400, 500))
 
-    def test_a_target_must_name_an_operation(self):
+    @each(
+        "AmazonSQS.FooBar",
+        "AmazonSQS.listQueues",
+        "AmazonSQS.__init__",
+        "AmazonSQS.answer",
+        "AmazonSQS.",
+        "AmazonSQS.ListQueues.",
+        "AmazonSQS.\xe9",
+    )
+    def test_a_target_must_name_an_operation(self, target):
         self.sqs.queue("jobs")
-        for target in (
-            "AmazonSQS.FooBar",
-            "AmazonSQS.listQueues",
-            "AmazonSQS.__init__",
-            "AmazonSQS.answer",
-            "AmazonSQS.",
-            "AmazonSQS.ListQueues.",
-            "AmazonSQS.\xe9",
-        ):
-            with self.subTest(target):
-                headers = (("X-Amz-Target", target), OF_JSON_1_0)
-                reply = reply_to(self.sqs, "POST", "/", headers, b"{}")
-                document = json.loads(reply.body)
-                self.assertEqual(reply.status, 400)
-                self.assertEqual(header(reply, "x-amzn-query-error"), "InvalidAction;Sender")
-                self.assertEqual(document["__type"], FRAMEWORK + "UnknownOperationException")
+        headers = (("X-Amz-Target", target), OF_JSON_1_0)
+        reply = reply_to(self.sqs, "POST", "/", headers, b"{}")
+        document = json.loads(reply.body)
+        self.assertEqual(reply.status, 400)
+        self.assertEqual(header(reply, "x-amzn-query-error"), "InvalidAction;Sender")
+        self.assertEqual(document["__type"], FRAMEWORK + "UnknownOperationException")
 
     @each(
         ("DynamoDB_20120810.ListQueues", "sqs"),
@@ -3571,41 +3558,35 @@ class ProtocolTest(unittest.TestCase):
         reply = self.sqs.proxy.handle(request)
         self.assertEqual(reply.status, 400)
 
-    def test_what_names_no_operation_is_not_found(self):
+    @each(
+        ("a queue", "GET", "/000000000000/jobs", (), b""),
+        ("no queue", "GET", "/", (), b""),
+        ("a query string", "GET", "/000000000000/jobs?Version=2012-11-05", (), b""),
+        ("who wants JSON", "GET", "/000000000000/jobs", (("Accept", "application/json"),), b""),
+        ("a form", "POST", "/000000000000/jobs", (FORM,), b"Version=2012-11-05"),
+    )  # fmt: skip
+    def test_what_names_no_operation_is_not_found(self, name, method, target, headers, body):
         self.sqs.queue("jobs")
         nothing = b"<UnknownOperationException/>"
-        for name, method, target, headers, body in (
-            ("a queue", "GET", "/000000000000/jobs", (), b""),
-            ("no queue", "GET", "/", (), b""),
-            ("a query string", "GET", "/000000000000/jobs?Version=2012-11-05", (), b""),
-            (
-                "who wants JSON",
-                "GET",
-                "/000000000000/jobs",
-                (("Accept", "application/json"),),
-                b"",
-            ),
-            ("a form", "POST", "/000000000000/jobs", (FORM,), b"Version=2012-11-05"),
-        ):
-            with self.subTest(name):
-                reply = reply_to(self.sqs, method, target, headers, body)
-                self.assertEqual((reply.status, reply.body), (404, nothing))
-                self.assertRegex(header(reply, "x-amzn-RequestId"), UUID)
+        reply = reply_to(self.sqs, method, target, headers, body)
+        self.assertEqual((reply.status, reply.body), (404, nothing))
+        self.assertRegex(header(reply, "x-amzn-RequestId"), UUID)
 
-    def test_an_unknown_action_is_not_valid_for_this_endpoint(self):
-        self.sqs.queue("jobs")
-        for action, path in itertools.product(
+    @each(
+        *itertools.product(
             ("FooBar", "listQueues", "__init__", "answer"), ("/", "/000000000000/jobs")
-        ):
-            with self.subTest(action, path=path):
-                reply = reply_to(self.sqs, "GET", f"{path}?Action={action}")
-                with self.assertRaises(Refused) as caught:
-                    xml_output(action, reply)
-                refusal = caught.exception
-                got = (refusal.status, refusal.code, refusal.fault)
-                self.assertEqual(got, (400, "InvalidAction", "Sender"))
-                text = f"The action {action} is not valid for this endpoint."
-                self.assertEqual(refusal.message, text)
+        )
+    )
+    def test_an_unknown_action_is_not_valid_for_this_endpoint(self, action, path):
+        self.sqs.queue("jobs")
+        reply = reply_to(self.sqs, "GET", f"{path}?Action={action}")
+        with self.assertRaises(Refused) as caught:
+            xml_output(action, reply)
+        refusal = caught.exception
+        got = (refusal.status, refusal.code, refusal.fault)
+        self.assertEqual(got, (400, "InvalidAction", "Sender"))
+        text = f"The action {action} is not valid for this endpoint."
+        self.assertEqual(refusal.message, text)
 
 
 class QueuePathTest(unittest.TestCase):
@@ -3694,43 +3675,33 @@ class QueuePathTest(unittest.TestCase):
 
 
 class EnvelopeTest(Spoken):
-    def test_an_output_is_in_its_envelope(self):
+    @each(
+        ("an output", "GetQueueUrl", {"QueueName": "jobs"},
+         b'{"QueueUrl":"%s"}' % url_of("jobs").encode(),
+         f"<GetQueueUrlResult><QueueUrl>{url_of('jobs')}</QueueUrl></GetQueueUrlResult>"),
+        ("nothing in an output", "ReceiveMessage", {"QueueUrl": url_of("jobs")}, b"{}",
+         "<ReceiveMessageResult/>"),
+        ("no output", "PurgeQueue", {"QueueUrl": url_of("jobs")}, b"", ""),
+    )  # fmt: skip
+    def test_an_output_is_in_its_envelope(self, name, operation, given, document, result):
         self.sqs.queue("jobs")
-        for name, operation, given, document, result in (
-            (
-                "an output",
-                "GetQueueUrl",
-                {"QueueName": "jobs"},
-                b'{"QueueUrl":"%s"}' % url_of("jobs").encode(),
-                f"<GetQueueUrlResult><QueueUrl>{url_of('jobs')}</QueueUrl></GetQueueUrlResult>",
-            ),
-            (
-                "nothing in an output",
-                "ReceiveMessage",
-                {"QueueUrl": url_of("jobs")},
-                b"{}",
-                "<ReceiveMessageResult/>",
-            ),
-            ("no output", "PurgeQueue", {"QueueUrl": url_of("jobs")}, b"", ""),
-        ):
-            with self.subTest(name):
-                self.sqs(operation, **given)
-                reply = self.sqs.reply
-                request_id = header(reply, "x-amzn-RequestId")
-                self.assertEqual(reply.status, 200)
-                self.assertRegex(request_id, UUID)
-                self.assertIsNone(header(reply, "x-amzn-query-error"))
-                if self.protocol == "json":
-                    self.assertEqual(header(reply, "Content-Type"), JSON_1_0)
-                    self.assertEqual(reply.body.replace(b": ", b":"), document)
-                else:
-                    self.assertEqual(header(reply, "Content-Type"), "text/xml")
-                    self.assertEqual(
-                        reply.body.decode(),
-                        f'<?xml version="1.0"?><{operation}Response xmlns="{XMLNS}">{result}'
-                        f"<ResponseMetadata><RequestId>{request_id}</RequestId>"
-                        f"</ResponseMetadata></{operation}Response>",
-                    )
+        self.sqs(operation, **given)
+        reply = self.sqs.reply
+        request_id = header(reply, "x-amzn-RequestId")
+        self.assertEqual(reply.status, 200)
+        self.assertRegex(request_id, UUID)
+        self.assertIsNone(header(reply, "x-amzn-query-error"))
+        if self.protocol == "json":
+            self.assertEqual(header(reply, "Content-Type"), JSON_1_0)
+            self.assertEqual(reply.body.replace(b": ", b":"), document)
+        else:
+            self.assertEqual(header(reply, "Content-Type"), "text/xml")
+            self.assertEqual(
+                reply.body.decode(),
+                f'<?xml version="1.0"?><{operation}Response xmlns="{XMLNS}">{result}'
+                f"<ResponseMetadata><RequestId>{request_id}</RequestId>"
+                f"</ResponseMetadata></{operation}Response>",
+            )
 
     def test_an_error_is_in_its_envelope(self):
         for name, operation, given, status, code, shape, text in (
@@ -3754,16 +3725,11 @@ class EnvelopeTest(Spoken):
                 "Can only include alphanumeric characters, hyphens, or underscores."
                 " 1 to 80 in length",
             ),
-            (
-                "not found",
-                "DeleteMessage",
-                {"QueueUrl": self.sqs.queue("jobs"), "ReceiptHandle": "garbage"},
-                404,
-                "ReceiptHandleIsInvalid",
-                MODELLED + "ReceiptHandleIsInvalid",
-                'The input receipt handle "garbage" is not a valid receipt handle.',
-            ),
-        ):
+            ("not found", "DeleteMessage",
+             {"QueueUrl": self.sqs.queue("jobs"), "ReceiptHandle": "garbage"}, 404,
+             "ReceiptHandleIsInvalid", MODELLED + "ReceiptHandleIsInvalid",
+             'The input receipt handle "garbage" is not a valid receipt handle.'),
+        ):  # fmt: skip
             with self.subTest(name):
                 with self.assertRaises(Refused):
                     self.sqs(operation, **given)
@@ -3948,11 +3914,8 @@ STORY = (  # operation, input, output
         {"QueueUrl": JOBS},
     ),
     ("GetQueueUrl", {"QueueName": "jobs", "QueueOwnerAWSAccountId": ACCOUNT}, {"QueueUrl": JOBS}),
-    (
-        "ListQueues",
-        {"QueueNamePrefix": "", "MaxResults": 1},
-        {"QueueUrls": [DEAD], "NextToken": TOKEN},
-    ),
+    ("ListQueues", {"QueueNamePrefix": "", "MaxResults": 1},
+     {"QueueUrls": [DEAD], "NextToken": TOKEN}),
     ("ListQueues", {"MaxResults": 1, "NextToken": TOKEN}, {"QueueUrls": [JOBS]}),
     ("ListQueues", {"QueueNamePrefix": "x"}, {}),
     ("ListQueueTags", {"QueueUrl": JOBS}, {"Tags": {"team": "blue", "empty": ""}}),
@@ -3962,26 +3925,15 @@ STORY = (  # operation, input, output
     ("ListQueueTags", {"QueueUrl": DEAD}, {}),
     ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD}, {}),
     ("SetQueueAttributes", {"QueueUrl": JOBS, "Attributes": {"RedrivePolicy": POLICY}}, None),
-    (
-        "CreateQueue",
-        {"QueueName": "a", "Attributes": {"RedrivePolicy": POLICY}},
-        {"QueueUrl": TEXT},
-    ),
-    (
-        "ListDeadLetterSourceQueues",
-        {"QueueUrl": DEAD, "MaxResults": 1},
-        {"queueUrls": [url_of("a")], "NextToken": TOKEN},
-    ),
-    (
-        "ListDeadLetterSourceQueues",
-        {"QueueUrl": DEAD, "MaxResults": 1, "NextToken": TOKEN},
-        {"queueUrls": [JOBS]},
-    ),
-    (
-        "GetQueueAttributes",
-        {"QueueUrl": JOBS, "AttributeNames": ["RedrivePolicy", "VisibilityTimeout", "Policy"]},
-        {"Attributes": {"RedrivePolicy": POLICY, "VisibilityTimeout": "40"}},
-    ),
+    ("CreateQueue", {"QueueName": "a", "Attributes": {"RedrivePolicy": POLICY}},
+     {"QueueUrl": TEXT}),
+    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD, "MaxResults": 1},
+     {"queueUrls": [url_of("a")], "NextToken": TOKEN}),
+    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD, "MaxResults": 1, "NextToken": TOKEN},
+     {"queueUrls": [JOBS]}),
+    ("GetQueueAttributes",
+     {"QueueUrl": JOBS, "AttributeNames": ["RedrivePolicy", "VisibilityTimeout", "Policy"]},
+     {"Attributes": {"RedrivePolicy": POLICY, "VisibilityTimeout": "40"}}),
     ("GetQueueAttributes", {"QueueUrl": JOBS}, {}),
     ("GetQueueAttributes", {"QueueUrl": JOBS, "AttributeNames": ["Policy"]}, {}),
     (
@@ -3994,17 +3946,11 @@ STORY = (  # operation, input, output
         },
         None,
     ),
-    (
-        "GetQueueAttributes",
-        {"QueueUrl": DEAD, "AttributeNames": ["Policy"]},
-        {"Attributes": {"Policy": TEXT}},
-    ),
+    ("GetQueueAttributes", {"QueueUrl": DEAD, "AttributeNames": ["Policy"]},
+     {"Attributes": {"Policy": TEXT}}),
     ("RemovePermission", {"QueueUrl": DEAD, "Label": "l"}, None),
-    (
-        "SendMessage",
-        {"QueueUrl": JOBS, "MessageBody": "hello", "MessageGroupId": "g", **SENT},
-        ANSWERED,
-    ),
+    ("SendMessage", {"QueueUrl": JOBS, "MessageBody": "hello", "MessageGroupId": "g", **SENT},
+     ANSWERED),
     (
         "ReceiveMessage",
         {
@@ -4027,11 +3973,8 @@ STORY = (  # operation, input, output
             ]
         },
     ),
-    (
-        "ChangeMessageVisibility",
-        {"QueueUrl": JOBS, "ReceiptHandle": HANDLE, "VisibilityTimeout": 9},
-        None,
-    ),
+    ("ChangeMessageVisibility",
+     {"QueueUrl": JOBS, "ReceiptHandle": HANDLE, "VisibilityTimeout": 9}, None),
     (
         "ChangeMessageVisibilityBatch",
         {
@@ -4073,11 +4016,8 @@ STORY = (  # operation, input, output
             ]
         },
     ),
-    (
-        "CancelMessageMoveTask",
-        {"TaskHandle": TASK},
-        {"ApproximateNumberOfMessagesMoved": mock.ANY},
-    ),
+    ("CancelMessageMoveTask", {"TaskHandle": TASK},
+     {"ApproximateNumberOfMessagesMoved": mock.ANY}),
     (
         "SendMessageBatch",
         {
@@ -4117,11 +4057,8 @@ STORY = (  # operation, input, output
     ("DeleteMessage", {"QueueUrl": JOBS, "ReceiptHandle": HANDLE}, None),
     ("PurgeQueue", {"QueueUrl": JOBS}, None),
     ("DeleteQueue", {"QueueUrl": JOBS}, None),
-    (
-        "CreateQueue",
-        {"QueueName": "jobs.fifo", "Attributes": {"FifoQueue": "true"}},
-        {"QueueUrl": ORDERED},
-    ),
+    ("CreateQueue", {"QueueName": "jobs.fifo", "Attributes": {"FifoQueue": "true"}},
+     {"QueueUrl": ORDERED}),
     (
         "SendMessage",
         {
@@ -4160,7 +4097,7 @@ STORY = (  # operation, input, output
             ]
         },
     ),
-)
+)  # fmt: skip
 
 
 class SpellingTest(Spoken):
@@ -4439,25 +4376,13 @@ class LegacyJsonTest(unittest.TestCase):
 
     def test_an_error_is_as_in_xml(self):
         for fields, status, code, text in (
-            (
-                "Action=FooBar",
-                400,
-                "InvalidAction",
-                "The action FooBar is not valid for this endpoint.",
-            ),
-            (
-                "Action=SendMessage&QueueUrl=jobs",
-                400,
-                MISSING,
-                "The request must contain the parameter MessageBody.",
-            ),
-            (
-                "Action=DeleteMessage&QueueUrl=jobs&ReceiptHandle=x",
-                404,
-                "ReceiptHandleIsInvalid",
-                'The input receipt handle "x" is not a valid receipt handle.',
-            ),
-        ):
+            ("Action=FooBar", 400, "InvalidAction",
+             "The action FooBar is not valid for this endpoint."),
+            ("Action=SendMessage&QueueUrl=jobs", 400, MISSING,
+             "The request must contain the parameter MessageBody."),
+            ("Action=DeleteMessage&QueueUrl=jobs&ReceiptHandle=x", 404, "ReceiptHandleIsInvalid",
+             'The input receipt handle "x" is not a valid receipt handle.'),
+        ):  # fmt: skip
             for reply, document, request_id in self.replies(fields):
                 self.assertEqual(reply.status, status)
                 error = {"Code": code, "Message": text, "Type": "Sender"}
@@ -4544,14 +4469,9 @@ class UnsignedTest(Spoken):
             ("another body", sign(headers=headers, body=body + b" "), 403, *no_match),
             ("too old", sign(**how, at=EXAMPLE_TIME - 901), 403, *no_match),
             ("too new", sign(**how, at=EXAMPLE_TIME + 901), 403, *no_match),
-            (
-                "incomplete",
-                unsigned + incomplete,
-                400,
-                "IncompleteSignature",
-                "IncompleteSignatureException",
-            ),
-        ):
+            ("incomplete", unsigned + incomplete, 400, "IncompleteSignature",
+             "IncompleteSignatureException"),
+        ):  # fmt: skip
             with self.subTest(name):
                 request = Request("POST", "/", tuple(sent), io.BytesIO(body))
                 reply = self.sqs.proxy.handle(request)
@@ -4868,41 +4788,39 @@ class QueueTest(Spoken):
             with self.subTest(url):
                 self.assertEqual(self.attributes(url, "QueueArn"), {"QueueArn": arn("jobs")})
 
-    def test_a_queue_is_not_found_by_another_name(self):
+    @each(
+        "",
+        "/",
+        "JOBS",
+        "jobs ",
+        "jobs?",
+        "jobs%20",
+        url_of("JOBS"),
+        url_of("job"),
+        url_of("jobs") + "/jobs",
+        url_of("jobs", OTHER_ACCOUNT),
+        url_of("jobs", "0"),
+        url_of("jobs", "jobs"),
+        arn("jobs"),
+        "/jobs",
+        "\u00e9",
+        "x" * 100_000,
+    )
+    def test_a_queue_is_not_found_by_another_name(self, url):
         self.sqs.queue("jobs")
-        for url in (
-            "",
-            "/",
-            "JOBS",
-            "jobs ",
-            "jobs?",
-            "jobs%20",
-            url_of("JOBS"),
-            url_of("job"),
-            url_of("jobs") + "/jobs",
-            url_of("jobs", OTHER_ACCOUNT),
-            url_of("jobs", "0"),
-            url_of("jobs", "jobs"),
-            arn("jobs"),
-            "/jobs",
-            "\u00e9",
-            "x" * 100_000,
-        ):
-            with self.subTest(url[:80]):
-                code, shape = SQS + "NonExistentQueue", MODELLED + "QueueDoesNotExist"
-                self.refused(code, "GetQueueAttributes", shape=shape, QueueUrl=url)
+        code, shape = SQS + "NonExistentQueue", MODELLED + "QueueDoesNotExist"
+        self.refused(code, "GetQueueAttributes", shape=shape, QueueUrl=url)
 
-    def test_the_url_leads_back_to_where_the_request_went(self):
+    @each("localhost:8081", "sqs.localhost", "sqs.internal", "[::1]:80")
+    def test_the_url_leads_back_to_where_the_request_went(self, host):
         self.start(client=EXAMPLE)
         self.sqs.proxy.clients = {EXAMPLE.access_key_id: [EXAMPLE]}  # any Host is good for these
-        for host in ("localhost:8081", "sqs.localhost", "sqs.internal", "[::1]:80"):
-            with self.subTest(host):
-                given = {"QueueName": "jobs", "headers": [("Host", host)]}
-                for operation in ("CreateQueue", "GetQueueUrl"):
-                    url = self.sqs(operation, **given)["QueueUrl"]
-                    self.assertEqual(url, f"http://{host}/{ACCOUNT}/jobs")
-                output = self.sqs("ListQueues", headers=[("Host", host)])
-                self.assertEqual(output["QueueUrls"], [f"http://{host}/{ACCOUNT}/jobs"])
+        given = {"QueueName": "jobs", "headers": [("Host", host)]}
+        for operation in ("CreateQueue", "GetQueueUrl"):
+            url = self.sqs(operation, **given)["QueueUrl"]
+            self.assertEqual(url, f"http://{host}/{ACCOUNT}/jobs")
+        output = self.sqs("ListQueues", headers=[("Host", host)])
+        self.assertEqual(output["QueueUrls"], [f"http://{host}/{ACCOUNT}/jobs"])
 
     def test_a_public_url_is_used_instead_where_there_is_one(self):
         self.sqs.proxy = Proxy(
@@ -5087,22 +5005,21 @@ class AttributesTest(Spoken):
         url = self.sqs.queue("jobs.fifo", FifoQueue="true")
         self.assertEqual(self.attributes(url), FIFO_DEFAULTS)
 
-    def test_those_asked_for_are_given(self):
+    @each(
+        (["DelaySeconds"], {"DelaySeconds"}),
+        (["DelaySeconds", "QueueArn", "DelaySeconds"], {"DelaySeconds", "QueueArn"}),
+        (["All"], {*DEFAULTS, "KmsDataKeyReusePeriodSeconds"}),
+        (["QueueArn", "All"], {*DEFAULTS, "KmsDataKeyReusePeriodSeconds"}),
+        (["Policy", "RedrivePolicy", "KmsMasterKeyId"], set()),
+        (["RedriveAllowPolicy", "VisibilityTimeout"], {"VisibilityTimeout"}),
+        ([], set()),
+    )
+    def test_those_asked_for_are_given(self, asked, expected):
         url = self.sqs.queue("jobs", KmsDataKeyReusePeriodSeconds="60")
-        for asked, expected in (
-            (["DelaySeconds"], {"DelaySeconds"}),
-            (["DelaySeconds", "QueueArn", "DelaySeconds"], {"DelaySeconds", "QueueArn"}),
-            (["All"], {*DEFAULTS, "KmsDataKeyReusePeriodSeconds"}),
-            (["QueueArn", "All"], {*DEFAULTS, "KmsDataKeyReusePeriodSeconds"}),
-            (["Policy", "RedrivePolicy", "KmsMasterKeyId"], set()),
-            (["RedriveAllowPolicy", "VisibilityTimeout"], {"VisibilityTimeout"}),
-            ([], set()),
-        ):
-            with self.subTest(asked):
-                given = {"QueueUrl": url, "AttributeNames": asked}
-                output = self.sqs("GetQueueAttributes", **given)
-                self.assertEqual(set(output.get("Attributes", {})), expected)
-                self.assertEqual("Attributes" in output, bool(expected))
+        given = {"QueueUrl": url, "AttributeNames": asked}
+        output = self.sqs("GetQueueAttributes", **given)
+        self.assertEqual(set(output.get("Attributes", {})), expected)
+        self.assertEqual("Attributes" in output, bool(expected))
 
     def test_numbers_have_a_range(self):
         url = self.sqs.queue("jobs")
@@ -5126,35 +5043,32 @@ class AttributesTest(Spoken):
                         self.refused("InvalidAttributeValue", operation, shape=shape, **given)
                     self.assertEqual(self.attributes(url), before)
 
-    def test_words_are_chosen_among(self):
+    @each(
+        ("SqsManagedSseEnabled", ("false", "true"), ("yes", "1")),
+        ("ContentBasedDeduplication", ("true", "false"), ("yes", "1")),
+        ("DeduplicationScope", ("messageGroup", "queue"), ("group", "true")),
+        ("FifoThroughputLimit", ("perMessageGroupId", "perQueue"), ("none", "true")),
+    )
+    def test_words_are_chosen_among(self, name, right, wrong):
         url = self.sqs.queue("jobs.fifo", FifoQueue="true")
-        for name, right, wrong in (
-            ("SqsManagedSseEnabled", ("false", "true"), ("yes", "1")),
-            ("ContentBasedDeduplication", ("true", "false"), ("yes", "1")),
-            ("DeduplicationScope", ("messageGroup", "queue"), ("group", "true")),
-            ("FifoThroughputLimit", ("perMessageGroupId", "perQueue"), ("none", "true")),
-        ):
-            for value in right:
-                with self.subTest(name, value=value):
-                    self.set(url, **{name: value})
-                    self.assertEqual(self.one(url, name), value)
-            for value in wrong:
-                with self.subTest(name, value=value):
-                    given = {"QueueUrl": url, "Attributes": {name: value}}
-                    self.refused("InvalidAttributeValue", "SetQueueAttributes", **given)
+        for value in right:
+            with self.subTest(name, value=value):
+                self.set(url, **{name: value})
+                self.assertEqual(self.one(url, name), value)
+        for value in wrong:
+            with self.subTest(name, value=value):
+                given = {"QueueUrl": url, "Attributes": {name: value}}
+                self.refused("InvalidAttributeValue", "SetQueueAttributes", **given)
 
-    def test_an_unknown_name_is_refused(self):
+    @each("Foobar", "delaySeconds", "DelaySeconds ", "", "h\u00e9", "__class__")
+    def test_an_unknown_name_is_refused(self, name):
         url, fifo = self.sqs.queue("jobs"), self.sqs.queue("jobs.fifo", FifoQueue="true")
-        for name in ("Foobar", "delaySeconds", "DelaySeconds ", "", "h\u00e9", "__class__"):
-            with self.subTest(name):
-                self.unknown(
-                    "GetQueueAttributes", name, QueueUrl=url, AttributeNames=["All", name]
-                )
-                for at in (url, fifo):
-                    given = {"QueueUrl": at, "Attributes": {name: "1"}}
-                    self.unknown("SetQueueAttributes", name, **given)
-                given = {"QueueName": "new", "Attributes": {name: "1"}}
-                self.unknown("CreateQueue", name, **given)
+        self.unknown("GetQueueAttributes", name, QueueUrl=url, AttributeNames=["All", name])
+        for at in (url, fifo):
+            given = {"QueueUrl": at, "Attributes": {name: "1"}}
+            self.unknown("SetQueueAttributes", name, **given)
+        given = {"QueueName": "new", "Attributes": {name: "1"}}
+        self.unknown("CreateQueue", name, **given)
 
     def test_what_is_computed_cannot_be_set(self):
         url = self.sqs.queue("jobs")
@@ -5172,24 +5086,23 @@ class AttributesTest(Spoken):
                 self.unknown("SetQueueAttributes", name, **given)
         self.assertEqual(self.attributes(url), DEFAULTS)
 
-    def test_a_standard_queue_has_no_attribute_of_a_fifo_queue(self):
+    @each(
+        ("FifoQueue", "false", False),
+        ("FifoQueue", "true", False),
+        ("ContentBasedDeduplication", "true", False),
+        ("DeduplicationScope", "queue", True),
+        ("FifoThroughputLimit", "perQueue", True),
+    )
+    def test_a_standard_queue_has_no_attribute_of_a_fifo_queue(self, name, value, known):
         url = self.sqs.queue("jobs")
-        for name, value, known in (
-            ("FifoQueue", "false", False),
-            ("FifoQueue", "true", False),
-            ("ContentBasedDeduplication", "true", False),
-            ("DeduplicationScope", "queue", True),
-            ("FifoThroughputLimit", "perQueue", True),
-        ):
-            text = f"Unknown Attribute {name}."
-            if known:
-                text = f"You can specify the {name} only when FifoQueue is set to true."
-            with self.subTest(name, value=value):
-                given = {"QueueUrl": url, "Attributes": {name: value}}
-                self.refused("InvalidAttributeName", "SetQueueAttributes", text, **given)
-                if value != "true" or name != "FifoQueue":
-                    given = {"QueueName": "new", "Attributes": {name: value}}
-                    self.refused("InvalidAttributeName", "CreateQueue", text, **given)
+        text = f"Unknown Attribute {name}."
+        if known:
+            text = f"You can specify the {name} only when FifoQueue is set to true."
+        given = {"QueueUrl": url, "Attributes": {name: value}}
+        self.refused("InvalidAttributeName", "SetQueueAttributes", text, **given)
+        if value != "true" or name != "FifoQueue":
+            given = {"QueueName": "new", "Attributes": {name: value}}
+            self.refused("InvalidAttributeName", "CreateQueue", text, **given)
 
     def test_a_fifo_queue_stays_one(self):
         url = self.sqs.queue("jobs.fifo", FifoQueue="true")
@@ -5204,12 +5117,12 @@ class AttributesTest(Spoken):
         )
         self.assertEqual(self.attributes(url), FIFO_DEFAULTS)
 
-    def test_all_are_set_or_none(self):
+    @each({"DelaySeconds": "901"}, {"Unheard": "of"}, {"RedrivePolicy": "x"})
+    def test_all_are_set_or_none(self, bad):
         url = self.sqs.queue("jobs")
-        for bad in ({"DelaySeconds": "901"}, {"Unheard": "of"}, {"RedrivePolicy": "x"}):
-            with self.subTest(bad), self.assertRaises(Refused):
-                self.set(url, VisibilityTimeout="1", **bad)
-            self.assertEqual(self.attributes(url), DEFAULTS)
+        with self.assertRaises(Refused):
+            self.set(url, VisibilityTimeout="1", **bad)
+        self.assertEqual(self.attributes(url), DEFAULTS)
 
     def test_a_change_is_dated(self):
         url = self.sqs.queue("jobs")
@@ -5243,21 +5156,21 @@ class AttributesTest(Spoken):
                 self.assertNotIn(name, self.attributes(made))
         self.assertNotIn("RedrivePolicy", self.attributes(dead))
 
-    def test_a_policy_is_a_json_object(self):
+    @each("x", "{", "[]", "1", '"x"', "null", "NaN", " ", "[" * 100_000)
+    def test_a_policy_is_a_json_object(self, policy):
         url = self.sqs.queue("jobs")
-        for policy in ("x", "{", "[]", "1", '"x"', "null", "NaN", " ", "[" * 100_000):
-            with self.subTest(policy[:9]), self.assertRaises(Refused) as caught:
-                self.set(url, Policy=policy)
-            self.assertEqual(caught.exception.status, 400)
-            self.assertEqual(self.attributes(url), DEFAULTS)
+        with self.assertRaises(Refused) as caught:
+            self.set(url, Policy=policy)
+        self.assertEqual(caught.exception.status, 400)
+        self.assertEqual(self.attributes(url), DEFAULTS)
 
-    def test_a_policy_is_no_deeper_than_can_be_written_again(self):
+    @each(29, 30, 500, 900, 950, 980, 982, 984, 990)
+    def test_a_policy_is_no_deeper_than_can_be_written_again(self, depth):
         url, given = self.sqs.queue("jobs"), {"AWSAccountIds": ["1"], "Actions": ["*"]}
-        for depth in (29, 30, 500, 900, 950, 980, 982, 984, 990):
-            with self.subTest(depth=depth), contextlib.suppress(Refused):
-                self.set(url, Policy='{"Statement":[{"a":' + "[" * depth + "]" * depth + "}]}")
-                self.assertEqual(depth, 29)
-            self.sqs("AddPermission", QueueUrl=url, Label=f"at-{depth}", **given)
+        with contextlib.suppress(Refused):
+            self.set(url, Policy='{"Statement":[{"a":' + "[" * depth + "]" * depth + "}]}")
+            self.assertEqual(depth, 29)
+        self.sqs("AddPermission", QueueUrl=url, Label=f"at-{depth}", **given)
 
     def test_a_key_turns_the_other_encryption_off_for_good(self):
         url = self.sqs.queue("jobs")
@@ -5319,20 +5232,19 @@ class RedrivePolicyTest(Spoken):
     def sources(self, url):
         return self.sqs("ListDeadLetterSourceQueues", QueueUrl=url).get("queueUrls", [])
 
-    def test_a_policy_is_read_back_in_one_form(self):
+    @each(
+        ('{"deadLetterTargetArn":"%s","maxReceiveCount":1}', 1),
+        ('{"deadLetterTargetArn":"%s","maxReceiveCount":"1"}', 1),
+        (' { "maxReceiveCount" : "1000",\n "deadLetterTargetArn" : "%s" } ', 1000),
+        ('{"deadLetterTargetArn":"%s","maxReceiveCount":1000}', 1000),
+    )
+    def test_a_policy_is_read_back_in_one_form(self, policy, count):
         self.sqs.queue("dead")
         url = self.sqs.queue("jobs")
-        for policy, count in (
-            ('{"deadLetterTargetArn":"%s","maxReceiveCount":1}', 1),
-            ('{"deadLetterTargetArn":"%s","maxReceiveCount":"1"}', 1),
-            (' { "maxReceiveCount" : "1000",\n "deadLetterTargetArn" : "%s" } ', 1000),
-            ('{"deadLetterTargetArn":"%s","maxReceiveCount":1000}', 1000),
-        ):
-            with self.subTest(policy):
-                self.set(url, RedrivePolicy=policy % arn("dead"))
-                shown = self.attributes(url, "RedrivePolicy")["RedrivePolicy"]
-                expected = '{"deadLetterTargetArn":"%s","maxReceiveCount":%d}'
-                self.assertEqual(shown, expected % (arn("dead"), count))
+        self.set(url, RedrivePolicy=policy % arn("dead"))
+        shown = self.attributes(url, "RedrivePolicy")["RedrivePolicy"]
+        expected = '{"deadLetterTargetArn":"%s","maxReceiveCount":%d}'
+        self.assertEqual(shown, expected % (arn("dead"), count))
 
     def test_a_queue_is_created_again_with_its_policy_in_another_form(self):
         self.sqs.queue("dead")
@@ -5495,32 +5407,16 @@ class SendTest(Spoken):
                 {"MessageAttributes": {"n": string("blue")}},
                 1024,
             ),
-            (
-                "attributes, too many",
-                "x" * 1014,
-                {"MessageAttributes": {"n": string("blue")}},
-                1025,
-            ),
-            (
-                "attributes, bytes and not letters",
-                "x" * 1015,
-                {"MessageAttributes": {"n": string("\u20ac")}},
-                1025,
-            ),
-            (
-                "binary attributes count as they are",
-                "x" * 1014,
-                {"MessageAttributes": {"n": {"DataType": "Binary", "BinaryValue": b"\0\1\2"}}},
-                1024,
-            ),
-            (
-                "labels count",
-                "x" * 1012,
-                {"MessageAttributes": {"n": {"DataType": "String.x", "StringValue": "blue"}}},
-                1025,
-            ),
+            ("attributes, too many", "x" * 1014, {"MessageAttributes": {"n": string("blue")}},
+             1025),
+            ("attributes, bytes and not letters", "x" * 1015,
+             {"MessageAttributes": {"n": string("\u20ac")}}, 1025),
+            ("binary attributes count as they are", "x" * 1014,
+             {"MessageAttributes": {"n": {"DataType": "Binary", "BinaryValue": b"\0\1\2"}}}, 1024),
+            ("labels count", "x" * 1012,
+             {"MessageAttributes": {"n": {"DataType": "String.x", "StringValue": "blue"}}}, 1025),
             ("system attributes", "x" * 1024, {"MessageSystemAttributes": trace}, 1024),
-        ):
+        ):  # fmt: skip
             with self.subTest(name):
                 self.sqs.purge(self.url)
                 if size > 1024:
@@ -6036,18 +5932,17 @@ class ListTest(Spoken):
 
 
 class DigestTest(Spoken):
-    def test_a_body_is_digested_as_utf_8(self):
+    @each(
+        ("message", "78e731027d8fd50ed642340b7c9a63b3"),
+        ("hello", "5d41402abc4b2a76b9719d911017c592"),
+        ("test", "098f6bcd4621d373cade4e832627b4f6"),
+        ("h\u00e9", "33fcd01258e6ba07ef405dc9e721f3a7"),
+    )
+    def test_a_body_is_digested_as_utf_8(self, body, expected):
         url = self.sqs.queue()
-        for body, expected in (
-            ("message", "78e731027d8fd50ed642340b7c9a63b3"),
-            ("hello", "5d41402abc4b2a76b9719d911017c592"),
-            ("test", "098f6bcd4621d373cade4e832627b4f6"),
-            ("h\u00e9", "33fcd01258e6ba07ef405dc9e721f3a7"),
-        ):
-            with self.subTest(body):
-                self.assertEqual(self.send(url, body)["MD5OfMessageBody"], expected)
-                (message,) = self.sqs.receive(url)
-                self.assertEqual((message["Body"], message["MD5OfBody"]), (body, expected))
+        self.assertEqual(self.send(url, body)["MD5OfMessageBody"], expected)
+        (message,) = self.sqs.receive(url)
+        self.assertEqual((message["Body"], message["MD5OfBody"]), (body, expected))
 
     def test_attributes_are_digested_by_name_type_and_value(self):
         url = self.sqs.queue()
@@ -7391,22 +7286,12 @@ class MoveTaskTest(Spoken):
         for name, code, status, text, given in (
             ("no source", MISSING, 400, None, {}),
             ("no such source", self.NO_RESOURCE, 404, self.MISSING_SOURCE, {source: arn("x")}),
-            (
-                "a source elsewhere",
-                self.NO_RESOURCE,
-                404,
-                self.MISSING_SOURCE,
-                {source: arn("dead", region="eu-west-1")},
-            ),
+            ("a source elsewhere", self.NO_RESOURCE, 404, self.MISSING_SOURCE,
+             {source: arn("dead", region="eu-west-1")}),
             ("not a dead-letter queue", INVALID, 400, not_dead, {source: arn("jobs")}),
-            (
-                "no such destination",
-                self.NO_RESOURCE,
-                404,
-                self.MISSING_DESTINATION,
-                {source: arn("dead"), target: arn("x")},
-            ),
-        ):
+            ("no such destination", self.NO_RESOURCE, 404, self.MISSING_DESTINATION,
+             {source: arn("dead"), target: arn("x")}),
+        ):  # fmt: skip
             with self.subTest(name):
                 shape = code == self.NO_RESOURCE and MODELLED + code
                 self.refused(code, "StartMessageMoveTask", text, status, shape, **given)
@@ -8683,26 +8568,24 @@ class SourceTest(ChainTest):
                 reason = self.skipped(config=f"{head}{command}\n")
                 self.assertRegex(reason, f"profile default: .*process.*{expected}")
 
-    def test_an_sso_token_is_found_by_session_or_start_url(self):
+    @each(("corp", BY_SESSION), ("https://corp.example/start", CORP + SSO))
+    def test_an_sso_token_is_found_by_session_or_start_url(self, name, settings):
         self.web = {PORTAL: of_portal("S")}
-        rows = [("corp", BY_SESSION), ("https://corp.example/start", CORP + SSO)]
-        for name, settings in rows:
-            how = {"config": "[profile x]\n" + settings, "profile": "x"}
-            with self.subTest(name):
-                self.assertIn("aws sso login", self.skipped(**how))
-                self.cache_token(name)
-                self.assertEqual(self.found(**how), lasting("S"))
-                query = urllib.parse.parse_qs(self.asked[0].url.partition("?")[2])
-                expected = {"role_name": ["Reader"], "account_id": ["111122223333"]}
-                self.assertEqual(query, expected)
-                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
-                self.assertEqual(self.asked, [Asked(self.asked[0].url, headers)])
-            for expires, expected in (("2015-08-30T12:36:00Z", "expired"), ("no time", ""),
-                                      ("2015-08-30T12:35:59UTC", "expired"), (5, "")):  # fmt: skip
-                self.cache_token(name, expiresAt=expires)
-                with self.subTest(name, expires=expires):
-                    self.assertRegex(self.skipped(**how), expected + ".*aws sso login")
-                    self.assertEqual(self.asked, [])
+        how = {"config": "[profile x]\n" + settings, "profile": "x"}
+        self.assertIn("aws sso login", self.skipped(**how))
+        self.cache_token(name)
+        self.assertEqual(self.found(**how), lasting("S"))
+        query = urllib.parse.parse_qs(self.asked[0].url.partition("?")[2])
+        expected = {"role_name": ["Reader"], "account_id": ["111122223333"]}
+        self.assertEqual(query, expected)
+        headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+        self.assertEqual(self.asked, [Asked(self.asked[0].url, headers)])
+        for expires, expected in (("2015-08-30T12:36:00Z", "expired"), ("no time", ""),
+                                  ("2015-08-30T12:35:59UTC", "expired"), (5, "")):  # fmt: skip
+            self.cache_token(name, expiresAt=expires)
+            with self.subTest(name, expires=expires):
+                self.assertRegex(self.skipped(**how), expected + ".*aws sso login")
+                self.assertEqual(self.asked, [])
 
     def test_a_container_is_asked_with_its_token(self):
         token = {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "dummysecret"}
@@ -9576,14 +9459,14 @@ class StaticStabilityTest(ChainTest):
             with self.assertRaisesRegex(NoKeys, "EC2 metadata: "):
                 self.get(0)
 
-    def test_keys_of_other_sources_are_not_extended(self):
+    @each(RELATIVE, BY_IDENTITY)
+    def test_keys_of_other_sources_are_not_extended(self, environ):
         expired = {"Expiration": zulu(-1)}
         self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired)}
-        for environ in (RELATIVE, BY_IDENTITY):
-            with self.subTest(environ), self.assertLogs("awsproxy", "WARNING"):
-                self.start({**NO_METADATA, **environ})
-                with self.assertRaisesRegex(NoKeys, "expired"):
-                    self.get(0)
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.start({**NO_METADATA, **environ})
+            with self.assertRaisesRegex(Skipped, "expired"):
+                self.get(0)
 
     def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
         self.web = self.answer("I", -60)
@@ -9710,19 +9593,17 @@ class PartlySetUpTest(ChainTest):
                 self.assertRegex(self.skipped(environ, config, credentials), expected)
                 self.assertEqual(self.asked, [])
 
-    def test_what_sets_up_no_keys_leaves_the_other_sources(self):
+    @each(
+        ("secret alone", {"AWS_SECRET_ACCESS_KEY": "dummysecret"}, ""),
+        ("empty", {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": ""}, ""),
+        ("region", {}, "[default]\nregion = eu-west-1\n"),
+        ("profile with a region", {"AWS_PROFILE": "x"}, "[profile x]\nregion = eu-west-1\n"),
+        ("session alone", {}, "[default]\nsso_session = corp\n"),
+        ("secret alone in a file", {}, "[default]\naws_secret_access_key = dummysecret\n"),
+    )
+    def test_what_sets_up_no_keys_leaves_the_other_sources(self, name, environ, config):
         self.web = self.metadata
-        rows = [
-            ("secret alone", {"AWS_SECRET_ACCESS_KEY": "dummysecret"}, ""),
-            ("empty", {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": ""}, ""),
-            ("region", {}, "[default]\nregion = eu-west-1\n"),
-            ("profile with a region", {"AWS_PROFILE": "x"}, "[profile x]\nregion = eu-west-1\n"),
-            ("session alone", {}, "[default]\nsso_session = corp\n"),
-            ("secret alone in a file", {}, "[default]\naws_secret_access_key = dummysecret\n"),
-        ]
-        for name, environ, config in rows:
-            with self.subTest(name):
-                self.assertEqual(self.found(environ, config), lasting("I"))
+        self.assertEqual(self.found(environ, config), lasting("I"))
 
     def test_one_failure_while_renewing_changes_no_identity(self):
         clock, pauses = Clock(), []
@@ -10089,38 +9970,22 @@ DAMAGED = [  # name, how it is made, the code of the refusal
     ("long line", {**PLAIN, "edit": replaced(b"5\r\n", b"5" * 9000)}, "IncompleteBody"),
     ("no line end", {**PLAIN, "edit": replaced(b"hello\r\n", b"hello\n\n")}, "IncompleteBody"),
     ("trailer's name", {**PLAIN, "announced": "x-amz-checksum-sha1"}, "MalformedTrailerError"),
-    (
-        "no trailer",
-        {**PLAIN, "edit": lambda b: re.sub(b"x-amz-check[^\n]*\n", b"", b)},
-        "MalformedTrailerError",
-    ),
-    (
-        "trailer twice",
-        {**PLAIN, "edit": lambda b: b.replace(b"x-amz", b"x-amz-checksum-crc32:AAAA\r\nx-amz", 1)},
-        "MalformedTrailerError",
-    ),
-    (
-        "one more",
-        {**PLAIN, "edit": replaced(SMALL_HEAD, b"a:b\r\n" + SMALL_HEAD)},
-        "MalformedTrailerError",
-    ),
+    ("no trailer", {**PLAIN, "edit": lambda b: re.sub(b"x-amz-check[^\n]*\n", b"", b)},
+     "MalformedTrailerError"),
+    ("trailer twice",
+     {**PLAIN, "edit": lambda b: b.replace(b"x-amz", b"x-amz-checksum-crc32:AAAA\r\nx-amz", 1)},
+     "MalformedTrailerError"),
+    ("one more", {**PLAIN, "edit": replaced(SMALL_HEAD, b"a:b\r\n" + SMALL_HEAD)},
+     "MalformedTrailerError"),
     ("not a line", {**PLAIN, "edit": replaced(SMALL_HEAD, b"a b\r\n")}, "MalformedTrailerError"),
-    (
-        "changed trailer",
-        {**TRAILING, "edit": replaced(b"NhCmhg", b"AAAAAA")},
-        "SignatureDoesNotMatch",
-    ),
+    ("changed trailer", {**TRAILING, "edit": replaced(b"NhCmhg", b"AAAAAA")},
+     "SignatureDoesNotMatch"),
     ("trailers' signature", {**TRAILING, "edit": spoilt_signature(-1)}, "SignatureDoesNotMatch"),
-    (
-        "no signature of trailers",
-        {**TRAILING, "edit": lambda b: re.sub(b"x-amz-trailer-s[^\n]*\n", b"", b)},
-        "SignatureDoesNotMatch",
-    ),
-    (
-        "a trailer after the signature",
-        {**TRAILING, "edit": lambda b: b[:-2] + b"a:b\r\n\r\n"},
-        "MalformedTrailerError",
-    ),
+    ("no signature of trailers",
+     {**TRAILING, "edit": lambda b: re.sub(b"x-amz-trailer-s[^\n]*\n", b"", b)},
+     "SignatureDoesNotMatch"),
+    ("a trailer after the signature", {**TRAILING, "edit": lambda b: b[:-2] + b"a:b\r\n\r\n"},
+     "MalformedTrailerError"),
     *[
         (
             f"wrong {name}",
@@ -10134,12 +9999,10 @@ DAMAGED = [  # name, how it is made, the code of the refusal
         for name in ("crc32", "sha1", "sha256")
         for kind in (CHUNKS_TRAILER, UNSIGNED_TRAILER)
     ],
-    (
-        "a checksum that is none",
-        {"kind": UNSIGNED_TRAILER, "trailers": (("x-amz-checksum-crc32", "?"),), **HELLO},
-        "InvalidRequest",
-    ),
-]
+    ("a checksum that is none",
+     {"kind": UNSIGNED_TRAILER, "trailers": (("x-amz-checksum-crc32", "?"),), **HELLO},
+     "InvalidRequest"),
+]  # fmt: skip
 
 
 def checked_body(made, body, client=DEMO, at=EXAMPLE_TIME):
@@ -10619,7 +10482,8 @@ class ForwardedHeadersTest(Through):
         self.assertEqual([p for p in arrived.headers if p[0].lower() not in own], wanted)
         self.assertNotIn("dummy", str(arrived))
 
-    def test_connection_cannot_take_away_what_decides_the_action(self):
+    @each("x-amz-target", "X-Amz-Target, content-type", "content-length", "host")
+    def test_connection_cannot_take_away_what_decides_the_action(self, name):
         """Else the call is routed by its X-Amz-Target, and carried out by its query string."""
         deny = Route("sqs:Purge*", Deny())
         upstream = Route(
@@ -10629,17 +10493,15 @@ class ForwardedHeadersTest(Through):
             ),
         )
         self.start(routes=[deny, upstream])
-        for name in ("x-amz-target", "X-Amz-Target, content-type", "content-length", "host"):
-            target = "/?Action=PurgeQueue&QueueUrl=a&Version=2012-11-05"
-            headers = (*LIST[2], ("Connection", name))
-            got = self.call("POST", target, headers, b"{}")
-            with self.subTest(name):
-                if got.status == 200:
-                    arrived = self.upstream.next()
-                    self.assertEqual(arrived.one("x-amz-target"), "AmazonSQS.ListQueues")
-                    self.assert_signed(arrived)
-                else:
-                    self.assertEqual(got.status, 400)
+        target = "/?Action=PurgeQueue&QueueUrl=a&Version=2012-11-05"
+        headers = (*LIST[2], ("Connection", name))
+        got = self.call("POST", target, headers, b"{}")
+        if got.status == 200:
+            arrived = self.upstream.next()
+            self.assertEqual(arrived.one("x-amz-target"), "AmazonSQS.ListQueues")
+            self.assert_signed(arrived)
+        else:
+            self.assertEqual(got.status, 400)
 
     def test_path_and_query_are_kept_to_the_byte(self):
         for target, plain in [
@@ -10918,13 +10780,8 @@ class ForwardedAnswerTest(Through):
         repeated = (b"Set-Cookie: a=1", b"X-ODD-Case: b", b"Set-Cookie: c=2", b"x-amz-id-2: d")
         location = b"Location: http://elsewhere.example/"
         for name, method, given, status, body in [
-            (
-                "plain",
-                "GET",
-                answer(b"200 OK", *repeated, length_of(b"abc"), body=b"abc"),
-                200,
-                b"abc",
-            ),
+            ("plain", "GET", answer(b"200 OK", *repeated, length_of(b"abc"), body=b"abc"), 200,
+             b"abc"),
             ("odd reason", "GET", answer(b"299 ", length_of(b"a"), body=b"a"), 299, b"a"),
             ("no reason", "GET", answer(b"200", length_of(b"a"), body=b"a"), 200, b"a"),
             ("empty", "GET", answer(b"200 OK", b"Content-Length: 0"), 200, b""),
@@ -10941,20 +10798,11 @@ class ForwardedAnswerTest(Through):
                 200,
                 b"hello",
             ),
-            (
-                "chunked, long",
-                "GET",
-                answer(b"200 OK", b"transfer-encoding: Chunked", body=in_chunks(LONG, 70000)),
-                200,
-                LONG,
-            ),
-            (
-                "gzip",
-                "GET",
-                answer(b"200 OK", b"Content-Encoding: gzip", length_of(GZIP), body=GZIP),
-                200,
-                GZIP,
-            ),
+            ("chunked, long", "GET",
+             answer(b"200 OK", b"transfer-encoding: Chunked", body=in_chunks(LONG, 70000)), 200,
+             LONG),
+            ("gzip", "GET",
+             answer(b"200 OK", b"Content-Encoding: gzip", length_of(GZIP), body=GZIP), 200, GZIP),
             (
                 "301",
                 "GET",
@@ -10968,48 +10816,24 @@ class ForwardedAnswerTest(Through):
                 301,
                 b"x",
             ),
-            (
-                "307",
-                "PUT",
-                answer(b"307 Temporary Redirect", location, b"Content-Length: 0"),
-                307,
-                b"",
-            ),
+            ("307", "PUT", answer(b"307 Temporary Redirect", location, b"Content-Length: 0"), 307,
+             b""),
             ("304", "GET", answer(b"304 Not Modified", b'ETag: "a"'), 304, b""),
-            (
-                "304 with a length",
-                "GET",
-                answer(b"304 Not Modified", b"Content-Length: 9"),
-                304,
-                b"",
-            ),
+            ("304 with a length", "GET", answer(b"304 Not Modified", b"Content-Length: 9"), 304,
+             b""),
             ("204", "DELETE", answer(b"204 No Content", b"x-amz-id-2: d"), 204, b""),
             ("HEAD", "HEAD", answer(b"200 OK", b"Content-Length: 1234567", *repeated), 200, b""),
             ("HEAD, 404", "HEAD", answer(b"404 Not Found", b"Content-Type: a"), 404, b""),
-            (
-                "206",
-                "GET",
-                answer(b"206 Partial", b"Content-Range: bytes 0-0/5", length_of(b"a"), body=b"a"),
-                206,
-                b"a",
-            ),
-            (
-                "403",
-                "GET",
-                answer(b"403 Forbidden", length_of(b"<Error/>"), body=b"<Error/>"),
-                403,
-                b"<Error/>",
-            ),
+            ("206", "GET",
+             answer(b"206 Partial", b"Content-Range: bytes 0-0/5", length_of(b"a"), body=b"a"),
+             206, b"a"),
+            ("403", "GET", answer(b"403 Forbidden", length_of(b"<Error/>"), body=b"<Error/>"), 403,
+             b"<Error/>"),
             ("500", "GET", answer(b"500 Oops", length_of(b"x"), body=b"x"), 500, b"x"),
             ("100 before", "PUT", answer(b"100 Continue") + OK, 200, b"ok"),
-            (
-                "103 before",
-                "GET",
-                answer(b"103 Early Hints", b"Link: </a>") + answer(b"100 Continue") + OK,
-                200,
-                b"ok",
-            ),
-        ]:
+            ("103 before", "GET",
+             answer(b"103 Early Hints", b"Link: </a>") + answer(b"100 Continue") + OK, 200, b"ok"),
+        ]:  # fmt: skip
             self.upstream.answers = [given, OK]
             wire = self.running.connect()
             with self.subTest(name):
@@ -11661,18 +11485,10 @@ class QueueUrlTest(Through):
         quoted = {url: urllib.parse.quote(url, safe="") for url in (ours, other, theirs)}
         get = "/?Action=GetQueueAttributes&Version=2012-11-05&QueueUrl="
         for name, call, target, body in [
-            (
-                "json",
-                json_call("SendMessage", SEND.encode()),
-                "/",
-                {"QueueUrl": theirs, "MessageBody": "a"},
-            ),
-            (
-                "escaped",
-                json_call("SendMessage", SEND.replace("/", r"\/").encode()),
-                "/",
-                {"QueueUrl": theirs, "MessageBody": "a"},
-            ),
+            ("json", json_call("SendMessage", SEND.encode()), "/",
+             {"QueueUrl": theirs, "MessageBody": "a"}),
+            ("escaped", json_call("SendMessage", SEND.replace("/", r"\/").encode()), "/",
+             {"QueueUrl": theirs, "MessageBody": "a"}),
             (
                 "in the body of a message",
                 json_call(
@@ -11681,36 +11497,20 @@ class QueueUrlTest(Through):
                 "/",
                 None,
             ),
-            (
-                "others'",
-                json_call("SendMessage", b'{ "QueueUrl": "%b"}' % other.encode()),
-                "/",
-                None,
-            ),
+            ("others'", json_call("SendMessage", b'{ "QueueUrl": "%b"}' % other.encode()), "/",
+             None),
             ("none", json_call("ListQueues", b'{"MaxResults" : 5 }\n'), "/", None),
             ("a list", json_call("SendMessage", b'["QueueUrl", "%b"]' % ours.encode()), "/", None),
             ("a path", json_call("SendMessage", b'{"MessageBody":"a"}'), "/", None),
-            (
-                "form",
-                form_call(f"Action=SendMessage&QueueUrl={quoted[ours]}&MessageBody=a+b"),
-                "/",
-                f"Action=SendMessage&QueueUrl={quoted[theirs]}&MessageBody=a+b",
-            ),
-            (
-                "others' in a form",
-                form_call(f"Action=SendMessage&QueueUrl={quoted[other]}"),
-                "/",
-                None,
-            ),
+            ("form", form_call(f"Action=SendMessage&QueueUrl={quoted[ours]}&MessageBody=a+b"), "/",
+             f"Action=SendMessage&QueueUrl={quoted[theirs]}&MessageBody=a+b"),
+            ("others' in a form", form_call(f"Action=SendMessage&QueueUrl={quoted[other]}"), "/",
+             None),
             ("form without", form_call("Action=SendMessage&MessageBody=a%2fb+c&&"), "/", None),
-            (
-                "path of a form",
-                form_call("Action=SendMessage&MessageBody=a", "/000000000000/jobs"),
-                "/000000000000/jobs",
-                None,
-            ),
+            ("path of a form", form_call("Action=SendMessage&MessageBody=a", "/000000000000/jobs"),
+             "/000000000000/jobs", None),
             ("query string", ("GET", get + quoted[ours], (), b""), get + quoted[theirs], None),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(name):
                 got = self.call(*call)
                 self.assertEqual(got.status, 200, got.body)
@@ -11735,35 +11535,20 @@ class QueueUrlTest(Through):
         for operation, status, kind, body, changed in [
             ("CreateQueue", 200, json_kind, f'{{"QueueUrl": "{theirs}/1/a"}}', True),
             ("GetQueueUrl", 200, json_kind, f'{{"QueueUrl": "{theirs}/1/a"}}', True),
-            (
-                "ListQueues",
-                200,
-                json_kind,
-                f'{{"QueueUrls": [{urls}], "NextToken": "{theirs}/"}}',
-                True,
-            ),
+            ("ListQueues", 200, json_kind, f'{{"QueueUrls": [{urls}], "NextToken": "{theirs}/"}}',
+             True),
             ("ListDeadLetterSourceQueues", 200, json_kind, f'{{"queueUrls": [{urls}]}}', True),
-            (
-                "ListQueues",
-                200,
-                xml_kind,
-                f"<QueueUrl>{theirs}/1/a</QueueUrl><B>{theirs}/</B>",
-                True,
-            ),
+            ("ListQueues", 200, xml_kind, f"<QueueUrl>{theirs}/1/a</QueueUrl><B>{theirs}/</B>",
+             True),
             ("ListQueues", 200, json_kind, "{}", False),
             ("ListQueues", 200, json_kind, "", False),
             ("ListQueues", 200, json_kind, "not JSON", False),
             ("ListQueues", 200, json_kind, "[1]", False),
             ("ListQueues", 200, json_kind, '{"QueueUrls": [1]}', False),
             ("CreateQueue", 400, json_kind, f'{{"message": "{theirs}/1/a"}}', False),
-            (
-                "ReceiveMessage",
-                200,
-                json_kind,
-                f'{{"Messages": [{{"Body": "{theirs}/1/a"}}]}}',
-                False,
-            ),
-        ]:
+            ("ReceiveMessage", 200, json_kind, f'{{"Messages": [{{"Body": "{theirs}/1/a"}}]}}',
+             False),
+        ]:  # fmt: skip
             for chunked in (False, True):
                 raw = body.encode()
                 framing = b"Transfer-Encoding: chunked" if chunked else length_of(raw)
@@ -11915,25 +11700,15 @@ class RouteTest(unittest.TestCase):
         s3 = ("GET", "/bucket/key", (("X-Amz-Content-Sha256", EMPTY),))
         for name, call, service, status, told in [
             ("embedded", LIST, "sqs", 200, "{"),
-            (
-                "deny",
-                json_call("PurgeQueue"),
-                "sqs",
-                403,
-                "user/demo is not authorized to perform: sqs:PurgeQueue",
-            ),
-            (
-                "deny in XML",
-                form_call("Action=PurgeQueue&Version=2012-11-05"),
-                "sqs",
-                403,
-                "<Code>AccessDenied</Code>",
-            ),
+            ("deny", json_call("PurgeQueue"), "sqs", 403,
+             "user/demo is not authorized to perform: sqs:PurgeQueue"),
+            ("deny in XML", form_call("Action=PurgeQueue&Version=2012-11-05"), "sqs", 403,
+             "<Code>AccessDenied</Code>"),
             ("not embedded", publish, "sns", 403, "embedded"),
             ("no such operation", json_call("Nonsense"), "sqs", 400, "Nonsense"),
             ("no route", s3, "s3", 403, "--route 's3:GetObject=aws'"),
             ("no route, lambda", ("GET", "/2015-03-31/functions/"), "lambda", 403, "lambda:GET"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(name):
                 reply = self.answer(
                     proxy, call, service, payload_hash=EMPTY if service == "s3" else None
@@ -11974,69 +11749,27 @@ class RouteTest(unittest.TestCase):
             ("sdb.amazonaws.com", "sdb", "us-east-1", "", "/", ""),
             ("sdb.eu-west-1.amazonaws.com", "sdb", "eu-west-1", "", "/", ""),
             ("qbusiness.us-east-1.api.aws", "qbusiness", "us-east-1", "", "/", ""),
-            (
-                "api.tunneling.iot.eu-west-1.amazonaws.com",
-                "IoTSecuredTunneling",
-                "eu-west-1",
-                "",
-                "/",
-                "",
-            ),
-            (
-                "sync-states.eu-west-1.amazonaws.com",
-                "states",
-                "eu-west-1",
-                "S.StartSyncExecution",
-                "/",
-                "",
-            ),
-            (
-                "data-servicediscovery.eu-west-1.amazonaws.com",
-                "servicediscovery",
-                "eu-west-1",
-                "",
-                rpc,
-                "",
-            ),
-            (
-                "places.geo.eu-west-1.amazonaws.com",
-                "geo-places",
-                "eu-west-1",
-                "",
-                "/v2/geocode",
-                "",
-            ),
-            (
-                "bedrock.eu-west-1.amazonaws.com",
-                "bedrock",
-                "eu-west-1",
-                "",
-                "/model-copy-jobs",
-                "",
-            ),
-            (
-                "bedrock-runtime.eu-west-1.amazonaws.com",
-                "bedrock",
-                "eu-west-1",
-                "",
-                "/model/m/invoke",
-                "",
-            ),
-            (
-                "globalaccelerator.us-west-2.amazonaws.com",
-                "globalaccelerator",
-                "eu-west-1",
-                "",
-                "/",
-                "",
-            ),
+            ("api.tunneling.iot.eu-west-1.amazonaws.com", "IoTSecuredTunneling", "eu-west-1", "",
+             "/", ""),
+            ("sync-states.eu-west-1.amazonaws.com", "states", "eu-west-1", "S.StartSyncExecution",
+             "/", ""),
+            ("data-servicediscovery.eu-west-1.amazonaws.com", "servicediscovery", "eu-west-1", "",
+             rpc, ""),
+            ("places.geo.eu-west-1.amazonaws.com", "geo-places", "eu-west-1", "", "/v2/geocode",
+             ""),
+            ("bedrock.eu-west-1.amazonaws.com", "bedrock", "eu-west-1", "", "/model-copy-jobs",
+             ""),
+            ("bedrock-runtime.eu-west-1.amazonaws.com", "bedrock", "eu-west-1", "",
+             "/model/m/invoke", ""),
+            ("globalaccelerator.us-west-2.amazonaws.com", "globalaccelerator", "eu-west-1", "",
+             "/", ""),
             ("sqs-fips.us-east-1.amazonaws.com", "sqs", "us-east-1", "", "/", "f"),
             ("sqs.us-gov-west-1.amazonaws.com", "sqs", "us-gov-west-1", "", "/", "f"),
             ("sqs.us-east-1.api.aws", "sqs", "us-east-1", "", "/", "d"),
             ("sqs.cn-north-1.api.amazonwebservices.com.cn", "sqs", "cn-north-1", "", "/", "d"),
             ("s3.dualstack.eu-west-1.amazonaws.com", "s3", "eu-west-1", "", "/", "d"),
             ("s3-fips.dualstack.us-west-2.amazonaws.com", "s3", "us-west-2", "", "/", "fd"),
-        ]:
+        ]:  # fmt: skip
             flags = "f" in variants, "d" in variants
             with self.subTest(host):
                 found = awsproxy.endpoint_for(service, region, target, path, variants=flags)
@@ -12311,18 +12044,13 @@ class NoVerifyTest(Through):
         dualstack = (("Host", "b.s3.dualstack.eu-west-2.amazonaws.com"),)
         for name, sign_as, call, service, region in [
             ("a target", ("", ""), LIST, "sqs", "us-east-1"),
-            (
-                "a claim",
-                ("", ""),
-                ("POST", "/", (*claimed, FORM), b"Action=Publish"),
-                "sns",
-                "eu-west-1",
-            ),
+            ("a claim", ("", ""), ("POST", "/", (*claimed, FORM), b"Action=Publish"), "sns",
+             "eu-west-1"),
             ("a host", ("", ""), ("GET", "/a", host, b""), "lambda", "eu-north-1"),
             ("a host of Amazon S3", ("", ""), ("GET", "/a", dualstack, b""), "s3", "eu-west-2"),
             ("a flag", ("s3", "eu-west-3"), ("PUT", "/b/k", (), b"abc"), "s3", "eu-west-3"),
             ("a flag, and a target", ("s3", "eu-west-3"), LIST, "sqs", "eu-west-3"),
-        ]:
+        ]:  # fmt: skip
             self.start(verified=False, sign_as=sign_as)
             method, target, headers, body = call
             framing = (("Content-Length", len(body)),) if body else ()
@@ -12333,39 +12061,39 @@ class NoVerifyTest(Through):
                 content = self.assert_signed(arrived, service, region=region)
                 self.assertEqual(content, body)
 
-    def test_chunks_of_any_kind_are_forwarded_whole(self):
+    @each(
+        (CHUNKS, ()),
+        (CHUNKS_TRAILER, CRC32),
+        (UNSIGNED_TRAILER, CRC32),
+        (UNSIGNED_TRAILER, (("x-amz-checksum-crc32c", "mnG7TA=="),)),
+    )
+    def test_chunks_of_any_kind_are_forwarded_whole(self, kind, trailers):
         self.start(verified=False, sign_as=("s3", "us-east-1"))
-        for kind, trailers in (
-            (CHUNKS, ()),
-            (CHUNKS_TRAILER, CRC32),
-            (UNSIGNED_TRAILER, CRC32),
-            (UNSIGNED_TRAILER, (("x-amz-checksum-crc32c", "mnG7TA=="),)),
-        ):
-            for unsigned in (False, True):
-                made, body = streamed(kind, (b"hello",), trailers)
-                if unsigned:
-                    made = [pair for pair in made if pair[0] != "Authorization"]
-                framing = ("Content-Length", len(body))
-                with self.subTest(kind, unsigned=unsigned):
-                    got = self.put(raw_request("PUT", "/b/k", (*made, framing), body), "PUT")
-                    self.assertEqual(got.status, 200, got.body)
-                    arrived = self.upstream.next()
-                    self.assertTrue(arrived.complete)
-                    declared = arrived.one("x-amz-content-sha256")
-                    self.assertEqual(self.assert_signed(arrived, "s3"), b"hello")
-                    if not declared.startswith("STREAMING"):
-                        self.assertIsNone(arrived.one("content-encoding"))
-                        self.assertIsNone(arrived.one("x-amz-decoded-content-length"))
+        for unsigned in (False, True):
+            made, body = streamed(kind, (b"hello",), trailers)
+            if unsigned:
+                made = [pair for pair in made if pair[0] != "Authorization"]
+            framing = ("Content-Length", len(body))
+            with self.subTest(kind, unsigned=unsigned):
+                got = self.put(raw_request("PUT", "/b/k", (*made, framing), body), "PUT")
+                self.assertEqual(got.status, 200, got.body)
+                arrived = self.upstream.next()
+                self.assertTrue(arrived.complete)
+                declared = arrived.one("x-amz-content-sha256")
+                self.assertEqual(self.assert_signed(arrived, "s3"), b"hello")
+                if not declared.startswith("STREAMING"):
+                    self.assertIsNone(arrived.one("content-encoding"))
+                    self.assertIsNone(arrived.one("x-amz-decoded-content-length"))
 
-    def test_nonsense_is_not_a_fault_of_ours(self):
+    @each("", "AWS4-HMAC-SHA256", "Basic a", "AWS4-HMAC-SHA256 Credential=a/b/c/d/e")
+    def test_nonsense_is_not_a_fault_of_ours(self, header):
         self.start(verified=False)
-        for header in ("", "AWS4-HMAC-SHA256", "Basic a", "AWS4-HMAC-SHA256 Credential=a/b/c/d/e"):
-            for call in (LIST, LIST_FORM, ("GET", "/b", (), b"")):
-                method, target, headers, body = call
-                framing = (("Content-Length", len(body)), ("Authorization", header))
-                with self.subTest(header, call=call):
-                    got = self.put(raw_request(method, target, (*headers, *framing), body), method)
-                    self.assertLess(got.status, 500)
+        for call in (LIST, LIST_FORM, ("GET", "/b", (), b"")):
+            method, target, headers, body = call
+            framing = (("Content-Length", len(body)), ("Authorization", header))
+            with self.subTest(header, call=call):
+                got = self.put(raw_request(method, target, (*headers, *framing), body), method)
+                self.assertLess(got.status, 500)
 
 
 MOTO = importlib.util.find_spec("moto") and importlib.util.find_spec("boto3")
@@ -17747,17 +17475,16 @@ class ServerTest(SocketTest):
                     data = raw_call(kind, largest + more, chunked=chunked)
                     self.assert_refused(413, root, data + raw_call())
 
-    def test_a_body_is_asked_for_when_the_head_gives_no_reason_to_refuse(self):
+    @each(False, True, False)
+    def test_a_body_is_asked_for_when_the_head_gives_no_reason_to_refuse(self, chunked):
         wire = self.running.connect()
-        for chunked in (False, True, False):
-            with self.subTest(chunked=chunked):
-                head, end, body = raw_call(extra=[EXPECT], chunked=chunked).partition(b"\r\n\r\n")
-                wire.send(head + end)
-                answer = wire.answer()
-                self.assertEqual((answer.status, answer.headers), (100, {}))
-                wire.send(body, 1)
-                answer = wire.answer()
-                self.assertEqual((answer.status, answer.closes), (200, False))
+        head, end, body = raw_call(extra=[EXPECT], chunked=chunked).partition(b"\r\n\r\n")
+        wire.send(head + end)
+        answer = wire.answer()
+        self.assertEqual((answer.status, answer.headers), (100, {}))
+        wire.send(body, 1)
+        answer = wire.answer()
+        self.assertEqual((answer.status, answer.closes), (200, False))
 
     def test_who_does_not_wait_to_be_asked_is_answered_all_the_same(self):
         wire = self.running.connect()
@@ -18918,7 +18645,18 @@ class CommandLineTest(unittest.TestCase):
         path = write(os.path.join(folder(self), "clients"), f"{right}region = x\noutput = json\n")
         self.assertEqual(list(awsproxy.read_clients(path)), ["keyA"])
 
-    def test_clients_come_from_a_file_and_one_key_may_have_several_tokens(self):
+    @each(
+        (Client("", "akid", "s3cr%t#;", "one"), "", "111111111111"),
+        (Client("", "akid", "s3cr%t#;", "two"), "", "222222222222"),
+        (Client("", "akid", "s3cr%t#;", "three"), "InvalidClientTokenId", ""),
+        (Client("", "akid", "s3cr%t#;"), "InvalidClientTokenId", ""),
+        (Client("", "akid", "wrong", "one"), "SignatureDoesNotMatch", ""),
+        (Client("", "AKID.-_2", "other"), "", "000000000000"),
+        (DEMO, "InvalidClientTokenId", ""),
+    )
+    def test_clients_come_from_a_file_and_one_key_may_have_several_tokens(
+        self, client, code, account
+    ):
         text = (
             section("old", "akid", "s3cr%t#;", "one", "111111111111")
             + section("new", "akid", "s3cr%t#;", "two", "222222222222")
@@ -18926,22 +18664,11 @@ class CommandLineTest(unittest.TestCase):
         )
         path = write(os.path.join(folder(self), "clients"), text)
         program = self.start("--clients", path)
-        rows = [
-            (Client("", "akid", "s3cr%t#;", "one"), "", "111111111111"),
-            (Client("", "akid", "s3cr%t#;", "two"), "", "222222222222"),
-            (Client("", "akid", "s3cr%t#;", "three"), "InvalidClientTokenId", ""),
-            (Client("", "akid", "s3cr%t#;"), "InvalidClientTokenId", ""),
-            (Client("", "akid", "wrong", "one"), "SignatureDoesNotMatch", ""),
-            (Client("", "AKID.-_2", "other"), "", "000000000000"),
-            (DEMO, "InvalidClientTokenId", ""),
-        ]
-        for client, code, account in rows:
-            with self.subTest(f"{client} {client.session_token}"):
-                caller = program.caller(client=client)
-                if code:
-                    self.assertEqual(refused_code(caller), code)
-                else:
-                    self.assertIn(f"/{account}/", caller.queue())
+        caller = program.caller(client=client)
+        if code:
+            self.assertEqual(refused_code(caller), code)
+        else:
+            self.assertIn(f"/{account}/", caller.queue())
 
     def test_the_clients_file_is_read_again_when_it_changes(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "first"))
@@ -19103,15 +18830,9 @@ class CommandLineTest(unittest.TestCase):
             (token, "CreateQueue", {"QueueName": "jobs"}, "dummykey", 200, "-"),
             (DEMO, "SendMessage", missing, "dummykey", 400, gone),
             (wrong, "ListQueues", {}, "?dummykey", 403, mismatch),
-            (
-                Client("", "akid", "hunter2"),
-                "ListQueues",
-                {},
-                "?akid",
-                403,
-                "InvalidClientTokenId",
-            ),
-        ]
+            (Client("", "akid", "hunter2"), "ListQueues", {}, "?akid", 403,
+             "InvalidClientTokenId"),
+        ]  # fmt: skip
         program = self.start("--log-format", form_of_line)
         for client, operation, given, key, status, error in rows:
             with self.subTest(f"{form_of_line} {client} {operation}"):
@@ -20483,23 +20204,22 @@ class CurlTest(unittest.TestCase):
         code = ElementTree.fromstring(body).findtext(f"{NAMESPACE}Error/{NAMESPACE}Code")
         self.assertEqual(code, "SignatureDoesNotMatch")
 
-    def test_a_long_message_is_not_held_up(self):
+    @each("", '-H "Expect: 100-continue"', '-H "Transfer-Encoding: chunked"')
+    def test_a_long_message_is_not_held_up(self, asked):
         """curl waits a second for the 100 that it asks for of its own accord, or is told to."""
         url = self.program.caller(region="eu-west-1").queue("long")
         text = json.dumps({"QueueUrl": url, "MessageBody": "x" * 204800})
         path = write(os.path.join(folder(self), "message"), text)
-        for asked in ("", '-H "Expect: 100-continue"', '-H "Transfer-Encoding: chunked"'):
-            call = (
-                'localhost:PORT --aws-sigv4 "aws:amz:eu-west-1:sqs" -u dummykey:dummysecret'
-                f' -H "X-Amz-Target: AmazonSQS.SendMessage" {asked} -d @{path}'
-            )
+        call = (
+            'localhost:PORT --aws-sigv4 "aws:amz:eu-west-1:sqs" -u dummykey:dummysecret'
+            f' -H "X-Amz-Target: AmazonSQS.SendMessage" {asked} -d @{path}'
+        )
 
-            def send(call=call):
-                status, _, body = self.curl(call)
-                self.assertEqual(status, "200", body)
+        def send(call=call):
+            status, _, body = self.curl(call)
+            self.assertEqual(status, "200", body)
 
-            with self.subTest(asked):
-                self.assertLess(fewest_seconds(send, 0.9), 0.9)
+        self.assertLess(fewest_seconds(send, 0.9), 0.9)
 
 
 @unittest.skipUnless(AWS, "the AWS command line is not installed")
