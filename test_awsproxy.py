@@ -3859,13 +3859,13 @@ def resolved(given):
     return [resolved(value) for value in given] if isinstance(given, list) else given
 
 
-JOBS, DEAD, ORDERED = url_of("jobs"), url_of("dead"), url_of("jobs.fifo")
+JOBS_URL, DEAD_URL, FIFO_URL = url_of("jobs"), url_of("dead"), url_of("jobs.fifo")
 POLICY = json.dumps(
     {"deadLetterTargetArn": arn("dead"), "maxReceiveCount": 1}, separators=(",", ":")
 )
 TRACE = "Root=1-5759e988-bd862e3fe1be46a994272793;Parent=53995c3f42cd8ad8;Sampled=1"
 ID, NUMBER, TEXT = Kept(UUID.pattern), Kept("[0-9]{20}"), Kept(".+")
-HANDLE, TASK, TOKEN = Kept(r"\S{20,}"), Kept(r"\S{20,}"), Kept(r"\S+")
+HANDLE, TASK, NEXT_TOKEN = Kept(r"\S{20,}"), Kept(r"\S{20,}"), Kept(r"\S+")
 BLOB = {"DataType": "Binary", "BinaryValue": b"\1\2\3"}
 BLOB_RECEIVED = {"DataType": "Binary", "BinaryValue": "AQID"}
 SENT = {
@@ -3896,7 +3896,7 @@ NO_SUCH_HANDLE = {
     "Message": 'The input receipt handle "garbage" is not a valid receipt handle.',
 }
 STORY = (  # operation, input, output
-    ("CreateQueue", {"QueueName": "dead"}, {"QueueUrl": DEAD}),
+    ("CreateQueue", {"QueueName": "dead"}, {"QueueUrl": DEAD_URL}),
     (
         "CreateQueue",
         {
@@ -3904,50 +3904,50 @@ STORY = (  # operation, input, output
             "Attributes": {"DelaySeconds": "0", "VisibilityTimeout": "40"},
             "tags": {"team": "blue", "empty": ""},
         },
-        {"QueueUrl": JOBS},
+        {"QueueUrl": JOBS_URL},
     ),
-    ("GetQueueUrl", {"QueueName": "jobs", "QueueOwnerAWSAccountId": ACCOUNT}, {"QueueUrl": JOBS}),
+    ("GetQueueUrl", {"QueueName": "jobs", "QueueOwnerAWSAccountId": ACCOUNT}, {"QueueUrl": JOBS_URL}),
     ("ListQueues", {"QueueNamePrefix": "", "MaxResults": 1},
-     {"QueueUrls": [DEAD], "NextToken": TOKEN}),
-    ("ListQueues", {"MaxResults": 1, "NextToken": TOKEN}, {"QueueUrls": [JOBS]}),
+     {"QueueUrls": [DEAD_URL], "NextToken": NEXT_TOKEN}),
+    ("ListQueues", {"MaxResults": 1, "NextToken": NEXT_TOKEN}, {"QueueUrls": [JOBS_URL]}),
     ("ListQueues", {"QueueNamePrefix": "x"}, {}),
-    ("ListQueueTags", {"QueueUrl": JOBS}, {"Tags": {"team": "blue", "empty": ""}}),
-    ("TagQueue", {"QueueUrl": JOBS, "Tags": {"team": "red", "Team": "green"}}, None),
-    ("UntagQueue", {"QueueUrl": JOBS, "TagKeys": ["empty", "team", "unheard-of"]}, None),
-    ("ListQueueTags", {"QueueUrl": JOBS}, {"Tags": {"Team": "green"}}),
-    ("ListQueueTags", {"QueueUrl": DEAD}, {}),
-    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD}, {}),
-    ("SetQueueAttributes", {"QueueUrl": JOBS, "Attributes": {"RedrivePolicy": POLICY}}, None),
+    ("ListQueueTags", {"QueueUrl": JOBS_URL}, {"Tags": {"team": "blue", "empty": ""}}),
+    ("TagQueue", {"QueueUrl": JOBS_URL, "Tags": {"team": "red", "Team": "green"}}, None),
+    ("UntagQueue", {"QueueUrl": JOBS_URL, "TagKeys": ["empty", "team", "unheard-of"]}, None),
+    ("ListQueueTags", {"QueueUrl": JOBS_URL}, {"Tags": {"Team": "green"}}),
+    ("ListQueueTags", {"QueueUrl": DEAD_URL}, {}),
+    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD_URL}, {}),
+    ("SetQueueAttributes", {"QueueUrl": JOBS_URL, "Attributes": {"RedrivePolicy": POLICY}}, None),
     ("CreateQueue", {"QueueName": "a", "Attributes": {"RedrivePolicy": POLICY}},
      {"QueueUrl": TEXT}),
-    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD, "MaxResults": 1},
-     {"queueUrls": [url_of("a")], "NextToken": TOKEN}),
-    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD, "MaxResults": 1, "NextToken": TOKEN},
-     {"queueUrls": [JOBS]}),
+    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD_URL, "MaxResults": 1},
+     {"queueUrls": [url_of("a")], "NextToken": NEXT_TOKEN}),
+    ("ListDeadLetterSourceQueues", {"QueueUrl": DEAD_URL, "MaxResults": 1, "NextToken": NEXT_TOKEN},
+     {"queueUrls": [JOBS_URL]}),
     ("GetQueueAttributes",
-     {"QueueUrl": JOBS, "AttributeNames": ["RedrivePolicy", "VisibilityTimeout", "Policy"]},
+     {"QueueUrl": JOBS_URL, "AttributeNames": ["RedrivePolicy", "VisibilityTimeout", "Policy"]},
      {"Attributes": {"RedrivePolicy": POLICY, "VisibilityTimeout": "40"}}),
-    ("GetQueueAttributes", {"QueueUrl": JOBS}, {}),
-    ("GetQueueAttributes", {"QueueUrl": JOBS, "AttributeNames": ["Policy"]}, {}),
+    ("GetQueueAttributes", {"QueueUrl": JOBS_URL}, {}),
+    ("GetQueueAttributes", {"QueueUrl": JOBS_URL, "AttributeNames": ["Policy"]}, {}),
     (
         "AddPermission",
         {
-            "QueueUrl": DEAD,
+            "QueueUrl": DEAD_URL,
             "Label": "l",
             "AWSAccountIds": [ACCOUNT, OTHER_ACCOUNT],
             "Actions": ["SendMessage", "ReceiveMessage"],
         },
         None,
     ),
-    ("GetQueueAttributes", {"QueueUrl": DEAD, "AttributeNames": ["Policy"]},
+    ("GetQueueAttributes", {"QueueUrl": DEAD_URL, "AttributeNames": ["Policy"]},
      {"Attributes": {"Policy": TEXT}}),
-    ("RemovePermission", {"QueueUrl": DEAD, "Label": "l"}, None),
-    ("SendMessage", {"QueueUrl": JOBS, "MessageBody": "hello", "MessageGroupId": "g", **SENT},
+    ("RemovePermission", {"QueueUrl": DEAD_URL, "Label": "l"}, None),
+    ("SendMessage", {"QueueUrl": JOBS_URL, "MessageBody": "hello", "MessageGroupId": "g", **SENT},
      ANSWERED),
     (
         "ReceiveMessage",
         {
-            "QueueUrl": JOBS,
+            "QueueUrl": JOBS_URL,
             "MessageSystemAttributeNames": ["AWSTraceHeader", "MessageGroupId"],
             "MessageAttributeNames": ["color", "blob"],
             "MaxNumberOfMessages": 10,
@@ -3967,11 +3967,11 @@ STORY = (  # operation, input, output
         },
     ),
     ("ChangeMessageVisibility",
-     {"QueueUrl": JOBS, "ReceiptHandle": HANDLE, "VisibilityTimeout": 9}, None),
+     {"QueueUrl": JOBS_URL, "ReceiptHandle": HANDLE, "VisibilityTimeout": 9}, None),
     (
         "ChangeMessageVisibilityBatch",
         {
-            "QueueUrl": JOBS,
+            "QueueUrl": JOBS_URL,
             "Entries": [
                 {"Id": "a", "ReceiptHandle": HANDLE, "VisibilityTimeout": 0},
                 {"Id": "b", "ReceiptHandle": "garbage", "VisibilityTimeout": 0},
@@ -3979,9 +3979,9 @@ STORY = (  # operation, input, output
         },
         {"Successful": [{"Id": "a"}], "Failed": [NO_SUCH_HANDLE]},
     ),
-    ("ReceiveMessage", {"QueueUrl": JOBS}, {}),  # it went to the dead-letter queue
-    ("SendMessage", {"QueueUrl": DEAD, "MessageBody": "hello", **SENT}, ANSWERED),
-    ("SendMessage", {"QueueUrl": DEAD, "MessageBody": "hello", **SENT}, ANSWERED),
+    ("ReceiveMessage", {"QueueUrl": JOBS_URL}, {}),  # it went to the dead-letter queue
+    ("SendMessage", {"QueueUrl": DEAD_URL, "MessageBody": "hello", **SENT}, ANSWERED),
+    ("SendMessage", {"QueueUrl": DEAD_URL, "MessageBody": "hello", **SENT}, ANSWERED),
     (
         "StartMessageMoveTask",
         {
@@ -4014,7 +4014,7 @@ STORY = (  # operation, input, output
     (
         "SendMessageBatch",
         {
-            "QueueUrl": JOBS,
+            "QueueUrl": JOBS_URL,
             "Entries": [
                 {"Id": "a", "MessageBody": "hello", "MessageGroupId": "g", **SENT},
                 {"Id": "b", "MessageBody": "\1"},
@@ -4030,7 +4030,7 @@ STORY = (  # operation, input, output
     (
         "ReceiveMessage",
         {
-            "QueueUrl": JOBS,
+            "QueueUrl": JOBS_URL,
             "AttributeNames": ["SequenceNumber", "SentTimestamp"],
             "MessageAttributeNames": ["unheard-of"],
         },
@@ -4039,7 +4039,7 @@ STORY = (  # operation, input, output
     (
         "DeleteMessageBatch",
         {
-            "QueueUrl": JOBS,
+            "QueueUrl": JOBS_URL,
             "Entries": [
                 {"Id": "a", "ReceiptHandle": HANDLE},
                 {"Id": "b", "ReceiptHandle": "garbage"},
@@ -4047,15 +4047,15 @@ STORY = (  # operation, input, output
         },
         {"Successful": [{"Id": "a"}], "Failed": [NO_SUCH_HANDLE]},
     ),
-    ("DeleteMessage", {"QueueUrl": JOBS, "ReceiptHandle": HANDLE}, None),
-    ("PurgeQueue", {"QueueUrl": JOBS}, None),
-    ("DeleteQueue", {"QueueUrl": JOBS}, None),
+    ("DeleteMessage", {"QueueUrl": JOBS_URL, "ReceiptHandle": HANDLE}, None),
+    ("PurgeQueue", {"QueueUrl": JOBS_URL}, None),
+    ("DeleteQueue", {"QueueUrl": JOBS_URL}, None),
     ("CreateQueue", {"QueueName": "jobs.fifo", "Attributes": {"FifoQueue": "true"}},
-     {"QueueUrl": ORDERED}),
+     {"QueueUrl": FIFO_URL}),
     (
         "SendMessage",
         {
-            "QueueUrl": ORDERED,
+            "QueueUrl": FIFO_URL,
             "MessageBody": "hello",
             "MessageGroupId": "g",
             "MessageDeduplicationId": "d",
@@ -4069,7 +4069,7 @@ STORY = (  # operation, input, output
     (
         "SendMessageBatch",
         {
-            "QueueUrl": ORDERED,
+            "QueueUrl": FIFO_URL,
             "Entries": [
                 {
                     "Id": "a",
