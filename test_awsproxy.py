@@ -2656,35 +2656,23 @@ class KeyTest(VerifyCase):
 
 
 class SignedHeadersTest(VerifyCase):
-    @each(("sqs", "403 SignatureDoesNotMatch"), ("s3", "403 AccessDenied"))
-    def test_every_x_amz_header_must_be_signed(self, service, answer):
+    def test_every_x_amz_header_must_be_signed(self):
         names = (
-            "X-Amz-Target",
-            "x-amz-acl",
-            "X-AMZ-COPY-SOURCE",
-            "x-amz-meta-",
-            "X-Amz-Grant-Full-Control",
-            "X-Amz-User-Agent",
-            "X-Amz-Cf-Id",
-        )
+            "X-Amz-Target", "x-amz-acl", "X-AMZ-COPY-SOURCE", "x-amz-meta-",
+            "X-Amz-Grant-Full-Control", "X-Amz-User-Agent", "X-Amz-Cf-Id",
+        )  # fmt: skip
         says = "^There were headers present in the request which were not signed"
-        for name in names:
-            client = SESSION if "Token" in name else DEMO
-            headers = [(name, client.session_token)]
-            table = [
-                ("header", ask(service, headers=headers, unsigned=[name], client=client)),
-                ("added later", ask(service)),
-                ("query", link(service)),
-            ]
-            for form, request in table:
-                if form != "header":
-                    if client is SESSION:
-                        continue
-                    made = (*request.headers, (name, ""))
-                    request = dataclasses.replace(request, headers=made)
-                with self.subTest(name, service=service, form=form):
-                    error = self.refused(request, answer, says, clients=(client,))
-                    self.assertEqual(error.detail["HeadersNotSigned"], name.lower())
+        for service, answer in (("sqs", "403 SignatureDoesNotMatch"), ("s3", "403 AccessDenied")):
+            for name in names:
+                added = [
+                    dataclasses.replace(it, headers=(*it.headers, (name, "")))
+                    for it in (ask(service), link(service))
+                ]
+                unsigned = ask(service, headers=[(name, "")], unsigned=[name])
+                for form, request in zip(("header", "added later", "query"), (unsigned, *added)):
+                    with self.subTest(name, service=service, form=form):
+                        error = self.refused(request, answer, says)
+                        self.assertEqual(error.detail["HeadersNotSigned"], name.lower())
 
     def test_the_hash_of_the_body_need_not_be_signed(self):
         """It is compared with the body in any case."""
@@ -3118,7 +3106,7 @@ class PresignedTest(VerifyCase):
         good = (1, 60, 604800)
         bad = (
             "0", "604801", "700000", "abc", "-1", "+60", "60.0", "6e1", "0x10", "1_0", " 60",
-            "60 ", "\xb2", "\u0661", "9" * 19, "9" * 5000,
+            "60 ", "0003600", "\xb2", "\u0661", "9" * 19, "9" * 5000,
         )  # fmt: skip
         for service, answer in self.ANSWERS:
             for expires in good:
@@ -3127,11 +3115,6 @@ class PresignedTest(VerifyCase):
             for expires in bad:
                 with self.subTest(expires, service=service):
                     self.refused(link(service, expires=expires), answer, "^X-Amz-Expires ")
-
-    def test_seven_digits_of_seconds_are_none(self):
-        for service, answer in self.ANSWERS:
-            with self.subTest(service):
-                self.refused(link(service, expires="0003600"), answer, "X-Amz-Expires")
 
     def test_from_when_to_when_a_link_is_good(self):
         over = ("^Signature expired: ", "^Request has expired")
@@ -4144,6 +4127,8 @@ class ProtocolTest(unittest.TestCase):
             ("POST /?Action=ListQueues", (target, kind(JSON_1_0)), "{}", JSON_1_0),
             ("POST /000000000000/jobs", (target,), "{}", JSON_1_0),
             ("POST /?Action=ListQueues", (kind(JSON_1_0),), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues&Version=2012-11-05", (kind(JSON_1_0),), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues", (kind(JSON_1_0),), '{"QueueNamePrefix":"j"}', JSON_1_0),
             ("POST /?Action=ListQueues", (kind("application/json"),), "{}", JSON_1_0),
             ("POST /", (FORM,), "Action=ListQueues", "text/xml"),
             ("POST /", (FORM,), "Action=ListQueues&Version=2012-11-05", "text/xml"),
@@ -6051,18 +6036,6 @@ class ArticleTest(unittest.TestCase):
     def ask(self, target, headers, body=b"{}"):
         asked = request("POST", target, headers, body, service="sqs", client=DEMO)
         return self.caller.proxy.handle(asked)
-
-    def test_action_with_a_json_body_is_answered_in_json(self):
-        for name, target, headers, body in (
-            ("alone", "/?Action=ListQueues", (self.KIND,), b"{}"),
-            ("with its version", "/?Action=ListQueues&Version=2012-11-05", (self.KIND,), b"{}"),
-            ("with the target", "/?Action=ListQueues", (self.KIND, self.SAME), b"{}"),
-            ("with input", "/?Action=ListQueues", (self.KIND,), b'{"QueueNamePrefix":"jo"}'),
-        ):
-            with self.subTest(name):
-                reply = self.ask(target, headers, body)
-                self.assertEqual(reply.status, 200, reply)
-                self.assertEqual(json.loads(reply.body), {"QueueUrls": [self.url]})
 
     def test_another_operation_in_the_target_is_refused(self):
         for operation in ("PurgeQueue", "listqueues", "ListQueuesX", ""):
@@ -12022,27 +11995,6 @@ class ForwardedHeadersTest(Through):
         self.assertEqual([p for p in arrived.headers if p[0].lower() not in own], wanted)
         self.assertNotIn("dummy", str(arrived))
 
-    @each("x-amz-target", "X-Amz-Target, content-type", "content-length", "host")
-    def test_connection_cannot_take_away_what_decides_the_action(self, name):
-        """Else the call is routed by its X-Amz-Target, and carried out by its query string."""
-        deny = Route("sqs:Purge*", Deny())
-        upstream = Route(
-            "*",
-            Upstream(
-                self.endpoint, lambda client: self.keys, self.pool, clock=lambda: EXAMPLE_TIME
-            ),
-        )
-        self.start(routes=[deny, upstream])
-        target = "/?Action=PurgeQueue&QueueUrl=a&Version=2012-11-05"
-        headers = (*LIST[2], ("Connection", name))
-        got = self.call("POST", target, headers, b"{}")
-        if got.status == 200:
-            arrived = self.upstream.next()
-            self.assertEqual(arrived.one("x-amz-target"), "AmazonSQS.ListQueues")
-            self.assert_signed(arrived)
-        else:
-            self.assertEqual(got.status, 400)
-
     def test_path_and_query_are_kept_to_the_byte(self):
         for target, plain in [
             ("/", True),
@@ -12802,6 +12754,7 @@ class SignedHeaderTest(Through):
         ("PUT", "X-Amz-Copy-Source", "/b/other"),
         ("PUT", "X-Other", "1"),
         ("GET", "X-Forwarded-For", "192.0.2.1"),
+        ("GET", "X-Forwarded-Proto", "https"),
     )
 
     def test_connection_takes_no_signed_header_away(self):
@@ -12831,11 +12784,6 @@ class SignedHeaderTest(Through):
         arrived = self.upstream.next()
         for name, value in kind:
             self.assertEqual(arrived.one(name.lower()), value)
-
-    @each(("X-Forwarded-For", "192.0.2.1"), ("X-Forwarded-Proto", "https"))
-    def test_signed_headers_of_the_way_are_kept(self, name, value):
-        self.assertEqual(self.s3("GET", "/b/k", ((name, value),)).status, 200)
-        self.assertEqual(self.upstream.next().one(name.lower()), value)
 
     @each(("X-Other", "1"), ("X-Forwarded-For", "192.0.2.1"), ("TE", "gzip"))
     def test_unsigned_headers_of_the_connection_are_dropped(self, name, value):
@@ -13286,44 +13234,29 @@ class KeepAliveTest(ForwardCase):
 class LeavingClientTest(ForwardCase):
     """A client that leaves takes its upstream connection along."""
 
-    class Slow:
-        """An upstream that never answers, and notes when a connection to it ends."""
-
-        def __init__(self, test):
-            self.listener = socket.create_server(("127.0.0.1", 0))
-            self.endpoint = Endpoint("http", "127.0.0.1", self.listener.getsockname()[1])
-            self.begun, self.ended = threading.Event(), threading.Event()
-            test.addCleanup(self.listener.close)
-            threading.Thread(target=self.serve, daemon=True).start()
-
-        def serve(self):
-            connection, _ = self.listener.accept()
-            with connection:
-                while connection.recv(65536):
-                    self.begun.set()
-            self.ended.set()
-
     @each(b"{}", b"x" * 200_000)
     def test_the_upstream_connection_ends_at_once(self, body):
-        slow, gone = self.Slow(self), threading.Event()
-        proxy = self.proxy(slow, timeout=30)
-        path = "/2015-03-31/functions/f/invocations"
+        begun, ended, gone = threading.Event(), threading.Event(), threading.Event()
+
+        def never_answer(connection):
+            with connection:
+                while connection.recv(65536):
+                    begun.set()
+            ended.set()
+
+        proxy = self.proxy(FakeUpstream(self, serve=never_answer), timeout=30)
         headers = (("Content-Length", str(len(body))),)
-        request = signed("POST", path, headers, body, service="lambda")
+        request = signed("POST", INVOKE, headers, body, service="lambda")
         request = dataclasses.replace(request, abandoned=gone.is_set)
         replies = []
-
-        def run(proxy=proxy, request=request, replies=replies):
-            replies.append(proxy.handle(request))
-
-        caller = threading.Thread(target=run)
+        caller = threading.Thread(target=lambda: replies.append(proxy.handle(request)))
         with self.assertLogs("awsproxy", "WARNING"):
             caller.start()
-            self.assertTrue(slow.begun.wait(DEADLINE))
+            self.assertTrue(begun.wait(DEADLINE))
             gone.set()
-            self.assertTrue(slow.ended.wait(5), "the upstream connection stands")
+            self.assertTrue(ended.wait(5), "the upstream connection stands")
             caller.join(5)
-            self.assertEqual([reply.status for reply in replies], [400])
+        self.assertEqual([reply.status for reply in replies], [400])
 
 
 class AbuseTest(ForwardCase):
@@ -13407,27 +13340,16 @@ class AbuseTest(ForwardCase):
 
     def test_a_request_cut_short_does_not_swallow_the_next(self):
         """The upstream answers from the head alone and keeps the connection."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-        seen = []
-
-        def serve():
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                kept.append(connection)
-                head = connection.recv(65536).partition(b"\r\n\r\n")[0]
-                seen.append(head.partition(b" HTTP")[0])
-                connection.sendall(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno")
-
-        kept = []
+        seen, kept = [], []
         self.addCleanup(lambda: [connection.close() for connection in kept])
-        threading.Thread(target=serve, daemon=True).start()
-        upstream = type("At", (), {})
-        upstream.endpoint = Endpoint("http", *listener.getsockname())
-        proxy = self.proxy(upstream)
+
+        def answer_head(connection):
+            kept.append(connection)
+            head = connection.recv(65536).partition(b"\r\n\r\n")[0]
+            seen.append(head.partition(b" HTTP")[0])
+            connection.sendall(b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\nno")
+
+        proxy = self.proxy(FakeUpstream(self, serve=answer_head))
         body = b"x" * 8000000
         reply = proxy.handle(object_request("PUT", body=body, declared="UNSIGNED-PAYLOAD"))
         self.assertEqual((reply.status, reply.body), (503, b"no"))
@@ -13480,24 +13402,16 @@ class AbuseTest(ForwardCase):
                     pass
 
     def test_an_upstream_cannot_keep_a_call_for_ever(self):
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
+        def drip(connection):
+            with contextlib.suppress(OSError), connection:
+                connection.recv(65536)
+                for _ in range(20 * DEADLINE):
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    time.sleep(0.05)
 
-        def serve():
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(65536)
-                    for _ in range(20 * DEADLINE):
-                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                        time.sleep(0.05)
-
-        threading.Thread(target=serve, daemon=True).start()
-        upstream = type("At", (), {})
-        upstream.endpoint = Endpoint("http", *listener.getsockname())
         begin = time.monotonic()
         with self.assertLogs("awsproxy", "WARNING"):
-            reply = self.proxy(upstream, timeout=0.3).handle(table_call())
+            reply = self.proxy(FakeUpstream(self, serve=drip), timeout=0.3).handle(table_call())
         self.assertEqual(reply.status, 503)
         self.assertLess(time.monotonic() - begin, DEADLINE / 2)
 
@@ -14301,20 +14215,6 @@ class MetricsTest(unittest.TestCase):
         post = Request("POST", "/_awsproxy/health", (), io.BytesIO(), "127.0.0.1")
         self.assertEqual(proxy.handle(post).status, 405)
 
-    def test_a_log_file_is_opened_again_on_sighup(self):
-        path = os.path.join(folder(self), "log")
-        program = Program(self.addCleanup, "--log-file", path, "--log-format", "json")
-        program.caller()("ListQueues")
-        os.rename(path, path + ".1")
-        program.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: os.path.exists(path))
-        program.caller()("ListQueues")
-        wait_until(lambda: os.path.getsize(path))
-        for name in (path, path + ".1"):
-            with open(name, encoding="ascii") as lines:
-                entry = json.loads(lines.readline())
-            self.assertEqual((entry["name"], entry["region"]), ("demo", "us-east-1"))
-
 
 NOT_VISIBLE = "ApproximateNumberOfMessagesNotVisible"
 JOBS = "000000000000/jobs"
@@ -14976,46 +14876,34 @@ class TaskProtectionTest(LedgerCase):
         self.protection.tend_later()
         self.assertEqual(self.wanted(), [True, False, False])
 
-    def test_an_agent_that_hangs_holds_up_a_receive_for_its_patience_at_the_most(self):
-        def serve(listener, *given):
-            with contextlib.suppress(OSError):
-                while True:
-                    words = (listener.accept()[0], *given)
-                    threading.Thread(target=answer, args=words, daemon=True).start()
-
-        def answer(connection, at_once, dripped):
+    @each(
+        ("a head that drips", b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"),
+        ("a body that drips", b"HTTP/1.1 200 OK\r\n\r\n", b"{}"),
+        ("silent", b"", None),
+    )
+    def test_an_agent_that_hangs_holds_up_a_receive_no_longer_than_its_patience(
+        self, name, at_once, dripped
+    ):
+        def hang(connection):
             with contextlib.suppress(OSError), connection:
                 connection.sendall(at_once)
-                if dripped is None:
-                    while connection.recv(65536):
-                        pass
-                    return
-                for byte in dripped + bytes(20 * DEADLINE):
+                while dripped is None and connection.recv(65536):
+                    pass
+                for byte in (dripped or b"") + bytes(20 * DEADLINE):
                     time.sleep(0.05)
                     connection.sendall(bytes([byte]))
 
-        head = b"HTTP/1.1 200 OK\r\n"
-        for name, at_once, dripped in (
-            ("a head that drips", b"", head + b"Content-Length: 2\r\n"),
-            ("a body that drips", head + b"\r\n", b"{}"),
-            ("silent", b"", None),
-        ):
-            with self.subTest(name):
-                listener = socket.create_server(("127.0.0.1", 0))
-                self.addCleanup(listener.close)
-                words = (listener, at_once, dripped)
-                threading.Thread(target=serve, args=words, daemon=True).start()
-                caller = self.protecting()
-                self.assertLess(self.protection.PATIENCE, 6)
-                self.protection.PATIENCE = 0.4
-                self.protection._put = awsproxy._put
-                self.protection._url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
-                url = caller.queue()
-                fill(caller, url)
-                begin = time.monotonic()
-                with self.assertLogs("awsproxy", "WARNING"):
-                    self.assertEqual(caller.bodies(url), ["0"])
-                self.assertLess(time.monotonic() - begin, DEADLINE / 2)
+        caller = self.protecting()
+        self.assertLess(self.protection.PATIENCE, 6)
+        self.protection.PATIENCE = 0.4
+        self.protection._put = awsproxy._put
+        self.protection._url = f"{FakeUpstream(self, serve=hang).endpoint.origin}/x"
+        url = caller.queue()
+        fill(caller, url)
+        begin = time.monotonic()
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(caller.bodies(url), ["0"])
+        self.assertLess(time.monotonic() - begin, DEADLINE / 2)
 
 
 class MadeUpNameTest(unittest.TestCase):
@@ -15676,16 +15564,6 @@ class NoVerifyTest(Through):
                 if not declared.startswith("STREAMING"):
                     self.assertIsNone(arrived.one("content-encoding"))
                     self.assertIsNone(arrived.one("x-amz-decoded-content-length"))
-
-    @each("", "AWS4-HMAC-SHA256", "Basic a", "AWS4-HMAC-SHA256 Credential=a/b/c/d/e")
-    def test_nonsense_is_not_a_fault_of_ours(self, header):
-        self.start(verified=False)
-        for call in (LIST, LIST_FORM, ("GET", "/b", (), b"")):
-            method, target, headers, body = call
-            framing = (("Content-Length", len(body)), ("Authorization", header))
-            with self.subTest(header, call=call):
-                got = self.put(raw_request(method, target, (*headers, *framing), body), method)
-                self.assertLess(got.status, 500)
 
 
 class UnsignedCallTest(ForwardCase):
@@ -17890,29 +17768,6 @@ class SlowReaderTest(ProgramTest):
         if os.path.exists("/proc/self/task"):
             self.assertLess(len(os.listdir(f"/proc/{program.process.pid}/task")), 20)
 
-    def test_a_long_answer_arrives_at_a_slow_reader(self):
-        program = self.start("--quiet")
-        call = program.caller()
-        for number in range(400):
-            call("CreateQueue", QueueName=f"{'q' * 70}{number}")
-        body = b"Action=ListQueues&Version=2012-11-05&MaxResults=1000"
-        made = sign("POST", "/", OF_QUERY, body, at=int(time.time()))
-        data = raw_request("POST", "/", (*made, ("Content-Length", str(len(body)))), body)
-        connection = socket.socket()
-        self.addCleanup(connection.close)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(program.address)
-        connection.settimeout(5)
-        connection.sendall(data * 10)
-        time.sleep(0.3)
-        received = b""
-        while received.count(b"</ListQueuesResponse>") < 10:
-            block = connection.recv(4096)
-            self.assertTrue(block, "the proxy closed the connection")
-            received += block
-        self.assertEqual(received.count(b"HTTP/1.1 200 OK"), 10)
-        self.assertEqual(received.count(b"<QueueUrl>"), 4000)
-
 
 @unittest.skipUnless(LINUX, "it reads /proc")
 class CrowdOfStrangersTest(ProgramTest):
@@ -18225,22 +18080,6 @@ class DrainTest(unittest.TestCase):
                 self.assertEqual(counted(), {f"000000000000/{protocol}": 1})
                 caller.delete(url, held[2]["ReceiptHandle"])
                 self.assertEqual(counted(), {})
-
-    def test_forwarded_polls_end_and_lose_no_message(self):
-        program, upstream, client = self.forwarding("--drain-seconds", LONG_DRAIN)
-        caller = program.caller()
-        url = caller.queue()
-        caller("ListQueues")  # so that a connection is kept
-        thread, outcome = self.poll(program.caller(), url, upstream)
-        self.assertEqual(self.calls(program), 1)
-        program.process.send_signal(signal.SIGTERM)
-        thread.join(DEADLINE)
-        ((messages, seconds),) = outcome
-        self.assertEqual(messages, [])
-        self.assertLess(seconds, SHORTER)
-        direct = upstream.caller(client=client)
-        direct.enqueue("jobs", "late")
-        self.assertEqual(self.bodies(direct), ["late"])
 
     def test_our_paths_have_a_listener_of_their_own(self):
         program = Program(self.addCleanup, "--admin", "127.0.0.1:0", "--quiet")
