@@ -1305,14 +1305,14 @@ class BodyFramingTest(unittest.TestCase):
         self.assertEqual(framing(raw_post(lines)), expected)
 
     @each(*BROKEN_POSTS)
-    def test_what_two_readers_could_read_in_two_ways_is_refused(self, name, raw):
+    def test_ambiguous_framing_is_refused(self, name, raw):
         self.assertEqual(refused_with(framing, raw), 400)
 
     @each(
         ("Content-Length", (" 5", "5 ", "\n5", "5\n", "\x0c5", "\xa05", "5\x85", "\xb9", "")),
         ("Transfer-Encoding", (" chunked", "chunked\t", "chunked\n", "\x0bchunked", "\xa0")),
     )
-    def test_values_are_judged_as_they_are_whoever_made_the_head(self, name, values):
+    def test_the_values_of_any_head_are_checked(self, name, values):
         for value in values:
             with self.subTest(name, value=value):
                 fields = {name.lower(): [value]}
@@ -2141,7 +2141,7 @@ class AuthorizationTest(VerifyCase):
                     answer = malformed if service == "s3" and known else incomplete
                     self.refused(ask(service, (old, new)), answer, pattern)
 
-    def test_all_that_is_missing_is_told_at_once(self):
+    def test_a_refusal_names_every_missing_parameter(self):
         request = get("/", [("Host", HOST), ("Authorization", "AWS4-HMAC-SHA256")])
         error = self.refused(request, "400 IncompleteSignature")
         self.assertEqual(
@@ -2215,7 +2215,7 @@ class TimeTest(VerifyCase):
         "Sun, 30 Aug 2015 12:36:00 GMT",
         "",
     )
-    def test_a_time_that_is_none_is_refused(self, value):
+    def test_a_malformed_time_is_refused(self, value):
         pattern = self.NO_DATE.format(re.escape(value))
         request = ask(headers=[("X-Amz-Date", value)])
         self.refused(request, "400 IncompleteSignature", pattern)
@@ -2305,7 +2305,7 @@ class TimeTest(VerifyCase):
         (1, 0, False),
         (-1, 0, False),
     )
-    def test_the_window(self, seconds, skew, good):
+    def test_a_request_is_good_within_the_clock_skew(self, seconds, skew, good):
         now = EXAMPLE_TIME + seconds
         if good:
             self.verify(ask(), now, clock_skew=skew)
@@ -2392,7 +2392,7 @@ class ScopeTest(VerifyCase):
             for message in (terminator, day, region, service):
                 self.assertIn(message.partition("{")[0], error.message)
 
-    def test_what_is_not_asked_for_is_free(self):
+    def test_any_region_and_service_is_good_unless_limited(self):
         for region in ("us-east-1", "mars-north-7", "local"):
             with self.subTest(region):
                 self.assertEqual(self.verify(ask(region=region)).scope.region, region)
@@ -2402,7 +2402,7 @@ class ScopeTest(VerifyCase):
             with self.subTest(scope):
                 self.refused(ask(scope=scope), "403 SignatureDoesNotMatch", "scoped to")
 
-    def test_a_presigned_scope_is_held_to_the_same(self):
+    def test_the_scope_of_a_link_is_checked_too(self):
         for old, new in (("20150830%2F", "20150829%2F"), ("aws4_request", "aws5_request")):
             with self.subTest(new):
                 self.refused(link(edit=(old, new)), "403 SignatureDoesNotMatch", "Credential")
@@ -2411,7 +2411,7 @@ class ScopeTest(VerifyCase):
                 request, limits = link(**how), {"service": "sqs", "regions": ("us-east-1",)}
                 self.refused(request, "403 SignatureDoesNotMatch", "scoped to", **limits)
 
-    def test_no_operation_runs_for_who_signed_for_another_service(self):
+    def test_a_signature_for_another_service_runs_no_operation(self):
         caller = Caller("query")
         target = ("X-Amz-Target", "AmazonSQS.CreateQueue")
         kind = FORM
@@ -2582,7 +2582,7 @@ class SignedHeadersTest(VerifyCase):
         request = link(service)
         self.verify(dataclasses.replace(request, headers=(*request.headers, *others)))
 
-    def test_what_the_reading_rests_on_must_be_signed(self):
+    def test_headers_that_choose_the_protocol_must_be_signed(self):
         headers = [("Content-Type", "application/json")]
         must = {"must_be_signed": ("content-type",)}
         self.verify(ask(headers=headers), **must)
@@ -2630,7 +2630,7 @@ class SignedHeadersTest(VerifyCase):
 
 
 class ChangedRequestTest(VerifyCase):
-    def test_whatever_is_changed_on_the_way_breaks_the_signature(self):
+    def test_any_change_of_a_request_breaks_its_signature(self):
         headers = [("X-Amz-Target", "AmazonSQS.ListQueues"), ("X-Two", "a"), ("X-Two", "b")]
         target = "/000000000000/jobs?a=1&b=2"
 
@@ -2795,7 +2795,7 @@ class PayloadTest(VerifyCase):
                     continue
                 self.refused(request, "403 SignatureDoesNotMatch")
 
-    def test_what_amazon_s3_takes_for_a_payload(self):
+    def test_amazon_s3_accepts_these_payload_hashes_alone(self):
         right, wrong = sha256(b"data"), sha256(b"atad")
         chunks = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
         trailer = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
@@ -2967,7 +2967,7 @@ class PresignedTest(VerifyCase):
         says = "^Unsupported AWS 'algorithm': 'AWS4-ECDSA-P256-SHA256'"
         self.refused(get(target, request.headers), "400 IncompleteSignature", says)
 
-    def test_how_long_a_link_may_be_good(self):
+    def test_expires_is_from_one_second_to_seven_days(self):
         good = (1, 60, 604800)
         bad = (
             "0", "604801", "700000", "abc", "-1", "+60", "60.0", "6e1", "0x10", "1_0", " 60",
@@ -2981,7 +2981,7 @@ class PresignedTest(VerifyCase):
                 with self.subTest(expires, service=service):
                     self.refused(link(service, expires=expires), answer, "^X-Amz-Expires ")
 
-    def test_from_when_to_when_a_link_is_good(self):
+    def test_a_link_is_good_until_it_expires(self):
         over = ("^Signature expired: ", "^Request has expired")
         early = ("^Signature not yet current: ", "^Request is not valid yet")
         table = [
@@ -3134,7 +3134,7 @@ class PresignedTest(VerifyCase):
         request = dataclasses.replace(good, headers=headers)
         self.refused(request, "403 SignatureDoesNotMatch")
 
-    def test_a_link_that_signs_nothing_of_the_body_has_none_elsewhere(self):
+    def test_a_link_for_no_body_has_none(self):
         request = link(method="GET", body=b"Action=PurgeQueue")
         self.refused(request, "403 SignatureDoesNotMatch", "we calculated")
 
@@ -3183,7 +3183,7 @@ class MismatchTest(VerifyCase):
                     self.check_s3(error, made)
 
     @each(("sqs", EMPTY), ("s3", "UNSIGNED-PAYLOAD"))
-    def test_those_of_a_link_too(self, service, payload):
+    def test_the_canonical_request_of_a_link_is_shown(self, service, payload):
         for client in (DEMO, SESSION):
             request = link(service, client=client, target="/a%20b?z=1&a=%2F")
             error = self.mismatch(request, client)
@@ -3227,7 +3227,7 @@ class MismatchTest(VerifyCase):
             self.assertRegex(listed, "^[0-9a-f]{2}( [0-9a-f]{2})*$")
             self.assertEqual(bytes.fromhex(listed).decode("latin-1"), detail[name])
 
-    def test_the_right_signature_is_not_told(self):
+    def test_a_refusal_does_not_show_the_right_signature(self):
         request = ask(client=DEMO._replace(secret_access_key="dummysecret2"))
         right = ask().headers[-1][1].rpartition("=")[2]
         error = self.refused(request, "403 SignatureDoesNotMatch")
@@ -3395,8 +3395,8 @@ class SecrecyTest(VerifyCase):
                         self.assertNotIn("wrongsession", text)
 
 
-class NonsenseTest(VerifyCase):
-    def test_what_is_long_is_refused_quickly(self):
+class LongRequestTest(VerifyCase):
+    def test_long_input_is_refused_quickly(self):
         """Whoever has no key must not be able to keep us busy: all this is read before one."""
         many = 65536 // 11
         table = [
@@ -3744,7 +3744,7 @@ class AwsChunkedTest(unittest.TestCase):
                 self.assertLess(len(got), max(how.get("length", 0), len(content)))
                 self.assertTrue(content.startswith(got))
 
-    def test_what_clients_leave_out_or_write_otherwise_is_taken(self):
+    def test_variants_of_known_clients_are_accepted(self):
         sha1 = ("x-amz-checksum-sha1", checksum("sha1", b"hello"))
         two = {"trailers": (*CRC32, sha1), **HELLO}
         crc32c = (("x-amz-checksum-crc32c", "mnG7TA=="),)
@@ -4119,7 +4119,9 @@ class ProtocolTest(unittest.TestCase):
         ("who wants JSON", "GET", "/000000000000/jobs", (("Accept", "application/json"),), b""),
         ("a form", "POST", "/000000000000/jobs", (FORM,), b"Version=2012-11-05"),
     )  # fmt: skip
-    def test_what_names_no_operation_is_not_found(self, name, method, target, headers, body):
+    def test_a_request_without_an_operation_is_not_found(
+        self, name, method, target, headers, body
+    ):
         self.sqs.queue("jobs")
         nothing = b"<UnknownOperationException/>"
         reply = reply_to(self.sqs, method, target, headers, body)
@@ -4191,7 +4193,7 @@ class QueuePathTest(unittest.TestCase):
             self.assertEqual([m["Body"] for m in output["Messages"]], ["other"])
 
     @each("CreateQueue", "ListQueues")
-    def test_what_belongs_to_no_queue_is_refused_there(self, action):
+    def test_operations_of_no_queue_are_refused_on_the_path_of_one(self, action):
         for path in ("/000000000000/jobs", "/000000000000/unheard-of"):
             for call in (lambda path, asked: self.get(f"{path}?{asked}"), self.post):
                 with self.subTest(action, path=path):
@@ -4204,18 +4206,18 @@ class QueuePathTest(unittest.TestCase):
                         f"The action {action} is not valid for this endpoint.",
                     )
 
-    def test_the_url_of_any_queue_can_be_asked_for_there(self):
+    def test_get_queue_url_works_on_the_path_of_a_queue(self):
         output = self.get("/000000000000/jobs?Action=GetQueueUrl&QueueName=other")
         self.assertEqual(output, {"QueueUrl": url_of("other")})
 
     @each("/000000000000/unheard-of", "/111122223333/jobs")
-    def test_a_queue_that_is_not_there_is_missed(self, path):
+    def test_the_path_of_an_unknown_queue_is_refused(self, path):
         with self.assertRaises(Refused) as caught:
             self.get(f"{path}?Action=ReceiveMessage")
         self.assertEqual(caught.exception.status, 400)
         self.assertEqual(caught.exception.code, SQS + "NonExistentQueue")
 
-    def test_json_is_answered_there(self):
+    def test_json_calls_work_on_the_path_of_a_queue(self):
         sqs = Caller("json")
         url = sqs.queue("jobs")
         path = "/000000000000/jobs"
@@ -4370,7 +4372,7 @@ class CharactersTest(Spoken):
         else:
             self.assertEqual(json.loads(self.sqs.reply.body)["Messages"][0]["Body"], '"\r\n<&>')
 
-    def test_what_xml_cannot_say_does_not_break_it(self):
+    def test_characters_that_xml_cannot_hold_break_no_answer(self):
         url = self.sqs.queue()
         text = "a\0b\ufffe" if self.protocol == "query" else "a\0b\ud800"
         self.sqs("TagQueue", QueueUrl=url, Tags={"tag": text})
@@ -4379,7 +4381,7 @@ class CharactersTest(Spoken):
         given = {"QueueUrl": url, "AttributeNames": [text]}
         self.refused("InvalidAttributeName", "GetQueueAttributes", **given)
 
-    def test_what_json_sends_the_query_protocol_receives(self):
+    def test_each_protocol_receives_the_text_of_the_other(self):
         other = self.another(protocol="query" if self.protocol == "json" else "json")
         url = self.sqs.queue()
         for _, text in self.AWKWARD:
@@ -4942,7 +4944,7 @@ class LegacyJsonTest(unittest.TestCase):
 
 
 class ErrorTest(Spoken):
-    def test_what_is_required_is_missed_by_name(self):
+    def test_a_missing_parameter_is_named(self):
         url = self.sqs.queue("jobs")
         handle = {"QueueUrl": url, "ReceiptHandle": "x"}
         for operation, given, missing in (
@@ -6753,7 +6755,7 @@ class CreateQueueTest(Spoken):
         given = {"QueueName": "jobs", "Attributes": attributes}
         return self.sqs("CreateQueue", **given)["QueueUrl"]
 
-    def test_a_queue_that_is_there_is_created_again_if_nothing_differs(self):
+    def test_a_queue_can_be_created_again_with_equal_attributes(self):
         url = self.create(DelaySeconds="5", VisibilityTimeout="40")
         self.sqs("TagQueue", QueueUrl=url, Tags={"a": "b"})
         self.send(url, DelaySeconds=0)
@@ -6776,7 +6778,7 @@ class CreateQueueTest(Spoken):
                 self.assertEqual(self.counts(url), (1, 0, 0))
                 self.assertEqual(self.sqs("ListQueueTags", QueueUrl=url), {"Tags": {"a": "b"}})
 
-    def test_what_differs_is_named(self):
+    def test_a_conflict_names_the_attribute_that_differs(self):
         url = self.create(DelaySeconds="5")
         for name, value in (
             ("DelaySeconds", "6"),
@@ -6823,7 +6825,7 @@ class CreateQueueTest(Spoken):
         {"Unheard": "of"},
         {"DelaySeconds": "1", "RedrivePolicy": redrive("unheard-of", 1)},
     )
-    def test_a_queue_that_cannot_be_is_not_made(self, attributes):
+    def test_invalid_attributes_create_no_queue(self, attributes):
         with self.assertRaises(Refused):
             self.create(**attributes)
         self.assertEqual(self.sqs("ListQueues"), {})
@@ -6870,7 +6872,7 @@ class AttributesTest(Spoken):
         shape, text = MODELLED + "InvalidAttributeName", f"Unknown Attribute {name}."
         self.refused("InvalidAttributeName", operation, text, shape=shape, **given)
 
-    def test_all_are_as_they_are_by_default(self):
+    def test_attributes_have_defaults(self):
         self.assertEqual(self.attributes(self.sqs.queue("jobs")), DEFAULTS)
         url = self.sqs.queue("jobs.fifo", FifoQueue="true")
         self.assertEqual(self.attributes(url), FIFO_DEFAULTS)
@@ -6884,7 +6886,7 @@ class AttributesTest(Spoken):
         (["RedriveAllowPolicy", "VisibilityTimeout"], {"VisibilityTimeout"}),
         ([], set()),
     )
-    def test_those_asked_for_are_given(self, asked, expected):
+    def test_only_the_requested_attributes_are_returned(self, asked, expected):
         url = self.sqs.queue("jobs", KmsDataKeyReusePeriodSeconds="60")
         given = {"QueueUrl": url, "AttributeNames": asked}
         output = self.sqs("GetQueueAttributes", **given)
@@ -6919,7 +6921,7 @@ class AttributesTest(Spoken):
         ("DeduplicationScope", ("messageGroup", "queue"), ("group", "true")),
         ("FifoThroughputLimit", ("perMessageGroupId", "perQueue"), ("none", "true")),
     )
-    def test_words_are_chosen_among(self, name, right, wrong):
+    def test_words_must_be_among_those_allowed(self, name, right, wrong):
         url = self.sqs.queue("jobs.fifo", FifoQueue="true")
         for value in right:
             with self.subTest(name, value=value):
@@ -6940,7 +6942,7 @@ class AttributesTest(Spoken):
         given = {"QueueName": "new", "Attributes": {name: "1"}}
         self.unknown("CreateQueue", name, **given)
 
-    def test_what_is_computed_cannot_be_set(self):
+    def test_computed_attributes_cannot_be_set(self):
         url = self.sqs.queue("jobs")
         for name in (
             "QueueArn",
@@ -7151,7 +7153,7 @@ class RedrivePolicyTest(Spoken):
         url = self.sqs.queue("other", RedrivePolicy=redrive("other", 1))
         self.assertEqual(self.sources(url), [url])
 
-    def test_whom_a_target_allows(self):
+    def test_a_target_allows_the_sources_that_it_names(self):
         url, other = self.sqs.queue("jobs"), self.sqs.queue("other")
         dead = self.sqs.queue("dead")
         for permission, sources, allowed in (
@@ -7686,7 +7688,7 @@ class PermissionTest(Spoken):
         )
 
     @each(([], ["SendMessage"]), ([ACCOUNT], []), ([ACCOUNT], ["Foo"]))
-    def test_what_names_nobody_or_nothing_is_refused(self, accounts, actions):
+    def test_a_permission_needs_accounts_and_known_actions(self, accounts, actions):
         with self.assertRaises(Refused) as caught:
             self.add("one", accounts, actions)
         self.assertEqual(caught.exception.status, 400)
@@ -7745,7 +7747,7 @@ class ListTest(Spoken):
                     asked = {**given, "MaxResults": size} if size else given
                     self.assertEqual(self.pages(operation, member, **asked), (lengths, urls))
 
-    def test_a_page_goes_on_where_the_last_one_ended_whatever_came_or_went(self):
+    def test_a_page_follows_the_last_one_although_queues_change(self):
         urls = [self.sqs.queue(name) for name in ("a", "c", "e")]
         first = self.sqs("ListQueues", MaxResults=2)
         self.assertEqual(first["QueueUrls"], urls[:2])
@@ -8969,12 +8971,12 @@ class DeadLetterTest(Spoken):
             message["Attributes"].items(),
         )
 
-    def test_what_was_never_moved_has_no_source(self):
+    def test_a_message_that_was_not_moved_has_no_source(self):
         _, dead = self.dead_letters()
         self.send(dead)
         self.assertNotIn("DeadLetterQueueSourceArn", self.system(dead))
 
-    def test_others_are_received_in_its_place(self):
+    def test_a_receive_returns_other_messages_after_a_move(self):
         url, dead = self.dead_letters()
         self.send(url, "old")
         self.take(url, VisibilityTimeout=0)
@@ -9249,7 +9251,7 @@ class MoveTaskTest(Spoken):
                 self.tasks(MaxResults=most)
             self.assertEqual(caught.exception.status, 400)
 
-    def test_tasks_of_what_is_no_queue_are_not_listed(self):
+    def test_tasks_of_an_unknown_source_are_not_listed(self):
         text = (
             "You must use this format to specify the SourceArn:"
             " arn:<partition>:<service>:<region>:<account-id>:<resource-id>"
@@ -10245,7 +10247,7 @@ class SourceTest(ChainTest):
         made = self.found(config="[default]\n" + p + token)
         self.assertEqual(made, (*fixed("P")[:2], "dummysecretToken", float("inf")))
 
-    def test_what_is_missing_or_malformed_is_said(self):
+    def test_a_profile_that_is_skipped_says_why(self):
         key, by = keys("P").splitlines()[0], functools.partial(role, "x", "A")
         y, z = by(source_profile="y"), role("y", "B", source_profile="z")
         back = role("y", "B", source_profile="x")
@@ -10721,14 +10723,14 @@ class CacheTest(unittest.TestCase):
         self.start(NoKeys(no), first)  # the same where there were none
         self.check([(0, no, 1), (9.9, no, 1), (10, first, 2)])
 
-    def test_short_ones_serve_and_expired_ones_do_not(self):
+    def test_short_lived_credentials_are_used_until_they_expire(self):
         short = self.first._replace(expires=EXAMPLE_TIME + 200)
         self.start(short)
         self.check([(0, short, 1), (9, short, 1), (10, short, 2), (199, short, 3)])
         self.start(self.first._replace(expires=EXAMPLE_TIME - 1))
         self.check([(0, "", 1), (1, "", 1), (9, "", 1)])
 
-    def test_refused_ones_are_read_again_once(self):
+    def test_refused_credentials_are_read_again_once(self):
         first, second = self.first, self.second
         self.start(first, second)
         self.check([(0, first, 1)])
@@ -10742,8 +10744,8 @@ class CacheTest(unittest.TestCase):
         with self.assertLogs("awsproxy", "WARNING"):
             self.check([(1, second, 3), (2, second, 3)])
 
-    def test_one_thread_renews_and_only_who_has_none_waits_for_it(self):
-        no, entered, leave = NoKeys("no dice"), threading.Event(), threading.Event()
+    def test_one_thread_renews_while_others_use_the_old_credentials(self):
+        no, entered, leave = Skipped("no dice"), threading.Event(), threading.Event()
         self.addCleanup(leave.set)
         for old, new in ((self.first, self.second), (None, self.first), (None, no)):
             with self.subTest(old=old, new=new):
@@ -11777,7 +11779,7 @@ class Through(unittest.TestCase):
 
 
 class ForwardedHeadersTest(Through):
-    def test_what_signs_and_what_tells_of_the_way_is_gone_and_all_else_kept(self):
+    def test_headers_of_signing_and_proxies_are_dropped_and_others_kept(self):
         gone = [
             ("Connection", "keep-alive, X-Hop"), ("X-Hop", "1"), ("Keep-Alive", "timeout=5"),
             ("TE", "trailers"), ("Trailer", "X-T"), ("Upgrade", "h2c"),
@@ -12252,7 +12254,7 @@ class ForwardedAnswerTest(Through):
 
 
 class PoolTest(Through):
-    def test_a_connection_is_used_again_and_one_that_says_so_is_not(self):
+    def test_a_connection_is_used_again_unless_the_upstream_closes_it(self):
         close = answer(b"200 OK", b"Connection: close", b"Content-Length: 0")
         self.upstream.answers = [
             OK,
@@ -12266,14 +12268,14 @@ class PoolTest(Through):
         used = [self.upstream.next().connection for _ in range(6)]
         self.assertEqual(used, [1, 1, 1, 2, 2, 3])
 
-    def test_one_that_was_closed_meanwhile_is_not_used(self):
+    def test_a_connection_that_the_upstream_closed_is_not_used(self):
         self.upstream.answers = [then_close(OK)]
         self.assertEqual(self.call(*LIST).status, 200)
         self.upstream.threads[1].join(DEADLINE)
         self.assertEqual(self.call(*SEND_JSON).status, 200)
         self.assertEqual([self.upstream.next().connection for _ in range(2)], [1, 2])
 
-    def test_bytes_that_nobody_asked_for_are_nobodys_answer(self):
+    def test_surplus_bytes_of_an_upstream_are_no_answer(self):
         self.upstream.answers = [OK + answer(b"200 OK", b"Content-Length: 5", body=b"wrong")]
         self.assertEqual(self.call(*LIST).body, b"ok")
         self.assertEqual(self.call(*LIST).body, b"ok")
@@ -12287,7 +12289,7 @@ class PoolTest(Through):
         ("ReceiveMessage", "sqs", json_call("ReceiveMessage", SEND.encode()), 1),
         ("POST", "lambda", ("POST", "/a", (), b"body"), 1),
     )
-    def test_a_stale_one_is_tried_again_once_where_nothing_can_happen_twice(
+    def test_a_repeatable_call_on_a_stale_connection_is_retried_once(
         self, name, service, call, tries
     ):
         for failures in (1, 2):
@@ -12309,7 +12311,7 @@ class PoolTest(Through):
                     self.assert_signed(arrived, service)
             self.upstream.answers = []
 
-    def test_a_fresh_one_that_fails_is_not_tried_again(self):
+    def test_a_call_on_a_new_connection_is_not_retried(self):
         self.upstream.answers = [then_close(b"")]
         with self.assertLogs("awsproxy", "WARNING"):
             self.assertEqual(self.call(*LIST).status, 503)
@@ -12714,7 +12716,7 @@ class ForwardedQueueTest(Spoken):
 
 
 class QueueUrlTest(Through):
-    def test_what_is_not_a_queue_url_of_ours_is_kept_to_the_byte(self):
+    def test_only_queue_urls_of_the_proxy_are_changed(self):
         ours, other = url_of("jobs"), "http://other/000000000000/jobs"
         theirs = f"{self.endpoint.origin}/000000000000/jobs"
         quoted = {url: urllib.parse.quote(url, safe="") for url in (ours, other, theirs)}
@@ -12788,7 +12790,7 @@ class QueueUrlTest(Through):
                 else:
                     self.assertEqual(got.body.decode(), wanted)
 
-    def test_the_public_url_is_what_they_begin_with(self):
+    def test_queue_urls_begin_with_the_public_url(self):
         self.start(public_url="https://proxy.example/")
         body = b'{"QueueUrl": "https://sqs.example/1/a"}'
         kind = b"Content-Type: application/x-amz-json-1.0"
@@ -13074,7 +13076,7 @@ class LeavingClientTest(ForwardCase):
 class AbuseTest(ForwardCase):
     """What a hostile or broken upstream, or client, must not bring about."""
 
-    def test_an_answer_too_many_is_nobodys(self):
+    def test_a_surplus_answer_is_not_used(self):
         surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\ninjected"
         for name, answer in (
             ("two answers", ANSWER + surplus),
@@ -13131,7 +13133,7 @@ class AbuseTest(ForwardCase):
             self.assertEqual(proxy.handle(table_call()).status, 500)
         self.assertIn("returned b'bytes', which is no Request", "".join(logged.output))
 
-    def test_a_rewrite_that_hangs_costs_its_own_call_alone(self):
+    def test_a_rewrite_that_hangs_fails_only_its_own_call(self):
         released = threading.Event()
         self.addCleanup(released.set)
         hook = mock.Mock(spec=["rewrite"])
@@ -13198,7 +13200,7 @@ class AbuseTest(ForwardCase):
                 self.assertEqual(reset, not complete)
                 self.assertTrue(not complete or got.endswith(b"\r\n\r\nabc"))
 
-    def test_what_an_upstream_says_is_passed_on_at_once(self):
+    def test_each_part_of_an_answer_is_forwarded_at_once(self):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nevent\r\n"
         recorder = FakeUpstream(self, head)  # and no end
         with socket.create_connection(self.running(recorder).address, DEADLINE) as wire:
@@ -13840,7 +13842,7 @@ class HookTest(unittest.TestCase):
         self.assertNotIn("dummysecret", caught.exception.message)
         self.assertEqual(caller.queue(), url)
 
-    def test_a_hook_that_hangs_costs_its_own_call_alone(self):
+    def test_a_hook_that_hangs_fails_only_its_own_call(self):
         released = threading.Event()
         self.addCleanup(released.set)
 
@@ -13856,7 +13858,7 @@ class HookTest(unittest.TestCase):
         caller.proxy._hook_seconds = DEADLINE
         self.assertTrue(caller.queue())
 
-    def test_what_is_returned_is_another_answer_or_nothing(self):
+    def test_a_hook_returns_a_reply_or_none(self):
         answers = {"ListQueues": None, "CreateQueue": None, "GetQueueUrl": {"a": 1}}
 
         class After:
@@ -13878,7 +13880,7 @@ class HookTest(unittest.TestCase):
                 caller(operation, QueueName="jobs")
             self.assertIn(f"Before.before returned {said}", "".join(logged.output))
 
-    def test_an_observer_that_fails_costs_nobody_his_answer(self):
+    def test_an_observer_that_raises_changes_no_answer(self):
         class Observer:
             def observe(self, exchange):
                 raise ValueError("no")
@@ -13947,7 +13949,7 @@ class MetricsTest(unittest.TestCase):
         self.assertIn('code="other"} 9\n', text)
         self.assertEqual(text.count("\nawsproxy_requests_total{"), metrics.MAX_ROWS + 1)
 
-    def test_what_cannot_be_told_is_500(self):
+    def test_a_gauge_that_raises_is_answered_with_500(self):
         metrics = Metrics()
         metrics.gauge("broken", "It is.", lambda: 1 / 0)
         proxy = Proxy({}, status=Status(metrics))
@@ -14010,7 +14012,7 @@ class MetricsTest(unittest.TestCase):
             name = re.match(r"\w+", line)[0]
             self.assertIn(re.sub("_(bucket|sum|count)$", "", name), described)
 
-    def test_our_own_paths_are_told_to_this_machine_alone(self):
+    def test_own_paths_answer_this_machine_alone(self):
         status = Status(Metrics())
         proxy = Proxy(DEMO_CLIENTS, status=status)
         for path, peer, expected in (
@@ -14320,7 +14322,7 @@ class InFlightTest(LedgerCase):
         self.assertEqual(ledger.total, expected)
         caller.purge(url)
 
-    def test_what_is_over_is_forgotten_though_nobody_asks(self):
+    def test_expired_messages_are_forgotten_although_nobody_asks(self):
         ledger = InFlight(lambda *_: 30, lambda act: act(), clock := Clock())
         ledger.REMEMBERED = 100
         request = Request("POST", "/", (), io.BytesIO())
@@ -14674,7 +14676,7 @@ class TaskProtectionTest(LedgerCase):
         caller.delete(url, handle)
         self.assertEqual(self.wanted(), [True] * 5 + [False])
 
-    def test_what_could_not_be_given_back_is_given_back_later(self):
+    def test_protection_that_could_not_end_ends_later(self):
         caller = self.protecting(b"{}", Skipped("agent answered 500"))
         url = caller.queue()
         fill(caller, url)
@@ -15153,7 +15155,7 @@ class RouteTest(unittest.TestCase):
                 self.assertIn(told, reply.body.decode())
         self.assertEqual(self.pool.asked, [])
 
-    def test_where_services_answer(self):
+    def test_each_service_has_its_host(self):
         streams = "DynamoDBStreams_20120810.ListStreams"
         for service, region, target, host in [
             ("sqs", "us-east-1", "", "sqs.us-east-1.amazonaws.com"),
@@ -15303,7 +15305,7 @@ class RouteTest(unittest.TestCase):
         ("http://0xa9fea9fe", None),
         ("http://169.254.43518", None),
     )
-    def test_what_is_no_endpoint_is_refused(self, url, wanted):
+    def test_a_malformed_endpoint_is_refused(self, url, wanted):
         if wanted:
             self.assertEqual(awsproxy.parse_endpoint(url)[:3], wanted)
         else:
@@ -15327,7 +15329,7 @@ class RouteTest(unittest.TestCase):
 
 
 class NoVerifyTest(Through):
-    def test_what_an_unsigned_call_is_for_is_told_by_what_it_says(self):
+    def test_an_unsigned_call_names_its_service_and_region(self):
         scope = "Credential=any/20150830/eu-west-1/sns/aws4_request"
         claimed = (
             ("Authorization", f"AWS4-HMAC-SHA256 {scope}, SignedHeaders=host, Signature=a"),
@@ -15412,7 +15414,7 @@ class UnsignedCallTest(ForwardCase):
             ),
         }
 
-    def test_they_pass_as_they_are_where_a_route_names_the_action(self):
+    def test_unsigned_calls_pass_if_a_route_names_the_action(self):
         for action, request in self.calls().items():
             recorder = FakeUpstream(self)
             with self.subTest(action):
@@ -15425,7 +15427,7 @@ class UnsignedCallTest(ForwardCase):
                 arrived = [h for h in sent.headers if h[0] not in ("Host", "Content-Length")]
                 self.assertEqual(arrived, given)
 
-    def test_they_are_refused_elsewhere(self):
+    def test_unsigned_calls_are_refused_on_other_routes(self):
         for action, request in self.calls().items():
             service = action.partition(":")[0]
             for patterns in (
@@ -16486,7 +16488,7 @@ class StreamTest(SocketTest):
             self.assertEqual(wire.answer().body, b"second")
 
     @each(("by length", by_length(b"{}")), ("chunked", by_chunks(b"{}")))
-    def test_who_has_finished_sending_is_answered(self, name, data):
+    def test_a_client_that_half_closes_gets_its_answers(self, name, data):
         for times in (1, 3):
             with self.subTest(name, times=times):
                 wire = self.running.connect()
@@ -16514,7 +16516,7 @@ class StreamTest(SocketTest):
                     self.assertTrue(wire.ended())
                 wire.close()
 
-    def test_who_goes_away_harms_nobody(self):
+    def test_a_client_that_disconnects_disturbs_no_other(self):
         stalled = self.running.connect()
         stalled.send(by_length(b"0123456789")[:-3])
         silent = self.running.connect()
@@ -16715,7 +16717,7 @@ class ServerTest(SocketTest):
         answer = wire.answer()
         self.assertEqual((answer.status, answer.closes), (200, False))
 
-    def test_who_does_not_wait_to_be_asked_is_answered_all_the_same(self):
+    def test_a_body_sent_before_the_100_continue_is_accepted(self):
         wire = self.running.connect()
         wire.send(raw_call(extra=[("Expect", "100-Continue")]) * 2 + raw_call())
         finals = []
@@ -16889,7 +16891,7 @@ class CrowdTest(SocketTest):
             wire.send(rest[15:])
             self.assertTrue(wire.answer().body == expected)
 
-    def test_who_sends_too_slowly_is_given_up(self):
+    def test_a_client_that_sends_too_slowly_is_disconnected(self):
         """However regular the bytes are: a request has the timeout, or a rate to keep to."""
         running = self.start(timeout=0.3)
         large = raw_post(b"Content-Length: 200000")
@@ -16957,7 +16959,7 @@ class CrowdTest(SocketTest):
             wire.send(large[-9:])
             self.assertEqual(wire.answer().status, 200)
 
-    def test_who_comes_and_goes_leaves_nothing_behind(self):
+    def test_clients_that_leave_keep_no_thread_or_file_open(self):
         running = self.start()
         files = len(os.listdir("/dev/fd"))
         most = threading.active_count() + 3 * 20
@@ -16976,7 +16978,7 @@ class CrowdTest(SocketTest):
         self.assertTrue(running.server.is_idle)
         self.assertEqual(running.ask(SECOND)[1].body, b"second")
 
-    def test_who_sends_many_calls_ahead_has_no_more_turns_than_others(self):
+    def test_a_client_that_pipelines_calls_does_not_delay_others(self):
         proxy, held = Echo(), threading.Event()
 
         def hold(request):
@@ -16995,7 +16997,7 @@ class CrowdTest(SocketTest):
         self.assertLess([it.path for it in proxy.requests].index("/second"), 100)
         self.assertEqual({many.answer().status for _ in range(500)}, {200})
 
-    def test_who_never_ceases_to_send_is_not_given_up(self):
+    def test_a_client_that_sends_without_pause_keeps_its_connection(self):
         """The buffer is never empty: the beginning of a request arrives with each end."""
         wire = self.start(timeout=0.7).connect()
         wire.send(SECOND[:20])
@@ -17237,7 +17239,7 @@ class RunningTls(Running):
 class StreamOverTlsTest(StreamTest):
     """All of it once more, in records; but for what half-closes a connection."""
 
-    test_who_has_finished_sending_is_answered = None
+    test_a_client_that_half_closes_gets_its_answers = None
     test_a_request_that_stops_early_is_never_answered_as_a_whole = None
     test_an_answer_cannot_be_split_by_a_header = None
 
@@ -17355,7 +17357,7 @@ class TlsTest(SocketTest):
         for connection in begun:
             self.assertEqual(connection.recv(1), b"")
 
-    def test_who_speaks_without_tls_is_told(self):
+    def test_a_plain_http_request_is_told_to_use_https(self):
         running = self.start(Proxy(DEMO_CLIENTS))
         nonsense = socket.create_connection(running.address, DEADLINE)
         self.addCleanup(nonsense.close)
@@ -17369,7 +17371,7 @@ class TlsTest(SocketTest):
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
 
-    def test_who_reads_slowly_but_steadily_gets_all(self):
+    def test_a_slow_and_steady_reader_gets_the_whole_answer(self):
         running = self.start(timeout=0.6)
         wire = running.connect()
         wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -17429,7 +17431,7 @@ class TlsTest(SocketTest):
         url = json.loads(answer.body)["QueueUrl"]
         self.assertEqual(url, f"https://{HOST}/000000000000/jobs")
 
-    def test_what_cannot_be_used_is_refused_with_one_line(self):
+    def test_an_unusable_certificate_is_refused_with_one_line(self):
         secret = os.path.join(folder(self), "secret.pem")
         command = f"openssl ec -aes256 -passout pass:p -in {self.path} -out {secret}"
         subprocess.run(command.split(), check=True, stderr=subprocess.DEVNULL)
@@ -17474,7 +17476,7 @@ class HoldingOutTest(unittest.TestCase):
         self.assertGreaterEqual(len(callers.seconds), len(callers.wires))
         self.assertLess(callers.quantile(1), 1000 * DEADLINE / 2)
 
-    def test_who_is_connected_is_served_when_no_files_are_left(self):
+    def test_connected_clients_are_served_when_no_files_are_left(self):
         program = self.start(before=(*FEW_FILES, "64"))
         callers = self.callers(program)
         self.assert_answered(callers, 0.1)  # a connection that was used stays
@@ -17686,7 +17688,7 @@ class ForwardingFlagsTest(unittest.TestCase):
                     self.assertEqual(named, tried)
                     self.assertNotIn("Traceback", said)
 
-    def test_what_cannot_be_forwarded_with_or_to_is_refused_with_2(self):
+    def test_unusable_upstreams_and_shared_keys_are_refused_with_2(self):
         def put(name, text):
             return write(os.path.join(self.home, name), text)
 
@@ -17842,7 +17844,7 @@ class DrainTest(unittest.TestCase):
         self.assertEqual(program.process.wait(DEADLINE), 0)
 
     @each(False, True)
-    def test_it_ends_at_once_where_nothing_is_in_flight_or_asked_again(self, held):
+    def test_a_drain_ends_at_once_if_idle_or_at_the_second_signal(self, held):
         program = Program(self.addCleanup, "--drain-seconds", LONG_DRAIN, "--quiet")
         caller = program.caller()
         url = caller.queue()
@@ -17853,7 +17855,7 @@ class DrainTest(unittest.TestCase):
         program.process.send_signal(signal.SIGTERM)
         self.assertEqual(program.process.wait(DEADLINE), 0)
 
-    def test_it_does_not_wait_for_ever(self):
+    def test_a_drain_ends_after_its_seconds(self):
         program = Program(self.addCleanup, "--drain-seconds", "0.5", "--quiet")
         caller = program.caller()
         url = caller.queue()
@@ -17903,7 +17905,7 @@ class DrainTest(unittest.TestCase):
         code, _, errors = run_each(rows)["in use"]
         self.assertEqual((code, errors.count("\n")), (2, 1), errors)
 
-    def test_polls_end_whatever_way_they_went(self):
+    def test_forwarded_polls_end_when_a_drain_begins(self):
         hook = write(
             os.path.join(folder(self), "hook.py"), "def after(call, reply):\n    return reply\n"
         )
@@ -17950,7 +17952,7 @@ class DrainTest(unittest.TestCase):
         direct.enqueue("jobs", "m" * 200000)
         self.assertEqual([len(body) for body in self.bodies(direct)], [200000])
 
-    def test_it_does_not_hand_out_what_arrives_and_may_not_be_received(self):
+    def test_a_draining_program_hands_out_no_messages(self):
         program = Program(
             self.addCleanup, "--drain-seconds", LONG_DRAIN, "--quiet",
             "--route", "sqs:ReceiveMessageX=deny", "--route", "sqs:*=embedded",
@@ -18188,7 +18190,7 @@ class CommandLineTest(unittest.TestCase):
                 self.assertIn(named, errors)
                 self.assertEqual(errors.count("\n"), 1)
 
-    def test_what_cannot_be_started_is_refused_with_one_line_that_says_the_remedy(self):
+    def test_a_program_that_cannot_start_prints_the_remedy_in_one_line(self):
         port = str(self.start("--quiet").address[1])
         clients = write(os.path.join(folder(self), "clients"), section("a", "akid", "secret"))
         rows = [
@@ -18270,7 +18272,7 @@ class CommandLineTest(unittest.TestCase):
                 self.assertIn(path, errors)
                 self.assertNotIn(hidden, errors)
 
-    def test_a_word_misspelt_in_the_clients_file_is_told(self):
+    def test_a_misspelt_word_in_the_clients_file_is_refused(self):
         right = section("a", "keyA", "secret")
         for word, meant in (
             ("aws_acount_id", "aws_account_id"), ("upstream_profil", "upstream_profile"),
@@ -18318,7 +18320,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertTrue(watched.refresh())
         self.assertEqual(list(watched.value), ["keyB"])
 
-    def test_a_clients_file_is_told_of_once_each_time_it_changes(self):
+    def test_each_change_of_the_clients_file_is_logged_once(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "first"))
         watched = awsproxy.ClientsFile(path)
         rows = [
@@ -18340,7 +18342,7 @@ class CommandLineTest(unittest.TestCase):
                 self.assertNotIn("hunter2", "".join(texts))
                 self.assertTrue(all(text.startswith(f"{path} {told}") for text in texts), texts)
 
-    def test_without_verification_anybody_may_call_and_is_warned_of(self):
+    def test_no_verify_accepts_any_call_and_warns(self):
         program = self.start("--no-verify")
         body = b'{"QueueName": "jobs"}'
         headers = (("Host", HOST), ("X-Amz-Target", "AmazonSQS.CreateQueue"))
@@ -18557,7 +18559,7 @@ class CommandLineTest(unittest.TestCase):
                 return
         self.assertLess(quickest, 1)
 
-    def test_it_runs_however_it_is_started(self):
+    def test_the_program_runs_in_each_mode_of_python(self):
         at = folder(self)
         link = os.path.join(at, "proxy")
         os.symlink(os.path.abspath(awsproxy.__file__), link)
