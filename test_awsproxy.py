@@ -16074,14 +16074,9 @@ class AdminTest(unittest.TestCase):
         self.assertIn(answer.status, (405, 413))
         self.assertTrue(wire.ended())
 
-    def test_wrong_values_end_it_with_code_2(self):
-        values = "", ":1", "x", "x:", "x:y", "127.0.0.1:65536", "127.0.0.1:-1", "[::1]", "1"
-        ended = run_each((value, ["--port", "0", f"--admin={value}"]) for value in values)
-        for value in values:
-            with self.subTest(value):
-                code, _, errors = ended[value]
-                self.assertEqual(code, 2)
-                self.assertNotIn("Traceback", errors)
+    @each("", ":1", "x", "x:", "x:y", "127.0.0.1:65536", "127.0.0.1:-1", "[::1]", "1")
+    def test_a_wrong_address_is_refused(self, value):
+        self.assertIn("--admin", refusal_of_flags(f"--admin={value}"))
 
 
 class FullDisk(io.RawIOBase):
@@ -17688,7 +17683,19 @@ class ForwardingFlagsTest(unittest.TestCase):
                     self.assertEqual(named, tried)
                     self.assertNotIn("Traceback", said)
 
-    def test_unusable_upstreams_and_shared_keys_are_refused_with_2(self):
+    def test_unusable_upstreams_are_refused(self):
+        for flag, row in [("--route", row) for row in (
+            "", "sqs:*", "=aws", "sqs:*=", "sqs:*=gcp", "s3:Get*=ftp://x", "a b=aws",
+            "*=http://h/x", "*=http://169.254.169.254",
+        )] + [("--upstream", row) for row in (
+            "", "gcp", "localhost:4566", "http://", "http://h:x", "http://h:65536", "http://h/?a",
+            "http://u@h", "http://[::1", "http://[fe80::1]", "http://[::ffff:169.254.169.254]",
+        )]:  # fmt: skip
+            with self.subTest(flag, row=row):
+                errors = refusal_of_flags(flag, row)
+                self.assertRegex(errors, rf"awsproxy: error: argument {flag}: [^\n]+\n\Z")
+
+    def test_keys_of_the_upstream_and_of_a_client_differ(self):
         def put(name, text):
             return write(os.path.join(self.home, name), text)
 
@@ -17696,28 +17703,16 @@ class ForwardingFlagsTest(unittest.TestCase):
         put(".aws/credentials", f"[default]\n{keys('')}[x]\n{keys('A')}[y]\n{keys('B')}")
         mine = put("mine", section("a", "dummykeyA", "dummysecret"))
         named = put("named", section("a", "dummykeyA", "dummysecret") + "upstream_profile = x\n")
-        same = [
+        rows = [
             "--upstream aws", "--route s3:*=aws", f"--upstream aws --clients {mine} --profile x",
             f"--upstream http://h --clients {named} --profile y",
         ]  # fmt: skip
-        wrong = [("--route", row) for row in (
-            "", "sqs:*", "=aws", "sqs:*=", "sqs:*=gcp", "s3:Get*=ftp://x", "a b=aws",
-            "*=http://h/x", "*=http://169.254.169.254",
-        )] + [("--upstream", row) for row in (
-            "", "gcp", "localhost:4566", "http://", "http://h:x", "http://h:65536", "http://h/?a",
-            "http://u@h", "http://[::1", "http://[fe80::1]", "http://[::ffff:169.254.169.254]",
-        )]  # fmt: skip
-        rows = [(row, row.split(), r"\Aawsproxy: [^\n]*dummykey[^\n]*--clients[^\n]*\n\Z")
-                for row in same]  # fmt: skip
-        rows += [(f"{flag} {row}", [flag, row], rf"awsproxy: error: argument {flag}: [^\n]+\n\Z")
-                 for flag, row in wrong]  # fmt: skip
         with mock.patch.dict(os.environ, self.environ, clear=True):
-            ended = run_each((n, ["--port", "0", *a]) for n, a, _ in rows)
-        for name, _, expected in rows:
-            with self.subTest(name):
-                code, output, errors = ended[name]
+            ended = run_each((row, ["--port", "0", *row.split()]) for row in rows)
+        for row, (code, output, errors) in ended.items():
+            with self.subTest(row):
                 self.assertEqual((code, output), (2, ""), errors)
-                self.assertRegex(errors, expected)
+                self.assertRegex(errors, r"\Aawsproxy: [^\n]*dummykey[^\n]*--clients[^\n]*\n\Z")
                 self.assertNotIn("dummysecret", errors)
                 self.assertNotIn("Traceback", errors)
 
@@ -18025,6 +18020,17 @@ def run_each(rows):
         return dict(pool.map(run, rows))
 
 
+def refusal_of_flags(*words):
+    """Return what the parser prints of a wrong command line, for which it exits with 2."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            awsproxy.build_parser().parse_args(words)
+        except SystemExit as ended:
+            assert ended.code == 2
+            return errors.getvalue()
+    raise AssertionError(f"the parser accepts {words}")
+
+
 class Program:
     """awsproxy.py as a process; it can stand in for a Proxy, to which a Caller talks."""
 
@@ -18173,22 +18179,17 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(match[1], awsproxy.__version__)
         self.assertEqual(match[2], digest[: len(match[2])])
 
-    def test_a_wrong_command_line_is_refused_with_2(self):
-        rows = [
-            "--nonsense", "argument", "--port 65536", "--port -1", "--port x", "--clock-skew -1",
-            "--clock-skew 1.5", "--max-body 0", "--timeout 0", "--timeout nan", "--log-format xml",
-            "--account-id 1234", "--account-id 12345678901x", "--public-url localhost:8081",
-            "--public-url http://", "--public-url http://host/?x", "--public-url http://[::1",
-            "@/nonexistent/flags",
-        ]  # fmt: skip
-        ended = run_each([(row, row.split()) for row in rows])
-        for row in rows:
-            with self.subTest(row):
-                code, output, errors = ended[row]
-                self.assertEqual((code, output), (2, ""))
-                named = row.split()[0].lstrip("@")
-                self.assertIn(named, errors)
-                self.assertEqual(errors.count("\n"), 1)
+    @each(
+        "--nonsense", "argument", "--port 65536", "--port -1", "--port x", "--clock-skew -1",
+        "--clock-skew 1.5", "--max-body 0", "--timeout 0", "--timeout nan", "--log-format xml",
+        "--account-id 1234", "--account-id 12345678901x", "--public-url localhost:8081",
+        "--public-url http://", "--public-url http://host/?x", "--public-url http://[::1",
+        "@/nonexistent/flags",
+    )  # fmt: skip
+    def test_a_wrong_command_line_is_refused_with_2(self, row):
+        errors = refusal_of_flags(*row.split())
+        self.assertIn(row.split()[0].lstrip("@"), errors)
+        self.assertEqual(errors.count("\n"), 1)
 
     def test_a_program_that_cannot_start_prints_the_remedy_in_one_line(self):
         port = str(self.start("--quiet").address[1])
@@ -18239,38 +18240,40 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((code, errors.count("\n")), (2, 1), errors)
             self.assertIn(expected, errors)
 
+    @each(
+        ("empty", ""),
+        ("comment", "# nothing yet\n"),
+        ("no section", "aws_secret_access_key = hunter2\n"),
+        ("no value", "[a]\naws_access_key_id = akid\nhunter2\n"),
+        ("no key", "[a]\naws_secret_access_key = hunter2\n"),
+        ("no secret", "[a]\naws_access_key_id = akid\n"),
+        ("empty secret", section("a", "akid", "")),
+        ("key too short", section("a", "ak", "hunter2")),
+        ("key with a blank", section("a", "a kid", "hunter2")),
+        ("account", section("a", "akid", "hunter2", account="1234")),
+        ("section twice", section("a", "akid", "hunter2") + section("a", "akid2", "hunter2")),
+        ("key twice", section("a", "akid", "hunter2") + section("b", "akid", "hunter2")),
+        ("token twice", section("a", "k01", "hunter2", "t") + section("b", "k01", "hunter2", "t")),
+        ("not utf-8", section("a", "akid", "hunter2").encode() + b"# caf\xe9\n"),
+    )
+    def test_a_malformed_clients_file_is_refused(self, name, text):
+        path = write(os.path.join(folder(self), name), text)
+        with self.assertRaises(ValueError) as caught:
+            awsproxy.read_clients(path)
+        self.assertRegex(str(caught.exception), r"\A[^\n]+\Z")
+        self.assertNotIn("hunter2", str(caught.exception))
+
     def test_a_clients_file_that_cannot_be_used_is_refused_with_one_line(self):
         at = folder(self)
-        hidden = "hunter2"
-        files = {
-            "empty": "",
-            "comment": "# nothing yet\n",
-            "no section": f"aws_secret_access_key = {hidden}\n",
-            "no value": f"[a]\naws_access_key_id = akid\n{hidden}\n",
-            "no key": f"[a]\naws_secret_access_key = {hidden}\n",
-            "no secret": "[a]\naws_access_key_id = akid\n",
-            "empty secret": section("a", "akid", ""),
-            "key too short": section("a", "ak", hidden),
-            "key with a blank": section("a", "a kid", hidden),
-            "account": section("a", "akid", hidden, account="1234"),
-            "section twice": section("a", "akid", hidden) + section("a", "akid2", hidden),
-            "key twice": section("a", "akid", hidden) + section("b", "akid", hidden),
-            "token twice": section("a", "k01", hidden, "t") + section("b", "k01", hidden, "t"),
-            "not utf-8": section("a", "akid", hidden).encode() + b"# caf\xe9\n",
-        }
-        paths = {name: write(os.path.join(at, name), text) for name, text in files.items()}
-        paths["missing"] = os.path.join(at, "missing")
-        paths["directory"] = at
-        ended = run_each(
-            (name, ["--port", "0", "--clients", path]) for name, path in paths.items()
-        )
-        for name, path in paths.items():
-            with self.subTest(name):
-                code, output, errors = ended[name]
+        malformed = write(os.path.join(at, "malformed"), "[a]\naws_access_key_id = k\nhunter2\n")
+        paths = (malformed, os.path.join(at, "missing"), at)
+        ended = run_each((path, ["--port", "0", "--clients", path]) for path in paths)
+        for path, (code, output, errors) in ended.items():
+            with self.subTest(path):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aawsproxy: [^\n]+\n\Z")
                 self.assertIn(path, errors)
-                self.assertNotIn(hidden, errors)
+                self.assertNotIn("hunter2", errors)
 
     def test_a_misspelt_word_in_the_clients_file_is_refused(self):
         right = section("a", "keyA", "secret")
@@ -18583,7 +18586,8 @@ class CommandLineTest(unittest.TestCase):
                         caller = program.caller(protocol)
                         url = caller.queue(protocol)
                         caller.enqueue(url, text)
-                        self.assertEqual(caller.bodies(url), [text])
+                        bodies = caller.bodies(url, VisibilityTimeout=0)  # else SIGTERM takes 5 s
+                        self.assertEqual(bodies, [text])
             for _, program in started:
                 program.process.terminate()
             for name, program in started:
@@ -18729,14 +18733,14 @@ class ClientFlagTest(unittest.TestCase):
         self.assertTrue(program.address)
         self.assertEqual(refused_code(program.caller(client=self.LOCAL)), "")
 
-    def test_malformed_client_is_refused_without_its_secret(self):
-        values = (
-            "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
-            "AKID/LOCAL:verysecret",
-        )  # fmt: skip
-        for line in self.refused(*(("--client", value) for value in values)):
-            self.assertIn("--client", line)
-            self.assertNotIn("verysecret", line)
+    @each(
+        "", "AKIDLOCAL", ":verysecret", "AKIDLOCAL:", "a b:verysecret", "k:verysecret",
+        "AKID/LOCAL:verysecret",
+    )  # fmt: skip
+    def test_malformed_client_is_refused_without_its_secret(self, value):
+        line = refusal_of_flags("--client", value)
+        self.assertRegex(line, r"\A[^\n]+--client[^\n]+\n\Z")
+        self.assertNotIn("verysecret", line)
 
 
 UPSTREAM_ENVIRONMENT = {
