@@ -1289,6 +1289,11 @@ class HeadTest(unittest.TestCase):
     def test_too_large_heads_are_refused(self, name, raw):
         self.assertEqual(refused_with(awsproxy.parse_head, raw), 431)
 
+    @each(b"get /", b"M-SEARCH /", b"CONNECT a:80", b"CONNECT /", b"TRACE /", b"G /")
+    def test_methods_that_no_service_has_are_not_implemented(self, line):
+        raw = line + b" HTTP/1.1\r\nHost: a\r\n\r\n"
+        self.assertEqual(refused_with(awsproxy.parse_head, raw), 501)
+
 
 class BodyFramingTest(unittest.TestCase):
     @each(
