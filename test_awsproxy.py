@@ -301,7 +301,6 @@ class Clock:
         return self.now
 
     def after(self, seconds, action):
-        """Plan an action for the time when somebody waits."""
         self.plans.append((self.now + seconds, action))
         self.plans.sort(key=lambda plan: plan[0])
 
@@ -380,7 +379,6 @@ class Caller:
         return xml_output(operation, reply)
 
     def queue(self, name="jobs", **attributes):
-        """Create a queue and return its URL."""
         return self("CreateQueue", QueueName=name, Attributes=attributes)["QueueUrl"]
 
     def enqueue(self, url, body, **given):
@@ -393,7 +391,6 @@ class Caller:
         return self("PurgeQueue", QueueUrl=url)
 
     def receive(self, url, **given):
-        """Return the messages received."""
         return self("ReceiveMessage", QueueUrl=url, **given).get("Messages", [])
 
     def bodies(self, url, **given):
@@ -434,7 +431,6 @@ FORM_NAMES = {
 
 
 def form(operation, given, prefix=""):
-    """Return the fields that a client of the query protocol sends."""
     fields = []
     for name, value in given.items():
         spelled = FORM_NAMES.get(name, name)
@@ -631,7 +627,6 @@ class Spoken(unittest.TestCase):
         self.sqs = Caller(self.protocol, self.clock, client, region, **settings)
 
     def another(self, client=DEMO, region="us-east-1", protocol=None):
-        """Return a second caller of the same queues."""
         caller = Caller(protocol or self.protocol, self.clock, client, region)
         clients = {**DEMO_CLIENTS, client.access_key_id: [client]}
         caller.sqs = self.sqs.sqs
@@ -754,7 +749,6 @@ def each(*rows):
 
 
 def cpu_of(act):
-    """Return the CPU seconds that a call takes in this thread."""
     begin = time.thread_time()
     act()
     return time.thread_time() - begin
@@ -859,8 +853,6 @@ class FakeUpstream:
 
 class ForwardCase(unittest.TestCase):
     def pool(self, timeout=DEADLINE):
-        """Return a Pool whose connections are closed at the end."""
-
         def close():
             for connection in itertools.chain.from_iterable(pool._idle.values()):
                 connection.close()
@@ -870,7 +862,6 @@ class ForwardCase(unittest.TestCase):
         return pool
 
     def proxy(self, recorder, keys=None, timeout=DEADLINE, **settings):
-        """Return a Proxy that forwards all there, with a standing clock."""
         keys = keys or SomeKeys()
         pool = self.pool(timeout)
         upstream = Upstream(recorder.endpoint, lambda client: keys, pool, lambda: EXAMPLE_TIME)
@@ -936,7 +927,6 @@ class ForwardMeaning(ForwardCase):
         return Upstream(recorder.endpoint, lambda client: keys, self.pool(), lambda: EXAMPLE_TIME)
 
     def routed(self, recorder, *patterns, **settings):
-        """Return a proxy that forwards what the patterns match."""
         target = self.upstream(recorder)
         settings.setdefault("clients", CLIENTS)
         clients = settings.pop("clients")
@@ -1212,13 +1202,11 @@ BROKEN_POSTS = [
 
 
 def head_with(headers):
-    """Return a head of so many header lines."""
     lines = b"".join(b"X-%d: 1\r\n" % index for index in range(headers - 1))
     return b"GET / HTTP/1.1\r\nHost: a\r\n" + lines + b"\r\n"
 
 
 def head_of(size, longest):
-    """Return a head of so many bytes, in lines of so many at the most."""
     head = b"GET / HTTP/1.1\r\nHost: a\r\n"
     while len(head) < size - 2:
         length = min(size - 2 - len(head), longest)
@@ -1525,7 +1513,6 @@ class Vector(NamedTuple):
     unsigned_token: bool = False
 
     def request(self, form, spoil=lambda signature: signature):
-        """Return the request with its signature in the header or in the query string."""
         method, _, target = self.start.encode().decode("latin-1").partition(" ")
         headers = [("Host", "example.amazonaws.com"), *self.headers]
         token = [("X-Amz-Security-Token", self.token)] if self.token else []
@@ -1766,7 +1753,6 @@ class VerifyCase(unittest.TestCase):
         return found._replace(body=found.body.read())
 
     def refused(self, request, answer, pattern="", now=EXAMPLE_TIME, **how):
-        """Check that a request is refused: with which status and code, and in which words."""
         with self.assertRaises(ServiceError) as caught:
             self.verify(request, now, **how)
         error = caught.exception
@@ -2640,7 +2626,6 @@ class ChangedRequestTest(VerifyCase):
         target = "/000000000000/jobs?a=1&b=2"
 
         def header(name, old, new):
-            """Return a change of the headers of a name."""
             return lambda given: [(k, re.sub(old, new, v) if k == name else v) for k, v in given]
 
         def other_digit(found):
@@ -3148,7 +3133,6 @@ class MismatchTest(VerifyCase):
     """The answer shows what we computed, that the caller may compare."""
 
     def mismatch(self, request, client):
-        """Return the refusal of a request signed with another secret."""
         known = client._replace(secret_access_key="dummysecret2")
         error = self.refused(request, "403 SignatureDoesNotMatch", clients=(known,))
         for secret in (client.secret_access_key, known.secret_access_key):
@@ -3436,7 +3420,6 @@ class BotocoreTest(VerifyCase):
         return escaped(self.word(chance, low).encode(), b"")
 
     def made(self, chance):
-        """Return a request signed by botocore, its client and the time of its signature."""
         from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth, SigV4QueryAuth
         from botocore.awsrequest import AWSRequest
         from botocore.credentials import Credentials
@@ -3589,15 +3572,12 @@ def replaced(old, new, count=1):
 
 
 def swapped(body):
-    """Swap the first two chunks."""
     first = body.index(b"\r\n", body.index(b"\r\n") + 2 + 9000) + 2
     second = body.index(b"\r\n", body.index(b"\r\n", first) + 2 + 8192) + 2
     return body[first:second] + body[:first] + body[second:]
 
 
 def spoilt_signature(number):
-    """Change the last digit of the signature of a chunk, or of the trailers."""
-
     def edit(body):
         ends = [m.end() for m in re.finditer(b"signature[=:][0-9a-f]{64}", body)]
         at = ends[number] - 1
@@ -4419,7 +4399,6 @@ class Kept:
 
 
 def resolved(given):
-    """Return an input with the texts kept so far in it."""
     if isinstance(given, Kept):
         return given.text
     if isinstance(given, dict):
@@ -4688,7 +4667,6 @@ class FormTest(unittest.TestCase):
         self.url = self.sqs.queue("jobs", VisibilityTimeout="40")
 
     def post(self, operation, fields):
-        """Send fields as they are, and the QueueUrl."""
         text = f"Action={operation}&QueueUrl={self.url}&{fields}"
         reply = reply_to(self.sqs, "POST", "/", (FORM,), text.encode())
         return xml_output(operation, reply)
@@ -5059,7 +5037,6 @@ class BadInputTest(unittest.TestCase):
         self.query.queue("jobs")
 
     def state(self, sqs):
-        """Return what can be seen of the queues."""
         queues = sqs("ListQueues")["QueueUrls"]
         given = {"QueueUrl": self.url, "AttributeNames": ["All"]}
         return queues, sqs("GetQueueAttributes", **given), sqs("ListQueueTags", QueueUrl=self.url)
@@ -5330,19 +5307,16 @@ def request(
 
 
 def json_request(service, operation, body=b"{}", target="/", headers=(), **how):
-    """Return a call in AWS JSON."""
     kind = (("X-Amz-Target", f"{TARGETS[service]}.{operation}"), ("Content-Type", JSON_1_1))
     return request("POST", target, (*kind, *headers), body, service=service, **how)
 
 
 def form_request(service, body, target="/", headers=(), **how):
-    """Return a call in AWS Query, its fields in the body."""
     body = body if isinstance(body, bytes) else body.encode("latin-1")
     return request("POST", target, (FORM, *headers), body, service=service, **how)
 
 
 def cbor_request(operation, service="monitoring", target="", headers=(), body=b"\xa0", **how):
-    """Return a call in Smithy RPC v2 CBOR."""
     target = target or f"/service/{TARGETS.get(service, 'X')}/operation/{operation}"
     return request("POST", target, (*CBOR, *headers), body, service=service, **how)
 
@@ -5361,7 +5335,6 @@ def body_of(reply):
 
 
 def local(tag):
-    """Return the name of an XML element without its namespace."""
     return tag.rpartition("}")[2]
 
 
@@ -5394,7 +5367,6 @@ def form_of(reply):
 
 
 def message_of(reply):
-    """Return the message of a refusal."""
     text = body_of(reply).decode()
     if text.startswith("{"):
         return json.loads(text)["message"]
@@ -5441,7 +5413,6 @@ class MeaningCase(unittest.TestCase):
             self.assertIn(form_of(reply)[0], forms, reply)
 
     def assert_named(self, asked, *actions, pattern="*"):
-        """Check that hook and target see one of these actions."""
         self.hook.actions.clear()
         reply, call = self.answer(asked, pattern)
         self.assertEqual(reply.status, 200, reply)
@@ -5962,7 +5933,6 @@ class CostOfNonsenseTest(MeaningCase):
 
 class S3ActionTest(MeaningCase):
     def hosts(self, target):
-        """Return (Host, target) pairs that mean the same."""
         yield HOST, target
         if target.startswith("/b"):
             rest = target[2:] if target[2:3] == "/" else "/" + target[2:]
@@ -6373,7 +6343,6 @@ class ServiceModel:
         return shape.get("members", {}), shape.get("required", ())
 
     def returns_keys(self, operation):
-        """Return whether the output has both a secret key and a session token."""
         output, seen, names = self.operations[operation].get("output"), set(), set()
         todo = [output["shape"]] if output else []
         for _ in range(10000):
@@ -6392,7 +6361,6 @@ class ServiceModel:
         return bool(keys and "sessiontoken" in names)
 
     def requests(self, operation):
-        """Yield the requests of a client in each protocol of the service."""
         for protocol in self.protocols:
             yield from getattr(self, "of_" + protocol.replace("-", "_"))(operation)
 
@@ -6477,7 +6445,6 @@ class Survey:
                 self.ask(model.signing, operation, requests, returns_keys)
 
     def ask(self, service, operation, requests, returns_keys):
-        """Have requests answered, and keep what is wrong with the answers."""
         for asked in requests:
             self.count += 1
             self.target.calls.clear()
@@ -6559,7 +6526,6 @@ class ProgramTest(unittest.TestCase):
         return connection
 
     def status_of(self, program, data, seconds=2.0):
-        """Send bytes on a connection of their own; return the status of the answer."""
         with self.connect(program, seconds) as connection:
             connection.sendall(data)
             try:
@@ -7246,7 +7212,6 @@ class SendTest(Spoken):
         self.url = self.sqs.queue("jobs")
 
     def refuse(self, code, text=None, shape=None, body="hello", **given):
-        """Check that a message is refused and not queued."""
         given = {"QueueUrl": self.url, "MessageBody": body, **given}
         self.refused(code, "SendMessage", text, shape=shape, **given)
         self.assertEqual(self.counts(self.url), (0, 0, 0))
@@ -7256,7 +7221,6 @@ class SendTest(Spoken):
         self.refuse(INVALID, text, shape, **given)
 
     def sent(self, body="hello", **given):
-        """Send a message and return it as it is received."""
         self.send(self.url, body, **given)
         asked = {"AttributeNames": ["All"], "MessageAttributeNames": ["All"]}
         (message,) = self.sqs.receive(self.url, **asked)
@@ -7702,7 +7666,6 @@ class PermissionTest(Spoken):
 
 class ListTest(Spoken):
     def pages(self, operation, member, **given):
-        """Return the lengths of the pages of a listing, and all that is on them."""
         lengths, found = [], []
         while True:
             output = self.sqs(operation, **given)
@@ -9527,7 +9490,6 @@ class MemoryTest(unittest.TestCase):
         self.addCleanup(tracemalloc.stop)
 
     def kept(self):
-        """Return the bytes kept of what was allocated since the tracing began."""
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
@@ -9638,7 +9600,6 @@ class AccountTest(Spoken):
         self.elsewhere = self.another(region="eu-west-1")
 
     def refusal(self, caller, operation, /, **given):
-        """Return status, code and message of a refusal, the account and region left out."""
         with self.assertRaises(Refused) as caught:
             caller(operation, **given)
         error = caught.exception
@@ -9869,7 +9830,6 @@ class ModelTest(unittest.TestCase):
         return bodies
 
     def check_order(self, bodies, available):
-        """Each group served must be served from its first message on, without a gap."""
         groups = {}
         for body in bodies:
             groups.setdefault(self.model[body]["group"], []).append(body)
@@ -10080,7 +10040,6 @@ def of_sts(name, **changed):
 
 
 def role(name, assumed, **settings):
-    """Return a profile with a role."""
     lines = [f"[profile {name}]", f"role_arn = arn:aws:iam::1:role/{assumed}"]
     return "\n".join([*lines, *(f"{key} = {value}" for key, value in settings.items()), ""])
 
@@ -10150,8 +10109,7 @@ class ChainTest(unittest.TestCase):
         return made
 
     def skipped(self, *args, **how):
-        """Return why there are no credentials."""
-        with self.assertRaises(NoKeys) as caught:
+        with self.assertRaises(Skipped) as caught:
             self.chain(*args, **how).find()
         self.assertNotIn("dummysecret", repr(caught.exception))
         return str(caught.exception)
@@ -11502,7 +11460,6 @@ SEND = '{"QueueUrl":"http://localhost:8081/000000000000/jobs","MessageBody":"a"}
 
 
 def json_call(operation, body=b"{}"):
-    """Return method, target, headers and body of a call of Amazon SQS."""
     kind = (("X-Amz-Target", f"AmazonSQS.{operation}"), OF_JSON_1_0)
     return "POST", "/", kind, body
 
@@ -11699,7 +11656,6 @@ class Through(unittest.TestCase):
         self.addCleanup(self.running.stop)
 
     def drain(self, pool, endpoint):
-        """Close the connections that are kept."""
         with contextlib.suppress(UpstreamError, UnicodeError):
             reused = True
             while reused:
@@ -11708,7 +11664,6 @@ class Through(unittest.TestCase):
                 connection.close()
 
     def put(self, raw, method="GET", wire=None):
-        """Send the bytes of a request and return the answer."""
         kept = wire or self.running.connect()
         kept.socket.settimeout(2 * DEADLINE)
         kept.send(raw)
@@ -12944,7 +12899,6 @@ class OwnHostTest(ForwardCase):
     """Where calls to AWS go if their host is a customer's, or a variant."""
 
     def sent_to(self, service, path="/", host="localhost", headers=(), **settings):
-        """Return the host that a call to AWS is sent to, and the answer."""
         pool = mock.Mock(spec=awsproxy.Pool)
         asked = []
 
@@ -13284,7 +13238,6 @@ LONG_NAME = 60000  # bytes: nearly a whole head
 
 
 def named_by(service, key="dummykey", region="us-east-1"):
-    """Return an Authorization header with a wrong signature."""
     return (
         "Authorization",
         f"AWS4-HMAC-SHA256 Credential={key}/20150830/{region}/{service}/aws4_request,"
@@ -14052,7 +14005,6 @@ class Beforehand(InFlight):
 
 class LedgerCase(unittest.TestCase):
     def caller(self, protocol="json", ledger=None, **settings):
-        """Return a Caller whose calls a ledger takes note of."""
         caller = Caller(protocol)
         self.asked = []
 
@@ -14684,7 +14636,6 @@ class TaskProtectionTest(LedgerCase):
 
 class MadeUpNameTest(unittest.TestCase):
     def calls(self):
-        """Yield requests, each well signed and each with another long name."""
         form = FORM_UTF_8
         for number in range(8):
             body = b"Version=2012-11-05&Action=A%d" % number + b"a" * 4 * MEBIBYTE
@@ -14854,7 +14805,6 @@ MAX_LINE = 4096  # bytes of a log line
 
 class LogLineTest(unittest.TestCase):
     def requests(self):
-        """Yield requests that try to forge columns or to write long lines."""
         host = ("Host", HOST)
         long = "a" * LONG_NAME
         forged = "200 - 0.33 842c3448"
@@ -14889,7 +14839,6 @@ class LogLineTest(unittest.TestCase):
         yield "GET", "/", (("Host", "a." * 30000), named_by("s3"))
 
     def signed_requests(self):
-        """Yield requests that are signed well, and try the same."""
         for name in ("List Queues", "A" * LONG_NAME, "\xe4" * 9000, "ListQueues\t200"):
             query = f"/?Version=2012-11-05&Action={escaped(name.encode(), b'')}"
             if len(query) < LONG_NAME + 100:
@@ -14898,7 +14847,6 @@ class LogLineTest(unittest.TestCase):
             yield signed("POST", "/", (*OF_JSON, ("User-Agent", name)), b"{}")
 
     def lines(self, of_json):
-        """Return what both kinds of requests write into a log."""
         path = os.path.join(folder(self), "log")
         stream = awsproxy.open_log(path)
         self.addCleanup(stream.close)
@@ -14969,7 +14917,6 @@ class HookThatExitsTest(ProgramTest):
         )
 
     def ask(self, moment, kind):
-        """Return the status of a call that has a hook exit."""
         target = "DynamoDB_20120810.ListTables" if moment == "rewrite" else "AmazonSQS.ListQueues"
         service = "dynamodb" if moment == "rewrite" else "sqs"
         headers = (("X-Amz-Target", target), OF_JSON[1], ("X-Exit", f"{moment} {kind}"))
@@ -15045,7 +14992,6 @@ class Nowhere(awsproxy.Pool):
 
 class RouteTest(unittest.TestCase):
     def aws(self, **settings):
-        """Return a Proxy whose calls all go to AWS, or would if there were a network."""
         self.pool = Nowhere()
         keys = Keys(OUR_KEYS)
         target = Upstream(None, lambda c: keys, self.pool, clock=lambda: EXAMPLE_TIME)
@@ -15641,7 +15587,6 @@ class DenialTest(MeaningCase):
     )
 
     def suggested(self, message):
-        """Return pattern and target of the first --route that a message suggests."""
         match = re.search(r"--route[ =]('[^']*'|\"[^\"]*\"|\S+)", message)
         self.assertTrue(match, message)
         pattern, _, target = shlex.split(match[1])[0].rpartition("=")
@@ -16167,7 +16112,6 @@ class Running:
         return self.wires[-1]
 
     def ask(self, data, piece=0, head_only=False):
-        """Send bytes on a connection of their own; return the connection and the answer."""
         wire = self.connect()
         wire.send(data, piece)
         return wire, wire.answer(head_only)
@@ -16530,7 +16474,6 @@ class StreamTest(SocketTest):
 
 
 def raw_request(method, target, headers, body=b""):
-    """Return the bytes of a request; Host is added where it is not among the headers."""
     headers = headers if has(headers, "host") else (("Host", HOST), *headers)
     lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
@@ -16799,7 +16742,6 @@ class ServerSettingsTest(unittest.TestCase):
 
 
 def half(data):
-    """Return a request's bytes in two parts, the second beginning within the body."""
     return data[:-20], data[-20:]
 
 
@@ -17533,7 +17475,6 @@ class SlowReaderTest(ProgramTest):
 @unittest.skipUnless(LINUX, "it reads /proc")
 class CrowdOfStrangersTest(ProgramTest):
     def connections(self, program, count):
-        """Return as many connections, or as many as the system allows."""
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         count = min(count, awsproxy.allow_files(count + 200) - 200)
@@ -17729,7 +17670,6 @@ class DrainTest(unittest.TestCase):
         return own_path(address, f"/_awsproxy/{path}")
 
     def calls(self, program):
-        """Return how many calls the program is answering."""
         metrics = self.get(program.address, "metrics")[1].decode()
         return int(re.search("^awsproxy_calls ([0-9]+)$", metrics, re.MULTILINE)[1])
 
@@ -17757,7 +17697,6 @@ class DrainTest(unittest.TestCase):
         wait_until(lambda: self.get(program.address, "ready")[0] == 503)
 
     def bodies(self, caller):
-        """Return the bodies of the next messages to arrive."""
         bodies = []
 
         def received():
@@ -17811,7 +17750,6 @@ class DrainTest(unittest.TestCase):
         self.assertEqual(program.end()[0], 0)
 
     def forwarding(self, *flags):
-        """Return a Program that forwards to another one, that one, and a client of that one."""
         client = Client("up", "upstreamkey", "upstreamsecret")
         clients = write(os.path.join(folder(self), "clients"), section(*client[:3]))
         upstream = Program(self.addCleanup, "--clients", clients, "--quiet")
@@ -18015,7 +17953,6 @@ class Program:
         return line
 
     def rest(self):
-        """Return all lines to come, once the program has ended."""
         return list(iter(self.line, None))
 
     @functools.cached_property
@@ -18043,7 +17980,6 @@ class Program:
         self.process.stderr.close()
 
     def send(self, request):
-        """Send a Request on a new connection; return the connection."""
         body = request.body.read()
         lines = [f"{request.method} {request.target} HTTP/1.1"]
         headers = (*request.headers, ("Content-Length", str(len(body))), ("Connection", "close"))
@@ -18053,7 +17989,6 @@ class Program:
         return connection
 
     def handle(self, request):
-        """Send a Request, return the Reply."""
         with self.send(request) as connection:
             response = http.client.HTTPResponse(connection, method=request.method)
             with response:
@@ -18069,7 +18004,6 @@ class Program:
 
 
 def folder(test):
-    """Return a new directory."""
     made = tempfile.mkdtemp()
     test.addCleanup(shutil.rmtree, made)
     return made
@@ -18378,7 +18312,6 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(program.caller()("ListQueues"), {})
 
     def log_lines(self, program, of_json, count):
-        """Return this many lines of the access log as dicts."""
         entries = []
         for _ in range(count):
             line = program.line()
@@ -18769,7 +18702,6 @@ class ClientsFileTest(ProgramTest):
 
 
 def metric(address, name):
-    """Return the value of a metric without labels."""
     text = own_path(address, "/_awsproxy/metrics")[1].decode()
     (value,) = re.findall(rf"(?m)^{name} (\S+)$", text) or [None]
     return None if value is None else float(value)
@@ -18827,7 +18759,6 @@ class SignalTest(ProgramTest):
         self.assertEqual(program.process.wait(5), 0)
 
     def unread(self, *flags):
-        """Start a program whose standard error nobody reads; return it and its address."""
         command = [sys.executable, awsproxy.__file__, "--port", "0", *flags]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -18931,7 +18862,6 @@ class ClockTest(ProgramTest):
         self.caller = self.program.caller()
 
     def shift(self, seconds):
-        """Set the program's clock, and that of its callers."""
         write(self.path, str(seconds))
         self.program.process.send_signal(signal.SIGUSR1)
         self.caller = self.program.caller(seconds=seconds)
@@ -19062,7 +18992,6 @@ class CostTest(unittest.TestCase):
 
 
 def patterns_of(module):
-    """Return the compiled regexes of a module's globals and classes, by where they stand."""
     found = {}
 
     def visit(name, value, depth):
@@ -19095,8 +19024,6 @@ def _parser():
 
 
 def _one_of(items):
-    """Return a character that a set of a regex has."""
-
     def has_it(character):
         code = ord(character)
         negated = False
@@ -19237,8 +19164,6 @@ def growth_of(pattern, methods):
 
 
 def check_regexes():
-    """Print a line of JSON for each regex of awsproxy."""
-
     def interrupt(*_):
         raise TooSlow
 
@@ -19797,7 +19722,6 @@ class ClientMatrixTest(unittest.TestCase):
 
     @classmethod
     def renew(cls):
-        """Have moto forget all."""
         from moto.moto_api._internal.models import moto_api_backend
 
         moto_api_backend.reset()
@@ -19858,7 +19782,6 @@ class ClientMatrixTest(unittest.TestCase):
         )
 
     def printed(self, command, **how):
-        """Run a command; return the JSON that it prints."""
         how.setdefault("env", self.environ)
         ended = subprocess.run(
             command, capture_output=True, encoding="utf-8", timeout=DEADLINE, **how
@@ -19898,7 +19821,6 @@ class ClientMatrixTest(unittest.TestCase):
 
     @staticmethod
     def head_of(request):
-        """Return what an upstream sees of a head, but for the signature and the moment."""
         other = (
             "amz-sdk-invocation-id authorization host x-amz-content-sha256 x-amz-date"
             " x-amz-security-token"
@@ -19931,7 +19853,6 @@ class ClientMatrixTest(unittest.TestCase):
 
     @staticmethod
     def cbor_session():
-        """Return a session of botocore that has nothing but CBOR to choose from."""
         import botocore.session
 
         core = botocore.session.Session()
@@ -19948,7 +19869,6 @@ class ClientMatrixTest(unittest.TestCase):
         return core
 
     def cbor_client(self, service, origin, core):
-        """Return a client, and a list of what it will send."""
         client = self.client(service, origin, core, request_min_compression_size_bytes=100)
         made = []
         client.meta.events.register("before-send", lambda request, **_: made.append(request))
@@ -20156,7 +20076,6 @@ def field_of(line):
 
 
 def chunks_at(data, at):
-    """Return the content of a chunked body, and where it ends."""
     content = b""
     while True:
         end = data.index(b"\r\n", at)
@@ -20566,7 +20485,6 @@ class Draft:
 
 
 def to_raw(request):
-    """Return what a request looks like on the wire."""
     lines = [f"{request.method} {request.target} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + request.body
@@ -20685,7 +20603,6 @@ class Noted(logging.Handler):
 
 
 def deeper(frames, act):
-    """Call with so many frames more on the stack."""
     return deeper(frames - 1, act) if frames else act()
 
 
@@ -20727,7 +20644,6 @@ class Fuzzer:
         logging.getLogger("awsproxy").removeHandler(self.noted)
 
     def case(self, kind, number):
-        """Have one case answered."""
         self.cases[kind] += 1
         self.sent = b""
         try:
@@ -20874,7 +20790,6 @@ class Fuzzer:
     # ---- Requests without a socket ----
 
     def settle(self, kind, request, intact):
-        """Have a request answered and check the answer; return it."""
         self.sent = to_raw(request)
         body = io.BytesIO(request.body)
         given = Request(request.method, request.target, request.headers, body)
@@ -20974,7 +20889,6 @@ class Fuzzer:
         self.settle("target", draft.request(), times == 0)
 
     def chunks(self, chance, number):
-        """Spoil a body in aws-chunked form."""
         kind = chance.choice((CHUNKS, CHUNKS_TRAILER, UNSIGNED_TRAILER))
         content = bytes(chance.choice(b"abc\r\n;0") for _ in range(chance.randrange(60)))
         pieces = re.findall(b".{1,%d}" % chance.randint(1, 30), content, re.DOTALL)
@@ -21021,7 +20935,6 @@ class Fuzzer:
     # ---- What the operations are given ----
 
     def renew(self, number):
-        """Make queues with something in them, the same each time."""
         ids = map("{:08x}-0000-4000-a000-000000000000".format, itertools.count(1))
         self.caller = caller = Caller("json", new_id=ids.__next__, secret=b"secret")
         self.url = caller.queue("jobs")
@@ -21097,7 +21010,6 @@ class Fuzzer:
         }  # fmt: skip
 
     def document(self, chance, number):
-        """Make an operation's input odd, and sign it."""
         fresh = number % self.WORLD == 0 or self.caller is None
         if fresh:
             self.renew(number)
@@ -21612,7 +21524,6 @@ def drive(port, count, request, seconds=60.0, calls=sys.maxsize):
 
 
 def options(command, argv, **more):
-    """Return what the words after a command say."""
     parser = argparse.ArgumentParser(prog=f"test_awsproxy.py {command}")
     parser.add_argument(
         "seconds", nargs="?", type=float, default=60, help="about how long it takes"
@@ -21705,14 +21616,12 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER of a socket whose end is to be a re
 
 
 def open_many_files():
-    """Be allowed as many open files as can be had; return how many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def connected(port, count, begun=b""):
-    """Return so many connections on which a request has begun."""
     made = []
     for _ in range(count):
         made.append(socket.create_connection(("127.0.0.1", port), DEADLINE))
@@ -21722,12 +21631,10 @@ def connected(port, count, begun=b""):
 
 
 def ready():
-    """Tell `Abuser` that it has begun."""
     print("ready", flush=True)
 
 
 def call_with_body(framing):
-    """Return the head of a signed call whose body is framed so."""
     head, _, _ = prepared("ListQueues", 1)(b"").partition(b"\r\nContent-Length")
     return head + b"\r\n" + framing + b"\r\n\r\n"
 
@@ -21815,7 +21722,6 @@ def resets(port, count):
 
 
 def forgeries(port, count):
-    """Make calls whose signature does not hold."""
     following, callers = prepared("ListQueues"), Callers(port, count)
     ready()
     while True:
@@ -21871,7 +21777,6 @@ class Callers:
         self.statuses = collections.Counter()  # 0 for a connection that was cut
 
     def send(self, request, answer=b""):
-        """Begin a call on each connection that has none."""
         for wire in self.wires:
             if wire not in self.begun:
                 wire.send(request(answer))
@@ -22075,7 +21980,6 @@ class Interrupted(NamedTuple):
 
 
 def interrupt(stack, seconds):
-    """Send through a proxy for so long, twice; in between its upstream is away for a while."""
     directory = stack.enter_context(tempfile.TemporaryDirectory())
     noted = os.path.join(directory, "noted")
     hook = write(os.path.join(directory, "noting.py"), NOTING.format(path=noted))
