@@ -3950,6 +3950,14 @@ class ReverseProxyTest(ForwardCase):
             self.assertNotIn(b"proxy_set_header", proxy.handle(self.replaced("sqs", other)).body)
 
 
+class DerivedNameTest(ForwardCase):
+    def test_a_service_that_curl_took_from_an_address_is_named_as_the_fault(self):
+        request = signed(*form_call("Action=ListQueues"), service="127", region="0")
+        reply = self.proxy(FakeUpstream(self)).handle(request)
+        self.assertEqual(reply.status, 400)
+        self.assertIn(b"aws:amz:us-east-1:sqs", reply.body)
+
+
 # ==== 4. Wire protocols ====
 
 # ---- Which protocol a request is in ----
@@ -12940,6 +12948,7 @@ class OwnHostTest(ForwardCase):
             ("lambda", "/2015-03-31/functions/", "localhost", "lambda.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "lambda-fips.us-east-1.amazonaws.com", "lambda-fips.us-east-1.amazonaws.com"),
             ("lambda", "/2015-03-31/functions/", "fips.example", "lambda.us-east-1.amazonaws.com"),
+            ("s3", "/k", "fips-data.s3.us-east-1.amazonaws.com", "fips-data.s3.us-east-1.amazonaws.com"),
     )  # fmt: skip
     def test_hosts_of_aws_itself(self, service, path, host, wanted):
         self.assertEqual(self.sent_to(service, path, host)[0], wanted)
@@ -13375,6 +13384,76 @@ class ForwardedMeaningTest(ForwardMeaning):
         self.assertEqual(reply.status, 400 if sent is None else 200, reply)
         if sent:
             self.assertNotIn("secret", sent.target)
+
+
+class OneReadingForwardedTest(ForwardCase):
+    """The upstream finds the queue and the operation that hooks have seen."""
+
+    def test_an_old_target_goes_upstream_with_a_form_alone(self):
+        recorder = FakeUpstream(self)
+        proxy = self.proxy(recorder)
+        target = ("X-Amz-Target", "AmazonSQSv20121105.SendMessage")
+        url = urllib.parse.quote("http://localhost/000000000000/allowed", safe="")
+        text = f"&Action=SendMessage&QueueUrl={url}&MessageBody=y&Version=2012-11-05&z="
+        body = json.dumps({"QueueUrl": "http://localhost/000000000000/secret", "x": text}).encode()
+        for kind in (
+            (),
+            (("Content-Type", ""),),
+            (("Content-Type", "; application/x-amz-json-1.0"),),
+        ):
+            seen = []
+            hook = mock.Mock(
+                spec=["before"], before=lambda call, seen=seen: seen.append(call.input)
+            )
+            length = ("Content-Length", str(len(body)))
+            proxy = self.proxy(recorder, hooks=[hook])
+            request = signed("POST", "/", (target, *kind, length), body)
+            with self.subTest(kind):
+                _, sent = self.forwarded(proxy, recorder, request)
+                for given in seen:
+                    self.assertIn("secret", given["QueueUrl"])
+                if sent:
+                    self.assertIn("json", sent.header("content-type"))
+        old = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
+        headers = (old, OF_JSON_1_0, ("Content-Length", "2"))
+        _, sent = self.forwarded(proxy, recorder, signed("POST", "/", headers, b"{}"))
+        self.assertEqual(sent.header("x-amz-target"), "AmazonSQS.ListQueues")
+        form = b"Action=ListQueues&Version=2012-11-05"
+        length = ("Content-Length", str(len(form)))
+        listing = ("X-Amz-Target", "AmazonSQSv20121105.ListQueues")
+        _, sent = self.forwarded(
+            proxy, recorder, signed("POST", "/", (listing, FORM, length), form)
+        )
+        self.assertIsNone(sent.header("x-amz-target"))
+
+    def test_json_on_a_queue_path_names_the_queue_itself(self):
+        recorder = FakeUpstream(self)
+        target = ("X-Amz-Target", "AmazonSQS.SendMessage")
+        for body in (
+            b'{"MessageBody":"x"}',
+            b'{"MessageBody":"x","QueueUrl":null}',
+            b'{"QueueUrl":""}',
+        ):
+            headers = (target, OF_JSON_1_0, ("Content-Length", str(len(body))))
+            request = signed("POST", "/123456789012/secret", headers, body)
+            with self.subTest(body):
+                self.assertEqual(self.proxy(recorder).handle(request).status, 400)
+        self.assertEqual(recorder.requests, [])
+
+    def test_a_malformed_answer_shows_no_value_in_the_log(self):
+        recorder = FakeUpstream(self, b"HTTP/1.1 200 OK\r\nX-T: REALTOKEN\x01\r\n\r\n")
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            self.proxy(recorder).handle(table_call())
+        self.assertNotIn("REALTOKEN", "".join(logged.output))
+
+    def test_metrics_cut_the_hosts_that_callers_make_long(self):
+        metrics = Metrics()
+        call = mock.Mock(upstream_host="h" * 60000, upstream_seconds=0.0, operation="o")
+        call.caller.name, call.service, call.route.pattern = "c", "s", "*"
+        exchange = awsproxy.Exchange(table_call(), EXAMPLE_TIME, "r")
+        exchange.call = call
+        metrics.observe(exchange)
+        self.assertLess(len(metrics.text()), 20000)
 
 
 class AnotherReaderForwardedTest(ForwardMeaning):
@@ -15400,12 +15479,29 @@ class UnsignedCallTest(ForwardCase):
             ("no method", ("*",), self.plain("OPTIONS", "/b/k", asked[:2])),
             ("no origin", ("*",), self.plain("OPTIONS", "/b/k", (asked[0], asked[2]))),
             ("another method", ("*",), self.plain("GET", "/b/k", asked)),
+            ("a body", ("*",), self.plain("OPTIONS", "/b/k", asked, b"data")),
+            ("a long path", ("*",), self.plain("OPTIONS", "/b/" + "k" * 9000, asked)),
             ("no method of HTTP", ("*",), self.plain("OPTIONS", "/b/k", (*asked[:2], ("Access-Control-Request-Method", "x y")))),
         ):  # fmt: skip
             recorder = FakeUpstream(self)
             with self.subTest(name):
                 self.assertIn(self.routed(recorder, *patterns).handle(request).status, (400, 403))
                 self.assertEqual(recorder.requests, [])
+
+    def test_a_signed_options_call_of_a_web_page_is_refused_with_the_demo_key(self):
+        recorder = FakeUpstream(self)
+        asked = (
+            ("Host", HOST),
+            ("Origin", "https://evil.example"),
+            ("Sec-Fetch-Site", "cross-site"),
+            ("Access-Control-Request-Method", "PUT"),
+        )
+        target = presign("OPTIONS", "/2015-03-31/functions/f", service="lambda")
+        for verified in (True, False):
+            proxy = self.proxy(recorder, verified=verified)
+            with self.subTest(verified=verified):
+                self.assertEqual(proxy.handle(self.plain("OPTIONS", target, asked)).status, 403)
+        self.assertEqual(recorder.requests, [])
 
     def test_a_form_post_is_refused_by_name(self):
         kind = ("Content-Type", "multipart/form-data; boundary=x")
@@ -15414,6 +15510,19 @@ class UnsignedCallTest(ForwardCase):
         self.assertEqual(reply.status, 403)
         self.assertIn(b"<Code>AccessDenied</Code>", reply.body)
         self.assertRegex(reply.body, b"form POST.*presigned PUT")
+
+    def test_unsigned_calls_keep_to_the_regions_that_are_allowed(self):
+        call = self.calls()["sts:AssumeRoleWithWebIdentity"]
+        for host, status in (("sts.us-west-2.amazonaws.com", 403), ("localhost", 200)):
+            recorder = FakeUpstream(self)
+            headers = [("Host", host), *(h for h in call.headers if h[0] != "Host")]
+            call.body.seek(0)
+            request = dataclasses.replace(call, headers=tuple(headers))
+            proxy = self.routed(
+                recorder, "sts:AssumeRoleWithWebIdentity", regions=["eu-central-1"]
+            )
+            with self.subTest(host):
+                self.assertEqual(proxy.handle(request).status, status)
 
 
 class HostPrefixTest(ForwardCase):
@@ -17338,6 +17447,19 @@ class TlsTest(SocketTest):
                 code, _, errors = ended[words]
                 self.assertEqual((code, errors.count("\n")), (2, 1))
                 self.assertIn(expected, errors)
+
+
+class TlsOnPlainPortTest(ProgramTest):
+    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
+        program = self.start("--quiet")
+        context = ssl.create_default_context()
+        begin = time.monotonic()
+        with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
+            context.wrap_socket(connection, server_hostname="localhost")
+        self.assertLess(time.monotonic() - begin, 1.5)
+        line = program.line(3)
+        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assert_alive(program)
 
 
 class HoldingOutTest(unittest.TestCase):
