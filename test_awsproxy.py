@@ -15228,7 +15228,8 @@ class RouteTest(unittest.TestCase):
         target = Upstream(endpoint, lambda _: SomeKeys(), pool, clock=lambda: EXAMPLE_TIME)
         proxy = self.aws(routes=[Route("*", target)])
         listed = form_call("Action=ListUsers&Version=2010-05-08")
-        self.answer(proxy, listed, "iam", region="eu-central-1")
+        reply = self.answer(proxy, listed, "iam", region="eu-central-1")
+        self.assertEqual(reply.status, 200, reply)
         self.assertIn("/us-west-2/iam/", recorder.requests[-1].header("authorization"))
 
     def test_buckets_in_the_host_and_hosts_of_others(self):
