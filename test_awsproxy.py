@@ -80,6 +80,7 @@ from awsproxy import (
     Keyring,
     LengthBody,
     Metrics,
+    NoKeys,
     Profile,
     Proxy,
     Reply,
@@ -87,7 +88,6 @@ from awsproxy import (
     Route,
     Server,
     ServiceError,
-    Skipped,
     Sqs,
     Status,
     Stream,
@@ -3806,13 +3806,13 @@ class AwsChunkedTest(unittest.TestCase):
         self.assertIsNone(awsproxy.aws_chunked_length(checked_body(made, wire)))
 
 
-class HashedBodyTest(unittest.TestCase):
+class CheckedBodyTest(unittest.TestCase):
     @each(b"", b"a", b"hello", b"x" * 200000)
     def test_the_last_byte_is_given_out_once_the_hash_has_proved_right(self, content):
         for size in SIZES:
             for declared in (sha256(content), sha256(b"other")):
                 request = Request("PUT", "/", (), io.BytesIO(content))
-                got, code = taken(awsproxy.HashedBody(request, declared), size)
+                got, code = taken(awsproxy.CheckedBody(request, declared), size)
                 with self.subTest(length=len(content), size=size, declared=declared):
                     if declared == sha256(content):
                         self.assertEqual((got, code), (content, None))
@@ -10109,7 +10109,7 @@ class ChainTest(unittest.TestCase):
         return made
 
     def skipped(self, *args, **how):
-        with self.assertRaises(Skipped) as caught:
+        with self.assertRaises(NoKeys) as caught:
             self.chain(*args, **how).find()
         self.assertNotIn("dummysecret", repr(caught.exception))
         return str(caught.exception)
@@ -10592,12 +10592,12 @@ class NoOtherIdentityTest(ChainTest):
     def test_failure_that_may_pass_is_tried_again(self, passing, results, slept):
         pauses, clock = [], Clock()
         good = Credentials("dummykey", "dummysecret")
-        chain = Finding(*[Skipped("down", passing)] * results, good)
+        chain = Finding(*[NoKeys("down", passing)] * results, good)
         cache = CredentialCache(chain, clock, pauses.append)
         if passing and results < 3:
             self.assertIs(cache.get(), good)
         else:
-            with self.assertRaisesRegex(Skipped, "down") as caught:
+            with self.assertRaisesRegex(NoKeys, "down") as caught:
                 cache.get()
             self.assertEqual(caught.exception.passing, passing)
         self.assertEqual(pauses, slept)
@@ -10609,7 +10609,7 @@ class NoOtherIdentityTest(ChainTest):
             (True, 503, "ServiceUnavailable"),
             (False, 403, "AccessDeniedException"),
         ):
-            cache = CredentialCache(Finding(Skipped(reason, passing)), Clock(), lambda _: None)
+            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock(), lambda _: None)
             upstream = Upstream(
                 Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
             )
@@ -10708,7 +10708,7 @@ class CacheTest(unittest.TestCase):
             self.check([(1, second, 3), (2, second, 3)])
 
     def test_one_thread_renews_while_others_use_the_old_credentials(self):
-        no, entered, leave = Skipped("no dice"), threading.Event(), threading.Event()
+        no, entered, leave = NoKeys("no dice"), threading.Event(), threading.Event()
         self.addCleanup(leave.set)
         for old, new in ((self.first, self.second), (None, self.first), (None, no)):
             with self.subTest(old=old, new=new):
@@ -11189,7 +11189,7 @@ class StaticStabilityTest(ChainTest):
         self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired)}
         with self.assertLogs("awsproxy", "WARNING"):
             self.start({**NO_METADATA, **environ})
-            with self.assertRaisesRegex(Skipped, "expired"):
+            with self.assertRaisesRegex(NoKeys, "expired"):
                 self.get(0)
 
     def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
@@ -11362,11 +11362,11 @@ class PartlySetUpTest(ChainTest):
     @each((True, 1), (False, 10))
     def test_a_failure_that_may_pass_is_remembered_for_one_second(self, passing, seconds):
         clock = Clock()
-        chain = Finding(Skipped("down", passing))
+        chain = Finding(NoKeys("down", passing))
         cache = CredentialCache(chain, clock, lambda _: None)
         for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
             clock.now, before = EXAMPLE_TIME + now, chain.times
-            with self.assertRaisesRegex(Skipped, "down"):
+            with self.assertRaisesRegex(NoKeys, "down"):
                 cache.get()
             self.assertEqual(chain.times > before, asked, now)
 
@@ -11488,7 +11488,7 @@ class Keys:
 
     def get(self):
         if not self.given:
-            raise Skipped("there are none")
+            raise NoKeys("there are none")
         return self.given[0]
 
     def expire(self, keys):
@@ -14637,9 +14637,9 @@ class TaskProtectionTest(LedgerCase):
         ("failure of another shape", b'{"failure":["x"]}'),
         ("failure without a reason", b'{"failure":{"Arn":"a"}}'),
         ("error", b'{"error":{"Code":"ServerException"},"protection":null}'),
-        ("4xx", Skipped("agent answered 400")),
-        ("too many", Skipped("agent answered 429")),
-        ("5xx", Skipped("agent answered 500")),
+        ("4xx", NoKeys("agent answered 400")),
+        ("too many", NoKeys("agent answered 429")),
+        ("5xx", NoKeys("agent answered 500")),
     )
     def test_no_answer_of_the_agent_fails_a_message(self, name, answer):
         caller = self.protecting(*[answer] * 4)
@@ -14662,7 +14662,7 @@ class TaskProtectionTest(LedgerCase):
         self.assertEqual(self.wanted(), [True] * 5 + [False])
 
     def test_protection_that_could_not_end_ends_later(self):
-        caller = self.protecting(b"{}", Skipped("agent answered 500"))
+        caller = self.protecting(b"{}", NoKeys("agent answered 500"))
         url = caller.queue()
         fill(caller, url)
         (handle,) = handles(caller, url)
@@ -17436,7 +17436,7 @@ class TlsOnPlainPortTest(ProgramTest):
         begin = time.monotonic()
         with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
             context.wrap_socket(connection, server_hostname="localhost")
-        self.assertLess(time.monotonic() - begin, 1.5)
+        self.assertLess(time.monotonic() - begin, 20)  # and no timeout
         line = program.line(3)
         self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
         self.assert_alive(program)
@@ -17579,7 +17579,7 @@ class CrowdOfStrangersTest(ProgramTest):
     def connections(self, program, count):
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        count = min(count, awsproxy.allow_files(count + 200) - 200)
+        count = min(count, awsproxy.raise_file_limit(count + 200) - 200)
         return [self.connect(program) for _ in range(count)]
 
     def test_heads_without_an_end_do_not_fill_the_memory(self):
