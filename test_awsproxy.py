@@ -3909,6 +3909,17 @@ class UnsignedBodyTest(ForwardCase):
         self.assertFalse([name for name in sent.fields if "checksum" in name])
 
 
+class OutpostsTest(ForwardCase):
+    def test_the_control_client_sends_no_hash(self):
+        recorder = FakeUpstream(self)
+        request = signed("GET", "/S3Outposts/ListEndpoints", service="s3-outposts")
+        reply, sent = self.forwarded(self.proxy(recorder), recorder, request)
+        self.assertEqual(reply.status, 200)
+        self.check(sent)
+        request = signed("GET", "/S3Outposts/ListEndpoints", service="s3")
+        self.assertEqual(self.proxy(recorder).handle(request).status, 400)
+
+
 class ReverseProxyTest(ForwardCase):
     """A reverse proxy replaced the Host that the client signed."""
 
@@ -12984,6 +12995,23 @@ class KeepAliveTest(ForwardCase):
         for side in (connection.socket, accepted):
             self.assertEqual(side.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
             self.assertEqual(side.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60)
+
+
+class StaleConnectionTest(ForwardCase):
+    def test_a_kept_connection_that_worked_for_long_may_have_run_the_call(self):
+        for seconds, status in ((0.0, 503), (2.0, 400)):
+            recorder = FakeUpstream(self, ANSWER, b"")
+            proxy = self.proxy(recorder)
+            invoke = functools.partial(
+                signed, "POST", "/2015-03-31/functions/f/invocations", (("Content-Length", "2"),),
+                b"{}", service="lambda",
+            )  # fmt: skip
+            self.assertEqual(proxy.handle(invoke()).status, 200)
+            past = awsproxy.STALE_SECONDS - seconds
+            with self.subTest(seconds), mock.patch.object(awsproxy, "STALE_SECONDS", past):
+                with self.assertLogs("awsproxy", "WARNING"):
+                    self.assertEqual(proxy.handle(invoke()).status, status)
+                self.assertEqual(len(recorder.requests), 2)
 
 
 class LeavingClientTest(ForwardCase):
