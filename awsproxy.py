@@ -8221,8 +8221,6 @@ class PeerConnection:
         self.writing = False  # whether the client reads an answer slowly
         self.deadline = 0.0
 
-    # ---- In the loop ----
-
     def shake_hands(self) -> None:
         """Continue the TLS handshake."""
         assert isinstance(self.socket, ssl.SSLSocket)
@@ -9314,7 +9312,8 @@ class Program:
             if options.no_verify:
                 raise UsageError("--no-verify needs a loopback --host")
             if has_demo_key(self.proxy.clients):
-                raise UsageError("the demo client needs a loopback --host; give --clients FILE")
+                hint = "give --clients FILE or --client KEY:SECRET"
+                raise UsageError(f"the demo client needs a loopback --host; {hint}")
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
