@@ -18644,6 +18644,19 @@ class DrainByDefaultTest(ProgramTest):
         self.assertEqual((code, codes), (0, [""]))
         self.assertLess(seconds, 4)
 
+    def test_a_second_signal_ends_the_program_at_once(self):
+        program = self.start("--quiet", "--drain-seconds", "30")
+        call = program.caller()
+        url = call.queue("jobs")
+        call("SendMessage", QueueUrl=url, MessageBody="m")
+        call("ReceiveMessage", QueueUrl=url)
+        program.process.send_signal(signal.SIGTERM)
+        ready = functools.partial(own_path, program.address, "/_awsproxy/ready")
+        wait_until(lambda: ready()[0] == 503, 5, "it does not drain")
+        code, seconds = program.end()
+        self.assertEqual(code, 0)
+        self.assertLess(seconds, 10)
+
     def test_the_default_is_five_seconds(self):
         """DrainTest shows that a program waits so long for messages in flight, and no longer."""
         self.assertEqual(awsproxy.build_parser().parse_args([]).drain_seconds, 5)
