@@ -14179,10 +14179,10 @@ class InFlightTest(LedgerCase):
         caller.purge(url)
         self.assertEqual(self.ledger.total, 0)
 
-    def test_eight_workers_over_3000_messages_leave_it_exactly_right(self):
+    def test_eight_workers_over_1200_messages_leave_it_exactly_right(self):
         caller = self.caller()
         url = caller.queue(VisibilityTimeout="20")
-        for start in range(0, 3000, 10):
+        for start in range(0, 1200, 10):
             entries = [{"Id": f"{n}", "MessageBody": f"{n}"} for n in range(start, start + 10)]
             caller("SendMessageBatch", QueueUrl=url, Entries=entries)
         done = dict.fromkeys(range(8), 0)
@@ -14224,13 +14224,13 @@ class InFlightTest(LedgerCase):
             shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=names)
             left, count = (int(shown["Attributes"][name]) for name in names)
             self.assertEqual(self.ledger.total, count)
-            self.assertEqual(left + count, 3000 - sum(done.values()))
+            self.assertEqual(left + count, 1200 - sum(done.values()))
             if left + count == 0:
                 finished.append(True)
             together.wait()
         for thread in threads:
             thread.join(DEADLINE)
-        self.assertEqual(sum(done.values()), 3000)
+        self.assertEqual(sum(done.values()), 1200)
 
     def not_visible(self, caller, url):
         shown = caller("GetQueueAttributes", QueueUrl=url, AttributeNames=[NOT_VISIBLE])
@@ -17615,7 +17615,7 @@ class CrowdOfStrangersTest(ProgramTest):
         program.caller()("ListQueues")
         before = memory_of(program.process.pid)
         data = b"POST / HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 60000
-        for connection in self.connections(program, 6000):
+        for connection in self.connections(program, 3500):
             with contextlib.suppress(OSError):
                 connection.sendall(data)
         program.caller()("ListQueues")
@@ -18630,7 +18630,7 @@ class DrainByDefaultTest(ProgramTest):
         hook = """\
             import time
             def before(call):
-                time.sleep(1.5)
+                time.sleep(0.8)
             """
         program = self.start("--quiet", hook=hook)
         address, codes = program.address, []
@@ -18953,7 +18953,7 @@ class SignalTest(ProgramTest):
 
     def test_a_log_that_nobody_reads_stops_nothing(self):
         process, address = self.unread()
-        self.call_often(address, 1500)  # the pipe holds 64 KiB, some 600 lines
+        self.call_often(address, 900)  # the pipe holds 64 KiB, some 600 lines
         self.assert_ends(process)
 
     def test_warnings_that_nobody_reads_stop_nothing(self):
@@ -18969,7 +18969,7 @@ class SignalTest(ProgramTest):
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self.addCleanup(os.close, reader)
         process, address = self.unread("--log-file", path)
-        self.call_often(address, 1500)
+        self.call_often(address, 900)
         self.assert_ends(process)
 
     def test_a_log_that_is_read_has_each_line(self):
