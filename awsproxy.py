@@ -102,7 +102,6 @@ log = logging.getLogger("awsproxy")
 
 
 # ==== 1. Messages: Request, Call, Reply, ServiceError ====
-#
 # Request and Reply are HTTP and know nothing of AWS.  A Call is a Request whose caller and
 # operation are known.  A stage makes a new value or raises ServiceError.
 
@@ -357,7 +356,6 @@ class ServiceError(Exception):
 
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
-#
 # http.server's own parser is lenient: it rewrites a target that begins with `//` (cpython#99220)
 # and drops the lines after a malformed one.  A verifier needs the bytes that were signed.  This
 # chapter parses heads strictly (RFC 9112), and refuses a request whose framing is in doubt.
@@ -513,7 +511,7 @@ class Stream:
         self._receive = receive
 
     def read(self, size: int = -1) -> bytes:
-        """Return `size` bytes; fewer only at the end of the stream."""
+        """Return `size` bytes, which is no less than 0; fewer only at the end of the stream."""
         buffer = self.buffer
         if len(buffer) < size:
             whole = bytearray(buffer)  # small parts kept one by one would take much more room
@@ -529,7 +527,7 @@ class Stream:
         self.buffer = data[size:]
         return data[:size]
 
-    def readline(self, size: int = -1) -> bytes:
+    def readline(self, size: int) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
             data = self._receive(8192)  # few: each line copies the rest of the buffer
@@ -746,14 +744,13 @@ def encode_reply(
 
 
 # ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
-#
 # The caller and the proxy each reduce the request to one text and sign it with the same secret.
 # Both texts must agree to the byte, so this chapter reads the raw target and raw header values,
 # and decodes and encodes them as latin-1.  Sources: IAM User Guide, "Create a signed AWS API
 # request"; Amazon S3 API Reference, "Authenticating Requests (AWS Signature Version 4)".
 #
-# One function decides, `verify`, and it refuses by default.  It returns the client whose key it
-# has just checked.  No later code reads the identity from the request again.
+# `verify_head` and `verify_body` decide, and refuse by default.  They return the client whose key
+# they have just checked.  No later code reads the identity from the request again.
 # To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
 ALGORITHM = "AWS4-HMAC-SHA256"
@@ -1947,7 +1944,6 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
-#
 # The invariant of this chapter: routes, hooks, the log and the metrics see the operation that
 # the upstream runs, or the call is refused.  So the service in the credential scope, which the
 # signature covers, chooses the protocol.  If a service speaks two, a signed header chooses.  The
@@ -2182,7 +2178,7 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
         return []
     try:
         return [value.decode("utf-8", "replace") for n, value in request.query if n == wanted]
-    except ServiceError:  # `verify` refuses it
+    except ServiceError:  # `verify_head` refuses it
         return []
 
 
@@ -2417,9 +2413,7 @@ class AwsJson(WireProtocol):
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation that `named` returns, and the JSON document."""
         action = None
         if request.method != "POST":
@@ -2639,10 +2633,8 @@ class AwsQuery(WireProtocol):
         """Return `Action` if it is in the query string."""
         return _query_action(request) or ""
 
-    def meaning(
-        self, request: Request, service: str, body: Body, hosts: Iterable[str] = ()
-    ) -> Meaning:
-        """The field `Action`, and all fields."""
+    def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        """Return the field `Action`, and all fields."""
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
             raise ambiguous(self, "a call in AWS Query is a POST, or a GET without a body")
@@ -3197,7 +3189,6 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
-#
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
 # Each queue has a condition, which shares that lock, so that a send wakes only those calls that
 # wait for this queue.  Clock, randomness and waiting are arguments.
@@ -3882,7 +3873,8 @@ class Sqs:
 
     def _by_arn(self, arn: str) -> Optional[Queue]:
         parts = arn.split(":")
-        return self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
+        queue = self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
+        return queue if queue and queue.arn == arn else None
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
         """Create a queue, or return one with that name and the same attributes."""
@@ -4613,7 +4605,6 @@ def receipt_handles(reply: Reply) -> list[str]:
 
 
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
-#
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
@@ -4908,7 +4899,7 @@ def is_link_local(host: str) -> bool:
         except OSError:
             return False
     mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local or host == "fd00:ec2::254"
+    return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
 
 # ---- Our own credentials ----
@@ -5208,10 +5199,15 @@ class CredentialChain:
         """Return a file of the AWS SDKs, empty if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self._environ.get(variable) or default)
+        if not os.path.exists(path):
+            return parser
         try:
-            parser.read(path, "utf-8")
+            with open(path, encoding="utf-8") as file:
+                parser.read_file(file)
         except (configparser.Error, UnicodeDecodeError) as error:
             raise SourceFailed(f"{path} is malformed") from error
+        except OSError as error:
+            raise SourceFailed(f"{path} cannot be read: {error.strerror}") from error
         return parser
 
     def _section(self, profile: str) -> dict[str, str]:
@@ -5627,7 +5623,8 @@ class Keyring:
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
         with self._lock:
-            return min((cache.seconds_left for cache in self._caches.values()), default=math.nan)
+            seconds = [cache.seconds_left for cache in self._caches.values()]
+        return min((it for it in seconds if not math.isnan(it)), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:
         """Return the credentials of a client; the name of the client names the role session."""
@@ -6107,6 +6104,7 @@ class Upstream:
             reply = self._reply(connection, connection.receive_head(), call.request.method)
             self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
         except (UpstreamError, ServiceError) as error:
+            connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
             self._pool.given_up.discard(connection)
@@ -6492,7 +6490,6 @@ class Upstream:
 
 
 # ==== 7. Hooks: Exchange, Workers, Hook, HookFile, AccessLog, Metrics, InFlight, ... ====
-#
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 # To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
 # is read on demand, call metrics.gauge(name, help, function) in Program.
@@ -7106,8 +7103,10 @@ class InFlight(Hook):
         except Exception as error:
             log.warning("the timeout of %s is not known, assuming 30 s: %s", queue[1], error)
             timeout = 30  # the default of SQS
-        self._timeouts[queue] = (timeout, self._clock())
         with self._lock:
+            self._timeouts[queue] = (timeout, self._clock())
+            while len(self._timeouts) > 1000:
+                self._timeouts.pop(next(iter(self._timeouts)), None)
             for message_id in ids:
                 hold = self._held.get(message_id)
                 if hold and hold.queue == queue and hold.until == math.inf:
@@ -7232,7 +7231,7 @@ class TaskProtection(InFlight):
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
                 pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
                 self._failures += 1
-                self._not_before = now + pause
+                self._not_before = self._clock() + pause  # not `now`: the agent may hang
                 log.warning("task protection not changed, next try in %d s: %s", pause, error)
                 return
             self._failures = 0
@@ -7700,7 +7699,7 @@ class Proxy:
         public = urllib.parse.urlsplit(public_url)
         default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
         self._public_host = re.sub(f"{default_port}$", "", public.netloc)
-        self._hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
+        self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
         self._regions = regions
@@ -7796,7 +7795,7 @@ class Proxy:
         if not ours or not self._status:
             return None
         try:
-            check_page(request, self._hosts)
+            check_page(request, self.hosts)
         except ServiceError as error:
             return REST.error(request, error, self._new_id())
         return self._status.reply_to(request)
@@ -7816,7 +7815,7 @@ class Proxy:
             raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
             preflight = exchange.unsigned and is_preflight(request)
-            check_page(request, self._hosts, preflight=preflight)
+            check_page(request, self.hosts, preflight=preflight)
         if self._verified and not exchange.unsigned:
             proven = verify_head(
                 request,
@@ -7999,7 +7998,7 @@ class Proxy:
         if exchange.unsigned and is_preflight(request):
             method = request.fields["access-control-request-method"][0]
             request = dataclasses.replace(request, method=method)
-        return exchange.wire.meaning(request, found.scope.service, found.body, self._hosts)
+        return exchange.wire.meaning(request, found.scope.service, found.body, self.hosts)
 
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
         """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
@@ -8157,7 +8156,6 @@ def fault_of_reply(reply: Reply) -> str:
 
 
 # ==== 9. The server: Certificate, PeerConnection, Server ====
-#
 # One thread runs a loop.  It reads all connections that are idle or sending a request, and
 # answers every call that need not wait: with more threads, such calls would compete for the
 # interpreter.  Requests that arrive together go through each step together (see Proxy.begin).
@@ -9074,7 +9072,7 @@ def _add_listening(add: Callable[..., Any]) -> None:
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
         help="longest request body")  # fmt: skip
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="most connections at once; the proxy refuses more")  # fmt: skip
+        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
         help="close a connection that is silent for so long")  # fmt: skip
 
@@ -9122,6 +9120,7 @@ class Program:
         self._watched: Optional[ClientsFile] = None
         self._certificate = self._read_certificate()
         self._drain_until = math.inf
+        self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
         metrics = Metrics()
@@ -9150,7 +9149,7 @@ class Program:
             hooks=[metrics, self._in_flight, *self._read_hooks()],
             status=None if options.admin else self._status,
             hook_seconds=options.timeout,
-            hosts=self._own_hosts(),
+            hosts=(options.admin[0] if options.admin else "", *options.host_name),
         )
         self.server = self._listen(
             (options.host, options.port),
@@ -9164,22 +9163,17 @@ class Program:
         )
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self._own_hosts()), ADMIN_CONNECTIONS
+            admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         lag = "Longest delay of the event loop since the last scrape."
         metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
-        dropped = "Log lines dropped because their reader was too slow."
+        dropped = "Log lines that could not be written, or not soon enough."
         metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
         metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
         metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
         left = "Time until the first credentials for forwarding expire."
         metrics.gauge("credentials_seconds", left, keyring.seconds_left)
-
-    def _own_hosts(self) -> Sequence[str]:
-        public = urllib.parse.urlsplit(self._options.public_url or "").netloc
-        admin = self._options.admin[0] if self._options.admin else ""
-        return [host_name(name) for name in (public, admin, *self._options.host_name) if name]
 
     def _read_clients(self) -> Clients:
         path = self._options.clients
@@ -9205,6 +9199,9 @@ class Program:
         if to_aws and has_demo_key(clients) and not self._options.no_verify:
             message = "a route leads to aws, and the key dummykey is public: give clients keys"
             raise ValueError(f"{message} of their own with --clients FILE or --client KEY:SECRET")
+        if self._is_public and has_demo_key(clients):
+            hint = "give --clients FILE or --client KEY:SECRET"
+            raise ValueError(f"the demo client needs a loopback --host; {hint}")
         for client in itertools.chain(*clients.values()) if self._upstreams else ():
             check_not_shared(self._keyring.of(client).ready(), clients)
 
@@ -9311,9 +9308,11 @@ class Program:
         if not is_loopback(str(self.server.server_address[0]).partition("%")[0]):
             if options.no_verify:
                 raise UsageError("--no-verify needs a loopback --host")
-            if has_demo_key(self.proxy.clients):
-                hint = "give --clients FILE or --client KEY:SECRET"
-                raise UsageError(f"the demo client needs a loopback --host; {hint}")
+            self._is_public = True
+            try:
+                self._check_clients(self.proxy.clients)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):

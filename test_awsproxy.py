@@ -57,7 +57,7 @@ import unittest
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 import zlib
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 from xml.sax.saxutils import escape
@@ -9073,6 +9073,11 @@ class MoveTaskTest(Spoken):
             ("no such source", self.NO_RESOURCE, 404, self.MISSING_SOURCE, {source: arn("x")}),
             ("a source elsewhere", self.NO_RESOURCE, 404, self.MISSING_SOURCE,
              {source: arn("dead", region="eu-west-1")}),
+            ("a source of no partition", self.NO_RESOURCE, 404, self.MISSING_SOURCE,
+             {source: arn("dead").replace("arn:aws", "arn:x")}),
+            ("a destination of another partition", self.NO_RESOURCE, 404,
+             self.MISSING_DESTINATION,
+             {source: arn("dead"), target: arn("jobs").replace("arn:aws:", "arn:aws-cn:")}),
             ("not a dead-letter queue", INVALID, 400, not_dead, {source: arn("jobs")}),
             ("no such destination", self.NO_RESOURCE, 404, self.MISSING_DESTINATION,
              {source: arn("dead"), target: arn("x")}),
@@ -10250,6 +10255,12 @@ class SourceTest(ChainTest):
                 self.assertRegex(reason, rf"\Aprofile x: .*{expected}")
                 self.assertEqual(self.asked, [])
 
+    def test_a_file_that_cannot_be_read_is_no_missing_file(self):
+        for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            with self.subTest(variable):
+                reason = self.skipped({variable: os.path.dirname(__file__)}, profile="x")
+                self.assertIn("cannot be read: Is a directory", reason)
+
     def test_an_answer_that_holds_no_keys_is_skipped(self):
         bodies = [b"", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"dummysecret"', b"[" * 100000]
         rows = [dict.fromkeys(("json", "printed", "sts", "portal"), body) for body in bodies]
@@ -10766,6 +10777,12 @@ class KeyringTest(ChainTest):
         self.assertEqual(sessions, [("E", "n-4"), ("E", "n-5"), ("Q", "n-6")])
         self.assertEqual([caches.index(cache) for cache in caches], [0, 0, 2, 2, 4, 5, 6])
         self.assertIs(ring.of(clients["akid4"][0]), caches[4])
+
+    def test_keys_without_an_answer_do_not_hide_when_others_expire(self):
+        ring = Keyring({}, fetch=self.fetch, clock=lambda: EXAMPLE_TIME)
+        left = [float("nan"), 300.0, float("nan"), 900.0]
+        ring._caches = {i: SimpleNamespace(seconds_left=it) for i, it in enumerate(left)}
+        self.assertEqual(ring.seconds_left(), 300)
         self.web = {STS: b""}
         how = {"role_arn": "arn:aws:iam::1:role/R"}
         self.assertIn("STS", self.skipped({**NO_METADATA, **environment("E")}, **how))
@@ -14150,6 +14167,14 @@ class InFlightTest(LedgerCase):
         caller.clock.now += 60
         self.assertEqual(self.ledger.counts(), {})
 
+    def test_the_timeouts_of_many_queues_are_not_all_kept(self):
+        self.caller()
+        self.ledger._ask = lambda *_: 30
+        for number in range(1200):
+            self.ledger._learn(SimpleNamespace(), ("us-east-1", f"1/q{number}"), 0, ())
+        self.assertEqual(len(self.ledger._timeouts), 1000)
+        self.assertIn(("us-east-1", "1/q1199"), self.ledger._timeouts)
+
     def test_the_timeout_is_that_of_the_call_or_asked_for_once(self):
         caller = self.caller()
         url = caller.queue(VisibilityTimeout="50")
@@ -14501,6 +14526,23 @@ class TaskProtectionTest(LedgerCase):
         self.assertEqual(self.wanted(), [True, False])
         self.protection.tend_later()
         self.assertEqual(self.wanted(), [True, False])
+
+    def test_an_agent_that_hangs_is_not_asked_again_at_once(self):
+        caller = self.protecting()
+
+        def hang(url, body, timeout):
+            self.asked_of_agent.append((url, json.loads(body)))
+            caller.clock.now += timeout
+            raise NoKeys("it did not answer")
+
+        self.protection._put = hang
+        url = caller.queue()
+        fill(caller, url)
+        with self.assertLogs("awsproxy", "WARNING"):
+            caller.receive(url)
+        self.protection.tend_later()
+        caller.receive(url)
+        self.assertEqual(len(self.asked_of_agent), 1)
 
     def test_it_is_renewed_ahead_of_its_end(self):
         caller = self.protecting()
@@ -18230,6 +18272,16 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aawsproxy: [^\n]+\n\Z")
                 self.assertIn(remedy, errors)
+
+    def test_a_changed_clients_file_must_not_open_the_demo_key_to_the_network(self):
+        check = awsproxy.Program._check_clients
+        for is_public, refused in ((False, False), (True, True)):
+            options = SimpleNamespace(no_verify=False)
+            program = SimpleNamespace(_upstreams=[], _options=options, _is_public=is_public)
+            with self.subTest(is_public=is_public):
+                context = self.assertRaisesRegex(ValueError, "needs a loopback --host")
+                with context if refused else contextlib.nullcontext():
+                    check(program, DEMO_CLIENTS)
 
     def test_a_port_is_shared_by_processes_that_keep_nothing(self):
         sink = Running(Echo())
