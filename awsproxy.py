@@ -753,136 +753,10 @@ def encode_reply(
 # they have just checked.  No later code reads the identity from the request again.
 # To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
+# ---- Parsing ----
+
 ALGORITHM = "AWS4-HMAC-SHA256"
-STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-STREAMING_TRAILER = STREAMING + "-TRAILER"
-STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-MAX_PRESIGNED_SECONDS = 604800
-S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
-
-
-class Profile(NamedTuple):
-    """The rules of a service for canonical requests and payloads."""
-
-    normalize_path: bool = True  # resolve dot segments, and encode the path once more
-    declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
-    unsigned_token: bool = False  # clients append the session token after signing
-    unsigned_token_header: bool = False  # the same for calls that have an Authorization header
-    clock_skew: int = 900  # seconds that a caller's clock may differ from ours
-    unsigned_body: str = ""  # a pattern of "METHOD /path" whose body need not be signed
-    sends_hash: bool = False  # the service demands x-amz-content-sha256
-
-
-PROFILES: Mapping[str, Profile] = {
-    **dict.fromkeys(S3_FAMILY, Profile(normalize_path=False, declared_payload=True)),
-    "iotdevicegateway": Profile(unsigned_token=True),  # "Protocols", AWS IoT Developer Guide
-    # Clients of these send it unsigned (soto#151, soto-core#99); it is compared anyway.
-    **dict.fromkeys(("kinesis", "sns", "sqs"), Profile(unsigned_token_header=True)),
-    # AWS gives these five minutes, as measured by others (ministack#1745).
-    **dict.fromkeys(("kms", "lambda", "monitoring", "route53"), Profile(clock_skew=300)),
-    **dict.fromkeys(("glacier", "aoss"), Profile(sends_hash=True)),
-    # VPC Lattice takes no other payload line ("SigV4 authenticated requests for VPC Lattice").
-    "vpc-lattice-svcs": Profile(unsigned_body=".*", sends_hash=True),
-    # The operations that the service models mark with v4-unsigned-body.
-    "ebs": Profile(unsigned_body="PUT /snapshots/[^/]+/blocks/[^/]+"),
-    "lex": Profile(unsigned_body="POST /bots?/.+/(content|utterance)"),
-    "mediastore": Profile(unsigned_body="PUT /.+"),
-    "omics": Profile(unsigned_body="PUT /sequencestore/[^/]+/upload/[^/]+/part"),
-}
-_GENERAL = Profile()
-
-# By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
-# family if it differs.  People search for AWS's own messages, so they are AWS's where known.
-_NOT_SIGNED = "There were headers present in the request which were not signed: {}"
-_HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
-_SKEWED = "The difference between the request time and the server's time is too large."
-_DATELESS = "AWS authentication requires a valid Date or x-amz-date header"
-_VERSION_2 = (
-    "The authorization mechanism you have provided is not supported: it is Signature Version 2."
-    ' Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="s3v4")).'
-)
-_COMPUTED = (
-    "\n\nThe Canonical String for this request should have been\n'{}'\n\n"
-    "The String-to-Sign should have been\n'{}'\n{}"
-)
-REFUSALS: Mapping[str, Sequence[str]] = {
-    "unsigned": ("MissingAuthenticationToken", "AccessDenied",
-        "Request is missing Authentication Token"),
-    "form post": ("MissingAuthenticationToken", "AccessDenied",
-        "This is a browser's form POST, signed in its form fields, which awsproxy does not verify."
-        " Upload with a presigned PUT (boto3: generate_presigned_url) instead."),
-    "several": ("SignatureDoesNotMatch", "InvalidArgument",
-        "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters."),
-    "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
-    "version 2 of s3": ("InvalidRequest", "InvalidRequest", _VERSION_2),  # names no service
-    "scheme": ("MissingAuthenticationToken", "InvalidArgument",
-        "Request is missing Authentication Token: the Authorization header is of type '{}'."
-        " Please use AWS4-HMAC-SHA256."),
-    "algorithm": ("IncompleteSignature", "InvalidArgument",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
-    "query algorithm": ("IncompleteSignature", "AuthorizationQueryParametersError",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
-    "header parameter": ("IncompleteSignature", "AuthorizationHeaderMalformed",
-        "{} Authorization=AWS4-HMAC-SHA256"),
-    "query parameter": ("IncompleteSignature", "AuthorizationQueryParametersError",
-        "{} Re-examine the query-string parameters."),
-    "credential": ("IncompleteSignature", "AuthorizationHeaderMalformed",
-        "Credential must have exactly 5 slash-delimited elements,"
-        " e.g. keyid/date/region/service/term, got '{}'."),
-    "no date": ("IncompleteSignature", "AccessDenied",
-        "{} Authorization=AWS4-HMAC-SHA256", _DATELESS),
-    "date": ("IncompleteSignature", "AccessDenied",
-        "Date must be in ISO-8601 'basic format'. Got '{}'."
-        " See http://en.wikipedia.org/wiki/ISO_8601", _DATELESS),
-    "past": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED),
-    "future": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED),
-    "expired": ("SignatureDoesNotMatch", "AccessDenied",
-        "Signature expired: {} is now earlier than {}.", "Request has expired"),
-    "not yet valid": ("SignatureDoesNotMatch", "AccessDenied",
-        "Signature not yet current: {} is still later than {} ({} + {}.)",
-        "Request is not valid yet"),
-    "scope": ("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
-        "The authorization header is malformed; {1}"),
-    "query scope": ("SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
-        "Error parsing the X-Amz-Credential parameter; {1}"),
-    "key": ("InvalidClientTokenId", "InvalidAccessKeyId",
-        "The security token included in the request is invalid.",
-        "The AWS Access Key Id you provided does not exist in our records."),
-    "token": ("InvalidClientTokenId", "InvalidToken",
-        "The security token included in the request is invalid"),
-    "host": ("SignatureDoesNotMatch", "AccessDenied",
-        "'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization."),
-    "unsigned headers": ("SignatureDoesNotMatch", "AccessDenied", _NOT_SIGNED),
-    "absent headers": ("SignatureDoesNotMatch", "AccessDenied",
-        "There were signed headers which the request does not have: {}"),
-    "no payload": ("SignatureDoesNotMatch", "InvalidRequest",
-        "Missing required header for this request: x-amz-content-sha256"),
-    "payload": ("SignatureDoesNotMatch", "InvalidArgument",
-        "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
-        " UNSIGNED-PAYLOAD is for Amazon S3 and for a few operations, with TLS.",
-        "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
-        " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
-        " valid sha256 value."),
-    "streaming": ("SignatureDoesNotMatch", "NotImplemented",
-        "A body in chunks signed with Signature Version 4A ({}) is not implemented;"
-        " use AWS4-HMAC-SHA256."),
-    "stream": ("SignatureDoesNotMatch", "InvalidRequest",
-        "The value of x-amz-content-sha256 header is invalid."),
-    "body": ("SignatureDoesNotMatch", "XAmzContentSHA256Mismatch", _HASH_MISMATCH),
-    "signature": ("SignatureDoesNotMatch", "SignatureDoesNotMatch",
-        "The request signature we calculated does not match the signature you provided."
-        " Check your AWS Secret Access Key and signing method."
-        f" Consult the service documentation for details.{_COMPUTED}",
-        "The request signature we calculated does not match the signature you provided."
-        f" Check your key and signing method.{_COMPUTED}"),
-    "uri": ("InvalidURI", "InvalidURI", "Couldn't parse the specified URI."),
-    "query": ("MalformedQueryString", "InvalidURI",
-        "The query string contains a '%' that begins no escape.",
-        "Couldn't parse the specified URI."),
-}  # fmt: skip
 
 
 class CredentialScope(NamedTuple):
@@ -914,23 +788,11 @@ class Authorization(NamedTuple):
         return f"Authorization({self.access_key_id!r}, {self.scope}, {self.amz_date!r})"
 
 
-class Verified(NamedTuple):
-    """A verified request: its client, its scope and the body that was signed."""
-
-    client: Client
-    scope: CredentialScope
-    body: Body
-    payload_hash: str  # the payload line of the canonical request
-    presigned: bool
-    signed_headers: Sequence[str] = ()
-
-
-Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
-_NO_CLAIM = "", CredentialScope("", "", "")
-# Bounded, since anybody may send anything here.
-_CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
-_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
-_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
+_AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
+_SHA256_HEX = re.compile("[0-9a-f]{64}")
+_SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
+_SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+_PARAMETERS = ("Credential", "Signature", "SignedHeaders")
 
 
 def authorization_of(request: Request) -> Authorization:
@@ -939,59 +801,6 @@ def authorization_of(request: Request) -> Authorization:
     if found is None:
         found = request.__dict__["claimed"] = parse_authorization(request)
     return found
-
-
-def claim(request: Request) -> Claim:
-    """Return the unverified key id and scope of a request, even a malformed one; "" for none."""
-    found: Optional[Claim] = request.__dict__.get("salvaged")
-    if found is None:
-        try:
-            return authorization_of(request)[:2]
-        except ServiceError:
-            found = request.__dict__["salvaged"] = _salvaged_claim(request)
-    return found
-
-
-def _salvaged_claim(request: Request) -> Claim:
-    header = request.header("authorization")
-    if header:
-        texts = _CLAIM_IN_HEADER.findall(header)
-    else:
-        found = _CLAIM_IN_QUERY.findall(request.target)
-        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
-    for match in filter(None, map(_CLAIM.match, texts)):
-        access_key_id, date, region, service = match.groups()
-        return access_key_id, CredentialScope(date, region, service)
-    return _NO_CLAIM
-
-
-def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
-    """Return the error of a row of REFUSALS, in the words of the service that is called."""
-    code, s3_code, message, *s3_message = REFUSALS[reason]
-    claimed = request.__dict__.get("claimed")  # None while it is being parsed
-    scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
-    if scope.service in S3_FAMILY:
-        code, message = s3_code, (s3_message or [message])[0]
-    error = ServiceError(code, message.format(*values), **detail)
-    error.reason = reason
-    return error
-
-
-_AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
-_SHA256_HEX = re.compile("[0-9a-f]{64}")
-_SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
-_SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
-_PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-_QUERY_PARAMETERS = {
-    f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
-    for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
-}
-_PRESIGNED_MARKS = (b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature")
-# Some readers look at the raw query string and some at the decoded one; no client escapes these.
-_ESCAPED_NAME = re.compile(
-    "(?i)[?&](?=[^=&%]{0,40}%)"
-    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
-)
 
 
 def parse_authorization(request: Request) -> Authorization:
@@ -1086,39 +895,6 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
 
 
-def _parse_query(request: Request) -> Authorization:
-    reason = "query parameter"
-    given: dict[str, str] = {}
-    for raw_name, raw_value in request.query:
-        name = _QUERY_PARAMETERS.get(raw_name.lower())
-        if name is None:
-            continue
-        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
-        if name in given or raw_name != name.encode():
-            raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
-        given[name] = raw_value.decode("latin-1")
-    if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
-        raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    missing = [name for name in _QUERY_PARAMETERS.values() if not given.get(name)]
-    missing = [name for name in missing if name not in ("X-Amz-Security-Token", "X-Amz-Expires")]
-    if not missing:
-        key = _parse_credential(request, given["X-Amz-Credential"], reason)
-        if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
-            missing.append("X-Amz-Expires")
-    if missing:
-        raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
-    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
-    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
-    expires = given.get("X-Amz-Expires")
-    if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
-        raise refusal(reason, request, "X-Amz-Expires should be a number.")
-    seconds = int(expires) if expires else None
-    if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
-        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
-        raise refusal(reason, request, fault)
-    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
-
-
 def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
     parts = credential.split("/")
     if len(parts) != 5:
@@ -1156,6 +932,9 @@ def _date_header(request: Request) -> Optional[str]:
         return iso_basic(calendar.timegm(moment.utctimetuple()))
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise refusal("date", request, value[:80]) from error
+
+
+# ---- Canonical request ----
 
 
 def canonical_path(path: str, normalize: bool) -> str:
@@ -1232,6 +1011,9 @@ def canonical_request(
     return "\n".join(parts).encode("latin-1")
 
 
+# ---- String to sign, signing key, signature ----
+
+
 def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> bytes:
     """Return the string to sign: algorithm, time, scope, hash of the canonical request."""
     digest = hashlib.sha256(canonical).hexdigest()
@@ -1270,6 +1052,56 @@ def _utc(second: int, form: str) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(form)
 
 
+# ---- Rules of services ----
+
+S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
+
+
+class Profile(NamedTuple):
+    """The rules of a service for canonical requests and payloads."""
+
+    normalize_path: bool = True  # resolve dot segments, and encode the path once more
+    declared_payload: bool = False  # x-amz-content-sha256 stands for the body in the signature
+    unsigned_token: bool = False  # clients append the session token after signing
+    unsigned_token_header: bool = False  # the same for calls that have an Authorization header
+    clock_skew: int = 900  # seconds that a caller's clock may differ from ours
+    unsigned_body: str = ""  # a pattern of "METHOD /path" whose body need not be signed
+    sends_hash: bool = False  # the service demands x-amz-content-sha256
+
+
+PROFILES: Mapping[str, Profile] = {
+    **dict.fromkeys(S3_FAMILY, Profile(normalize_path=False, declared_payload=True)),
+    "iotdevicegateway": Profile(unsigned_token=True),  # "Protocols", AWS IoT Developer Guide
+    # Clients of these send it unsigned (soto#151, soto-core#99); it is compared anyway.
+    **dict.fromkeys(("kinesis", "sns", "sqs"), Profile(unsigned_token_header=True)),
+    # AWS gives these five minutes, as measured by others (ministack#1745).
+    **dict.fromkeys(("kms", "lambda", "monitoring", "route53"), Profile(clock_skew=300)),
+    **dict.fromkeys(("glacier", "aoss"), Profile(sends_hash=True)),
+    # VPC Lattice takes no other payload line ("SigV4 authenticated requests for VPC Lattice").
+    "vpc-lattice-svcs": Profile(unsigned_body=".*", sends_hash=True),
+    # The operations that the service models mark with v4-unsigned-body.
+    "ebs": Profile(unsigned_body="PUT /snapshots/[^/]+/blocks/[^/]+"),
+    "lex": Profile(unsigned_body="POST /bots?/.+/(content|utterance)"),
+    "mediastore": Profile(unsigned_body="PUT /.+"),
+    "omics": Profile(unsigned_body="PUT /sequencestore/[^/]+/upload/[^/]+/part"),
+}
+_GENERAL = Profile()
+
+
+# ---- Verification ----
+
+
+class Verified(NamedTuple):
+    """A verified request: its client, its scope and the body that was signed."""
+
+    client: Client
+    scope: CredentialScope
+    body: Body
+    payload_hash: str  # the payload line of the canonical request
+    presigned: bool
+    signed_headers: Sequence[str] = ()
+
+
 Spool = Callable[[Body], tuple[Body, str]]
 # The claims, profile, client, payload line (None: hash the body) and other Host of a head.
 Proven = tuple[Authorization, Profile, Client, Optional[str], str]
@@ -1286,22 +1118,6 @@ def verify(
 ) -> Verified:
     """Return the client, the scope and the body of a request.  `rules` are for `verify_head`."""
     return verify_body(request, verify_head(request, clients, now, **rules), spool)
-
-
-def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
-    """Check what the head does not prove.  A body of S3's family is checked while it is read."""
-    claimed, profile, client, declared, _ = proven
-    scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
-    if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
-        key = signing_key(client.secret_access_key, scope)
-        body = streamed_body(request, claimed, declared, key)
-        return Verified(client, scope, body, declared, presigned, signed)
-    body, computed = spool(request.body)
-    if declared is None:
-        _check_signature(request, proven, computed)
-    else:
-        _check_hash(request, declared, computed)
-    return Verified(client, scope, body, computed, presigned, signed)
 
 
 def verify_head(
@@ -1337,6 +1153,22 @@ def verify_head(
     if declared is not None:  # otherwise `verify_body` checks the signature
         _check_signature(request, proven, declared)
     return proven
+
+
+def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
+    """Check what the head does not prove.  A body of S3's family is checked while it is read."""
+    claimed, profile, client, declared, _ = proven
+    scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
+    if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
+        key = signing_key(client.secret_access_key, scope)
+        body = streamed_body(request, claimed, declared, key)
+        return Verified(client, scope, body, declared, presigned, signed)
+    body, computed = spool(request.body)
+    if declared is None:
+        _check_signature(request, proven, computed)
+    else:
+        _check_hash(request, declared, computed)
+    return Verified(client, scope, body, computed, presigned, signed)
 
 
 def _check_time(request: Request, claimed: Authorization, now: float, skew: int) -> None:
@@ -1463,8 +1295,236 @@ def _declared_payload(
 
 
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
-_PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 
+
+def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
+    """Compare in constant time.  The refusal shows our canonical request, without the token."""
+    claimed, profile, _, _, other_host = proven
+    parts = canonical_parts(request, claimed, payload_hash, profile)
+    if _holds(proven, parts):
+        return
+    if other_host:
+        replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
+        if _holds(proven, replaced):
+            # From here on the request has the Host that the client signed.
+            request.__dict__["fields"] = {**request.fields, "host": [other_host]}
+            return
+    canonical = "\n".join(parts)
+    text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
+    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
+    signed = text.decode("latin-1")
+    explained = explain_mismatch(request, proven, parts)
+    detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
+    detail["SignatureProvided"] = claimed.signature
+    detail["StringToSignBytes"] = text.hex(" ")
+    detail["CanonicalRequest"] = shown
+    detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
+    raise refusal("signature", request, shown, signed, explained, **detail)
+
+
+def _holds(proven: Proven, parts: Iterable[str]) -> bool:
+    claimed, _, client, *_ = proven
+    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
+    computed = signature(client.secret_access_key, claimed.scope, text)
+    return hmac.compare_digest(computed, claimed.signature)  # both ASCII
+
+
+def _check_hash(request: Request, declared: str, computed: str) -> None:
+    if computed != declared:
+        detail = {"ClientComputedContentSHA256": declared, "S3ComputedContentSHA256": computed}
+        raise refusal("body", request, **detail)
+
+
+# ---- Refusals ----
+
+# By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
+# family if it differs.  People search for AWS's own messages, so they are AWS's where known.
+_NOT_SIGNED = "There were headers present in the request which were not signed: {}"
+_HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
+_SKEWED = "The difference between the request time and the server's time is too large."
+_DATELESS = "AWS authentication requires a valid Date or x-amz-date header"
+_VERSION_2 = (
+    "The authorization mechanism you have provided is not supported: it is Signature Version 2."
+    ' Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="s3v4")).'
+)
+_COMPUTED = (
+    "\n\nThe Canonical String for this request should have been\n'{}'\n\n"
+    "The String-to-Sign should have been\n'{}'\n{}"
+)
+REFUSALS: Mapping[str, Sequence[str]] = {
+    "unsigned": ("MissingAuthenticationToken", "AccessDenied",
+        "Request is missing Authentication Token"),
+    "form post": ("MissingAuthenticationToken", "AccessDenied",
+        "This is a browser's form POST, signed in its form fields, which awsproxy does not verify."
+        " Upload with a presigned PUT (boto3: generate_presigned_url) instead."),
+    "several": ("SignatureDoesNotMatch", "InvalidArgument",
+        "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters."),
+    "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
+    "version 2 of s3": ("InvalidRequest", "InvalidRequest", _VERSION_2),  # names no service
+    "scheme": ("MissingAuthenticationToken", "InvalidArgument",
+        "Request is missing Authentication Token: the Authorization header is of type '{}'."
+        " Please use AWS4-HMAC-SHA256."),
+    "algorithm": ("IncompleteSignature", "InvalidArgument",
+        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
+    "query algorithm": ("IncompleteSignature", "AuthorizationQueryParametersError",
+        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
+    "header parameter": ("IncompleteSignature", "AuthorizationHeaderMalformed",
+        "{} Authorization=AWS4-HMAC-SHA256"),
+    "query parameter": ("IncompleteSignature", "AuthorizationQueryParametersError",
+        "{} Re-examine the query-string parameters."),
+    "credential": ("IncompleteSignature", "AuthorizationHeaderMalformed",
+        "Credential must have exactly 5 slash-delimited elements,"
+        " e.g. keyid/date/region/service/term, got '{}'."),
+    "no date": ("IncompleteSignature", "AccessDenied",
+        "{} Authorization=AWS4-HMAC-SHA256", _DATELESS),
+    "date": ("IncompleteSignature", "AccessDenied",
+        "Date must be in ISO-8601 'basic format'. Got '{}'."
+        " See http://en.wikipedia.org/wiki/ISO_8601", _DATELESS),
+    "past": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
+        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED),
+    "future": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
+        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED),
+    "expired": ("SignatureDoesNotMatch", "AccessDenied",
+        "Signature expired: {} is now earlier than {}.", "Request has expired"),
+    "not yet valid": ("SignatureDoesNotMatch", "AccessDenied",
+        "Signature not yet current: {} is still later than {} ({} + {}.)",
+        "Request is not valid yet"),
+    "scope": ("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
+        "The authorization header is malformed; {1}"),
+    "query scope": ("SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
+        "Error parsing the X-Amz-Credential parameter; {1}"),
+    "key": ("InvalidClientTokenId", "InvalidAccessKeyId",
+        "The security token included in the request is invalid.",
+        "The AWS Access Key Id you provided does not exist in our records."),
+    "token": ("InvalidClientTokenId", "InvalidToken",
+        "The security token included in the request is invalid"),
+    "host": ("SignatureDoesNotMatch", "AccessDenied",
+        "'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization."),
+    "unsigned headers": ("SignatureDoesNotMatch", "AccessDenied", _NOT_SIGNED),
+    "absent headers": ("SignatureDoesNotMatch", "AccessDenied",
+        "There were signed headers which the request does not have: {}"),
+    "no payload": ("SignatureDoesNotMatch", "InvalidRequest",
+        "Missing required header for this request: x-amz-content-sha256"),
+    "payload": ("SignatureDoesNotMatch", "InvalidArgument",
+        "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
+        " UNSIGNED-PAYLOAD is for Amazon S3 and for a few operations, with TLS.",
+        "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
+        " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
+        " valid sha256 value."),
+    "streaming": ("SignatureDoesNotMatch", "NotImplemented",
+        "A body in chunks signed with Signature Version 4A ({}) is not implemented;"
+        " use AWS4-HMAC-SHA256."),
+    "stream": ("SignatureDoesNotMatch", "InvalidRequest",
+        "The value of x-amz-content-sha256 header is invalid."),
+    "body": ("SignatureDoesNotMatch", "XAmzContentSHA256Mismatch", _HASH_MISMATCH),
+    "signature": ("SignatureDoesNotMatch", "SignatureDoesNotMatch",
+        "The request signature we calculated does not match the signature you provided."
+        " Check your AWS Secret Access Key and signing method."
+        f" Consult the service documentation for details.{_COMPUTED}",
+        "The request signature we calculated does not match the signature you provided."
+        f" Check your key and signing method.{_COMPUTED}"),
+    "uri": ("InvalidURI", "InvalidURI", "Couldn't parse the specified URI."),
+    "query": ("MalformedQueryString", "InvalidURI",
+        "The query string contains a '%' that begins no escape.",
+        "Couldn't parse the specified URI."),
+}  # fmt: skip
+
+
+def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
+    """Return the error of a row of REFUSALS, in the words of the service that is called."""
+    code, s3_code, message, *s3_message = REFUSALS[reason]
+    claimed = request.__dict__.get("claimed")  # None while it is being parsed
+    scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
+    if scope.service in S3_FAMILY:
+        code, message = s3_code, (s3_message or [message])[0]
+    error = ServiceError(code, message.format(*values), **detail)
+    error.reason = reason
+    return error
+
+
+Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
+_NO_CLAIM = "", CredentialScope("", "", "")
+# Bounded, since anybody may send anything here.
+_CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
+_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
+_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
+
+
+def claim(request: Request) -> Claim:
+    """Return the unverified key id and scope of a request, even a malformed one; "" for none."""
+    found: Optional[Claim] = request.__dict__.get("salvaged")
+    if found is None:
+        try:
+            return authorization_of(request)[:2]
+        except ServiceError:
+            found = request.__dict__["salvaged"] = _salvaged_claim(request)
+    return found
+
+
+def _salvaged_claim(request: Request) -> Claim:
+    header = request.header("authorization")
+    if header:
+        texts = _CLAIM_IN_HEADER.findall(header)
+    else:
+        found = _CLAIM_IN_QUERY.findall(request.target)
+        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
+    for match in filter(None, map(_CLAIM.match, texts)):
+        access_key_id, date, region, service = match.groups()
+        return access_key_id, CredentialScope(date, region, service)
+    return _NO_CLAIM
+
+
+# ---- Presigned URLs ----
+
+MAX_PRESIGNED_SECONDS = 604800
+_QUERY_PARAMETERS = {
+    f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
+    for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
+}
+_PRESIGNED_MARKS = (b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature")
+# Some readers look at the raw query string and some at the decoded one; no client escapes these.
+_ESCAPED_NAME = re.compile(
+    "(?i)[?&](?=[^=&%]{0,40}%)"
+    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
+)
+
+
+def _parse_query(request: Request) -> Authorization:
+    reason = "query parameter"
+    given: dict[str, str] = {}
+    for raw_name, raw_value in request.query:
+        name = _QUERY_PARAMETERS.get(raw_name.lower())
+        if name is None:
+            continue
+        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
+        if name in given or raw_name != name.encode():
+            raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
+        given[name] = raw_value.decode("latin-1")
+    if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
+        raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
+    missing = [name for name in _QUERY_PARAMETERS.values() if not given.get(name)]
+    missing = [name for name in missing if name not in ("X-Amz-Security-Token", "X-Amz-Expires")]
+    if not missing:
+        key = _parse_credential(request, given["X-Amz-Credential"], reason)
+        if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
+            missing.append("X-Amz-Expires")
+    if missing:
+        raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
+    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
+    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
+    expires = given.get("X-Amz-Expires")
+    if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
+        raise refusal(reason, request, "X-Amz-Expires should be a number.")
+    seconds = int(expires) if expires else None
+    if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
+        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
+        raise refusal(reason, request, fault)
+    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
+
+
+# ---- Mistakes of clients ----
+
+_PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 # Known mistakes of curl and others: a line of the canonical request, a function that returns
 # their form of that line, and advice.
 DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
@@ -1510,46 +1570,13 @@ def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> 
     return ""
 
 
-def _holds(proven: Proven, parts: Iterable[str]) -> bool:
-    claimed, _, client, *_ = proven
-    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
-    computed = signature(client.secret_access_key, claimed.scope, text)
-    return hmac.compare_digest(computed, claimed.signature)  # both ASCII
-
-
-def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
-    """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    claimed, profile, _, _, other_host = proven
-    parts = canonical_parts(request, claimed, payload_hash, profile)
-    if _holds(proven, parts):
-        return
-    if other_host:
-        replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
-        if _holds(proven, replaced):
-            # From here on the request has the Host that the client signed.
-            request.__dict__["fields"] = {**request.fields, "host": [other_host]}
-            return
-    canonical = "\n".join(parts)
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
-    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
-    signed = text.decode("latin-1")
-    explained = explain_mismatch(request, proven, parts)
-    detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
-    detail["SignatureProvided"] = claimed.signature
-    detail["StringToSignBytes"] = text.hex(" ")
-    detail["CanonicalRequest"] = shown
-    detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
-    raise refusal("signature", request, shown, signed, explained, **detail)
-
-
-def _check_hash(request: Request, declared: str, computed: str) -> None:
-    if computed != declared:
-        detail = {"ClientComputedContentSHA256": declared, "S3ComputedContentSHA256": computed}
-        raise refusal("body", request, **detail)
-
-
 # ---- Bodies that are checked as they stream ----
-#
+
+STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+STREAMING_TRAILER = STREAMING + "-TRAILER"
+STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+
+
 # Each reader returns its last byte only after it has checked the whole body.  So a sender that
 # passes the body on can stop before the body is complete.
 
@@ -1634,7 +1661,6 @@ CHECKSUMS: Mapping[str, Checksum] = {
     "x-amz-checksum-sha1": Checksum(28, hashlib.sha1),
     "x-amz-checksum-sha256": Checksum(44, hashlib.sha256),
 }
-
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
 
@@ -1828,6 +1854,9 @@ def streamed_body(
     if declared != STREAMING_UNSIGNED and checked:
         signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
     return AwsChunkedBody(request, int(length), signer, announced, checked)
+
+
+# ---- Signing ----
 
 
 class Credentials(NamedTuple):
