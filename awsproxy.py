@@ -753,7 +753,7 @@ def encode_reply(
 # they have just checked.  No later code reads the identity from the request again.
 # To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
-# ---- Parsing ----
+# [3.1] Parsing
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -934,7 +934,7 @@ def _date_header(request: Request) -> Optional[str]:
         raise refusal("date", request, value[:80]) from error
 
 
-# ---- Canonical request ----
+# [3.2] Canonical request
 
 
 def canonical_path(path: str, normalize: bool) -> str:
@@ -1011,7 +1011,7 @@ def canonical_request(
     return "\n".join(parts).encode("latin-1")
 
 
-# ---- String to sign, signing key, signature ----
+# [3.3] String to sign, signing key, signature
 
 
 def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> bytes:
@@ -1052,7 +1052,7 @@ def _utc(second: int, form: str) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(form)
 
 
-# ---- Rules of services ----
+# [3.4] Rules of services
 
 S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 
@@ -1088,7 +1088,7 @@ PROFILES: Mapping[str, Profile] = {
 _GENERAL = Profile()
 
 
-# ---- Verification ----
+# [3.5] Verification
 
 
 class Verified(NamedTuple):
@@ -1102,9 +1102,17 @@ class Verified(NamedTuple):
     signed_headers: Sequence[str] = ()
 
 
+class Proven(NamedTuple):
+    """What the head of a request proves."""
+
+    claimed: Authorization
+    profile: Profile
+    client: Client
+    declared: Optional[str]  # the payload line; None if the body must be hashed
+    other_host: str  # that the client may have signed, if a reverse proxy replaced Host
+
+
 Spool = Callable[[Body], tuple[Body, str]]
-# The claims, profile, client, payload line (None: hash the body) and other Host of a head.
-Proven = tuple[Authorization, Profile, Client, Optional[str], str]
 
 
 def read_whole(body: Body) -> tuple[Body, str]:
@@ -1149,7 +1157,7 @@ def verify_head(
     client = _find_client(request, claimed, clients)
     _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
-    proven = (claimed, profile, client, declared, other_host)
+    proven = Proven(claimed, profile, client, declared, other_host)
     if declared is not None:  # otherwise `verify_body` checks the signature
         _check_signature(request, proven, declared)
     return proven
@@ -1335,7 +1343,7 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
         raise refusal("body", request, **detail)
 
 
-# ---- Refusals ----
+# [3.6] Refusals
 
 # By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
 # family if it differs.  People search for AWS's own messages, so they are AWS's where known.
@@ -1474,7 +1482,7 @@ def _salvaged_claim(request: Request) -> Claim:
     return _NO_CLAIM
 
 
-# ---- Presigned URLs ----
+# [3.7] Presigned URLs
 
 MAX_PRESIGNED_SECONDS = 604800
 _QUERY_PARAMETERS = {
@@ -1522,7 +1530,7 @@ def _parse_query(request: Request) -> Authorization:
     return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
 
 
-# ---- Mistakes of clients ----
+# [3.8] Mistakes of clients
 
 _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 # Known mistakes of curl and others: a line of the canonical request, a function that returns
@@ -1570,15 +1578,13 @@ def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> 
     return ""
 
 
-# ---- Bodies that are checked as they stream ----
+# [3.9] Bodies that are checked as they stream
+# Each reader returns its last byte only after it has checked the whole body.  So a sender that
+# passes the body on can stop before the body is complete.
 
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
 STREAMING_TRAILER = STREAMING + "-TRAILER"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
-
-
-# Each reader returns its last byte only after it has checked the whole body.  So a sender that
-# passes the body on can stop before the body is complete.
 
 
 class CheckedBody:
@@ -1856,7 +1862,7 @@ def streamed_body(
     return AwsChunkedBody(request, int(length), signer, announced, checked)
 
 
-# ---- Signing ----
+# [3.10] Signing
 
 
 class Credentials(NamedTuple):
@@ -1900,7 +1906,7 @@ def sign(
     return signed, Authorization(keys.access_key_id, scope, names, made, amz_date)
 
 
-# ---- Removing a signature ----
+# [3.11] Removing a signature
 
 HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
