@@ -236,6 +236,7 @@ class Call:
     path: str = ""  # of a REST call, as patterns spell it
     signed_headers: Sequence[str] = ()
     bucket: str = ""  # of Amazon S3, if the Host names it
+    other_paths: Sequence[str] = ()  # other readings of the path, which need the same route
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
     advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
@@ -6533,8 +6534,10 @@ class Upstream:
 class Exchange:
     """A request and its result, for `Hook.observe`."""
 
+    verified: Optional[Verified] = None  # None before the signature is checked
     call: Optional[Call] = None  # None before the operation is known
     target: Optional[Target] = None  # chosen by Proxy
+    outcome: Optional[Outcome] = None  # ends the plot of Proxy.begin
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = 0
@@ -7273,7 +7276,7 @@ class TaskProtection(InFlight):
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
-# ==== 8. The proxy: Route, Embedded, Deny, PendingCall, Proxy ====
+# ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
 _DEMO = Client("demo", "dummykey", "dummysecret")
 DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
@@ -7620,55 +7623,69 @@ class Admin:
         return self.max_body
 
 
-class PendingCall:
-    """A call that waits for the answer of an upstream on `socket`."""
+class Pending:
+    """A call whose reply must be waited for.
+
+    The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
+    calls `wait`, which may block.
+    """
 
     def __init__(
-        self, proxy: Proxy, exchange: Exchange, upstream: Upstream, attempt: Attempt, data: bytes
+        self,
+        proxy: Proxy,
+        exchange: Exchange,
+        act: Act,
+        attempt: Optional[Attempt] = None,
+        data: bytes = b"",
     ) -> None:
-        self.socket = attempt.connection.socket
-        self.timeout = attempt.connection.timeout
+        self.socket = attempt.connection.socket if attempt else None
+        self.timeout = attempt.connection.timeout if attempt else math.inf
         self._proxy = proxy
         self._exchange = exchange
-        self._upstream = upstream
-        self._attempt = attempt
+        self._upstream: Any = exchange.target
+        self._act = act
+        self._attempt: Any = attempt
         self._data = data
 
-    def _complete(self, act: Act) -> Act:
-        return functools.partial(self._proxy.complete, self._exchange, act)
+    def send(self) -> None:
+        """Send the call without waiting, or leave that to `wait`."""
+        if self.socket:
+            call, connection = self._attempt.call, self._attempt.connection
+            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
+            if not connection.send_now(self._data):
+                connection.close()  # the call was not sent completely
+                self.socket = None
 
-    def send(self) -> Union[PendingCall, Act]:
-        """Send the call without waiting, or return a function that sends it and waits."""
-        call, connection = self._attempt.call, self._attempt.connection
-        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-        if connection.send_now(self._data):
-            return self
-        connection.close()  # the call was not sent completely
-        request_id = self._exchange.request_id
-        return self._complete(functools.partial(self._upstream.answer, call, request_id))
-
-    def proceed(self) -> Union[Reply, Act, None]:
-        """Return the reply, a function that may wait for it, or None if it is not complete."""
+    def proceed(self) -> Optional[Outcome]:
+        """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
         try:
             result = self._upstream.arrived(self._attempt)
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
-        return result and self._complete(result)
+        if result is None:
+            return None
+        self.socket, self._act = None, result
+        return self
 
-    def wait(self) -> Union[Reply, Act]:
-        """Wait for the reply, and return it or a function that waits for the rest."""
-        while self._attempt.connection.has_arrived(self.timeout):
-            result = self.proceed()
-            if result is not None:
-                return result
-        return self.give_up()
+    def wait(self) -> Reply:
+        """Wait for the reply."""
+        while self.socket:
+            if not self._attempt.connection.has_arrived(self.timeout):
+                return self.give_up()
+            outcome = self.proceed()
+            if isinstance(outcome, Reply):
+                return outcome
+        try:
+            return self._proxy.observed(self._exchange, self._act())
+        except Exception as error:
+            return self._proxy.refuse(self._exchange, error)
 
     @property
     def is_poll(self) -> bool:
         """True if the call waits for messages."""
-        return self._attempt.call.action == RECEIVE
+        return bool(self._attempt.call.action == RECEIVE)
 
     def cut_short(self) -> tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and a function that puts later messages back."""
@@ -7687,7 +7704,7 @@ class PendingCall:
         return self._proxy.refuse(self._exchange, error)
 
 
-Outcome = Union[Reply, PendingCall, Act]
+Outcome = Union[Reply, Pending]
 
 
 class Proxy:
@@ -7746,6 +7763,14 @@ class Proxy:
         self.arrange_hooks()
         self._clock = clock
         self._new_id = new_id
+        self._steps = (
+            self._answer_own_path,
+            self._verify,
+            self._find_call,
+            self._find_target,
+            self._act,
+            self._finish,
+        )
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
         exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
@@ -7771,24 +7796,27 @@ class Proxy:
         if refused:
             return self.refuse(self._exchange(request), refused)
         (outcome,) = self.begin([request])
-        if isinstance(outcome, PendingCall):
-            outcome = outcome.wait()
-        return outcome if isinstance(outcome, Reply) else outcome()
+        return outcome if isinstance(outcome, Reply) else outcome.wait()
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
-        """Start each request.
+        """Take each request through the steps until one of them has an outcome.
 
-        Return a Reply if one is ready, a PendingCall if an upstream must answer first, or a
-        function that may block and returns the Reply.  Each step runs for all requests before the
-        next step: its code is then in the processor's caches, which saves a third of the time.
+        Each step runs for all requests before the next step: its code is then in the processor's
+        caches, which saves a third of the time.
         """
-        outcomes: list[Any] = [self._own_path(it) or self._exchange(it) for it in requests]
-        step: Callable[..., Any] = self._step
-        observed: Callable[..., Reply] = self.observed
-        for act in (self._find_call, self._act):
-            outcomes = [step(act, it) if isinstance(it, Exchange) else it for it in outcomes]
-        outcomes = [observed(it, it.reply) if isinstance(it, Exchange) else it for it in outcomes]
-        return [it.send() if isinstance(it, PendingCall) else it for it in outcomes]
+        exchanges = [self._exchange(request) for request in requests]
+        for step in self._steps:
+            for exchange in exchanges:
+                if exchange.outcome is None:
+                    try:
+                        step(exchange)
+                    except Exception as error:
+                        exchange.outcome = self.refuse(exchange, error)
+        outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
+        for outcome in outcomes:
+            if isinstance(outcome, Pending):
+                outcome.send()
+        return outcomes
 
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
@@ -7824,16 +7852,15 @@ class Proxy:
                 return service
         return ""
 
-    def _own_path(self, request: Request) -> Optional[Reply]:
-        """Return the reply for a path of our own; no bucket has such a name."""
-        ours = request.target.startswith(Status.PREFIX) and is_loopback(request.peer)
-        if not ours or not self._status:
-            return None
-        try:
-            check_page(request, self.hosts)
-        except ServiceError as error:
-            return REST.error(request, error, self._new_id())
-        return self._status.reply_to(request)
+    def _answer_own_path(self, exchange: Exchange) -> None:
+        """Answer a path of our own; no bucket has such a name."""
+        request, status = exchange.request, self._status
+        if status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
+            try:
+                check_page(request, self.hosts)
+                exchange.outcome = status.reply_to(request)
+            except ServiceError as error:
+                exchange.outcome = REST.error(request, error, exchange.request_id)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return the refusal of a request by its head, or None if the body must be read."""
@@ -7866,35 +7893,69 @@ class Proxy:
         check_one_reading(request, wire, exchange.service)
         return proven
 
-    def _step(self, step: Callable[[Exchange], Any], exchange: Exchange) -> Any:
-        try:
-            return step(exchange)
-        except Exception as error:
-            return self.refuse(exchange, error)
+    def _verify(self, exchange: Exchange) -> None:
+        """Find out who the caller is."""
+        proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
+        exchange.verified = (
+            verify_body(exchange.request, proven, spool) if proven else self._unverified(exchange)
+        )
 
-    def _act(self, exchange: Exchange) -> Union[Exchange, Outcome]:
+    def _find_call(self, exchange: Exchange) -> None:
+        """Find out what the caller wants."""
+        request, found = exchange.request, exchange.verified
+        assert found
+        meaning = self._meaning(exchange, found)
+        base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
+        exchange.call = Call(
+            request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
+            found.client, found.body, found.payload_hash, found.presigned, base_url,
+            meaning.encoded, exchange.began, meaning.path, found.signed_headers, meaning.bucket,
+            meaning.other_paths,
+        )  # fmt: skip
+
+    def _find_target(self, exchange: Exchange) -> None:
+        """Find out what answers the call."""
+        call = exchange.call
+        assert call
+        call.route = self._route(call.action)
+        if exchange.unsigned:
+            self._pass_unsigned(exchange, call)
+        for path in call.other_paths:
+            if self._route(f"{call.service}:{call.operation}{path}") != call.route:
+                raise ServiceError("InvalidURI", "The path has readings with different routes.")
+        if call.route is None:
+            raise ServiceError("AccessDenied", self._no_route(call.action))
+        if isinstance(call.route.target, Deny):
+            other = self._other_target(call.service)
+            call.advice = route_flag(call.action[:MAX_SHOWN], other)
+        exchange.target = call.route.target
+
+    def _act(self, exchange: Exchange) -> None:
         """Let the target answer if it need not wait."""
         call, target = exchange.call, exchange.target
         assert call and target
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             exchange.reply = no_messages(call, exchange.request_id)
-            return exchange
-        try:
-            hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
-            if not hooks and not target.may_block:
-                call.may_wait = False
-                exchange.reply = target.answer(call, exchange.request_id)
-                return exchange
-            if not hooks and isinstance(target, Upstream):
-                begun = target.begin(call)
-                if begun:
-                    return PendingCall(self, exchange, target, *begun)
-        except WouldWait:
-            call.may_wait = True
+            return
+        hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
         act = functools.partial(target.answer, call, exchange.request_id)
+        begun: Optional[tuple[Attempt, bytes]] = None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        return functools.partial(self.complete, exchange, act)
+        elif isinstance(target, Upstream):
+            begun = target.begin(call)
+        elif not target.may_block:
+            try:
+                call.may_wait = False
+                exchange.reply = act()
+                return
+            except WouldWait:
+                call.may_wait = True
+        exchange.outcome = Pending(self, exchange, act, *(begun or ()))
+
+    def _finish(self, exchange: Exchange) -> None:
+        assert exchange.reply
+        exchange.outcome = self.observed(exchange, exchange.reply)
 
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
@@ -7958,13 +8019,6 @@ class Proxy:
             raise TypeError(f"{name_of(moment)} returned {fault}")
         return result
 
-    def complete(self, exchange: Exchange, act: Callable[[], Reply]) -> Reply:
-        """Return the reply of `act`, or the refusal for its exception."""
-        try:
-            return self.observed(exchange, act())
-        except Exception as error:
-            return self.refuse(exchange, error)
-
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
         """Return the refusal.  Log any error but ServiceError: it is a fault of the proxy."""
         if not isinstance(error, ServiceError):
@@ -7997,36 +8051,6 @@ class Proxy:
             except Exception:
                 log.exception("a hook's observe failed")
         return reply
-
-    def _find_call(self, exchange: Exchange) -> Exchange:
-        """Verify the caller, and find the call and its target."""
-        request, wire = exchange.request, exchange.wire
-        proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
-        found = verify_body(request, proven, spool) if proven else self._unverified(exchange)
-        client, scope = found.client, found.scope
-        meaning = self._meaning(exchange, found)
-        base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
-        service, operation = scope.service, meaning.operation
-        call = Call(
-            request, wire, service, operation, scope.region, client, found.body,
-            found.payload_hash, found.presigned, base_url, meaning.encoded, exchange.began,
-            meaning.path, found.signed_headers, meaning.bucket,
-        )  # fmt: skip
-        exchange.call = call  # from here on, the log has the action of a refused call
-        action = call.action
-        call.route = self._route(action)
-        if exchange.unsigned:
-            self._pass_unsigned(exchange, call)
-        for path in meaning.other_paths:
-            if self._route(f"{call.service}:{call.operation}{path}") != call.route:
-                raise ServiceError("InvalidURI", "The path has readings with different routes.")
-        if call.route is None:
-            raise ServiceError("AccessDenied", self._no_route(action))
-        target = call.route.target
-        if isinstance(target, Deny):
-            call.advice = route_flag(call.action[:MAX_SHOWN], self._other_target(call.service))
-        exchange.target = target
-        return exchange
 
     def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
         request = exchange.request
@@ -8245,7 +8269,7 @@ class PeerConnection:
         self.buffer = b""
         self.parked = False  # whether it is registered with the selector
         self.queued = False  # whether the loop will look for a request in the buffer
-        self.pending: Optional[PendingCall] = None  # the call that waits for an upstream
+        self.pending: Optional[Pending] = None  # the call that waits for an upstream
         self.needed = 0  # bytes that must be in the buffer for a request
         self.scanned = 0  # bytes of the buffer without the end of a head
         self.found: Optional[tuple[Head, int, int]] = None  # a head whose body is incomplete
@@ -8375,7 +8399,7 @@ class PeerConnection:
 
     def send_outcome(self, outcome: Outcome, framing: Framing) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
-        if isinstance(outcome, PendingCall):
+        if isinstance(outcome, Pending) and outcome.socket:
             self.server.wait(self, outcome, framing)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             date = _http_date(int(time.time()))
@@ -8482,9 +8506,9 @@ class PeerConnection:
 
         return _receive
 
-    def _write(self, outcome: Union[Reply, Act], framing: Framing) -> bool:
+    def _write(self, outcome: Outcome, framing: Framing) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
-        reply = outcome if isinstance(outcome, Reply) else outcome()
+        reply = outcome if isinstance(outcome, Reply) else outcome.wait()
         close, head_only, old = framing
         date = _http_date(int(time.time()))
         if isinstance(reply.body, bytes):
@@ -8586,11 +8610,10 @@ class Server(http.server.HTTPServer):
         self._connections: set[PeerConnection] = set()
         self._queue: collections.deque[PeerConnection] = collections.deque()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[PendingCall] = []  # whose upstreams have sent something
+        self._heard: list[Pending] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome, Framing]] = []  # of upstreams
-        self._pending: dict[
-            PendingCall, tuple[float, PeerConnection, Framing]
-        ] = {}  # with its start
+        # Calls that wait for an upstream: since when, on which socket, and for whom.
+        self._pending: dict[Pending, tuple[float, socket.socket, PeerConnection, Framing]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -8656,9 +8679,9 @@ class Server(http.server.HTTPServer):
         """Answer the upstreams' replies, and the next requests in the queue."""
         heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
         self._heard.clear()
-        for pending, reply in [(pending, pending.proceed()) for pending in heard]:
-            if reply is not None:
-                self._settle(pending, reply)
+        for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
+            if outcome is not None:
+                self._settle(pending, outcome)
         found: list[tuple[PeerConnection, Request, Framing]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
             connection = self._queue.popleft()
@@ -8737,7 +8760,7 @@ class Server(http.server.HTTPServer):
         for pending in [p for p in self._pending if p.is_poll]:
             self._cut_short(pending)
 
-    def interrupted(self, connection: PeerConnection, pending: PendingCall) -> None:
+    def interrupted(self, connection: PeerConnection, pending: Pending) -> None:
         """End the call of a client that has hung up; what another client says can wait."""
         self.unpark(connection)
         if not connection.abandoned():
@@ -8747,7 +8770,7 @@ class Server(http.server.HTTPServer):
         else:
             self._settle(pending, pending.give_up("the client has left"))
 
-    def _cut_short(self, pending: PendingCall) -> None:
+    def _cut_short(self, pending: Pending) -> None:
         reply, put_back = pending.cut_short()
         self._settle(pending, reply)
         self._workers.run(put_back)
@@ -8853,21 +8876,23 @@ class Server(http.server.HTTPServer):
         for connection in [c for c in self._connections if c.deadline < now and c.parked]:
             connection.close()
 
-    def wait(self, connection: PeerConnection, pending: PendingCall, framing: Framing) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending, framing: Framing) -> None:
         """Make the loop wait for the answer of an upstream."""
+        sock = pending.socket
+        assert sock
         connection.pending, connection.deadline = pending, math.inf
-        self._pending[pending] = (time.monotonic(), connection, framing)
+        self._pending[pending] = (time.monotonic(), sock, connection, framing)
         act = functools.partial(self._heard.append, pending)
-        self._selector.register(pending.socket, selectors.EVENT_READ, act)
+        self._selector.register(sock, selectors.EVENT_READ, act)
 
-    def _settle(self, pending: PendingCall, reply: Union[Reply, Callable[[], Reply]]) -> None:
-        _, connection, framing = self._pending.pop(pending)
+    def _settle(self, pending: Pending, outcome: Outcome) -> None:
+        _, sock, connection, framing = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
-            self._selector.unregister(pending.socket)
+            self._selector.unregister(sock)
         connection.pending = None
         if connection in self._connections:
             self._park(connection)
-            self._replies.append((connection, reply, framing))
+            self._replies.append((connection, outcome, framing))
 
     def _give_up_pending(self) -> None:
         now = time.monotonic()

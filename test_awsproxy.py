@@ -13849,7 +13849,7 @@ class HookTest(unittest.TestCase):
                     logs.enter_context(self.assertLogs("awsproxy", "ERROR"))
                 (outcome,) = proxy.begin([request])
                 self.assertEqual(isinstance(outcome, Reply), direct)
-                self.assertEqual((outcome if direct else outcome()).status, status)
+                self.assertEqual((outcome if direct else outcome.wait()).status, status)
         observed = [f"{name}, observed" for name in ("CreateQueue", "DeleteMessage", "ListQueues")]
         self.assertEqual(hook.value.seen, [observed[0], "DeleteMessage", *observed[1:]])
 
