@@ -6755,6 +6755,7 @@ class LineWriter:
         self._stream = stream
         self._open_again = open_again
         self._reopens = False
+        self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self._lines: collections.deque[str] = collections.deque()
         self._writing = 0
         self._arrived = threading.Event()
@@ -6813,11 +6814,14 @@ class LineWriter:
 
 
 class AccessLog(Hook):
-    """Writes a line without secrets for each exchange, as text or as JSON."""
+    """Writes a line without secrets for each exchange.  `form` is text, json, columns or colours.
 
-    def __init__(self, stream: Any, of_json: bool) -> None:
+    The last two are for a terminal.
+    """
+
+    def __init__(self, stream: Any, form: str) -> None:
         self._stream = stream
-        self._of_json = of_json
+        self._form = form
 
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
@@ -6825,7 +6829,7 @@ class AccessLog(Hook):
         call, request = exchange.call, exchange.request
         fields = {
             "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
-            "client": request.peer,
+            "peer": request.peer,
             "key": exchange.access_key_id,
             "action": exchange.action[:MAX_SHOWN],
             "status": exchange.status,
@@ -6837,9 +6841,9 @@ class AccessLog(Hook):
             "upstream_request_id": (call and call.upstream_id) or "-",
             "reason": exchange.reason.replace(" ", "-") or "-",
         }
-        if self._of_json:
+        if self._form == "json":
             seconds = max(0.0, call.upstream_seconds) if call else 0.0
-            fields["name"] = call.caller.name if call else "-"
+            fields["client"] = call.caller.name if call else "-"
             fields["region"] = call.region if call else claim(request)[1].region or "-"
             fields["upstream_ms"] = round(seconds * 1000, 2)
             fields["request_bytes"] = exchange.request_bytes
@@ -6847,14 +6851,31 @@ class AccessLog(Hook):
             fields["attempt"] = exchange.attempt
             fields["user_agent"] = request.header("user-agent") or "-"
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
-        else:
+        elif self._form == "text":
             line = " ".join(map(str, fields.values()))
             if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
                 line = " ".join(str(_one_word(value)) for value in fields.values())
+        else:
+            line = _columns(fields, self._form == "colours")
         try:
             self._stream.write(line + "\n")
         except (OSError, ValueError):
             return  # the reader of the log has left
+
+
+_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
+
+
+def _columns(fields: Mapping[str, Any], coloured: bool) -> str:
+    """Return a line for a person, in columns."""
+    words = {name: _one_word(value) for name, value in fields.items()}
+    status = words["status"]
+    if coloured:
+        status = f"\033[{_COLOURS.get(fields['status'] // 100, 0)}m{status}\033[0m"
+    line = f"{words['time'][11:23]}  {status} {fields['ms']:>8.1f} ms  {words['peer']:<9}"
+    line += f"  {words['key']:<16}  {words['action']:<32}  {words['target']:<8}"
+    faults = [words[name] for name in ("error", "reason") if words[name] != "-"]
+    return f"{line}  {': '.join(faults)}".rstrip()
 
 
 def _is_plain(text: str) -> bool:
@@ -6944,6 +6965,12 @@ class Metrics(Hook):
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
             key = ("other", "other", "other", status // 100 * 100, "other", 0)
         return self._rows.setdefault(key, [0, 0, 0])
+
+    @property
+    def total(self) -> int:
+        """Return how many requests were answered."""
+        with self._lock:
+            return sum(row[0] for row in self._rows.values())
 
     def text(self) -> str:
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
@@ -9183,7 +9210,7 @@ class Program:
         self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
-        metrics = Metrics()
+        self._metrics = metrics = Metrics()
         self._keyring = keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, keyring, self._sqs, self._pool)
@@ -9297,8 +9324,10 @@ class Program:
             open_again = functools.partial(open_log, path)
             writer = LineWriter(open_again(), open_again) if path and not quiet else self._console
             self._writers = [writer] if writer and not quiet else []
-            of_json = self._options.log_format == "json"
-            hooks += [AccessLog(writer, of_json) for writer in self._writers]
+            form = self._options.log_format
+            if form == "text" and writer and writer.is_terminal:
+                form = "columns" if os.environ.get("NO_COLOR") else "colours"
+            hooks += [AccessLog(writer, form) for writer in self._writers]
             for path in self._options.hook:
                 hooks.append(HookFile(path))
         except (OSError, ValueError) as error:
@@ -9359,6 +9388,9 @@ class Program:
             self.server.stop()
             return
         self._drain_until = time.monotonic() + self._options.drain_seconds
+        held, calls = self._in_flight.total, self.server.calls
+        waits = f"{_counted(held, 'message')} in flight, {_counted(calls, 'call')} in progress"
+        self._tell(f"draining: {waits}, up to {self._options.drain_seconds:g} s")
         self.proxy.draining = self._status.draining = self._pool.draining = True
         self._sqs.drain()
 
@@ -9381,21 +9413,44 @@ class Program:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
         scheme = "https" if self._certificate else "http"
-        self._announce(f"listening on {scheme}", options.host, self.server)
+        url = self._announce(f"listening on {scheme}", options.host, self.server)
+        for line in self._introduction(f"{scheme}{url}"):
+            self._tell(line)
         release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
+        self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
         for writer in self._writers:
             writer.close()
         return 0
 
-    def _announce(self, what: str, host: str, server: Server) -> None:
+    def _announce(self, what: str, host: str, server: Server) -> str:
         port = server.server_address[1]
-        host = f"[{host}]" if ":" in host else host
+        address = f"://[{host}]:{port}" if ":" in host else f"://{host}:{port}"
         if self._console:
-            self._console.write(f"{what}://{host}:{port}\n")
+            self._console.write(f"{what}{address}\n")
+        return address
+
+    def _tell(self, line: str) -> None:
+        """Print a line for a person, so only on a terminal."""
+        if self._console and self._console.is_terminal:
+            self._console.write(f"{line}\n")
+
+    def _introduction(self, url: str) -> Iterator[str]:
+        """Yield what answers which clients, and a command to try."""
+        given = given_routes(self._options)
+        routes = ", ".join(f"{pattern} -> {target}" for pattern, target in given[:4])
+        clients = [client for same_key in self.proxy.clients.values() for client in same_key]
+        names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
+        yield f"answers {routes}; clients: {names:.200}"
+        keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
+        trust = f" --cacert {shlex.quote(self._options.tls_cert)}" if self._certificate else ""
+        yield (
+            f"try: curl {url}{trust} --aws-sigv4 aws:amz:us-east-1:sqs --user {keys}"
+            " -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'"
+        )
 
     def _note_signal(self, number: int, _: object) -> None:
         """Let the event loop handle the signal: a signal handler must not wait or fail."""
@@ -9409,6 +9464,10 @@ class Program:
             else:
                 for writer in self._writers:
                     writer.reopen()
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -9437,19 +9496,23 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
+    """Return the patterns and targets of the flags, or the default route."""
+    upstream = [("*", options.upstream)] if options.upstream else []
+    return [*options.route, *upstream] or [DEFAULT_ROUTE]
+
+
 def build_routes(
     options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
 ) -> Sequence[Route]:
     """Return the routes that the flags ask for."""
-    given = list(options.route)
-    if options.upstream:
-        given.append(("*", options.upstream))
     targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
+    given = given_routes(options)
     for _, name in given:
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
-    return [Route(pattern, targets[name]) for pattern, name in given or [DEFAULT_ROUTE]]
+    return [Route(pattern, targets[name]) for pattern, name in given]
 
 
 SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter

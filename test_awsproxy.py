@@ -35,6 +35,7 @@ import logging
 import math
 import os
 import platform
+import pty
 import queue
 import random
 import re
@@ -13744,7 +13745,7 @@ class JoinedUpTest(ForwardCase):
         for of_json in (False, True):
             recorder = FakeUpstream(self, answer % name)
             stream, metrics = io.StringIO(), Metrics()
-            hooks = [AccessLog(stream, of_json), metrics]
+            hooks = [AccessLog(stream, "json" if of_json else "text"), metrics]
             proxy = self.proxy(recorder, hooks=hooks)
             for at in (EXAMPLE_TIME, EXAMPLE_TIME - 1000):
                 proxy.handle(dataclasses.replace(table_call(at=at), peer="127.0.0.1"))
@@ -14800,7 +14801,7 @@ class MadeUpNameTest(unittest.TestCase):
     def test_made_up_names_do_not_fill_the_memory(self):
         metrics = Metrics()
         path = os.path.join(folder(self), "log")
-        log = AccessLog(awsproxy.open_log(path), False)
+        log = AccessLog(awsproxy.open_log(path), "text")
         self.addCleanup(lambda: log._stream.close())
         routes = [Route("a*:b", Deny()), Route("*", Deny())]
         proxy = demo_proxy(routes=routes, hooks=[metrics, log])
@@ -14991,7 +14992,7 @@ class LogLineTest(unittest.TestCase):
         path = os.path.join(folder(self), "log")
         stream = awsproxy.open_log(path)
         self.addCleanup(stream.close)
-        log = AccessLog(stream, of_json)
+        log = AccessLog(stream, "json" if of_json else "text")
         proxy = demo_proxy(hooks=[log])
         made = [Request(*given, io.BytesIO(b"{}"), "127.0.0.1") for given in self.requests()]
         for it in self.signed_requests():
@@ -18096,16 +18097,29 @@ def refusal_of_flags(*words):
 class Program:
     """awsproxy.py as a process; it can stand in for a Proxy, to which a Caller talks."""
 
-    def __init__(self, cleanup, *flags, before=(), python=(), path=awsproxy.__file__, **how):
+    def __init__(
+        self,
+        cleanup,
+        *flags,
+        before=(),
+        python=(),
+        path=awsproxy.__file__,
+        terminal=False,
+        **how,
+    ):
         command = [*before, sys.executable, *python, path, "--port", "0", *flags]
+        ours, its = pty.openpty() if terminal else (None, subprocess.PIPE)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=its,
             encoding="utf-8",
             **how,
         )
+        if terminal:
+            os.close(its)
+            self.process.stderr = open(ours, encoding="utf-8")
         cleanup(self.stop)
         self.warnings = []  # what it printed before it listened
         self._lines = queue.Queue()
@@ -18113,8 +18127,9 @@ class Program:
         self._reader.start()
 
     def _read(self):
-        for line in self.process.stderr:
-            self._lines.put(line.rstrip("\n"))
+        with contextlib.suppress(OSError):  # so Linux ends a terminal
+            for line in self.process.stderr:
+                self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
     def line(self, seconds=DEADLINE):
@@ -18213,7 +18228,7 @@ FLAGS = (
     " --no-verify --port --public-url --quiet --region --reuse-port --timeout --tls-cert --tls-key --version"
 ).split()
 LOG_FIELDS = (
-    "time client key action status error ms request_id route target upstream_request_id reason"
+    "time peer key action status error ms request_id route target upstream_request_id reason"
 ).split()
 
 
@@ -18531,13 +18546,41 @@ class CommandLineTest(unittest.TestCase):
                 refused_code(caller, operation, **given)
                 (entry,) = self.log_lines(program, form_of_line == "json", 1)
                 self.assertRegex(entry["time"], r"\A[0-9-]{10}T[0-9:]{8}\.[0-9]{3}Z\Z")
-                self.assertEqual(entry["client"], "127.0.0.1")
+                self.assertEqual(entry["peer"], "127.0.0.1")
                 self.assertEqual(entry["key"], key)
                 self.assertEqual(entry["action"], f"sqs:{operation}")
                 self.assertEqual((entry["status"], entry["error"]), (status, error))
                 self.assertTrue(0 <= entry["ms"] < 10000)
                 headers = {name.lower(): value for name, value in caller.reply.headers}
                 self.assertEqual(entry["request_id"], headers["x-amzn-requestid"])
+
+    @each({}, {"NO_COLOR": "1"})
+    def test_a_person_at_a_terminal_sees_columns(self, environment):
+        environ = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        program = self.start(terminal=True, env={**environ, **environment})
+        port = program.address[1]
+        self.assertEqual(program.line(), "answers sqs:* -> embedded; clients: demo (key dummykey)")
+        tried = program.line()
+        self.assertRegex(tried, rf"\Atry: curl http://127.0.0.1:{port} --aws-sigv4 .*-d '{{}}'\Z")
+        program.caller()("CreateQueue", QueueName="jobs")
+        program.caller()("SendMessage", QueueUrl="jobs", MessageBody="hunter2")
+        program.caller()("ReceiveMessage", QueueUrl="jobs")
+        refused_code(program.caller(client=Client("", "dummykey", "hunter2")))
+        lines = [program.line() for _ in range(4)]
+        coloured = r"\x1b\[{}m{}\x1b\[0m" if not environment else "{1}"
+        for line, action in zip(lines, ("CreateQueue", "SendMessage", "ReceiveMessage")):
+            self.assertRegex(line, rf"\A[0-9:.]{{12}}  {coloured.format(32, 200)} +[0-9.]+ ms"
+                             rf"  127.0.0.1  dummykey +sqs:{action} +embedded\Z")  # fmt: skip
+        self.assertRegex(lines[-1], rf"\A[0-9:.]{{12}}  {coloured.format(33, 403)} +[0-9.]+ ms"
+                         r"  127.0.0.1  \?dummykey +sqs:ListQueues +- +"
+                         r"SignatureDoesNotMatch: signature\Z")  # fmt: skip
+        self.assertEqual(len({line.index("sqs:") for line in lines[:3]}), 1)
+        program.process.send_signal(signal.SIGTERM)
+        expected = "draining: 1 message in flight, 0 calls in progress, up to 5 s"
+        self.assertEqual(program.line(), expected)
+        program.process.send_signal(signal.SIGTERM)
+        self.assertEqual(program.line(), "stopped after 4 calls")
+        self.assertEqual(program.process.wait(DEADLINE), 0)
 
     def test_the_log_names_the_error_that_the_caller_got(self):
         program = self.start("--log-format", "json")
@@ -18584,7 +18627,7 @@ class CommandLineTest(unittest.TestCase):
     def test_a_log_that_cannot_be_written_costs_no_answer(self):
         stream = mock.Mock()
         stream.write.side_effect = BrokenPipeError
-        proxy = demo_proxy(hooks=[AccessLog(stream, False)])
+        proxy = demo_proxy(hooks=[AccessLog(stream, "text")])
         self.assertEqual(proxy.handle(signed("GET", "/?Action=ListQueues")).status, 200)
         self.assertTrue(stream.write.called)
 
