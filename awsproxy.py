@@ -244,6 +244,7 @@ class Call:
     upstream_seconds: float = field(default=0.0, init=False)
     upstream_host: str = field(default="", init=False)  # that the call was sent to
     upstream_id: str = field(default="", init=False)  # the request id in the upstream's answer
+    sent: Optional[Request] = field(default=None, init=False)  # to the upstream, signed again
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
@@ -349,6 +350,7 @@ class ServiceError(Exception):
         self.message = message
         self.detail = detail
         self.reason = ""  # the row of REFUSALS, if it is one
+        self.proof: Optional[Proof] = None  # of a wrong signature
 
     def without_frames(self) -> ServiceError:
         """Return the error without its frames, which would keep the request in memory."""
@@ -1092,6 +1094,14 @@ _GENERAL = Profile()
 # [3.5] Verification
 
 
+class Proof(NamedTuple):
+    """The steps of a signature, as the proxy computed them."""
+
+    parts: Sequence[str]  # method, path, query, headers, signed headers, payload line
+    string_to_sign: bytes
+    signature: str
+
+
 class Verified(NamedTuple):
     """A verified request: its client, its scope and the body that was signed."""
 
@@ -1101,6 +1111,7 @@ class Verified(NamedTuple):
     payload_hash: str  # the payload line of the canonical request
     presigned: bool
     signed_headers: Sequence[str] = ()
+    proof: Optional[Proof] = None
 
 
 class Proven(NamedTuple):
@@ -1111,6 +1122,7 @@ class Proven(NamedTuple):
     client: Client
     declared: Optional[str]  # the payload line; None if the body must be hashed
     other_host: str  # that the client may have signed, if a reverse proxy replaced Host
+    proof: Optional[Proof] = None
 
 
 Spool = Callable[[Body], tuple[Body, str]]
@@ -1159,25 +1171,25 @@ def verify_head(
     _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host)
-    if declared is not None:  # otherwise `verify_body` checks the signature
-        _check_signature(request, proven, declared)
-    return proven
+    if declared is None:  # `verify_body` checks the signature
+        return proven
+    return proven._replace(proof=_check_signature(request, proven, declared))
 
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head does not prove.  A body of S3's family is checked while it is read."""
-    claimed, profile, client, declared, _ = proven
+    claimed, profile, client, declared, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
         body = streamed_body(request, claimed, declared, key)
-        return Verified(client, scope, body, declared, presigned, signed)
+        return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
-        _check_signature(request, proven, computed)
+        proof = _check_signature(request, proven, computed)
     else:
         _check_hash(request, declared, computed)
-    return Verified(client, scope, body, computed, presigned, signed)
+    return Verified(client, scope, body, computed, presigned, signed, proof)
 
 
 def _check_time(request: Request, claimed: Authorization, now: float, skew: int) -> None:
@@ -1306,36 +1318,38 @@ def _declared_payload(
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
 
 
-def _check_signature(request: Request, proven: Proven, payload_hash: str) -> None:
+def prove(claimed: Authorization, client: Client, parts: Sequence[str]) -> Proof:
+    """Return the steps from the lines of a canonical request to the signature of a client."""
+    canonical = "\n".join(parts).encode("latin-1")
+    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
+    return Proof(parts, text, signature(client.secret_access_key, claimed.scope, text))
+
+
+def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    claimed, profile, _, _, other_host = proven
+    claimed, profile, client, _, other_host, _ = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
-    if _holds(proven, parts):
-        return
+    proof = prove(claimed, client, parts)
+    if hmac.compare_digest(proof.signature, claimed.signature):  # both are ASCII
+        return proof
     if other_host:
         replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
-        if _holds(proven, replaced):
+        other = prove(claimed, client, replaced)
+        if hmac.compare_digest(other.signature, claimed.signature):
             # From here on the request has the Host that the client signed.
             request.__dict__["fields"] = {**request.fields, "host": [other_host]}
-            return
-    canonical = "\n".join(parts)
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical.encode("latin-1"))
-    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", canonical)[:16384]
-    signed = text.decode("latin-1")
+            return other
+    shown = _TOKEN_SHOWN.sub(r"\1<redacted>", "\n".join(parts))[:16384]
+    signed = proof.string_to_sign.decode("latin-1")
     explained = explain_mismatch(request, proven, parts)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
-    detail["StringToSignBytes"] = text.hex(" ")
+    detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
     detail["CanonicalRequest"] = shown
     detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
-    raise refusal("signature", request, shown, signed, explained, **detail)
-
-
-def _holds(proven: Proven, parts: Iterable[str]) -> bool:
-    claimed, _, client, *_ = proven
-    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
-    computed = signature(client.secret_access_key, claimed.scope, text)
-    return hmac.compare_digest(computed, claimed.signature)  # both ASCII
+    error = refusal("signature", request, shown, signed, explained, **detail)
+    error.proof = proof
+    raise error
 
 
 def _check_hash(request: Request, declared: str, computed: str) -> None:
@@ -1573,7 +1587,8 @@ def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> 
     for line, deviate, advice in DEVIATIONS:
         choices[line].setdefault(deviate(request, parts[line]), advice)
     for chosen in itertools.product(*choices):
-        if _holds(proven, chosen):
+        made = prove(proven.claimed, proven.client, chosen).signature
+        if hmac.compare_digest(made, proven.claimed.signature):
             faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
             return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
     return ""
@@ -6398,7 +6413,8 @@ class Upstream:
         region = outgoing.endpoint.region or call.region
         scope = CredentialScope(amz_date[:8], region, call.service)
         request, payload_hash, declares = outgoing[1:]
-        return sign(request, payload_hash, keys, scope, amz_date, declares)
+        call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
+        return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
         call, outgoing, keys, connection = attempt
@@ -6543,6 +6559,7 @@ class Exchange:
     status = 0
     error = "-"  # the error code in the answer
     reason = ""  # the row of REFUSALS, if the signature was refused
+    refused: Optional[ServiceError] = None
     seconds = 0.0
     reply_bytes = 0
     reply: Optional[Reply] = None
@@ -8052,7 +8069,7 @@ class Proxy:
             log.error("request %s failed", exchange.request_id, exc_info=error)
             error = ServiceError("InternalFailure", "The proxy failed; see its standard error.")
         error = error.without_frames()
-        exchange.reason = error.reason
+        exchange.refused, exchange.reason = error, error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
         code = error_code(reply)
         exchange.error = exchange.wire.fault(exchange.request, error).code if code == "-" else code
