@@ -64,6 +64,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import queue as queues
 import random
 import re
@@ -276,6 +277,8 @@ class Call:
 Rewrite = Callable[[Call, Request], Optional[Request]]
 Act = Callable[[], Reply]  # returns a reply, and may block
 Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
+_DEMO = Client("demo", "dummykey", "dummysecret")
+DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
 Clock = Callable[[], float]
 
 
@@ -351,6 +354,7 @@ class ServiceError(Exception):
         self.detail = detail
         self.reason = ""  # the row of REFUSALS, if it is one
         self.proof: Optional[Proof] = None  # of a wrong signature
+        self.cause = ""  # why the signature is wrong, if that is known
 
     def without_frames(self) -> ServiceError:
         """Return the error without its frames, which would keep the request in memory."""
@@ -1348,7 +1352,7 @@ def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Pro
     detail["CanonicalRequest"] = shown
     detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
     error = refusal("signature", request, shown, signed, explained, **detail)
-    error.proof = proof
+    error.proof, error.cause = proof, explained.strip()
     raise error
 
 
@@ -6773,6 +6777,7 @@ class LineWriter:
         self._open_again = open_again
         self._reopens = False
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
+        self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         self._lines: collections.deque[str] = collections.deque()
         self._writing = 0
         self._arrived = threading.Event()
@@ -6917,6 +6922,111 @@ def _cut(value: Any) -> Any:
 def open_log(path: str) -> Any:
     """Return a log file that appends line by line; or OSError."""
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
+
+
+Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
+_HIDDEN_HEADERS = frozenset("cookie x-amz-security-token x-amz-s3session-token".split())
+_HIDDEN_VALUES = re.compile("(?im)(x-amz-(?:security|s3session)-token[:=]|^cookie:)[^\n&]*")
+_SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
+MAX_EXPLANATION = 16384  # characters
+
+
+def explain(exchange: Exchange) -> Sequence[Step]:
+    """Return a call step by step, without secrets, tokens and bodies."""
+    call, verified, refused = exchange.call, exchange.verified, exchange.refused
+    proof = verified.proof if verified else refused and refused.proof
+    body = f"{exchange.request_bytes} bytes"
+    if verified and _SHA256_HEX.fullmatch(verified.payload_hash):
+        body += f", SHA-256 {verified.payload_hash}"
+    steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
+    if proof:
+        steps += _explained_signature(authorization_of(exchange.request), proof)
+    if refused:
+        fault = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
+        cause = [("cause", refused.cause)] if refused.cause else []
+        steps.append(("verdict", [("", fault), *cause]))
+    elif verified and proof:
+        who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
+        steps.append(("verdict", [("", f"the signature is right: {who}")]))
+    else:
+        steps.append(("verdict", [("", "no signature was checked")]))
+    if call and call.route:
+        route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
+        steps.append(("route", [("", route)]))
+    if call and call.sent:
+        steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
+    if exchange.status:
+        reply = (
+            f"{exchange.status}, {exchange.reply_bytes} bytes, {exchange.seconds * 1000:.1f} ms"
+        )
+        steps.append(("reply", [("", reply)]))
+    return steps
+
+
+def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
+    target = _SIGNATURE_SHOWN.sub(r"\1...", _HIDDEN_VALUES.sub(r"\1<hidden>", request.target))
+    lines = [f"{request.method} {target} HTTP/1.1"]
+    for name, value in request.headers:
+        if name.lower() == "authorization" and value.startswith(ALGORITHM):
+            value = _SIGNATURE_SHOWN.sub(r"\1...", value)
+        elif name.lower() in _HIDDEN_HEADERS or name.lower() == "authorization":
+            value = "<hidden>"
+        lines.append(f"{name}: {value}")
+    return [("", line) for line in lines]
+
+
+def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]:
+    method, path, query, headers, names, payload = proof.parts
+    headers = _HIDDEN_VALUES.sub(r"\1<hidden>", headers)
+    canonical = [("method", method), ("path", path)]
+    canonical += [("query", _HIDDEN_VALUES.sub(r"\1<hidden>", query))]
+    canonical += [("header", line) for line in headers.split("\n")[:-1]]
+    canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
+    about = ("algorithm", "time", "scope", "hash of step 1")
+    text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
+    # The secret of the demo client is public.
+    is_demo = prove(claimed, _DEMO, proof.parts).signature == proof.signature
+    key, earlier = b"AWS4" + _DEMO.secret_access_key.encode(), '"AWS4" + secret'
+    chain = []
+    for name, part in zip(("kDate", "kRegion", "kService", "kSigning"), claimed.scope):
+        key = hmac.digest(key, part.encode("latin-1"), "sha256")
+        chain.append((name, f'HMAC({earlier}, "{part}")' + (f" = {key.hex()}" if is_demo else "")))
+        earlier = name
+    both = (("computed", proof.signature), ("received", claimed.signature))
+    cut = [(name, value if is_demo else f"{value[:12]}...") for name, value in both]
+    cut.append(("", "they are equal" if proof.signature == claimed.signature else "they differ"))
+    return [
+        ("1 canonical request", canonical),
+        ("2 string to sign", text),
+        ("3 signing key", chain),
+        ("4 signature: HMAC(kSigning, step 2)", cut),
+    ]
+
+
+def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
+    """Return the text of an explanation in ASCII, cut at MAX_EXPLANATION characters."""
+    lines = []
+    for title, labelled in steps:
+        lines.append(f"\033[1m{title}\033[0m" if coloured else title)
+        lines += [
+            f"  {label:<15} {line}".rstrip() if label else f"  {line}" for label, line in labelled
+        ]
+    text = "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
+    return text[:MAX_EXPLANATION]
+
+
+class Explainer(Hook):
+    """Prints an explanation of each call."""
+
+    def __init__(self, stream: Any, coloured: bool) -> None:
+        self._stream = stream
+        self._coloured = coloured
+
+    def observe(self, exchange: Exchange) -> None:
+        """Print one explanation, in one write."""
+        title = f"==== {_one_word(exchange.action)} {exchange.status} {exchange.error}"
+        text = explanation([(title, ()), *explain(exchange)], self._coloured)
+        self._stream.write(text + "\n\n")
 
 
 class Metrics(Hook):
@@ -7321,9 +7431,6 @@ class TaskProtection(InFlight):
 
 
 # ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
-
-_DEMO = Client("demo", "dummykey", "dummysecret")
-DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
 
 
 class Target(Protocol):
@@ -7905,6 +8012,16 @@ class Proxy:
                 exchange.outcome = status.reply_to(request)
             except ServiceError as error:
                 exchange.outcome = REST.error(request, error, exchange.request_id)
+
+    def check(self, request: Request) -> Exchange:
+        """Verify a request without answering it."""
+        exchange = self._exchange(request)
+        try:
+            self._verify(exchange)
+            self._find_call(exchange)
+        except ServiceError as error:
+            exchange.refused, exchange.error = error, error.code
+        return exchange
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return the refusal of a request by its head, or None if the body must be read."""
@@ -9154,6 +9271,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--log-file", default="", metavar="FILE", help="file for log lines; SIGHUP reopens it")
     add("--quiet", action="store_true", help="print no line for each call")
+    add("--explain", action="store_true",
+        help="print each call with all steps of its signature")  # fmt: skip
+    add("--check", metavar="FILE",
+        help="explain the signature of one request, as text or as `curl -v` shows it (- is"
+        " standard input), and exit with 0 if it is right, otherwise 1")  # fmt: skip
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
     return parser
@@ -9291,11 +9413,7 @@ class Program:
         return clients
 
     def _all_clients(self) -> Clients:
-        """Return the clients of --clients and --client, or the demo client without both flags."""
-        clients: dict[str, Sequence[Client]] = {**self._watched.value} if self._watched else {}
-        for client in self._options.client:
-            clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
-        return clients or DEMO_CLIENTS
+        return all_clients(self._watched.value if self._watched else {}, self._options.client)
 
     def _check_clients(self, clients: Clients) -> None:
         """Raise ValueError if the clients must not reach the upstreams of the routes."""
@@ -9343,8 +9461,10 @@ class Program:
             self._writers = [writer] if writer and not quiet else []
             form = self._options.log_format
             if form == "text" and writer and writer.is_terminal:
-                form = "columns" if os.environ.get("NO_COLOR") else "colours"
+                form = "colours" if writer.in_colour else "columns"
             hooks += [AccessLog(writer, form) for writer in self._writers]
+            if self._options.explain and self._console:
+                hooks.append(Explainer(self._console, self._console.in_colour))
             for path in self._options.hook:
                 hooks.append(HookFile(path))
         except (OSError, ValueError) as error:
@@ -9483,6 +9603,50 @@ class Program:
                     writer.reopen()
 
 
+def read_request(data: bytes) -> Request:
+    """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
+
+    Lines of the head may end with LF.  A newline after the body is dropped.  Raise ServiceError
+    if the request is malformed, ValueError if its body is missing.
+    """
+    sent = re.findall(rb"^> ?(.*)$", data, re.MULTILINE)
+    lines = b"\n".join(sent) + b"\n\n" if sent else data.lstrip() + b"\n\n"
+    head, body = re.split(rb"\r?\n\r?\n", lines, maxsplit=1)
+    parsed = parse_head(re.sub(rb"\r?\n", b"\r\n", head) + b"\r\n\r\n")
+    length = body_framing(parsed)
+    if length is None or length > len(body):
+        raise ValueError("the body is missing (curl -v does not show it): write it after the head")
+    return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
+
+
+def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
+    """Return the clients of --clients and --client, or the demo client without both flags."""
+    clients = dict(of_file)
+    for client in more:
+        clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
+    return clients or DEMO_CLIENTS
+
+
+def check_file(path: str, options: argparse.Namespace) -> int:
+    """Print the explanation of a saved request at the time of its own date; return 0 or 1."""
+    try:
+        clients = all_clients(
+            read_clients(options.clients) if options.clients else {}, options.client
+        )
+        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+        request = read_request(data)
+    except (OSError, ValueError, ServiceError) as error:
+        raise UsageError(f"--check {path}: {error}") from error
+    now = time.time()
+    with contextlib.suppress(ServiceError, ValueError):  # the check refuses a wrong date
+        now = epoch(authorization_of(request).amz_date)
+    hosts = (request.header("host") or "localhost", *options.host_name)  # it was sent elsewhere
+    proxy = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts)
+    exchange = proxy.check(request)
+    print(explanation(explain(exchange), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0 if exchange.verified else 1
+
+
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -9494,6 +9658,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     stream: Any = writer or io.StringIO()
     logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=stream)
     try:
+        if options.check:
+            return check_file(options.check, options)
         program = Program(options, writer)
         with program.server:
             return program.serve()

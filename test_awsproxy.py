@@ -15028,6 +15028,90 @@ class LogLineTest(unittest.TestCase):
                 self.assertRegex(line, rb"\A[ -~]*\Z")
 
 
+class ExplanationTest(unittest.TestCase):
+    STEPS = ("request", "1 canonical request", "2 string to sign", "3 signing key",
+             "4 signature: HMAC(kSigning, step 2)", "verdict")  # fmt: skip
+
+    def explained(self, request, clients=DEMO_CLIENTS, **settings):
+        """Return the steps of a request that a Proxy has answered, and their text."""
+        seen = SimpleNamespace(observe=lambda exchange: steps.extend(awsproxy.explain(exchange)))
+        steps = []
+        proxy = Proxy(clients, clock=lambda: EXAMPLE_TIME, hooks=[seen], **settings)
+        proxy.handle(request)
+        return steps, awsproxy.explanation(steps)
+
+    def test_each_step_of_a_good_signature_is_shown(self):
+        body = b'{"QueueNamePrefix": "hunter2"}'
+        request = signed("POST", "/", (("X-Amz-Target", "AmazonSQS.ListQueues"), OF_JSON[1]), body)
+        steps, text = self.explained(request)
+        self.assertEqual([title for title, _ in steps], [*self.STEPS, "route", "reply"])
+        steps = dict(steps)
+        payload = sha256(body)
+        self.assertEqual(steps["request"][-1], ("body", f"0 bytes, SHA-256 {payload}"))
+        canonical = "\n".join(line for _, line in steps["1 canonical request"])
+        claimed = awsproxy.authorization_of(request)
+        hashed = dict(steps["2 string to sign"])["hash of step 1"]
+        self.assertEqual(sha256(canonical.encode()), hashed)
+        key = b"AWS4dummysecret"
+        for (name, line), part in zip(steps["3 signing key"], claimed.scope):
+            key = hmac.digest(key, part.encode(), "sha256")
+            self.assertTrue(line.endswith(f'"{part}") = {key.hex()}'), name)
+        text_to_sign = "\n".join(line for _, line in steps["2 string to sign"])
+        made = hmac.digest(key, text_to_sign.encode(), "sha256").hex()
+        shown = [("computed", made), ("received", made), ("", "they are equal")]
+        self.assertEqual(steps["4 signature: HMAC(kSigning, step 2)"], shown)
+        self.assertIn("the signature is right: client [demo], key dummykey", text)
+        self.assertIn("sqs:ListQueues matches sqs:*, answered by embedded", text)
+        self.assertNotIn("hunter2", text)
+        self.assertTrue(text.isascii())
+
+    def test_a_wrong_signature_is_shown_next_to_ours(self):
+        wrong = Client("", "dummykey", "hunter2")
+        request = signed("POST", "/", (("X-Amz-Target", "AmazonSQS.ListQueues"),), client=wrong)
+        steps, text = self.explained(request)
+        self.assertEqual([title for title, _ in steps], [*self.STEPS, "reply"])
+        received = awsproxy.authorization_of(request).signature
+        self.assertIn(("received", received), steps[4][1])
+        self.assertIn(("", "they differ"), steps[4][1])
+        self.assertIn("SignatureDoesNotMatch: The request signature we calculated", text)
+        self.assertNotIn("hunter2", text)
+
+    def test_no_secret_is_shown(self):
+        secret = Client("worker", "AKIDWORKER", "hunter2", "hunter3")
+        clients = {"AKIDWORKER": [secret]}
+        target = presign("GET", "/?Action=ListQueues&Version=2012-11-05", client=secret)
+        in_query = Request("GET", target, (("Host", HOST),), io.BytesIO())
+        in_header = signed("POST", "/", (("X-Amz-Target", "AmazonSQS.ListQueues"),
+                                         ("Cookie", "hunter4")), client=secret)  # fmt: skip
+        bearer = Request("POST", "/", (("Host", HOST), ("Authorization", "Bearer hunter5")),
+                         io.BytesIO())  # fmt: skip
+        for request in (in_query, in_header, bearer):
+            with self.subTest(str(request.headers)):
+                _, text = self.explained(request, clients)
+                self.assertNotIn("hunter", text)
+                if request is not bearer:
+                    self.assertIn("client [worker]", text)
+                    made = awsproxy.authorization_of(request).signature
+                    self.assertNotIn(made, text)
+                    self.assertIn(f"computed        {made[:12]}...", text)
+                    self.assertIn('kDate           HMAC("AWS4" + secret, "20150830")\n', text)
+
+    def test_a_call_without_a_signature_has_fewer_steps(self):
+        headers = (("Host", HOST), ("X-Amz-Target", "AmazonSQS.ListQueues"))
+        for verified, verdict in ((True, "Request is missing"), (False, "no signature was")):
+            with self.subTest(verified=verified):
+                request = Request("POST", "/", headers, io.BytesIO(b"{}"))
+                steps, text = self.explained(request, verified=verified)
+                self.assertNotIn("1 canonical request", dict(steps))
+                self.assertIn(verdict, text)
+
+    def test_an_explanation_is_short_and_printable(self):
+        odd = (("X-Odd", "\x9b31m\xff" * 9000),)
+        _, text = self.explained(signed("GET", "/" + "a" * 30000, odd))
+        self.assertEqual(len(text), awsproxy.MAX_EXPLANATION)
+        self.assertTrue(text.replace("\n", "").isprintable())
+
+
 class HookThatExitsTest(ProgramTest):
     HOOK = """\
         import sys
@@ -18581,6 +18665,54 @@ class CommandLineTest(unittest.TestCase):
         program.process.send_signal(signal.SIGTERM)
         self.assertEqual(program.line(), "stopped after 4 calls")
         self.assertEqual(program.process.wait(DEADLINE), 0)
+
+    def test_explanations_are_printed_with_what_is_sent(self):
+        sink = Running(Echo())
+        self.addCleanup(sink.stop)
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        there = "http://{}:{}".format(*sink.address)
+        program = self.start(
+            "--explain", "--quiet", "--upstream", there, env={**os.environ, **keys}
+        )
+        refused_code(program.caller())
+        lines = list(iter(program.line, ""))
+        self.assertRegex(lines[0], r"\A==== sqs:ListQueues [0-9]{3} ")
+        sent = lines.index("sent to {}:{}".format(*sink.address))
+        self.assertRegex("\n".join(lines[sent:]), "Credential=upstreamkey/.*, Signature=[0-9a-f]{12}"
+                         r"\.\.\.\n")  # fmt: skip
+        self.assertNotIn("upstreamsecret", "\n".join(lines))
+
+    def test_a_saved_request_is_checked_at_its_own_date(self):
+        target = ("X-Amz-Target", "AmazonSQS.ListQueues")
+        made = signed("POST", "/", (target, ("Content-Length", "2")), b"{}")
+        lines = ["POST / HTTP/1.1", *(f"{name}: {value}" for name, value in made.headers)]
+        text = "\n".join(lines)
+        get = signed("GET", "/?Action=ListQueues&Version=2012-11-05")
+        of_get = [f"GET {get.target} HTTP/1.1", *(f"{n}: {v}" for n, v in get.headers), "", ""]
+        curl = "* Trying\n" + "".join(f"> {line}\r\n" for line in of_get[:-1]) + "< HTTP/1.1 200"
+        clients = write(os.path.join(folder(self), "clients"), section("a", "dummykey", "other"))
+        rows = [
+            ("with a body", f"{text}\n\n{{}}\n", (), 0, "the signature is right: client [demo]"),
+            ("with CR LF", "\r\n".join([*lines, "", "{}"]), (), 0, "they are equal"),
+            ("of curl -v", curl, (), 0, "the signature is right"),
+            ("changed", f"{text}\n\n[]", (), 1, "SignatureDoesNotMatch: "),
+            ("other clients", f"{text}\n\n{{}}", ("--clients", clients), 1, "they differ"),
+            ("unsigned", "GET / HTTP/1.1\nHost: a\n\n", (), 1, "MissingAuthenticationToken: "),
+            ("without its body", text, (), 2, "the body is missing"),
+            ("no request", "hello", (), 2, "The request line is not"),
+        ]
+        given = []
+        for name, data, flags, *_ in rows:
+            path = os.path.join(folder(self), "request")
+            with open(path, "w", newline="") as file:
+                file.write(data)
+            given.append((name, ["--check", path, *flags]))
+        ended = run_each([*given, ("no file", ["--check", "/nonexistent"])])
+        for name, _, _, code, expected in [*rows, ("no file", 0, 0, 2, "No such file")]:
+            with self.subTest(name):
+                self.assertEqual(ended[name][0], code, ended[name])
+                self.assertIn(expected, ended[name][2 if code == 2 else 1])
+                self.assertEqual(ended[name][1 if code == 2 else 2], "")
 
     def test_the_log_names_the_error_that_the_caller_got(self):
         program = self.start("--log-format", "json")
