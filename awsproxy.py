@@ -6551,6 +6551,41 @@ class Upstream:
 # is read on demand, call metrics.gauge(name, help, function) in Program.
 
 
+class Workers:
+    """Threads for tasks that may block: a new one only if none is idle."""
+
+    IDLE_SECONDS = 30
+
+    def __init__(self) -> None:
+        self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run the task in a thread; RuntimeError if the system has no more threads."""
+        with self._lock:
+            spare = self._idle > 0
+            if spare:
+                self._idle -= 1
+        if not spare:
+            threading.Thread(target=self._work, daemon=True).start()
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=self.IDLE_SECONDS)
+            except queues.Empty:
+                with self._lock:
+                    if self._idle > 0:  # no task waits for this thread
+                        self._idle -= 1
+                        return
+                continue
+            task()
+            with self._lock:
+                self._idle += 1
+
+
 class Exchange:
     """A request and its result, for `Hook.observe`."""
 
@@ -6616,41 +6651,6 @@ class Exchange:
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
 Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
-
-
-class Workers:
-    """Threads for tasks that may block: a new one only if none is idle."""
-
-    IDLE_SECONDS = 30
-
-    def __init__(self) -> None:
-        self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Run the task in a thread; RuntimeError if the system has no more threads."""
-        with self._lock:
-            spare = self._idle > 0
-            if spare:
-                self._idle -= 1
-        if not spare:
-            threading.Thread(target=self._work, daemon=True).start()
-        self._tasks.put(task)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                task = self._tasks.get(timeout=self.IDLE_SECONDS)
-            except queues.Empty:
-                with self._lock:
-                    if self._idle > 0:  # no task waits for this thread
-                        self._idle -= 1
-                        return
-                continue
-            task()
-            with self._lock:
-                self._idle += 1
 
 
 class Hook:
@@ -7489,25 +7489,6 @@ class Deny:
         raise ServiceError("AccessDenied", message)
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """Return the qualified name of a function."""
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-
-
-def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
-    found: Optional[Callable[..., Any]] = getattr(hook, name, None)
-    return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
-
-
-class HookMethods(NamedTuple):
-    """The methods of a hook; without `concerns` it is for all calls."""
-
-    concerns: Optional[Callable[[Call], bool]]
-    before: Optional[Callable[[Call], Optional[Reply]]]
-    rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
-    after: Optional[Callable[[Call, Reply], Optional[Reply]]]
-
-
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
 IAM_PREFIXES = pairs("""
@@ -7772,6 +7753,25 @@ class Admin:
     def longest_body(self, head: Head) -> int:
         """Return 0."""
         return self.max_body
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the qualified name of a function."""
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
+def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
+    found: Optional[Callable[..., Any]] = getattr(hook, name, None)
+    return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
+
+
+class HookMethods(NamedTuple):
+    """The methods of a hook; without `concerns` it is for all calls."""
+
+    concerns: Optional[Callable[[Call], bool]]
+    before: Optional[Callable[[Call], Optional[Reply]]]
+    rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
+    after: Optional[Callable[[Call, Reply], Optional[Reply]]]
 
 
 class Pending:
