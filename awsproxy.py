@@ -106,6 +106,8 @@ log = logging.getLogger("awsproxy")
 # Request and Reply are HTTP and know nothing of AWS.  A Call is a Request whose caller and
 # operation are known.  A stage makes a new value or raises ServiceError.
 
+# [1.1] HTTP messages
+
 Headers = tuple[tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
 Fields = Mapping[str, list[str]]  # by name in lower case, the values in the order received
 MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
@@ -199,6 +201,9 @@ class Reply(NamedTuple):
     body: Union[bytes, Iterable[bytes]]  # bytes, or blocks of a body that streams
 
 
+# [1.2] Clients and calls
+
+
 class Client(NamedTuple):
     """A key that callers may sign with, its name and its account."""
 
@@ -286,6 +291,9 @@ class WouldWait(Exception):
     """The call must wait, and it may not."""
 
 
+# [1.3] Errors
+
+
 class Fault(NamedTuple):
     """The HTTP status of an error, its code in XML and its `__type` in JSON."""
 
@@ -366,6 +374,8 @@ class ServiceError(Exception):
 # http.server's own parser is lenient: it rewrites a target that begins with `//` (cpython#99220)
 # and drops the lines after a malformed one.  A verifier needs the bytes that were signed.  This
 # chapter parses heads strictly (RFC 9112), and refuses a request whose framing is in doubt.
+
+# [2.1] The head of a request
 
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
@@ -510,6 +520,9 @@ def too_large(max_body: int) -> ServiceError:
     return ServiceError("RequestEntityTooLarge", message)
 
 
+# [2.2] Bodies
+
+
 class Stream:
     """A buffered binary stream over `receive`, which returns b"" at the end."""
 
@@ -644,6 +657,9 @@ class ChunkedBody:
         if not line:
             raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
+
+
+# [2.3] Responses
 
 
 class ResponseHead(NamedTuple):
@@ -6551,6 +6567,9 @@ class Upstream:
 # is read on demand, call metrics.gauge(name, help, function) in Program.
 
 
+# [7.1] Workers and exchanges
+
+
 class Workers:
     """Threads for tasks that may block: a new one only if none is idle."""
 
@@ -6651,6 +6670,9 @@ class Exchange:
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
 Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
+
+
+# [7.2] The interface of hooks
 
 
 class Hook:
@@ -6763,6 +6785,9 @@ class HookFile(Watched):
         if not any(hasattr(module, moment) for moment in HOOK_METHODS):
             raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
         return module
+
+
+# [7.3] The access log
 
 
 class LineWriter:
@@ -6924,6 +6949,8 @@ def open_log(path: str) -> Any:
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
+# [7.4] Explanations
+
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
 _HIDDEN_HEADERS = frozenset("cookie x-amz-security-token x-amz-s3session-token".split())
 _HIDDEN_VALUES = re.compile("(?im)(x-amz-(?:security|s3session)-token[:=]|^cookie:)[^\n&]*")
@@ -7027,6 +7054,9 @@ class Explainer(Hook):
         title = f"==== {_one_word(exchange.action)} {exchange.status} {exchange.error}"
         text = explanation([(title, ()), *explain(exchange)], self._coloured)
         self._stream.write(text + "\n\n")
+
+
+# [7.5] Metrics
 
 
 class Metrics(Hook):
@@ -7181,6 +7211,8 @@ def file_sha256() -> str:
     with open(__file__, "rb") as source:
         return hashlib.sha256(source.read()).hexdigest()
 
+
+# [7.6] Messages in flight
 
 Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
@@ -7348,6 +7380,9 @@ def _digest(handle: str) -> bytes:
     return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
+# [7.7] Protection of an ECS task
+
+
 def _put(url: str, body: bytes, timeout: float) -> bytes:
     headers = {"Content-Type": "application/json"}
     return fetch(url, headers, data=body, method="PUT", timeout=timeout)
@@ -7433,6 +7468,9 @@ class TaskProtection(InFlight):
 # ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
 
+# [8.1] Targets
+
+
 class Target(Protocol):
     """An object that answers the calls of a route."""
 
@@ -7488,6 +7526,8 @@ class Deny:
             message += f" To allow the call, put {call.advice} before this route."
         raise ServiceError("AccessDenied", message)
 
+
+# [8.2] Routes
 
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
@@ -7630,6 +7670,9 @@ class Route(NamedTuple):
         return not set("*?") & set(pattern) and pattern in whole
 
 
+# [8.3] Paths of our own
+
+
 class Status:
     """Serves the paths under `/_awsproxy/`: health, ready, metrics, in-flight."""
 
@@ -7755,6 +7798,9 @@ class Admin:
         return self.max_body
 
 
+# [8.4] Hooks and answers that must be waited for
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return the qualified name of a function."""
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
@@ -7856,6 +7902,9 @@ class Pending:
 
 
 Outcome = Union[Reply, Pending]
+
+
+# [8.5] The proxy
 
 
 class Proxy:
@@ -8382,6 +8431,8 @@ def fault_of_reply(reply: Reply) -> str:
 # The same loop waits for small forwarded calls.  A worker thread runs any other call that may
 # wait (a long poll, a hook, a long body): it owns the connection until it gives it back.
 
+# [9.1] Connections
+
 SMALL_BODY = 131072  # bytes; the loop gathers bodies up to this length
 AT_A_TIME = 65536  # bytes of an answer: TLS sends a block within one timeout, or not at all
 AT_ONCE = 16  # connections to read before the first is answered
@@ -8730,6 +8781,9 @@ def _framing_of(head: Head) -> Framing:
     options = ",".join(head.fields.get("connection", ())).lower().split(",")
     is_old = head.version == "1.0"  # RFC 9112, 9.6
     return Framing(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
+
+
+# [9.2] The event loop
 
 
 class Server(http.server.HTTPServer):
@@ -9099,6 +9153,8 @@ class Server(http.server.HTTPServer):
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
 # To add a flag: call `add` in a function below build_parser, and use the option in Program.
 
+# [10.1] Clients
+
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 _OF_A_CLIENT = frozenset(
@@ -9155,6 +9211,9 @@ class ClientsFile(Watched):
         clients = read_clients(self._paths[0])
         self._check(clients)
         return clients
+
+
+# [10.2] Flags
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -9331,6 +9390,9 @@ def _add_routes(add: Callable[..., Any]) -> None:
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
     add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
         help="with --no-verify: service and region if the Host names none")  # fmt: skip
+
+
+# [10.3] The program
 
 
 class UsageError(Exception):
@@ -9603,6 +9665,9 @@ class Program:
                     writer.reopen()
 
 
+# [10.4] A saved request
+
+
 def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
@@ -9677,6 +9742,9 @@ def release_memory() -> None:
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
+
+
+# [10.5] Routes of the flags
 
 
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
