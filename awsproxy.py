@@ -90,13 +90,15 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
 __all__ = [
-    "DEMO_CLIENTS", "Client", "Hook", "Proxy", "Reply", "Request", "Route", "Server",
-    "ServiceError", "Sqs", "main",
+    "DEMO_CLIENTS", "Client", "Hook", "MovableClock", "Proxy", "QueueDeclaration", "Reply",
+    "Request", "Route", "Server", "ServiceError", "Sqs", "main", "running",
 ]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
@@ -335,7 +337,7 @@ _FAULTS = f"""
         InvalidBatchEntryId QueueDeletedRecently TooManyEntriesInBatchRequest UnsupportedOperation
     403 * {_SQS}* OverLimit
     403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
-    404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
+    404 * {_SQS}* InvalidAddress ReceiptHandleIsInvalid ResourceNotFoundException
 """
 
 
@@ -2285,13 +2287,14 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if service == "sqs" and "json" in _media_type(request):
         return AwsJson(_json_version(request), ("content-type",))
     if "query" in speaks and (request.path == "/" or not speaks & {"rest-json"}):
-        return AWS_QUERY_JSON if service == "sqs" and _wants_json(request) else AWS_QUERY
+        return AWS_QUERY_JSON if service in _IN_JSON and _wants_json(request) else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST if "rest-json" in speaks else AWS_JSON["1.0"]
 
 
 _OLD_TARGET = "AmazonSQSv20121105."
+_IN_JSON = ("sqs", "sts")  # whose answers in AWS Query may be JSON
 
 
 def _json_version(request: Request) -> str:
@@ -3492,6 +3495,19 @@ class Queue:
         """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._visible.values(), limit))
 
+    def look(self) -> Iterator[tuple[str, Message]]:
+        """Yield each message with its state: visible, in flight, delayed, or blocked.
+
+        A message of a FIFO queue is blocked behind a hidden one of its group.
+        """
+        hidden_groups = set()
+        for message in self.messages.values():
+            state = "blocked" if self.fifo and message.group in hidden_groups else "visible"
+            if message.hidden_until:
+                state = "in flight" if message.received else "delayed"
+                hidden_groups.add(message.group)
+            yield state, message
+
     def _is_due(self, entry: tuple[float, int, Message]) -> bool:
         until, _, message = entry
         return self.messages.get(message.message_id) is message and message.hidden_until == until
@@ -3924,10 +3940,65 @@ class Sqs:
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
+        self._draining = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make all calls that wait for messages look at the clock again."""
         with self._lock:
-            self._draining = True
             for queue in self._queues.values():
                 queue.changed.notify_all()
+
+    def overview(self, limit: int = 10000) -> Sequence[Members]:
+        """Return the first queues with their counts, attributes and tags."""
+        with self._lock:
+            keys = heapq.nsmallest(limit, self._queues)
+            return [self._described(self._queues[key]) for key in keys]
+
+    def _described(self, queue: Queue) -> Members:
+        now = self._clock()
+        queue.advance(now)
+        oldest = next(iter(queue.messages.values()), None)
+        return {
+            "name": queue.name,
+            "region": queue.region,
+            "account": queue.account,
+            "visible": len(queue.messages) - queue.in_flight - queue.delayed,
+            "in_flight": queue.in_flight,
+            "delayed": queue.delayed,
+            "oldest_seconds": max(0.0, now - oldest.sent) if oldest else 0.0,
+            "attributes": queue.settings,
+            "tags": queue.tags,
+        }
+
+    def look(self, key: QueueKey, limit: int) -> Optional[list[tuple[str, dict[str, Any]]]]:
+        """Return the first messages of a queue and their states, or None if there is no queue."""
+        with self._lock:
+            queue = self._queues.get(key)
+            if queue is None:
+                return None
+            queue.advance(self._clock())
+            everything = {"AttributeNames": ["All"], "MessageAttributeNames": ["All"]}
+            found = itertools.islice(queue.look(), limit)
+            return [(at, dict(self._message_output(queue, it, everything))) for at, it in found]
+
+    def regions_of(self, name: str, account: str) -> Sequence[str]:
+        """Return the regions that have a queue of this name and account."""
+        with self._lock:
+            return [key[0] for key in self._queues if key[1:] == (account, name)]
+
+    def reset(self, name: str = "") -> int:
+        """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
+        with self._lock:
+            chosen = [it for it in self._queues.values() if name in ("", it.name)]
+            for queue in chosen:
+                queue.clear()
+                queue.deleted = not name
+                queue.changed.notify_all()
+            if not name:
+                for held in (self._queues, self._deleted, self._running):
+                    held.clear()
+            return len(chosen)
 
     def _queue(self, call: Call) -> Queue:
         """Return the queue that the last two segments of QueueUrl name, or the only one."""
@@ -7082,11 +7153,11 @@ class Metrics(Hook):
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._seconds, self._upstream_seconds = Histogram(), Histogram()
-        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._gauges: dict[str, tuple[str, str, Callable[[], Any]]] = {}
 
-    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Add a gauge; `read` returns its value."""
-        self._gauges[name] = (help_text, read)
+    def gauge(self, name: str, help_text: str, read: Callable[[], Any], labels: str = "") -> None:
+        """Add a gauge; `read` returns its value, or with `labels` a value for each."""
+        self._gauges[name] = (help_text, labels, read)
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -7157,9 +7228,11 @@ class Metrics(Hook):
                     lines.append(f"awsproxy_{name}_total{shown} {count}")
             self._seconds.write(lines, "request_seconds", "How long a request took.")
             self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
-        for name, (help_text, read) in self._gauges.items():
+        for name, (help_text, names, read) in self._gauges.items():
             _head(lines, name, "gauge", help_text)
-            lines.append(f"awsproxy_{name} {_number_text(read())}")
+            for values, value in (read() if names else {(): read()}).items():
+                shown = _labels(zip(names.split(), values))
+                lines.append(f"awsproxy_{name}{shown} {_number_text(value)}")
         _head(lines, "build_info", "gauge", "Which copy of the file this is.")
         build = (("version", __version__), ("sha256", file_sha256()[:12]))
         lines.append(f"awsproxy_build_info{_labels(build)} 1")
@@ -7265,6 +7338,12 @@ class InFlight(Hook):
         with self._lock:
             self._expire()
             return len(self._held)
+
+    def forget(self, name: str = "") -> None:
+        """Forget all messages, or those of the queues of one name."""
+        with self._lock:
+            held = self._held.items() if name else ()
+            self._held = {key: it for key, it in held if not it.queue[1].endswith(f"/{name}")}
 
     @property
     def longest(self) -> float:
@@ -7480,17 +7559,34 @@ class Target(Protocol):
         """Return the answer, or raise ServiceError."""
 
 
+class Sts:
+    """Answers the operation of AWS STS that clients call when they start."""
+
+    def get_caller_identity(self, call: Call) -> Members:
+        """Return the account of the caller, and its section as a user."""
+        client = call.caller
+        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
+
+
+STS_MODEL = Model(operations(Sts, {}, "GetCallerIdentity -> Arn UserId Account"), {})
+
+
 class Embedded:
-    """Answers Amazon SQS from memory."""
+    """Answers Amazon SQS from memory, and the GetCallerIdentity of AWS STS."""
 
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
 
     def __init__(self, sqs: Sqs) -> None:
         self._sqs = sqs
+        self._sts = Sts()
 
     def answer(self, call: Call, request_id: str) -> Reply:
-        """Return the answer of Sqs, in the caller's protocol."""
+        """Return the answer in the caller's protocol."""
+        if call.action == "sts:GetCallerIdentity":
+            identity = self._sts.get_caller_identity(call)
+            return call.wire.output(call, STS_MODEL, identity, request_id)
         if call.service != "sqs":
             message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
             raise ServiceError("AccessDenied", message)
@@ -7502,7 +7598,7 @@ class Embedded:
         return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
 
 
-DEFAULT_ROUTE = ("sqs:*", "embedded")
+DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
 def route_flag(pattern: str, target: str) -> str:
@@ -7673,42 +7769,223 @@ class Route(NamedTuple):
 # [8.3] Paths of our own
 
 
+class QueueDeclaration(NamedTuple):
+    """A queue that exists from the start; without an account, it is the proxy's."""
+
+    name: str
+    region: str = ""
+    account: str = ""
+    attributes: Mapping[str, str] = MappingProxyType({})
+    dead_letter: str = ""  # NAME:COUNT of a RedrivePolicy
+    tags: Mapping[str, str] = MappingProxyType({})
+
+
+def declare_queues(
+    sqs: Sqs, declared: Iterable[QueueDeclaration], region: str, account: str
+) -> None:
+    """Create the queues, or change their attributes.  Raise ValueError for a mistake.
+
+    Dead-letter queues need no order, because all queues exist before they are linked.
+    """
+    every = [
+        it._replace(region=it.region or region, account=it.account or account) for it in declared
+    ]
+    for queue in every:
+        fifo = {"FifoQueue": "true"} if queue.name.endswith(".fifo") else {}
+        given = {"QueueName": queue.name, "Attributes": {**queue.attributes, **fifo}}
+        try:
+            _perform(sqs, queue, "CreateQueue", {**given, "tags": dict(queue.tags)})
+        except ValueError as error:
+            if getattr(error.__cause__, "code", "") != "QueueNameExists":
+                raise
+            _perform(sqs, queue, "SetQueueAttributes", {"Attributes": dict(queue.attributes)})
+        if queue.tags:
+            _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
+    for queue in every:
+        if queue.dead_letter:
+            name, _, count = queue.dead_letter.rpartition(":")
+            arn = f"arn:aws:sqs:{queue.region}:{queue.account}:{name}"
+            policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": count})
+            _perform(sqs, queue, "SetQueueAttributes", {"Attributes": {"RedrivePolicy": policy}})
+
+
+def _perform(sqs: Sqs, queue: QueueDeclaration, operation: str, document: dict[str, Any]) -> None:
+    caller = Client("", "", "", account_id=queue.account)
+    call = sqs_call(operation, {"QueueUrl": queue.name, **document}, queue.region, caller)
+    try:
+        sqs.perform(call)
+    except ServiceError as error:
+        raise ValueError(f"[{queue.name}] {error.message}") from error
+
+
+def sqs_call(
+    operation: str, document: dict[str, Any], region: str, caller: Client, host: str = "localhost"
+) -> Call:
+    """Return a call to Amazon SQS that the proxy makes itself."""
+    request = sqs_request(host, operation, document)
+    call = Call(request, AWS_JSON["1.0"], "sqs", operation, region, caller, request.body)
+    call.encoded = document
+    return call
+
+
 class Status:
-    """Serves the paths under `/_awsproxy/`: health, ready, metrics, in-flight."""
+    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages.
+
+    reset: empties the queues, or those of one name, and returns how many there were
+    """
 
     PREFIX = "/_awsproxy/"
+    LOCALSTACK = "/_aws/sqs/messages"
+    MOST_SHOWN = 1000  # messages of a queue
 
-    def __init__(self, metrics: Metrics, in_flight: Optional[InFlight] = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        in_flight: Optional[InFlight] = None,
+        sqs: Optional[Sqs] = None,
+        reset: Optional[Callable[[str], int]] = None,
+        region: str = "us-east-1",
+    ) -> None:
         self.draining = False
         self._metrics = metrics
         self._in_flight = in_flight
+        self._sqs = sqs
+        self._reset = reset
+        self._region = region
+
+    def serves(self, request: Request) -> bool:
+        """Return whether a path is one of these; no bucket has such a name."""
+        return request.target.startswith((self.PREFIX, self.LOCALSTACK))
 
     def reply_to(self, request: Request) -> Reply:
         """Return the reply for a path, 404 for an unknown path.  Never raises."""
         try:
             return self._answer(request)
+        except ServiceError as error:
+            return _status_reply(400, f"{error.message}\n")
         except Exception:
             log.exception("the request for %s failed", request.path)
-            return self._reply(500, "the request failed; see standard error\n")
+            return _status_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        name = request.path.replace(self.PREFIX, "", 1)
-        if request.method not in ("GET", "HEAD"):
-            return self._reply(405, "only GET and HEAD are allowed\n")
+        given = {name.decode(): value.decode("utf-8", "replace") for name, value in request.query}
+        name, *rest = request.path.replace(self.PREFIX, "", 1).split("/")
+        if rest and name != "queues":
+            name = ""
+        if request.method not in (("POST",) if name == "reset" else ("GET", "HEAD")):
+            return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
+        if self._sqs and request.path.startswith(self.LOCALSTACK):
+            return self._localstack(request, given)
         if name == "ready" and self.draining:
-            return self._reply(503, "draining\n")
+            return _status_reply(503, "draining\n")
         if name in ("health", "ready"):
-            return self._reply(200, "ok\n")
+            return _status_reply(200, "ok\n")
         if name == "in-flight" and self._in_flight:
-            return self._reply(200, json.dumps(self._in_flight.counts()), "application/json")
+            return _status_json(self._in_flight.counts())
         if name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
-            return self._reply(200, self._metrics.text(), kind)
-        return self._reply(404, "the paths are health, ready, metrics and in-flight\n")
+            return _status_reply(200, self._metrics.text(), kind)
+        if name == "reset" and self._reset:
+            return _status_json({"queues": self._reset(given.get("queue", ""))})
+        if name == "queues" and self._sqs and not rest:
+            return _status_json(self._sqs.overview())
+        if name == "queues" and self._sqs and len(rest) == 3:
+            text = given.get("limit", "100")
+            limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
+            found = self._sqs.look((rest[0], rest[1], rest[2]), limit)
+            if found is not None:
+                for _, message in found:
+                    del message["ReceiptHandle"]
+                return _status_json([{"State": state, **it} for state, it in found])
+        names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
+        return _status_reply(404, f"the paths are {names}\n")
 
-    def _reply(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
-        headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
-        return Reply(status, headers, text.encode("utf-8"))
+    def _localstack(self, request: Request, given: Mapping[str, str]) -> Reply:
+        """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
+        assert self._sqs
+        try:
+            path = request.path[len(self.LOCALSTACK) + 1 :]
+            key = queue_key(path) if path else self._named_queue(given.get("QueueUrl", ""))
+            found = self._sqs.look(key, self.MOST_SHOWN)
+            if found is None:
+                raise sqs_refusal("no queue")
+            messages = _as_localstack(found, key[1], given)
+            call, output = sqs_call("ReceiveMessage", {}, key[0], _DEMO), {"Messages": messages}
+            reply = AWS_QUERY.output(call, SQS_MODEL, output if messages else {}, random_id())
+        except ServiceError as error:
+            reply = AWS_QUERY.error(request, error, random_id())
+        if "json" not in (request.header("accept") or ""):
+            return reply
+        assert isinstance(reply.body, bytes)
+        root = ElementTree.fromstring(reply.body)
+        document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
+        return _status_reply(reply.status, json.dumps(document), "application/json")
+
+    def _named_queue(self, url: str) -> QueueKey:
+        """Return the queue of a QueueUrl; if it names no region, one that has the queue."""
+        if not url:
+            raise sqs_refusal("no queue")
+        parts = urllib.parse.urlsplit(url)
+        region, account, name = queue_key(parts.path)
+        of_host = _REGION_IN_HOST.search(parts.netloc)
+        assert self._sqs
+        regions = [region, of_host[1] if of_host else "", *self._sqs.regions_of(name, account)]
+        return next(filter(None, regions), self._region), account, name
+
+
+_REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
+
+
+def queue_key(path: str) -> QueueKey:
+    """Return region, account and name of a path such as REGION/ACCOUNT/NAME; "" for no region."""
+    *_, region, account, name = ["", "", *path.split("/")]
+    if not _ACCOUNT_ID.fullmatch(account) or not name:
+        url = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
+        raise ServiceError("InvalidAddress", url)
+    return region, account, name
+
+
+def _as_localstack(
+    found: Sequence[tuple[str, Members]], account: str, given: Mapping[str, str]
+) -> Sequence[Members]:
+    """Return messages as LocalStack shows them: those in flight first, delayed ones last."""
+    invisible, delayed = (
+        given.get(name, "").lower() in ("true", "1") for name in ("ShowInvisible", "ShowDelayed")
+    )
+    states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
+    messages = []
+    for shown in states:
+        for state, message in found:
+            if state == shown:
+                attributes = {**message["Attributes"], "SenderId": account}
+                if invisible:
+                    attributes["IsVisible"] = "false" if state == "in flight" else "true"
+                if delayed:
+                    attributes["IsDelayed"] = "true" if state == "delayed" else "false"
+                handle = "SQS/BACKDOOR/ACCESS"
+                messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
+    return messages
+
+
+def _json_of_xml(element: ElementTree.Element) -> Any:
+    """Return an element as JSON: text, or its children, of which only repeated ones are a list."""
+    children: dict[str, Any] = {}
+    for child in element:
+        name, value = child.tag.rpartition("}")[2], _json_of_xml(child)
+        earlier = children.get(name)
+        if name in children:
+            value = [*earlier, value] if isinstance(earlier, list) else [earlier, value]
+        children[name] = value
+    return children or element.text
+
+
+def _status_reply(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
+    headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
+    return Reply(status, headers, text.encode("utf-8"))
+
+
+def _status_json(document: Any) -> Reply:
+    return _status_reply(200, _to_json(document).decode(), "application/json")
 
 
 def is_preflight(request: Request) -> bool:
@@ -7947,7 +8224,8 @@ class Proxy:
         self._verified = verified
         self.clients = clients
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
-        self._routes = (Route("sqs:*", embedded),) if routes is None else routes
+        default = [Route(pattern, embedded) for pattern, _ in DEFAULT_ROUTES]
+        self._routes = default if routes is None else routes
         public = urllib.parse.urlsplit(public_url)
         default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
         self._public_host = re.sub(f"{default_port}$", "", public.netloc)
@@ -8055,7 +8333,7 @@ class Proxy:
     def _answer_own_path(self, exchange: Exchange) -> None:
         """Answer a path of our own; no bucket has such a name."""
         request, status = exchange.request, self._status
-        if status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
+        if status and status.serves(request) and is_loopback(request.peer):
             try:
                 check_page(request, self.hosts)
                 exchange.outcome = status.reply_to(request)
@@ -8322,8 +8600,9 @@ class Proxy:
     def _no_route(self, action: str) -> str:
         target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
         flags = route_flag(shown, target)
-        if [(r.pattern, getattr(r.target, "name", "")) for r in self._routes] == [DEFAULT_ROUTE]:
-            flags = f"{route_flag(*DEFAULT_ROUTE)} {flags}"  # a flag alone would replace it
+        routes = tuple((r.pattern, getattr(r.target, "name", "")) for r in self._routes)
+        if routes == DEFAULT_ROUTES:
+            flags = f"{route_flag(*DEFAULT_ROUTES[0])} {flags}"  # a flag alone would replace it
         if target == "aws" and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
@@ -9216,6 +9495,33 @@ class ClientsFile(Watched):
 # [10.2] Flags
 
 
+class QueuesFile(Watched):
+    """The queues that a file declares, a section each."""
+
+    def _read(self) -> Sequence[QueueDeclaration]:
+        parser = configparser.RawConfigParser(default_section="", interpolation=None)
+        parser.optionxform = str  # type: ignore[assignment, method-assign]
+        try:
+            parser.read_string(pathlib.Path(self._paths[0]).read_text("utf-8"))
+        except configparser.Error as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        return [_declaration(name, dict(parser[name])) for name in parser.sections()]
+
+
+def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
+    tags = dict(re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.pop("tags", "")))
+    own = {key: given.pop(key, "") for key in ("region", "account", "dead_letter")}
+    if own["account"] and not _ACCOUNT_ID.fullmatch(own["account"]):
+        raise ValueError(f"[{name}] account must be 12 digits")
+    if own["dead_letter"] and not re.fullmatch("[^:]+:[0-9]+", own["dead_letter"]):
+        raise ValueError(f"[{name}] dead_letter must be NAME:COUNT, as in failed:5")
+    for key in set(given) - set(SETTINGS):
+        close = difflib.get_close_matches(key, [*SETTINGS, *own, "tags"], 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
+    return QueueDeclaration(name, attributes=given, tags=tags, **own)
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one."""
 
@@ -9325,6 +9631,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
         help="account that owns the queues")  # fmt: skip
+    add("--queue", action="append", default=[], metavar="NAME",
+        help="create this queue at the start, repeatable; NAME.fifo is a FIFO queue")  # fmt: skip
+    add("--queues", default="", metavar="FILE",
+        help="create the queues of this file: a section each, with attributes as in the API,"
+        " dead_letter = NAME:COUNT, region, account, tags; read again on change")  # fmt: skip
     add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
@@ -9422,7 +9733,14 @@ class Program:
         warn_of_routes(options.route)
         self._check_upstream_keys(clients)
         self._in_flight = self._build_in_flight()
-        self._status = Status(metrics, self._in_flight)
+        sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
+        self._queues = self._declared_queues(sqs)
+        self._region = options.region[0] if options.region else "us-east-1"
+        try:
+            self._declare()
+        except ValueError as error:
+            raise UsageError(f"a queue cannot be created: {error}") from error
+        self._status = Status(metrics, self._in_flight, sqs, self._reset, self._region)
         self.proxy = Proxy(
             clients,
             routes=routes,
@@ -9460,6 +9778,23 @@ class Program:
         metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
         metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
         metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        by_queue, about = "region account queue", self._sqs.overview
+        metrics.gauge(
+            "queue_messages",
+            "Messages in memory.",
+            lambda: {
+                (*_names_of_queue(it), state): float(it[state])
+                for it in about(MOST_QUEUES)
+                for state in ("visible", "in_flight", "delayed")
+            },
+            f"{by_queue} state",
+        )
+        metrics.gauge(
+            "queue_oldest_seconds",
+            "Age of the oldest message in memory.",
+            lambda: {_names_of_queue(it): it["oldest_seconds"] for it in about(MOST_QUEUES)},
+            by_queue,
+        )
         left = "Time until the first credentials for forwarding expire."
         metrics.gauge("credentials_seconds", left, keyring.seconds_left)
 
@@ -9503,6 +9838,28 @@ class Program:
                 log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
             except ValueError as error:
                 raise UsageError(str(error)) from error
+
+    def _declared_queues(self, sqs: Optional[Sqs]) -> Optional[QueuesFile]:
+        path, names = self._options.queues, self._options.queue
+        if (path or names) and not sqs:
+            raise UsageError("--queue and --queues need a route to 'embedded'")
+        try:
+            return QueuesFile(path) if path else None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--queues {path}: {error}") from error
+
+    def _reset(self, name: str) -> int:
+        """Drop all queues and declare those of the flags, or empty the queues of one name."""
+        count = self._sqs.reset(name)
+        self._in_flight.forget(name)
+        if not name:
+            self._declare()
+        return count
+
+    def _declare(self) -> None:
+        declared = [QueueDeclaration(name) for name in self._options.queue]
+        declared += self._queues.value if self._queues else ()
+        declare_queues(self._sqs, declared, self._region, self._options.account_id)
 
     def _read_certificate(self) -> Optional[Certificate]:
         path, key = self._options.tls_cert, self._options.tls_key
@@ -9567,6 +9924,11 @@ class Program:
         if self._watched and self._watched.refresh():
             self.proxy.clients = self._all_clients()
             signing_key.cache_clear()
+        if self._queues and self._queues.refresh():
+            try:
+                self._declare()
+            except ValueError as error:
+                log.error("--queues %s: %s", self._options.queues, error)
         if self._certificate:
             self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):
@@ -9712,6 +10074,74 @@ def check_file(path: str, options: argparse.Namespace) -> int:
     return 0 if exchange.verified else 1
 
 
+MOST_QUEUES = 200  # in the metrics
+
+
+def _names_of_queue(described: Members) -> tuple[str, str, str]:
+    return described["region"], described["account"], described["name"]
+
+
+class MovableClock:
+    """The system's clock, which a test can move ahead."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        self._listeners: list[Callable[[], None]] = []
+
+    def __call__(self) -> float:
+        """Return seconds since 1970."""
+        return steady_time() + self._ahead
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass for the queues that use this clock."""
+        self._ahead += seconds
+        for wake in self._listeners:
+            wake()
+
+    def tell(self, wake: Callable[[], None]) -> None:
+        """Call `wake` after each advance."""
+        self._listeners.append(wake)
+
+
+@contextlib.contextmanager
+def running(
+    queues: Iterable[Union[str, QueueDeclaration]] = (),
+    clock: Optional[MovableClock] = None,
+    clients: Clients = DEMO_CLIENTS,
+    **options: Any,
+) -> Iterator[str]:
+    """Run a server on a free port in a thread, give its URL, and stop everything at the end.
+
+    queues: names of queues that exist from the start, or QueueDeclarations
+    clock: the clock of the queues; signatures are checked at the real time
+    options: further arguments of Proxy
+    """
+    sqs = Sqs(clock or steady_time)
+    declared = [QueueDeclaration(it) if isinstance(it, str) else it for it in queues]
+    account = options.get("account_id", "000000000000")
+
+    def _reset(name: str = "") -> int:
+        count = sqs.reset(name)
+        declare_queues(sqs, () if name else declared, "us-east-1", account)
+        return count
+
+    _reset()
+    if clock:
+        clock.tell(sqs.wake)
+    metrics = Metrics()
+    options["hooks"] = [metrics, *options.get("hooks", ())]
+    proxy = Proxy(clients, sqs=sqs, status=Status(metrics, None, sqs, _reset), **options)
+    with Server(("127.0.0.1", 0), proxy) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            sqs.drain()
+            server.shutdown()
+            thread.join()
+
+
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -9750,7 +10180,7 @@ def release_memory() -> None:
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
     upstream = [("*", options.upstream)] if options.upstream else []
-    return [*options.route, *upstream] or [DEFAULT_ROUTE]
+    return [*options.route, *upstream] or DEFAULT_ROUTES
 
 
 def build_routes(

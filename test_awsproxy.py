@@ -16220,6 +16220,240 @@ class AdminTest(unittest.TestCase):
         self.assertIn("--admin", refusal_of_flags(f"--admin={value}"))
 
 
+class LookTest(unittest.TestCase):
+    """Queues are shown and emptied without a call to Amazon SQS."""
+
+    def caller(self):
+        caller = Caller("json")
+        self.status = Status(Metrics(), None, caller.sqs, caller.sqs.reset)
+        return caller
+
+    def ask(self, target, method="GET", status=200, **headers):
+        headers = (("Host", HOST), *headers.items())
+        reply = self.status.reply_to(Request(method, target, headers, io.BytesIO(), "127.0.0.1"))
+        self.assertEqual(reply.status, status, reply.body)
+        return reply.body.decode()
+
+    def queue(self, caller):
+        """Return the URL of a queue with a message in flight, one visible, and one delayed."""
+        url = caller.queue(VisibilityTimeout="40")
+        for body, delay in (("a", 0), ("b", 0), ("c", 90)):
+            caller.clock.now += 1
+            given = {"MessageBody": body, "DelaySeconds": delay}
+            stamp = {"by": {"DataType": "String", "StringValue": "x"}}
+            caller("SendMessage", QueueUrl=url, MessageAttributes=stamp, **given)
+        caller.receive(url)
+        return url
+
+    def test_queues_are_listed_with_their_counts(self):
+        caller = self.caller()
+        self.queue(caller)
+        caller(
+            "CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"}, tags={"k": "v"}
+        )
+        first, second = json.loads(self.ask("/_awsproxy/queues"))
+        self.assertEqual(
+            (first["name"], first["tags"], first["visible"]), ("a.fifo", {"k": "v"}, 0)
+        )
+        self.assertEqual(first["attributes"]["FifoQueue"], "true")
+        counts = {name: second[name] for name in ("visible", "in_flight", "delayed")}
+        self.assertEqual(counts, {"visible": 1, "in_flight": 1, "delayed": 1})
+        self.assertEqual(second["oldest_seconds"], 2)
+        self.assertEqual((second["region"], second["account"]), ("us-east-1", ACCOUNT))
+        caller.clock.now += 40
+        again = json.loads(self.ask("/_awsproxy/queues"))[1]
+        self.assertEqual((again["visible"], again["in_flight"]), (2, 0))
+
+    def test_messages_are_shown_and_stay_as_they_are(self):
+        caller = self.caller()
+        url = self.queue(caller)
+        path = f"/_awsproxy/queues/us-east-1/{ACCOUNT}/jobs"
+        for _ in range(2):
+            shown = json.loads(self.ask(path))
+            states = [(it["Body"], it["State"]) for it in shown]
+            self.assertEqual(states, [("a", "in flight"), ("b", "visible"), ("c", "delayed")])
+            counts = [it["Attributes"]["ApproximateReceiveCount"] for it in shown]
+            self.assertEqual(counts, ["1", "0", "0"])
+            self.assertEqual(shown[0]["MessageAttributes"]["by"]["StringValue"], "x")
+            self.assertNotIn("ReceiptHandle", shown[0])
+        self.assertEqual(len(json.loads(self.ask(f"{path}?limit=2"))), 2)
+        self.assertEqual(len(json.loads(self.ask(f"{path}?limit=x"))), 3)
+        (message,) = caller.receive(url)
+        self.assertEqual(message["Body"], "b")
+        for missing in ("eu-west-1", f"us-east-1/{ACCOUNT}/other", "us-east-1/1/jobs", "a/b/c/d"):
+            self.ask(f"/_awsproxy/queues/{missing}", status=404)
+
+    def test_a_message_waits_for_its_group(self):
+        caller = self.caller()
+        url = caller.queue("q.fifo", FifoQueue="true", ContentBasedDeduplication="true")
+        for body, group in (("a", "1"), ("b", "1"), ("c", "2")):
+            caller("SendMessage", QueueUrl=url, MessageBody=body, MessageGroupId=group)
+        caller.receive(url)
+        shown = json.loads(self.ask(f"/_awsproxy/queues/us-east-1/{ACCOUNT}/q.fifo"))
+        states = [it["State"] for it in shown]
+        self.assertEqual(states, ["in flight", "blocked", "visible"])
+        of_json = {"Accept": "application/json"}
+        for flag, count in (("", 1), ("&ShowInvisible=true", 3)):
+            found = self.ask(f"/_aws/sqs/messages?QueueUrl={url}{flag}", **of_json)
+            result = json.loads(found)["ReceiveMessageResponse"]["ReceiveMessageResult"]
+            made = result["Message"]
+            self.assertEqual(len(made) if isinstance(made, list) else 1, count)
+
+    def test_localstack_shows_messages_so(self):
+        caller = self.caller()
+        url = self.queue(caller)
+        of_json = {"Accept": "application/json"}
+        root = ElementTree.fromstring(self.ask(f"/_aws/sqs/messages?QueueUrl={url}"))
+        space = "{http://queue.amazonaws.com/doc/2012-11-05/}"
+        self.assertEqual(root.tag, f"{space}ReceiveMessageResponse")
+        (body,) = root.iter(f"{space}Body")
+        self.assertEqual(body.text, "b")
+        both = "&ShowInvisible=True&ShowDelayed=1"
+        rows = [("", "b", None, None), ("&ShowInvisible=True", "ab", "false true", None),
+                ("&ShowDelayed=1", "bc", None, "false true"),
+                (both, "abc", "false true true", "false false true")]  # fmt: skip
+        for flags, bodies, visible, delayed in rows:
+            with self.subTest(flags):
+                target = f"/_aws/sqs/messages/us-east-1/{ACCOUNT}/jobs?{flags[1:]}"
+                document = json.loads(self.ask(target, **of_json))["ReceiveMessageResponse"]
+                messages = document["ReceiveMessageResult"]["Message"]
+                messages = [messages] if isinstance(messages, dict) else messages
+                self.assertEqual("".join(it["Body"] for it in messages), bodies)
+                pairs = [{a["Name"]: a["Value"] for a in it["Attribute"]} for it in messages]
+                for name, expected in (("IsVisible", visible), ("IsDelayed", delayed)):
+                    values = [it[name] for it in pairs if name in it]
+                    self.assertEqual(" ".join(values) or None, expected)
+                self.assertEqual({it["ReceiptHandle"] for it in messages}, {"SQS/BACKDOOR/ACCESS"})
+                self.assertEqual({it["SenderId"] for it in pairs}, {ACCOUNT})
+        caller("PurgeQueue", QueueUrl=url)
+        empty = json.loads(self.ask(f"/_aws/sqs/messages?QueueUrl={url}", **of_json))
+        self.assertIsNone(empty["ReceiveMessageResponse"]["ReceiveMessageResult"])
+
+    @each(
+        ("", 400, "AWS.SimpleQueueService.NonExistentQueue"),
+        ("?QueueUrl=http://localhost/nonsense", 404, "InvalidAddress"),
+        (
+            f"?QueueUrl=http://localhost/{ACCOUNT}/none",
+            400,
+            "AWS.SimpleQueueService.NonExistentQueue",
+        ),
+        (f"/eu-west-1/{ACCOUNT}/jobs", 400, "AWS.SimpleQueueService.NonExistentQueue"),
+        (
+            f"?QueueUrl=http://sqs.eu-west-1.localhost/{ACCOUNT}/jobs",
+            400,
+            "AWS.SimpleQueueService.NonExistentQueue",
+        ),
+        ("/nonsense", 404, "InvalidAddress"),
+    )
+    def test_localstack_refuses_other_queues(self, rest, status, code):
+        self.caller().queue()
+        made = self.ask(f"/_aws/sqs/messages{rest}", status=status, Accept="application/json")
+        self.assertEqual(json.loads(made)["ErrorResponse"]["Error"]["Code"], code)
+        self.assertIn(f"<Code>{code}</Code>", self.ask(f"/_aws/sqs/messages{rest}", status=status))
+
+    def test_a_region_is_found_for_a_queue_url_without_one(self):
+        caller = Caller("json", region="eu-west-1")
+        self.status = Status(Metrics(), None, caller.sqs)
+        caller.enqueue(caller.queue(), "there")
+        for url in (f"http://localhost:8081/{ACCOUNT}/jobs",
+                    f"http://eu-west-1.queue.localhost/{ACCOUNT}/jobs",
+                    f"http://localhost/queue/eu-west-1/{ACCOUNT}/jobs"):  # fmt: skip
+            self.assertIn("there", self.ask(f"/_aws/sqs/messages?QueueUrl={url}"))
+
+    def test_queues_are_emptied_and_dropped(self):
+        caller = self.caller()
+        url = self.queue(caller)
+        caller.enqueue(caller.queue("other"), "x")
+        self.ask("/_awsproxy/reset", status=405)
+        self.assertEqual(self.ask("/_awsproxy/reset?queue=jobs", "POST"), '{"queues":1}')
+        left = {it["name"]: it["visible"] for it in json.loads(self.ask("/_awsproxy/queues"))}
+        self.assertEqual(left, {"jobs": 0, "other": 1})
+        self.assertEqual(caller.receive(url), [])
+        self.assertEqual(self.ask("/_awsproxy/reset?queue=none", "POST"), '{"queues":0}')
+        self.assertEqual(self.ask("/_awsproxy/reset", "POST"), '{"queues":2}')
+        self.assertEqual(self.ask("/_awsproxy/queues"), "[]")
+        with self.assertRaises(Refused):
+            caller.receive(url)
+        self.ask("/_awsproxy/reset/x", "POST", status=405)
+
+    def test_a_web_page_empties_no_queues(self):
+        status = Status(Metrics(), None, Sqs(), lambda _: self.fail("it did"))
+        proxy = demo_proxy(status=status)
+        foreign = (("Host", HOST), ("Origin", "http://example.com"))
+        for headers in (foreign, (("Host", "example.com"),)):
+            request = Request("POST", "/_awsproxy/reset", headers, io.BytesIO(), "127.0.0.1")
+            self.assertEqual(proxy.handle(request).status, 403)
+
+
+class DeclaredQueuesTest(unittest.TestCase):
+    def declared(self, *queues):
+        sqs = Sqs(Clock())
+        awsproxy.declare_queues(sqs, queues, "us-east-1", ACCOUNT)
+        return sqs
+
+    def test_queues_are_linked_in_any_order(self):
+        make = awsproxy.QueueDeclaration
+        sqs = self.declared(
+            make("jobs", dead_letter="failed:3", attributes={"DelaySeconds": "7"}),
+            make("failed", dead_letter="jobs:5", tags={"a": "b"}),
+            make("x.fifo", region="eu-west-1", account="111122223333"),
+        )
+        found = {it["name"]: it for it in sqs.overview()}
+        policy = json.loads(found["jobs"]["attributes"]["RedrivePolicy"])
+        self.assertEqual(policy, {"deadLetterTargetArn": arn("failed"), "maxReceiveCount": 3})
+        self.assertEqual(found["jobs"]["attributes"]["DelaySeconds"], "7")
+        self.assertEqual(found["failed"]["tags"], {"a": "b"})
+        where = (found["x.fifo"]["region"], found["x.fifo"]["account"])
+        self.assertEqual(where, ("eu-west-1", "111122223333"))
+        self.assertEqual(found["x.fifo"]["attributes"]["FifoQueue"], "true")
+
+    def test_attributes_follow_and_messages_stay(self):
+        caller = Caller("json")
+        caller.enqueue(caller.queue(), "kept")
+        changed = awsproxy.QueueDeclaration("jobs", attributes={"VisibilityTimeout": "3"})
+        awsproxy.declare_queues(caller.sqs, [changed], "us-east-1", ACCOUNT)
+        (queue,) = caller.sqs.overview()
+        self.assertEqual((queue["attributes"]["VisibilityTimeout"], queue["visible"]), ("3", 1))
+
+    @each(
+        ({"name": "a b"}, r"\[a b\] Can only include"),
+        (
+            {"name": "a", "attributes": {"DelaySeconds": "x"}},
+            r"\[a\] Invalid value .* DelaySeconds",
+        ),
+        ({"name": "a", "dead_letter": "b:3"}, r"\[a\] .*Dead letter target does not exist"),
+        ({"name": "a", "attributes": {"FifoQueue": "true"}}, r"\[a\] The name of a FIFO queue"),
+    )
+    def test_a_mistake_names_the_queue(self, given, message):
+        with self.assertRaisesRegex(ValueError, message):
+            self.declared(awsproxy.QueueDeclaration(**given))
+
+
+class IdentityTest(unittest.TestCase):
+    def ask(self, *headers, routes=None):
+        proxy = demo_proxy(routes=routes)
+        form = b"Action=GetCallerIdentity&Version=2011-06-15"
+        kind = ("Content-Type", "application/x-www-form-urlencoded")
+        return proxy.handle(signed("POST", "/", (kind, *headers), form, service="sts"))
+
+    def test_the_caller_is_told_who_it_is(self):
+        reply = self.ask()
+        root = ElementTree.fromstring(reply.body)
+        space = "{https://sts.amazonaws.com/doc/2011-06-15/}"
+        self.assertEqual(root.tag, f"{space}GetCallerIdentityResponse")
+        found = {it.tag[len(space) :]: it.text for it in root.iter()}
+        expected = {"Account": ACCOUNT, "UserId": "dummykey"}
+        expected["Arn"] = f"arn:aws:iam::{ACCOUNT}:user/demo"
+        self.assertEqual({name: found[name] for name in expected}, expected)
+        in_json = json.loads(self.ask(("Accept", "application/json")).body)
+        response = in_json["GetCallerIdentityResponse"]
+        self.assertEqual(response["GetCallerIdentityResult"], expected)
+
+    def test_own_routes_replace_it(self):
+        route = awsproxy.Route("sqs:*", awsproxy.Embedded(Sqs()))
+        self.assertEqual(self.ask(routes=[route]).status, 403)
+
+
 class FullDisk(io.RawIOBase):
     """A file on a full disk, which fails where it is told to."""
 
@@ -18371,6 +18605,92 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((code, output), (2, ""))
                 self.assertRegex(errors, r"\Aawsproxy: [^\n]+\n\Z")
                 self.assertIn(remedy, errors)
+
+    def test_queues_are_created_at_the_start_and_follow_their_file(self):
+        path = os.path.join(folder(self), "queues")
+        write(path, "[jobs]\nVisibilityTimeout = 60\ndead_letter = failed:3\n"
+              "tags = team = blue, env=test\n[failed]\n[a.fifo]\nregion = eu-west-1\n")  # fmt: skip
+        program = self.start("--queue", "extra", "--queues", path, "--region", "us-east-1",
+                             "--region", "eu-west-1", "--quiet")  # fmt: skip
+
+        def queues():
+            status, body = own_path(program.address, "/_awsproxy/queues")
+            self.assertEqual(status, 200)
+            return {it["name"]: it for it in json.loads(body)}
+
+        found = queues()
+        self.assertEqual(sorted(found), ["a.fifo", "extra", "failed", "jobs"])
+        self.assertEqual(found["jobs"]["tags"], {"team": "blue", "env": "test"})
+        self.assertIn(arn("failed"), found["jobs"]["attributes"]["RedrivePolicy"])
+        program.caller()("SendMessage", QueueUrl="jobs", MessageBody="x")
+        write(path, "[jobs]\nVisibilityTimout = 5\n", 1)
+        self.assertIn("did you mean VisibilityTimeout?", program.line())
+        write(path, "[jobs]\nVisibilityTimeout = 5\n[more]\n", 2)
+        self.assertIn("read again", program.line())
+        wait_until(lambda: "more" in queues(), fault="it was not created")
+        jobs = queues()["jobs"]
+        self.assertEqual((jobs["attributes"]["VisibilityTimeout"], jobs["visible"]), ("5", 1))
+        self.assertEqual(own_path(program.address, "/_awsproxy/reset", "POST")[0], 200)
+        self.assertEqual(sorted(queues()), ["extra", "jobs", "more"])
+        self.assertEqual(queues()["jobs"]["visible"], 0)
+        _, metrics = own_path(program.address, "/_awsproxy/metrics")
+        row = b'awsproxy_queue_messages{region="us-east-1",account="000000000000",queue="jobs",'
+        self.assertIn(row + b'state="visible"} 0', metrics)
+        self.assertIn(b"awsproxy_queue_oldest_seconds{", metrics)
+
+    def test_a_mistake_in_declared_queues_is_told_in_one_line(self):
+        rows = [
+            ("[a]\ndead_letter = b:3\n", r"\[a\] .* does not exist"),
+            ("[a]\ndead_letter = b\n", r"\[a\] dead_letter must be NAME:COUNT"),
+            ("[a]\naccount = 1\n", r"\[a\] account must be 12 digits"),
+            (
+                "[a]\nDelaySecond = 1\n",
+                r"\[a\] DelaySecond is no attribute.*did you mean DelaySeconds",
+            ),
+            ("[a b]\n", r"\[a b\] Can only include"),
+            ("a = b\n", "no section headers"),
+        ]
+        given = []
+        for number, (text, _) in enumerate(rows):
+            path = write(os.path.join(folder(self), "queues"), text)
+            given.append((number, ["--port", "0", "--queues", path]))
+        there = ["--route", "sqs:*=deny", "--queue", "a"]
+        rows += [("", "No such file"), ("", "need a route to 'embedded'")]
+        given += [(6, ["--queues", "/nonexistent"]), (7, there)]
+        ended = run_each(given)
+        for number, (_, message) in enumerate(rows):
+            with self.subTest(message):
+                code, _, errors = ended[number]
+                last = errors.splitlines()[-1]
+                self.assertEqual(code, 2)
+                self.assertRegex(last, message)
+                self.assertNotIn("Traceback", errors)
+
+    def test_a_server_runs_in_a_test_process(self):
+        clock = awsproxy.MovableClock()
+        made = awsproxy.QueueDeclaration("slow", attributes={"DelaySeconds": "30"})
+        with awsproxy.running(queues=["jobs", made], clock=clock) as url:
+            address = ("127.0.0.1", int(url.rpartition(":")[2]))
+            send = SimpleNamespace(address=address)
+            send.send = functools.partial(Program.send, send)
+            send.handle = functools.partial(Program.handle, send)
+            caller = Caller("json", Clock(time.time()))
+            caller.proxy = send
+            caller("SendMessage", QueueUrl="slow", MessageBody="later")
+            self.assertEqual(caller("ReceiveMessage", QueueUrl="slow"), {})
+            found = []
+            poll = threading.Thread(target=lambda: found.append(
+                caller("ReceiveMessage", QueueUrl="slow", WaitTimeSeconds=20)))  # fmt: skip
+            poll.start()
+            time.sleep(0.1)
+            clock.advance(31)
+            poll.join(5)
+            self.assertEqual(found[0]["Messages"][0]["Body"], "later")
+            self.assertEqual(own_path(address, "/_awsproxy/reset", "POST")[0], 200)
+            _, body = own_path(address, "/_awsproxy/queues")
+            self.assertEqual([it["name"] for it in json.loads(body)], ["jobs", "slow"])
+        with self.assertRaises(OSError):
+            socket.create_connection(address, 1)
 
     def test_a_changed_clients_file_must_not_open_the_demo_key_to_the_network(self):
         check = awsproxy.Program._check_clients
