@@ -90,7 +90,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -6800,15 +6800,16 @@ def stamp_of(path: str) -> tuple[int, ...]:
 
 
 class Watched:
-    """A value read from files, again when they change; if that fails, the old value stays."""
+    """What `read` returns for a file, again when the file changes.
 
-    def __init__(self, *paths: str) -> None:
-        self._paths = [path for path in paths if path]
+    If that fails, the old value stays.  `more` is another file to watch.
+    """
+
+    def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
+        self._read = read
+        self._paths = [name for name in (path, more) if name]
         self._stamps = self._stamps_now()
-        self.value = self._read()
-
-    def _read(self) -> Any:
-        raise NotImplementedError
+        self.value = read(path)
 
     def _stamps_now(self) -> Sequence[object]:
         return [stamp_of(path) for path in self._paths]
@@ -6820,7 +6821,7 @@ class Watched:
             return False
         self._stamps = stamps
         try:
-            self.value = self._read()
+            self.value = self._read(self._paths[0])
         except (OSError, ValueError) as error:
             log.error("%s not read again, keeping the old contents: %s", self._paths[0], error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -6833,29 +6834,38 @@ class Watched:
 class HookFile(Watched):
     """A hook in a file: `value` is its module."""
 
-    def _read(self) -> Any:
-        name = os.path.splitext(os.path.basename(self._paths[0]))[0]
-        spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", self._paths[0])
-        if spec is None or spec.loader is None:
-            raise ValueError("its name does not end in .py")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            run_hook(spec.loader.exec_module, module)
-        except OSError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        for name, value in vars(module).items():
-            own = getattr(value, "__module__", None) == module.__name__
-            if own and inspect.isfunction(value) and name not in _OF_A_HOOK and name[0] != "_":
-                close = difflib.get_close_matches(name, _OF_A_HOOK, 1)
-                meant = f"; did you mean {close[0]}?" if close else ""
-                raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
-            if name in _OF_A_HOOK and not callable(value):
-                raise ValueError(f"{name} is no function")
-        if not any(hasattr(module, moment) for moment in HOOK_METHODS):
-            raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
-        return module
+    def __init__(self, path: str) -> None:
+        super().__init__(_read_hook, path)
+
+
+def _read_hook(path: str) -> ModuleType:
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError("its name does not end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        run_hook(spec.loader.exec_module, module)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    for name, value in vars(module).items():
+        own = getattr(value, "__module__", None) == module.__name__
+        if own and inspect.isfunction(value) and name not in _OF_A_HOOK and name[0] != "_":
+            meant = did_you_mean(name, _OF_A_HOOK)
+            raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
+        if name in _OF_A_HOOK and not callable(value):
+            raise ValueError(f"{name} is no function")
+    if not any(hasattr(module, moment) for moment in HOOK_METHODS):
+        raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
+    return module
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a question that names the most similar known word, or ""."""
+    close = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 # [7.3] The access log
@@ -8703,7 +8713,7 @@ def fault_of_reply(reply: Reply) -> str:
     return ""
 
 
-# ==== 9. The server: Certificate, PeerConnection, Server ====
+# ==== 9. The server: PeerConnection, Server ====
 # One thread runs a loop.  It reads all connections that are idle or sending a request, and
 # answers every call that need not wait: with more threads, such calls would compete for the
 # interpreter.  Requests that arrive together go through each step together (see Proxy.begin).
@@ -8726,20 +8736,21 @@ def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-class Certificate(Watched):
-    """The SSL context of a Server, from a PEM file with the chain and the key, or two files."""
+def read_certificate(path: str, key: str = "") -> ssl.SSLContext:
+    """Return the SSL context of a PEM file with chain and key, or of two files.
 
-    def _read(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-        context.load_cert_chain(self._paths[0], self._paths[-1], self._refuse_to_ask)
-        return context
+    Raise OSError or ValueError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    context.load_cert_chain(path, key or None, _refuse_to_ask)
+    return context
 
-    @staticmethod
-    def _refuse_to_ask() -> str:
-        raise ValueError("its key is encrypted; the proxy cannot ask for the password")
+
+def _refuse_to_ask() -> str:
+    raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
 class Framing(NamedTuple):
@@ -9083,7 +9094,7 @@ class Server(http.server.HTTPServer):
         max_connections: int = 10000,
         every_half_second: Callable[[], None] = lambda: None,
         when_woken: Callable[[], None] = lambda: None,
-        certificate: Optional[Certificate] = None,
+        certificate: Optional[Watched] = None,
         reuse_port: bool = False,
     ) -> None:
         if ":" in address[0]:
@@ -9432,7 +9443,7 @@ class Server(http.server.HTTPServer):
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
 # To add a flag: call `add` in a function below build_parser, and use the option in Program.
 
-# [10.1] Clients
+# [10.1] Files of clients and queues
 
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
@@ -9462,8 +9473,8 @@ def read_clients(path: str) -> Clients:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
         for word in set(section) - _OF_A_CLIENT:
-            for meant in difflib.get_close_matches(word, _OF_A_CLIENT, 1, 0.9):
-                raise ValueError(f"[{name}] has {word}; did you mean {meant}?")
+            if meant := did_you_mean(word, _OF_A_CLIENT, 0.9):
+                raise ValueError(f"[{name}] has {word}{meant}")
         account = section.get("aws_account_id", "")
         if account and not _ACCOUNT_ID.fullmatch(account):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
@@ -9479,33 +9490,15 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-class ClientsFile(Watched):
-    """The clients of a file.  `check` raises ValueError for clients that the proxy refuses."""
-
-    def __init__(self, path: str, check: Callable[[Clients], None] = lambda _: None) -> None:
-        self._check = check
-        super().__init__(path)
-
-    def _read(self) -> Clients:
-        clients = read_clients(self._paths[0])
-        self._check(clients)
-        return clients
-
-
-# [10.2] Flags
-
-
-class QueuesFile(Watched):
-    """The queues that a file declares, a section each."""
-
-    def _read(self) -> Sequence[QueueDeclaration]:
-        parser = configparser.RawConfigParser(default_section="", interpolation=None)
-        parser.optionxform = str  # type: ignore[assignment, method-assign]
-        try:
-            parser.read_string(pathlib.Path(self._paths[0]).read_text("utf-8"))
-        except configparser.Error as error:
-            raise ValueError(" ".join(str(error).split())) from error
-        return [_declaration(name, dict(parser[name])) for name in parser.sections()]
+def read_queues(path: str) -> Sequence[QueueDeclaration]:
+    """Return the queues that a file declares, a section each, or raise OSError or ValueError."""
+    parser = configparser.RawConfigParser(default_section="")
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    try:
+        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+    except configparser.Error as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return [_declaration(name, dict(parser[name])) for name in parser.sections()]
 
 
 def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
@@ -9516,10 +9509,12 @@ def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
     if own["dead_letter"] and not re.fullmatch("[^:]+:[0-9]+", own["dead_letter"]):
         raise ValueError(f"[{name}] dead_letter must be NAME:COUNT, as in failed:5")
     for key in set(given) - set(SETTINGS):
-        close = difflib.get_close_matches(key, [*SETTINGS, *own, "tags"], 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = did_you_mean(key, [*SETTINGS, *own, "tags"])
         raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
     return QueueDeclaration(name, attributes=given, tags=tags, **own)
+
+
+# [10.2] Flags
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -9710,13 +9705,21 @@ class UsageError(Exception):
     """A fault in the flags or in a file that they name: one line with the remedy."""
 
 
+@contextlib.contextmanager
+def _usage_errors(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{prefix}{error}") from error
+
+
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
         self._console = console
-        self._watched: Optional[ClientsFile] = None
+        self._watched: Optional[Watched] = None
         self._certificate = self._read_certificate()
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
@@ -9734,12 +9737,12 @@ class Program:
         self._check_upstream_keys(clients)
         self._in_flight = self._build_in_flight()
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
-        self._queues = self._declared_queues(sqs)
+        if (options.queue or options.queues) and not sqs:
+            raise UsageError("--queue and --queues need a route to 'embedded'")
         self._region = options.region[0] if options.region else "us-east-1"
-        try:
+        with _usage_errors("--queues and --queue: "):
+            self._queues = Watched(read_queues, options.queues) if options.queues else None
             self._declare()
-        except ValueError as error:
-            raise UsageError(f"a queue cannot be created: {error}") from error
         self._status = Status(metrics, self._in_flight, sqs, self._reset, self._region)
         self.proxy = Proxy(
             clients,
@@ -9800,13 +9803,15 @@ class Program:
 
     def _read_clients(self) -> Clients:
         path = self._options.clients
-        try:
-            self._watched = ClientsFile(path, self._check_clients) if path else None
+        with _usage_errors(f"the clients file {path} cannot be used: " if path else ""):
+            self._watched = Watched(self._checked_clients, path) if path else None
             clients = self._all_clients()
             self._check_clients(clients)
-        except (OSError, ValueError) as error:
-            named = f"the clients file {path} cannot be used: " if path else ""
-            raise UsageError(f"{named}{error}") from error
+        return clients
+
+    def _checked_clients(self, path: str) -> Clients:
+        clients = read_clients(path)
+        self._check_clients(clients)
         return clients
 
     def _all_clients(self) -> Clients:
@@ -9815,38 +9820,25 @@ class Program:
     def _check_clients(self, clients: Clients) -> None:
         """Raise ValueError if the clients must not reach the upstreams of the routes."""
         to_aws = any(upstream.is_aws for upstream in self._upstreams)
-        if to_aws and has_demo_key(clients) and not self._options.no_verify:
-            message = "a route leads to aws, and the key dummykey is public: give clients keys"
-            raise ValueError(f"{message} of their own with --clients FILE or --client KEY:SECRET")
-        if self._is_public and has_demo_key(clients):
-            hint = "give --clients FILE or --client KEY:SECRET"
-            raise ValueError(f"the demo client needs a loopback --host; {hint}")
+        verified = not self._options.no_verify
+        if has_demo_key(clients) and (self._is_public or (to_aws and verified)):
+            why = "a route leads to aws" if to_aws else "--host is more than loopback"
+            hint = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
+            raise ValueError(f"the key dummykey is public, and {why}: {hint}")
         for client in itertools.chain(*clients.values()) if self._upstreams else ():
             check_not_shared(self._keyring.of(client).ready(), clients)
 
     def _check_upstream_keys(self, clients: Clients) -> None:
         """Log each client without keys to forward with; raise UsageError for shared keys."""
-        try:
+        with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
             tls_context()
-        except OSError as error:
-            raise UsageError(f"AWS_CA_BUNDLE cannot be used: {error}") from error
         named = {client.name: client for client in itertools.chain(*clients.values())}
         for client in named.values() if self._upstreams else ():
             try:
-                check_not_shared(self._keyring.of(client).get(), clients)
+                with _usage_errors(""):
+                    check_not_shared(self._keyring.of(client).get(), clients)
             except NoKeys as reason:
                 log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
-
-    def _declared_queues(self, sqs: Optional[Sqs]) -> Optional[QueuesFile]:
-        path, names = self._options.queues, self._options.queue
-        if (path or names) and not sqs:
-            raise UsageError("--queue and --queues need a route to 'embedded'")
-        try:
-            return QueuesFile(path) if path else None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--queues {path}: {error}") from error
 
     def _reset(self, name: str) -> int:
         """Drop all queues and declare those of the flags, or empty the queues of one name."""
@@ -9861,33 +9853,30 @@ class Program:
         declared += self._queues.value if self._queues else ()
         declare_queues(self._sqs, declared, self._region, self._options.account_id)
 
-    def _read_certificate(self) -> Optional[Certificate]:
+    def _read_certificate(self) -> Optional[Watched]:
         path, key = self._options.tls_cert, self._options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
-        try:
-            return Certificate(path, key) if path else None
-        except (OSError, ValueError) as error:
-            files = f"{path} and {key}" if key else path
-            raise UsageError(f"the certificate in {files} cannot be used: {error}") from error
+        with _usage_errors(f"the certificate in {path}{key and f' and {key}'} cannot be used: "):
+            read = functools.partial(read_certificate, key=key)
+            return Watched(read, path, key) if path else None
 
     def _read_hooks(self) -> list[Any]:
         hooks: list[Any] = []
         path, quiet = self._options.log_file, self._options.quiet
-        try:
+        with _usage_errors(f"the file {path} cannot be used: "):
             open_again = functools.partial(open_log, path)
             writer = LineWriter(open_again(), open_again) if path and not quiet else self._console
-            self._writers = [writer] if writer and not quiet else []
-            form = self._options.log_format
-            if form == "text" and writer and writer.is_terminal:
-                form = "colours" if writer.in_colour else "columns"
-            hooks += [AccessLog(writer, form) for writer in self._writers]
-            if self._options.explain and self._console:
-                hooks.append(Explainer(self._console, self._console.in_colour))
-            for path in self._options.hook:
+        self._writers = [writer] if writer and not quiet else []
+        form = self._options.log_format
+        if form == "text" and writer and writer.is_terminal:
+            form = "colours" if writer.in_colour else "columns"
+        hooks += [AccessLog(writer, form) for writer in self._writers]
+        if self._options.explain and self._console:
+            hooks.append(Explainer(self._console, self._console.in_colour))
+        for path in self._options.hook:
+            with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the file {path} cannot be used: {error}") from error
         return hooks
 
     def _build_in_flight(self) -> InFlight:
@@ -9962,10 +9951,8 @@ class Program:
             if options.no_verify:
                 raise UsageError("--no-verify needs a loopback --host")
             self._is_public = True
-            try:
+            with _usage_errors(""):
                 self._check_clients(self.proxy.clients)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -10033,14 +10020,17 @@ class Program:
 def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
-    Lines of the head may end with LF.  A newline after the body is dropped.  Raise ServiceError
-    if the request is malformed, ValueError if its body is missing.
+    Lines of the head may end with LF.  A newline after the body is dropped.  Raise ValueError if
+    the request is malformed, or its body is missing.
     """
     sent = re.findall(rb"^> ?(.*)$", data, re.MULTILINE)
     lines = b"\n".join(sent) + b"\n\n" if sent else data.lstrip() + b"\n\n"
     head, body = re.split(rb"\r?\n\r?\n", lines, maxsplit=1)
-    parsed = parse_head(re.sub(rb"\r?\n", b"\r\n", head) + b"\r\n\r\n")
-    length = body_framing(parsed)
+    try:
+        parsed = parse_head(re.sub(rb"\r?\n", b"\r\n", head) + b"\r\n\r\n")
+        length = body_framing(parsed)
+    except ServiceError as error:
+        raise ValueError(error.message) from error
     if length is None or length > len(body):
         raise ValueError("the body is missing (curl -v does not show it): write it after the head")
     return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
@@ -10056,14 +10046,11 @@ def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
 
 def check_file(path: str, options: argparse.Namespace) -> int:
     """Print the explanation of a saved request at the time of its own date; return 0 or 1."""
-    try:
-        clients = all_clients(
-            read_clients(options.clients) if options.clients else {}, options.client
-        )
+    with _usage_errors(f"--check {path}: "):
+        of_file = read_clients(options.clients) if options.clients else {}
+        clients = all_clients(of_file, options.client)
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
         request = read_request(data)
-    except (OSError, ValueError, ServiceError) as error:
-        raise UsageError(f"--check {path}: {error}") from error
     now = time.time()
     with contextlib.suppress(ServiceError, ValueError):  # the check refuses a wrong date
         now = epoch(authorization_of(request).amz_date)

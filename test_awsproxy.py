@@ -17594,7 +17594,7 @@ class TlsWire(Wire):
 
 class RunningTls(Running):
     def __init__(self, proxy, path, **settings):
-        self.certificate = awsproxy.Certificate(path)
+        self.certificate = awsproxy.Watched(awsproxy.read_certificate, path)
         self.context = ssl.create_default_context(cafile=path)
         super().__init__(proxy, certificate=self.certificate, **settings)
 
@@ -18801,7 +18801,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_a_clients_file_is_read_later_where_it_cannot_be_opened_now(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "keyA", "secret"))
-        watched = awsproxy.ClientsFile(path)
+        watched = awsproxy.Watched(awsproxy.read_clients, path)
         write(path, section("b", "keyB", "secret"), age=9)
         with self.assertLogs("awsproxy"):
             with mock.patch("builtins.open", side_effect=OSError(errno.EMFILE, "too many")):
@@ -18812,7 +18812,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_each_change_of_the_clients_file_is_logged_once(self):
         path = write(os.path.join(folder(self), "clients"), section("a", "akid", "first"))
-        watched = awsproxy.ClientsFile(path)
+        watched = awsproxy.Watched(awsproxy.read_clients, path)
         rows = [
             ("untouched", lambda: None, "first", ""),
             ("changed", lambda: write(path, section("a", "akid", "2nd"), 1), "2nd", "read again"),
