@@ -109,7 +109,6 @@ log = logging.getLogger("awsproxy")
 # operation are known.  A stage makes a new value or raises ServiceError.
 
 # [1.1] HTTP messages
-
 Headers = tuple[tuple[str, str], ...]  # wire order, wire case, repeats kept, text is latin-1
 Fields = Mapping[str, list[str]]  # by name in lower case, the values in the order received
 MAX_PARAMETERS = 2000  # in a query string: each one costs time in the canonical request
@@ -204,8 +203,6 @@ class Reply(NamedTuple):
 
 
 # [1.2] Clients and calls
-
-
 class Client(NamedTuple):
     """A key that callers may sign with, its name and its account."""
 
@@ -294,8 +291,6 @@ class WouldWait(Exception):
 
 
 # [1.3] Errors
-
-
 class Fault(NamedTuple):
     """The HTTP status of an error, its code in XML and its `__type` in JSON."""
 
@@ -378,7 +373,6 @@ class ServiceError(Exception):
 # chapter parses heads strictly (RFC 9112), and refuses a request whose framing is in doubt.
 
 # [2.1] The head of a request
-
 MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
@@ -523,8 +517,6 @@ def too_large(max_body: int) -> ServiceError:
 
 
 # [2.2] Bodies
-
-
 class Stream:
     """A buffered binary stream over `receive`, which returns b"" at the end."""
 
@@ -662,8 +654,6 @@ class ChunkedBody:
 
 
 # [2.3] Responses
-
-
 class ResponseHead(NamedTuple):
     """The head of a response; `keeps` means that the connection stays open after it."""
 
@@ -779,7 +769,6 @@ def encode_reply(
 # To add a refusal: write a row of REFUSALS, and raise refusal(name, request, values).
 
 # [3.1] Parsing
-
 ALGORITHM = "AWS4-HMAC-SHA256"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
@@ -960,8 +949,6 @@ def _date_header(request: Request) -> Optional[str]:
 
 
 # [3.2] Canonical request
-
-
 def canonical_path(path: str, normalize: bool) -> str:
     """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
 
@@ -1037,8 +1024,6 @@ def canonical_request(
 
 
 # [3.3] String to sign, signing key, signature
-
-
 def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> bytes:
     """Return the string to sign: algorithm, time, scope, hash of the canonical request."""
     digest = hashlib.sha256(canonical).hexdigest()
@@ -1078,7 +1063,6 @@ def _utc(second: int, form: str) -> str:
 
 
 # [3.4] Rules of services
-
 S3_FAMILY = frozenset({"s3", "s3express", "s3-object-lambda", "s3-outposts"})
 
 
@@ -1114,14 +1098,15 @@ _GENERAL = Profile()
 
 
 # [3.5] Verification
-
-
 class Proof(NamedTuple):
     """The steps of a signature, as the proxy computed them."""
 
     parts: Sequence[str]  # method, path, query, headers, signed headers, payload line
     string_to_sign: bytes
     signature: str
+
+    def __repr__(self) -> str:
+        return f"Proof({self.string_to_sign!r})"  # the rest may hold secrets
 
 
 class Verified(NamedTuple):
@@ -1381,7 +1366,6 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 
 
 # [3.6] Refusals
-
 # By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
 # family if it differs.  People search for AWS's own messages, so they are AWS's where known.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
@@ -1520,7 +1504,6 @@ def _salvaged_claim(request: Request) -> Claim:
 
 
 # [3.7] Presigned URLs
-
 MAX_PRESIGNED_SECONDS = 604800
 _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
@@ -1568,7 +1551,6 @@ def _parse_query(request: Request) -> Authorization:
 
 
 # [3.8] Mistakes of clients
-
 _PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
 # Known mistakes of curl and others: a line of the canonical request, a function that returns
 # their form of that line, and advice.
@@ -1619,7 +1601,6 @@ def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> 
 # [3.9] Bodies that are checked as they stream
 # Each reader returns its last byte only after it has checked the whole body.  So a sender that
 # passes the body on can stop before the body is complete.
-
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
 STREAMING_TRAILER = STREAMING + "-TRAILER"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
@@ -1901,8 +1882,6 @@ def streamed_body(
 
 
 # [3.10] Signing
-
-
 class Credentials(NamedTuple):
     """Keys to sign with; `expires` is in seconds since 1970."""
 
@@ -1945,7 +1924,6 @@ def sign(
 
 
 # [3.11] Removing a signature
-
 HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
@@ -6639,8 +6617,6 @@ class Upstream:
 
 
 # [7.1] Workers and exchanges
-
-
 class Workers:
     """Threads for tasks that may block: a new one only if none is idle."""
 
@@ -6744,8 +6720,6 @@ Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
 
 
 # [7.2] The interface of hooks
-
-
 class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
 
@@ -6869,8 +6843,6 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 # [7.3] The access log
-
-
 class LineWriter:
     """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
@@ -7031,7 +7003,6 @@ def open_log(path: str) -> Any:
 
 
 # [7.4] Explanations
-
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
 _HIDDEN_HEADERS = frozenset("cookie x-amz-security-token x-amz-s3session-token".split())
 _HIDDEN_VALUES = re.compile("(?im)(x-amz-(?:security|s3session)-token[:=]|^cookie:)[^\n&]*")
@@ -7138,8 +7109,6 @@ class Explainer(Hook):
 
 
 # [7.5] Metrics
-
-
 class Metrics(Hook):
     """Counts calls for Prometheus.
 
@@ -7296,7 +7265,6 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-
 Ask = Callable[[Call, str], int]
 Run = Callable[[Callable[[], None]], None]
 Put = Callable[[str, bytes, float], bytes]
@@ -7470,8 +7438,6 @@ def _digest(handle: str) -> bytes:
 
 
 # [7.7] Protection of an ECS task
-
-
 def _put(url: str, body: bytes, timeout: float) -> bytes:
     headers = {"Content-Type": "application/json"}
     return fetch(url, headers, data=body, method="PUT", timeout=timeout)
@@ -7558,8 +7524,6 @@ class TaskProtection(InFlight):
 
 
 # [8.1] Targets
-
-
 class Target(Protocol):
     """An object that answers the calls of a route."""
 
@@ -7634,7 +7598,6 @@ class Deny:
 
 
 # [8.2] Routes
-
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
 IAM_PREFIXES = pairs("""
@@ -7777,8 +7740,6 @@ class Route(NamedTuple):
 
 
 # [8.3] Paths of our own
-
-
 class QueueDeclaration(NamedTuple):
     """A queue that exists from the start; without an account, it is the proxy's."""
 
@@ -7891,7 +7852,7 @@ class Status:
         if name in ("health", "ready"):
             return _status_reply(200, "ok\n")
         if name == "in-flight" and self._in_flight:
-            return _status_json(self._in_flight.counts())
+            return _status_reply(200, json.dumps(self._in_flight.counts()), "application/json")
         if name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return _status_reply(200, self._metrics.text(), kind)
@@ -8086,8 +8047,6 @@ class Admin:
 
 
 # [8.4] Hooks and answers that must be waited for
-
-
 def name_of(function: Callable[..., Any]) -> str:
     """Return the qualified name of a function."""
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
@@ -8192,8 +8151,6 @@ Outcome = Union[Reply, Pending]
 
 
 # [8.5] The proxy
-
-
 class Proxy:
     """Answers requests: it verifies the caller, finds the operation, and returns the reply.
 
@@ -8721,7 +8678,6 @@ def fault_of_reply(reply: Reply) -> str:
 # wait (a long poll, a hook, a long body): it owns the connection until it gives it back.
 
 # [9.1] Connections
-
 SMALL_BODY = 131072  # bytes; the loop gathers bodies up to this length
 AT_A_TIME = 65536  # bytes of an answer: TLS sends a block within one timeout, or not at all
 AT_ONCE = 16  # connections to read before the first is answered
@@ -9074,8 +9030,6 @@ def _framing_of(head: Head) -> Framing:
 
 
 # [9.2] The event loop
-
-
 class Server(http.server.HTTPServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
@@ -9444,7 +9398,6 @@ class Server(http.server.HTTPServer):
 # To add a flag: call `add` in a function below build_parser, and use the option in Program.
 
 # [10.1] Files of clients and queues
-
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 _OF_A_CLIENT = frozenset(
@@ -9515,8 +9468,6 @@ def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
 
 
 # [10.2] Flags
-
-
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one."""
 
@@ -9686,7 +9637,7 @@ def _add_routes(add: Callable[..., Any]) -> None:
     add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
         help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
         " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
-        " match counts (default: sqs:*=embedded)")  # fmt: skip
+        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
         metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
@@ -9699,8 +9650,6 @@ def _add_routes(add: Callable[..., Any]) -> None:
 
 
 # [10.3] The program
-
-
 class UsageError(Exception):
     """A fault in the flags or in a file that they name: one line with the remedy."""
 
@@ -10015,8 +9964,6 @@ class Program:
 
 
 # [10.4] A saved request
-
-
 def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
@@ -10162,8 +10109,6 @@ def release_memory() -> None:
 
 
 # [10.5] Routes of the flags
-
-
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
     upstream = [("*", options.upstream)] if options.upstream else []

@@ -18104,7 +18104,7 @@ class ForwardingFlagsTest(unittest.TestCase):
         flags = "--route sqs:*=embedded --route s3:*=aws --route x:*=deny --upstream http://h:1"
         for given, expected in (
             (flags, "sqs:* Embedded, s3:* Upstream, x:* Deny, * Upstream"),
-            ("", "sqs:* Embedded"),
+            ("", "sqs:* Embedded, sts:GetCallerIdentity Embedded"),
         ):
             options = awsproxy.build_parser().parse_args(given.split())
             routes = awsproxy.build_routes(options, Keyring({}), Sqs(Clock()), awsproxy.Pool())
@@ -18698,7 +18698,7 @@ class CommandLineTest(unittest.TestCase):
             options = SimpleNamespace(no_verify=False)
             program = SimpleNamespace(_upstreams=[], _options=options, _is_public=is_public)
             with self.subTest(is_public=is_public):
-                context = self.assertRaisesRegex(ValueError, "needs a loopback --host")
+                context = self.assertRaisesRegex(ValueError, "more than loopback")
                 with context if refused else contextlib.nullcontext():
                     check(program, DEMO_CLIENTS)
 
@@ -18958,12 +18958,17 @@ class CommandLineTest(unittest.TestCase):
                 headers = {name.lower(): value for name, value in caller.reply.headers}
                 self.assertEqual(entry["request_id"], headers["x-amzn-requestid"])
 
+    ANSWERS = (
+        "answers sqs:* -> embedded, sts:GetCallerIdentity -> embedded; "
+        "clients: demo (key dummykey)"
+    )
+
     @each({}, {"NO_COLOR": "1"})
     def test_a_person_at_a_terminal_sees_columns(self, environment):
         environ = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
         program = self.start(terminal=True, env={**environ, **environment})
         port = program.address[1]
-        self.assertEqual(program.line(), "answers sqs:* -> embedded; clients: demo (key dummykey)")
+        self.assertEqual(program.line(), self.ANSWERS)
         tried = program.line()
         self.assertRegex(tried, rf"\Atry: curl http://127.0.0.1:{port} --aws-sigv4 .*-d '{{}}'\Z")
         program.caller()("CreateQueue", QueueName="jobs")
