@@ -8,13 +8,8 @@ Signature Version 4.  This file is a proxy between them and AWS.  It verifies th
 strictly as AWS does, and finds out which operation the client calls.  It answers Amazon SQS from
 memory, or signs the call again with the real credentials and forwards it.
 
-Run it, and call it with the AWS command line:
-
     python awsproxy.py --port 8081
     aws --endpoint-url http://localhost:8081 sqs create-queue --queue-name jobs
-
-Learn Signature Version 4 with curl.  Change any signed header and read the refusal:
-
     curl localhost:8081 --aws-sigv4 aws:amz:us-east-1:sqs --user dummykey:dummysecret \\
          -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'
 
@@ -24,10 +19,42 @@ Learn Signature Version 4 with curl.  Change any signed header and read the refu
               wire:      who?      what?                 +-> a hook answers -------------+
     socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
-The chapters, each using only earlier ones: 1 messages, 2 HTTP/1.1 framing, 3 Signature Version 4,
-4 wire protocols, 5 SQS in memory, 6 upstream, 7 hooks, 8 the proxy, 9 the server, 10 the command
-line.  Chapters 1 to 4 are pure: bytes in, bytes out, the time is an argument.  README documents
-the names in `__all__`, which stay; all others may change.
+Read these first: [3.1] to [3.5] are Signature Version 4 in reading order, some 550 lines.  Then
+[8.5], the steps of each call.
+
+Contents.  Each chapter uses only earlier ones.  Chapters 1 to 4 are pure: bytes in, bytes out, the
+time is an argument.  README documents the names in `__all__`, which stay; all others may change.
+
+    1 Messages: [1.1] HTTP messages  [1.2] Clients and calls  [1.3] Errors
+    2 HTTP/1.1 framing: [2.1] The head of a request  [2.2] Bodies  [2.3] Responses
+    3 Signature Version 4: [3.1] Parsing  [3.2] Canonical request
+        [3.3] String to sign, signing key, signature  [3.4] Rules of services  [3.5] Verification
+        [3.6] Refusals  [3.7] Presigned URLs  [3.8] Mistakes of clients
+        [3.9] Bodies that are checked as they stream  [3.10] Signing  [3.11] Removing a signature
+    4 Wire protocols:
+    5 SQS in memory:
+    6 Upstream:
+    7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
+        [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
+        [7.7] Protection of an ECS task
+    8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own
+        [8.4] Hooks and answers that must be waited for  [8.5] The proxy
+    9 The server: [9.1] Connections  [9.2] The event loop
+    10 Command line: [10.1] Files of clients and queues  [10.2] Flags  [10.3] The program
+        [10.4] A saved request  [10.5] Routes of the flags
+
+The life of a request, function by function:
+
+    every call: PeerConnection.readable, PeerConnection.next_request, parse_head, body_framing,
+        Proxy.begin, parse_authorization, wire_protocol, Proxy._verify, verify_head, verify_body,
+        canonical_parts, string_to_sign, signature, Proxy._find_call, AwsJson.meaning,
+        Proxy._find_target, Proxy._act
+    then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy._finish,
+        Metrics.observe, PeerConnection.send_outcome, encode_reply
+    or, if forwarded: Upstream.begin, sign, Pending.send, Server.wait, Pending.proceed,
+        Upstream.arrived, Proxy.observed, PeerConnection.send_outcome, encode_reply
+    or, for a long poll: Embedded.answer, Sqs.receive_message, Pending, Server.work, Pending.wait,
+        Sqs.receive_message, AwsJson.output, Proxy.observed, encode_reply
 """
 
 from __future__ import annotations

@@ -21991,6 +21991,114 @@ class DocumentationTest(unittest.TestCase):
         self.assertEqual(names & impure, set())
 
 
+def code_names():
+    """Return the qualified names of the functions of awsproxy by their code."""
+    names = {}
+    for owner, prefix in [(awsproxy, "")] + [
+        (it, f"{it.__name__}.") for it in vars(awsproxy).values()
+        if inspect.isclass(it) and it.__module__ == awsproxy.__name__
+    ]:  # fmt: skip
+        for name, value in vars(owner).items():
+            function = inspect.unwrap(value) if callable(value) else value
+            code = getattr(function, "__code__", None)
+            if code and code.co_filename == awsproxy.__file__:
+                names[code] = f"{prefix}{name}".replace(".__init__", "")
+    return names
+
+
+class DocstringTest(unittest.TestCase):
+    """The docstring of the module says what is in it, and what a call passes."""
+
+    WORKER = Client("worker", "akid", "secret")
+
+    def test_its_contents_are_the_marks_of_chapters_and_sections(self):
+        with open(awsproxy.__file__, encoding="utf-8") as source:
+            text = source.read()
+        marks = re.findall(r"(?m)^# \[(\d+\.\d+)\] (.*)$", text)
+        chapters = re.findall(r"(?m)^# ==== (\d+)\. ([^:]+):? .*====$", text)
+        self.assertEqual([number for number, _ in chapters], [str(n) for n in range(1, 11)])
+        contents = awsproxy.__doc__.partition("Contents.")[2].partition("The life of")[0]
+        listed = re.findall(r"\[(\d+\.\d+)\] ([^\[]+?)(?=\s+\[|\n    \d|\s*\Z)", contents)
+        self.assertEqual([(n, " ".join(title.split())) for n, title in listed], marks)
+        self.assertEqual(re.findall(r"(?m)^    (\d+) ([^:]+):", contents), chapters)
+        for chapter, _ in chapters:
+            numbers = [number for number, _ in marks if number.startswith(f"{chapter}.")]
+            self.assertEqual(numbers, [f"{chapter}.{n}" for n in range(1, len(numbers) + 1)])
+            self.assertTrue(numbers, chapter)
+
+    def lives(self):
+        """Return the functions that the docstring lists, by kind of call."""
+        text = awsproxy.__doc__.partition("function by function:\n")[2]
+        rows = re.findall(
+            r"(?m)^    (?:then, |or, )?([a-z ]+): ((?:.*\n?)(?:        .*\n?)*)", text
+        )
+        lists = {kind: re.findall(r"[\w.]+", names) for kind, names in rows}
+        first = lists.pop("every call")
+        return {kind: first + rest for kind, rest in lists.items()}
+
+    def passed(self, upstream, *calls):
+        """Return the functions that the last of these calls passes, in order."""
+        names, seen = code_names(), []
+        target = awsproxy.Embedded(Sqs())
+        if upstream:
+            keys = Keyring({"AWS_ACCESS_KEY_ID": "dummykey",
+                            "AWS_SECRET_ACCESS_KEY": "dummysecret"})  # fmt: skip
+            endpoint = awsproxy.parse_endpoint("http://{}:{}".format(*upstream.address))
+            target = awsproxy.Upstream(endpoint, keys.of, awsproxy.Pool())
+        proxy = Proxy({"akid": [self.WORKER]}, routes=[Route("*", target)], hooks=[Metrics()])
+
+        def note(frame, event, _):
+            if event == "call" and frame.f_code in names:
+                seen.append(names[frame.f_code])
+
+        threading.setprofile(note)
+        try:
+            running = Running(proxy)
+            self.addCleanup(running.stop)
+            with socket.create_connection(running.address) as connection:
+                stream = connection.makefile("rb")
+                with stream:
+                    for operation, given in calls:
+                        seen.clear()
+                        body = json.dumps(given).encode()
+                        about = (("X-Amz-Target", f"AmazonSQS.{operation}"), OF_JSON[1],
+                                 ("Content-Length", str(len(body))))  # fmt: skip
+                        made = signed(
+                            "POST", "/", about, body, client=self.WORKER, at=int(time.time())
+                        )
+                        lines = ["POST / HTTP/1.1", *(f"{n}: {v}" for n, v in made.headers)]
+                        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+                        length, line = 0, b"-"
+                        while line.strip():
+                            line = stream.readline()
+                            if line.lower().startswith(b"content-length"):
+                                length = int(line.split()[1])
+                        stream.read(length)
+                        self.assertNotEqual(length, 0)
+        finally:
+            threading.setprofile(None)
+        return seen
+
+    def test_calls_pass_the_functions_that_it_lists_in_their_order(self):
+        upstream = Running(Proxy(DEMO_CLIENTS))
+        self.addCleanup(upstream.stop)
+        made = ("CreateQueue", {"QueueName": "jobs"})
+        send = ("SendMessage", {"QueueUrl": "jobs", "MessageBody": "x"})
+        poll = ("ReceiveMessage", {"QueueUrl": "jobs", "WaitTimeSeconds": 1})
+        rows = {
+            "if embedded": (None, made, send),
+            "if forwarded": (upstream, made, send, send),
+            "for a long poll": (None, made, poll),
+        }
+        self.assertEqual(set(self.lives()), set(rows))
+        for kind, functions in self.lives().items():
+            with self.subTest(kind):
+                seen = self.passed(*rows[kind])
+                left = iter(seen)
+                missing = [name for name in functions if name not in left]
+                self.assertEqual(missing[:1], [], " ".join(seen))
+
+
 # ==== How quick it is ====
 
 
