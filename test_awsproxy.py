@@ -13,6 +13,7 @@ import base64
 import calendar
 import collections
 import concurrent.futures
+import configparser
 import contextlib
 import copy
 import dataclasses
@@ -21898,7 +21899,7 @@ def fuzz(argv):
 
 
 class DocumentationTest(unittest.TestCase):
-    """Each console block of README is typed into a shell, each Python block run, in order."""
+    """Run each block of README that is not a sample, and check what README says."""
 
     @classmethod
     def setUpClass(cls):
@@ -21912,30 +21913,37 @@ class DocumentationTest(unittest.TestCase):
         pattern = f"^```({'|'.join(languages)})\n(.*?)^```$"
         return re.findall(pattern, self.text, re.MULTILINE | re.DOTALL)
 
+    def the_block(self, language, part):
+        """Return the only block in a language that contains a text."""
+        (found,) = (block for _, block in self.blocks(language) if part in block)
+        return found
+
+    @staticmethod
+    def is_hook(block):
+        return "def before(call)" in block
+
     def test_its_blocks_do_what_they_say(self):
         program = Program(self.addCleanup)
         port, shell = program.address[1], {"PATH": os.environ["PATH"], "HOME": os.devnull}
-        shell["PATH"] = os.path.dirname(sys.executable) + os.pathsep + shell["PATH"]
         for language, block in self.blocks("console", "python"):
             block = block.replace("localhost:8081", f"localhost:{port}")
             with self.subTest(block.splitlines()[0][:70]):
-                if language == "python":
-                    self.run_python(block)
-                    continue
-                for typed in re.findall(r"^\$ ((?:.*\\\n)*.*\n)((?:(?!\$ ).*\n)*)", block, re.M):
-                    self.run_command(*typed, shell)
+                if language == "console":
+                    for typed in re.findall(
+                        r"^\$ ((?:.*\\\n)*.*\n)((?:(?!\$ ).*\n)*)", block, re.M
+                    ):
+                        self.run_command(*typed, shell)
+                elif not self.is_hook(block):
+                    self.assertRegex(self.run_python(block), "QueueUrl|ListQueuesResponse")
 
     def run_python(self, block):
-        if "import boto3" in block and not importlib.util.find_spec("boto3"):
-            return
+        """Return what a program printed."""
         done = self.run_in([sys.executable, "-c", block], os.environ)
-        if done.returncode or not done.stdout:
+        if done.returncode:
             self.fail(f"README's block\n\n{block}\nended with {done.returncode}:\n\n{done.stdout}")
+        return done.stdout
 
     def run_command(self, command, expected, shell):
-        if command.startswith("export "):
-            shell.update(word.split("=", 1) for word in command.split()[1:])
-            return
         if not shutil.which(command.split()[0], path=shell["PATH"]):
             return
         done = self.run_in(command, shell)
@@ -21955,24 +21963,113 @@ class DocumentationTest(unittest.TestCase):
             text=True,
         )
 
-    def test_its_hook_does_what_it_says(self):
-        ((_, block),) = self.blocks("hook")
-        hook = write(os.path.join(folder(self), "hook.py"), block)
-        caller = Program(self.addCleanup, "--hook", hook).caller()
-        url = caller.queue()
-        caller.enqueue(url, "m")
-        (message,) = caller.receive(url, MessageAttributeNames=["All"])
-        self.assertEqual(message["MessageAttributes"]["sent-by"]["StringValue"], "demo")
-        with self.assertRaisesRegex(Refused, "no purging; 1 tried"):
-            caller.purge(url)
+    def signer(self):
+        return self.the_block("python", "Step 4: derive a signing key")
+
+    def broken_signatures(self):
+        """Return the rows of the table: the old text, the new text, the code, the remarks."""
+        row = r"^\| `(.+)` \| `(.+)` \| (\d{3} \w+) \| (.+) \|$"
+        return re.findall(row, self.text, re.MULTILINE)
+
+    def test_its_signer_names_each_step_in_25_lines(self):
+        signer = self.signer()
+        self.assertEqual(signer.count("\n"), 25)
+        self.assertEqual(re.findall(r"# Step (\d)", signer), list("123456"))
+
+    def test_each_of_ten_broken_signatures_gets_the_answer_that_it_says(self):
+        rows, port = self.broken_signatures(), Program(self.addCleanup).address[1]
+        self.assertEqual(len(rows), 10)
+        for old, new, code, remarks in rows:
+            with self.subTest(old):
+                signer = self.signer()
+                self.assertEqual(signer.count(old), 1)
+                signer = signer.replace(old, new).replace("localhost:8081", f"localhost:{port}")
+                printed = self.run_python(signer)
+                self.check_broken_signature(printed, code, remarks)
+
+    def check_broken_signature(self, printed, code, remarks):
+        """Check the answer, and the lines in which the texts of signer and proxy differ."""
+        status, shape = code.split()
+        own, _, answer = printed.partition(f"\n{status} ")
+        self.assertIn(shape, answer)
+        (message,) = re.findall('"(.+?)"', remarks)
+        self.assertIn(message, answer)
+        texts = re.findall(r"have been\n'(.*?)'", answer, re.DOTALL)
+        differing = re.findall(r"line (\d+) differs|(no line) differs", remarks)
+        self.assertEqual(len(texts), 2 if differing else 0)
+        if not differing:
+            return
+        computed = "\n\n".join(texts).splitlines()
+        self.assertEqual(len(own.splitlines()), len(computed))
+        pairs = zip(own.splitlines()[:-1], computed)  # the last line is a hash of the others
+        numbers = [str(number) for number, (mine, its) in enumerate(pairs, 1) if mine != its]
+        self.assertEqual(numbers, [number for number, _ in differing if number])
+        self.assertEqual(own == "\n\n".join(texts), not numbers)
+
+    def test_its_hook_counts_and_injects_faults(self):
+        hook = write(os.path.join(folder(self), "hook.py"), self.the_block("python", "def before"))
+        program = Program(self.addCleanup, "--quiet", "--hook", hook)
+        caller = program.caller()
+        url, target = caller.queue(), ("X-Amz-Target", "AmazonSQS.SendMessage")
+        self.assertEqual(program.line(), "[(('demo', 'sqs:CreateQueue'), 1)]")
+        body = json.dumps({"QueueUrl": url, "MessageBody": "m"}).encode()
+        for status in (200, 200, 400, 200, 200, 400):
+            reply = program.handle(signed(headers=(target,), body=body, at=time.time()))
+            self.assertEqual(reply.status, status)
+            self.assertEqual(b"RequestThrottled" in reply.body, status == 400)
+        for _ in range(5):
+            program.line()
+        counted = "[(('demo', 'sqs:SendMessage'), 6), (('demo', 'sqs:CreateQueue'), 1)]"
+        self.assertEqual(program.line(), counted)
+
+    def test_its_hook_limits_each_client_on_its_own(self):
+        clock, hook = Clock(), {}
+        exec(self.the_block("python", "def before"), hook)
+        hook["time"] = SimpleNamespace(monotonic=clock)
+
+        def code(name):
+            call = SimpleNamespace(operation="ListQueues", caller=SimpleNamespace(name=name))
+            try:
+                return hook["before"](call)
+            except ServiceError as error:
+                return error.code
+
+        self.assertEqual([code("a") for _ in range(12)], [None] * 10 + ["ServiceUnavailable"] * 2)
+        self.assertIsNone(code("b"))
+        clock.now += 0.1
+        self.assertEqual([code("a"), code("a")], [None, "ServiceUnavailable"])
+
+    def test_each_other_block_is_called_a_sample(self):
+        for heading in re.split("^## ", self.text, flags=re.MULTILINE):
+            if re.search("^```(?!console|python|$)", heading, re.MULTILINE):
+                self.assertIn("sample", heading, heading.splitlines()[0])
+
+    def test_its_samples_are_well_formed(self):
+        for _, block in self.blocks("json"):
+            json.loads(block)
+        for _, block in self.blocks("ini"):
+            configparser.RawConfigParser(strict=False).read_string(block)
+        for _, block in self.blocks("yaml") if importlib.util.find_spec("yaml") else ():
+            self.assertEqual(len(list(importlib.import_module("yaml").safe_load_all(block))), 2)
+
+    def test_its_samples_have_flags_that_the_proxy_accepts(self):
+        plain = re.sub(r'[\[\]",{}]+', " ", self.text)
+        commands = re.findall(r"python3? +(?:-m awsproxy|\S*awsproxy\.py)\b([^\n#&`]*)", plain)
+        self.assertGreater(len(commands), 7)
+        for command in commands:
+            awsproxy.build_parser().parse_args(shlex.split(command))
+
+    def test_it_is_short(self):
+        lines = self.text.splitlines()
+        self.assertLessEqual(len(lines), 250)
+        self.assertEqual([it for it in lines if len(it) > 100 and not it.startswith("|")], [])
 
     def test_each_flag_that_it_names_exists(self):
         flags = set(re.findall(r"--[a-z][a-z-]+", awsproxy.build_parser().format_help()))
         prose = re.sub(r"(?s)```.*?```", "", self.text)
         ours = re.findall(r"(?:awsproxy(?:\.py)? |`|, \")(--[a-z][a-z0-9-]+)", prose)
-        others = {"--aws-sigv4", "--endpoint-url", "--help", "--from-file", "--cacert"}
-        others |= {"--data-binary", "--server-side", "--user", "--seconds", "--minutes"}
-        self.assertGreater(len(set(ours) & flags), 12)
+        others = {"--endpoint-url", "--help", "--cacert", "--data-binary", "--from-file"}
+        self.assertGreater(len(set(ours) & flags), 10)
         self.assertEqual(set(ours) - flags - others, set())
 
     def test_it_names_each_operation(self):
