@@ -22064,6 +22064,14 @@ class DocumentationTest(unittest.TestCase):
         self.assertLessEqual(len(lines), 250)
         self.assertEqual([it for it in lines if len(it) > 100 and not it.startswith("|")], [])
 
+    def test_each_message_of_its_troubleshooting_exists(self):
+        _, table = self.text.split("\n## Troubleshooting\n")
+        messages = re.findall('^[|] "(.+?)"', table.partition("\n## ")[0], re.MULTILINE)
+        self.assertGreater(len(messages), 6)
+        nodes = [it for it in ast.walk(ast.parse(self.source)) if isinstance(it, ast.Constant)]
+        texts = "\n".join(node.value for node in nodes if isinstance(node.value, str))
+        self.assertEqual([message for message in messages if message not in texts], [])
+
     def test_each_flag_that_it_names_exists(self):
         flags = set(re.findall(r"--[a-z][a-z-]+", awsproxy.build_parser().format_help()))
         prose = re.sub(r"(?s)```.*?```", "", self.text)
