@@ -2158,18 +2158,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def _media_type(request: Request) -> str:
-    kinds = request.fields.get("content-type")
-    if not kinds:
-        return ""
-    return (_content_type(kinds[0]) if len(kinds[0]) < 256 else _parse_content_type(kinds[0]))[0]
-
-
-def _parse_content_type(text: str) -> tuple[str, str]:
-    media_type = text.partition(";")[0].strip(" \t").lower()
-    return media_type, ",".join(_CHARSET.findall(text)).lower()
-
-
-_content_type = functools.lru_cache(maxsize=256)(_parse_content_type)
+    return (request.header("content-type") or "").partition(";")[0].strip(" \t").lower()
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
@@ -2368,7 +2357,7 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     kind = fields.get("content-type", ("",))[0]
     if kind in _USUAL_TYPES and "content-encoding" not in fields:
         return data
-    charset = _content_type(kind)[1] if len(kind) < 256 else _parse_content_type(kind)[1]
+    charset = ",".join(_CHARSET.findall(kind)).lower()
     coding = fields.get("content-encoding", ("identity",))[0].lower()
     if charset and charset not in ("utf-8", "utf8", "us-ascii"):
         fault = "The body must be in UTF-8."
@@ -2426,7 +2415,8 @@ class AwsJson(WireProtocol):
         if targets is None:
             name = _operation_name(action or "")
         else:
-            prefix, name = _parse_target(targets[0][:512])
+            match = _TARGET.fullmatch(targets[0][:512])
+            prefix, name = match.groups() if match else ("", "")
             of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
             if len(targets) > 1 or not name or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
@@ -2506,14 +2496,9 @@ _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_target(target: str) -> tuple[str, str]:
-    """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
-    match = _TARGET.fullmatch(target)
-    return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
+_TARGET = re.compile(  # the prefix and the operation
+    r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z][A-Za-z0-9]{0,127})"
+)
 
 
 def _short_integer(digits: str) -> int:
@@ -2536,15 +2521,11 @@ class _TwoValues(ValueError):
 _JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
     parse_constant=int, parse_int=_short_integer, object_pairs_hook=_each_once
 )
-_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
-        document, end = _SCAN(text, 0)
-        return document if end == len(text) else _JSON.decode(text)
-    except StopIteration:
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
