@@ -2020,7 +2020,7 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
 
 class QueryName(NamedTuple):
-    """The names of a flattened list or map in the query protocol; {} is the operation."""
+    """The names of a flattened list or map in the query protocol."""
 
     element: str
     key: str = ""
@@ -2031,12 +2031,14 @@ class Model(NamedTuple):
     """The operations of a service, for the wire protocols."""
 
     operations: Mapping[str, Operation]
-    query_names: Names  # of members that the query protocol spells in its own way
+    query_names: Mapping[str, Names]  # by operation
     not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
 
 
+Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
+_NO_NAMES: Names = {}
 MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
-Names = Mapping[str, QueryName]
+_NO_MODEL = Model({}, {})
 
 
 def read_again(body: Body) -> bytes:
@@ -2460,8 +2462,7 @@ class AwsJson(WireProtocol):
         document = call.encoded
         if document is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
-        model = MODELS.get(call.service)
-        operation = model.operations.get(call.operation) if model else None
+        operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation is None:
             document = copy.deepcopy(document)
         checked: dict[str, Any] = _from_json(operation.input if operation else _ANY, document)
@@ -2655,25 +2656,22 @@ class AwsQuery(WireProtocol):
     def input(self, call: Call) -> dict[str, Any]:
         """Return the checked input; without a model, the fields except Action and Version."""
         fields: dict[str, str] = dict(call.encoded)
-        model = MODELS.get(call.service)
-        operation = model.operations.get(call.operation) if model else None
-        if model is None or operation is None:
+        model = MODELS.get(call.service, _NO_MODEL)
+        operation = model.operations.get(call.operation)
+        if operation is None:
             return {k: v for k, v in fields.items() if k not in ("Action", "Version")}
         if _QUEUE_PATH.fullmatch(call.request.path):
             if operation.name in model.not_on_queues:
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
-        names, tree = model.query_names, _form_tree(fields)
-        checked: dict[str, Any] = _from_form(operation.input, tree, names, operation.name)
-        call.ignored = self._ignored(operation, names, tree)
+        names, tree = model.query_names[operation.name], _form_tree(fields)
+        checked: dict[str, Any] = _from_form(operation.input, tree, names)
+        members = {names[it].element if it in names else it for it in operation.input.members}
+        call.ignored = self._ignored(members, tree)
         return checked
 
-    def _ignored(
-        self, operation: Operation, names: Names, tree: Mapping[str, Any]
-    ) -> Sequence[str]:
+    def _ignored(self, members: set[str], tree: Mapping[str, Any]) -> Sequence[str]:
         """Return the parameters that no member has; ServiceError for one that a member lacks."""
-        spelled = {names[it].element if it in names else it for it in operation.input.members}
-        members = {element.format(operation.name) for element in spelled}
         ignored = []
         for name in _unread(tree):
             first = name.partition(".")[0]
@@ -2686,52 +2684,52 @@ class AwsQuery(WireProtocol):
 
     def reencode(self, call: Call) -> bytes:
         """Return the unchanged Action and Version, and the input in the model's spelling."""
-        model = MODELS.get(call.service)
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
-        names = model.query_names if model else {}
-        fields = _to_form(call.input, names, call.operation)
-        return urllib.parse.urlencode([*kept, *fields]).encode()
+        names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
+        return urllib.parse.urlencode([*kept, *_to_form(call.input, names)]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         """Return the output as XML, without a result element for a void operation."""
-        parts: list[str] = []
-        if output is not None:
-            _write_xml(parts, f"{call.operation}Result", output, model.query_names, call.operation)
-        parts.append(f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>")
-        return self._reply(200, f"{call.operation}Response", call.service, parts, request_id)
+        result = {} if output is None else {f"{call.operation}Result": output}
+        members = {**result, "ResponseMetadata": {"RequestId": request_id}}
+        names, root = model.query_names[call.operation], f"{call.operation}Response"
+        document = self._document(call.service, root, members, names)
+        return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         """Return the error as XML, with an empty Detail as in answers of AWS."""
         if error.code == "UnknownOperation":
             return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
-        status, code, _ = self.fault(request, error)
-        parts = [
-            f"<Error><Type>{_side(status)}</Type>",
-            f"<Code>{code}</Code>",
-            f"<Message>{xml_text(_query_message(error))}</Message>",
-            f"<Detail/></Error><RequestId>{request_id}</RequestId>",
-        ]
+        status, fault = self._described(request, error)
         service = claim(request)[1].service
         if not service:  # whose API has the version that an unsigned request names
             version = (_query_values(request, b"Version") or [""])[0]
             guesses = (name for name, of_api in QUERY_VERSIONS.items() if of_api == version)
             service = next(guesses, "sqs")
+        root = "ErrorResponse"
+        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
         if service == "ec2":
-            parts = ["<Errors>", parts[0][:7], *parts[1:3], "</Error></Errors>"]
-            parts.append(f"<RequestID>{request_id}</RequestID>")
-            return self._reply(status, "Response", service, parts, request_id)
-        return self._reply(status, "ErrorResponse", service, parts, request_id)
+            del fault["Type"]
+            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
+        return Reply(status, self._headers(request_id), self._document(service, root, members))
 
-    def _reply(
-        self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
-    ) -> Reply:
+    def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
+        """Return the status of an error, and the members that describe it."""
+        status, code, _ = self.fault(request, error)
+        missing_queue = "The specified queue does not exist for this wsdl version."
+        message = missing_queue if error.code == "QueueDoesNotExist" else error.message
+        return status, {"Type": _side(status), "Code": code, "Message": message}
+
+    def _document(
+        self, service: str, root: str, members: Members, names: Names = _NO_NAMES
+    ) -> bytes:
         host = "queue" if service == "sqs" else service
         scheme = "https" if service in ("iam", "sts") else "http"
         folder = "docs" if service == "elasticbeanstalk" else "doc"
         version = QUERY_VERSIONS.get(service)
         xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
-        text = f'<?xml version="1.0"?><{root}{xmlns}>{"".join(parts)}</{root}>'
-        return Reply(status, self._headers(request_id), text.encode("utf-8", "replace"))
+        text = f'<?xml version="1.0"?>{_xml(root, members, names, xmlns)}'
+        return text.encode("utf-8", "replace")
 
 
 class AwsQueryJson(AwsQuery):
@@ -2745,11 +2743,12 @@ class AwsQueryJson(AwsQuery):
         members = model.operations[call.operation].output
         if output is not None and members is not None:
             result = response[f"{call.operation}Result"] = {}
+            names = model.query_names[call.operation]
             for name in members:
                 value = output.get(name)
                 if name == "Messages" and value:
                     value = [{**_ABSENT_OF_MESSAGE, **message} for message in value]
-                result[_INTERNAL_NAMES.get(name, name)] = _as_pairs(value, model, name)
+                result[_INTERNAL_NAMES.get(name, name)] = _as_pairs(value, names, name)
         document = _to_json({f"{call.operation}Response": response})
         return Reply(200, self._headers(request_id), document)
 
@@ -2757,8 +2756,7 @@ class AwsQueryJson(AwsQuery):
         """Return the elements of the XML error as JSON; a request without Action gets XML."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
-        status, code, _ = self.fault(request, error)
-        fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
+        status, fault = self._described(request, error)
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
 
@@ -2772,24 +2770,18 @@ _ABSENT_OF_MESSAGE = dict.fromkeys(
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
-def _as_pairs(value: Any, model: Model, member: str) -> Any:
-    spelled = model.query_names.get(member)
+def _as_pairs(value: Any, names: Names, member: str = "") -> Any:
+    spelled = names.get(member)
     if isinstance(value, dict):
         if spelled and spelled.key:
-            pairs = {key: _as_pairs(item, model, "") for key, item in value.items()}
+            pairs = {key: _as_pairs(item, names) for key, item in value.items()}
             return [{spelled.key: key, spelled.value: item} for key, item in pairs.items()]
-        return {name: _as_pairs(item, model, name) for name, item in value.items()}
-    return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
+        return {name: _as_pairs(item, names, name) for name, item in value.items()}
+    return [_as_pairs(item, names) for item in value] if isinstance(value, list) else value
 
 
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-
-
-def _query_message(error: ServiceError) -> str:
-    if error.code == "QueueDoesNotExist":  # the message in XML differs from the one in JSON
-        return "The specified queue does not exist for this wsdl version."
-    return error.message
 
 
 def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
@@ -2822,18 +2814,18 @@ def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
             yield from _unread(below, f"{name}.{part}" if name else part)
 
 
-def _from_form(shape: Shape, node: dict[str, Any], names: Names, operation: str) -> Any:
+def _from_form(shape: Shape, node: dict[str, Any], names: Names) -> Any:
     """Return the values in a node of the form tree in the types of the shape, and remove them."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
             spelled = names.get(name)
-            below = node.get(spelled.element.format(operation) if spelled else name)
+            below = node.get(spelled.element if spelled else name)
             if below is None and spelled:
                 # The whole of an empty list, `Entries=`; and how some spell tags.
                 below = node.get(name) or node.get(name[:1].upper() + name[1:])
             if below is not None:
-                present[name] = _from_form_member(member, below, names, operation, spelled)
+                present[name] = _from_form_member(member, below, names, spelled)
         return _with_required(shape, present)
     text = node.pop(".", "")
     if shape == INTEGER:
@@ -2844,17 +2836,17 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, operation: str)
 
 
 def _from_form_member(
-    shape: Shape, node: dict[str, Any], names: Names, operation: str, spelled: Optional[QueryName]
+    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName]
 ) -> Any:
     if not isinstance(shape, (ListOf, MapOf)):
-        return _from_form(shape, node, names, operation)
+        return _from_form(shape, node, names)
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
         if not numbered and (node.get(".") or set(node) - {"."}):
             numbered = [node]  # `AttributeName=All`, from old clients
         elif node.get(".") == "":
             del node["."]  # the whole of an empty list
-        return [_from_form(shape.element, below, names, operation) for below in numbered]
+        return [_from_form(shape.element, below, names) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
     if not numbered and key in node:  # as in the samples of AWS's API references
         numbered = [node]
@@ -2863,25 +2855,28 @@ def _from_form_member(
     if node.get(".") == "":
         del node["."]  # the whole of an empty map
     pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
-    return {k: _from_form(shape.value, below, names, operation) for k, below in pairs}
+    return {k: _from_form(shape.value, below, names) for k, below in pairs}
 
 
-def _to_form(
-    members: Members, names: Names, operation: str, prefix: str = ""
-) -> Iterator[tuple[str, str]]:
+def _spelled(members: Members, names: Names) -> Iterator[tuple[str, Any]]:
+    """Yield each name in the query protocol with its value; a map becomes a list of pairs."""
     for name, value in members.items():
         spelled = names.get(name)
-        element = prefix + (spelled.element.format(operation) if spelled else name)
-        items: Iterable[tuple[str, Any]] = ((element, value),)
-        if isinstance(value, dict) and spelled and spelled.key:
+        if spelled and spelled.key and isinstance(value, dict):
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
+        yield spelled.element if spelled else name, value
+
+
+def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for element, value in _spelled(members, names):
+        items = {element: value}
         if isinstance(value, list):
-            items = [(f"{element}.{index}", item) for index, item in enumerate(value, 1)]
-        for member, item in items:
+            items = {f"{element}.{index}": item for index, item in enumerate(value, 1)}
+        for name, item in items.items():
             if isinstance(item, dict):
-                yield from _to_form(item, names, operation, member + ".")
+                yield from _to_form(item, names, f"{prefix}{name}.")
             else:
-                yield member, _plain_text(item)
+                yield prefix + name, _plain_text(item)
 
 
 def _plain_text(value: Any) -> str:
@@ -2896,27 +2891,18 @@ def xml_text(text: str) -> str:
     return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
 
 
-def _write_xml(parts: list[str], element: str, value: Any, names: Names, operation: str) -> None:
-    """Append an element with its content; lists and maps are flattened."""
+def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "") -> str:
+    """Return an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
-        parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
-        return
+        return f"<{element}>{xml_text(_plain_text(value))}</{element}>"
     if not value:
-        parts.append(f"<{element}/>")
-        return
-    parts.append(f"<{element}>")
-    for name, member in value.items():
-        spelled = names.get(name)
-        if spelled is None:
-            _write_xml(parts, name, member, names, operation)
-        elif spelled.key:
-            for key, item in member.items():
-                pair = {spelled.key: key, spelled.value: item}
-                _write_xml(parts, spelled.element, pair, names, operation)
-        else:
-            for item in member:
-                _write_xml(parts, spelled.element.format(operation), item, names, operation)
-    parts.append(f"</{element}>")
+        return f"<{element}/>"
+    members = [
+        _xml(name, item, names)
+        for name, member in _spelled(value, names)
+        for item in (member if isinstance(member, list) else [member])
+    ]
+    return f"<{element}{attributes}>{''.join(members)}</{element}>"
 
 
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
@@ -3100,16 +3086,14 @@ class Rest(WireProtocol):
             kind = shape.rpartition("#")[2]
             headers += (("Content-Type", "application/json"), ("x-amzn-ErrorType", kind))
             return Reply(status, headers, _to_json({"message": error.message}))
-        parts: list[str] = []
+        fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
-            fault = {"Type": _side(status), "Code": code, "Message": error.message}
-            _write_xml(parts, "ErrorResponse", {"Error": fault, "RequestId": request_id}, {}, "")
+            fault = {"Type": _side(status), **fault}
+            document = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
         else:
-            elements = {"Code": code, "Message": error.message, **error.detail}
-            elements["Resource"] = request.path[:1024]
-            elements.update(RequestId=request_id, HostId="")
-            _write_xml(parts, "Error", elements, {}, "")
-        text = '<?xml version="1.0" encoding="UTF-8"?>\n' + "".join(parts)
+            place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
+            document = _xml("Error", {**fault, **error.detail, **place})
+        text = f'<?xml version="1.0" encoding="UTF-8"?>\n{document}'
         headers += (("x-amz-request-id", request_id), ("Content-Type", "application/xml"))
         return Reply(status, headers, text.encode("utf-8", "replace"))
 
@@ -4494,9 +4478,16 @@ _QUERY_NAMES = """
     Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry
     TagKeys=TagKey Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
 """
+
+
+def _query_names(operation: str) -> Names:
+    table = pairs(_QUERY_NAMES.replace("{}", operation))
+    return {name: QueryName(*spelled.split(":")) for name, spelled in table.items()}
+
+
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
-    {name: QueryName(*spelled.split(":")) for name, spelled in pairs(_QUERY_NAMES).items()},
+    {operation: _query_names(operation) for operation in OPERATIONS},
     frozenset({"CreateQueue", "ListQueues"}),
 )
 
