@@ -3250,32 +3250,20 @@ Attributes = Mapping[str, Members]  # of a message, by name
 QueueKey = tuple[str, str, str]  # region, account, name
 
 
+@dataclass(eq=False)
 class Message:
     """A message and its state."""
 
-    __slots__ = (
-        "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
-        "received", "received_before", "sent", "system",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        message_id: str,
-        body: str,
-        attributes: Attributes,
-        system: dict[str, str],
-        sent: float,
-    ) -> None:
-        self.message_id = message_id
-        self.body = body
-        self.attributes = attributes
-        self.system = system  # system attributes that do not change with a receive
-        self.sent = sent
-        self.received = 0  # how often
-        self.received_before = 0  # how often from other queues; redrive policies ignore it
-        self.first_received = 0.0
-        self.last_received = 0.0
-        self.hidden_until = 0.0  # 0 while it is visible
+    message_id: str
+    body: str
+    attributes: Attributes
+    system: dict[str, str]  # system attributes that do not change with a receive
+    sent: float
+    received: int = 0  # how often
+    received_before: int = 0  # how often from other queues; redrive policies ignore it
+    first_received: float = 0.0
+    last_received: float = 0.0
+    hidden_until: float = 0.0  # 0 while it is visible
 
     @property
     def group(self) -> str:
