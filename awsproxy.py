@@ -3247,7 +3247,6 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
 
 
 Attributes = Mapping[str, Members]  # of a message, by name
-QueueKey = tuple[str, str, str]  # region, account, name
 
 
 @dataclass(eq=False)
@@ -3277,11 +3276,11 @@ class Queue:
     fifo = False
 
     def __init__(
-        self, key: QueueKey, serial: int, settings: dict[str, str], now: float, lock: Any
+        self, arn: str, serial: int, settings: dict[str, str], now: float, lock: Any
     ) -> None:
-        self.region, self.account, self.name = key
-        self.arn = "arn:aws:sqs:" + ":".join(key)
-        self.url_path = f"/{self.account}/{self.name}"
+        self.arn = arn
+        self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
+        self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings = settings  # by the names of SETTINGS
         self.tags: dict[str, str] = {}
@@ -3774,6 +3773,11 @@ def random_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
+def _own_arn(call: Call, name: str = "") -> str:
+    """Return the ARN of the caller's queue of that name."""
+    return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
+
+
 class Sqs:
     """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds."""
 
@@ -3791,8 +3795,8 @@ class Sqs:
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
-        self._queues: dict[QueueKey, Queue] = {}
-        self._deleted: dict[QueueKey, float] = {}
+        self._queues: dict[str, Queue] = {}  # by ARN
+        self._deleted: dict[str, float] = {}
         self._running: list[MoveTask] = []
         self._draining = False
         self._serials = itertools.count(1)
@@ -3818,16 +3822,11 @@ class Sqs:
         return self._found(call, account, name)
 
     def _found(self, call: Call, account: str, name: str) -> Queue:
-        queue = self._queues.get((call.region, account, name))
+        queue = self._queues.get(_own_arn(call, name))
         if queue is None or account != call.caller.account_id:
             raise sqs_refusal("no queue")
         queue.advance(self._clock())
         return queue
-
-    def _by_arn(self, arn: str) -> Optional[Queue]:
-        parts = arn.split(":")
-        queue = self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
-        return queue if queue and queue.arn == arn else None
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
         """Create a queue, or return one with that name and the same attributes."""
@@ -3838,22 +3837,22 @@ class Sqs:
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
-        now, key = self._clock(), (call.region, call.caller.account_id, name)
-        queue = self._queues.get(key)
+        now, arn = self._clock(), _own_arn(call, name)
+        queue = self._queues.get(arn)
         if queue:
             for attribute, value in settings.items():
                 if queue.settings.get(attribute, "") != value:
                     raise sqs_refusal("exists", attribute)
             return {"QueueUrl": call.base_url + queue.url_path}
-        if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
+        if self._cooldown and now < self._deleted.get(arn, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
         defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
-        queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
+        queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
         self._drop_unset(queue)
         queue.tags = dict(call.input.get("tags", {}))
-        self._queues[key] = queue
+        self._queues[arn] = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
@@ -3861,9 +3860,9 @@ class Sqs:
         if not text:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
-        target = queue if arn == queue.arn else self._by_arn(arn)
+        target = queue if arn == queue.arn else self._queues.get(arn)
         reason = ""
-        if target is None or (target.region, target.account) != (queue.region, queue.account):
+        if target is None or target.place != queue.place:
             reason = "Dead letter target does not exist."
         elif target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
@@ -3897,9 +3896,9 @@ class Sqs:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = (call.region, call.caller.account_id)
-        queues = [q for key, q in self._queues.items() if key[:2] == mine and chosen(q)]
-        left = sorted((q for q in queues if q.name > after), key=lambda queue: queue.name)
+        mine = [q for arn, q in self._queues.items() if arn.startswith(_own_arn(call))]
+        left = [q for q in mine if q.name > after and chosen(q)]
+        left.sort(key=lambda queue: queue.name)
         output: dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
@@ -3957,12 +3956,11 @@ class Sqs:
     def delete_queue(self, call: Call) -> None:
         """Drop a queue and wake the calls that wait on it."""
         queue = self._queue(call)
-        key = (queue.region, queue.account, queue.name)
-        del self._queues[key]
+        del self._queues[queue.arn]
         if self._cooldown:
             now = self._clock()
-            self._deleted.pop(key, None)  # the oldest is first
-            self._deleted[key] = now
+            self._deleted.pop(queue.arn, None)  # the oldest is first
+            self._deleted[queue.arn] = now
             while next(iter(self._deleted.values())) + SECONDS_COOLING <= now:
                 del self._deleted[next(iter(self._deleted))]
         queue.deleted = True
@@ -4175,7 +4173,8 @@ class Sqs:
         text, target, most = queue.settings.get("RedrivePolicy"), None, 0
         if text:
             policy = json.loads(text)
-            target, most = self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
+            target = self._queues.get(policy["deadLetterTargetArn"])
+            most = policy["maxReceiveCount"]
         taken: list[Message] = []
         dead: list[Message] = []
         while len(taken) < limit:
@@ -4342,8 +4341,8 @@ class Sqs:
         arn = call.input[parameter]
         if not _QUEUE_ARN.fullmatch(arn):
             raise sqs_refusal("arn", parameter)
-        queue = self._by_arn(arn)
-        if queue is None or (queue.region, queue.account) != (call.region, call.caller.account_id):
+        queue = self._queues.get(arn)
+        if queue is None or queue.arn != _own_arn(call, queue.name):
             raise sqs_refusal("no resource", parameter)
         queue.advance(self._clock())
         return queue
@@ -4365,8 +4364,7 @@ class Sqs:
             raise sqs_refusal("task handle") from error
         if not isinstance(arn, str):
             raise sqs_refusal("task handle")
-        mine = f"arn:aws:sqs:{call.region}:{call.caller.account_id}:"
-        if not arn.startswith(mine) or self._by_arn(arn) is None:
+        if not arn.startswith(_own_arn(call)) or arn not in self._queues:
             raise sqs_refusal("no resource", "SourceArn")
         for task in self._running:
             if task.task_id == task_id and task.source_arn == arn:
@@ -4383,7 +4381,7 @@ class Sqs:
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._by_arn(task.source_arn)
+        source = self._queues.get(task.source_arn)
         if source is None:
             return "FAILED"
         source.advance(now)
@@ -4391,7 +4389,7 @@ class Sqs:
         while task.moved < due and source.pick(1):
             (message,) = source.pick(1)
             arn = task.destination_arn or message.system.get("DeadLetterQueueSourceArn", "")
-            target = self._by_arn(arn)
+            target = self._queues.get(arn)
             if target is None:
                 return "FAILED"
             source.remove(message)
