@@ -3296,9 +3296,19 @@ class Queue:
         self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
         self._order = itertools.count()
 
+    @property
+    def visible(self) -> int:
+        """Return how many messages are neither delayed nor in flight."""
+        return len(self.messages) - self.in_flight - self.delayed
+
     def number(self, setting: str) -> int:
         """Return a setting that is a number."""
         return int(self.settings[setting])
+
+    def policy(self, setting: str) -> dict[str, Any]:
+        """Return a setting that is a JSON object, {} if it is not set."""
+        text = self.settings.get(setting)
+        return dict(json.loads(text)) if text else {}
 
     def add(self, message: Message, delay: int = 0) -> None:
         """Add a message, hidden for its delay."""
@@ -3352,8 +3362,9 @@ class Queue:
                 back.append(entry[2])
         for message in back:
             self.show(message)
-        for message in reversed(back):
-            self._put_first(message)
+        for message in reversed(back):  # in front of the messages that were never received
+            if message.received and message.message_id in self._visible:
+                self._visible.move_to_end(message.message_id, last=False)
         oldest = now - self.number("MessageRetentionPeriod")
         while self._strays and self._strays[0][0] <= oldest:
             stray = heapq.heappop(self._strays)[2]
@@ -3386,11 +3397,6 @@ class Queue:
     def _offer(self, message: Message) -> None:
         self._visible[message.message_id] = message
         self.changed.notify()
-
-    def _put_first(self, message: Message) -> None:
-        """Put a message that was received before in front of the new messages."""
-        if message.received and message.message_id in self._visible:
-            self._visible.move_to_end(message.message_id, last=False)
 
     def _withdraw(self, message: Message) -> None:
         """Undo `hide` or `_offer`."""
@@ -3505,10 +3511,10 @@ class MoveTask:
         self.task_id = task_id
         self.source_arn: str = given["SourceArn"]
         self.destination_arn: str = given.get("DestinationArn", "")
-        self.rate: int = given.get("MaxNumberOfMessagesPerSecond", 0)
         self.started = now
-        self._pace = self.rate or MAX_MOVES_PER_SECOND
-        self._burst = 1 if self.rate else self._pace
+        self._given = given
+        self._pace: int = given.get("MaxNumberOfMessagesPerSecond", MAX_MOVES_PER_SECOND)
+        self._burst = 1 if "MaxNumberOfMessagesPerSecond" in given else self._pace
         self.to_move = to_move
         self.moved = 0
         self.status = "RUNNING"
@@ -3528,19 +3534,18 @@ class MoveTask:
 
     def output(self) -> Mapping[str, Any]:
         """Return the task as an element of the output of ListMessageMoveTasks."""
-        output = {
-            "TaskHandle": self.handle if self.status == "RUNNING" else "",
-            "Status": self.status,
-            "SourceArn": self.source_arn,
-            "DestinationArn": self.destination_arn,
-            "MaxNumberOfMessagesPerSecond": self.rate,
-            "FailureReason": ERRORS["QueueDoesNotExist"].code if self.status == "FAILED" else "",
+        only = {
+            "RUNNING": {"TaskHandle": self.handle},
+            "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
         }
-        output = {name: value for name, value in output.items() if value}
-        output["ApproximateNumberOfMessagesMoved"] = self.moved
-        output["ApproximateNumberOfMessagesToMove"] = self.to_move
-        output["StartedTimestamp"] = int(self.started * 1000)
-        return output
+        return {
+            **self._given,
+            **only.get(self.status, {}),
+            "Status": self.status,
+            "ApproximateNumberOfMessagesMoved": self.moved,
+            "ApproximateNumberOfMessagesToMove": self.to_move,
+            "StartedTimestamp": int(self.started * 1000),
+        }
 
 
 class Setting(NamedTuple):
@@ -3639,7 +3644,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
     "QueueArn": lambda it: it.arn,
     "CreatedTimestamp": lambda it: int(it.created),
     "LastModifiedTimestamp": lambda it: int(it.modified),
-    "ApproximateNumberOfMessages": lambda it: len(it.messages) - it.in_flight - it.delayed,
+    "ApproximateNumberOfMessages": lambda it: it.visible,
     "ApproximateNumberOfMessagesNotVisible": lambda it: it.in_flight,
     "ApproximateNumberOfMessagesDelayed": lambda it: it.delayed,
 }
@@ -3867,7 +3872,7 @@ class Sqs:
         elif target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
         else:
-            policy = json.loads(target.settings.get("RedriveAllowPolicy", "{}"))
+            policy = target.policy("RedriveAllowPolicy")
             allowed = policy.get("redrivePermission", "allowAll")
             if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
                 reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
@@ -3888,7 +3893,7 @@ class Sqs:
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
-    def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
+    def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
         token, after = call.input.get("NextToken", ""), ""
@@ -3896,9 +3901,8 @@ class Sqs:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = [q for arn, q in self._queues.items() if arn.startswith(_own_arn(call))]
-        left = [q for q in mine if q.name > after and chosen(q)]
-        left.sort(key=lambda queue: queue.name)
+        mine = [queue for queue in queues if queue.arn.startswith(_own_arn(call))]
+        left = sorted((q for q in mine if q.name > after), key=lambda queue: queue.name)
         output: dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
@@ -3909,16 +3913,16 @@ class Sqs:
     def list_queues(self, call: Call) -> Mapping[str, Any]:
         """Return the URLs of the caller's queues in the region, by name, a page at a time."""
         prefix = call.input.get("QueueNamePrefix", "")
-        return self._page(call, "QueueUrls", lambda queue: queue.name.startswith(prefix))
+        queues = [queue for queue in self._queues.values() if queue.name.startswith(prefix)]
+        return self._page(call, "QueueUrls", queues)
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
         """Return the URLs of the queues whose dead letters go to this one."""
-        arn = self._queue(call).arn
-        return self._page(call, "queueUrls", lambda queue: self._dead_letter_arn(queue) == arn)
+        return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
 
-    def _dead_letter_arn(self, queue: Queue) -> str:
-        text = queue.settings.get("RedrivePolicy")
-        return json.loads(text)["deadLetterTargetArn"] if text else ""
+    def _sources_of(self, target: Queue) -> list[Queue]:
+        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self._queues.values()]
+        return [q for q, policy in policies if policy.get("deadLetterTargetArn") == target.arn]
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
         """Return the named attributes if they are set."""
@@ -3997,7 +4001,7 @@ class Sqs:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
                 raise _bad_value(f"SQS:{action[:80]}", "ActionName", reason)
-        policy = json.loads(queue.settings.get("Policy", "{}"))
+        policy = queue.policy("Policy")
         statements = self._statements(policy)
         if any(statement.get("Sid") == label for statement in statements):
             raise _bad_value(label, "Label", "Already exists.")
@@ -4016,7 +4020,7 @@ class Sqs:
     def remove_permission(self, call: Call) -> None:
         """Remove a statement of the queue's policy; without statements, remove the policy."""
         queue, label = self._queue(call), call.input["Label"]
-        policy = json.loads(queue.settings.get("Policy", "{}"))
+        policy = queue.policy("Policy")
         statements = self._statements(policy)
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
@@ -4170,11 +4174,8 @@ class Sqs:
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
-        text, target, most = queue.settings.get("RedrivePolicy"), None, 0
-        if text:
-            policy = json.loads(text)
-            target = self._queues.get(policy["deadLetterTargetArn"])
-            most = policy["maxReceiveCount"]
+        policy = queue.policy("RedrivePolicy")
+        target = self._queues.get(policy.get("deadLetterTargetArn", ""))
         taken: list[Message] = []
         dead: list[Message] = []
         while len(taken) < limit:
@@ -4183,7 +4184,8 @@ class Sqs:
             if not picked:
                 break
             for message in picked:
-                if target and message.received - message.received_before >= most:
+                times = message.received - message.received_before
+                if target and times >= policy["maxReceiveCount"]:
                     queue.remove(message)
                     dead.append(message)
                 else:
@@ -4323,12 +4325,11 @@ class Sqs:
             raise sqs_refusal("invalid", message)
         rate = given.get("MaxNumberOfMessagesPerSecond", 1)
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
-        if all(self._dead_letter_arn(queue) != source.arn for queue in self._queues.values()):
+        if not self._sources_of(source):
             raise sqs_refusal("no dead letters")
         if any(task.source_arn == source.arn for task in self._running):
             raise sqs_refusal("running")
-        visible = len(source.messages) - source.in_flight - source.delayed
-        task = MoveTask(given, self._new_id(), visible, now)
+        task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
         self._running.append(task)
         handle = task.handle
