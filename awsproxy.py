@@ -2396,16 +2396,13 @@ class AwsJson(WireProtocol):
         self.must_be_signed = must_be_signed
 
     def service(self, request: Request) -> Optional[str]:
-        """Return the service that the prefix of X-Amz-Target names."""
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
 
     def named(self, request: Request) -> str:
-        """Return the last part of X-Amz-Target, or `Action`."""
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the operation that `named` returns, and the JSON document."""
         action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
@@ -2458,7 +2455,6 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", message) from error
 
     def input(self, call: Call) -> dict[str, Any]:
-        """Return the checked input, or the whole document if the service has no model."""
         document = call.encoded
         if document is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
@@ -2469,12 +2465,10 @@ class AwsJson(WireProtocol):
         return checked
 
     def reencode(self, call: Call) -> bytes:
-        """Return the new input, and the members that the model does not know."""
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the output as JSON, or an empty body for a void operation."""
         return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
@@ -2485,7 +2479,6 @@ class AwsJson(WireProtocol):
         return fault if as_query else fault._replace(status=400)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the error as JSON; a header has the code of the query protocol."""
         status, code, shape = self.fault(request, error)
         headers = self._headers(request_id)
         if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
@@ -2612,11 +2605,9 @@ class AwsQuery(WireProtocol):
         self.reads_target = reads_target
 
     def named(self, request: Request) -> str:
-        """Return `Action` if it is in the query string."""
         return _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the field `Action`, and all fields."""
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
             raise ambiguous(self, "a call in AWS Query is a POST, or a GET without a body")
@@ -2654,7 +2645,6 @@ class AwsQuery(WireProtocol):
         return fields
 
     def input(self, call: Call) -> dict[str, Any]:
-        """Return the checked input; without a model, the fields except Action and Version."""
         fields: dict[str, str] = dict(call.encoded)
         model = MODELS.get(call.service, _NO_MODEL)
         operation = model.operations.get(call.operation)
@@ -2683,13 +2673,11 @@ class AwsQuery(WireProtocol):
         return ignored[:MAX_IGNORED]
 
     def reencode(self, call: Call) -> bytes:
-        """Return the unchanged Action and Version, and the input in the model's spelling."""
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
         names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
         return urllib.parse.urlencode([*kept, *_to_form(call.input, names)]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the output as XML, without a result element for a void operation."""
         result = {} if output is None else {f"{call.operation}Result": output}
         members = {**result, "ResponseMetadata": {"RequestId": request_id}}
         names, root = model.query_names[call.operation], f"{call.operation}Response"
@@ -2697,7 +2685,6 @@ class AwsQuery(WireProtocol):
         return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the error as XML, with an empty Detail as in answers of AWS."""
         if error.code == "UnknownOperation":
             return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
         status, fault = self._described(request, error)
@@ -2738,7 +2725,6 @@ class AwsQueryJson(AwsQuery):
     content_type = "application/json"
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the elements of the XML answer as JSON."""
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
@@ -2753,7 +2739,6 @@ class AwsQueryJson(AwsQuery):
         return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the elements of the XML error as JSON; a request without Action gets XML."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
         status, fault = self._described(request, error)
@@ -3061,7 +3046,6 @@ class Rest(WireProtocol):
         self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
 
     def named(self, request: Request) -> str:
-        """Return the method and the path, or the action of Amazon S3."""
         try:
             meaning = self.meaning(request, claim(request)[1].service, request.body)
         except ServiceError:  # a broken path or query string
@@ -3069,7 +3053,6 @@ class Rest(WireProtocol):
         return meaning.operation + meaning.path
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the method and the path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
             return s3_meaning(request, service, hosts)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
@@ -3079,7 +3062,6 @@ class Rest(WireProtocol):
         return rest_meaning(request)._replace(encoded=body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the refusal in the form of the service."""
         status, code, shape = self.fault(request, error)
         headers: Headers = (("x-amzn-RequestId", request_id),)
         if self.form == "json":
@@ -3112,11 +3094,9 @@ class RpcV2(WireProtocol):
         self.content_type = f"application/{self.protocol[-4:]}"
 
     def named(self, request: Request) -> str:
-        """Return the last segment of the path."""
         return request.path.rpartition("/")[2]
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the operation in the path; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
         fault = ""
         if len(request.fields.get("smithy-protocol", ())) != 1:
@@ -3134,7 +3114,6 @@ class RpcV2(WireProtocol):
         return Meaning(_operation_name(match[1]), body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return a map of `__type` and `message`."""
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
