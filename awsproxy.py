@@ -3245,7 +3245,6 @@ class Message:
 
     @property
     def group(self) -> str:
-        """Return the message group id, or ""."""
         return self.system.get("MessageGroupId", "")
 
 
@@ -3277,11 +3276,9 @@ class Queue:
 
     @property
     def visible(self) -> int:
-        """Return how many messages are neither delayed nor in flight."""
         return len(self.messages) - self.in_flight - self.delayed
 
     def number(self, setting: str) -> int:
-        """Return a setting that is a number."""
         return int(self.settings[setting])
 
     def policy(self, setting: str) -> dict[str, Any]:
@@ -3290,7 +3287,6 @@ class Queue:
         return dict(json.loads(text)) if text else {}
 
     def add(self, message: Message, delay: int = 0) -> None:
-        """Add a message, hidden for its delay."""
         if self.messages and message.sent < next(reversed(self.messages.values())).sent:
             if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
                 self._strays = [it for it in self._strays if it[2].message_id in self.messages]
@@ -3304,7 +3300,6 @@ class Queue:
             self._offer(message)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until that time."""
         self._withdraw(message)
         message.hidden_until = until
         self._count_hidden(message, 1)
@@ -3322,12 +3317,10 @@ class Queue:
         self._offer(message)
 
     def remove(self, message: Message) -> None:
-        """Drop a message, visible or not."""
         self._withdraw(message)
         del self.messages[message.message_id]
 
     def clear(self) -> None:
-        """Drop all messages."""
         for held in (self.messages, self._visible, self._hidden, self._strays):
             held.clear()
         self.delayed = self.in_flight = 0
@@ -3420,12 +3413,10 @@ class FifoQueue(Queue):
         return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
 
     def add(self, message: Message, delay: int = 0) -> None:
-        """Add a message to its group, hidden for its delay."""
         self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
         super().add(message, delay)
 
     def clear(self) -> None:
-        """Drop all messages, and forget what was sent."""
         super().clear()
         for held in (self._groups, self._ready, self._sent, self.attempts):
             held.clear()
@@ -3457,7 +3448,6 @@ class FifoQueue(Queue):
         return picked
 
     def remove(self, message: Message) -> None:
-        """Drop a message, which may free its group."""
         super().remove(message)
         group = self._groups[message.group]
         del group[message.message_id]
@@ -3466,7 +3456,6 @@ class FifoQueue(Queue):
         self._turn(message.group)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until that time, and lock its group."""
         super().hide(message, until)
         self._turn(message.group)
 
@@ -3508,7 +3497,6 @@ class MoveTask:
         return self._burst + int((now - self.started) * self._pace + 0.001)  # a float may be short
 
     def next_move(self) -> float:
-        """Return when the next message should move."""
         return self.started + (self.moved - self._burst + 1) / self._pace
 
     def output(self) -> Mapping[str, Any]:
@@ -3648,7 +3636,6 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
 
 
 def check_encryption(settings: Mapping[str, str]) -> None:
-    """Refuse settings that enable two kinds of encryption."""
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
         raise sqs_refusal("two encryptions")
 
@@ -3763,7 +3750,11 @@ def _own_arn(call: Call, name: str = "") -> str:
 
 
 class Sqs:
-    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds."""
+    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
+
+    A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
+    enforces the policies of the queues.
+    """
 
     def __init__(
         self,
@@ -3813,7 +3804,6 @@ class Sqs:
         return queue
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
-        """Create a queue, or return one with that name and the same attributes."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
         allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
@@ -3864,7 +3854,6 @@ class Sqs:
         queue.settings = {name: value for name, value in queue.settings.items() if value}
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
-        """Return the URL of a queue, given its name."""
         name = call.input.get("QueueName", "")
         if not name:
             message = "Value for parameter QueueName is invalid. Reason: Must be specified."
@@ -3890,13 +3879,11 @@ class Sqs:
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
-        """Return the URLs of the caller's queues in the region, by name, a page at a time."""
         prefix = call.input.get("QueueNamePrefix", "")
         queues = [queue for queue in self._queues.values() if queue.name.startswith(prefix)]
         return self._page(call, "QueueUrls", queues)
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
-        """Return the URLs of the queues whose dead letters go to this one."""
         return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
 
     def _sources_of(self, target: Queue) -> list[Queue]:
@@ -3904,7 +3891,6 @@ class Sqs:
         return [q for q, policy in policies if policy.get("deadLetterTargetArn") == target.arn]
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
-        """Return the named attributes if they are set."""
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
@@ -3916,7 +3902,6 @@ class Sqs:
         return {"Attributes": attributes} if attributes else {}
 
     def set_queue_attributes(self, call: Call) -> None:
-        """Change attributes of a queue, all or none."""
         queue = self._queue(call)
         settings = normal_settings(call.input["Attributes"], queue.fifo)
         both = "SqsManagedSseEnabled" in settings
@@ -3929,7 +3914,6 @@ class Sqs:
             queue.change_delay(queue.modified)
 
     def purge_queue(self, call: Call) -> None:
-        """Drop all messages of a queue: visible, in flight and delayed."""
         queue, now = self._queue(call), self._clock()
         if self._cooldown and now < queue.purged + SECONDS_COOLING:
             raise sqs_refusal("purge", queue.name)
@@ -3937,7 +3921,6 @@ class Sqs:
         queue.clear()
 
     def delete_queue(self, call: Call) -> None:
-        """Drop a queue and wake the calls that wait on it."""
         queue = self._queue(call)
         del self._queues[queue.arn]
         if self._cooldown:
@@ -3950,22 +3933,18 @@ class Sqs:
         queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
-        """Add tags to a queue, or change them."""
         self._queue(call).tags.update(call.input["Tags"])
 
     def untag_queue(self, call: Call) -> None:
-        """Remove tags from a queue."""
         tags = self._queue(call).tags
         for key in call.input["TagKeys"]:
             tags.pop(key, None)
 
     def list_queue_tags(self, call: Call) -> Mapping[str, Any]:
-        """Return the tags of a queue."""
         tags = self._queue(call).tags
         return {"Tags": tags} if tags else {}
 
     def add_permission(self, call: Call) -> None:
-        """Add a statement to the queue's policy, which the proxy does not enforce."""
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _BATCH_ID.fullmatch(label):
@@ -3997,7 +3976,6 @@ class Sqs:
         self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
 
     def remove_permission(self, call: Call) -> None:
-        """Remove a statement of the queue's policy; without statements, remove the policy."""
         queue, label = self._queue(call), call.input["Label"]
         policy = queue.policy("Policy")
         statements = self._statements(policy)
@@ -4017,13 +3995,11 @@ class Sqs:
         queue.modified = self._clock()
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
-        """Add a message, which is visible after its delay."""
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
         return self._send(queue, call, call.input, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Add up to ten messages independently of each other."""
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
@@ -4116,7 +4092,6 @@ class Sqs:
         return {member: results for member, results in outcome if results}
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
-        """Return messages and hide them; wait for the first one up to WaitTimeSeconds."""
         queue, given = self._queue(call), call.input
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
@@ -4254,11 +4229,9 @@ class Sqs:
         return message, held
 
     def delete_message(self, call: Call) -> None:
-        """Drop a received message if it still exists."""
         self._delete(self._queue(call), call.input["ReceiptHandle"])
 
     def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Drop up to ten received messages."""
         queue, entries = self._queue(call), self._entries(call)
         return self._each(entries, lambda entry: self._delete(queue, entry["ReceiptHandle"]))
 
@@ -4270,11 +4243,9 @@ class Sqs:
             queue.remove(message)
 
     def change_message_visibility(self, call: Call) -> None:
-        """Hide a received message for VisibilityTimeout seconds; 0 shows it at once."""
         self._change(self._queue(call), call.input)
 
     def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
-        """Hide or show up to ten received messages."""
         queue, entries = self._queue(call), self._entries(call)
         return self._each(entries, lambda entry: self._change(queue, entry))
 
@@ -4296,7 +4267,6 @@ class Sqs:
             queue.show(message)
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Start to move messages from a dead-letter queue to their source or DestinationArn."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
@@ -4328,14 +4298,12 @@ class Sqs:
         return queue
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
-        """Return the latest tasks of a source queue, newest first."""
         source = self._arn_of(call, "SourceArn")
         most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults")
         tasks = list(itertools.islice(source.tasks, most))
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
     def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Stop a running task; messages that have moved stay where they are."""
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
@@ -4538,7 +4506,6 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
 
 
 def receipt_handles(reply: Reply) -> list[str]:
-    """Return the receipt handles of an answer to ReceiveMessage."""
     return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
 
 
