@@ -4533,7 +4533,6 @@ class Endpoint(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """The URL up to its path."""
         return f"{self.scheme}://{self.authority}"
 
 
@@ -4756,7 +4755,6 @@ _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.c
 
 
 def is_aws_host(host: str) -> bool:
-    """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host.partition(":")[0].lower()) is not None
 
 
@@ -4835,7 +4833,6 @@ class _DeadlineConnection(http.client.HTTPConnection):
         self._until = time.monotonic() + (self.timeout or 0)
 
     def connect(self) -> None:
-        """Connect, and start the timer."""
         super().connect()
         cut = functools.partial(self._cut, self.sock)
         timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
@@ -4853,11 +4850,9 @@ class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
 
 class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open it with a deadline."""
         return self.do_open(_DeadlineConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open it with a deadline, and TLS."""
         return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
 
 
@@ -4926,7 +4921,6 @@ def host_of(url: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
-    """Return whether the name or address of a host means this machine."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -4954,7 +4948,6 @@ def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.i
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    """Return a JSON object, or raise NoKeys."""
     try:
         document = read_json(text.decode("utf-8"))
     except ValueError as error:
@@ -5031,7 +5024,6 @@ class CredentialChain:
         raise NoKeys("; ".join(tried), passing)
 
     def _is_set_up(self, name: str) -> bool:
-        """Return whether the environment sets up a source, so that its failure is an error."""
         return any(map(self._environ.get, _SET_UP_BY.get(name, ())))
 
     def _from_environment(self) -> Credentials:
@@ -5397,7 +5389,6 @@ def _profile_of(section: str) -> str:
 
 
 def _from_process(command: str) -> Credentials:
-    """Return the credentials that a `credential_process` prints."""
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
@@ -5504,7 +5495,6 @@ class CredentialCache:
 
     @property
     def seconds_left(self) -> float:
-        """The seconds until the present credentials expire."""
         return self._current.expires - self._clock() if self._current else math.nan
 
 
@@ -5526,7 +5516,6 @@ class Keyring:
         self._caches: dict[tuple[str, str, str], CredentialCache] = {}
 
     def seconds_left(self) -> float:
-        """Return how long the credentials that end first are good."""
         with self._lock:
             seconds = [cache.seconds_left for cache in self._caches.values()]
         return min((it for it in seconds if not math.isnan(it)), default=math.nan)
@@ -5558,14 +5547,12 @@ class Mask:
         self.held = b""  # the last bytes of a stream, if a secret may begin there
 
     def hide(self, data: bytes) -> bytes:
-        """Return the data with asterisks in place of each secret."""
         for secret in self._secrets:
             if secret in data:
                 data = data.replace(secret, b"*" * len(secret))
         return data
 
     def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
-        """Return the headers with asterisks in place of each secret."""
         text = "\n".join([value for _, value in headers]).encode("latin-1")
         if not any([secret in text for secret in self._secrets]):
             return tuple(headers)
@@ -5661,16 +5648,13 @@ class Connection:
         return bool(self.source.buffer) or self.has_arrived(0)
 
     def has_arrived(self, seconds: float) -> bool:
-        """Return whether something can be received within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
     def close(self) -> None:
-        """Close the connection."""
         self._client.close()
 
     def send(self, data: bytes) -> None:
-        """Send the data, or raise UpstreamError."""
         try:
             self.socket.sendall(data)
         except OSError as error:
@@ -5742,7 +5726,6 @@ POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longes
 
 
 def no_messages(call: Call, request_id: str) -> Reply:
-    """Return an answer to ReceiveMessage without messages."""
     return call.wire.output(call, SQS_MODEL, {}, request_id)
 
 
@@ -5785,7 +5768,6 @@ class Pool:
             kept.close()
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
-        """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
         return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
@@ -5797,7 +5779,6 @@ class Pool:
         connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
-        """Close the connections that have idled for too long."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
             late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
@@ -5939,7 +5920,6 @@ class Upstream:
 
     @property
     def is_aws(self) -> bool:
-        """True if calls go to AWS."""
         return self._endpoint is None or is_aws_host(self._endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
