@@ -5827,7 +5827,6 @@ _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
-_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
@@ -5865,6 +5864,11 @@ class Outgoing(NamedTuple):
     request: Request
     payload_hash: str
     declares: bool = False  # whether to send x-amz-content-sha256
+
+
+def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str, str]]:
+    """Return the headers but those of these names (in lower case)."""
+    return [(name, value) for name, value in headers if name.lower() not in names]
 
 
 def is_repeatable(call: Call) -> bool:
@@ -5929,7 +5933,7 @@ class Upstream:
             request = rewrite(call, outgoing.request)
             outgoing = self._rewritten(outgoing, request) if request else outgoing
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
-        return self._settled(call, outgoing, self._answered(call, outgoing))
+        return self._settled(call, outgoing)
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
@@ -5958,22 +5962,23 @@ class Upstream:
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
+        wait = functools.partial(self._settled, call, attempt.outgoing, attempt)
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return functools.partial(self._rest, attempt)
+            return wait
         if end == 3:
             return None
         try:
             head = parse_response_head(buffer[:end])
             length = response_framing(head, call.request.method)
         except ValueError:
-            length = None  # `_rest` reads it again, and refuses it
+            return wait  # it reads the head again, and refuses it
         if length is None or length == UNTIL_CLOSE or head.status < 200:
-            return functools.partial(self._rest, attempt)
+            return wait
         if len(buffer) < end + length:
             return None
-        unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
+        unwanted = call.action == RECEIVE and call.request.abandoned()
         if head.status in _REFUSED or unwanted:
-            return functools.partial(self._rest, attempt)
+            return wait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._final(call, self.whole(connection, head, call.request.method, body))
 
@@ -5994,9 +5999,10 @@ class Upstream:
         finally:
             self._pool.given_up.discard(connection)
 
-    def _settled(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+    def _settled(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        if call.operation == "ReceiveMessage" and call.service == "sqs":
+        reply = self._answered(call, outgoing, sent)
+        if call.action == RECEIVE:
             reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
@@ -6036,12 +6042,7 @@ class Upstream:
         except (OSError, ServiceError) as error:
             broken = UpstreamError("an answer is incomplete", unanswered=False)
             raise self._given_up(call, broken) from error
-        headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
-        return Reply(reply.status, headers, bytes(body))
-
-    def _rest(self, attempt: Attempt) -> Reply:
-        call, outgoing = attempt.call, attempt.outgoing
-        return self._settled(call, outgoing, self._answered(call, outgoing, attempt))
+        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), bytes(body))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
@@ -6071,10 +6072,9 @@ class Upstream:
     def _outgoing(self, call: Call) -> Outgoing:
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
-            headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
-            request = request.with_headers(tuple(headers))
-        target, presigned = request.target, call.presigned
-        target, hoisted = strip_presigned(target) if presigned else (target, [])
+            request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
+        target = request.target
+        target, hoisted = strip_presigned(target) if call.presigned else (target, [])
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
         if not _OF_THE_WAY.isdisjoint(signed):
             dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
@@ -6082,9 +6082,7 @@ class Upstream:
         headers = [
             (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
         ]
-        if hoisted:
-            present = {name.lower() for name, _ in headers}
-            headers += [(name, value) for name, value in hoisted if name not in present]
+        headers += _without(hoisted, *fields_of(headers)) if hoisted else []
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
@@ -6092,10 +6090,10 @@ class Upstream:
             named = request.header("x-amz-target") or ""
             if isinstance(call.wire, AwsJson) and (mark or named.startswith(_OLD_TARGET)):
                 mark = query = ""  # Action moves into X-Amz-Target
-                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
+                headers = _without(headers, "x-amz-target")
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
             elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
-                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
+                headers = _without(headers, "x-amz-target")
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
@@ -6103,8 +6101,10 @@ class Upstream:
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
-            headers = [(n, v) for n, v in headers if n.lower() != "content-type"]
-            headers.append(("Content-Type", call.wire.content_type))
+            headers = [
+                *_without(headers, "content-type"),
+                ("Content-Type", call.wire.content_type),
+            ]
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -6152,7 +6152,7 @@ class Upstream:
         if request.body is outgoing.request.body:
             return outgoing._replace(request=request)
         data = request.body.read()
-        headers = [(n, v) for n, v in request.headers if n.lower() not in _FRAMING]
+        headers = _without(request.headers, "content-length", "transfer-encoding")
         headers.append(("Content-Length", str(len(data))))
         request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
         return outgoing._replace(request=request, payload_hash=hashlib.sha256(data).hexdigest())
@@ -6197,8 +6197,8 @@ class Upstream:
         for again in (False, True):
             if isinstance(body, io.IOBase):
                 body.seek(0)
-            attempt = sent or self._connect(call, outgoing, keys, again)
-            connection = attempt.connection
+            connection = sent.connection if sent else self._connect(call, outgoing, again)
+            attempt = Attempt(call, outgoing, keys, connection)
             connection.socket.settimeout(connection.timeout)
             try:
                 if not sent:
@@ -6211,31 +6211,28 @@ class Upstream:
                 connection.close()
                 stale = connection.reused and error.unanswered
                 if again or not (stale and repeatable):
-                    stale = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
-                    raise self._given_up(call, error, stale) from error
+                    unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                    raise self._given_up(call, error, unread) from error
                 sent = None
             except Exception:
                 connection.close()  # the body was wrong, and was not sent completely
                 raise
         raise AssertionError("unreachable")
 
-    def _connect(self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool) -> Attempt:
+    def _connect(self, call: Call, outgoing: Outgoing, fresh: bool) -> Connection:
         try:
             connection = self._pool.take(outgoing.endpoint, fresh)
         except UpstreamError as error:
-            raise self._down(error) from error
+            raise self._given_up(call, error, unread=True) from error
         self._pool.allow(connection, call)
-        return Attempt(call, outgoing, keys, connection)
+        return connection
 
-    def _down(self, error: UpstreamError) -> ServiceError:
+    def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
+        """Return the refusal of a call.  SDKs retry 503, and a call must not run twice."""
         log.warning("upstream: %s", error)
-        return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
-
-    def _given_up(self, call: Call, error: UpstreamError, stale: bool = False) -> ServiceError:
-        """Return the refusal of a call that was sent.  SDKs retry 503: it must not run twice."""
-        if is_repeatable(call) or stale:
-            return self._down(error)
-        log.warning("upstream: %s", error)
+        if unread or is_repeatable(call):
+            message = "The upstream of this proxy is unavailable."
+            return ServiceError("ServiceUnavailable", message)
         return outcome_unknown()
 
     def _signed(
@@ -6323,8 +6320,7 @@ class Upstream:
                     return reply._replace(body=rest)
         except (OSError, ServiceError) as error:
             raise UpstreamError("an answer is incomplete", unanswered=False) from error
-        headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
-        return Reply(reply.status, headers, start)
+        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), start)
 
     def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
