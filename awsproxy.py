@@ -2056,14 +2056,6 @@ def read_again(body: Body) -> bytes:
 # ---- Choosing the protocol ----
 
 
-def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for protocol, services in protocols.items():
-        for service in services.split():
-            found.setdefault(service, set()).add(protocol.replace("_", "-"))
-    return {service: frozenset(spoken) for service, spoken in found.items()}
-
-
 # The version of each query API, which its XML namespace ends in.
 QUERY_VERSIONS = pairs(
     """
@@ -2074,11 +2066,11 @@ QUERY_VERSIONS = pairs(
     sts=2011-06-15
     """
 )
-# The protocols of each signing name; a name that is not here speaks REST-JSON alone.  A service
-# of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does
-# not know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
-SPEAKS: Mapping[str, frozenset[str]] = _speaks(
-    json="""
+# The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
+# service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
+# does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
+_SPOKEN_BY = {
+    "json": """
         IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
         application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
         autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
@@ -2101,14 +2093,18 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
         tagging textract timestream timestream-influxdb transcribe transfer translate
         verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
         workspaces-instances
-    """,
-    query=" ".join(("ec2", *QUERY_VERSIONS)),
-    rest_json="""
+    """.split(),
+    "query": ["ec2", *QUERY_VERSIONS],
+    "rest-json": """
         aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
         s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    """,
-    rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
-)
+    """.split(),
+    "rest-xml": "cloudfront route53 s3 s3-object-lambda s3-outposts s3express".split(),
+}
+SPEAKS: Mapping[str, frozenset[str]] = {
+    service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
+    for service in itertools.chain(*_SPOKEN_BY.values())
+}
 REST_JSON = frozenset({"rest-json"})
 # The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
 REST_NAMES = """
@@ -2157,6 +2153,7 @@ MAX_FORM_DEPTH = 12
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_XML_ENTITIES = {'"': "&quot;", "\r": "&#xD;"}
 
 
 def _media_type(request: Request) -> str:
@@ -2559,7 +2556,11 @@ def _from_json(shape: Shape, value: Any) -> Any:
             for name, member in members.items()
             if member is not None and name in shape.members
         }
-        return _with_required(shape, present)
+        for name in shape.required:
+            if name not in present:
+                message = f"The request must contain the parameter {name}."
+                raise ServiceError("MissingParameter", message)
+        return present
     if isinstance(shape, ListOf):
         return [_from_json(shape.element, element) for element in _expect(list, value, "a list")]
     if isinstance(shape, MapOf):
@@ -2582,14 +2583,6 @@ def _from_base64(text: str) -> bytes:
     if not BASE64.fullmatch(text):  # b64decode is lenient before Python 3.11
         raise ServiceError("SerializationException", "A Blob is not base64.")
     return base64.b64decode(text)
-
-
-def _with_required(shape: Structure, members: dict[str, Any]) -> dict[str, Any]:
-    for name in shape.required:
-        if name not in members:
-            message = f"The request must contain the parameter {name}."
-            raise ServiceError("MissingParameter", message)
-    return members
 
 
 class AwsQuery(WireProtocol):
@@ -2655,7 +2648,8 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
         names, tree = model.query_names[operation.name], _form_tree(fields)
-        checked: dict[str, Any] = _from_form(operation.input, tree, names)
+        document = _from_form(operation.input, tree, names)
+        checked: dict[str, Any] = _from_json(operation.input, document)
         members = {names[it].element if it in names else it for it in operation.input.members}
         call.ignored = self._ignored(members, tree)
         return checked
@@ -2799,8 +2793,10 @@ def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
             yield from _unread(below, f"{name}.{part}" if name else part)
 
 
-def _from_form(shape: Shape, node: dict[str, Any], names: Names) -> Any:
-    """Return the values in a node of the form tree in the types of the shape, and remove them."""
+def _from_form(
+    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName] = None
+) -> Any:
+    """Return what JSON would have for a node of the form tree, and remove it from the tree."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
@@ -2810,21 +2806,13 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names) -> Any:
                 # The whole of an empty list, `Entries=`; and how some spell tags.
                 below = node.get(name) or node.get(name[:1].upper() + name[1:])
             if below is not None:
-                present[name] = _from_form_member(member, below, names, spelled)
-        return _with_required(shape, present)
-    text = node.pop(".", "")
-    if shape == INTEGER:
-        if not _NUMBER.fullmatch(text):
-            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
-        return int(text)
-    return text if shape == STRING else _from_base64(text)
-
-
-def _from_form_member(
-    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName]
-) -> Any:
+                present[name] = _from_form(member, below, names, spelled)
+        return present
     if not isinstance(shape, (ListOf, MapOf)):
-        return _from_form(shape, node, names)
+        text = node.pop(".", "")
+        if shape == INTEGER and not _NUMBER.fullmatch(text):
+            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
+        return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
         if not numbered and (node.get(".") or set(node) - {"."}):
@@ -2871,15 +2859,11 @@ def _plain_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def xml_text(text: str) -> str:
-    """Return the text as XML content, with its CRs, without characters that XML forbids."""
-    return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
-
-
 def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "") -> str:
     """Return an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
-        return f"<{element}>{xml_text(_plain_text(value))}</{element}>"
+        text = escape(_NOT_XML.sub("\ufffd", _plain_text(value)), _XML_ENTITIES)
+        return f"<{element}>{text}</{element}>"
     if not value:
         return f"<{element}/>"
     members = [
