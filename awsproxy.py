@@ -3251,6 +3251,7 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
+        self.attempts: Attempts = OrderedDict()  # to receive, of a FIFO queue
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
@@ -3305,7 +3306,7 @@ class Queue:
         del self.messages[message.message_id]
 
     def clear(self) -> None:
-        for held in (self.messages, self._visible, self._hidden, self._strays):
+        for held in (self.messages, self.attempts, self._visible, self._hidden, self._strays):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -3363,6 +3364,11 @@ class Queue:
             self._visible.pop(message.message_id, None)
 
 
+Attempts = OrderedDict[
+    str, tuple[float, list[tuple[Message, float]]]
+]  # when, and hidden until when
+
+
 class Sent(NamedTuple):
     """A sent message, as a FIFO queue remembers it."""
 
@@ -3386,7 +3392,6 @@ class FifoQueue(Queue):
         self._groups: dict[str, OrderedDict[str, Message]] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
@@ -3402,7 +3407,7 @@ class FifoQueue(Queue):
 
     def clear(self) -> None:
         super().clear()
-        for held in (self._groups, self._ready, self._sent, self.attempts):
+        for held in (self._groups, self._ready, self._sent):
             held.clear()
 
     def change_delay(self, now: float) -> None:
@@ -3981,7 +3986,7 @@ class Sqs:
     def send_message(self, call: Call) -> Mapping[str, Any]:
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
-        return self._send(queue, call, call.input, "are invalid")
+        return self._send(queue, call.input, call, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         queue, entries = self._queue(call), self._entries(call)
@@ -3990,10 +3995,10 @@ class Sqs:
             raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
             _check_fifo(queue, entry, in_batch=True)
-        send = functools.partial(self._send, queue, call, too_long="cannot be validated")
-        return self._each(entries, send)
+        send = functools.partial(self._send, call=call, too_long="cannot be validated")
+        return self._each(call, send)
 
-    def _send(self, queue: Queue, call: Call, entry: Members, too_long: str) -> Members:
+    def _send(self, queue: Queue, entry: Members, call: Call, too_long: str) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
         if not body:
@@ -4063,17 +4068,17 @@ class Sqs:
                 raise sqs_refusal("entry ids", repeated)
         return entries
 
-    def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
+    def _each(self, call: Call, act: Callable[[Queue, Members], Output]) -> Members:
         """Return the result of each entry; a failed entry does not affect the others."""
-        successful, failed = [], []
-        for entry in entries:
+        queue, output = self._queue(call), collections.defaultdict(list)
+        for entry in self._entries(call):
             try:
-                successful.append({"Id": entry["Id"], **(act(entry) or {})})
+                result = act(queue, entry) or {}
+                output["Successful"].append({"Id": entry["Id"], **result})
             except ServiceError as error:
                 fault = {"SenderFault": True, "Code": error.fault.code, "Message": error.message}
-                failed.append({"Id": entry["Id"], **fault})
-        outcome = (("Successful", successful), ("Failed", failed))
-        return {member: results for member, results in outcome if results}
+                output["Failed"].append({"Id": entry["Id"], **fault})
+        return output
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         queue, given = self._queue(call), call.input
@@ -4082,10 +4087,11 @@ class Sqs:
         _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
         timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
         _check_id(given, "ReceiveRequestAttemptId")
+        attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
         now = self._clock()
         deadline = now + patience
         while True:
-            messages = self._again(queue, given, timeout, now)
+            messages = self._again(queue, attempt, timeout, now) if attempt else []
             messages = messages or self._take(queue, limit, timeout, now)
             if messages or now >= deadline or self._draining:
                 break
@@ -4107,7 +4113,8 @@ class Sqs:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
                 raise sqs_refusal("in flight")
             return {}
-        self._remember(queue, given, messages, now)
+        if attempt:
+            self._remember(queue.attempts, attempt, messages, now)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
@@ -4144,11 +4151,8 @@ class Sqs:
             target.add(message)
         return taken
 
-    def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> list[Message]:
+    def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        attempt = given.get("ReceiveRequestAttemptId")
-        if attempt is None or not isinstance(queue, FifoQueue):
-            return []
         then, received = queue.attempts.pop(attempt, (-math.inf, []))
         untouched = all(
             queue.messages.get(message.message_id) is message and message.hidden_until == until
@@ -4160,11 +4164,9 @@ class Sqs:
             queue.hide(message, now + timeout)
         return [message for message, _ in received]
 
-    def _remember(self, queue: Queue, given: Members, messages: list[Message], now: float) -> None:
-        attempt = given.get("ReceiveRequestAttemptId")
-        if attempt is None or not isinstance(queue, FifoQueue):
-            return
-        attempts = queue.attempts
+    def _remember(
+        self, attempts: Attempts, attempt: str, messages: list[Message], now: float
+    ) -> None:
         while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
             attempts.popitem(last=False)
         attempts[attempt] = (now, [(message, message.hidden_until) for message in messages])
@@ -4213,13 +4215,13 @@ class Sqs:
         return message, held
 
     def delete_message(self, call: Call) -> None:
-        self._delete(self._queue(call), call.input["ReceiptHandle"])
+        self._delete(self._queue(call), call.input)
 
     def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
-        queue, entries = self._queue(call), self._entries(call)
-        return self._each(entries, lambda entry: self._delete(queue, entry["ReceiptHandle"]))
+        return self._each(call, self._delete)
 
-    def _delete(self, queue: Queue, handle: str) -> None:
+    def _delete(self, queue: Queue, entry: Members) -> None:
+        handle = entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message and queue.fifo and not held:
             raise _bad_value(handle, "ReceiptHandle", "The receipt handle has expired.")
@@ -4230,8 +4232,7 @@ class Sqs:
         self._change(self._queue(call), call.input)
 
     def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
-        queue, entries = self._queue(call), self._entries(call)
-        return self._each(entries, lambda entry: self._change(queue, entry))
+        return self._each(call, self._change)
 
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
         if "VisibilityTimeout" not in entry:
