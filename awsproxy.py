@@ -3251,7 +3251,7 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: Attempts = OrderedDict()  # to receive, of a FIFO queue
+        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
@@ -3362,11 +3362,6 @@ class Queue:
             message.hidden_until = 0.0
         else:
             self._visible.pop(message.message_id, None)
-
-
-Attempts = OrderedDict[
-    str, tuple[float, list[tuple[Message, float]]]
-]  # when, and hidden until when
 
 
 class Sent(NamedTuple):
@@ -4114,7 +4109,7 @@ class Sqs:
                 raise sqs_refusal("in flight")
             return {}
         if attempt:
-            self._remember(queue.attempts, attempt, messages, now)
+            self._remember(queue, attempt, messages, now)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
@@ -4164,9 +4159,8 @@ class Sqs:
             queue.hide(message, now + timeout)
         return [message for message, _ in received]
 
-    def _remember(
-        self, attempts: Attempts, attempt: str, messages: list[Message], now: float
-    ) -> None:
+    def _remember(self, queue: Queue, attempt: str, messages: list[Message], now: float) -> None:
+        attempts = queue.attempts
         while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
             attempts.popitem(last=False)
         attempts[attempt] = (now, [(message, message.hidden_until) for message in messages])
