@@ -4992,18 +4992,17 @@ class CredentialChain:
                 found = source()
             except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                if isinstance(reason, SourceFailed) or self._is_set_up(name):
+                set_up = any(map(self._environ.get, _SET_UP_BY.get(name, ())))
+                if set_up or isinstance(reason, SourceFailed):
                     # Another source would be another identity.
                     raise NoKeys("; ".join(tried), reason.passing) from reason
                 passing = reason.passing and " answered " in str(reason)
                 continue
             if self._role_arn:
-                return self._assume(found, self._role_arn, {"session": self._session_name})
+                settings = {"role_session_name": self._session_name}
+                return self._assume(found, self._role_arn, settings)
             return found
         raise NoKeys("; ".join(tried), passing)
-
-    def _is_set_up(self, name: str) -> bool:
-        return any(map(self._environ.get, _SET_UP_BY.get(name, ())))
 
     def _from_environment(self) -> Credentials:
         key = self._environ.get("AWS_ACCESS_KEY_ID")
@@ -5285,11 +5284,10 @@ class CredentialChain:
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
-        session = settings.get("session") or settings.get("role_session_name")
         fields = {
             "Action": "AssumeRole",
             "RoleArn": role,
-            "RoleSessionName": session_name(session),
+            "RoleSessionName": session_name(settings.get("role_session_name")),
             "DurationSeconds": settings.get("duration_seconds", ""),
             "ExternalId": settings.get("external_id", ""),
         }
@@ -5400,12 +5398,11 @@ class CredentialCache:
         self._chain = chain
         self._clock = clock
         self._sleep = sleep
-        self._passing = False
         self._lock = threading.Lock()
         self._current: Optional[Credentials] = None
         self._stale = False
         self._tried = -math.inf
-        self._reason = ""
+        self._failure: Optional[NoKeys] = None  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
@@ -5431,11 +5428,12 @@ class CredentialCache:
     def _renew(self, now: float) -> Credentials:
         current = self._current
         good = current if current and current.expires > now else None
-        if now < self._tried + (1 if self._passing else self.RETRY):
+        failure = self._failure
+        if now < self._tried + (1 if failure and failure.passing else self.RETRY):
             if good:
                 return good
-            if self._reason:
-                raise NoKeys(self._reason, self._passing)
+            if failure:
+                raise NoKeys(str(failure), failure.passing)
         self._tried = now
         try:
             found = self._find(() if good else self.PAUSES)
@@ -5443,12 +5441,12 @@ class CredentialCache:
                 raise NoKeys("the credentials found have expired")
             self._current = found
         except NoKeys as reason:
-            self._reason, self._passing = str(reason), reason.passing
+            self._failure = NoKeys(str(reason), reason.passing)  # without the frames of this one
             log.warning("credentials not renewed: %s", reason)
             if good:
                 return good
             raise
-        self._stale, self._reason = False, ""
+        self._stale, self._failure = False, None
         return self._current
 
     def _find(self, pauses: Sequence[float]) -> Credentials:
@@ -5532,11 +5530,9 @@ class Mask:
         return data
 
     def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
-        text = "\n".join([value for _, value in headers]).encode("latin-1")
-        if not any([secret in text for secret in self._secrets]):
-            return tuple(headers)
-        whole = [(name, self.hide(value.encode("latin-1"))) for name, value in headers]
-        return tuple((name, value.decode("latin-1")) for name, value in whole)
+        text = "\n".join([value for _, value in headers])  # no value has a line feed
+        values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
+        return tuple((name, value) for (name, _), value in zip(headers, values))
 
     def next(self, block: bytes) -> bytes:
         """Return a block of a stream without its last bytes if a secret may begin there."""
