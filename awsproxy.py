@@ -1978,14 +1978,9 @@ class Structure(NamedTuple):
 
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
-    members, required = {}, []
-    for member in declared.split():
-        marked, _, shape = member.partition(":")
-        name = marked.rstrip("*")
-        members[name] = shapes[shape] if shape else STRING
-        if name != marked:
-            required.append(name)
-    return Structure(members, required)
+    spelled = [member.partition(":")[::2] for member in declared.split()]
+    members = {name.rstrip("*"): shapes[shape or "text"] for name, shape in spelled}
+    return Structure(members, [name[:-1] for name, _ in spelled if name.endswith("*")])
 
 
 _ANY = Structure({}, ())  # the input of an operation without a model
@@ -1996,8 +1991,6 @@ Hosts = Iterable[str]  # names of the proxy besides localhost
 
 
 class Operation(NamedTuple):
-    """An operation of a service."""
-
     name: str
     input: Structure
     output: Optional[Sequence[str]]  # its members; None for a void operation
@@ -2028,8 +2021,6 @@ class QueryName(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The operations of a service, for the wire protocols."""
-
     operations: Mapping[str, Operation]
     query_names: Mapping[str, Names]  # by operation
     not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
@@ -2171,8 +2162,7 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
 
 
 def _query_action(request: Request) -> Optional[str]:
-    values = _query_values(request, b"Action")
-    return values[0] if values else None
+    return next(iter(_query_values(request, b"Action")), None)
 
 
 def _wants_json(request: Request) -> bool:
@@ -2237,24 +2227,21 @@ def _guessed_protocol(request: Request) -> WireProtocol:
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
     """Raise ServiceError if another reader could find another operation in the request."""
-    fields, fault = request.fields, ""
+    fields = request.fields
     if service not in SPEAKS and (service.isdigit() or not _SERVICE_NAME.fullmatch(service)):
         example = "they are lower case, as in curl's --aws-sigv4 aws:amz:us-east-1:sqs"
-        fault = f"'{service[:40]}' is no signing name: {example}"
-    elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
-        fault = "it has two Content-Type or Content-Encoding headers"
-    elif "x-amz-target" in fields and not wire.reads_target:
-        fault = f"{service} does not read X-Amz-Target"
-    elif "smithy-protocol" in fields and not isinstance(wire, RpcV2):
-        fault = f"{service} does not read Smithy-Protocol"
-    elif "?" in request.target:
-        names = [name for name, _ in request.query]
-        if any(name.lower() == b"x-amz-target" for name in names):
-            fault = "X-Amz-Target is a header, not a query parameter"
-        elif b"Action" in names and not wire.reads_action:
-            fault = f"{service} does not read the query parameter Action here"
-    if fault:
-        raise ambiguous(wire, fault)
+        raise ambiguous(wire, f"'{service[:40]}' is no signing name: {example}")
+    if len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
+        raise ambiguous(wire, "it has two Content-Type or Content-Encoding headers")
+    if "x-amz-target" in fields and not wire.reads_target:
+        raise ambiguous(wire, f"{service} does not read X-Amz-Target")
+    if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
+        raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
+    names = [name for name, _ in request.query]
+    if any(name.lower() == b"x-amz-target" for name in names):
+        raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
+    if b"Action" in names and not wire.reads_action:
+        raise ambiguous(wire, f"{service} does not read the query parameter Action here")
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
@@ -2352,27 +2339,26 @@ def _operation_name(name: str) -> str:
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
-    fields, fault = request.fields, ""
-    kind = fields.get("content-type", ("",))[0]
-    if kind in _USUAL_TYPES and "content-encoding" not in fields:
+    kind = request.header("content-type") or ""
+    if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
         return data
     charset = ",".join(_CHARSET.findall(kind)).lower()
-    coding = fields.get("content-encoding", ("identity",))[0].lower()
-    if charset and charset not in ("utf-8", "utf8", "us-ascii"):
-        fault = "The body must be in UTF-8."
-    elif coding == "gzip":
-        try:
-            unzip = zlib.decompressobj(31)
-            flags, data = data[3:4], unzip.decompress(data, limit)
-            whole = unzip.eof and not unzip.unused_data and flags == b"\0"
-            fault = "" if whole else "The body is not all gzip."  # a flag means a name or comment
-        except zlib.error:
-            fault = "The body is not gzip."
-    elif coding not in ("identity", "aws-chunked"):
-        fault = "The Content-Encoding is not understood."
-    if fault:
-        raise ServiceError("SerializationException", fault)
-    return data
+    coding = (request.header("content-encoding") or "identity").lower()
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise ServiceError("SerializationException", "The body must be in UTF-8.")
+    if coding in ("identity", "aws-chunked"):
+        return data
+    if coding != "gzip":
+        message = "The Content-Encoding is not understood."
+        raise ServiceError("SerializationException", message)
+    unzip = zlib.decompressobj(31)
+    try:
+        plain = unzip.decompress(data, limit)
+    except zlib.error as error:
+        raise ServiceError("SerializationException", "The body is not gzip.") from error
+    if not unzip.eof or unzip.unused_data or data[3] != 0:  # a flag means a name or comment
+        raise ServiceError("SerializationException", "The body is not all gzip.")
+    return plain
 
 
 def _side(status: int) -> str:
@@ -3082,18 +3068,17 @@ class RpcV2(WireProtocol):
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         match = _RPC_PATH.fullmatch(request.path)
-        fault = ""
         if len(request.fields.get("smithy-protocol", ())) != 1:
-            fault = "RPC v2 needs one Smithy-Protocol header"
-        elif self.named_protocol != self.protocol:
+            raise ambiguous(self, "RPC v2 needs one Smithy-Protocol header")
+        if self.named_protocol != self.protocol:
             fault = f"'{self.named_protocol[:40]}' is not rpc-v2-cbor or rpc-v2-json"
-        elif not match or match[0].endswith("/") or request.method != "POST":
-            fault = "RPC v2 is a POST to /service/NAME/operation/NAME"
-        elif "?" in request.target:
-            fault = "RPC v2 has no query string"
-        elif _media_type(request) not in ("", self.content_type):
+            raise ambiguous(self, fault)
+        if not match or match[0].endswith("/") or request.method != "POST":
+            raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
+        if "?" in request.target:
+            raise ambiguous(self, "RPC v2 has no query string")
+        if _media_type(request) not in ("", self.content_type):
             fault = f"the Content-Type of {self.protocol} is {self.content_type}"
-        if fault or not match:
             raise ambiguous(self, fault)
         return Meaning(_operation_name(match[1]), body)
 
@@ -3101,11 +3086,8 @@ class RpcV2(WireProtocol):
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
-        named = (
-            ("Smithy-Protocol", self.protocol),
-            ("x-amzn-query-error", f"{code};{_side(status)}"),
-        )
-        headers = (*self._headers(request_id), *named)
+        headers = (*self._headers(request_id), ("Smithy-Protocol", self.protocol))
+        headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
         return Reply(status, headers, body)
 
 
@@ -4338,7 +4320,7 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
-_SHAPES: dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
+_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
 _SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
