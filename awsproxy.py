@@ -2343,7 +2343,7 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
         return data
     charset = ",".join(_CHARSET.findall(kind)).lower()
-    coding = (request.header("content-encoding") or "identity").lower()
+    coding = request.fields.get("content-encoding", ("identity",))[0].lower()
     if charset not in ("", "utf-8", "utf8", "us-ascii"):
         raise ServiceError("SerializationException", "The body must be in UTF-8.")
     if coding in ("identity", "aws-chunked"):
@@ -3014,6 +3014,7 @@ class Rest(WireProtocol):
 
     def __init__(self, form: str) -> None:
         self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
+        self.content_type = "application/json" if form == "json" else "application/xml"
 
     def named(self, request: Request) -> str:
         try:
@@ -3033,10 +3034,9 @@ class Rest(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
-        headers: Headers = (("x-amzn-RequestId", request_id),)
+        headers = self._headers(request_id)
         if self.form == "json":
-            kind = shape.rpartition("#")[2]
-            headers += (("Content-Type", "application/json"), ("x-amzn-ErrorType", kind))
+            headers += (("x-amzn-ErrorType", shape.rpartition("#")[2]),)
             return Reply(status, headers, _to_json({"message": error.message}))
         fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
@@ -3046,7 +3046,7 @@ class Rest(WireProtocol):
             place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
             document = _xml("Error", {**fault, **error.detail, **place})
         text = f'<?xml version="1.0" encoding="UTF-8"?>\n{document}'
-        headers += (("x-amz-request-id", request_id), ("Content-Type", "application/xml"))
+        headers += (("x-amz-request-id", request_id),)
         return Reply(status, headers, text.encode("utf-8", "replace"))
 
 
@@ -3801,17 +3801,15 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        reason = ""
         if target is None or target.place != queue.place:
-            reason = "Dead letter target does not exist."
-        elif target.fifo != queue.fifo:
+            raise _bad_value(text, "RedrivePolicy", "Dead letter target does not exist.")
+        if target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-        else:
-            policy = target.policy("RedriveAllowPolicy")
-            allowed = policy.get("redrivePermission", "allowAll")
-            if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
-                reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-        if reason:
+            raise _bad_value(text, "RedrivePolicy", reason)
+        policy = target.policy("RedriveAllowPolicy")
+        allowed = policy.get("redrivePermission", "allowAll")
+        if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
+            reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
             raise _bad_value(text, "RedrivePolicy", reason)
 
     def _drop_unset(self, queue: Queue) -> None:
