@@ -1982,7 +1982,6 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
     return Structure(members, [name[:-1] for name, _ in spelled if name.endswith("*")])
 
 
-_ANY = Structure({}, ())  # the input of an operation without a model
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
 Shape = Union[str, ListOf, MapOf, Structure]
@@ -2124,12 +2123,10 @@ REST_NAMES = """
     workdocs workmailmessageflow workspaces-web xray
 """
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
-TARGET_SERVICES = {
-    "AmazonSQS": "sqs",
-    "AmazonSQSv20121105": "sqs",
-    "AWSCognitoIdentityService": "cognito-identity",
-    "AWSCognitoIdentityProviderService": "cognito-idp",
-}
+TARGET_SERVICES = pairs("""
+    AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
+    AWSCognitoIdentityProviderService=cognito-idp
+""")
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2329,7 +2326,6 @@ def _invalid_action(operation: str) -> ServiceError:
 
 
 def _operation_name(name: str) -> str:
-    """Return the name; ServiceError InvalidAction if it is not the name of an operation."""
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
@@ -2441,10 +2437,9 @@ class AwsJson(WireProtocol):
         if document is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
-        if operation is None:
-            document = copy.deepcopy(document)
-        checked: dict[str, Any] = _from_json(operation.input if operation else _ANY, document)
-        return checked
+        if operation:
+            return dict(_from_json(operation.input, document))
+        return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
     def reencode(self, call: Call) -> bytes:
         known = self.input(call)
@@ -2532,8 +2527,6 @@ _KINDS = pairs(
 
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
-    if shape is _ANY:
-        return _expect(dict, value, "a structure")
     if isinstance(shape, Structure):
         members = _expect(dict, value, "a structure")
         present = {
@@ -2633,11 +2626,10 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
         names, tree = model.query_names[operation.name], _form_tree(fields)
-        document = _from_form(operation.input, tree, names)
-        checked: dict[str, Any] = _from_json(operation.input, document)
+        checked = _from_json(operation.input, _from_form(operation.input, tree, names))
         members = {names[it].element if it in names else it for it in operation.input.members}
         call.ignored = self._ignored(members, tree)
-        return checked
+        return dict(checked)
 
     def _ignored(self, members: set[str], tree: Mapping[str, Any]) -> Sequence[str]:
         """Return the parameters that no member has; ServiceError for one that a member lacks."""
@@ -2680,7 +2672,6 @@ class AwsQuery(WireProtocol):
         return Reply(status, self._headers(request_id), self._document(service, root, members))
 
     def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
-        """Return the status of an error, and the members that describe it."""
         status, code, _ = self.fault(request, error)
         missing_queue = "The specified queue does not exist for this wsdl version."
         message = missing_queue if error.code == "QueueDoesNotExist" else error.message
@@ -2838,7 +2829,6 @@ def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple
 
 
 def _plain_text(value: Any) -> str:
-    """Return a value as forms and XML spell it."""
     if isinstance(value, bytes):
         return _base64_text(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -3180,7 +3170,6 @@ SQS_REFUSALS = {
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
-    """Return the error for a row of SQS_REFUSALS."""
     code, message = SQS_REFUSALS[reason]
     shown = (value[:2048] if isinstance(value, str) else value for value in values)
     return ServiceError(code, message.format(*shown))
@@ -3195,8 +3184,6 @@ Attributes = Mapping[str, Members]  # of a message, by name
 
 @dataclass(eq=False)
 class Message:
-    """A message and its state."""
-
     message_id: str
     body: str
     attributes: Attributes
@@ -3237,7 +3224,7 @@ class Queue:
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
+        self._by_age: list[tuple[float, str]] = []  # a heap of message ids; the same
         self._order = itertools.count()
 
     @property
@@ -3253,12 +3240,11 @@ class Queue:
         return dict(json.loads(text)) if text else {}
 
     def add(self, message: Message, delay: int = 0) -> None:
-        if self.messages and message.sent < next(reversed(self.messages.values())).sent:
-            if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
-                self._strays = [it for it in self._strays if it[2].message_id in self.messages]
-                heapq.heapify(self._strays)
-            heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
+        heapq.heappush(self._by_age, (message.sent, message.message_id))
+        if len(self._by_age) > 2 * len(self.messages) + 64:
+            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
+            heapq.heapify(self._by_age)
         message.hidden_until = 0.0
         if delay:
             self.hide(message, message.sent + delay)
@@ -3287,7 +3273,7 @@ class Queue:
         del self.messages[message.message_id]
 
     def clear(self) -> None:
-        for held in (self.messages, self.attempts, self._visible, self._hidden, self._strays):
+        for held in (self.messages, self.attempts, self._visible, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -3304,15 +3290,10 @@ class Queue:
             if message.received and message.message_id in self._visible:
                 self._visible.move_to_end(message.message_id, last=False)
         oldest = now - self.number("MessageRetentionPeriod")
-        while self._strays and self._strays[0][0] <= oldest:
-            stray = heapq.heappop(self._strays)[2]
-            if self.messages.get(stray.message_id) is stray:
-                self.remove(stray)
-        while self.messages:
-            message = next(iter(self.messages.values()))
-            if message.sent > oldest:
-                break
-            self.remove(message)
+        while self._by_age and self._by_age[0][0] <= oldest:
+            expired = self.messages.get(heapq.heappop(self._by_age)[1])
+            if expired and expired.sent <= oldest:
+                self.remove(expired)
 
     def next_change(self, deadline: float) -> float:
         """Return when a hidden message may come back, `deadline` if that is earlier."""
@@ -3465,7 +3446,6 @@ class MoveTask:
         return self.started + (self.moved - self._burst + 1) / self._pace
 
     def output(self) -> Mapping[str, Any]:
-        """Return the task as an element of the output of ListMessageMoveTasks."""
         only = {
             "RUNNING": {"TaskHandle": self.handle},
             "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
@@ -3710,7 +3690,6 @@ def random_id() -> str:
 
 
 def _own_arn(call: Call, name: str = "") -> str:
-    """Return the ARN of the caller's queue of that name."""
     return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
 
 
@@ -3827,9 +3806,8 @@ class Sqs:
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
-        token, after = call.input.get("NextToken", ""), ""
         try:
-            after = _from_base64(token).decode("utf-8") if token else ""
+            after = _from_base64(call.input.get("NextToken", "")).decode("utf-8")
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
         mine = [queue for queue in queues if queue.arn.startswith(_own_arn(call))]
@@ -4476,8 +4454,6 @@ def receipt_handles(reply: Reply) -> list[str]:
 
 
 class Endpoint(NamedTuple):
-    """An origin to send to."""
-
     scheme: str
     host: str  # IPv6 without its brackets
     port: int
@@ -4907,7 +4883,6 @@ def _document(text: bytes) -> Mapping[str, Any]:
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    """Return the credentials in the answer of a credentials endpoint."""
     key, secret, given = map(found.get, ("AccessKeyId", "SecretAccessKey", token))
     return _credentials(key, secret, given, _expiry(found.get("Expiration")))
 
@@ -6078,7 +6053,6 @@ class Upstream:
         return int(call.request.header("content-length") or 0)
 
     def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
-        """Return the request as a hook rewrote it; a new body gets a new payload hash."""
         if request.body is outgoing.request.body:
             return outgoing._replace(request=request)
         data = request.body.read()
