@@ -4887,11 +4887,15 @@ def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
     return _credentials(key, secret, given, _expiry(found.get("Expiration")))
 
 
-_SET_UP_BY = {
+_SET_UP_BY = {  # variables, and settings of a profile
     "environment": ("AWS_ACCESS_KEY_ID",),
-    "web identity": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
+    "web": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
+    "profile": (
+        "role_arn", "credential_process", "sso_account_id", "sso_role_name", "login_session",
+        "aws_access_key_id",
+    ),
     "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
-}
+}  # fmt: skip
 
 
 class CredentialChain:
@@ -4919,7 +4923,7 @@ class CredentialChain:
         self._sources: Mapping[str, Callable[[], Credentials]] = {
             "environment": self._from_environment,
             "web identity": self._from_web_identity,
-            f"profile {self._profile}": self._from_chosen_profile,
+            f"profile {self._profile}": lambda: self._from_profile(self._profile, ()),
             "container": self._from_container,
             "EC2 metadata": self._from_metadata,
         }
@@ -4937,7 +4941,10 @@ class CredentialChain:
                 found = source()
             except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                set_up = any(map(self._environ.get, _SET_UP_BY.get(name, ())))
+                kind, _, named = name.partition(" ")
+                given = settings if kind == "profile" else self._environ
+                missing = kind == "profile" and not settings and named != "default"
+                set_up = missing or any(map(given.get, _SET_UP_BY.get(kind, ())))
                 if set_up or isinstance(reason, SourceFailed):
                     # Another source would be another identity.
                     raise NoKeys("; ".join(tried), reason.passing) from reason
@@ -5052,26 +5059,11 @@ class CredentialChain:
         return settings
 
     def _settings(self) -> Mapping[str, str]:
-        """Return the settings of the chosen profile, none if there is no such profile."""
+        """Return the settings of the chosen profile, none if they cannot be read."""
         try:
             return self._section(self._profile)
         except NoKeys:
             return {}
-
-    def _from_chosen_profile(self) -> Credentials:
-        settings: Mapping[str, str] = {}
-        try:
-            settings = self._section(self._profile)
-            return self._from_profile(self._profile, ())
-        except NoKeys as reason:
-            set_up = (
-                *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
-                *("login_session", "aws_access_key_id"),
-            )
-            missing = not settings and self._profile != "default"
-            if missing or any(map(settings.get, set_up)):
-                raise SourceFailed(str(reason), reason.passing) from reason
-            raise
 
     def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
         settings = self._section(profile)
