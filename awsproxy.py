@@ -2698,13 +2698,12 @@ class AwsQueryJson(AwsQuery):
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
-            result = response[f"{call.operation}Result"] = {}
-            names = model.query_names[call.operation]
-            for name in members:
-                value = output.get(name)
-                if name == "Messages" and value:
-                    value = [{**_ABSENT_OF_MESSAGE, **message} for message in value]
-                result[_INTERNAL_NAMES.get(name, name)] = _as_pairs(value, names, name)
+            whole = {**dict.fromkeys(members), **output}
+            if whole.get("Messages"):
+                whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
+            result = _as_pairs(whole, model.query_names[call.operation])
+            renamed = {_INTERNAL_NAMES.get(name, name): result[name] for name in members}
+            response[f"{call.operation}Result"] = renamed
         document = _to_json({f"{call.operation}Response": response})
         return Reply(200, self._headers(request_id), document)
 
@@ -2725,14 +2724,12 @@ _ABSENT_OF_MESSAGE = dict.fromkeys(
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
-def _as_pairs(value: Any, names: Names, member: str = "") -> Any:
-    spelled = names.get(member)
-    if isinstance(value, dict):
-        if spelled and spelled.key:
-            pairs = {key: _as_pairs(item, names) for key, item in value.items()}
-            return [{spelled.key: key, spelled.value: item} for key, item in pairs.items()]
-        return {name: _as_pairs(item, names, name) for name, item in value.items()}
-    return [_as_pairs(item, names) for item in value] if isinstance(value, list) else value
+def _as_pairs(value: Any, names: Names) -> Any:
+    if isinstance(value, list):
+        return [_as_pairs(item, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _as_pairs(item, names) for name, _, item in _spelled(value, names)}
 
 
 MAX_IGNORED = 20  # parameters that the log names
@@ -2807,17 +2804,17 @@ def _from_form(
     return {k: _from_form(shape.value, below, names) for k, below in pairs}
 
 
-def _spelled(members: Members, names: Names) -> Iterator[tuple[str, Any]]:
-    """Yield each name in the query protocol with its value; a map becomes a list of pairs."""
+def _spelled(members: Members, names: Names) -> Iterator[tuple[str, str, Any]]:
+    """Yield each name, its spelling and its value; a map becomes a list of pairs."""
     for name, value in members.items():
         spelled = names.get(name)
         if spelled and spelled.key and isinstance(value, dict):
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
-        yield spelled.element if spelled else name, value
+        yield name, spelled.element if spelled else name, value
 
 
 def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for element, value in _spelled(members, names):
+    for _, element, value in _spelled(members, names):
         items = {element: value}
         if isinstance(value, list):
             items = {f"{element}.{index}": item for index, item in enumerate(value, 1)}
@@ -2843,7 +2840,7 @@ def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "
         return f"<{element}/>"
     members = [
         _xml(name, item, names)
-        for name, member in _spelled(value, names)
+        for _, name, member in _spelled(value, names)
         for item in (member if isinstance(member, list) else [member])
     ]
     return f"<{element}{attributes}>{''.join(members)}</{element}>"
@@ -4378,14 +4375,13 @@ def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
 
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
     """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
-    parts = text.split("&")
-    for index, part in enumerate(parts):
-        name, _, value = part.partition("=")
-        given = urllib.parse.unquote_plus(value)
-        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
-        if restored != given:
-            parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
-    return "&".join(parts)
+
+    def restored(field: re.Match[str]) -> str:
+        given = urllib.parse.unquote_plus(field[1])
+        url = _upstream_url(given, call, endpoint)
+        return field[0] if url == given else f"QueueUrl={urllib.parse.quote(url, safe='')}"
+
+    return re.sub("(?<![^&])QueueUrl=([^&]*)", restored, text)
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
