@@ -3415,32 +3415,30 @@ class FifoQueue(Queue):
             self.changed.notify()
 
 
+@dataclass(eq=False)
 class MoveTask:
     """A task that moves messages out of a dead-letter queue ("StartMessageMoveTask")."""
 
-    def __init__(self, given: Mapping[str, Any], task_id: str, to_move: int, now: float) -> None:
-        self.task_id = task_id
-        self.source_arn: str = given["SourceArn"]
-        self.destination_arn: str = given.get("DestinationArn", "")
-        self.started = now
-        self._given = given
-        self._pace: int = given.get("MaxNumberOfMessagesPerSecond", MAX_MOVES_PER_SECOND)
-        self._burst = 1 if "MaxNumberOfMessagesPerSecond" in given else self._pace
-        self.to_move = to_move
-        self.moved = 0
-        self.status = "RUNNING"
+    given: Members  # the input that started it
+    task_id: str
+    to_move: int
+    started: float
+    moved: int = 0
+    status: str = "RUNNING"
 
     @property
     def handle(self) -> str:
         """Return the name of the task while it runs."""
-        return _base64_text(_to_json({"taskId": self.task_id, "sourceArn": self.source_arn}))
-
-    def due(self, now: float) -> int:
-        """Return how many messages should have moved by now."""
-        return self._burst + int((now - self.started) * self._pace + 0.001)  # a float may be short
+        return _base64_text(
+            _to_json({"taskId": self.task_id, "sourceArn": self.given["SourceArn"]})
+        )
 
     def next_move(self) -> float:
-        return self.started + (self.moved - self._burst + 1) / self._pace
+        """Return when the next message is due; at the greatest rate, the first come at once."""
+        rate = self.given.get("MaxNumberOfMessagesPerSecond")
+        if rate:
+            return self.started + self.moved / float(rate)
+        return self.started + (self.moved + 1) / MAX_MOVES_PER_SECOND - 1
 
     def output(self) -> Mapping[str, Any]:
         only = {
@@ -3448,7 +3446,7 @@ class MoveTask:
             "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
         }
         return {
-            **self._given,
+            **self.given,
             **only.get(self.status, {}),
             "Status": self.status,
             "ApproximateNumberOfMessagesMoved": self.moved,
@@ -3713,7 +3711,7 @@ class Sqs:
         self._lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
-        self._running: list[MoveTask] = []
+        self._running: dict[str, MoveTask] = {}  # by SourceArn
         self._draining = False
         self._serials = itertools.count(1)
 
@@ -4046,7 +4044,8 @@ class Sqs:
                 break
             if not call.may_wait:
                 raise WouldWait
-            changes = [queue.next_change(deadline), *(it.next_move() for it in self._running)]
+            moves = [task.next_move() for task in self._running.values()]
+            changes = [queue.next_change(deadline), *moves]
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
             if self._running:
@@ -4209,16 +4208,15 @@ class Sqs:
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
         if not self._sources_of(source):
             raise sqs_refusal("no dead letters")
-        if any(task.source_arn == source.arn for task in self._running):
+        if source.arn in self._running:
             raise sqs_refusal("running")
         task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
-        self._running.append(task)
-        handle = task.handle
+        self._running[source.arn] = task
         self._move_messages(now)
         for queue in self._queues.values():
             queue.changed.notify_all()  # the waiters must wake up earlier
-        return {"TaskHandle": handle}
+        return {"TaskHandle": task.handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
@@ -4247,30 +4245,30 @@ class Sqs:
             raise sqs_refusal("task handle")
         if not arn.startswith(_own_arn(call)) or arn not in self._queues:
             raise sqs_refusal("no resource", "SourceArn")
-        for task in self._running:
-            if task.task_id == task_id and task.source_arn == arn:
-                task.status = "CANCELLED"
-                self._running.remove(task)
-                return {"ApproximateNumberOfMessagesMoved": task.moved}
-        raise sqs_refusal("no task")
+        task = self._running.get(arn)
+        if task is None or task.task_id != task_id:
+            raise sqs_refusal("no task")
+        task.status = "CANCELLED"
+        del self._running[arn]
+        return {"ApproximateNumberOfMessagesMoved": task.moved}
 
     def _move_messages(self, now: float) -> None:
-        for task in list(self._running):
+        for arn, task in list(self._running.items()):
             task.status = self._move(task, now)
             if task.status != "RUNNING":
-                self._running.remove(task)
+                del self._running[arn]
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._queues.get(task.source_arn)
+        source = self._queues.get(task.given["SourceArn"])
         if source is None:
             return "FAILED"
         source.advance(now)
-        due = min(task.due(now), task.to_move)
-        while task.moved < due and source.pick(1):
+        soon = now + 0.000001  # a float may be short
+        while task.moved < task.to_move and task.next_move() <= soon and source.pick(1):
             (message,) = source.pick(1)
-            arn = task.destination_arn or message.system.get("DeadLetterQueueSourceArn", "")
-            target = self._queues.get(arn)
+            of_source = message.system.get("DeadLetterQueueSourceArn", "")
+            target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
             source.remove(message)
