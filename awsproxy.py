@@ -1957,22 +1957,16 @@ STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 
 
 class ListOf(NamedTuple):
-    """A list; in the query protocol its elements are numbered from 1."""
-
-    element: Shape
+    element: Shape  # in the query protocol, elements are numbered from 1
 
 
 class MapOf(NamedTuple):
-    """A map with string keys; in the query protocol a numbered list of pairs."""
-
-    value: Shape
+    value: Shape  # the keys are strings; in the query protocol, a numbered list of pairs
 
 
 class Structure(NamedTuple):
-    """Members by name, and the names of the required ones."""
-
     members: Mapping[str, Shape]
-    required: Sequence[str]
+    required: Sequence[str]  # names of members
 
 
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
@@ -2148,7 +2142,6 @@ def _media_type(request: Request) -> str:
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    """Return the values of a query parameter, in order; none if the query string is broken."""
     if "?" not in request.target:
         return []
     try:
@@ -2241,7 +2234,6 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
-    """Return the refusal of a request that could be read in two ways."""
     code = "InvalidRequest" if wire is REST_S3 else "InvalidAction"
     return ServiceError(code, f"It is not certain which operation the request names: {fault}.")
 
@@ -2299,7 +2291,6 @@ class WireProtocol:
         raise NotImplementedError
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the answer of an operation that succeeded."""
         raise NotImplementedError
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
@@ -2313,7 +2304,6 @@ class WireProtocol:
         return error.fault
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the answer that reports an error."""
         raise NotImplementedError
 
     def _headers(self, request_id: str) -> Headers:
@@ -2908,7 +2898,6 @@ _PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 def host_name(host: str) -> str:
-    """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
@@ -3232,7 +3221,6 @@ class Queue:
         return int(self.settings[setting])
 
     def policy(self, setting: str) -> dict[str, Any]:
-        """Return a setting that is a JSON object, {} if it is not set."""
         text = self.settings.get(setting)
         return dict(json.loads(text)) if text else {}
 
@@ -3297,7 +3285,6 @@ class Queue:
         return min(deadline, self._hidden[0][0]) if self._hidden else deadline
 
     def pick(self, limit: int) -> list[Message]:
-        """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._visible.values(), limit))
 
     def _is_due(self, entry: tuple[float, int, Message]) -> bool:
@@ -3429,9 +3416,8 @@ class MoveTask:
     @property
     def handle(self) -> str:
         """Return the name of the task while it runs."""
-        return _base64_text(
-            _to_json({"taskId": self.task_id, "sourceArn": self.given["SourceArn"]})
-        )
+        task = {"taskId": self.task_id, "sourceArn": self.given["SourceArn"]}
+        return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
         """Return when the next message is due; at the greatest rate, the first come at once."""
@@ -3456,8 +3442,6 @@ class MoveTask:
 
 
 class Setting(NamedTuple):
-    """A queue attribute that callers can set."""
-
     default: str  # may be ""
     normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
     fifo: bool = False  # of FIFO queues only
@@ -4683,13 +4667,13 @@ _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.c
 
 
 def is_aws_host(host: str) -> bool:
-    return _AWS_HOST.fullmatch(host.partition(":")[0].lower()) is not None
+    return _AWS_HOST.fullmatch(host_name(host)) is not None
 
 
 def zonal_endpoint(host: str, region: str) -> Endpoint:
     """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
     # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
-    name = host.partition(":")[0].lower()
+    name = host_name(host)
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
     if not match or match[1] != region:
@@ -4699,7 +4683,7 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
 
 def service_of_host(host: str) -> tuple[str, str]:
     """Return the signing name and the region in a host of AWS, or "" for each."""
-    match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
+    match = _AWS_HOST.fullmatch(host_name(host))
     if not match:
         return "", ""
     ignored = ("dualstack", "global", "vpce")
@@ -4827,7 +4811,6 @@ def http_client(endpoint: Endpoint, timeout: float, direct: bool) -> http.client
 
 
 def host_of(url: str) -> str:
-    """Return the host of an http or https URL.  Raise NoKeys for another."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -4859,7 +4842,6 @@ def _expiry(text: Any) -> float:
 
 
 def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
-    """Return credentials to sign with.  Raise NoKeys if the values are malformed."""
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
             raise NoKeys("the keys found are malformed")
@@ -5342,7 +5324,6 @@ class CredentialCache:
         return current if good else None
 
     def get(self) -> Credentials:
-        """Return credentials that are valid now.  Raise NoKeys if no source has any."""
         current = self.ready()
         if current:
             return current
@@ -5381,7 +5362,6 @@ class CredentialCache:
         return self._current
 
     def _find(self, pauses: Sequence[float]) -> Credentials:
-        """Return what the chain finds, tried again after each pause if the failure may pass."""
         for pause in pauses:
             try:
                 return self._chain.find()
@@ -5392,10 +5372,7 @@ class CredentialCache:
         return self._chain.find()
 
     def expire(self, refused: Credentials) -> bool:
-        """Read the credentials again at the next call, and return whether that may help.
-
-        AWS has refused these.
-        """
+        """Mark credentials as refused by AWS, and return whether a renewal may help."""
         if refused is self._current and not self._stale:
             self._stale, self._tried = True, -math.inf
             return True
@@ -5612,7 +5589,6 @@ class Connection:
         return True
 
     def receive_head(self) -> ResponseHead:
-        """Return the head of the final answer, or raise UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -5661,7 +5637,6 @@ class Pool:
         return True
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
-        """Return a kept connection that is still open, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(endpoint)
@@ -5758,7 +5733,6 @@ class Outgoing(NamedTuple):
 
 
 def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str, str]]:
-    """Return the headers but those of these names (in lower case)."""
     return [(name, value) for name, value in headers if name.lower() not in names]
 
 
@@ -5771,7 +5745,6 @@ def is_repeatable(call: Call) -> bool:
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
     body = _to_json(document)
     about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
@@ -5783,8 +5756,6 @@ _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
-    """A call that is sent on a connection, and the keys that sign it."""
-
     call: Call
     outgoing: Outgoing
     keys: Credentials
@@ -6027,7 +5998,6 @@ class Upstream:
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
 
     def _length(self, call: Call, body: Body) -> Optional[int]:
-        """Return the length of a body as it is sent, or None if it is unknown."""
         if isinstance(body, AwsChunkedBody):
             plain = not body.signed and not body.announced
             return body.length if plain else aws_chunked_length(body)
