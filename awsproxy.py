@@ -2651,9 +2651,8 @@ class AwsQuery(WireProtocol):
         status, fault = self._described(request, error)
         service = claim(request)[1].service
         if not service:  # whose API has the version that an unsigned request names
-            version = (_query_values(request, b"Version") or [""])[0]
-            guesses = (name for name, of_api in QUERY_VERSIONS.items() if of_api == version)
-            service = next(guesses, "sqs")
+            versions = _query_values(request, b"Version")
+            service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
         root = "ErrorResponse"
         members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
         if service == "ec2":
@@ -3443,7 +3442,7 @@ class MoveTask:
 
 class Setting(NamedTuple):
     default: str  # may be ""
-    normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
+    normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
     fifo: bool = False  # of FIFO queues only
 
 
@@ -3454,10 +3453,7 @@ def _whole(low: int, high: int, text: str) -> str:
 
 
 def _one_of(allowed: Sequence[str], text: str) -> str:
-    found = [value for value in allowed if value.lower() == text.lower()]
-    if not found:
-        raise ValueError(text)
-    return found[0]
+    return {value.lower(): value for value in allowed}[text.lower()]
 
 
 def _read_policy(text: str) -> Any:
@@ -3552,7 +3548,7 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
         try:
             unset = not text and not setting.default
             settings[name] = "" if unset else setting.normal(text)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("FifoQueue") == "false":
         raise sqs_refusal("queue type")
@@ -3845,10 +3841,8 @@ class Sqs:
         del self._queues[queue.arn]
         if self._cooldown:
             now = self._clock()
-            self._deleted.pop(queue.arn, None)  # the oldest is first
-            self._deleted[queue.arn] = now
-            while next(iter(self._deleted.values())) + SECONDS_COOLING <= now:
-                del self._deleted[next(iter(self._deleted))]
+            recent = {k: at for k, at in self._deleted.items() if at > now - SECONDS_COOLING}
+            self._deleted = {**recent, queue.arn: now}
         queue.deleted = True
         queue.changed.notify_all()
 
@@ -3945,14 +3939,13 @@ class Sqs:
                 raise sqs_refusal("system", name[:80])
         _check_attributes(system)
         delay, now = self._delay(queue, entry), self._clock()
-        kept = {"SenderId": call.caller.access_key_id}
-        if "MessageGroupId" in entry:
-            kept["MessageGroupId"] = entry["MessageGroupId"]
-        trace = call.request.header("x-amzn-trace-id")
-        if "AWSTraceHeader" in system:
-            kept["AWSTraceHeader"] = system["AWSTraceHeader"]["StringValue"]
-        elif trace:
-            kept["AWSTraceHeader"] = trace
+        trace = system.get("AWSTraceHeader", {}).get("StringValue")
+        given = {
+            "SenderId": call.caller.access_key_id,
+            "MessageGroupId": entry.get("MessageGroupId"),
+            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id"),
+        }
+        kept = {name: value for name, value in given.items() if value}
         sent = first = Sent(now, self._new_id(), self._sequence_number())
         if isinstance(queue, FifoQueue):
             by_content = hashlib.sha256(body.encode()).hexdigest
