@@ -2138,7 +2138,8 @@ _XML_ENTITIES = {'"': "&quot;", "\r": "&#xD;"}
 
 
 def _media_type(request: Request) -> str:
-    return (request.header("content-type") or "").partition(";")[0].strip(" \t").lower()
+    kind = request.fields.get("content-type", ("",))[0]
+    return kind if kind in _USUAL_TYPES else kind.partition(";")[0].strip(" \t").lower()
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
@@ -2226,6 +2227,8 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
         raise ambiguous(wire, f"{service} does not read X-Amz-Target")
     if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
         raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
+    if "?" not in request.target:
+        return
     names = [name for name, _ in request.query]
     if any(name.lower() == b"x-amz-target" for name in names):
         raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
@@ -2324,7 +2327,7 @@ def _operation_name(name: str) -> str:
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
-    kind = request.header("content-type") or ""
+    kind = request.fields.get("content-type", ("",))[0]
     if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
         return data
     charset = ",".join(_CHARSET.findall(kind)).lower()
@@ -2382,7 +2385,7 @@ class AwsJson(WireProtocol):
         if targets is None:
             name = _operation_name(action or "")
         else:
-            match = _TARGET.fullmatch(targets[0][:512])
+            match = _parse_target(targets[0][:512])
             prefix, name = match.groups() if match else ("", "")
             of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
             if len(targets) > 1 or not name or not of_service or action not in (None, name):
@@ -2428,7 +2431,8 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation:
-            return dict(_from_json(operation.input, document))
+            checked: dict[str, Any] = _from_json(operation.input, document)
+            return checked
         return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
     def reencode(self, call: Call) -> bytes:
@@ -2460,6 +2464,7 @@ MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET = re.compile(  # the prefix and the operation
     r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z][A-Za-z0-9]{0,127})"
 )
+_parse_target = functools.lru_cache(maxsize=1024)(_TARGET.fullmatch)
 
 
 def _short_integer(digits: str) -> int:
@@ -2482,11 +2487,15 @@ class _TwoValues(ValueError):
 _JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
     parse_constant=int, parse_int=_short_integer, object_pairs_hook=_each_once
 )
+_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
+        document, end = _SCAN(text, 0)
+        return document if end == len(text) else _JSON.decode(text)
+    except StopIteration:
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -3781,11 +3790,12 @@ class Sqs:
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
+        token, prefix = call.input.get("NextToken"), _own_arn(call)
         try:
-            after = _from_base64(call.input.get("NextToken", "")).decode("utf-8")
+            after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = [queue for queue in queues if queue.arn.startswith(_own_arn(call))]
+        mine = (queue for queue in queues if queue.arn.startswith(prefix))
         left = sorted((q for q in mine if q.name > after), key=lambda queue: queue.name)
         output: dict[str, Any] = {}
         if left:
