@@ -2648,8 +2648,8 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *_to_form(call.input, names)]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        result = {} if output is None else {f"{call.operation}Result": output}
-        members = {**result, "ResponseMetadata": {"RequestId": request_id}}
+        members = {} if output is None else {f"{call.operation}Result": output}
+        members["ResponseMetadata"] = {"RequestId": request_id}
         names, root = model.query_names[call.operation], f"{call.operation}Response"
         document = self._document(call.service, root, members, names)
         return Reply(200, self._headers(request_id), document)
@@ -2671,8 +2671,8 @@ class AwsQuery(WireProtocol):
 
     def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
         status, code, _ = self.fault(request, error)
-        missing_queue = "The specified queue does not exist for this wsdl version."
-        message = missing_queue if error.code == "QueueDoesNotExist" else error.message
+        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
+        message = no_queue if error.code == "QueueDoesNotExist" else error.message
         return status, {"Type": _side(status), "Code": code, "Message": message}
 
     def _document(
@@ -3218,7 +3218,7 @@ class Queue:
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._by_age: list[tuple[float, str]] = []  # a heap of message ids; the same
+        self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
 
     @property
@@ -5443,7 +5443,7 @@ class Mask:
     def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
         text = "\n".join([value for _, value in headers])  # no value has a line feed
         values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
-        return tuple((name, value) for (name, _), value in zip(headers, values))
+        return tuple(zip([name for name, _ in headers], values))
 
     def next(self, block: bytes) -> bytes:
         """Return a block of a stream without its last bytes if a secret may begin there."""
