@@ -2121,6 +2121,7 @@ TARGET_SERVICES = pairs("""
     AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
     AWSCognitoIdentityProviderService=cognito-idp
 """)
+_OLD_TARGET = "AmazonSQSv20121105."
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2128,13 +2129,24 @@ _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
+MAX_IGNORED = 20  # parameters that the log names
+_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
+# The parameters of a query call that are no input of the operation.
+_NO_INPUT = frozenset(
+    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
+    " SignatureVersion Timestamp Version".split()
+)
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _XML_ENTITIES = {'"': "&quot;", "\r": "&#xD;"}
+_KINDS = pairs(
+    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
+)
 
 
 def _media_type(request: Request) -> str:
@@ -2188,14 +2200,8 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     return REST if "rest-json" in speaks else AWS_JSON["1.0"]
 
 
-_OLD_TARGET = "AmazonSQSv20121105."
-
-
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
-
-
-_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
@@ -2519,11 +2525,6 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
     return text.encode("ascii")
 
 
-_KINDS = pairs(
-    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
-)
-
-
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     if isinstance(shape, Structure):
@@ -2730,10 +2731,6 @@ def _as_pairs(value: Any, names: Names) -> Any:
     return {name: _as_pairs(item, names) for name, _, item in _spelled(value, names)}
 
 
-MAX_IGNORED = 20  # parameters that the log names
-_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-
-
 def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
     """Return fields such as `Tag.1.Key` as nested maps; a node's own value is under "."."""
     root: dict[str, Any] = {}
@@ -2746,13 +2743,6 @@ def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node["."] = value
     return root
-
-
-# The parameters of a query call that are no input of the operation.
-_NO_INPUT = frozenset(
-    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
-    " SignatureVersion Timestamp Version".split()
-)
 
 
 def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
@@ -3102,6 +3092,7 @@ MAX_POLICY_DEPTH = 32
 MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
+Attributes = Mapping[str, Members]  # of a message, by name
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3171,9 +3162,6 @@ def sqs_refusal(reason: str, *values: object) -> ServiceError:
 
 def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
     return sqs_refusal("value", value, parameter, reason)
-
-
-Attributes = Mapping[str, Members]  # of a message, by name
 
 
 @dataclass(eq=False)
@@ -4667,6 +4655,11 @@ _AWS_HOST = re.compile(
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
+_SERVICES_BY_PREFIX = {
+    prefix.replace("&", service): service
+    for service, rows in ENDPOINT_PREFIXES.items()
+    for prefix, _ in rows
+}
 
 
 def is_aws_host(host: str) -> bool:
@@ -4698,13 +4691,6 @@ def service_of_host(host: str) -> tuple[str, str]:
         labels.pop(0)
     prefix = ".".join(labels).replace("-fips", "")
     return _SERVICES_BY_PREFIX.get(prefix, prefix), region
-
-
-_SERVICES_BY_PREFIX = {
-    prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items()
-    for prefix, _ in rows
-}
 
 
 def is_link_local(host: str) -> bool:
@@ -4875,6 +4861,8 @@ _SET_UP_BY = {  # variables, and settings of a profile
     ),
     "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
 }  # fmt: skip
+_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
+_STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
 class CredentialChain:
@@ -5241,10 +5229,6 @@ class CredentialChain:
         return _from_fields(found, "SessionToken")
 
 
-_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
-_STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
-
-
 def session_name(name: Optional[str]) -> str:
     """Return a valid name of a role session, 2 to 64 characters long (AssumeRole)."""
     return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
@@ -5471,9 +5455,6 @@ def _overlap(data: bytes, secret: bytes) -> int:
         at += 1
 
 
-MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
-
-
 def keep_alive(connection: socket.socket) -> None:
     """Probe an idle connection each minute: NAT gateways forget it after six minutes."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -5698,6 +5679,7 @@ _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
+MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 
 # Names of roles and paths: the log shows them, callers must not see them.
