@@ -4708,6 +4708,10 @@ def is_link_local(host: str) -> bool:
 
 # ---- Our own credentials ----
 
+_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
+_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
+
 
 class NoKeys(Exception):
     """A source has no credentials; `passing` if it may have some in a moment."""
@@ -4725,11 +4729,6 @@ class SourceFailed(NoKeys):
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
-
-
-_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
-_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
 
 
 def fetch(
@@ -5407,6 +5406,11 @@ class Keyring:
 
 # ---- Connections ----
 
+RECEIVE = "sqs:ReceiveMessage"
+UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
+STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
+POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
+
 
 class Mask:
     """Hides our session token and signature if the answer of an upstream repeats them."""
@@ -5585,12 +5589,6 @@ class Connection:
             raise UpstreamError(message, unanswered) from error
 
 
-RECEIVE = "sqs:ReceiveMessage"
-UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
-STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
-POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
-
-
 def no_messages(call: Call, request_id: str) -> Reply:
     return call.wire.output(call, SQS_MODEL, {}, request_id)
 
@@ -5681,6 +5679,8 @@ _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answe
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
+NOBODY = Credentials("", "")  # for calls that go upstream unsigned
+_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
@@ -5734,10 +5734,6 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
     return Request("POST", "/", headers, io.BytesIO(body))
-
-
-NOBODY = Credentials("", "")  # for calls that go upstream unsigned
-_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
