@@ -2040,15 +2040,13 @@ def read_again(body: Body) -> bytes:
 
 
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs(
-    """
+QUERY_VERSIONS = pairs("""
     autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
     elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
     iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
     redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
     sts=2011-06-15
-    """
-)
+""")
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
@@ -2717,9 +2715,7 @@ class AwsQueryJson(AwsQuery):
 AWS_QUERY = AwsQuery()
 AWS_QUERY_TARGET = AwsQuery(reads_target=True)
 AWS_QUERY_JSON = AwsQueryJson()
-_ABSENT_OF_MESSAGE = dict.fromkeys(
-    ("Attributes", "MD5OfMessageAttributes", "MessageAttributes"), None
-)
+_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
@@ -4334,7 +4330,8 @@ SQS_MODEL = MODELS["sqs"] = Model(
 
 # ---- Queue URLs: the caller gets ours, the upstream gets its own ----
 
-_URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
+_URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
+_URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
 _ORIGIN = re.compile("https?://[^/]*")
 _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
@@ -4384,7 +4381,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
     try:
         document = read_json(reply.body.decode("utf-8"))
-        for member in ("QueueUrl", "QueueUrls", "queueUrls"):
+        for member in _URL_MEMBERS:
             value = document.get(member)
             if isinstance(value, str):
                 document[member] = _ORIGIN.sub(call.base_url, value, 1)
