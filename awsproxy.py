@@ -82,6 +82,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -4705,10 +4706,6 @@ def is_link_local(host: str) -> bool:
 
 # ---- Our own credentials ----
 
-_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
-_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
-
 
 class NoKeys(Exception):
     """A source has no credentials; `passing` if it may have some in a moment."""
@@ -4722,10 +4719,53 @@ class SourceFailed(NoKeys):
     """A source that is set up has no credentials: no other source is tried."""
 
 
+class _Unredirected(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: a redirection would take our tokens along."""
+
+
+class _DeadlineConnection(http.client.HTTPConnection):
+    """A connection with a deadline: a socket's own timeout starts again with each byte."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._until = time.monotonic() + (self.timeout or 0)
+
+    def connect(self) -> None:
+        super().connect()
+        cut = functools.partial(self._cut, self.sock)
+        timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
+        timer.daemon = True
+        timer.start()
+
+    def _cut(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
+    """A connection with TLS and a deadline."""
+
+
+class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_DeadlineConnection, request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
+
+
 @functools.lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
+
+
+_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
+_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
+_PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
 
 
 def fetch(
@@ -4738,61 +4778,32 @@ def fetch(
 ) -> bytes:
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    Requests to link-local and loopback addresses bypass HTTPS_PROXY.  A redirection is refused: it
-    would take our tokens along.
+    Requests to link-local and loopback addresses bypass HTTPS_PROXY.
     """
     until = time.monotonic() + timeout
-    host, parts = host_of(url), urllib.parse.urlsplit(url)
+    host = host_of(url)
     near = is_link_local(host) or is_loopback(host) or host in _CONTAINER_HOSTS
+    opener = _DIRECT if near else _PROXIED
     try:
-        endpoint = Endpoint(parts.scheme, host, parts.port or DEFAULT_PORTS[parts.scheme])
-        client = http_client(endpoint, timeout, direct=near)
-        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        if parts.scheme == "http" and client.host != host:
-            target = url  # as a proxy wants it
-        with contextlib.closing(client):
-            client.connect()
-            # A socket's own timeout starts again with each byte.
-            timer = threading.Timer(max(0.0, until - time.monotonic()), _shut, [client.sock])
-            timer.daemon = True
-            timer.start()
-            client.request(method or ("POST" if data else "GET"), target, data, dict(headers))
-            answer = client.getresponse()
-            body = answer.read(1048576)
+        request = urllib.request.Request(url, data, dict(headers), method=method)
+        with opener.open(request, timeout=timeout) as answer:
+            body = bytes(answer.read(1048576))
+    except urllib.error.HTTPError as error:
+        passing, told = error.code >= 500 or error.code == 429, f"{host} answered {error.code}"
+        with error, contextlib.suppress(OSError):
+            text = error.read(65536).decode("latin-1")
+            passing = passing or bool(_PASSING.search(text))
+            for message in _MESSAGE.findall(text)[:1]:
+                told += f": {''.join(message)}"
+        raise NoKeys(told, passing) from error
     except OSError as error:
-        raise NoKeys(f"{host} did not answer: {error}", passing=True) from error
+        reason = getattr(error, "reason", error)
+        raise NoKeys(f"{host} did not answer: {reason}", passing=True) from error
     except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
         raise NoKeys(f"{host} could not be asked: {type(error).__name__}") from error
     if time.monotonic() > until:  # and may have been cut
         raise NoKeys(f"{host} took longer than {timeout} s", passing=True)
-    if not 200 <= answer.status < 300:
-        text = body[:65536].decode("latin-1")
-        passing = answer.status >= 500 or answer.status == 429 or bool(_PASSING.search(text))
-        messages = ["".join(message) for message in _MESSAGE.findall(text)[:1]]
-        raise NoKeys(": ".join([f"{host} answered {answer.status}", *messages]), passing)
     return body
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is closed
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def http_client(endpoint: Endpoint, timeout: float, direct: bool) -> http.client.HTTPConnection:
-    """Return a client that has still to connect, to HTTPS_PROXY or HTTP_PROXY unless `direct`."""
-    host, port, is_tls = endpoint.host, endpoint.port, endpoint.scheme == "https"
-    how: dict[str, Any] = {"timeout": timeout, **({"context": tls_context()} if is_tls else {})}
-    kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-    proxy = urllib.request.getproxies().get(endpoint.scheme)
-    if direct or not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
-        return kind(host, port, **how)
-    parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    client = kind(parts.hostname or "", parts.port or 80, **how)
-    if is_tls:
-        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}").encode()
-        proof = {"Proxy-Authorization": f"Basic {_base64_text(login)}"} if parts.username else {}
-        client.set_tunnel(host, port, proof)
-    return client
 
 
 def host_of(url: str) -> str:
@@ -5629,9 +5640,7 @@ class Pool:
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         kept = None if fresh else self.idle(endpoint)
-        direct = endpoint.scheme == "http"
-        client = http_client(endpoint, self._connect_timeout, direct)
-        return kept or Connection(endpoint, client, self._timeout)
+        return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
         """Set how long the answer to a call may take, and which client may abandon it."""
@@ -5659,6 +5668,23 @@ class Pool:
                 idle.append(connection)
                 return
         connection.close()
+
+    def _client(self, endpoint: Endpoint) -> http.client.HTTPConnection:
+        host, port = endpoint.host, endpoint.port
+        if endpoint.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
+        how: dict[str, Any] = {"timeout": self._connect_timeout, "context": tls_context()}
+        proxy = urllib.request.getproxies().get("https")
+        if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
+            return http.client.HTTPSConnection(host, port, **how)
+        parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
+        headers = {}
+        if parts.username:
+            login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+            headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
+        tunnel.set_tunnel(host, port, headers)
+        return tunnel
 
 
 # ---- Forwarding ----

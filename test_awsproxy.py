@@ -10163,10 +10163,10 @@ class SourceTest(ChainTest):
             self.found({}, config="[default]\n" + keys("F"), credentials=key_alone)
 
     def test_failures_that_may_pass_are_said_to(self):
-        throttled = SimpleNamespace(status=400, read=lambda _: b"<Code>Throttling</Code>")
-        client = mock.Mock(sock=socket.socket(), close=lambda: client.sock.close())
-        client.getresponse.return_value = throttled
-        with mock.patch.object(awsproxy, "http_client", return_value=client):
+        throttled = urllib.error.HTTPError(
+            STS, 400, "", {}, io.BytesIO(b"<Code>Throttling</Code>")
+        )
+        with mock.patch.object(awsproxy._PROXIED, "open", side_effect=throttled):
             with self.assertRaises(NoKeys) as caught:
                 awsproxy.fetch("https://sts.example/", {})
         self.assertTrue(caught.exception.passing)
