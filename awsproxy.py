@@ -1958,14 +1958,20 @@ STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 
 
 class ListOf(NamedTuple):
+    """A list; in the query protocol its elements are numbered from 1."""
+
     element: Shape  # in the query protocol, elements are numbered from 1
 
 
 class MapOf(NamedTuple):
+    """A map with string keys; in the query protocol a numbered list of pairs."""
+
     value: Shape  # the keys are strings; in the query protocol, a numbered list of pairs
 
 
 class Structure(NamedTuple):
+    """Members by name, and the names of the required ones."""
+
     members: Mapping[str, Shape]
     required: Sequence[str]  # names of members
 
@@ -1984,6 +1990,8 @@ Hosts = Iterable[str]  # names of the proxy besides localhost
 
 
 class Operation(NamedTuple):
+    """An operation of a service."""
+
     name: str
     input: Structure
     output: Optional[Sequence[str]]  # its members; None for a void operation
@@ -2014,6 +2022,8 @@ class QueryName(NamedTuple):
 
 
 class Model(NamedTuple):
+    """The operations of a service, for the wire protocols."""
+
     operations: Mapping[str, Operation]
     query_names: Mapping[str, Names]  # by operation
     not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
@@ -2242,6 +2252,7 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
+    """Return the refusal of a request that could be read in two ways."""
     code = "InvalidRequest" if wire is REST_S3 else "InvalidAction"
     return ServiceError(code, f"It is not certain which operation the request names: {fault}.")
 
@@ -2299,6 +2310,7 @@ class WireProtocol:
         raise NotImplementedError
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+        """Return the answer of an operation that succeeded."""
         raise NotImplementedError
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
@@ -2312,6 +2324,7 @@ class WireProtocol:
         return error.fault
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
+        """Return the answer that reports an error."""
         raise NotImplementedError
 
     def _headers(self, request_id: str) -> Headers:
@@ -2893,6 +2906,7 @@ _PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 def host_name(host: str) -> str:
+    """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
@@ -3152,6 +3166,7 @@ SQS_REFUSALS = {
 
 
 def sqs_refusal(reason: str, *values: object) -> ServiceError:
+    """Return the error for a row of SQS_REFUSALS."""
     code, message = SQS_REFUSALS[reason]
     shown = (value[:2048] if isinstance(value, str) else value for value in values)
     return ServiceError(code, message.format(*shown))
@@ -3163,6 +3178,8 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
 
 @dataclass(eq=False)
 class Message:
+    """A message and its state."""
+
     message_id: str
     body: str
     attributes: Attributes
@@ -3176,6 +3193,7 @@ class Message:
 
     @property
     def group(self) -> str:
+        """Return the message group id, or ""."""
         return self.system.get("MessageGroupId", "")
 
 
@@ -3211,6 +3229,7 @@ class Queue:
         return len(self.messages) - self.in_flight - self.delayed
 
     def number(self, setting: str) -> int:
+        """Return a setting that is a number."""
         return int(self.settings[setting])
 
     def policy(self, setting: str) -> dict[str, Any]:
@@ -3218,6 +3237,7 @@ class Queue:
         return dict(json.loads(text)) if text else {}
 
     def add(self, message: Message, delay: int = 0) -> None:
+        """Add a message, hidden for its delay."""
         self.messages[message.message_id] = message
         heapq.heappush(self._by_age, (message.sent, message.message_id))
         if len(self._by_age) > 2 * len(self.messages) + 64:
@@ -3230,6 +3250,7 @@ class Queue:
             self._offer(message)
 
     def hide(self, message: Message, until: float) -> None:
+        """Make a message invisible until that time."""
         self._withdraw(message)
         message.hidden_until = until
         self._count_hidden(message, 1)
@@ -3247,10 +3268,12 @@ class Queue:
         self._offer(message)
 
     def remove(self, message: Message) -> None:
+        """Drop a message, visible or not."""
         self._withdraw(message)
         del self.messages[message.message_id]
 
     def clear(self) -> None:
+        """Drop all messages."""
         for held in (self.messages, self.attempts, self._visible, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
@@ -3278,6 +3301,7 @@ class Queue:
         return min(deadline, self._hidden[0][0]) if self._hidden else deadline
 
     def pick(self, limit: int) -> list[Message]:
+        """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._visible.values(), limit))
 
     def _is_due(self, entry: tuple[float, int, Message]) -> bool:
@@ -3420,6 +3444,7 @@ class MoveTask:
         return self.started + (self.moved + 1) / MAX_MOVES_PER_SECOND - 1
 
     def output(self) -> Mapping[str, Any]:
+        """Return the task as an element of the output of ListMessageMoveTasks."""
         only = {
             "RUNNING": {"TaskHandle": self.handle},
             "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
@@ -3435,6 +3460,8 @@ class MoveTask:
 
 
 class Setting(NamedTuple):
+    """A queue attribute that callers can set."""
+
     default: str  # may be ""
     normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
     fifo: bool = False  # of FIFO queues only
@@ -3550,6 +3577,7 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
 
 
 def check_encryption(settings: Mapping[str, str]) -> None:
+    """Refuse settings that enable two kinds of encryption."""
     if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
         raise sqs_refusal("two encryptions")
 
@@ -4409,6 +4437,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
 
 
 def receipt_handles(reply: Reply) -> list[str]:
+    """Return the receipt handles of an answer to ReceiveMessage."""
     return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
 
 
@@ -4421,6 +4450,8 @@ def receipt_handles(reply: Reply) -> list[str]:
 
 
 class Endpoint(NamedTuple):
+    """An origin to send to."""
+
     scheme: str
     host: str  # IPv6 without its brackets
     port: int
@@ -4434,6 +4465,7 @@ class Endpoint(NamedTuple):
 
     @property
     def origin(self) -> str:
+        """The URL up to its path."""
         return f"{self.scheme}://{self.authority}"
 
 
@@ -4661,6 +4693,7 @@ _SERVICES_BY_PREFIX = {
 
 
 def is_aws_host(host: str) -> bool:
+    """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host_name(host)) is not None
 
 
@@ -4807,6 +4840,7 @@ def fetch(
 
 
 def host_of(url: str) -> str:
+    """Return the host of an http or https URL.  Raise NoKeys for another."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -4819,6 +4853,7 @@ def host_of(url: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
+    """Return whether the name or address of a host means this machine."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -5318,6 +5353,7 @@ class CredentialCache:
         return current if good else None
 
     def get(self) -> Credentials:
+        """Return credentials that are valid now.  Raise NoKeys if no source has any."""
         current = self.ready()
         if current:
             return current
@@ -5374,6 +5410,7 @@ class CredentialCache:
 
     @property
     def seconds_left(self) -> float:
+        """The seconds until the present credentials expire."""
         return self._current.expires - self._clock() if self._current else math.nan
 
 
@@ -5395,6 +5432,7 @@ class Keyring:
         self._caches: dict[tuple[str, str, str], CredentialCache] = {}
 
     def seconds_left(self) -> float:
+        """Return how long the credentials that end first are good."""
         with self._lock:
             seconds = [cache.seconds_left for cache in self._caches.values()]
         return min((it for it in seconds if not math.isnan(it)), default=math.nan)
@@ -5431,12 +5469,14 @@ class Mask:
         self.held = b""  # the last bytes of a stream, if a secret may begin there
 
     def hide(self, data: bytes) -> bytes:
+        """Return the data with asterisks in place of each secret."""
         for secret in self._secrets:
             if secret in data:
                 data = data.replace(secret, b"*" * len(secret))
         return data
 
     def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
+        """Return the headers with asterisks in place of each secret."""
         text = "\n".join([value for _, value in headers])  # no value has a line feed
         values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
         return tuple(zip([name for name, _ in headers], values))
@@ -5527,13 +5567,16 @@ class Connection:
         return bool(self.source.buffer) or self.has_arrived(0)
 
     def has_arrived(self, seconds: float) -> bool:
+        """Return whether something can be received within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
     def close(self) -> None:
+        """Close the connection."""
         self._client.close()
 
     def send(self, data: bytes) -> None:
+        """Send the data, or raise UpstreamError."""
         try:
             self.socket.sendall(data)
         except OSError as error:
@@ -5585,6 +5628,7 @@ class Connection:
         return True
 
     def receive_head(self) -> ResponseHead:
+        """Return the head of the final answer, or raise UpstreamError."""
         self.deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -5598,6 +5642,7 @@ class Connection:
 
 
 def no_messages(call: Call, request_id: str) -> Reply:
+    """Return an answer to ReceiveMessage without messages."""
     return call.wire.output(call, SQS_MODEL, {}, request_id)
 
 
@@ -5627,6 +5672,7 @@ class Pool:
         return True
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
+        """Return a kept connection that is still open, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(endpoint)
@@ -5639,6 +5685,7 @@ class Pool:
             kept.close()
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
+        """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
         return kept or Connection(endpoint, self._client(endpoint), self._timeout)
 
@@ -5650,6 +5697,7 @@ class Pool:
         connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
+        """Close the connections that have idled for too long."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
             late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
@@ -5753,6 +5801,7 @@ def is_repeatable(call: Call) -> bool:
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
+    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
     body = _to_json(document)
     about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
@@ -5760,6 +5809,8 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
 
 
 class Attempt(NamedTuple):
+    """A call that is sent on a connection, and the keys that sign it."""
+
     call: Call
     outgoing: Outgoing
     keys: Credentials
@@ -5790,6 +5841,7 @@ class Upstream:
 
     @property
     def is_aws(self) -> bool:
+        """True if calls go to AWS."""
         return self._endpoint is None or is_aws_host(self._endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
