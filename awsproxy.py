@@ -2038,35 +2038,29 @@ STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 class ListOf(NamedTuple):
     """A list; in the query protocol its elements are numbered from 1."""
 
-    element: Shape
+    element: Shape  # in the query protocol, elements are numbered from 1
 
 
 class MapOf(NamedTuple):
     """A map with string keys; in the query protocol a numbered list of pairs."""
 
-    value: Shape
+    value: Shape  # the keys are strings; in the query protocol, a numbered list of pairs
 
 
 class Structure(NamedTuple):
     """Members by name, and the names of the required ones."""
 
     members: Mapping[str, Shape]
-    required: Sequence[str]
+    required: Sequence[str]  # names of members
 
 
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
-    members, required = {}, []
-    for member in declared.split():
-        marked, _, shape = member.partition(":")
-        name = marked.rstrip("*")
-        members[name] = shapes[shape] if shape else STRING
-        if name != marked:
-            required.append(name)
-    return Structure(members, required)
+    spelled = [member.partition(":")[::2] for member in declared.split()]
+    members = {name.rstrip("*"): shapes[shape or "text"] for name, shape in spelled}
+    return Structure(members, [name[:-1] for name, _ in spelled if name.endswith("*")])
 
 
-_ANY = Structure({}, ())  # the input of an operation without a model
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
 Shape = Union[str, ListOf, MapOf, Structure]
@@ -2098,7 +2092,7 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
 
 class QueryName(NamedTuple):
-    """The names of a flattened list or map in the query protocol; {} is the operation."""
+    """The names of a flattened list or map in the query protocol."""
 
     element: str
     key: str = ""
@@ -2109,12 +2103,14 @@ class Model(NamedTuple):
     """The operations of a service, for the wire protocols."""
 
     operations: Mapping[str, Operation]
-    query_names: Names  # of members that the query protocol spells in its own way
+    query_names: Mapping[str, Names]  # by operation
     not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
 
 
+Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
+_NO_NAMES: Names = {}
 MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
-Names = Mapping[str, QueryName]
+_NO_MODEL = Model({}, {})
 
 
 def read_again(body: Body) -> bytes:
@@ -2132,29 +2128,19 @@ def read_again(body: Body) -> bytes:
 # ---- Choosing the protocol ----
 
 
-def _speaks(**protocols: str) -> Mapping[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for protocol, services in protocols.items():
-        for service in services.split():
-            found.setdefault(service, set()).add(protocol.replace("_", "-"))
-    return {service: frozenset(spoken) for service, spoken in found.items()}
-
-
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs(
-    """
+QUERY_VERSIONS = pairs("""
     autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
     elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
     iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
     redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
     sts=2011-06-15
-    """
-)
-# The protocols of each signing name; a name that is not here speaks REST-JSON alone.  A service
-# of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that does
-# not know RPC v2 finds no operation.  EC2's own form of the query protocol is under "query".
-SPEAKS: Mapping[str, frozenset[str]] = _speaks(
-    json="""
+""")
+# The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
+# service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
+# does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
+_SPOKEN_BY = {
+    "json": """
         IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
         application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
         autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
@@ -2177,14 +2163,18 @@ SPEAKS: Mapping[str, frozenset[str]] = _speaks(
         tagging textract timestream timestream-influxdb transcribe transfer translate
         verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
         workspaces-instances
-    """,
-    query=" ".join(("ec2", *QUERY_VERSIONS)),
-    rest_json="""
+    """.split(),
+    "query": ["ec2", *QUERY_VERSIONS],
+    "rest-json": """
         aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
         s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    """,
-    rest_xml="cloudfront route53 s3 s3-object-lambda s3-outposts s3express",
-)
+    """.split(),
+    "rest-xml": "cloudfront route53 s3 s3-object-lambda s3-outposts s3express".split(),
+}
+SPEAKS: Mapping[str, frozenset[str]] = {
+    service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
+    for service in itertools.chain(*_SPOKEN_BY.values())
+}
 REST_JSON = frozenset({"rest-json"})
 # The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
 REST_NAMES = """
@@ -2214,12 +2204,12 @@ REST_NAMES = """
     workdocs workmailmessageflow workspaces-web xray
 """
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
-TARGET_SERVICES = {
-    "AmazonSQS": "sqs",
-    "AmazonSQSv20121105": "sqs",
-    "AWSCognitoIdentityService": "cognito-identity",
-    "AWSCognitoIdentityProviderService": "cognito-idp",
-}
+TARGET_SERVICES = pairs("""
+    AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
+    AWSCognitoIdentityProviderService=cognito-idp
+""")
+_OLD_TARGET = "AmazonSQSv20121105."
+_IN_JSON = ("sqs", "sts")  # whose answers in AWS Query may be JSON
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2227,31 +2217,32 @@ _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
+MAX_IGNORED = 20  # parameters that the log names
+_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
+# The parameters of a query call that are no input of the operation.
+_NO_INPUT = frozenset(
+    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
+    " SignatureVersion Timestamp Version".split()
+)
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_XML_ENTITIES = {'"': "&quot;", "\r": "&#xD;"}
+_KINDS = pairs(
+    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
+)
 
 
 def _media_type(request: Request) -> str:
-    kinds = request.fields.get("content-type")
-    if not kinds:
-        return ""
-    return (_content_type(kinds[0]) if len(kinds[0]) < 256 else _parse_content_type(kinds[0]))[0]
-
-
-def _parse_content_type(text: str) -> tuple[str, str]:
-    media_type = text.partition(";")[0].strip(" \t").lower()
-    return media_type, ",".join(_CHARSET.findall(text)).lower()
-
-
-_content_type = functools.lru_cache(maxsize=256)(_parse_content_type)
+    kind = request.fields.get("content-type", ("",))[0]
+    return kind if kind in _USUAL_TYPES else kind.partition(";")[0].strip(" \t").lower()
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    """Return the values of a query parameter, in order; none if the query string is broken."""
     if "?" not in request.target:
         return []
     try:
@@ -2261,8 +2252,7 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
 
 
 def _query_action(request: Request) -> Optional[str]:
-    values = _query_values(request, b"Action")
-    return values[0] if values else None
+    return next(iter(_query_values(request, b"Action")), None)
 
 
 def _wants_json(request: Request) -> bool:
@@ -2298,15 +2288,8 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     return REST if "rest-json" in speaks else AWS_JSON["1.0"]
 
 
-_OLD_TARGET = "AmazonSQSv20121105."
-_IN_JSON = ("sqs", "sts")  # whose answers in AWS Query may be JSON
-
-
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
-
-
-_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 
 
 def _guessed_protocol(request: Request) -> WireProtocol:
@@ -2328,24 +2311,23 @@ def _guessed_protocol(request: Request) -> WireProtocol:
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
     """Raise ServiceError if another reader could find another operation in the request."""
-    fields, fault = request.fields, ""
+    fields = request.fields
     if service not in SPEAKS and (service.isdigit() or not _SERVICE_NAME.fullmatch(service)):
         example = "they are lower case, as in curl's --aws-sigv4 aws:amz:us-east-1:sqs"
-        fault = f"'{service[:40]}' is no signing name: {example}"
-    elif len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
-        fault = "it has two Content-Type or Content-Encoding headers"
-    elif "x-amz-target" in fields and not wire.reads_target:
-        fault = f"{service} does not read X-Amz-Target"
-    elif "smithy-protocol" in fields and not isinstance(wire, RpcV2):
-        fault = f"{service} does not read Smithy-Protocol"
-    elif "?" in request.target:
-        names = [name for name, _ in request.query]
-        if any(name.lower() == b"x-amz-target" for name in names):
-            fault = "X-Amz-Target is a header, not a query parameter"
-        elif b"Action" in names and not wire.reads_action:
-            fault = f"{service} does not read the query parameter Action here"
-    if fault:
-        raise ambiguous(wire, fault)
+        raise ambiguous(wire, f"'{service[:40]}' is no signing name: {example}")
+    if len(fields.get("content-type", ())) > 1 or len(fields.get("content-encoding", ())) > 1:
+        raise ambiguous(wire, "it has two Content-Type or Content-Encoding headers")
+    if "x-amz-target" in fields and not wire.reads_target:
+        raise ambiguous(wire, f"{service} does not read X-Amz-Target")
+    if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
+        raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
+    if "?" not in request.target:
+        return
+    names = [name for name, _ in request.query]
+    if any(name.lower() == b"x-amz-target" for name in names):
+        raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
+    if b"Action" in names and not wire.reads_action:
+        raise ambiguous(wire, f"{service} does not read the query parameter Action here")
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
@@ -2434,7 +2416,6 @@ def _invalid_action(operation: str) -> ServiceError:
 
 
 def _operation_name(name: str) -> str:
-    """Return the name; ServiceError InvalidAction if it is not the name of an operation."""
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
@@ -2443,27 +2424,26 @@ def _operation_name(name: str) -> str:
 def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
-    fields, fault = request.fields, ""
-    kind = fields.get("content-type", ("",))[0]
-    if kind in _USUAL_TYPES and "content-encoding" not in fields:
+    kind = request.fields.get("content-type", ("",))[0]
+    if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
         return data
-    charset = _content_type(kind)[1] if len(kind) < 256 else _parse_content_type(kind)[1]
-    coding = fields.get("content-encoding", ("identity",))[0].lower()
-    if charset and charset not in ("utf-8", "utf8", "us-ascii"):
-        fault = "The body must be in UTF-8."
-    elif coding == "gzip":
-        try:
-            unzip = zlib.decompressobj(31)
-            flags, data = data[3:4], unzip.decompress(data, limit)
-            whole = unzip.eof and not unzip.unused_data and flags == b"\0"
-            fault = "" if whole else "The body is not all gzip."  # a flag means a name or comment
-        except zlib.error:
-            fault = "The body is not gzip."
-    elif coding not in ("identity", "aws-chunked"):
-        fault = "The Content-Encoding is not understood."
-    if fault:
-        raise ServiceError("SerializationException", fault)
-    return data
+    charset = ",".join(_CHARSET.findall(kind)).lower()
+    coding = request.fields.get("content-encoding", ("identity",))[0].lower()
+    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise ServiceError("SerializationException", "The body must be in UTF-8.")
+    if coding in ("identity", "aws-chunked"):
+        return data
+    if coding != "gzip":
+        message = "The Content-Encoding is not understood."
+        raise ServiceError("SerializationException", message)
+    unzip = zlib.decompressobj(31)
+    try:
+        plain = unzip.decompress(data, limit)
+    except zlib.error as error:
+        raise ServiceError("SerializationException", "The body is not gzip.") from error
+    if not unzip.eof or unzip.unused_data or data[3] != 0:  # a flag means a name or comment
+        raise ServiceError("SerializationException", "The body is not all gzip.")
+    return plain
 
 
 def _side(status: int) -> str:
@@ -2484,16 +2464,13 @@ class AwsJson(WireProtocol):
         self.must_be_signed = must_be_signed
 
     def service(self, request: Request) -> Optional[str]:
-        """Return the service that the prefix of X-Amz-Target names."""
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
 
     def named(self, request: Request) -> str:
-        """Return the last part of X-Amz-Target, or `Action`."""
         target = request.header("x-amz-target")
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the operation that `named` returns, and the JSON document."""
         action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
@@ -2505,7 +2482,8 @@ class AwsJson(WireProtocol):
         if targets is None:
             name = _operation_name(action or "")
         else:
-            prefix, name = _parse_target(targets[0][:512])
+            match = _parse_target(targets[0][:512])
+            prefix, name = match.groups() if match else ("", "")
             of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
             if len(targets) > 1 or not name or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
@@ -2545,24 +2523,20 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", message) from error
 
     def input(self, call: Call) -> dict[str, Any]:
-        """Return the checked input, or the whole document if the service has no model."""
         document = call.encoded
         if document is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
-        model = MODELS.get(call.service)
-        operation = model.operations.get(call.operation) if model else None
-        if operation is None:
-            document = copy.deepcopy(document)
-        checked: dict[str, Any] = _from_json(operation.input if operation else _ANY, document)
-        return checked
+        operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
+        if operation:
+            checked: dict[str, Any] = _from_json(operation.input, document)
+            return checked
+        return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
     def reencode(self, call: Call) -> bytes:
-        """Return the new input, and the members that the model does not know."""
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the output as JSON, or an empty body for a void operation."""
         return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
@@ -2573,7 +2547,6 @@ class AwsJson(WireProtocol):
         return fault if as_query else fault._replace(status=400)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the error as JSON; a header has the code of the query protocol."""
         status, code, shape = self.fault(request, error)
         headers = self._headers(request_id)
         if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
@@ -2585,14 +2558,10 @@ _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET = re.compile(r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z0-9]+)")
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_target(target: str) -> tuple[str, str]:
-    """Return the prefix and the operation of an X-Amz-Target, "" if it is malformed."""
-    match = _TARGET.fullmatch(target)
-    return (match[1], match[2]) if match and _OPERATION_NAME.fullmatch(match[2]) else ("", "")
+_TARGET = re.compile(  # the prefix and the operation
+    r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z][A-Za-z0-9]{0,127})"
+)
+_parse_target = functools.lru_cache(maxsize=1024)(_TARGET.fullmatch)
 
 
 def _short_integer(digits: str) -> int:
@@ -2647,15 +2616,8 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
     return text.encode("ascii")
 
 
-_KINDS = pairs(
-    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
-)
-
-
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
-    if shape is _ANY:
-        return _expect(dict, value, "a structure")
     if isinstance(shape, Structure):
         members = _expect(dict, value, "a structure")
         present = {
@@ -2663,7 +2625,11 @@ def _from_json(shape: Shape, value: Any) -> Any:
             for name, member in members.items()
             if member is not None and name in shape.members
         }
-        return _with_required(shape, present)
+        for name in shape.required:
+            if name not in present:
+                message = f"The request must contain the parameter {name}."
+                raise ServiceError("MissingParameter", message)
+        return present
     if isinstance(shape, ListOf):
         return [_from_json(shape.element, element) for element in _expect(list, value, "a list")]
     if isinstance(shape, MapOf):
@@ -2688,14 +2654,6 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text)
 
 
-def _with_required(shape: Structure, members: dict[str, Any]) -> dict[str, Any]:
-    for name in shape.required:
-        if name not in members:
-            message = f"The request must contain the parameter {name}."
-            raise ServiceError("MissingParameter", message)
-    return members
-
-
 class AwsQuery(WireProtocol):
     """`Action` and the input are form fields in the query string or the body; answers are XML.
 
@@ -2709,11 +2667,9 @@ class AwsQuery(WireProtocol):
         self.reads_target = reads_target
 
     def named(self, request: Request) -> str:
-        """Return `Action` if it is in the query string."""
         return _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the field `Action`, and all fields."""
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
             raise ambiguous(self, "a call in AWS Query is a POST, or a GET without a body")
@@ -2751,27 +2707,23 @@ class AwsQuery(WireProtocol):
         return fields
 
     def input(self, call: Call) -> dict[str, Any]:
-        """Return the checked input; without a model, the fields except Action and Version."""
         fields: dict[str, str] = dict(call.encoded)
-        model = MODELS.get(call.service)
-        operation = model.operations.get(call.operation) if model else None
-        if model is None or operation is None:
+        model = MODELS.get(call.service, _NO_MODEL)
+        operation = model.operations.get(call.operation)
+        if operation is None:
             return {k: v for k, v in fields.items() if k not in ("Action", "Version")}
         if _QUEUE_PATH.fullmatch(call.request.path):
             if operation.name in model.not_on_queues:
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
-        names, tree = model.query_names, _form_tree(fields)
-        checked: dict[str, Any] = _from_form(operation.input, tree, names, operation.name)
-        call.ignored = self._ignored(operation, names, tree)
-        return checked
+        names, tree = model.query_names[operation.name], _form_tree(fields)
+        checked = _from_json(operation.input, _from_form(operation.input, tree, names))
+        members = {names[it].element if it in names else it for it in operation.input.members}
+        call.ignored = self._ignored(members, tree)
+        return dict(checked)
 
-    def _ignored(
-        self, operation: Operation, names: Names, tree: Mapping[str, Any]
-    ) -> Sequence[str]:
+    def _ignored(self, members: set[str], tree: Mapping[str, Any]) -> Sequence[str]:
         """Return the parameters that no member has; ServiceError for one that a member lacks."""
-        spelled = {names[it].element if it in names else it for it in operation.input.members}
-        members = {element.format(operation.name) for element in spelled}
         ignored = []
         for name in _unread(tree):
             first = name.partition(".")[0]
@@ -2783,53 +2735,48 @@ class AwsQuery(WireProtocol):
         return ignored[:MAX_IGNORED]
 
     def reencode(self, call: Call) -> bytes:
-        """Return the unchanged Action and Version, and the input in the model's spelling."""
-        model = MODELS.get(call.service)
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
-        names = model.query_names if model else {}
-        fields = _to_form(call.input, names, call.operation)
-        return urllib.parse.urlencode([*kept, *fields]).encode()
+        names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
+        return urllib.parse.urlencode([*kept, *_to_form(call.input, names)]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the output as XML, without a result element for a void operation."""
-        parts: list[str] = []
-        if output is not None:
-            _write_xml(parts, f"{call.operation}Result", output, model.query_names, call.operation)
-        parts.append(f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>")
-        return self._reply(200, f"{call.operation}Response", call.service, parts, request_id)
+        members = {} if output is None else {f"{call.operation}Result": output}
+        members["ResponseMetadata"] = {"RequestId": request_id}
+        names, root = model.query_names[call.operation], f"{call.operation}Response"
+        document = self._document(call.service, root, members, names)
+        return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the error as XML, with an empty Detail as in answers of AWS."""
         if error.code == "UnknownOperation":
             return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
-        status, code, _ = self.fault(request, error)
-        parts = [
-            f"<Error><Type>{_side(status)}</Type>",
-            f"<Code>{code}</Code>",
-            f"<Message>{xml_text(_query_message(error))}</Message>",
-            f"<Detail/></Error><RequestId>{request_id}</RequestId>",
-        ]
+        status, fault = self._described(request, error)
         service = claim(request)[1].service
         if not service:  # whose API has the version that an unsigned request names
-            version = (_query_values(request, b"Version") or [""])[0]
-            guesses = (name for name, of_api in QUERY_VERSIONS.items() if of_api == version)
-            service = next(guesses, "sqs")
+            versions = _query_values(request, b"Version")
+            service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        root = "ErrorResponse"
+        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
         if service == "ec2":
-            parts = ["<Errors>", parts[0][:7], *parts[1:3], "</Error></Errors>"]
-            parts.append(f"<RequestID>{request_id}</RequestID>")
-            return self._reply(status, "Response", service, parts, request_id)
-        return self._reply(status, "ErrorResponse", service, parts, request_id)
+            del fault["Type"]
+            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
+        return Reply(status, self._headers(request_id), self._document(service, root, members))
 
-    def _reply(
-        self, status: int, root: str, service: str, parts: Sequence[str], request_id: str
-    ) -> Reply:
+    def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
+        status, code, _ = self.fault(request, error)
+        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
+        message = no_queue if error.code == "QueueDoesNotExist" else error.message
+        return status, {"Type": _side(status), "Code": code, "Message": message}
+
+    def _document(
+        self, service: str, root: str, members: Members, names: Names = _NO_NAMES
+    ) -> bytes:
         host = "queue" if service == "sqs" else service
         scheme = "https" if service in ("iam", "sts") else "http"
         folder = "docs" if service == "elasticbeanstalk" else "doc"
         version = QUERY_VERSIONS.get(service)
         xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
-        text = f'<?xml version="1.0"?><{root}{xmlns}>{"".join(parts)}</{root}>'
-        return Reply(status, self._headers(request_id), text.encode("utf-8", "replace"))
+        text = f'<?xml version="1.0"?>{_xml(root, members, names, xmlns)}'
+        return text.encode("utf-8", "replace")
 
 
 class AwsQueryJson(AwsQuery):
@@ -2838,25 +2785,22 @@ class AwsQueryJson(AwsQuery):
     content_type = "application/json"
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        """Return the elements of the XML answer as JSON."""
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         members = model.operations[call.operation].output
         if output is not None and members is not None:
-            result = response[f"{call.operation}Result"] = {}
-            for name in members:
-                value = output.get(name)
-                if name == "Messages" and value:
-                    value = [{**_ABSENT_OF_MESSAGE, **message} for message in value]
-                result[_INTERNAL_NAMES.get(name, name)] = _as_pairs(value, model, name)
+            whole = {**dict.fromkeys(members), **output}
+            if whole.get("Messages"):
+                whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
+            result = _as_pairs(whole, model.query_names[call.operation])
+            renamed = {_INTERNAL_NAMES.get(name, name): result[name] for name in members}
+            response[f"{call.operation}Result"] = renamed
         document = _to_json({f"{call.operation}Response": response})
         return Reply(200, self._headers(request_id), document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the elements of the XML error as JSON; a request without Action gets XML."""
         if error.code == "UnknownOperation":
             return AWS_QUERY.error(request, error, request_id)
-        status, code, _ = self.fault(request, error)
-        fault = {"Type": _side(status), "Code": code, "Message": _query_message(error)}
+        status, fault = self._described(request, error)
         document = _to_json({"Error": fault, "RequestId": request_id})
         return Reply(status, self._headers(request_id), document)
 
@@ -2864,30 +2808,16 @@ class AwsQueryJson(AwsQuery):
 AWS_QUERY = AwsQuery()
 AWS_QUERY_TARGET = AwsQuery(reads_target=True)
 AWS_QUERY_JSON = AwsQueryJson()
-_ABSENT_OF_MESSAGE = dict.fromkeys(
-    ("Attributes", "MD5OfMessageAttributes", "MessageAttributes"), None
-)
+_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
-def _as_pairs(value: Any, model: Model, member: str) -> Any:
-    spelled = model.query_names.get(member)
-    if isinstance(value, dict):
-        if spelled and spelled.key:
-            pairs = {key: _as_pairs(item, model, "") for key, item in value.items()}
-            return [{spelled.key: key, spelled.value: item} for key, item in pairs.items()]
-        return {name: _as_pairs(item, model, name) for name, item in value.items()}
-    return [_as_pairs(item, model, "") for item in value] if isinstance(value, list) else value
-
-
-MAX_IGNORED = 20  # parameters that the log names
-_PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-
-
-def _query_message(error: ServiceError) -> str:
-    if error.code == "QueueDoesNotExist":  # the message in XML differs from the one in JSON
-        return "The specified queue does not exist for this wsdl version."
-    return error.message
+def _as_pairs(value: Any, names: Names) -> Any:
+    if isinstance(value, list):
+        return [_as_pairs(item, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _as_pairs(item, names) for name, _, item in _spelled(value, names)}
 
 
 def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
@@ -2904,13 +2834,6 @@ def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
     return root
 
 
-# The parameters of a query call that are no input of the operation.
-_NO_INPUT = frozenset(
-    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
-    " SignatureVersion Timestamp Version".split()
-)
-
-
 def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
     """Yield the names of the fields in a form tree that `_from_form` has not taken out."""
     if "." in node:
@@ -2920,39 +2843,33 @@ def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
             yield from _unread(below, f"{name}.{part}" if name else part)
 
 
-def _from_form(shape: Shape, node: dict[str, Any], names: Names, operation: str) -> Any:
-    """Return the values in a node of the form tree in the types of the shape, and remove them."""
+def _from_form(
+    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName] = None
+) -> Any:
+    """Return what JSON would have for a node of the form tree, and remove it from the tree."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
             spelled = names.get(name)
-            below = node.get(spelled.element.format(operation) if spelled else name)
+            below = node.get(spelled.element if spelled else name)
             if below is None and spelled:
                 # The whole of an empty list, `Entries=`; and how some spell tags.
                 below = node.get(name) or node.get(name[:1].upper() + name[1:])
             if below is not None:
-                present[name] = _from_form_member(member, below, names, operation, spelled)
-        return _with_required(shape, present)
-    text = node.pop(".", "")
-    if shape == INTEGER:
-        if not _NUMBER.fullmatch(text):
-            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
-        return int(text)
-    return text if shape == STRING else _from_base64(text)
-
-
-def _from_form_member(
-    shape: Shape, node: dict[str, Any], names: Names, operation: str, spelled: Optional[QueryName]
-) -> Any:
+                present[name] = _from_form(member, below, names, spelled)
+        return present
     if not isinstance(shape, (ListOf, MapOf)):
-        return _from_form(shape, node, names, operation)
+        text = node.pop(".", "")
+        if shape == INTEGER and not _NUMBER.fullmatch(text):
+            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
+        return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     if isinstance(shape, ListOf):
         if not numbered and (node.get(".") or set(node) - {"."}):
             numbered = [node]  # `AttributeName=All`, from old clients
         elif node.get(".") == "":
             del node["."]  # the whole of an empty list
-        return [_from_form(shape.element, below, names, operation) for below in numbered]
+        return [_from_form(shape.element, below, names) for below in numbered]
     key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
     if not numbered and key in node:  # as in the samples of AWS's API references
         numbered = [node]
@@ -2961,60 +2878,49 @@ def _from_form_member(
     if node.get(".") == "":
         del node["."]  # the whole of an empty map
     pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
-    return {k: _from_form(shape.value, below, names, operation) for k, below in pairs}
+    return {k: _from_form(shape.value, below, names) for k, below in pairs}
 
 
-def _to_form(
-    members: Members, names: Names, operation: str, prefix: str = ""
-) -> Iterator[tuple[str, str]]:
+def _spelled(members: Members, names: Names) -> Iterator[tuple[str, str, Any]]:
+    """Yield each name, its spelling and its value; a map becomes a list of pairs."""
     for name, value in members.items():
         spelled = names.get(name)
-        element = prefix + (spelled.element.format(operation) if spelled else name)
-        items: Iterable[tuple[str, Any]] = ((element, value),)
-        if isinstance(value, dict) and spelled and spelled.key:
+        if spelled and spelled.key and isinstance(value, dict):
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
+        yield name, spelled.element if spelled else name, value
+
+
+def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for _, element, value in _spelled(members, names):
+        items = {element: value}
         if isinstance(value, list):
-            items = [(f"{element}.{index}", item) for index, item in enumerate(value, 1)]
-        for member, item in items:
+            items = {f"{element}.{index}": item for index, item in enumerate(value, 1)}
+        for name, item in items.items():
             if isinstance(item, dict):
-                yield from _to_form(item, names, operation, member + ".")
+                yield from _to_form(item, names, f"{prefix}{name}.")
             else:
-                yield member, _plain_text(item)
+                yield prefix + name, _plain_text(item)
 
 
 def _plain_text(value: Any) -> str:
-    """Return a value as forms and XML spell it."""
     if isinstance(value, bytes):
         return _base64_text(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def xml_text(text: str) -> str:
-    """Return the text as XML content, with its CRs, without characters that XML forbids."""
-    return escape(_NOT_XML.sub("\ufffd", text), {'"': "&quot;", "\r": "&#xD;"})
-
-
-def _write_xml(parts: list[str], element: str, value: Any, names: Names, operation: str) -> None:
-    """Append an element with its content; lists and maps are flattened."""
+def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "") -> str:
+    """Return an element with its content; lists and maps are flattened."""
     if not isinstance(value, dict):
-        parts.append(f"<{element}>{xml_text(_plain_text(value))}</{element}>")
-        return
+        text = escape(_NOT_XML.sub("\ufffd", _plain_text(value)), _XML_ENTITIES)
+        return f"<{element}>{text}</{element}>"
     if not value:
-        parts.append(f"<{element}/>")
-        return
-    parts.append(f"<{element}>")
-    for name, member in value.items():
-        spelled = names.get(name)
-        if spelled is None:
-            _write_xml(parts, name, member, names, operation)
-        elif spelled.key:
-            for key, item in member.items():
-                pair = {spelled.key: key, spelled.value: item}
-                _write_xml(parts, spelled.element, pair, names, operation)
-        else:
-            for item in member:
-                _write_xml(parts, spelled.element.format(operation), item, names, operation)
-    parts.append(f"</{element}>")
+        return f"<{element}/>"
+    members = [
+        _xml(name, item, names)
+        for _, name, member in _spelled(value, names)
+        for item in (member if isinstance(member, list) else [member])
+    ]
+    return f"<{element}{attributes}>{''.join(members)}</{element}>"
 
 
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
@@ -3171,9 +3077,9 @@ class Rest(WireProtocol):
 
     def __init__(self, form: str) -> None:
         self.form = form  # of errors: "json", "xml", or "s3" for Amazon S3's own XML
+        self.content_type = "application/json" if form == "json" else "application/xml"
 
     def named(self, request: Request) -> str:
-        """Return the method and the path, or the action of Amazon S3."""
         try:
             meaning = self.meaning(request, claim(request)[1].service, request.body)
         except ServiceError:  # a broken path or query string
@@ -3181,7 +3087,6 @@ class Rest(WireProtocol):
         return meaning.operation + meaning.path
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the method and the path, or the action of Amazon S3, and the body."""
         if service in ("s3", "s3express"):
             return s3_meaning(request, service, hosts)._replace(encoded=body)
         if service in S3_FAMILY:  # any text is an object key
@@ -3191,24 +3096,20 @@ class Rest(WireProtocol):
         return rest_meaning(request)._replace(encoded=body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return the refusal in the form of the service."""
         status, code, shape = self.fault(request, error)
-        headers: Headers = (("x-amzn-RequestId", request_id),)
+        headers = self._headers(request_id)
         if self.form == "json":
-            kind = shape.rpartition("#")[2]
-            headers += (("Content-Type", "application/json"), ("x-amzn-ErrorType", kind))
+            headers += (("x-amzn-ErrorType", shape.rpartition("#")[2]),)
             return Reply(status, headers, _to_json({"message": error.message}))
-        parts: list[str] = []
+        fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
-            fault = {"Type": _side(status), "Code": code, "Message": error.message}
-            _write_xml(parts, "ErrorResponse", {"Error": fault, "RequestId": request_id}, {}, "")
+            fault = {"Type": _side(status), **fault}
+            document = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
         else:
-            elements = {"Code": code, "Message": error.message, **error.detail}
-            elements["Resource"] = request.path[:1024]
-            elements.update(RequestId=request_id, HostId="")
-            _write_xml(parts, "Error", elements, {}, "")
-        text = '<?xml version="1.0" encoding="UTF-8"?>\n' + "".join(parts)
-        headers += (("x-amz-request-id", request_id), ("Content-Type", "application/xml"))
+            place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
+            document = _xml("Error", {**fault, **error.detail, **place})
+        text = f'<?xml version="1.0" encoding="UTF-8"?>\n{document}'
+        headers += (("x-amz-request-id", request_id),)
         return Reply(status, headers, text.encode("utf-8", "replace"))
 
 
@@ -3226,37 +3127,30 @@ class RpcV2(WireProtocol):
         self.content_type = f"application/{self.protocol[-4:]}"
 
     def named(self, request: Request) -> str:
-        """Return the last segment of the path."""
         return request.path.rpartition("/")[2]
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        """Return the operation in the path; the body stays unread."""
         match = _RPC_PATH.fullmatch(request.path)
-        fault = ""
         if len(request.fields.get("smithy-protocol", ())) != 1:
-            fault = "RPC v2 needs one Smithy-Protocol header"
-        elif self.named_protocol != self.protocol:
+            raise ambiguous(self, "RPC v2 needs one Smithy-Protocol header")
+        if self.named_protocol != self.protocol:
             fault = f"'{self.named_protocol[:40]}' is not rpc-v2-cbor or rpc-v2-json"
-        elif not match or match[0].endswith("/") or request.method != "POST":
-            fault = "RPC v2 is a POST to /service/NAME/operation/NAME"
-        elif "?" in request.target:
-            fault = "RPC v2 has no query string"
-        elif _media_type(request) not in ("", self.content_type):
+            raise ambiguous(self, fault)
+        if not match or match[0].endswith("/") or request.method != "POST":
+            raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
+        if "?" in request.target:
+            raise ambiguous(self, "RPC v2 has no query string")
+        if _media_type(request) not in ("", self.content_type):
             fault = f"the Content-Type of {self.protocol} is {self.content_type}"
-        if fault or not match:
             raise ambiguous(self, fault)
         return Meaning(_operation_name(match[1]), body)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        """Return a map of `__type` and `message`."""
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
-        named = (
-            ("Smithy-Protocol", self.protocol),
-            ("x-amzn-query-error", f"{code};{_side(status)}"),
-        )
-        headers = (*self._headers(request_id), *named)
+        headers = (*self._headers(request_id), ("Smithy-Protocol", self.protocol))
+        headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
         return Reply(status, headers, body)
 
 
@@ -3288,6 +3182,7 @@ MAX_POLICY_DEPTH = 32
 MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
+Attributes = Mapping[str, Members]  # of a message, by name
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3360,36 +3255,20 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
     return sqs_refusal("value", value, parameter, reason)
 
 
-Attributes = Mapping[str, Members]  # of a message, by name
-QueueKey = tuple[str, str, str]  # region, account, name
-
-
+@dataclass(eq=False)
 class Message:
     """A message and its state."""
 
-    __slots__ = (
-        "attributes", "body", "first_received", "hidden_until", "last_received", "message_id",
-        "received", "received_before", "sent", "system",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        message_id: str,
-        body: str,
-        attributes: Attributes,
-        system: dict[str, str],
-        sent: float,
-    ) -> None:
-        self.message_id = message_id
-        self.body = body
-        self.attributes = attributes
-        self.system = system  # system attributes that do not change with a receive
-        self.sent = sent
-        self.received = 0  # how often
-        self.received_before = 0  # how often from other queues; redrive policies ignore it
-        self.first_received = 0.0
-        self.last_received = 0.0
-        self.hidden_until = 0.0  # 0 while it is visible
+    message_id: str
+    body: str
+    attributes: Attributes
+    system: dict[str, str]  # system attributes that do not change with a receive
+    sent: float
+    received: int = 0  # how often
+    received_before: int = 0  # how often from other queues; redrive policies ignore it
+    first_received: float = 0.0
+    last_received: float = 0.0
+    hidden_until: float = 0.0  # 0 while it is visible
 
     @property
     def group(self) -> str:
@@ -3403,11 +3282,11 @@ class Queue:
     fifo = False
 
     def __init__(
-        self, key: QueueKey, serial: int, settings: dict[str, str], now: float, lock: Any
+        self, arn: str, serial: int, settings: dict[str, str], now: float, lock: Any
     ) -> None:
-        self.region, self.account, self.name = key
-        self.arn = "arn:aws:sqs:" + ":".join(key)
-        self.url_path = f"/{self.account}/{self.name}"
+        self.arn = arn
+        self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
+        self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings = settings  # by the names of SETTINGS
         self.tags: dict[str, str] = {}
@@ -3416,25 +3295,33 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
+        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._visible: OrderedDict[str, Message] = OrderedDict()
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
-        self._strays: list[tuple[float, int, Message]] = []  # a heap: older than the one before
+        self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+
+    @property
+    def visible(self) -> int:
+        return len(self.messages) - self.in_flight - self.delayed
 
     def number(self, setting: str) -> int:
         """Return a setting that is a number."""
         return int(self.settings[setting])
 
+    def policy(self, setting: str) -> dict[str, Any]:
+        text = self.settings.get(setting)
+        return dict(json.loads(text)) if text else {}
+
     def add(self, message: Message, delay: int = 0) -> None:
         """Add a message, hidden for its delay."""
-        if self.messages and message.sent < next(reversed(self.messages.values())).sent:
-            if len(self._strays) > 2 * len(self.messages) + 64:  # most were removed
-                self._strays = [it for it in self._strays if it[2].message_id in self.messages]
-                heapq.heapify(self._strays)
-            heapq.heappush(self._strays, (message.sent, next(self._order), message))
         self.messages[message.message_id] = message
+        heapq.heappush(self._by_age, (message.sent, message.message_id))
+        if len(self._by_age) > 2 * len(self.messages) + 64:
+            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
+            heapq.heapify(self._by_age)
         message.hidden_until = 0.0
         if delay:
             self.hide(message, message.sent + delay)
@@ -3466,7 +3353,7 @@ class Queue:
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self._visible, self._hidden, self._strays):
+        for held in (self.messages, self.attempts, self._visible, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -3479,18 +3366,14 @@ class Queue:
                 back.append(entry[2])
         for message in back:
             self.show(message)
-        for message in reversed(back):
-            self._put_first(message)
+        for message in reversed(back):  # in front of the messages that were never received
+            if message.received and message.message_id in self._visible:
+                self._visible.move_to_end(message.message_id, last=False)
         oldest = now - self.number("MessageRetentionPeriod")
-        while self._strays and self._strays[0][0] <= oldest:
-            stray = heapq.heappop(self._strays)[2]
-            if self.messages.get(stray.message_id) is stray:
-                self.remove(stray)
-        while self.messages:
-            message = next(iter(self.messages.values()))
-            if message.sent > oldest:
-                break
-            self.remove(message)
+        while self._by_age and self._by_age[0][0] <= oldest:
+            expired = self.messages.get(heapq.heappop(self._by_age)[1])
+            if expired and expired.sent <= oldest:
+                self.remove(expired)
 
     def next_change(self, deadline: float) -> float:
         """Return when a hidden message may come back, `deadline` if that is earlier."""
@@ -3527,11 +3410,6 @@ class Queue:
         self._visible[message.message_id] = message
         self.changed.notify()
 
-    def _put_first(self, message: Message) -> None:
-        """Put a message that was received before in front of the new messages."""
-        if message.received and message.message_id in self._visible:
-            self._visible.move_to_end(message.message_id, last=False)
-
     def _withdraw(self, message: Message) -> None:
         """Undo `hide` or `_offer`."""
         if message.hidden_until:
@@ -3564,7 +3442,6 @@ class FifoQueue(Queue):
         self._groups: dict[str, OrderedDict[str, Message]] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
@@ -3575,14 +3452,12 @@ class FifoQueue(Queue):
         return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
 
     def add(self, message: Message, delay: int = 0) -> None:
-        """Add a message to its group, hidden for its delay."""
         self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
         super().add(message, delay)
 
     def clear(self) -> None:
-        """Drop all messages, and forget what was sent."""
         super().clear()
-        for held in (self._groups, self._ready, self._sent, self.attempts):
+        for held in (self._groups, self._ready, self._sent):
             held.clear()
 
     def change_delay(self, now: float) -> None:
@@ -3612,7 +3487,6 @@ class FifoQueue(Queue):
         return picked
 
     def remove(self, message: Message) -> None:
-        """Drop a message, which may free its group."""
         super().remove(message)
         group = self._groups[message.group]
         del group[message.message_id]
@@ -3621,7 +3495,6 @@ class FifoQueue(Queue):
         self._turn(message.group)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until that time, and lock its group."""
         super().hide(message, until)
         self._turn(message.group)
 
@@ -3638,56 +3511,51 @@ class FifoQueue(Queue):
             self.changed.notify()
 
 
+@dataclass(eq=False)
 class MoveTask:
     """A task that moves messages out of a dead-letter queue ("StartMessageMoveTask")."""
 
-    def __init__(self, given: Mapping[str, Any], task_id: str, to_move: int, now: float) -> None:
-        self.task_id = task_id
-        self.source_arn: str = given["SourceArn"]
-        self.destination_arn: str = given.get("DestinationArn", "")
-        self.rate: int = given.get("MaxNumberOfMessagesPerSecond", 0)
-        self.started = now
-        self._pace = self.rate or MAX_MOVES_PER_SECOND
-        self._burst = 1 if self.rate else self._pace
-        self.to_move = to_move
-        self.moved = 0
-        self.status = "RUNNING"
+    given: Members  # the input that started it
+    task_id: str
+    to_move: int
+    started: float
+    moved: int = 0
+    status: str = "RUNNING"
 
     @property
     def handle(self) -> str:
         """Return the name of the task while it runs."""
-        return _base64_text(_to_json({"taskId": self.task_id, "sourceArn": self.source_arn}))
-
-    def due(self, now: float) -> int:
-        """Return how many messages should have moved by now."""
-        return self._burst + int((now - self.started) * self._pace + 0.001)  # a float may be short
+        task = {"taskId": self.task_id, "sourceArn": self.given["SourceArn"]}
+        return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
-        """Return when the next message should move."""
-        return self.started + (self.moved - self._burst + 1) / self._pace
+        """Return when the next message is due; at the greatest rate, the first come at once."""
+        rate = self.given.get("MaxNumberOfMessagesPerSecond")
+        if rate:
+            return self.started + self.moved / float(rate)
+        return self.started + (self.moved + 1) / MAX_MOVES_PER_SECOND - 1
 
     def output(self) -> Mapping[str, Any]:
         """Return the task as an element of the output of ListMessageMoveTasks."""
-        output = {
-            "TaskHandle": self.handle if self.status == "RUNNING" else "",
-            "Status": self.status,
-            "SourceArn": self.source_arn,
-            "DestinationArn": self.destination_arn,
-            "MaxNumberOfMessagesPerSecond": self.rate,
-            "FailureReason": ERRORS["QueueDoesNotExist"].code if self.status == "FAILED" else "",
+        only = {
+            "RUNNING": {"TaskHandle": self.handle},
+            "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
         }
-        output = {name: value for name, value in output.items() if value}
-        output["ApproximateNumberOfMessagesMoved"] = self.moved
-        output["ApproximateNumberOfMessagesToMove"] = self.to_move
-        output["StartedTimestamp"] = int(self.started * 1000)
-        return output
+        return {
+            **self.given,
+            **only.get(self.status, {}),
+            "Status": self.status,
+            "ApproximateNumberOfMessagesMoved": self.moved,
+            "ApproximateNumberOfMessagesToMove": self.to_move,
+            "StartedTimestamp": int(self.started * 1000),
+        }
 
 
 class Setting(NamedTuple):
     """A queue attribute that callers can set."""
 
     default: str  # may be ""
-    normal: Callable[[str], str]  # returns the normal form; ValueError for a wrong value
+    normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
     fifo: bool = False  # of FIFO queues only
 
 
@@ -3698,10 +3566,7 @@ def _whole(low: int, high: int, text: str) -> str:
 
 
 def _one_of(allowed: Sequence[str], text: str) -> str:
-    found = [value for value in allowed if value.lower() == text.lower()]
-    if not found:
-        raise ValueError(text)
-    return found[0]
+    return {value.lower(): value for value in allowed}[text.lower()]
 
 
 def _read_policy(text: str) -> Any:
@@ -3779,7 +3644,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
     "QueueArn": lambda it: it.arn,
     "CreatedTimestamp": lambda it: int(it.created),
     "LastModifiedTimestamp": lambda it: int(it.modified),
-    "ApproximateNumberOfMessages": lambda it: len(it.messages) - it.in_flight - it.delayed,
+    "ApproximateNumberOfMessages": lambda it: it.visible,
     "ApproximateNumberOfMessagesNotVisible": lambda it: it.in_flight,
     "ApproximateNumberOfMessagesDelayed": lambda it: it.delayed,
 }
@@ -3796,7 +3661,7 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
         try:
             unset = not text and not setting.default
             settings[name] = "" if unset else setting.normal(text)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("FifoQueue") == "false":
         raise sqs_refusal("queue type")
@@ -3913,8 +3778,16 @@ def random_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
+def _own_arn(call: Call, name: str = "") -> str:
+    return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
+
+
 class Sqs:
-    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds."""
+    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
+
+    A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
+    enforces the policies of the queues.
+    """
 
     def __init__(
         self,
@@ -3930,9 +3803,9 @@ class Sqs:
         self._wait = wait
         self._cooldown = cooldown
         self._lock = threading.RLock()
-        self._queues: dict[QueueKey, Queue] = {}
-        self._deleted: dict[QueueKey, float] = {}
-        self._running: list[MoveTask] = []
+        self._queues: dict[str, Queue] = {}  # by ARN
+        self._deleted: dict[str, float] = {}
+        self._running: dict[str, MoveTask] = {}  # by SourceArn
         self._draining = False
         self._serials = itertools.count(1)
 
@@ -3957,18 +3830,19 @@ class Sqs:
     def overview(self, limit: int = 10000) -> Sequence[Members]:
         """Return the first queues with their counts, attributes and tags."""
         with self._lock:
-            keys = heapq.nsmallest(limit, self._queues)
-            return [self._described(self._queues[key]) for key in keys]
+            arns = heapq.nsmallest(limit, self._queues)
+            return [self._described(self._queues[arn]) for arn in arns]
 
     def _described(self, queue: Queue) -> Members:
         now = self._clock()
         queue.advance(now)
         oldest = next(iter(queue.messages.values()), None)
+        region, account, name = queue.arn.split(":")[3:]
         return {
-            "name": queue.name,
-            "region": queue.region,
-            "account": queue.account,
-            "visible": len(queue.messages) - queue.in_flight - queue.delayed,
+            "name": name,
+            "region": region,
+            "account": account,
+            "visible": queue.visible,
             "in_flight": queue.in_flight,
             "delayed": queue.delayed,
             "oldest_seconds": max(0.0, now - oldest.sent) if oldest else 0.0,
@@ -3976,10 +3850,10 @@ class Sqs:
             "tags": queue.tags,
         }
 
-    def look(self, key: QueueKey, limit: int) -> Optional[list[tuple[str, dict[str, Any]]]]:
+    def look(self, arn: str, limit: int) -> Optional[list[tuple[str, dict[str, Any]]]]:
         """Return the first messages of a queue and their states, or None if there is no queue."""
         with self._lock:
-            queue = self._queues.get(key)
+            queue = self._queues.get(arn)
             if queue is None:
                 return None
             queue.advance(self._clock())
@@ -3990,7 +3864,7 @@ class Sqs:
     def regions_of(self, name: str, account: str) -> Sequence[str]:
         """Return the regions that have a queue of this name and account."""
         with self._lock:
-            return [key[0] for key in self._queues if key[1:] == (account, name)]
+            return [a.split(":")[3] for a in self._queues if a.endswith(f":{account}:{name}")]
 
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
@@ -4012,19 +3886,13 @@ class Sqs:
         return self._found(call, account, name)
 
     def _found(self, call: Call, account: str, name: str) -> Queue:
-        queue = self._queues.get((call.region, account, name))
+        queue = self._queues.get(_own_arn(call, name))
         if queue is None or account != call.caller.account_id:
             raise sqs_refusal("no queue")
         queue.advance(self._clock())
         return queue
 
-    def _by_arn(self, arn: str) -> Optional[Queue]:
-        parts = arn.split(":")
-        queue = self._queues.get((parts[3], parts[4], parts[5])) if len(parts) == 6 else None
-        return queue if queue and queue.arn == arn else None
-
     def create_queue(self, call: Call) -> Mapping[str, Any]:
-        """Create a queue, or return one with that name and the same attributes."""
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
         allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
@@ -4032,22 +3900,22 @@ class Sqs:
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo)
         check_encryption(settings)
-        now, key = self._clock(), (call.region, call.caller.account_id, name)
-        queue = self._queues.get(key)
+        now, arn = self._clock(), _own_arn(call, name)
+        queue = self._queues.get(arn)
         if queue:
             for attribute, value in settings.items():
                 if queue.settings.get(attribute, "") != value:
                     raise sqs_refusal("exists", attribute)
             return {"QueueUrl": call.base_url + queue.url_path}
-        if self._cooldown and now < self._deleted.get(key, -math.inf) + SECONDS_COOLING:
+        if self._cooldown and now < self._deleted.get(arn, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
         defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
-        queue = kind(key, next(self._serials), {**defaults, **settings}, now, self._lock)
+        queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
         self._drop_unset(queue)
         queue.tags = dict(call.input.get("tags", {}))
-        self._queues[key] = queue
+        self._queues[arn] = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
@@ -4055,18 +3923,16 @@ class Sqs:
         if not text:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
-        target = queue if arn == queue.arn else self._by_arn(arn)
-        reason = ""
-        if target is None or (target.region, target.account) != (queue.region, queue.account):
-            reason = "Dead letter target does not exist."
-        elif target.fifo != queue.fifo:
+        target = queue if arn == queue.arn else self._queues.get(arn)
+        if target is None or target.place != queue.place:
+            raise _bad_value(text, "RedrivePolicy", "Dead letter target does not exist.")
+        if target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-        else:
-            policy = json.loads(target.settings.get("RedriveAllowPolicy", "{}"))
-            allowed = policy.get("redrivePermission", "allowAll")
-            if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
-                reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-        if reason:
+            raise _bad_value(text, "RedrivePolicy", reason)
+        policy = target.policy("RedriveAllowPolicy")
+        allowed = policy.get("redrivePermission", "allowAll")
+        if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
+            reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
             raise _bad_value(text, "RedrivePolicy", reason)
 
     def _drop_unset(self, queue: Queue) -> None:
@@ -4075,7 +3941,6 @@ class Sqs:
         queue.settings = {name: value for name, value in queue.settings.items() if value}
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
-        """Return the URL of a queue, given its name."""
         name = call.input.get("QueueName", "")
         if not name:
             message = "Value for parameter QueueName is invalid. Reason: Must be specified."
@@ -4083,17 +3948,16 @@ class Sqs:
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
 
-    def _page(self, call: Call, member: str, chosen: Callable[[Queue], bool]) -> Members:
+    def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
-        token, after = call.input.get("NextToken", ""), ""
+        token, prefix = call.input.get("NextToken"), _own_arn(call)
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = (call.region, call.caller.account_id)
-        queues = [q for key, q in self._queues.items() if key[:2] == mine and chosen(q)]
-        left = sorted((q for q in queues if q.name > after), key=lambda queue: queue.name)
+        mine = (queue for queue in queues if queue.arn.startswith(prefix))
+        left = sorted((q for q in mine if q.name > after), key=lambda queue: queue.name)
         output: dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
@@ -4102,21 +3966,18 @@ class Sqs:
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
-        """Return the URLs of the caller's queues in the region, by name, a page at a time."""
         prefix = call.input.get("QueueNamePrefix", "")
-        return self._page(call, "QueueUrls", lambda queue: queue.name.startswith(prefix))
+        queues = [queue for queue in self._queues.values() if queue.name.startswith(prefix)]
+        return self._page(call, "QueueUrls", queues)
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
-        """Return the URLs of the queues whose dead letters go to this one."""
-        arn = self._queue(call).arn
-        return self._page(call, "queueUrls", lambda queue: self._dead_letter_arn(queue) == arn)
+        return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
 
-    def _dead_letter_arn(self, queue: Queue) -> str:
-        text = queue.settings.get("RedrivePolicy")
-        return json.loads(text)["deadLetterTargetArn"] if text else ""
+    def _sources_of(self, target: Queue) -> list[Queue]:
+        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self._queues.values()]
+        return [q for q, policy in policies if policy.get("deadLetterTargetArn") == target.arn]
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
-        """Return the named attributes if they are set."""
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         for name in asked:
             if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
@@ -4128,7 +3989,6 @@ class Sqs:
         return {"Attributes": attributes} if attributes else {}
 
     def set_queue_attributes(self, call: Call) -> None:
-        """Change attributes of a queue, all or none."""
         queue = self._queue(call)
         settings = normal_settings(call.input["Attributes"], queue.fifo)
         both = "SqsManagedSseEnabled" in settings
@@ -4141,7 +4001,6 @@ class Sqs:
             queue.change_delay(queue.modified)
 
     def purge_queue(self, call: Call) -> None:
-        """Drop all messages of a queue: visible, in flight and delayed."""
         queue, now = self._queue(call), self._clock()
         if self._cooldown and now < queue.purged + SECONDS_COOLING:
             raise sqs_refusal("purge", queue.name)
@@ -4149,36 +4008,28 @@ class Sqs:
         queue.clear()
 
     def delete_queue(self, call: Call) -> None:
-        """Drop a queue and wake the calls that wait on it."""
         queue = self._queue(call)
-        key = (queue.region, queue.account, queue.name)
-        del self._queues[key]
+        del self._queues[queue.arn]
         if self._cooldown:
             now = self._clock()
-            self._deleted.pop(key, None)  # the oldest is first
-            self._deleted[key] = now
-            while next(iter(self._deleted.values())) + SECONDS_COOLING <= now:
-                del self._deleted[next(iter(self._deleted))]
+            recent = {k: at for k, at in self._deleted.items() if at > now - SECONDS_COOLING}
+            self._deleted = {**recent, queue.arn: now}
         queue.deleted = True
         queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
-        """Add tags to a queue, or change them."""
         self._queue(call).tags.update(call.input["Tags"])
 
     def untag_queue(self, call: Call) -> None:
-        """Remove tags from a queue."""
         tags = self._queue(call).tags
         for key in call.input["TagKeys"]:
             tags.pop(key, None)
 
     def list_queue_tags(self, call: Call) -> Mapping[str, Any]:
-        """Return the tags of a queue."""
         tags = self._queue(call).tags
         return {"Tags": tags} if tags else {}
 
     def add_permission(self, call: Call) -> None:
-        """Add a statement to the queue's policy, which the proxy does not enforce."""
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _BATCH_ID.fullmatch(label):
@@ -4193,7 +4044,7 @@ class Sqs:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
                 raise _bad_value(f"SQS:{action[:80]}", "ActionName", reason)
-        policy = json.loads(queue.settings.get("Policy", "{}"))
+        policy = queue.policy("Policy")
         statements = self._statements(policy)
         if any(statement.get("Sid") == label for statement in statements):
             raise _bad_value(label, "Label", "Already exists.")
@@ -4210,9 +4061,8 @@ class Sqs:
         self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
 
     def remove_permission(self, call: Call) -> None:
-        """Remove a statement of the queue's policy; without statements, remove the policy."""
         queue, label = self._queue(call), call.input["Label"]
-        policy = json.loads(queue.settings.get("Policy", "{}"))
+        policy = queue.policy("Policy")
         statements = self._statements(policy)
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
@@ -4230,23 +4080,21 @@ class Sqs:
         queue.modified = self._clock()
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
-        """Add a message, which is visible after its delay."""
         queue = self._queue(call)
         _check_fifo(queue, call.input, in_batch=False)
-        return self._send(queue, call, call.input, "are invalid")
+        return self._send(queue, call.input, call, "are invalid")
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Add up to ten messages independently of each other."""
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
         if size > MAX_BATCH_BYTES:
             raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
             _check_fifo(queue, entry, in_batch=True)
-        send = functools.partial(self._send, queue, call, too_long="cannot be validated")
-        return self._each(entries, send)
+        send = functools.partial(self._send, call=call, too_long="cannot be validated")
+        return self._each(call, send)
 
-    def _send(self, queue: Queue, call: Call, entry: Members, too_long: str) -> Members:
+    def _send(self, queue: Queue, entry: Members, call: Call, too_long: str) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
         if not body:
@@ -4262,14 +4110,13 @@ class Sqs:
                 raise sqs_refusal("system", name[:80])
         _check_attributes(system)
         delay, now = self._delay(queue, entry), self._clock()
-        kept = {"SenderId": call.caller.access_key_id}
-        if "MessageGroupId" in entry:
-            kept["MessageGroupId"] = entry["MessageGroupId"]
-        trace = call.request.header("x-amzn-trace-id")
-        if "AWSTraceHeader" in system:
-            kept["AWSTraceHeader"] = system["AWSTraceHeader"]["StringValue"]
-        elif trace:
-            kept["AWSTraceHeader"] = trace
+        trace = system.get("AWSTraceHeader", {}).get("StringValue")
+        given = {
+            "SenderId": call.caller.access_key_id,
+            "MessageGroupId": entry.get("MessageGroupId"),
+            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id"),
+        }
+        kept = {name: value for name, value in given.items() if value}
         sent = first = Sent(now, self._new_id(), self._sequence_number())
         if isinstance(queue, FifoQueue):
             by_content = hashlib.sha256(body.encode()).hexdigest
@@ -4316,36 +4163,37 @@ class Sqs:
                 raise sqs_refusal("entry ids", repeated)
         return entries
 
-    def _each(self, entries: Sequence[Members], act: Callable[[Members], Output]) -> Members:
+    def _each(self, call: Call, act: Callable[[Queue, Members], Output]) -> Members:
         """Return the result of each entry; a failed entry does not affect the others."""
-        successful, failed = [], []
-        for entry in entries:
+        queue, output = self._queue(call), collections.defaultdict(list)
+        for entry in self._entries(call):
             try:
-                successful.append({"Id": entry["Id"], **(act(entry) or {})})
+                result = act(queue, entry) or {}
+                output["Successful"].append({"Id": entry["Id"], **result})
             except ServiceError as error:
                 fault = {"SenderFault": True, "Code": error.fault.code, "Message": error.message}
-                failed.append({"Id": entry["Id"], **fault})
-        outcome = (("Successful", successful), ("Failed", failed))
-        return {member: results for member, results in outcome if results}
+                output["Failed"].append({"Id": entry["Id"], **fault})
+        return output
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
-        """Return messages and hide them; wait for the first one up to WaitTimeSeconds."""
         queue, given = self._queue(call), call.input
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
         _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
         timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
         _check_id(given, "ReceiveRequestAttemptId")
+        attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
         now = self._clock()
         deadline = now + patience
         while True:
-            messages = self._again(queue, given, timeout, now)
+            messages = self._again(queue, attempt, timeout, now) if attempt else []
             messages = messages or self._take(queue, limit, timeout, now)
             if messages or now >= deadline or self._draining:
                 break
             if not call.may_wait:
                 raise WouldWait
-            changes = [queue.next_change(deadline), *(it.next_move() for it in self._running)]
+            moves = [task.next_move() for task in self._running.values()]
+            changes = [queue.next_change(deadline), *moves]
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
             if self._running:
@@ -4361,15 +4209,14 @@ class Sqs:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
                 raise sqs_refusal("in flight")
             return {}
-        self._remember(queue, given, messages, now)
+        if attempt:
+            self._remember(queue, attempt, messages, now)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
-        text, target, most = queue.settings.get("RedrivePolicy"), None, 0
-        if text:
-            policy = json.loads(text)
-            target, most = self._by_arn(policy["deadLetterTargetArn"]), policy["maxReceiveCount"]
+        policy = queue.policy("RedrivePolicy")
+        target = self._queues.get(policy.get("deadLetterTargetArn", ""))
         taken: list[Message] = []
         dead: list[Message] = []
         while len(taken) < limit:
@@ -4378,7 +4225,8 @@ class Sqs:
             if not picked:
                 break
             for message in picked:
-                if target and message.received - message.received_before >= most:
+                times = message.received - message.received_before
+                if target and times >= policy["maxReceiveCount"]:
                     queue.remove(message)
                     dead.append(message)
                 else:
@@ -4399,11 +4247,8 @@ class Sqs:
             target.add(message)
         return taken
 
-    def _again(self, queue: Queue, given: Members, timeout: int, now: float) -> list[Message]:
+    def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        attempt = given.get("ReceiveRequestAttemptId")
-        if attempt is None or not isinstance(queue, FifoQueue):
-            return []
         then, received = queue.attempts.pop(attempt, (-math.inf, []))
         untouched = all(
             queue.messages.get(message.message_id) is message and message.hidden_until == until
@@ -4415,10 +4260,7 @@ class Sqs:
             queue.hide(message, now + timeout)
         return [message for message, _ in received]
 
-    def _remember(self, queue: Queue, given: Members, messages: list[Message], now: float) -> None:
-        attempt = given.get("ReceiveRequestAttemptId")
-        if attempt is None or not isinstance(queue, FifoQueue):
-            return
+    def _remember(self, queue: Queue, attempt: str, messages: list[Message], now: float) -> None:
         attempts = queue.attempts
         while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
             attempts.popitem(last=False)
@@ -4468,15 +4310,13 @@ class Sqs:
         return message, held
 
     def delete_message(self, call: Call) -> None:
-        """Drop a received message if it still exists."""
-        self._delete(self._queue(call), call.input["ReceiptHandle"])
+        self._delete(self._queue(call), call.input)
 
     def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
-        """Drop up to ten received messages."""
-        queue, entries = self._queue(call), self._entries(call)
-        return self._each(entries, lambda entry: self._delete(queue, entry["ReceiptHandle"]))
+        return self._each(call, self._delete)
 
-    def _delete(self, queue: Queue, handle: str) -> None:
+    def _delete(self, queue: Queue, entry: Members) -> None:
+        handle = entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message and queue.fifo and not held:
             raise _bad_value(handle, "ReceiptHandle", "The receipt handle has expired.")
@@ -4484,13 +4324,10 @@ class Sqs:
             queue.remove(message)
 
     def change_message_visibility(self, call: Call) -> None:
-        """Hide a received message for VisibilityTimeout seconds; 0 shows it at once."""
         self._change(self._queue(call), call.input)
 
     def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
-        """Hide or show up to ten received messages."""
-        queue, entries = self._queue(call), self._entries(call)
-        return self._each(entries, lambda entry: self._change(queue, entry))
+        return self._each(call, self._change)
 
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
         if "VisibilityTimeout" not in entry:
@@ -4510,7 +4347,6 @@ class Sqs:
             queue.show(message)
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Start to move messages from a dead-letter queue to their source or DestinationArn."""
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
@@ -4518,39 +4354,35 @@ class Sqs:
             raise sqs_refusal("invalid", message)
         rate = given.get("MaxNumberOfMessagesPerSecond", 1)
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
-        if all(self._dead_letter_arn(queue) != source.arn for queue in self._queues.values()):
+        if not self._sources_of(source):
             raise sqs_refusal("no dead letters")
-        if any(task.source_arn == source.arn for task in self._running):
+        if source.arn in self._running:
             raise sqs_refusal("running")
-        visible = len(source.messages) - source.in_flight - source.delayed
-        task = MoveTask(given, self._new_id(), visible, now)
+        task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
-        self._running.append(task)
-        handle = task.handle
+        self._running[source.arn] = task
         self._move_messages(now)
         for queue in self._queues.values():
             queue.changed.notify_all()  # the waiters must wake up earlier
-        return {"TaskHandle": handle}
+        return {"TaskHandle": task.handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         if not _QUEUE_ARN.fullmatch(arn):
             raise sqs_refusal("arn", parameter)
-        queue = self._by_arn(arn)
-        if queue is None or (queue.region, queue.account) != (call.region, call.caller.account_id):
+        queue = self._queues.get(arn)
+        if queue is None or queue.arn != _own_arn(call, queue.name):
             raise sqs_refusal("no resource", parameter)
         queue.advance(self._clock())
         return queue
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
-        """Return the latest tasks of a source queue, newest first."""
         source = self._arn_of(call, "SourceArn")
         most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults")
         tasks = list(itertools.islice(source.tasks, most))
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
     def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        """Stop a running task; messages that have moved stay where they are."""
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
@@ -4559,33 +4391,32 @@ class Sqs:
             raise sqs_refusal("task handle") from error
         if not isinstance(arn, str):
             raise sqs_refusal("task handle")
-        mine = f"arn:aws:sqs:{call.region}:{call.caller.account_id}:"
-        if not arn.startswith(mine) or self._by_arn(arn) is None:
+        if not arn.startswith(_own_arn(call)) or arn not in self._queues:
             raise sqs_refusal("no resource", "SourceArn")
-        for task in self._running:
-            if task.task_id == task_id and task.source_arn == arn:
-                task.status = "CANCELLED"
-                self._running.remove(task)
-                return {"ApproximateNumberOfMessagesMoved": task.moved}
-        raise sqs_refusal("no task")
+        task = self._running.get(arn)
+        if task is None or task.task_id != task_id:
+            raise sqs_refusal("no task")
+        task.status = "CANCELLED"
+        del self._running[arn]
+        return {"ApproximateNumberOfMessagesMoved": task.moved}
 
     def _move_messages(self, now: float) -> None:
-        for task in list(self._running):
+        for arn, task in list(self._running.items()):
             task.status = self._move(task, now)
             if task.status != "RUNNING":
-                self._running.remove(task)
+                del self._running[arn]
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._by_arn(task.source_arn)
+        source = self._queues.get(task.given["SourceArn"])
         if source is None:
             return "FAILED"
         source.advance(now)
-        due = min(task.due(now), task.to_move)
-        while task.moved < due and source.pick(1):
+        soon = now + 0.000001  # a float may be short
+        while task.moved < task.to_move and task.next_move() <= soon and source.pick(1):
             (message,) = source.pick(1)
-            arn = task.destination_arn or message.system.get("DeadLetterQueueSourceArn", "")
-            target = self._by_arn(arn)
+            of_source = message.system.get("DeadLetterQueueSourceArn", "")
+            target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
             source.remove(message)
@@ -4607,7 +4438,7 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
-_SHAPES: dict[str, Shape] = {"int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
+_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
 _SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
@@ -4660,16 +4491,24 @@ _QUERY_NAMES = """
     Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry
     TagKeys=TagKey Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
 """
+
+
+def _query_names(operation: str) -> Names:
+    table = pairs(_QUERY_NAMES.replace("{}", operation))
+    return {name: QueryName(*spelled.split(":")) for name, spelled in table.items()}
+
+
 SQS_MODEL = MODELS["sqs"] = Model(
     OPERATIONS,
-    {name: QueryName(*spelled.split(":")) for name, spelled in pairs(_QUERY_NAMES).items()},
+    {operation: _query_names(operation) for operation in OPERATIONS},
     frozenset({"CreateQueue", "ListQueues"}),
 )
 
 
 # ---- Queue URLs: the caller gets ours, the upstream gets its own ----
 
-_URL_OPERATIONS = ("CreateQueue", "GetQueueUrl", "ListDeadLetterSourceQueues", "ListQueues")
+_URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
+_URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
 _ORIGIN = re.compile("https?://[^/]*")
 _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
@@ -4683,14 +4522,13 @@ def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
 
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
     """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
-    parts = text.split("&")
-    for index, part in enumerate(parts):
-        name, _, value = part.partition("=")
-        given = urllib.parse.unquote_plus(value)
-        restored = _upstream_url(given, call, endpoint) if name == "QueueUrl" else given
-        if restored != given:
-            parts[index] = f"{name}={urllib.parse.quote(restored, safe='')}"
-    return "&".join(parts)
+
+    def restored(field: re.Match[str]) -> str:
+        given = urllib.parse.unquote_plus(field[1])
+        url = _upstream_url(given, call, endpoint)
+        return field[0] if url == given else f"QueueUrl={urllib.parse.quote(url, safe='')}"
+
+    return re.sub("(?<![^&])QueueUrl=([^&]*)", restored, text)
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
@@ -4720,7 +4558,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
     try:
         document = read_json(reply.body.decode("utf-8"))
-        for member in ("QueueUrl", "QueueUrls", "queueUrls"):
+        for member in _URL_MEMBERS:
             value = document.get(member)
             if isinstance(value, str):
                 document[member] = _ORIGIN.sub(call.base_url, value, 1)
@@ -4995,17 +4833,22 @@ _AWS_HOST = re.compile(
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
+_SERVICES_BY_PREFIX = {
+    prefix.replace("&", service): service
+    for service, rows in ENDPOINT_PREFIXES.items()
+    for prefix, _ in rows
+}
 
 
 def is_aws_host(host: str) -> bool:
     """Return whether a Host is a name of AWS."""
-    return _AWS_HOST.fullmatch(host.partition(":")[0].lower()) is not None
+    return _AWS_HOST.fullmatch(host_name(host)) is not None
 
 
 def zonal_endpoint(host: str, region: str) -> Endpoint:
     """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
     # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
-    name = host.partition(":")[0].lower()
+    name = host_name(host)
     zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
     match = _ZONAL.fullmatch(zonal)
     if not match or match[1] != region:
@@ -5015,7 +4858,7 @@ def zonal_endpoint(host: str, region: str) -> Endpoint:
 
 def service_of_host(host: str) -> tuple[str, str]:
     """Return the signing name and the region in a host of AWS, or "" for each."""
-    match = _AWS_HOST.fullmatch(host.partition(":")[0].lower())
+    match = _AWS_HOST.fullmatch(host_name(host))
     if not match:
         return "", ""
     ignored = ("dualstack", "global", "vpce")
@@ -5027,13 +4870,6 @@ def service_of_host(host: str) -> tuple[str, str]:
         labels.pop(0)
     prefix = ".".join(labels).replace("-fips", "")
     return _SERVICES_BY_PREFIX.get(prefix, prefix), region
-
-
-_SERVICES_BY_PREFIX = {
-    prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items()
-    for prefix, _ in rows
-}
 
 
 def is_link_local(host: str) -> bool:
@@ -5077,7 +4913,6 @@ class _DeadlineConnection(http.client.HTTPConnection):
         self._until = time.monotonic() + (self.timeout or 0)
 
     def connect(self) -> None:
-        """Connect, and start the timer."""
         super().connect()
         cut = functools.partial(self._cut, self.sock)
         timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
@@ -5095,11 +4930,9 @@ class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
 
 class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open it with a deadline."""
         return self.do_open(_DeadlineConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open it with a deadline, and TLS."""
         return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
 
 
@@ -5188,7 +5021,6 @@ def _expiry(text: Any) -> float:
 
 
 def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
-    """Return credentials to sign with.  Raise NoKeys if the values are malformed."""
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
             raise NoKeys("the keys found are malformed")
@@ -5196,7 +5028,6 @@ def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.i
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    """Return a JSON object, or raise NoKeys."""
     try:
         document = read_json(text.decode("utf-8"))
     except ValueError as error:
@@ -5207,16 +5038,21 @@ def _document(text: bytes) -> Mapping[str, Any]:
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    """Return the credentials in the answer of a credentials endpoint."""
     key, secret, given = map(found.get, ("AccessKeyId", "SecretAccessKey", token))
     return _credentials(key, secret, given, _expiry(found.get("Expiration")))
 
 
-_SET_UP_BY = {
+_SET_UP_BY = {  # variables, and settings of a profile
     "environment": ("AWS_ACCESS_KEY_ID",),
-    "web identity": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
+    "web": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
+    "profile": (
+        "role_arn", "credential_process", "sso_account_id", "sso_role_name", "login_session",
+        "aws_access_key_id",
+    ),
     "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
-}
+}  # fmt: skip
+_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
+_STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
 class CredentialChain:
@@ -5244,7 +5080,7 @@ class CredentialChain:
         self._sources: Mapping[str, Callable[[], Credentials]] = {
             "environment": self._from_environment,
             "web identity": self._from_web_identity,
-            f"profile {self._profile}": self._from_chosen_profile,
+            f"profile {self._profile}": lambda: self._from_profile(self._profile, ()),
             "container": self._from_container,
             "EC2 metadata": self._from_metadata,
         }
@@ -5262,19 +5098,20 @@ class CredentialChain:
                 found = source()
             except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                if isinstance(reason, SourceFailed) or self._is_set_up(name):
+                kind, _, named = name.partition(" ")
+                given = settings if kind == "profile" else self._environ
+                missing = kind == "profile" and not settings and named != "default"
+                set_up = missing or any(map(given.get, _SET_UP_BY.get(kind, ())))
+                if set_up or isinstance(reason, SourceFailed):
                     # Another source would be another identity.
                     raise NoKeys("; ".join(tried), reason.passing) from reason
                 passing = reason.passing and " answered " in str(reason)
                 continue
             if self._role_arn:
-                return self._assume(found, self._role_arn, {"session": self._session_name})
+                settings = {"role_session_name": self._session_name}
+                return self._assume(found, self._role_arn, settings)
             return found
         raise NoKeys("; ".join(tried), passing)
-
-    def _is_set_up(self, name: str) -> bool:
-        """Return whether the environment sets up a source, so that its failure is an error."""
-        return any(map(self._environ.get, _SET_UP_BY.get(name, ())))
 
     def _from_environment(self) -> Credentials:
         key = self._environ.get("AWS_ACCESS_KEY_ID")
@@ -5379,26 +5216,11 @@ class CredentialChain:
         return settings
 
     def _settings(self) -> Mapping[str, str]:
-        """Return the settings of the chosen profile, none if there is no such profile."""
+        """Return the settings of the chosen profile, none if they cannot be read."""
         try:
             return self._section(self._profile)
         except NoKeys:
             return {}
-
-    def _from_chosen_profile(self) -> Credentials:
-        settings: Mapping[str, str] = {}
-        try:
-            settings = self._section(self._profile)
-            return self._from_profile(self._profile, ())
-        except NoKeys as reason:
-            set_up = (
-                *("role_arn", "credential_process", "sso_account_id", "sso_role_name"),
-                *("login_session", "aws_access_key_id"),
-            )
-            missing = not settings and self._profile != "default"
-            if missing or any(map(settings.get, set_up)):
-                raise SourceFailed(str(reason), reason.passing) from reason
-            raise
 
     def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
         settings = self._section(profile)
@@ -5556,11 +5378,10 @@ class CredentialChain:
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
-        session = settings.get("session") or settings.get("role_session_name")
         fields = {
             "Action": "AssumeRole",
             "RoleArn": role,
-            "RoleSessionName": session_name(session),
+            "RoleSessionName": session_name(settings.get("role_session_name")),
             "DurationSeconds": settings.get("duration_seconds", ""),
             "ExternalId": settings.get("external_id", ""),
         }
@@ -5596,10 +5417,6 @@ class CredentialChain:
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
         return _from_fields(found, "SessionToken")
-
-
-_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
-_STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
 def session_name(name: Optional[str]) -> str:
@@ -5639,7 +5456,6 @@ def _profile_of(section: str) -> str:
 
 
 def _from_process(command: str) -> Credentials:
-    """Return the credentials that a `credential_process` prints."""
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
@@ -5672,12 +5488,11 @@ class CredentialCache:
         self._chain = chain
         self._clock = clock
         self._sleep = sleep
-        self._passing = False
         self._lock = threading.Lock()
         self._current: Optional[Credentials] = None
         self._stale = False
         self._tried = -math.inf
-        self._reason = ""
+        self._failure: Optional[NoKeys] = None  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
@@ -5703,11 +5518,12 @@ class CredentialCache:
     def _renew(self, now: float) -> Credentials:
         current = self._current
         good = current if current and current.expires > now else None
-        if now < self._tried + (1 if self._passing else self.RETRY):
+        failure = self._failure
+        if now < self._tried + (1 if failure and failure.passing else self.RETRY):
             if good:
                 return good
-            if self._reason:
-                raise NoKeys(self._reason, self._passing)
+            if failure:
+                raise NoKeys(str(failure), failure.passing)
         self._tried = now
         try:
             found = self._find(() if good else self.PAUSES)
@@ -5715,16 +5531,15 @@ class CredentialCache:
                 raise NoKeys("the credentials found have expired")
             self._current = found
         except NoKeys as reason:
-            self._reason, self._passing = str(reason), reason.passing
+            self._failure = NoKeys(str(reason), reason.passing)  # without the frames of this one
             log.warning("credentials not renewed: %s", reason)
             if good:
                 return good
             raise
-        self._stale, self._reason = False, ""
+        self._stale, self._failure = False, None
         return self._current
 
     def _find(self, pauses: Sequence[float]) -> Credentials:
-        """Return what the chain finds, tried again after each pause if the failure may pass."""
         for pause in pauses:
             try:
                 return self._chain.find()
@@ -5735,10 +5550,7 @@ class CredentialCache:
         return self._chain.find()
 
     def expire(self, refused: Credentials) -> bool:
-        """Read the credentials again at the next call, and return whether that may help.
-
-        AWS has refused these.
-        """
+        """Mark credentials as refused by AWS, and return whether a renewal may help."""
         if refused is self._current and not self._stale:
             self._stale, self._tried = True, -math.inf
             return True
@@ -5788,6 +5600,11 @@ class Keyring:
 
 # ---- Connections ----
 
+RECEIVE = "sqs:ReceiveMessage"
+UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
+STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
+POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
+
 
 class Mask:
     """Hides our session token and signature if the answer of an upstream repeats them."""
@@ -5808,11 +5625,9 @@ class Mask:
 
     def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
         """Return the headers with asterisks in place of each secret."""
-        text = "\n".join([value for _, value in headers]).encode("latin-1")
-        if not any([secret in text for secret in self._secrets]):
-            return tuple(headers)
-        whole = [(name, self.hide(value.encode("latin-1"))) for name, value in headers]
-        return tuple((name, value.decode("latin-1")) for name, value in whole)
+        text = "\n".join([value for _, value in headers])  # no value has a line feed
+        values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
+        return tuple(zip([name for name, _ in headers], values))
 
     def next(self, block: bytes) -> bytes:
         """Return a block of a stream without its last bytes if a secret may begin there."""
@@ -5838,9 +5653,6 @@ def _overlap(data: bytes, secret: bytes) -> int:
         if at < 0 or secret.startswith(data[at:]):
             return len(data) - at if at >= 0 else 0
         at += 1
-
-
-MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -5977,12 +5789,6 @@ class Connection:
             raise UpstreamError(message, unanswered) from error
 
 
-RECEIVE = "sqs:ReceiveMessage"
-UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
-STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
-POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
-
-
 def no_messages(call: Call, request_id: str) -> Reply:
     """Return an answer to ReceiveMessage without messages."""
     return call.wire.output(call, SQS_MODEL, {}, request_id)
@@ -6088,10 +5894,12 @@ _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
-_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
+MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 _EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
+NOBODY = Credentials("", "")  # for calls that go upstream unsigned
+_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
@@ -6128,6 +5936,10 @@ class Outgoing(NamedTuple):
     declares: bool = False  # whether to send x-amz-content-sha256
 
 
+def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in headers if name.lower() not in names]
+
+
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
     if call.operation.startswith(_READ_ONLY):
@@ -6142,10 +5954,6 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
     return Request("POST", "/", headers, io.BytesIO(body))
-
-
-NOBODY = Credentials("", "")  # for calls that go upstream unsigned
-_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 
 class Attempt(NamedTuple):
@@ -6191,7 +5999,7 @@ class Upstream:
             request = rewrite(call, outgoing.request)
             outgoing = self._rewritten(outgoing, request) if request else outgoing
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
-        return self._settled(call, outgoing, self._answered(call, outgoing))
+        return self._settled(call, outgoing)
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
@@ -6220,22 +6028,23 @@ class Upstream:
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
+        wait = functools.partial(self._settled, call, attempt.outgoing, attempt)
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return functools.partial(self._rest, attempt)
+            return wait
         if end == 3:
             return None
         try:
             head = parse_response_head(buffer[:end])
             length = response_framing(head, call.request.method)
         except ValueError:
-            length = None  # `_rest` reads it again, and refuses it
+            return wait  # it reads the head again, and refuses it
         if length is None or length == UNTIL_CLOSE or head.status < 200:
-            return functools.partial(self._rest, attempt)
+            return wait
         if len(buffer) < end + length:
             return None
-        unwanted = call.operation == "ReceiveMessage" and call.request.abandoned()
+        unwanted = call.action == RECEIVE and call.request.abandoned()
         if head.status in _REFUSED or unwanted:
-            return functools.partial(self._rest, attempt)
+            return wait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._final(call, self.whole(connection, head, call.request.method, body))
 
@@ -6256,9 +6065,10 @@ class Upstream:
         finally:
             self._pool.given_up.discard(connection)
 
-    def _settled(self, call: Call, outgoing: Outgoing, reply: Reply) -> Reply:
+    def _settled(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        if call.operation == "ReceiveMessage" and call.service == "sqs":
+        reply = self._answered(call, outgoing, sent)
+        if call.action == RECEIVE:
             reply = self._gathered(call, reply)
             if call.request.abandoned():
                 self._release(call, outgoing, receipt_handles(reply))
@@ -6298,12 +6108,7 @@ class Upstream:
         except (OSError, ServiceError) as error:
             broken = UpstreamError("an answer is incomplete", unanswered=False)
             raise self._given_up(call, broken) from error
-        headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
-        return Reply(reply.status, headers, bytes(body))
-
-    def _rest(self, attempt: Attempt) -> Reply:
-        call, outgoing = attempt.call, attempt.outgoing
-        return self._settled(call, outgoing, self._answered(call, outgoing, attempt))
+        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), bytes(body))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
@@ -6333,10 +6138,9 @@ class Upstream:
     def _outgoing(self, call: Call) -> Outgoing:
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
-            headers = [(n, v) for n, v in request.headers if n.lower() != "content-encoding"]
-            request = request.with_headers(tuple(headers))
-        target, presigned = request.target, call.presigned
-        target, hoisted = strip_presigned(target) if presigned else (target, [])
+            request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
+        target = request.target
+        target, hoisted = strip_presigned(target) if call.presigned else (target, [])
         signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
         if not _OF_THE_WAY.isdisjoint(signed):
             dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
@@ -6344,9 +6148,7 @@ class Upstream:
         headers = [
             (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
         ]
-        if hoisted:
-            present = {name.lower() for name, _ in headers}
-            headers += [(name, value) for name, value in hoisted if name not in present]
+        headers += _without(hoisted, *fields_of(headers)) if hoisted else []
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
@@ -6354,10 +6156,10 @@ class Upstream:
             named = request.header("x-amz-target") or ""
             if isinstance(call.wire, AwsJson) and (mark or named.startswith(_OLD_TARGET)):
                 mark = query = ""  # Action moves into X-Amz-Target
-                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
+                headers = _without(headers, "x-amz-target")
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
             elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
-                headers = [(n, v) for n, v in headers if n.lower() != "x-amz-target"]
+                headers = _without(headers, "x-amz-target")
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         length = self._length(call, body)
@@ -6365,8 +6167,10 @@ class Upstream:
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
-            headers = [(n, v) for n, v in headers if n.lower() != "content-type"]
-            headers.append(("Content-Type", call.wire.content_type))
+            headers = [
+                *_without(headers, "content-type"),
+                ("Content-Type", call.wire.content_type),
+            ]
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -6398,7 +6202,6 @@ class Upstream:
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
 
     def _length(self, call: Call, body: Body) -> Optional[int]:
-        """Return the length of a body as it is sent, or None if it is unknown."""
         if isinstance(body, AwsChunkedBody):
             plain = not body.signed and not body.announced
             return body.length if plain else aws_chunked_length(body)
@@ -6410,11 +6213,10 @@ class Upstream:
         return int(call.request.header("content-length") or 0)
 
     def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
-        """Return the request as a hook rewrote it; a new body gets a new payload hash."""
         if request.body is outgoing.request.body:
             return outgoing._replace(request=request)
         data = request.body.read()
-        headers = [(n, v) for n, v in request.headers if n.lower() not in _FRAMING]
+        headers = _without(request.headers, "content-length", "transfer-encoding")
         headers.append(("Content-Length", str(len(data))))
         request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
         return outgoing._replace(request=request, payload_hash=hashlib.sha256(data).hexdigest())
@@ -6459,8 +6261,8 @@ class Upstream:
         for again in (False, True):
             if isinstance(body, io.IOBase):
                 body.seek(0)
-            attempt = sent or self._connect(call, outgoing, keys, again)
-            connection = attempt.connection
+            connection = sent.connection if sent else self._connect(call, outgoing, again)
+            attempt = Attempt(call, outgoing, keys, connection)
             connection.socket.settimeout(connection.timeout)
             try:
                 if not sent:
@@ -6473,31 +6275,28 @@ class Upstream:
                 connection.close()
                 stale = connection.reused and error.unanswered
                 if again or not (stale and repeatable):
-                    stale = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
-                    raise self._given_up(call, error, stale) from error
+                    unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                    raise self._given_up(call, error, unread) from error
                 sent = None
             except Exception:
                 connection.close()  # the body was wrong, and was not sent completely
                 raise
         raise AssertionError("unreachable")
 
-    def _connect(self, call: Call, outgoing: Outgoing, keys: Credentials, fresh: bool) -> Attempt:
+    def _connect(self, call: Call, outgoing: Outgoing, fresh: bool) -> Connection:
         try:
             connection = self._pool.take(outgoing.endpoint, fresh)
         except UpstreamError as error:
-            raise self._down(error) from error
+            raise self._given_up(call, error, unread=True) from error
         self._pool.allow(connection, call)
-        return Attempt(call, outgoing, keys, connection)
+        return connection
 
-    def _down(self, error: UpstreamError) -> ServiceError:
+    def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
+        """Return the refusal of a call.  SDKs retry 503, and a call must not run twice."""
         log.warning("upstream: %s", error)
-        return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
-
-    def _given_up(self, call: Call, error: UpstreamError, stale: bool = False) -> ServiceError:
-        """Return the refusal of a call that was sent.  SDKs retry 503: it must not run twice."""
-        if is_repeatable(call) or stale:
-            return self._down(error)
-        log.warning("upstream: %s", error)
+        if unread or is_repeatable(call):
+            message = "The upstream of this proxy is unavailable."
+            return ServiceError("ServiceUnavailable", message)
         return outcome_unknown()
 
     def _signed(
@@ -6586,8 +6385,7 @@ class Upstream:
                     return reply._replace(body=rest)
         except (OSError, ServiceError) as error:
             raise UpstreamError("an answer is incomplete", unanswered=False) from error
-        headers = tuple((n, v) for n, v in reply.headers if n.lower() != "content-length")
-        return Reply(reply.status, headers, start)
+        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), start)
 
     def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
@@ -7890,7 +7688,7 @@ class Status:
         if name == "queues" and self._sqs and len(rest) == 3:
             text = given.get("limit", "100")
             limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
-            found = self._sqs.look((rest[0], rest[1], rest[2]), limit)
+            found = self._sqs.look("arn:aws:sqs:" + ":".join(rest), limit)
             if found is not None:
                 for _, message in found:
                     del message["ReceiptHandle"]
@@ -7904,7 +7702,7 @@ class Status:
         try:
             path = request.path[len(self.LOCALSTACK) + 1 :]
             key = queue_key(path) if path else self._named_queue(given.get("QueueUrl", ""))
-            found = self._sqs.look(key, self.MOST_SHOWN)
+            found = self._sqs.look("arn:aws:sqs:" + ":".join(key), self.MOST_SHOWN)
             if found is None:
                 raise sqs_refusal("no queue")
             messages = _as_localstack(found, key[1], given)
@@ -7919,7 +7717,7 @@ class Status:
         document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
         return _status_reply(reply.status, json.dumps(document), "application/json")
 
-    def _named_queue(self, url: str) -> QueueKey:
+    def _named_queue(self, url: str) -> tuple[str, str, str]:
         """Return the queue of a QueueUrl; if it names no region, one that has the queue."""
         if not url:
             raise sqs_refusal("no queue")
@@ -7934,7 +7732,7 @@ class Status:
 _REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
 
 
-def queue_key(path: str) -> QueueKey:
+def queue_key(path: str) -> tuple[str, str, str]:
     """Return region, account and name of a path such as REGION/ACCOUNT/NAME; "" for no region."""
     *_, region, account, name = ["", "", *path.split("/")]
     if not _ACCOUNT_ID.fullmatch(account) or not name:
