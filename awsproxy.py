@@ -29,11 +29,16 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     2 HTTP/1.1 framing: [2.1] The head of a request  [2.2] Bodies  [2.3] Responses
     3 Signature Version 4: [3.1] Parsing  [3.2] Canonical request
         [3.3] String to sign, signing key, signature  [3.4] Rules of services  [3.5] Verification
-        [3.6] Refusals  [3.7] Presigned URLs  [3.8] Mistakes of clients
+        [3.6] Refusals  [3.7] Presigned URLs  [3.8] Mistakes of signers
         [3.9] Bodies that are checked as they stream  [3.10] Signing  [3.11] Removing a signature
-    4 Wire protocols:
-    5 SQS in memory:
-    6 Upstream:
+    4 Wire protocols: [4.1] Operations and the shapes of their input
+        [4.2] Which protocol a service speaks  [4.3] AWS JSON  [4.4] AWS Query
+        [4.5] Actions of Amazon S3  [4.6] REST  [4.7] RPC v2 CBOR
+    5 SQS in memory: [5.1] Limits and refusals  [5.2] Messages and queues
+        [5.3] Queue attributes, and checks of messages  [5.4] The operations
+        [5.5] The model of Amazon SQS
+        [5.6] Queue URLs: the caller gets ours, the upstream gets its own
+    6 Upstream: [6.1] Endpoints  [6.2] Our own credentials  [6.3] Connections  [6.4] Forwarding
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
         [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
         [7.7] Protection of an ECS task
@@ -1156,6 +1161,7 @@ class Proven(NamedTuple):
     client: Client
     declared: Optional[str]  # the payload line; None if the body must be hashed
     other_host: str  # that the client may have signed, if a reverse proxy replaced Host
+    may_search: Callable[[], bool]  # for the cause of a wrong signature
     proof: Optional[Proof] = None
 
 
@@ -1186,6 +1192,7 @@ def verify_head(
     profiles: Mapping[str, Profile] = PROFILES,
     private: bool = True,
     other_host: str = "",
+    may_search: Callable[[], bool] = lambda: True,
 ) -> Proven:
     """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
@@ -1195,6 +1202,7 @@ def verify_head(
     must_be_signed: headers that decide what the request means
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
+    may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
     """
     # The order counts: the error of a later check would tell a stranger more.
     claimed = authorization_of(request)
@@ -1204,7 +1212,7 @@ def verify_head(
     client = _find_client(request, claimed, clients)
     _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
-    proven = Proven(claimed, profile, client, declared, other_host)
+    proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is None:  # `verify_body` checks the signature
         return proven
     return proven._replace(proof=_check_signature(request, proven, declared))
@@ -1212,7 +1220,7 @@ def verify_head(
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head does not prove.  A body of S3's family is checked while it is read."""
-    claimed, profile, client, declared, _, proof = proven
+    claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         key = signing_key(client.secret_access_key, scope)
@@ -1220,7 +1228,7 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
         return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
-        proof = _check_signature(request, proven, computed)
+        proof = _check_signature(request, proven, computed, body)
     else:
         _check_hash(request, declared, computed)
     return Verified(client, scope, body, computed, presigned, signed, proof)
@@ -1359,9 +1367,11 @@ def prove(claimed: Authorization, client: Client, parts: Sequence[str]) -> Proof
     return Proof(parts, text, signature(client.secret_access_key, claimed.scope, text))
 
 
-def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Proof:
+def _check_signature(
+    request: Request, proven: Proven, payload_hash: str, body: Optional[Body] = None
+) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    claimed, profile, client, _, other_host, _ = proven
+    claimed, profile, client, _, other_host, *_ = proven
     parts = canonical_parts(request, claimed, payload_hash, profile)
     proof = prove(claimed, client, parts)
     if hmac.compare_digest(proof.signature, claimed.signature):  # both are ASCII
@@ -1375,14 +1385,16 @@ def _check_signature(request: Request, proven: Proven, payload_hash: str) -> Pro
             return other
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", "\n".join(parts))[:16384]
     signed = proof.string_to_sign.decode("latin-1")
-    explained = explain_mismatch(request, proven, parts)
+    data = body.getvalue() if isinstance(body, io.BytesIO) else None
+    case = Case(request, claimed, client.secret_access_key, data)
+    cause = find_cause(case, parts) if proven.may_search() else ""
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
     detail["CanonicalRequest"] = shown
     detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
-    error = refusal("signature", request, shown, signed, explained, **detail)
-    error.proof, error.cause = proof, explained.strip()
+    error = refusal("signature", request, shown, signed, cause and f"\n{cause}\n", **detail)
+    error.proof, error.cause = proof, cause
     raise error
 
 
@@ -1577,52 +1589,456 @@ def _parse_query(request: Request) -> Authorization:
     return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
 
 
-# [3.8] Mistakes of clients
-_PORT = re.compile("^(host:.*?):[0-9]+$", re.MULTILINE)
-# Known mistakes of curl and others: a line of the canonical request, a function that returns
-# their form of that line, and advice.
-DEVIATIONS: Sequence[tuple[int, Callable[[Request, str], str], str]] = (
-    (1, lambda request, _: request.path,
-     "it signed the path as sent, not encoded once more: curl before 8.14 does"),
-    (2, lambda request, _: request.target.partition("?")[2],
-     "it signed the query as sent: sort its parameters, write each as name=value with both"
-     " percent-encoded, or take curl 8.19 or newer"),
-    (2, lambda request, _: "&".join(sorted(request.target.partition("?")[2].split("&"))),
-     "it signed the query sorted, but not percent-encoded as RFC 3986 says"),
-    (2, lambda request, query: query.replace("%20", "%2B") if "+" in request.target else query,
-     "it signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B"),
-    (2, lambda _, query: query.replace("%2B", "%20"),
-     "it signed %2B in the query as a blank: curl 8.14 to 8.18 do, take curl 8.19 or newer"),
-    (3, lambda request, headers: _with_host(headers, request.header("x-forwarded-host") or ""),
-     "it signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host: set"
-     " 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url and that"
-     " host"),
-    (3, lambda _, headers: _PORT.sub(r"\1", headers),
-     "it signed the Host without its port: curl before 7.86 does"),
-    (5, lambda *_: EMPTY_SHA256,
-     "it signed an empty body: in place of curl's -T or -F use --data-binary"),
-)  # fmt: skip
-_HOST_LINE = re.compile("^host:.*$", re.MULTILINE)
+# [3.8] Mistakes of signers
+# If a signature does not match, this section computes what broken signers compute, until one
+# mistake, or two of them, give the signature that came.  So a cause is never guessed.
+@dataclass
+class Case:
+    """A call whose signature does not match."""
+
+    request: Request
+    claimed: Authorization
+    secret: str
+    body: Optional[bytes]  # None if it was not read
+
+    @functools.cached_property
+    def words(self) -> Mapping[str, tuple[str, str]]:
+        """Return what `<date>` and the like stand for in MISTAKES, in a pattern and as it is."""
+        scope, amz_date = self.claimed.scope, self.claimed.amz_date
+        extended = re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", amz_date)
+        words = {
+            "<date>": amz_date, "<extended>": extended, "<day>": amz_date[:8],
+            "<scope>": str(scope), "<region>": scope.region, "<service>": scope.service,
+            "<key>": self.claimed.access_key_id, "<secret>": self.secret,
+            "<quoted>": urllib.parse.quote_plus(self.secret), "<empty>": EMPTY_SHA256,
+            "<host>": self.request.header("host") or "",
+        }  # fmt: skip
+        doubled = str.maketrans({"\\": r"\\"})
+        return {word: (re.escape(it), it.translate(doubled)) for word, it in words.items()}
+
+
+class Draft(NamedTuple):
+    """What a signer may have computed on the way to its signature."""
+
+    method: str
+    path: str
+    query: str
+    headers: str
+    names: str
+    payload: str
+    text: str  # the string to sign; (hash) stands for the hash of the canonical request
+    secret: str  # with its prefix
+    scope: str  # from which the key is derived
+
+
+Deviate = Callable[[str, Case], str]  # takes the right value of a field of Draft
+
+# A field of Draft, a pattern in its value and what signers write instead (- is nothing), and what
+# the mistake is.  The first row that gives the signature is named: frequent mistakes come first.
+MISTAKES = r"""
+    secret | ^AWS4 | - | left out the prefix AWS4 of the secret
+    secret | \Z | \n | signed with a newline after the secret: strip it
+    secret | \Z | (blank) | signed with a blank after the secret: strip it
+    secret | ^AWS4 | AWS4(blank) | signed with a blank before the secret: strip it
+    secret | <secret> | "<secret>" | signed with quotes around the secret
+    secret | <secret> | - | signed with an empty secret: is its variable set?
+    secret | ^AWS4 | AWS4AWS4 | wrote the prefix AWS4 twice
+    secret | <secret> | <key> | signed with the access key id instead of the secret
+    secret | <secret> | <quoted> | signed with the percent-encoded secret
+    secret | / | \\/ | signed with \/ instead of / in the secret, as in JSON
+    secret | [+] | (blank) | signed with a blank instead of + in the secret
+    scope | ^<day> | <date> | derived the key from the time: take the first 8 digits, the date
+    scope | /aws4_request | - | derived the key without the last step, aws4_request
+    scope | <day>/<region> | <region>/<day> | derived the key with the region before the date
+    scope | <region>/<service> | <service>/<region> | derived the key with the service first: \
+        the order is date, region, service, aws4_request
+    scope | <day>/<region>/<service> | <service>/<region>/<day> | derived the key in the wrong \
+        order: it is date, region, service, aws4_request
+    scope | aws4_request | aws4request | derived the key with aws4request, not aws4_request
+    scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
+    scope | ^ | swapped: | swapped key and message in the steps of the key's derivation
+    text | ^.*\n | - | left out the first line of the string to sign, the algorithm
+    text | <date>\n | - | left out the second line of the string to sign, the time
+    text | <scope>\n | - | left out the third line of the string to sign, the credential scope
+    text | <date> | <extended> | wrote the time into the string to sign with - and :
+    text | <date> | <day> | wrote the day into the string to sign: write the time, too
+    text | /aws4_request | - | left aws4_request out of the scope in the string to sign
+    text | <scope> | <key>/<scope> | wrote the key id into the scope in the string to sign
+    text | <region>/<service> | <service>/<region> | swapped region and service in the scope
+    text | <date>\n<scope> | <scope>\n<date> | swapped time and scope in the string to sign
+    text | \(hash\) | (canonical) | did not hash the canonical request
+    text | \(hash\) | (HASH) | wrote the hash of the canonical request in upper case
+    text | \(hash\) | (again) | hashed the canonical request twice
+    text | \(hash\) | (base64) | wrote the hash of the canonical request in base64, not in hex
+    text | \Z | \n | ended the string to sign with a newline
+    text | \n | \r\n | ended the lines of the string to sign with CR LF
+    text | \n | (slash)n | wrote \n as two characters into the string to sign
+    text | \(hash\) | (crlf) | ended the lines of the canonical request with CR LF
+    text | \(hash\) | (literal) | wrote \n as two characters into the canonical request
+    text | ^ | (hexkey) | signed with the key in hex: sign with its bytes
+    text | ^ | (swapped) | swapped key and message in the last step
+    text | ^ | (text) | signed the hash of the string to sign instead of the string
+    method | .+ | - | left out the method
+    path | /\Z | - | left out the path's last slash
+    path | ^/ | - | left out the path's first slash
+    path | \Z | / | added a slash to the path
+    path | %(?:25)?20 | + | wrote a blank in the path as +
+    path | .+ | / | signed / instead of the path
+    path | ^ | http://<host> | signed the whole URL instead of the path
+    path | ~ | %7E | encoded the ~ of the path
+    query | .+ | - | left out the query
+    query | =(?![^&]) | - | left out the = of parameters without a value
+    query | %20 | + | wrote a blank in the query as +, not %20
+    query | %2B | %20 | signed %2B in the query as a blank (curl 8.14 to 8.18 do)
+    query | %2F | / | did not encode the slashes of the query
+    query | %3A | : | did not encode the colons of the query
+    query | ~ | %7E | encoded the ~ of the query
+    query | ^ | ? | began the query with ?
+    headers | (?m)^(host:.*?):[0-9]+$ | \1 | signed the Host without its port, as curl before \
+        7.86 does
+    headers | (?m)^host:.*$ | host:<service>.<region>.amazonaws.com | signed the Host of AWS: \
+        sign the host that you call
+    headers | (?m)^host:.*$ | host:<service>.amazonaws.com | signed the global Host of AWS: \
+        sign the host that you call
+    headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
+    headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
+    headers | (?m)^host:localhost | host:127.0.0.1 | signed 127.0.0.1 as Host, not localhost
+    headers | (?m)^host:127.0.0.1 | host:localhost | signed localhost as Host, not 127.0.0.1
+    headers | \n\Z | - | left out the blank line after the canonical headers
+    headers | \Z | \n | wrote a newline too many after the canonical headers
+    headers | (?m)^([^:\n]+): | \1:(blank) | wrote a blank after the colons of the headers
+    headers | \n | - | joined the canonical headers without newlines
+    headers | \n | \r\n | ended the canonical headers with CR LF
+    headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
+    headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
+    headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
+    headers | (?s).+ | - | left out the canonical headers
+    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | signed an X-Amz-Content-Sha256 of an \
+        empty body, and sent another
+    names | ; | , | joined the signed headers with commas
+    names | ; | ;(blank) | wrote blanks into the line of signed headers
+    names | \Z | ; | ended the line of signed headers with ;
+    names | .+ | - | left out the line of signed headers
+    payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
+    payload | .+ | <empty> | signed the hash of an empty body (curl's -T and -F do: use \
+        --data-binary)
+    payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
+    payload | .+ | - | left out the last line, the body's hash
+    payload | \Z | \n | ended the canonical request with a newline
+"""
+
+
+def _mistakes(table: str) -> Iterator[tuple[str, str, Deviate]]:
+    """Yield the field, the words and the function of each row of MISTAKES."""
+    for row in table.strip().splitlines():
+        field_name, pattern, written, words = row.strip().split(" | ")
+        written = "" if written == "-" else written.replace("(blank)", " ")
+        written = written.replace("(slash)", r"\\")
+        yield field_name, " ".join(words.split()), functools.partial(_rewritten, pattern, written)
+
+
+def _rewritten(pattern: str, written: str, value: str, case: Case) -> str:
+    if "<" in pattern or "<" in written:
+        for word, (escaped, meant) in case.words.items():
+            pattern = pattern.replace(word, escaped)
+            written = written.replace(word, meant)
+    return re.sub(pattern, written, value)
+
+
+def _encoded(text: str, safe: str = "/") -> str:
+    return urllib.parse.quote(text.encode("latin-1"), safe=safe)
+
+
+def _decoded(text: str) -> str:
+    return urllib.parse.unquote(text, "latin-1")
+
+
+def _lower_hex(value: str, _: Case) -> str:
+    return re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), value)
+
+
+def _unresolved(value: str, case: Case) -> str:
+    path = case.request.path
+    keeps = case.claimed.scope.service in S3_FAMILY or _encoded(path) == canonical_path(path, True)
+    return value if keeps else _encoded(path)
+
+
+def _uri_component(value: str, _: Case) -> str:
+    return re.sub("%(?:25)?(2[1789A])", lambda match: _decoded(f"%{match[1]}"), value)
+
+
+def _length_in_characters(value: str, case: Case) -> str:
+    length = len((case.body or b"").decode("utf-8", "replace"))
+    return re.sub("(?m)^content-length:.*$", f"content-length:{length}", value)
+
+
+def _query_parts(case: Case) -> list[str]:
+    parts = case.request.target.partition("?")[2].split("&")
+    return [part for part in parts if not part.startswith("X-Amz-Signature=")]
+
+
+def _encoded_query(case: Case) -> Iterator[str]:
+    for part in _query_parts(case):
+        name, _, value = part.replace("+", " ").partition("=")
+        yield f"{_encoded(_decoded(name), '')}={_encoded(_decoded(value), '')}"
 
 
 def _with_host(headers: str, host: str) -> str:
     host = host.partition(",")[0].strip()
-    return _HOST_LINE.sub(lambda _: f"host:{host}", headers) if host else headers
+    return re.sub("(?m)^host:.*$", lambda _: f"host:{host}", headers) if host else headers
 
 
-def explain_mismatch(request: Request, proven: Proven, parts: Sequence[str]) -> str:
-    """Return a known mistake of the client that explains its signature, or ""."""
-    if sum(map(len, parts)) > 16384:  # each combination hashes all of it
+def _sent(case: Case) -> Sequence[tuple[str, str]]:
+    """Return the signed headers as they came."""
+    return [(n, v) for n, v in case.request.headers if n.lower() in case.claimed.signed_headers]
+
+
+def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"{name}:{value}\n" for name, value in headers)
+
+
+def _every_header(value: str, case: Case) -> str:
+    names = sorted({*case.request.fields} - {"authorization"})
+    return canonical_headers(case.request.fields, names)
+
+
+def _of_body(change: Callable[[bytes], bytes]) -> Deviate:
+    """Return a function that hashes a changed body."""
+
+    def _deviate(value: str, case: Case) -> str:
+        try:
+            return value if case.body is None else hashlib.sha256(change(case.body)).hexdigest()
+        except (ValueError, RecursionError):  # it is no JSON
+            return value
+
+    return _deviate
+
+
+def _in_json(**form: Any) -> Deviate:
+    return _of_body(lambda body: json.dumps(json.loads(body), **form).encode())
+
+
+_OTHER_JSON = "hashed other JSON than it sent ({}): hash the bytes that you send"
+# As MISTAKES, with functions instead of patterns.
+DEVIATIONS: Sequence[tuple[str, str, Deviate]] = (
+    *_mistakes(MISTAKES.replace("\\\n", "")),
+    ("method", "signed the method in lower case", lambda v, c: v.lower()),
+    ("path", "did not encode !'()* in the path (encodeURIComponent does not)", _uri_component),
+    ("path", "did not resolve the dots and empty segments of the path", _unresolved),
+    ("path", "signed the path as sent: encode it once more, as curl does from 8.14 on",
+     lambda v, c: c.request.path),
+    ("path", "encoded the path once, not twice", lambda v, c: _encoded(_decoded(c.request.path))),
+    ("path", "encoded the path once too often (Amazon S3 wants it once, others twice)",
+     lambda v, c: _encoded(v)),
+    ("path", "did not percent-encode the path", lambda v, c: _decoded(c.request.path)),
+    ("path", "resolved dots and empty segments of the path, which Amazon S3 keeps",
+     lambda v, c: _encoded(_decoded(canonical_path(c.request.path, True)))),
+    ("path", "signed the query as a part of the path", lambda v, c: c.request.target),
+    ("path", "encoded the slashes of the path", lambda v, c: _encoded(v, safe="%")),
+    ("path", "wrote the path's percent-encoding in lower case", _lower_hex),
+    ("query", "did not encode !'()* in the query (encodeURIComponent does not)", _uri_component),
+    ("query", "signed the query as sent: sort its parameters, write each as name=value with both"
+     " percent-encoded, or take curl 8.19 or newer", lambda v, c: "&".join(_query_parts(c))),
+    ("query", "sorted the query, but did not percent-encode it as RFC 3986 says",
+     lambda v, c: "&".join(sorted(_query_parts(c)))),
+    ("query", "did not sort the query", lambda v, c: "&".join(_encoded_query(c))),
+    ("query", "sorted the query without regard to case",
+     lambda v, c: "&".join(sorted(_encoded_query(c), key=str.lower))),
+    ("query", "signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B",
+     lambda v, c: v.replace("%20", "%2B") if "+" in c.request.target else v),
+    ("query", "percent-encoded the query twice", lambda v, c: _encoded(v, safe="=&")),
+    ("query", "did not percent-encode the query", lambda v, c: _decoded(v)),
+    ("query", "wrote the query's percent-encoding in lower case", _lower_hex),
+    ("headers", "signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host:"
+     " set 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url",
+     lambda v, c: _with_host(v, c.request.header("x-forwarded-host") or "")),
+    ("headers", "did not sort the canonical headers",
+     lambda v, c: _header_lines((n.lower(), w) for n, w in _sent(c))),
+    ("headers", "did not write the names of the canonical headers in lower case",
+     lambda v, c: _header_lines(sorted(_sent(c), key=lambda it: it[0].lower()))),
+    ("headers", "kept several blanks in a header: write one",
+     lambda v, c: _header_lines(sorted((n.lower(), w) for n, w in _sent(c)))),
+    ("headers", "wrote the values of the headers in lower case", lambda v, c: v.lower()),
+    ("headers", "signed the number of characters as Content-Length: send and sign that of bytes",
+     _length_in_characters),
+    ("headers", "included headers that SignedHeaders does not name", _every_header),
+    ("names", "did not write the line of signed headers in lower case",
+     lambda v, c: ";".join(sorted((n for n, _ in _sent(c)), key=str.lower))),
+    ("names", "wrote headers into the line of signed headers that SignedHeaders does not name",
+     lambda v, c: ";".join(sorted({*c.request.fields} - {"authorization"}))),
+    ("names", "did not sort the line of signed headers",
+     lambda v, c: ";".join(n.lower() for n, _ in _sent(c))),
+    ("payload", "wrote the body's hash in upper case", lambda v, c: v.upper()),
+    ("payload", "hashed the hex of the body's hash",
+     lambda v, c: hashlib.sha256(v.encode("latin-1")).hexdigest()),
+    ("payload", "wrote the body's hash in base64, not in hex", lambda v, c:
+     base64.b64encode(bytes.fromhex(v)).decode() if _SHA256_HEX.fullmatch(v) else v),
+    ("payload", "wrote the body itself instead of its hash",
+     lambda v, c: v if c.body is None else c.body.decode("latin-1")),
+    ("payload", "hashed the body without its last newline",
+     _of_body(lambda body: body.rstrip(b"\r\n"))),
+    ("payload", "hashed the body with a newline that it did not send",
+     _of_body(lambda body: body + b"\n")),
+    ("payload", "hashed the body with LF instead of CR LF",
+     _of_body(lambda body: body.replace(b"\r\n", b"\n"))),
+    ("payload", "hashed the body with CR LF instead of LF",
+     _of_body(lambda body: body.replace(b"\n", b"\r\n"))),
+    ("payload", "hashed the body as a string in JSON",
+     _of_body(lambda body: json.dumps(body.decode()).encode())),
+    ("payload", _OTHER_JSON.format("without blanks"), _in_json(separators=(",", ":"))),
+    ("payload", _OTHER_JSON.format("with blanks"), _in_json()),
+    ("payload", _OTHER_JSON.format("sorted"), _in_json(sort_keys=True)),
+    ("payload", _OTHER_JSON.format("sorted, without blanks"),
+     _in_json(sort_keys=True, separators=(",", ":"))),
+    ("payload", _OTHER_JSON.format("indented"), _in_json(indent=2)),
+)  # fmt: skip
+_REGIONS = "us-east-1 us-east-2 us-west-1 us-west-2 eu-west-1 eu-central-1 aws-global".split()
+_SERVICES = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split()
+
+
+def _families(case: Case) -> Iterator[tuple[str, str, str]]:
+    """Yield deviations of which there are many: a field, the words, and the other value."""
+    date, region, service, end = case.claimed.scope
+    for method in sorted(METHODS):
+        yield "method", f"signed the method {method}", method
+    lines = canonical_headers(case.request.fields, case.claimed.signed_headers)
+    for name in case.claimed.signed_headers:
+        words = f"left {name} out of the canonical headers"
+        yield "headers", words, re.sub(f"(?m)^{re.escape(name)}:.*\n", "", lines)
+    for other in _REGIONS:
+        words = f"derived the key for the region {other}, and its scope says {region}"
+        yield "scope", words, f"{date}/{other}/{service}/{end}"
+    for other in _SERVICES:
+        words = f"derived the key for the service {other}, and its scope says {service}"
+        yield "scope", words, f"{date}/{region}/{other}/{end}"
+    for seconds in (-2, -1, 1, 2, *range(-50400, 50401, 1800)):
+        time_there = iso_basic(epoch(case.claimed.amz_date) + seconds)
+        ahead = f"{seconds / 3600:+g} hours" if seconds % 1800 == 0 else f"{seconds:+d} s"
+        words, scope = f"{ahead} from X-Amz-Date", f"{time_there[:8]}/{region}/{service}/{end}"
+        words += ": write UTC" if seconds % 1800 == 0 else ": take the time once"
+        for shown in dict.fromkeys((scope, str(case.claimed.scope))):
+            text = f"{ALGORITHM}\n{time_there}\n{shown}\n(hash)"
+            yield "text", f"wrote a time into the string to sign that is {words}", text
+        yield "scope", f"derived the key for a day that is {words}", scope
+
+
+MAX_CANDIDATES = 3500  # for one signature: some 20 ms
+MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
+
+
+def find_cause(case: Case, parts: Sequence[str]) -> str:
+    """Return what the signer did wrong, and how to mend it; "" for a request that is too long."""
+    if sum(map(len, parts)) > MAX_SEARCHED:
         return ""
-    choices: list[dict[str, str]] = [{part: ""} for part in parts]
-    for line, deviate, advice in DEVIATIONS:
-        choices[line].setdefault(deviate(request, parts[line]), advice)
-    for chosen in itertools.product(*choices):
-        made = prove(proven.claimed, proven.client, chosen).signature
-        if hmac.compare_digest(made, proven.claimed.signature):
-            faults = "; ".join(filter(None, map(dict.__getitem__, choices, chosen)))
-            return f"\nYour client is not wrong about the key, but about the form: {faults}.\n"
-    return ""
+    if case.body is not None and len(case.body) > MAX_SEARCHED:
+        case.body = None
+    scope = str(case.claimed.scope)
+    method, path, query, headers, names, payload = parts
+    text, secret = f"{ALGORITHM}\n{case.claimed.amz_date}\n{scope}\n(hash)", f"AWS4{case.secret}"
+    base = Draft(method, path, query, headers, names, payload, text, secret, scope)
+    causes = _search(case, base)
+    if causes:
+        return f"Your signer {', and it '.join(causes)}."
+    return (
+        "No usual mistake of a signer gives this signature: the secret is probably another one."
+        " Check for another profile, another key's secret, and blanks in the secret."
+    )
+
+
+def _search(case: Case, base: Draft) -> Sequence[str]:
+    """Return the words of one or two deviations that give the signature, () if none do."""
+    signer = BrokenSigner(case.claimed.signature)
+    found: dict[Draft, tuple[int, str, Deviate]] = {base: (-1, "", _lower_hex)}
+    for field_name, words, deviate in DEVIATIONS:
+        at = Draft._fields.index(field_name)
+        draft = _deviated(base, at, deviate, case)
+        if draft not in found:
+            if signer.gives(draft):
+                return [words]
+            found[draft] = at, words, deviate
+    for field_name, words, value in _families(case):
+        if signer.gives(base._replace(**{field_name: value})):
+            return [words]
+    pairs = itertools.combinations(list(found.items())[1:], 2)
+    for (one, (at, words, first)), (other, (there, more, second)) in itertools.islice(
+        pairs, MAX_CANDIDATES
+    ):
+        if at != there:
+            hit = signer.gives((*one[:there], other[there], *one[there + 1 :]))
+        else:  # the order counts
+            hit = signer.gives(_deviated(one, at, second, case))
+            hit = hit or signer.gives(_deviated(other, at, first, case))
+        if hit:
+            return [words, more]
+    return ()
+
+
+def _deviated(draft: Draft, at: int, deviate: Deviate, case: Case) -> Draft:
+    try:
+        return Draft._make((*draft[:at], deviate(draft[at], case), *draft[at + 1 :]))
+    except (ServiceError, ValueError):  # such as a path above its root
+        return draft
+
+
+class BrokenSigner:
+    """Signs drafts, to find the one that has a signature."""
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = bytes.fromhex(wanted)
+        self._keys: dict[tuple[str, ...], bytes] = {}
+        self._hashes: dict[tuple[str, ...], str] = {}
+
+    def gives(self, draft: tuple[str, ...]) -> bool:
+        """Return whether the signature of a draft is the wanted one."""
+        parts, text, source = draft[:6], draft[6], draft[7:]
+        digest = self._hashes.get(parts)
+        if digest is None:
+            digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+            self._hashes[parts] = digest
+        key = self._keys.get(source)
+        if key is None:
+            key = self._keys[source] = _broken_key(*source)
+        message = text.replace("(hash)", digest).encode()
+        if b"(" in message:
+            key, message = _broken_step(key, message, "\n".join(parts).encode())
+        return hmac.digest(key, message, "sha256") == self._wanted
+
+
+def _hex_of(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+_HASHES: Sequence[tuple[bytes, Callable[[bytes], bytes]]] = (
+    (b"(canonical)", bytes),
+    (b"(HASH)", lambda canonical: _hex_of(canonical).upper()),
+    (b"(base64)", lambda canonical: base64.b64encode(hashlib.sha256(canonical).digest())),
+    (b"(again)", lambda canonical: _hex_of(_hex_of(canonical))),
+    (b"(crlf)", lambda canonical: _hex_of(canonical.replace(b"\n", b"\r\n"))),
+    (b"(literal)", lambda canonical: _hex_of(canonical.replace(b"\n", rb"\n"))),
+)
+
+
+def _broken_step(key: bytes, message: bytes, canonical: bytes) -> tuple[bytes, bytes]:
+    """Return the key and the message of the last step, as the words in brackets say."""
+    for word, make in _HASHES:
+        if word in message:
+            message = message.replace(word, make(canonical))
+    if message.startswith(b"(text)"):
+        return key, _hex_of(message[6:])
+    if message.startswith(b"(hexkey)"):
+        return key.hex().encode(), message[8:]
+    return (message[9:], key) if message.startswith(b"(swapped)") else (key, message)
+
+
+def _broken_key(secret: str, scope: str) -> bytes:
+    """Return a signing key; `hex:` or `swapped:` before the scope say how it is derived."""
+    how, _, rest = scope.rpartition(":")
+    key = secret.encode("utf-8")
+    for part in rest.encode("latin-1").split(b"/"):
+        pair = (part, key) if how == "swapped" else (key, part)
+        key = hmac.digest(*pair, "sha256")
+        key = key.hex().encode() if how == "hex" else key
+    return key
 
 
 # [3.9] Bodies that are checked as they stream
@@ -2030,8 +2446,7 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 # `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.
 # Sources: the SDKs' service models; Smithy 2.0, "AWS protocols"; recordings of Amazon SQS.
 
-# ---- Shapes of an operation's input, from the service model ----
-
+# [4.1] Operations and the shapes of their input
 STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 
 
@@ -2125,9 +2540,7 @@ def read_again(body: Body) -> bytes:
     return data
 
 
-# ---- Choosing the protocol ----
-
-
+# [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
 QUERY_VERSIONS = pairs("""
     autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
@@ -2450,6 +2863,7 @@ def _side(status: int) -> str:
     return "Sender" if status < 500 else "Receiver"
 
 
+# [4.3] AWS JSON
 class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
@@ -2654,6 +3068,7 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(text)
 
 
+# [4.4] AWS Query
 class AwsQuery(WireProtocol):
     """`Action` and the input are form fields in the query string or the body; answers are XML.
 
@@ -2923,6 +3338,7 @@ def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "
     return f"<{element}{attributes}>{''.join(members)}</{element}>"
 
 
+# [4.5] Actions of Amazon S3
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
 # the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
 # The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
@@ -3072,6 +3488,7 @@ def rest_meaning(request: Request) -> Meaning:
     return Meaning(request.method, path=plain, other_paths=others)
 
 
+# [4.6] REST
 class Rest(WireProtocol):
     """Method and path name the operation (Smithy: restXml, restJson1)."""
 
@@ -3116,6 +3533,7 @@ class Rest(WireProtocol):
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
 
+# [4.7] RPC v2 CBOR
 class RpcV2(WireProtocol):
     """The path names the operation, and the CBOR or JSON is passed on unread (Smithy RPC v2)."""
 
@@ -3171,6 +3589,7 @@ def _cbor_strings(document: Mapping[str, str]) -> bytes:
 # _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
 # write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
+# [5.1] Limits and refusals
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
 MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
@@ -3255,6 +3674,7 @@ def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
     return sqs_refusal("value", value, parameter, reason)
 
 
+# [5.2] Messages and queues
 @dataclass(eq=False)
 class Message:
     """A message and its state."""
@@ -3551,6 +3971,7 @@ class MoveTask:
         }
 
 
+# [5.3] Queue attributes, and checks of messages
 class Setting(NamedTuple):
     """A queue attribute that callers can set."""
 
@@ -3782,6 +4203,7 @@ def _own_arn(call: Call, name: str = "") -> str:
     return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
 
 
+# [5.4] The operations
 class Sqs:
     """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
 
@@ -4438,6 +4860,7 @@ def _asks_for(pattern: str, name: str) -> bool:
     return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
 
 
+# [5.5] The model of Amazon SQS
 _SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
@@ -4505,8 +4928,7 @@ SQS_MODEL = MODELS["sqs"] = Model(
 )
 
 
-# ---- Queue URLs: the caller gets ours, the upstream gets its own ----
-
+# [5.6] Queue URLs: the caller gets ours, the upstream gets its own
 _URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
 _URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
 _ORIGIN = re.compile("https?://[^/]*")
@@ -4597,6 +5019,7 @@ def receipt_handles(reply: Reply) -> list[str]:
 # raises NoKeys, put it into _sources, and its environment variables into _SET_UP_BY.
 
 
+# [6.1] Endpoints
 class Endpoint(NamedTuple):
     """An origin to send to."""
 
@@ -4885,9 +5308,7 @@ def is_link_local(host: str) -> bool:
     return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
 
-# ---- Our own credentials ----
-
-
+# [6.2] Our own credentials
 class NoKeys(Exception):
     """A source has no credentials; `passing` if it may have some in a moment."""
 
@@ -5598,8 +6019,7 @@ class Keyring:
         return cache
 
 
-# ---- Connections ----
-
+# [6.3] Connections
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
@@ -5883,8 +6303,7 @@ class Pool:
         return tunnel
 
 
-# ---- Forwarding ----
-
+# [6.4] Forwarding
 # The codes for a wrong signature.  The text of such an error repeats the signed request.
 _MISMATCHES = frozenset(
     "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
@@ -7368,7 +7787,8 @@ class Sts:
         return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
 
-STS_MODEL = Model(operations(Sts, {}, "GetCallerIdentity -> Arn UserId Account"), {})
+_IDENTITY = "GetCallerIdentity"
+STS_MODEL = Model(operations(Sts, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
 
 
 class Embedded:
@@ -8033,6 +8453,7 @@ class Proxy:
         self.arrange_hooks()
         self._clock = clock
         self._new_id = new_id
+        self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
         self._steps = (
             self._answer_own_path,
             self._verify,
@@ -8132,6 +8553,14 @@ class Proxy:
             except ServiceError as error:
                 exchange.outcome = REST.error(request, error, exchange.request_id)
 
+    def _may_search(self) -> bool:
+        """Return whether fewer than MAX_SEARCHES began within a second."""
+        now, searches = time.monotonic(), self._searches
+        if len(searches) == MAX_SEARCHES and now < searches[0] + 1:
+            return False
+        searches.append(now)
+        return True
+
     def check(self, request: Request) -> Exchange:
         """Verify a request without answering it."""
         exchange = self._exchange(request)
@@ -8169,6 +8598,7 @@ class Proxy:
                 wire.must_be_signed,
                 private=self._scheme == "https" or is_loopback(request.peer),
                 other_host=self._public_host,
+                may_search=self._may_search,
             )
         check_one_reading(request, wire, exchange.service)
         return proven
@@ -8461,6 +8891,7 @@ class Proxy:
 
 
 SPOOLED_IN_MEMORY = 262144
+MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
 
 
 @contextlib.contextmanager
