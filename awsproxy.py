@@ -8747,7 +8747,10 @@ class PeerConnection:
             self.server.listen_to(self, selectors.EVENT_WRITE, self.shake_hands)
         except OSError as error:
             if getattr(error, "reason", "") == "HTTP_REQUEST":
-                self.server.work(self, self._ask_for_tls)
+                message = "This port speaks TLS: the URL must begin with https."
+                answer = self.server.refusal(ServiceError("BadRequest", message), self.peer)
+                self.server.listen_to(self, selectors.EVENT_READ, self.readable)
+                self._send_last(super(ssl.SSLSocket, self.socket).send, answer)
             else:
                 self.close()
         else:
@@ -8840,20 +8843,19 @@ class PeerConnection:
         return head, length, end
 
     def _refuse(self, head: Head, refused: ServiceError) -> None:
-        """Send the refusal, then drop what arrives for a moment, for the reason in `_linger`."""
         request = head.request(io.BytesIO(), self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
-        data = encode_reply(reply, _http_date(int(time.time())), True, head.method == "HEAD")
-        self.buffer, self.found = b"", None
-        whole = False
+        date = _http_date(int(time.time()))
+        self._send_last(self.socket.send, encode_reply(reply, date, True, head.method == "HEAD"))
+
+    def _send_last(self, send: Callable[[bytes], int], data: bytes) -> None:
+        """Send a short answer, and linger."""
         with contextlib.suppress(OSError):
-            whole = self.socket.send(data) == len(data)
-        if not whole:
-            self.close()
-            return
-        self._end_writing()
-        self.lingering, self.needed = True, 0
-        self.deadline = time.monotonic() + SECONDS_LINGERING
+            if send(data) == len(data):
+                self._linger()
+                self.server.park(self)
+                return
+        self.close()
 
     def send_outcome(self, outcome: Outcome, framing: Framing) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
@@ -8916,12 +8918,6 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _ask_for_tls(self) -> bool:
-        error = ServiceError("BadRequest", "This port speaks TLS: the URL must begin with https.")
-        socket.socket.sendall(self.socket, self.server.refusal(error, self.peer))
-        self._linger()
-        return False
-
     def _converse(self, head: Head, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
         source = Stream(self._receiver(), self.buffer)
@@ -8941,7 +8937,7 @@ class PeerConnection:
         self.buffer = source.buffer
         if body.unread:
             self._linger()
-        return goes_on
+        return goes_on or self.lingering
 
     def _receiver(self) -> Callable[[int], bytes]:
         """Return a function that receives a body, and raises RequestTimeout if it is too slow."""
@@ -9010,17 +9006,12 @@ class PeerConnection:
         return bool(poll.poll(0))
 
     def _linger(self) -> None:
-        """Drop what arrives for a moment: a reset would overtake the answer."""
-        self._end_writing()
-        self.socket.settimeout(0.5)
-        until = time.monotonic() + SECONDS_LINGERING
-        while self.socket.recv(65536) and time.monotonic() < until:
-            pass
-
-    def _end_writing(self) -> None:
+        """Make the loop drop what arrives for a moment: a reset would overtake the answer."""
         self._send_close_notify()
         with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
+        self.buffer, self.found, self.needed = b"", None, 0
+        self.lingering = True
 
 
 def _framing_of(head: Head) -> Framing:
@@ -9212,7 +9203,9 @@ class Server(http.server.HTTPServer):
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
         busy = self._pending or self._queue or self._replies
-        return not busy and all(c.parked and not c.writing for c in self._connections)
+        return not busy and all(
+            c.parked and not (c.writing or c.lingering) for c in self._connections
+        )
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
@@ -9281,7 +9274,7 @@ class Server(http.server.HTTPServer):
             wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
             sock = wrap(sock, do_handshake_on_connect=False)
         connection = PeerConnection(self, sock, peer)
-        self._park(connection)
+        self.park(connection)
         self._connections.add(connection)
         if self._certificate:
             connection.shake_hands()
@@ -9310,9 +9303,10 @@ class Server(http.server.HTTPServer):
         """Make the loop call `act` when the connection is ready for the events."""
         self._selector.modify(connection.socket, events, act)
 
-    def _park(self, connection: PeerConnection) -> None:
+    def park(self, connection: PeerConnection) -> None:
         """Make the loop wait for the next bytes of the connection."""
-        connection.deadline = time.monotonic() + self.timeout_seconds
+        seconds = SECONDS_LINGERING if connection.lingering else self.timeout_seconds
+        connection.deadline = time.monotonic() + seconds
         if not connection.parked:
             connection.parked = True
             connection.socket.setblocking(False)
@@ -9350,7 +9344,7 @@ class Server(http.server.HTTPServer):
             self._selector.unregister(sock)
         connection.pending = None
         if connection in self._connections:
-            self._park(connection)
+            self.park(connection)
             self._replies.append((connection, outcome, framing))
 
     def _give_up_pending(self) -> None:
@@ -9390,7 +9384,7 @@ class Server(http.server.HTTPServer):
             if connection.socket.fileno() < 0:
                 self._connections.discard(connection)
             else:
-                self._guarded(self._park, connection.socket, connection)
+                self._guarded(self.park, connection.socket, connection)
                 self._guarded(connection.resume, connection.socket)
 
 
