@@ -8693,10 +8693,7 @@ def _http_date(second: int) -> str:
 
 
 def read_certificate(path: str, key: str = "") -> ssl.SSLContext:
-    """Return the SSL context of a PEM file with chain and key, or of two files.
-
-    Raise OSError or ValueError.
-    """
+    """Return the SSL context of a PEM file with chain and key, or of two; OSError, ValueError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -8717,6 +8714,9 @@ class Framing(NamedTuple):
     old: bool  # HTTP/1.0, without chunks
 
 
+FoundHead = tuple[Head, int, int]  # the ends of the head and of its body in the buffer
+
+
 class PeerConnection:
     """A connection, its unread bytes and its deadline."""
 
@@ -8728,9 +8728,8 @@ class PeerConnection:
         self.parked = False  # whether it is registered with the selector
         self.queued = False  # whether the loop will look for a request in the buffer
         self.pending: Optional[Pending] = None  # the call that waits for an upstream
-        self.needed = 0  # bytes that must be in the buffer for a request
         self.scanned = 0  # bytes of the buffer without the end of a head
-        self.found: Optional[tuple[Head, int, int]] = None  # a head whose body is incomplete
+        self.found: Optional[FoundHead] = None  # a head whose body is incomplete
         self.lingering = False  # whether to drop what arrives
         self.used = False  # whether it has sent a complete request
         self.writing = False  # whether the client reads an answer slowly
@@ -8777,8 +8776,7 @@ class PeerConnection:
         if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
-        if len(self.buffer) >= self.needed:
-            self.needed = 0
+        if self.found is None or len(self.buffer) >= self.found[2]:
             self.server.queue(self)
         self.server.note_arrival(len(data))
 
@@ -8788,10 +8786,10 @@ class PeerConnection:
         found = self.found or self._find_head()
         if found is None:
             return None
-        head, length, end = found
-        buffer, beyond = self.buffer, end + length
+        head, end, beyond = found
+        buffer = self.buffer
         if len(buffer) < beyond:
-            self.found, self.needed = found, beyond
+            self.found = found
             return None
         self.found, self.used = None, True
         self.buffer = buffer[beyond:]
@@ -8800,11 +8798,8 @@ class PeerConnection:
         request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
         return request, _framing_of(head)
 
-    def _find_head(self) -> Optional[tuple[Head, int, int]]:
-        """Return the head in the buffer, the length of the body, and the end of the head.
-
-        None if it is not complete, or refused, or if a worker is to read the body.
-        """
+    def _find_head(self) -> Optional[FoundHead]:
+        """Return a head; None if it is incomplete or refused, or a worker is to read the body."""
         if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
             message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
             log.warning(message, self.peer)
@@ -8827,20 +8822,21 @@ class PeerConnection:
         except ServiceError as error:
             self._refuse(salvage_head(buffer[:end]), error.without_frames())
             return None
-        if waits or length is None or len(buffer) < end + length:
+        beyond = end + (length or 0)
+        if waits or len(buffer) < beyond:
             # Nothing is kept for somebody who will be refused anyway, and no thread waits.
             alone = head.request(io.BytesIO(), self.peer, self.abandoned)
             longest = self.server.proxy.longest_body(head)
-            too_long = length is not None and length > longest
+            too_long = beyond - end > longest
             refused = too_large(longest) if too_long else self.server.proxy.judge(alone)
             if refused:
                 self._refuse(head, refused)
                 return None
-        if waits or length is None:
+        if waits:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, head, length))
             return None
-        return head, length, end
+        return head, end, beyond
 
     def _refuse(self, head: Head, refused: ServiceError) -> None:
         request = head.request(io.BytesIO(), self.peer, self.abandoned)
@@ -8920,8 +8916,8 @@ class PeerConnection:
 
     def _converse(self, head: Head, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
-        source = Stream(self._receiver(), self.buffer)
-        self.buffer = b""
+        source = Stream(self._receive, self.buffer)
+        self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         longest = self.server.proxy.longest_body(head)
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(head) else None
@@ -8939,26 +8935,19 @@ class PeerConnection:
             self._linger()
         return goes_on or self.lingering
 
-    def _receiver(self) -> Callable[[int], bytes]:
-        """Return a function that receives a body, and raises RequestTimeout if it is too slow."""
-        began, total = time.monotonic(), 0
-
-        def _receive(size: int) -> bytes:
-            nonlocal total
-            late = began + self.server.timeout_seconds + total / MIN_BODY_RATE
-            try:
-                data = self.socket.recv(size) if time.monotonic() < late else None
-            except socket.timeout:
-                data = None
-            except OSError:
-                data = b""  # the client has hung up
-            if data is None:
-                message = "Your socket connection to the server was not read from or written to."
-                raise ServiceError("RequestTimeout", message)
-            total += len(data)
-            return data
-
-        return _receive
+    def _receive(self, size: int) -> bytes:
+        """Receive a part of a body; ServiceError RequestTimeout if it arrives too slowly."""
+        try:
+            data = self.socket.recv(size) if time.monotonic() < self.deadline else None
+        except socket.timeout:
+            data = None
+        except OSError:
+            data = b""  # the client has hung up
+        if data is None:
+            message = "Your socket connection to the server was not read from or written to."
+            raise ServiceError("RequestTimeout", message)
+        self.deadline += len(data) / MIN_BODY_RATE
+        return data
 
     def _write(self, outcome: Outcome, framing: Framing) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
@@ -9010,8 +8999,7 @@ class PeerConnection:
         self._send_close_notify()
         with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
-        self.buffer, self.found, self.needed = b"", None, 0
-        self.lingering = True
+        self.buffer, self.found, self.lingering = b"", None, True
 
 
 def _framing_of(head: Head) -> Framing:
@@ -9053,8 +9041,7 @@ class Server(http.server.HTTPServer):
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
-        regular = (self._give_up_late, self._give_up_pending, self._listen_again)
-        self._regular = (*regular, every_half_second)
+        self._regular = (self._check_deadlines, self._listen_again, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._connections: set[PeerConnection] = set()
@@ -9062,8 +9049,8 @@ class Server(http.server.HTTPServer):
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
         self._heard: list[Pending] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome, Framing]] = []  # of upstreams
-        # Calls that wait for an upstream: since when, on which socket, and for whom.
-        self._pending: dict[Pending, tuple[float, socket.socket, PeerConnection, Framing]] = {}
+        # Calls that wait for an upstream: on which socket, and for whom.
+        self._pending: dict[Pending, tuple[socket.socket, PeerConnection, Framing]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -9088,11 +9075,9 @@ class Server(http.server.HTTPServer):
             wait = 0.0 if self._queue else max(0.0, tick - time.monotonic())
             ready = self._selector.select(wait)
             looked = time.monotonic()
-            for start in range(0, len(ready), AT_ONCE):
+            for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
-                self._guarded(self._answer)
-            if self._queue:
                 self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
@@ -9202,10 +9187,8 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = self._pending or self._queue or self._replies
-        return not busy and all(
-            c.parked and not (c.writing or c.lingering) for c in self._connections
-        )
+        busy = any(c.writing or c.lingering or not c.parked for c in self._connections)
+        return not (busy or self._pending or self._queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
@@ -9324,8 +9307,10 @@ class Server(http.server.HTTPServer):
             connection.parked = False
             self._selector.unregister(connection.socket)
 
-    def _give_up_late(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
+        for pending in [p for p, (_, c, _) in self._pending.items() if c.deadline < now]:
+            self._settle(pending, pending.give_up())
         for connection in [c for c in self._connections if c.deadline < now and c.parked]:
             connection.close()
 
@@ -9333,24 +9318,19 @@ class Server(http.server.HTTPServer):
         """Make the loop wait for the answer of an upstream."""
         sock = pending.socket
         assert sock
-        connection.pending, connection.deadline = pending, math.inf
-        self._pending[pending] = (time.monotonic(), sock, connection, framing)
+        connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
+        self._pending[pending] = (sock, connection, framing)
         act = functools.partial(self._heard.append, pending)
         self._selector.register(sock, selectors.EVENT_READ, act)
 
     def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        _, sock, connection, framing = self._pending.pop(pending)
+        sock, connection, framing = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(sock)
         connection.pending = None
         if connection in self._connections:
             self.park(connection)
             self._replies.append((connection, outcome, framing))
-
-    def _give_up_pending(self) -> None:
-        now = time.monotonic()
-        for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
-            self._settle(pending, pending.give_up())
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""
