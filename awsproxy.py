@@ -9382,19 +9382,8 @@ _OF_A_CLIENT = frozenset(
 
 def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
-    parser = configparser.RawConfigParser(default_section="")
-    try:
-        with open(path, encoding="utf-8") as lines:
-            parser.read_file(lines)
-    except configparser.ParsingError as error:  # the line may be a secret: show its number
-        errors = getattr(error, "errors", ())  # some kinds have none before Python 3.13
-        line = errors[0][0] if errors else getattr(error, "lineno", 1)
-        raise ValueError(f"line {line} is malformed") from error
-    except configparser.Error as error:
-        raise ValueError(str(error).splitlines()[0]) from error
     clients: dict[str, list[Client]] = {}
-    for name in parser.sections():
-        section = parser[name]
+    for name, section in _sections(path, str.lower):
         key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
         if not _KEY_ID.fullmatch(key) or not secret:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
@@ -9419,13 +9408,22 @@ def read_clients(path: str) -> Clients:
 
 def read_queues(path: str) -> Sequence[QueueDeclaration]:
     """Return the queues that a file declares, a section each, or raise OSError or ValueError."""
+    return [_declaration(name, section) for name, section in _sections(path, str)]
+
+
+def _sections(path: str, fold: Callable[[str], str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the sections of a file, with folded keys, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.optionxform = fold  # type: ignore[assignment, method-assign]
     try:
-        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
     except configparser.Error as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return [_declaration(name, dict(parser[name])) for name in parser.sections()]
+        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
+        lines = getattr(error, "errors", ())
+        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
+    for name in parser.sections():
+        yield name, dict(parser[name])
 
 
 def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
@@ -9594,7 +9592,7 @@ def _add_listening(add: Callable[..., Any]) -> None:
 
 
 def _add_callers(add: Callable[..., Any]) -> None:
-    add("--clients", metavar="FILE",
+    add("--clients", default="", metavar="FILE",
         help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
         " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
     add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
@@ -9642,7 +9640,6 @@ class Program:
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
         self._console = console
-        self._watched: Optional[Watched] = None
         self._certificate = self._read_certificate()
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
@@ -9653,22 +9650,23 @@ class Program:
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
-        clients = self._read_clients()
+        path = options.clients
+        with _usage_errors(path and f"the clients file {path} cannot be used: "):
+            self._clients = Watched(self._read_clients, path)
         if options.reuse_port:
             check_sharing(options, routes)
         warn_of_routes(options.route)
-        self._check_upstream_keys(clients)
+        self._check_upstream_keys()
         self._in_flight = self._build_in_flight()
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
         if (options.queue or options.queues) and not sqs:
             raise UsageError("--queue and --queues need a route to 'embedded'")
         self._region = options.region[0] if options.region else "us-east-1"
         with _usage_errors("--queues and --queue: "):
-            self._queues = Watched(read_queues, options.queues) if options.queues else None
-            self._declare()
+            self._queues = Watched(self._read_queues, options.queues)
         self._status = Status(metrics, self._in_flight, sqs, self._reset, self._region)
         self.proxy = Proxy(
-            clients,
+            self._clients.value,
             routes=routes,
             verified=not options.no_verify,
             sign_as=options.sign_as,
@@ -9724,21 +9722,10 @@ class Program:
         left = "Time until the first credentials for forwarding expire."
         metrics.gauge("credentials_seconds", left, keyring.seconds_left)
 
-    def _read_clients(self) -> Clients:
-        path = self._options.clients
-        with _usage_errors(f"the clients file {path} cannot be used: " if path else ""):
-            self._watched = Watched(self._checked_clients, path) if path else None
-            clients = self._all_clients()
-            self._check_clients(clients)
-        return clients
-
-    def _checked_clients(self, path: str) -> Clients:
-        clients = read_clients(path)
+    def _read_clients(self, path: str) -> Clients:
+        clients = all_clients(path, self._options.client)
         self._check_clients(clients)
         return clients
-
-    def _all_clients(self) -> Clients:
-        return all_clients(self._watched.value if self._watched else {}, self._options.client)
 
     def _check_clients(self, clients: Clients) -> None:
         """Raise ValueError if the clients must not reach the upstreams of the routes."""
@@ -9751,10 +9738,11 @@ class Program:
         for client in itertools.chain(*clients.values()) if self._upstreams else ():
             check_not_shared(self._keyring.of(client).ready(), clients)
 
-    def _check_upstream_keys(self, clients: Clients) -> None:
+    def _check_upstream_keys(self) -> None:
         """Log each client without keys to forward with; raise UsageError for shared keys."""
         with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
             tls_context()
+        clients = self._clients.value
         named = {client.name: client for client in itertools.chain(*clients.values())}
         for client in named.values() if self._upstreams else ():
             try:
@@ -9768,12 +9756,16 @@ class Program:
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
         if not name:
-            self._declare()
+            self._declare(self._queues.value)
         return count
 
-    def _declare(self) -> None:
+    def _read_queues(self, path: str) -> Sequence[QueueDeclaration]:
         declared = [QueueDeclaration(name) for name in self._options.queue]
-        declared += self._queues.value if self._queues else ()
+        declared += read_queues(path) if path else ()
+        self._declare(declared)
+        return declared
+
+    def _declare(self, declared: Sequence[QueueDeclaration]) -> None:
         declare_queues(self._sqs, declared, self._region, self._options.account_id)
 
     def _read_certificate(self) -> Optional[Watched]:
@@ -9823,24 +9815,17 @@ class Program:
     def _listen(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
     ) -> Server:
-        try:
+        hint = f"choose others with {flags} (0 picks a free one)"
+        with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
             return Server(address, proxy, timeout=self._options.timeout, **how)
-        except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {address[0]} port {address[1]}: {error};"
-            message += f" choose others with {flags} (0 picks a free one)"
-            raise UsageError(message) from error
 
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
-        if self._watched and self._watched.refresh():
-            self.proxy.clients = self._all_clients()
+        if self._clients.refresh():
+            self.proxy.clients = self._clients.value
             signing_key.cache_clear()
-        if self._queues and self._queues.refresh():
-            try:
-                self._declare()
-            except ValueError as error:
-                log.error("--queues %s: %s", self._options.queues, error)
+        self._queues.refresh()
         if self._certificate:
             self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):
@@ -9957,9 +9942,9 @@ def read_request(data: bytes) -> Request:
     return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
 
 
-def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
+def all_clients(path: str, more: Sequence[Client]) -> Clients:
     """Return the clients of --clients and --client, or the demo client without both flags."""
-    clients = dict(of_file)
+    clients = dict(read_clients(path)) if path else {}
     for client in more:
         clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
     return clients or DEMO_CLIENTS
@@ -9968,8 +9953,7 @@ def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
 def check_file(path: str, options: argparse.Namespace) -> int:
     """Print the explanation of a saved request at the time of its own date; return 0 or 1."""
     with _usage_errors(f"--check {path}: "):
-        of_file = read_clients(options.clients) if options.clients else {}
-        clients = all_clients(of_file, options.client)
+        clients = all_clients(options.clients, options.client)
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
         request = read_request(data)
     now = time.time()
