@@ -9374,7 +9374,7 @@ class Server(http.server.HTTPServer):
 # [10.1] Files of clients and queues
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
-_OF_A_CLIENT = frozenset(
+_CLIENT_KEYS = (  # in the order of the fields of Client
     "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
     " upstream_role_arn".split()
 )
@@ -9384,20 +9384,16 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     clients: dict[str, list[Client]] = {}
     for name, section in _sections(path, str.lower):
-        key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
-        if not _KEY_ID.fullmatch(key) or not secret:
+        client = Client(name, *(section.get(key, "") for key in _CLIENT_KEYS))
+        if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
-        for word in set(section) - _OF_A_CLIENT:
-            if meant := did_you_mean(word, _OF_A_CLIENT, 0.9):
+        for word in set(section) - set(_CLIENT_KEYS):
+            if meant := did_you_mean(word, _CLIENT_KEYS, 0.9):
                 raise ValueError(f"[{name}] has {word}{meant}")
-        account = section.get("aws_account_id", "")
-        if account and not _ACCOUNT_ID.fullmatch(account):
+        if client.account_id and not _ACCOUNT_ID.fullmatch(client.account_id):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
-        token = section.get("aws_session_token", "")
-        forwards = [section.get(word, "") for word in ("upstream_profile", "upstream_role_arn")]
-        client = Client(name, key, secret, token, account, *forwards)
-        same_key = clients.setdefault(key, [])
+        same_key = clients.setdefault(client.access_key_id, [])
         if any(other.session_token == client.session_token for other in same_key):
             raise ValueError(f"[{name}] repeats the key and token of another section")
         same_key.append(client)
@@ -9645,10 +9641,10 @@ class Program:
         self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
-        self._metrics = metrics = Metrics()
-        self._keyring = keyring = Keyring(os.environ, options.profile)
+        self._metrics = Metrics()
+        self._keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
-        routes = build_routes(options, keyring, self._sqs, self._pool)
+        routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
         path = options.clients
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
@@ -9664,7 +9660,7 @@ class Program:
         self._region = options.region[0] if options.region else "us-east-1"
         with _usage_errors("--queues and --queue: "):
             self._queues = Watched(self._read_queues, options.queues)
-        self._status = Status(metrics, self._in_flight, sqs, self._reset, self._region)
+        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, self._region)
         self.proxy = Proxy(
             self._clients.value,
             routes=routes,
@@ -9676,7 +9672,7 @@ class Program:
             public_url=options.public_url or "",
             scheme="https" if self._certificate else "http",
             max_body=options.max_body,
-            hooks=[metrics, self._in_flight, *self._read_hooks()],
+            hooks=[self._metrics, self._in_flight, *self._read_hooks()],
             status=None if options.admin else self._status,
             hook_seconds=options.timeout,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
@@ -9695,32 +9691,33 @@ class Program:
         if options.admin:
             admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        """Add the metrics that a scrape reads on demand."""
+        gauge, server = self._metrics.gauge, self.server
         lag = "Longest delay of the event loop since the last scrape."
-        metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
+        gauge("loop_lag_seconds", lag, server.take_lag)
         dropped = "Log lines that could not be written, or not soon enough."
-        metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
-        metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
-        metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
-        metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
-        by_queue, about = "region account queue", self._sqs.overview
-        metrics.gauge(
-            "queue_messages",
-            "Messages in memory.",
-            lambda: {
-                (*_names_of_queue(it), state): float(it[state])
-                for it in about(MOST_QUEUES)
-                for state in ("visible", "in_flight", "delayed")
-            },
-            f"{by_queue} state",
-        )
-        metrics.gauge(
-            "queue_oldest_seconds",
-            "Age of the oldest message in memory.",
-            lambda: {_names_of_queue(it): it["oldest_seconds"] for it in about(MOST_QUEUES)},
-            by_queue,
-        )
+        gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
+        gauge("connections", "Open connections.", lambda: server.connections)
+        gauge("calls", "Calls in progress.", lambda: server.calls)
+        gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        by_queue = "region account queue"
+        count = functools.partial(self._of_queues, "visible", "in_flight", "delayed")
+        gauge("queue_messages", "Messages in memory.", count, f"{by_queue} state")
+        age = functools.partial(self._of_queues, "oldest_seconds")
+        gauge("queue_oldest_seconds", "Age of the oldest message in memory.", age, by_queue)
         left = "Time until the first credentials for forwarding expire."
-        metrics.gauge("credentials_seconds", left, keyring.seconds_left)
+        gauge("credentials_seconds", left, self._keyring.seconds_left)
+
+    def _of_queues(self, *columns: str) -> Mapping[tuple[str, ...], float]:
+        """Return columns of the overview by region, account, queue and column."""
+        return {
+            (row["region"], row["account"], row["name"], column): float(row[column])
+            for row in self._sqs.overview(MOST_QUEUES)
+            for column in columns
+        }
 
     def _read_clients(self, path: str) -> Clients:
         clients = all_clients(path, self._options.client)
@@ -9777,7 +9774,6 @@ class Program:
             return Watched(read, path, key) if path else None
 
     def _read_hooks(self) -> list[Any]:
-        hooks: list[Any] = []
         path, quiet = self._options.log_file, self._options.quiet
         with _usage_errors(f"the file {path} cannot be used: "):
             open_again = functools.partial(open_log, path)
@@ -9786,7 +9782,7 @@ class Program:
         form = self._options.log_format
         if form == "text" and writer and writer.is_terminal:
             form = "colours" if writer.in_colour else "columns"
-        hooks += [AccessLog(writer, form) for writer in self._writers]
+        hooks: list[Any] = [AccessLog(writer, form) for writer in self._writers]
         if self._options.explain and self._console:
             hooks.append(Explainer(self._console, self._console.in_colour))
         for path in self._options.hook:
@@ -9837,8 +9833,7 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        in_progress = not self.server.is_idle or self._pool.given_up
-        return not in_progress and not self._in_flight.total
+        return self.server.is_idle and not (self._pool.given_up or self._in_flight.total)
 
     def end(self) -> None:
         """Drain if the flags say so, then stop.  Stop at once if called a second time."""
@@ -9898,7 +9893,7 @@ class Program:
         """Yield what answers which clients, and a command to try."""
         given = given_routes(self._options)
         routes = ", ".join(f"{pattern} -> {target}" for pattern, target in given[:4])
-        clients = [client for same_key in self.proxy.clients.values() for client in same_key]
+        clients = itertools.chain(*self._clients.value.values())
         names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
         yield f"answers {routes}; clients: {names:.200}"
         keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
@@ -9967,10 +9962,6 @@ def check_file(path: str, options: argparse.Namespace) -> int:
 
 
 MOST_QUEUES = 200  # in the metrics
-
-
-def _names_of_queue(described: Members) -> tuple[str, str, str]:
-    return described["region"], described["account"], described["name"]
 
 
 class MovableClock:
