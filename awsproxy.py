@@ -8706,19 +8706,10 @@ def _refuse_to_ask() -> str:
     raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
-class Framing(NamedTuple):
-    """The form of an answer."""
-
-    close: bool  # whether the connection ends with it
-    head_only: bool
-    old: bool  # HTTP/1.0, without chunks
-
-
-FoundHead = tuple[Head, int, int]  # the ends of the head and of its body in the buffer
-
-
 class PeerConnection:
-    """A connection, its unread bytes and its deadline."""
+    """A connection, its unread bytes, its deadline, and the head of the request in progress."""
+
+    head: Head
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -8729,7 +8720,7 @@ class PeerConnection:
         self.queued = False  # whether the loop will look for a request in the buffer
         self.pending: Optional[Pending] = None  # the call that waits for an upstream
         self.scanned = 0  # bytes of the buffer without the end of a head
-        self.found: Optional[FoundHead] = None  # a head whose body is incomplete
+        self.found: Optional[tuple[int, int]] = None  # the ends of the head and its body
         self.lingering = False  # whether to drop what arrives
         self.used = False  # whether it has sent a complete request
         self.writing = False  # whether the client reads an answer slowly
@@ -8776,17 +8767,17 @@ class PeerConnection:
         if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
-        if self.found is None or len(self.buffer) >= self.found[2]:
+        if self.found is None or len(self.buffer) >= self.found[1]:
             self.server.queue(self)
         self.server.note_arrival(len(data))
 
-    def next_request(self) -> Optional[tuple[Request, Framing]]:
-        """Return the next request in the buffer and the form of the answer, or None."""
+    def next_request(self) -> Optional[Request]:
+        """Return the next request in the buffer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
             return None
-        head, end, beyond = found
+        end, beyond = found
         buffer = self.buffer
         if len(buffer) < beyond:
             self.found = found
@@ -8795,11 +8786,14 @@ class PeerConnection:
         self.buffer = buffer[beyond:]
         if self.buffer:
             self.deadline = time.monotonic() + self.server.timeout_seconds
-        request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
-        return request, _framing_of(head)
+        body = io.BytesIO(buffer[end:beyond])
+        return self.head.request(body, self.peer, self.abandoned)
 
-    def _find_head(self) -> Optional[FoundHead]:
-        """Return a head; None if it is incomplete or refused, or a worker is to read the body."""
+    def _find_head(self) -> Optional[tuple[int, int]]:
+        """Parse a head, and return where it and its body end in the buffer.
+
+        None if it is incomplete or refused, or if a worker is to read the body.
+        """
         if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
             message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
             log.warning(message, self.peer)
@@ -8816,7 +8810,7 @@ class PeerConnection:
             end = len(buffer)
         self.scanned = 0
         try:
-            head = parse_head(buffer[:end])
+            head = self.head = parse_head(buffer[:end])
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
         except ServiceError as error:
@@ -8834,9 +8828,9 @@ class PeerConnection:
                 return None
         if waits:
             self.buffer = buffer[end:]
-            self.server.work(self, functools.partial(self._converse, head, length))
+            self.server.work(self, functools.partial(self._converse, length))
             return None
-        return head, end, beyond
+        return end, beyond
 
     def _refuse(self, head: Head, refused: ServiceError) -> None:
         request = head.request(io.BytesIO(), self.peer, self.abandoned)
@@ -8853,17 +8847,24 @@ class PeerConnection:
                 return
         self.close()
 
-    def send_outcome(self, outcome: Outcome, framing: Framing) -> None:
+    def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
         if isinstance(outcome, Pending) and outcome.socket:
-            self.server.wait(self, outcome, framing)
+            self.server.wait(self, outcome, outcome.socket)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
-            date = _http_date(int(time.time()))
-            self._send(
-                encode_reply(outcome, date, framing.close, framing.head_only), framing.close
-            )
+            close = self._closes()
+            self._send(self._encoded(outcome, close), close)
         else:
-            self.server.work(self, functools.partial(self._write, outcome, framing))
+            self.server.work(self, functools.partial(self._write, outcome))
+
+    def _closes(self) -> bool:
+        """Return whether the client wants the connection to end (RFC 9112, 9.6)."""
+        options = ",".join(self.head.fields.get("connection", ())).lower().split(",")
+        return self.head.version == "1.0" or "close" in map(str.strip, options)
+
+    def _encoded(self, reply: Reply, close: bool, streams: Optional[str] = None) -> bytes:
+        date = _http_date(int(time.time()))
+        return encode_reply(reply, date, close, self.head.method == "HEAD", streams)
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
         """Send a reply from its byte `sent` on, as fast as the client reads."""
@@ -8914,8 +8915,9 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _converse(self, head: Head, length: Optional[int]) -> bool:
+    def _converse(self, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
+        head = self.head
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         longest = self.server.proxy.longest_body(head)
@@ -8928,8 +8930,7 @@ class PeerConnection:
             body = LengthBody(source, length, begin)
         request = head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request)
-        framing = _framing_of(head)
-        goes_on = self._write(reply, framing._replace(close=True) if body.unread else framing)
+        goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
         if body.unread:
             self._linger()
@@ -8949,21 +8950,20 @@ class PeerConnection:
         self.deadline += len(data) / MIN_BODY_RATE
         return data
 
-    def _write(self, outcome: Outcome, framing: Framing) -> bool:
+    def _write(self, outcome: Outcome, close: bool = False) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
         reply = outcome if isinstance(outcome, Reply) else outcome.wait()
-        close, head_only, old = framing
-        date = _http_date(int(time.time()))
+        close = close or self._closes()
         if isinstance(reply.body, bytes):
-            self._send_all(encode_reply(reply, date, close, head_only))
+            self._send_all(self._encoded(reply, close))
             return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
-        close, chunked = close or (old and not measured), not old and not measured
+        chunked = not measured and self.head.version == "1.1"
         header = "Transfer-Encoding: chunked" if chunked else ""
+        head_only = self.head.method == "HEAD"
         blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
         try:
-            head = reply._replace(body=b"")
-            self._send_all(encode_reply(head, date, close, head_only, header))
+            self._send_all(self._encoded(reply._replace(body=b""), close, header))
             for block in blocks:
                 self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked and not head_only:
@@ -9000,12 +9000,6 @@ class PeerConnection:
         with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
         self.buffer, self.found, self.lingering = b"", None, True
-
-
-def _framing_of(head: Head) -> Framing:
-    options = ",".join(head.fields.get("connection", ())).lower().split(",")
-    is_old = head.version == "1.0"  # RFC 9112, 9.6
-    return Framing(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
 
 
 # [9.2] The event loop
@@ -9048,9 +9042,9 @@ class Server(http.server.HTTPServer):
         self._queue: collections.deque[PeerConnection] = collections.deque()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
         self._heard: list[Pending] = []  # whose upstreams have sent something
-        self._replies: list[tuple[PeerConnection, Outcome, Framing]] = []  # of upstreams
+        self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
         # Calls that wait for an upstream: on which socket, and for whom.
-        self._pending: dict[Pending, tuple[socket.socket, PeerConnection, Framing]] = {}
+        self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -9117,23 +9111,23 @@ class Server(http.server.HTTPServer):
         for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
             if outcome is not None:
                 self._settle(pending, outcome)
-        found: list[tuple[PeerConnection, Request, Framing]] = []
+        found: list[tuple[PeerConnection, Request]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
             connection = self._queue.popleft()
             if connection not in self._connections:
                 continue  # it was closed
             request = self._guarded(connection.next_request, connection.socket)
             if request:
-                found.append((connection, *request))
+                found.append((connection, request))
         replies, self._replies = self._replies, []
-        outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
+        outcomes = self._guarded(self.proxy.begin, None, [request for _, request in found])
         if outcomes is None:  # the proxy failed
-            for connection, *_ in found:
+            for connection, _ in found:
                 connection.close()
             outcomes = ()
-        replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
-        for connection, outcome, framing in replies:
-            self._guarded(connection.send_outcome, connection.socket, outcome, framing)
+        replies += [(connection, outcome) for (connection, _), outcome in zip(found, outcomes)]
+        for connection, outcome in replies:
+            self._guarded(connection.send_outcome, connection.socket, outcome)
 
     def queue(self, connection: PeerConnection) -> None:
         """Add a connection to the queue of those whose buffers may hold a request."""
@@ -9309,28 +9303,26 @@ class Server(http.server.HTTPServer):
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for pending in [p for p, (_, c, _) in self._pending.items() if c.deadline < now]:
+        for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
             self._settle(pending, pending.give_up())
         for connection in [c for c in self._connections if c.deadline < now and c.parked]:
             connection.close()
 
-    def wait(self, connection: PeerConnection, pending: Pending, framing: Framing) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
         """Make the loop wait for the answer of an upstream."""
-        sock = pending.socket
-        assert sock
         connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
-        self._pending[pending] = (sock, connection, framing)
+        self._pending[pending] = (sock, connection)
         act = functools.partial(self._heard.append, pending)
         self._selector.register(sock, selectors.EVENT_READ, act)
 
     def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        sock, connection, framing = self._pending.pop(pending)
+        sock, connection = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(sock)
         connection.pending = None
         if connection in self._connections:
             self.park(connection)
-            self._replies.append((connection, outcome, framing))
+            self._replies.append((connection, outcome))
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""
