@@ -9361,7 +9361,7 @@ class Server(http.server.HTTPServer):
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
-# To add a flag: call `add` in a function below build_parser, and use the option in Program.
+# To add a flag: call `add` in build_parser or _add_answers, and use the option in Program.
 
 # [10.1] Files of clients and queues
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
@@ -9531,9 +9531,57 @@ def build_parser() -> argparse.ArgumentParser:
         " sign the call again and forward it to AWS.",
         epilog=_EXAMPLES,
     )
-    _add_listening(parser.add_argument_group("where to listen").add_argument)
-    _add_callers(parser.add_argument_group("who may call").add_argument)
-    _add_routes(parser.add_argument_group("what answers").add_argument)
+    add = parser.add_argument_group("where to listen").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
+    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
+    add("--tls-cert", default="", metavar="FILE",
+        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
+    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
+    add("--reuse-port", action="store_true", help="share the port; every route must forward")
+    add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
+        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
+    add("--public-url", type=_public_url, metavar="URL",
+        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
+    add("--host-name", action="append", default=[], metavar="NAME",
+        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
+    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
+        help="longest request body")  # fmt: skip
+    add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
+        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
+    add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
+        help="close a connection that is silent for so long")  # fmt: skip
+    add = parser.add_argument_group("who may call").add_argument
+    add("--clients", default="", metavar="FILE",
+        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
+        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+    add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
+        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
+    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
+    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
+        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
+        " monitoring and route53, as on AWS)")  # fmt: skip
+    add("--region", action="append", default=[],
+        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
+    _add_answers(parser)
+    return parser
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what answers").add_argument
+    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
+        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
+        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
+        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
+    add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
+    add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
+        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
+    add("--hook", action="append", default=[], metavar="FILE",
+        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
+    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
+    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
+    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
+        help="with --no-verify: service and region if the Host names none")  # fmt: skip
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
         help="account that owns the queues")  # fmt: skip
@@ -9554,59 +9602,6 @@ def build_parser() -> argparse.ArgumentParser:
         " standard input), and exit with 0 if it is right, otherwise 1")  # fmt: skip
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
-    return parser
-
-
-def _add_listening(add: Callable[..., Any]) -> None:
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
-    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
-    add("--tls-cert", default="", metavar="FILE",
-        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
-    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
-    add("--reuse-port", action="store_true", help="share the port; every route must forward")
-    add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
-        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
-    add("--public-url", type=_public_url, metavar="URL",
-        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
-    add("--host-name", action="append", default=[], metavar="NAME",
-        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
-    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
-        help="longest request body")  # fmt: skip
-    add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
-    add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
-        help="close a connection that is silent for so long")  # fmt: skip
-
-
-def _add_callers(add: Callable[..., Any]) -> None:
-    add("--clients", default="", metavar="FILE",
-        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
-    add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
-        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
-    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
-    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
-        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
-        " monitoring and route53, as on AWS)")  # fmt: skip
-    add("--region", action="append", default=[],
-        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
-
-
-def _add_routes(add: Callable[..., Any]) -> None:
-    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
-        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
-        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
-        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
-    add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
-    add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
-    add("--hook", action="append", default=[], metavar="FILE",
-        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
-    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
-    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
-    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify: service and region if the Host names none")  # fmt: skip
 
 
 # [10.3] The program
