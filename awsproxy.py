@@ -9845,7 +9845,7 @@ class Program:
                 self._check_clients(self.proxy.clients)
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note_signal)
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
@@ -10109,6 +10109,7 @@ def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
 
 
+_REST = {"rest-json", "rest-xml"}
 _KNOWN_NAMES = (
     *(*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split()),
     *",".join(IAM_PREFIXES.values()).split(","),
@@ -10122,21 +10123,19 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     prefix, colon, operation = pattern.lower().partition(":")
     names = {name.lower(): name for name in _KNOWN_NAMES}
     services = [name for name in names if glob_matches(prefix, name)]
-    if not colon:
-        for service in ("sqs", "s3"):
-            known = _known_operations(service)
-            if prefix in known:
-                return f"{service}:{known[prefix]}"
+    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
+        known = _known_operations(service)
+        if prefix in known:
+            return f"{service}:{known[prefix]}"
     if not services or not colon:
         close = difflib.get_close_matches(prefix, names, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
-    service = services[0]
-    known = _known_operations(service)
-    close = difflib.get_close_matches(operation, known, 1, 0.5)
-    example = "POST/path" if not known and _is_rest(service) else "*"
-    return f"{names[service]}:{known[close[0]] if close else example}"
+    service, known = services[0], _known_operations(services[0])
+    is_rest = not known and SPEAKS.get(service, REST_JSON) & _REST
+    close = [known[name] for name in difflib.get_close_matches(operation, known, 1, 0.5)]
+    return f"{names[service]}:{(*close, 'POST/path' if is_rest else '*')[0]}"
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
@@ -10147,21 +10146,17 @@ def _known_operations(service: str) -> Mapping[str, str]:
     return {name.lower(): name for name in known}
 
 
-def _is_rest(service: str) -> bool:
-    return bool(SPEAKS.get(service, REST_JSON) & {"rest-json", "rest-xml"})
-
-
 def _can_match(service: str, pattern: str) -> bool:
-    known = _known_operations(service)
+    known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
     if known and "/" not in pattern:
         return any(glob_matches(pattern, name) for name in known)
+    if spoken & {"json", "query"} and pattern and "/" not in pattern:
+        return True
     start = re.split("[*?]", pattern, maxsplit=1)[0]
-    fits = any(
+    return bool(spoken & _REST) and any(
         f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
         for name in map(str.lower, METHODS)
     )
-    named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
-    return (fits and _is_rest(service)) or bool(named and pattern and "/" not in pattern)
 
 
 if __name__ == "__main__":
