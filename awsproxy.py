@@ -8726,28 +8726,8 @@ class PeerConnection:
         self.writing = False  # whether the client reads an answer slowly
         self.deadline = 0.0
 
-    def shake_hands(self) -> None:
-        """Continue the TLS handshake."""
-        assert isinstance(self.socket, ssl.SSLSocket)
-        try:
-            self.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self.server.listen_to(self, selectors.EVENT_READ, self.shake_hands)
-        except ssl.SSLWantWriteError:
-            self.server.listen_to(self, selectors.EVENT_WRITE, self.shake_hands)
-        except OSError as error:
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                message = "This port speaks TLS: the URL must begin with https."
-                answer = self.server.refusal(ServiceError("BadRequest", message), self.peer)
-                self.server.listen_to(self, selectors.EVENT_READ, self.readable)
-                self._send_last(super(ssl.SSLSocket, self.socket).send, answer)
-            else:
-                self.close()
-        else:
-            self.server.listen_to(self, selectors.EVENT_READ, self.readable)
-
     def readable(self) -> None:
-        """Receive bytes into the buffer."""
+        """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
         if self.queued or not self.parked:  # it waits for `_answer`, or a worker owns it
             return
         if self.pending:
@@ -8757,7 +8737,12 @@ class PeerConnection:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError:  # or TLS must answer a key update, and the client does not read
+        except OSError as error:  # or TLS must send, and the client does not read
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                message = "This port speaks TLS: the URL must begin with https."
+                answer = self.server.refusal(ServiceError("BadRequest", message), self.peer)
+                self._send_last(functools.partial(socket.socket.send, self.socket), answer)
+                return
             data = b""
         if not data:
             self.close()
@@ -9253,8 +9238,6 @@ class Server(http.server.HTTPServer):
         connection = PeerConnection(self, sock, peer)
         self.park(connection)
         self._connections.add(connection)
-        if self._certificate:
-            connection.shake_hands()
 
     def _listen_again(self) -> None:
         if self.socket not in self._selector.get_map():
