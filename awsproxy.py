@@ -8799,7 +8799,8 @@ class PeerConnection:
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
         except ServiceError as error:
-            self._refuse(salvage_head(buffer[:end]), error.without_frames())
+            self.head = salvage_head(buffer[:end])
+            self._refuse(error.without_frames())
             return None
         beyond = end + (length or 0)
         if waits or len(buffer) < beyond:
@@ -8809,7 +8810,7 @@ class PeerConnection:
             too_long = beyond - end > longest
             refused = too_large(longest) if too_long else self.server.proxy.judge(alone)
             if refused:
-                self._refuse(head, refused)
+                self._refuse(refused)
                 return None
         if waits:
             self.buffer = buffer[end:]
@@ -8817,11 +8818,10 @@ class PeerConnection:
             return None
         return end, beyond
 
-    def _refuse(self, head: Head, refused: ServiceError) -> None:
-        request = head.request(io.BytesIO(), self.peer, self.abandoned)
+    def _refuse(self, refused: ServiceError) -> None:
+        request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
-        date = _http_date(int(time.time()))
-        self._send_last(self.socket.send, encode_reply(reply, date, True, head.method == "HEAD"))
+        self._send_last(self.socket.send, self._encoded(reply, close=True))
 
     def _send_last(self, send: Callable[[bytes], int], data: bytes) -> None:
         """Send a short answer, and linger."""
@@ -9377,11 +9377,6 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-def read_queues(path: str) -> Sequence[QueueDeclaration]:
-    """Return the queues that a file declares, a section each, or raise OSError or ValueError."""
-    return [_declaration(name, section) for name, section in _sections(path, str)]
-
-
 def _sections(path: str, fold: Callable[[str], str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the sections of a file, with folded keys, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
@@ -9728,7 +9723,8 @@ class Program:
 
     def _read_queues(self, path: str) -> Sequence[QueueDeclaration]:
         declared = [QueueDeclaration(name) for name in self._options.queue]
-        declared += read_queues(path) if path else ()
+        if path:
+            declared += itertools.starmap(_declaration, _sections(path, str))
         self._declare(declared)
         return declared
 
@@ -9939,7 +9935,7 @@ class MovableClock:
 
     def __init__(self) -> None:
         self._ahead = 0.0
-        self._listeners: list[Callable[[], None]] = []
+        self.after_advance: list[Callable[[], None]] = []  # to call after each advance
 
     def __call__(self) -> float:
         """Return seconds since 1970."""
@@ -9948,12 +9944,8 @@ class MovableClock:
     def advance(self, seconds: float) -> None:
         """Let time pass for the queues that use this clock."""
         self._ahead += seconds
-        for wake in self._listeners:
-            wake()
-
-    def tell(self, wake: Callable[[], None]) -> None:
-        """Call `wake` after each advance."""
-        self._listeners.append(wake)
+        for act in self.after_advance:
+            act()
 
 
 @contextlib.contextmanager
@@ -9980,7 +9972,7 @@ def running(
 
     _reset()
     if clock:
-        clock.tell(sqs.wake)
+        clock.after_advance.append(sqs.wake)
     metrics = Metrics()
     options["hooks"] = [metrics, *options.get("hooks", ())]
     proxy = Proxy(clients, sqs=sqs, status=Status(metrics, None, sqs, _reset), **options)
@@ -10116,9 +10108,10 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     if any(_can_match(service, operation) for service in services):
         return None
     service, known = services[0], _known_operations(services[0])
+    for nearest in difflib.get_close_matches(operation, known, 1, 0.5):
+        return f"{names[service]}:{known[nearest]}"
     is_rest = not known and SPEAKS.get(service, REST_JSON) & _REST
-    close = [known[name] for name in difflib.get_close_matches(operation, known, 1, 0.5)]
-    return f"{names[service]}:{(*close, 'POST/path' if is_rest else '*')[0]}"
+    return f"{names[service]}:{'POST/path' if is_rest else '*'}"
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
