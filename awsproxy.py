@@ -8863,8 +8863,7 @@ class PeerConnection:
             self.server.listen_to(self, event, functools.partial(self._send, data, close, sent))
             return
         except OSError:
-            self.close()
-            return
+            close = True
         if close:
             self.close()
             return
@@ -9602,6 +9601,7 @@ class Program:
         self._options = options
         self._console = console
         self._certificate = self._read_certificate()
+        self._scheme = "https" if self._certificate else "http"
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
@@ -9635,7 +9635,7 @@ class Program:
             regions=options.region,
             account_id=options.account_id,
             public_url=options.public_url or "",
-            scheme="https" if self._certificate else "http",
+            scheme=self._scheme,
             max_body=options.max_body,
             hooks=[self._metrics, self._in_flight, *self._read_hooks()],
             status=None if options.admin else self._status,
@@ -9829,10 +9829,8 @@ class Program:
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
-        scheme = "https" if self._certificate else "http"
-        url = self._announce(f"listening on {scheme}", options.host, self.server)
-        for line in self._introduction(f"{scheme}{url}"):
-            self._tell(line)
+        address = self._announce(f"listening on {self._scheme}", options.host, self.server)
+        self._introduce(f"{self._scheme}{address}")
         release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
@@ -9855,16 +9853,16 @@ class Program:
         if self._console and self._console.is_terminal:
             self._console.write(f"{line}\n")
 
-    def _introduction(self, url: str) -> Iterator[str]:
-        """Yield what answers which clients, and a command to try."""
+    def _introduce(self, url: str) -> None:
+        """Print what answers which clients, and a command to try."""
         given = given_routes(self._options)
         routes = ", ".join(f"{pattern} -> {target}" for pattern, target in given[:4])
         clients = itertools.chain(*self._clients.value.values())
         names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
-        yield f"answers {routes}; clients: {names:.200}"
+        self._tell(f"answers {routes}; clients: {names:.200}")
         keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
         trust = f" --cacert {shlex.quote(self._options.tls_cert)}" if self._certificate else ""
-        yield (
+        self._tell(
             f"try: curl {url}{trust} --aws-sigv4 aws:amz:us-east-1:sqs --user {keys}"
             " -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'"
         )
