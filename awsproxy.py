@@ -9230,10 +9230,9 @@ class Server(http.server.HTTPServer):
         # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
-        sock.setblocking(False)
         if self._certificate:
-            wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
-            sock = wrap(sock, do_handshake_on_connect=False)
+            context = self._certificate.value
+            sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = PeerConnection(self, sock, peer)
         self.park(connection)
         self._connections.add(connection)
@@ -10083,10 +10082,11 @@ def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
 
 
 _REST = {"rest-json", "rest-xml"}
-_KNOWN_NAMES = (
-    *(*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split()),
-    *",".join(IAM_PREFIXES.values()).split(","),
-)
+_NAMES_OF_IAM = ",".join(IAM_PREFIXES.values()).split(",")
+_KNOWN_NAMES = {
+    name.lower(): name
+    for name in (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split(), *_NAMES_OF_IAM)
+}
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
@@ -10094,22 +10094,21 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
-    names = {name.lower(): name for name in _KNOWN_NAMES}
-    services = [name for name in names if glob_matches(prefix, name)]
+    services = [name for name in _KNOWN_NAMES if glob_matches(prefix, name)]
     for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
         known = _known_operations(service)
         if prefix in known:
             return f"{service}:{known[prefix]}"
     if not services or not colon:
-        close = difflib.get_close_matches(prefix, names, 1, 0.5)
+        close = difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
     service, known = services[0], _known_operations(services[0])
     for nearest in difflib.get_close_matches(operation, known, 1, 0.5):
-        return f"{names[service]}:{known[nearest]}"
+        return f"{_KNOWN_NAMES[service]}:{known[nearest]}"
     is_rest = not known and SPEAKS.get(service, REST_JSON) & _REST
-    return f"{names[service]}:{'POST/path' if is_rest else '*'}"
+    return f"{_KNOWN_NAMES[service]}:{'POST/path' if is_rest else '*'}"
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
