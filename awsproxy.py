@@ -9453,7 +9453,7 @@ def _public_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in DEFAULT_PORTS or not parts.netloc or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
-    return text.rstrip("/")
+    return text
 
 
 def _route(text: str) -> tuple[str, str]:
@@ -9676,7 +9676,7 @@ class Program:
         gauge("credentials_seconds", left, self._keyring.seconds_left)
 
     def _of_queues(self, *columns: str) -> Mapping[tuple[str, ...], float]:
-        """Return columns of the overview by region, account, queue and column."""
+        """Return columns of the overview by region, account, queue and (if a label) column."""
         return {
             (row["region"], row["account"], row["name"], column): float(row[column])
             for row in self._sqs.overview(MOST_QUEUES)
