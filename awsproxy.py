@@ -8949,10 +8949,7 @@ def _http_date(second: int) -> str:
 
 
 def read_certificate(path: str, key: str = "") -> ssl.SSLContext:
-    """Return the SSL context of a PEM file with chain and key, or of two files.
-
-    Raise OSError or ValueError.
-    """
+    """Return the SSL context of a PEM file with chain and key, or of two; OSError, ValueError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -8965,16 +8962,10 @@ def _refuse_to_ask() -> str:
     raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
-class Framing(NamedTuple):
-    """The form of an answer."""
-
-    close: bool  # whether the connection ends with it
-    head_only: bool
-    old: bool  # HTTP/1.0, without chunks
-
-
 class PeerConnection:
-    """A connection, its unread bytes and its deadline."""
+    """A connection, its unread bytes, its deadline, and the head of the request in progress."""
+
+    head: Head
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -8984,33 +8975,15 @@ class PeerConnection:
         self.parked = False  # whether it is registered with the selector
         self.queued = False  # whether the loop will look for a request in the buffer
         self.pending: Optional[Pending] = None  # the call that waits for an upstream
-        self.needed = 0  # bytes that must be in the buffer for a request
         self.scanned = 0  # bytes of the buffer without the end of a head
-        self.found: Optional[tuple[Head, int, int]] = None  # a head whose body is incomplete
+        self.found: Optional[tuple[int, int]] = None  # the ends of the head and its body
         self.lingering = False  # whether to drop what arrives
         self.used = False  # whether it has sent a complete request
         self.writing = False  # whether the client reads an answer slowly
         self.deadline = 0.0
 
-    def shake_hands(self) -> None:
-        """Continue the TLS handshake."""
-        assert isinstance(self.socket, ssl.SSLSocket)
-        try:
-            self.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self.server.listen_to(self, selectors.EVENT_READ, self.shake_hands)
-        except ssl.SSLWantWriteError:
-            self.server.listen_to(self, selectors.EVENT_WRITE, self.shake_hands)
-        except OSError as error:
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                self.server.work(self, self._ask_for_tls)
-            else:
-                self.close()
-        else:
-            self.server.listen_to(self, selectors.EVENT_READ, self.readable)
-
     def readable(self) -> None:
-        """Receive bytes into the buffer."""
+        """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
         if self.queued or not self.parked:  # it waits for `_answer`, or a worker owns it
             return
         if self.pending:
@@ -9020,7 +8993,12 @@ class PeerConnection:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError:  # or TLS must answer a key update, and the client does not read
+        except OSError as error:  # or TLS must send, and the client does not read
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                message = "This port speaks TLS: the URL must begin with https."
+                answer = self.server.refusal(ServiceError("BadRequest", message), self.peer)
+                self._send_last(functools.partial(socket.socket.send, self.socket), answer)
+                return
             data = b""
         if not data:
             self.close()
@@ -9030,33 +9008,32 @@ class PeerConnection:
         if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
-        if len(self.buffer) >= self.needed:
-            self.needed = 0
+        if self.found is None or len(self.buffer) >= self.found[1]:
             self.server.queue(self)
         self.server.note_arrival(len(data))
 
-    def next_request(self) -> Optional[tuple[Request, Framing]]:
-        """Return the next request in the buffer and the form of the answer, or None."""
+    def next_request(self) -> Optional[Request]:
+        """Return the next request in the buffer, or None."""
         self.queued = False
         found = self.found or self._find_head()
         if found is None:
             return None
-        head, length, end = found
-        buffer, beyond = self.buffer, end + length
+        end, beyond = found
+        buffer = self.buffer
         if len(buffer) < beyond:
-            self.found, self.needed = found, beyond
+            self.found = found
             return None
         self.found, self.used = None, True
         self.buffer = buffer[beyond:]
         if self.buffer:
             self.deadline = time.monotonic() + self.server.timeout_seconds
-        request = head.request(io.BytesIO(buffer[end:beyond]), self.peer, self.abandoned)
-        return request, _framing_of(head)
+        body = io.BytesIO(buffer[end:beyond])
+        return self.head.request(body, self.peer, self.abandoned)
 
-    def _find_head(self) -> Optional[tuple[Head, int, int]]:
-        """Return the head in the buffer, the length of the body, and the end of the head.
+    def _find_head(self) -> Optional[tuple[int, int]]:
+        """Parse a head, and return where it and its body end in the buffer.
 
-        None if it is not complete, or refused, or if a worker is to read the body.
+        None if it is incomplete or refused, or if a worker is to read the body.
         """
         if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
             message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
@@ -9074,54 +9051,61 @@ class PeerConnection:
             end = len(buffer)
         self.scanned = 0
         try:
-            head = parse_head(buffer[:end])
+            head = self.head = parse_head(buffer[:end])
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
         except ServiceError as error:
-            self._refuse(salvage_head(buffer[:end]), error.without_frames())
+            self.head = salvage_head(buffer[:end])
+            self._refuse(error.without_frames())
             return None
-        if waits or length is None or len(buffer) < end + length:
+        beyond = end + (length or 0)
+        if waits or len(buffer) < beyond:
             # Nothing is kept for somebody who will be refused anyway, and no thread waits.
             alone = head.request(io.BytesIO(), self.peer, self.abandoned)
             longest = self.server.proxy.longest_body(head)
-            too_long = length is not None and length > longest
+            too_long = beyond - end > longest
             refused = too_large(longest) if too_long else self.server.proxy.judge(alone)
             if refused:
-                self._refuse(head, refused)
+                self._refuse(refused)
                 return None
-        if waits or length is None:
+        if waits:
             self.buffer = buffer[end:]
-            self.server.work(self, functools.partial(self._converse, head, length))
+            self.server.work(self, functools.partial(self._converse, length))
             return None
-        return head, length, end
+        return end, beyond
 
-    def _refuse(self, head: Head, refused: ServiceError) -> None:
-        """Send the refusal, then drop what arrives for a moment, for the reason in `_linger`."""
-        request = head.request(io.BytesIO(), self.peer, self.abandoned)
+    def _refuse(self, refused: ServiceError) -> None:
+        request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         reply = self.server.proxy.handle(request, refused)
-        data = encode_reply(reply, _http_date(int(time.time())), True, head.method == "HEAD")
-        self.buffer, self.found = b"", None
-        whole = False
-        with contextlib.suppress(OSError):
-            whole = self.socket.send(data) == len(data)
-        if not whole:
-            self.close()
-            return
-        self._end_writing()
-        self.lingering, self.needed = True, 0
-        self.deadline = time.monotonic() + SECONDS_LINGERING
+        self._send_last(self.socket.send, self._encoded(reply, close=True))
 
-    def send_outcome(self, outcome: Outcome, framing: Framing) -> None:
+    def _send_last(self, send: Callable[[bytes], int], data: bytes) -> None:
+        """Send a short answer, and linger."""
+        with contextlib.suppress(OSError):
+            if send(data) == len(data):
+                self._linger()
+                self.server.park(self)
+                return
+        self.close()
+
+    def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
         if isinstance(outcome, Pending) and outcome.socket:
-            self.server.wait(self, outcome, framing)
+            self.server.wait(self, outcome, outcome.socket)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
-            date = _http_date(int(time.time()))
-            self._send(
-                encode_reply(outcome, date, framing.close, framing.head_only), framing.close
-            )
+            close = self._closes()
+            self._send(self._encoded(outcome, close), close)
         else:
-            self.server.work(self, functools.partial(self._write, outcome, framing))
+            self.server.work(self, functools.partial(self._write, outcome))
+
+    def _closes(self) -> bool:
+        """Return whether the client wants the connection to end (RFC 9112, 9.6)."""
+        options = ",".join(self.head.fields.get("connection", ())).lower().split(",")
+        return self.head.version == "1.0" or "close" in map(str.strip, options)
+
+    def _encoded(self, reply: Reply, close: bool, streams: Optional[str] = None) -> bytes:
+        date = _http_date(int(time.time()))
+        return encode_reply(reply, date, close, self.head.method == "HEAD", streams)
 
     def _send(self, data: bytes, close: bool, sent: int = 0) -> None:
         """Send a reply from its byte `sent` on, as fast as the client reads."""
@@ -9135,8 +9119,7 @@ class PeerConnection:
             self.server.listen_to(self, event, functools.partial(self._send, data, close, sent))
             return
         except OSError:
-            self.close()
-            return
+            close = True
         if close:
             self.close()
             return
@@ -9172,16 +9155,11 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _ask_for_tls(self) -> bool:
-        error = ServiceError("BadRequest", "This port speaks TLS: the URL must begin with https.")
-        socket.socket.sendall(self.socket, self.server.refusal(error, self.peer))
-        self._linger()
-        return False
-
-    def _converse(self, head: Head, length: Optional[int]) -> bool:
+    def _converse(self, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
-        source = Stream(self._receiver(), self.buffer)
-        self.buffer = b""
+        head = self.head
+        source = Stream(self._receive, self.buffer)
+        self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         longest = self.server.proxy.longest_body(head)
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(head) else None
@@ -9192,49 +9170,40 @@ class PeerConnection:
             body = LengthBody(source, length, begin)
         request = head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request)
-        framing = _framing_of(head)
-        goes_on = self._write(reply, framing._replace(close=True) if body.unread else framing)
+        goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
         if body.unread:
             self._linger()
-        return goes_on
+        return goes_on or self.lingering
 
-    def _receiver(self) -> Callable[[int], bytes]:
-        """Return a function that receives a body, and raises RequestTimeout if it is too slow."""
-        began, total = time.monotonic(), 0
+    def _receive(self, size: int) -> bytes:
+        """Receive a part of a body; ServiceError RequestTimeout if it arrives too slowly."""
+        try:
+            data = self.socket.recv(size) if time.monotonic() < self.deadline else None
+        except socket.timeout:
+            data = None
+        except OSError:
+            data = b""  # the client has hung up
+        if data is None:
+            message = "Your socket connection to the server was not read from or written to."
+            raise ServiceError("RequestTimeout", message)
+        self.deadline += len(data) / MIN_BODY_RATE
+        return data
 
-        def _receive(size: int) -> bytes:
-            nonlocal total
-            late = began + self.server.timeout_seconds + total / MIN_BODY_RATE
-            try:
-                data = self.socket.recv(size) if time.monotonic() < late else None
-            except socket.timeout:
-                data = None
-            except OSError:
-                data = b""  # the client has hung up
-            if data is None:
-                message = "Your socket connection to the server was not read from or written to."
-                raise ServiceError("RequestTimeout", message)
-            total += len(data)
-            return data
-
-        return _receive
-
-    def _write(self, outcome: Outcome, framing: Framing) -> bool:
+    def _write(self, outcome: Outcome, close: bool = False) -> bool:
         """Send a reply; if a streaming body fails, close the connection."""
         reply = outcome if isinstance(outcome, Reply) else outcome.wait()
-        close, head_only, old = framing
-        date = _http_date(int(time.time()))
+        close = close or self._closes()
         if isinstance(reply.body, bytes):
-            self._send_all(encode_reply(reply, date, close, head_only))
+            self._send_all(self._encoded(reply, close))
             return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
-        close, chunked = close or (old and not measured), not old and not measured
+        chunked = not measured and self.head.version == "1.1"
         header = "Transfer-Encoding: chunked" if chunked else ""
+        head_only = self.head.method == "HEAD"
         blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
         try:
-            head = reply._replace(body=b"")
-            self._send_all(encode_reply(head, date, close, head_only, header))
+            self._send_all(self._encoded(reply._replace(body=b""), close, header))
             for block in blocks:
                 self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
             if chunked and not head_only:
@@ -9266,23 +9235,11 @@ class PeerConnection:
         return bool(poll.poll(0))
 
     def _linger(self) -> None:
-        """Drop what arrives for a moment: a reset would overtake the answer."""
-        self._end_writing()
-        self.socket.settimeout(0.5)
-        until = time.monotonic() + SECONDS_LINGERING
-        while self.socket.recv(65536) and time.monotonic() < until:
-            pass
-
-    def _end_writing(self) -> None:
+        """Make the loop drop what arrives for a moment: a reset would overtake the answer."""
         self._send_close_notify()
         with contextlib.suppress(OSError):  # the client is gone
             self.socket.shutdown(socket.SHUT_WR)
-
-
-def _framing_of(head: Head) -> Framing:
-    options = ",".join(head.fields.get("connection", ())).lower().split(",")
-    is_old = head.version == "1.0"  # RFC 9112, 9.6
-    return Framing(is_old or "close" in map(str.strip, options), head.method == "HEAD", is_old)
+        self.buffer, self.found, self.lingering = b"", None, True
 
 
 # [9.2] The event loop
@@ -9318,17 +9275,16 @@ class Server(http.server.HTTPServer):
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
-        regular = (self._give_up_late, self._give_up_pending, self._listen_again)
-        self._regular = (*regular, every_half_second)
+        self._regular = (self._check_deadlines, self._listen_again, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self._connections: set[PeerConnection] = set()
         self._queue: collections.deque[PeerConnection] = collections.deque()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
         self._heard: list[Pending] = []  # whose upstreams have sent something
-        self._replies: list[tuple[PeerConnection, Outcome, Framing]] = []  # of upstreams
-        # Calls that wait for an upstream: since when, on which socket, and for whom.
-        self._pending: dict[Pending, tuple[float, socket.socket, PeerConnection, Framing]] = {}
+        self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
+        # Calls that wait for an upstream: on which socket, and for whom.
+        self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping = self._closed = False
@@ -9353,11 +9309,9 @@ class Server(http.server.HTTPServer):
             wait = 0.0 if self._queue else max(0.0, tick - time.monotonic())
             ready = self._selector.select(wait)
             looked = time.monotonic()
-            for start in range(0, len(ready), AT_ONCE):
+            for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
-                self._guarded(self._answer)
-            if self._queue:
                 self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
@@ -9397,23 +9351,23 @@ class Server(http.server.HTTPServer):
         for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
             if outcome is not None:
                 self._settle(pending, outcome)
-        found: list[tuple[PeerConnection, Request, Framing]] = []
+        found: list[tuple[PeerConnection, Request]] = []
         for _ in range(min(len(self._queue), AT_ONCE)):
             connection = self._queue.popleft()
             if connection not in self._connections:
                 continue  # it was closed
             request = self._guarded(connection.next_request, connection.socket)
             if request:
-                found.append((connection, *request))
+                found.append((connection, request))
         replies, self._replies = self._replies, []
-        outcomes = self._guarded(self.proxy.begin, None, [request for _, request, _ in found])
+        outcomes = self._guarded(self.proxy.begin, None, [request for _, request in found])
         if outcomes is None:  # the proxy failed
-            for connection, *_ in found:
+            for connection, _ in found:
                 connection.close()
             outcomes = ()
-        replies += [(asked[0], it, asked[2]) for asked, it in zip(found, outcomes)]
-        for connection, outcome, framing in replies:
-            self._guarded(connection.send_outcome, connection.socket, outcome, framing)
+        replies += [(connection, outcome) for (connection, _), outcome in zip(found, outcomes)]
+        for connection, outcome in replies:
+            self._guarded(connection.send_outcome, connection.socket, outcome)
 
     def queue(self, connection: PeerConnection) -> None:
         """Add a connection to the queue of those whose buffers may hold a request."""
@@ -9467,8 +9421,8 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = self._pending or self._queue or self._replies
-        return not busy and all(c.parked and not c.writing for c in self._connections)
+        busy = any(c.writing or c.lingering or not c.parked for c in self._connections)
+        return not (busy or self._pending or self._queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
@@ -9532,15 +9486,12 @@ class Server(http.server.HTTPServer):
         # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
-        sock.setblocking(False)
         if self._certificate:
-            wrap = functools.partial(self._certificate.value.wrap_socket, server_side=True)
-            sock = wrap(sock, do_handshake_on_connect=False)
+            context = self._certificate.value
+            sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = PeerConnection(self, sock, peer)
-        self._park(connection)
+        self.park(connection)
         self._connections.add(connection)
-        if self._certificate:
-            connection.shake_hands()
 
     def _listen_again(self) -> None:
         if self.socket not in self._selector.get_map():
@@ -9566,9 +9517,10 @@ class Server(http.server.HTTPServer):
         """Make the loop call `act` when the connection is ready for the events."""
         self._selector.modify(connection.socket, events, act)
 
-    def _park(self, connection: PeerConnection) -> None:
+    def park(self, connection: PeerConnection) -> None:
         """Make the loop wait for the next bytes of the connection."""
-        connection.deadline = time.monotonic() + self.timeout_seconds
+        seconds = SECONDS_LINGERING if connection.lingering else self.timeout_seconds
+        connection.deadline = time.monotonic() + seconds
         if not connection.parked:
             connection.parked = True
             connection.socket.setblocking(False)
@@ -9586,33 +9538,28 @@ class Server(http.server.HTTPServer):
             connection.parked = False
             self._selector.unregister(connection.socket)
 
-    def _give_up_late(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
+        for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
+            self._settle(pending, pending.give_up())
         for connection in [c for c in self._connections if c.deadline < now and c.parked]:
             connection.close()
 
-    def wait(self, connection: PeerConnection, pending: Pending, framing: Framing) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
         """Make the loop wait for the answer of an upstream."""
-        sock = pending.socket
-        assert sock
-        connection.pending, connection.deadline = pending, math.inf
-        self._pending[pending] = (time.monotonic(), sock, connection, framing)
+        connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
+        self._pending[pending] = (sock, connection)
         act = functools.partial(self._heard.append, pending)
         self._selector.register(sock, selectors.EVENT_READ, act)
 
     def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        _, sock, connection, framing = self._pending.pop(pending)
+        sock, connection = self._pending.pop(pending)
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(sock)
         connection.pending = None
         if connection in self._connections:
-            self._park(connection)
-            self._replies.append((connection, outcome, framing))
-
-    def _give_up_pending(self) -> None:
-        now = time.monotonic()
-        for pending in [p for p, (since, *_) in self._pending.items() if since + p.timeout < now]:
-            self._settle(pending, pending.give_up())
+            self.park(connection)
+            self._replies.append((connection, outcome))
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""
@@ -9646,17 +9593,17 @@ class Server(http.server.HTTPServer):
             if connection.socket.fileno() < 0:
                 self._connections.discard(connection)
             else:
-                self._guarded(self._park, connection.socket, connection)
+                self._guarded(self.park, connection.socket, connection)
                 self._guarded(connection.resume, connection.socket)
 
 
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
-# To add a flag: call `add` in a function below build_parser, and use the option in Program.
+# To add a flag: call `add` in build_parser or _add_answers, and use the option in Program.
 
 # [10.1] Files of clients and queues
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
-_OF_A_CLIENT = frozenset(
+_CLIENT_KEYS = (  # in the order of the fields of Client
     "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
     " upstream_role_arn".split()
 )
@@ -9664,33 +9611,18 @@ _OF_A_CLIENT = frozenset(
 
 def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
-    parser = configparser.RawConfigParser(default_section="")
-    try:
-        with open(path, encoding="utf-8") as lines:
-            parser.read_file(lines)
-    except configparser.ParsingError as error:  # the line may be a secret: show its number
-        errors = getattr(error, "errors", ())  # some kinds have none before Python 3.13
-        line = errors[0][0] if errors else getattr(error, "lineno", 1)
-        raise ValueError(f"line {line} is malformed") from error
-    except configparser.Error as error:
-        raise ValueError(str(error).splitlines()[0]) from error
     clients: dict[str, list[Client]] = {}
-    for name in parser.sections():
-        section = parser[name]
-        key, secret = section.get("aws_access_key_id", ""), section.get("aws_secret_access_key")
-        if not _KEY_ID.fullmatch(key) or not secret:
+    for name, section in _sections(path, str.lower):
+        client = Client(name, *(section.get(key, "") for key in _CLIENT_KEYS))
+        if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
-        for word in set(section) - _OF_A_CLIENT:
-            if meant := did_you_mean(word, _OF_A_CLIENT, 0.9):
+        for word in set(section) - set(_CLIENT_KEYS):
+            if meant := did_you_mean(word, _CLIENT_KEYS, 0.9):
                 raise ValueError(f"[{name}] has {word}{meant}")
-        account = section.get("aws_account_id", "")
-        if account and not _ACCOUNT_ID.fullmatch(account):
+        if client.account_id and not _ACCOUNT_ID.fullmatch(client.account_id):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
-        token = section.get("aws_session_token", "")
-        forwards = [section.get(word, "") for word in ("upstream_profile", "upstream_role_arn")]
-        client = Client(name, key, secret, token, account, *forwards)
-        same_key = clients.setdefault(key, [])
+        same_key = clients.setdefault(client.access_key_id, [])
         if any(other.session_token == client.session_token for other in same_key):
             raise ValueError(f"[{name}] repeats the key and token of another section")
         same_key.append(client)
@@ -9699,15 +9631,19 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-def read_queues(path: str) -> Sequence[QueueDeclaration]:
-    """Return the queues that a file declares, a section each, or raise OSError or ValueError."""
+def _sections(path: str, fold: Callable[[str], str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the sections of a file, with folded keys, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.optionxform = fold  # type: ignore[assignment, method-assign]
     try:
-        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
     except configparser.Error as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return [_declaration(name, dict(parser[name])) for name in parser.sections()]
+        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
+        lines = getattr(error, "errors", ())
+        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
+    for name in parser.sections():
+        yield name, dict(parser[name])
 
 
 def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
@@ -9773,7 +9709,7 @@ def _public_url(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
     if parts.scheme not in DEFAULT_PORTS or not parts.netloc or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not http(s)://host[:port][/path]")
-    return text.rstrip("/")
+    return text
 
 
 def _route(text: str) -> tuple[str, str]:
@@ -9827,9 +9763,57 @@ def build_parser() -> argparse.ArgumentParser:
         " sign the call again and forward it to AWS.",
         epilog=_EXAMPLES,
     )
-    _add_listening(parser.add_argument_group("where to listen").add_argument)
-    _add_callers(parser.add_argument_group("who may call").add_argument)
-    _add_routes(parser.add_argument_group("what answers").add_argument)
+    add = parser.add_argument_group("where to listen").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
+    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
+    add("--tls-cert", default="", metavar="FILE",
+        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
+    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
+    add("--reuse-port", action="store_true", help="share the port; every route must forward")
+    add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
+        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
+    add("--public-url", type=_public_url, metavar="URL",
+        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
+    add("--host-name", action="append", default=[], metavar="NAME",
+        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
+    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
+        help="longest request body")  # fmt: skip
+    add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
+        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
+    add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
+        help="close a connection that is silent for so long")  # fmt: skip
+    add = parser.add_argument_group("who may call").add_argument
+    add("--clients", default="", metavar="FILE",
+        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
+        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+    add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
+        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
+    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
+    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
+        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
+        " monitoring and route53, as on AWS)")  # fmt: skip
+    add("--region", action="append", default=[],
+        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
+    _add_answers(parser)
+    return parser
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what answers").add_argument
+    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
+        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
+        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
+        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
+    add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
+    add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
+        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
+    add("--hook", action="append", default=[], metavar="FILE",
+        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
+    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
+    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
+    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
+        help="with --no-verify: service and region if the Host names none")  # fmt: skip
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", metavar="ID", type=_account_id, default="000000000000",
         help="account that owns the queues")  # fmt: skip
@@ -9850,59 +9834,6 @@ def build_parser() -> argparse.ArgumentParser:
         " standard input), and exit with 0 if it is right, otherwise 1")  # fmt: skip
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
-    return parser
-
-
-def _add_listening(add: Callable[..., Any]) -> None:
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
-    add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
-    add("--tls-cert", default="", metavar="FILE",
-        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
-    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
-    add("--reuse-port", action="store_true", help="share the port; every route must forward")
-    add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
-        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
-    add("--public-url", type=_public_url, metavar="URL",
-        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
-    add("--host-name", action="append", default=[], metavar="NAME",
-        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
-    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
-        help="longest request body")  # fmt: skip
-    add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
-    add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
-        help="close a connection that is silent for so long")  # fmt: skip
-
-
-def _add_callers(add: Callable[..., Any]) -> None:
-    add("--clients", metavar="FILE",
-        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
-    add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
-        help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
-    add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
-    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
-        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
-        " monitoring and route53, as on AWS)")  # fmt: skip
-    add("--region", action="append", default=[],
-        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
-
-
-def _add_routes(add: Callable[..., Any]) -> None:
-    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
-        help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
-        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
-        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
-    add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
-    add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
-    add("--hook", action="append", default=[], metavar="FILE",
-        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
-    add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
-    add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
-    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify: service and region if the Host names none")  # fmt: skip
 
 
 # [10.3] The program
@@ -9924,33 +9855,34 @@ class Program:
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
         self._console = console
-        self._watched: Optional[Watched] = None
         self._certificate = self._read_certificate()
+        self._scheme = "https" if self._certificate else "http"
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
         self._sqs = Sqs(cooldown=options.cooldown)
-        self._metrics = metrics = Metrics()
-        self._keyring = keyring = Keyring(os.environ, options.profile)
+        self._metrics = Metrics()
+        self._keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
-        routes = build_routes(options, keyring, self._sqs, self._pool)
+        routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
-        clients = self._read_clients()
+        path = options.clients
+        with _usage_errors(path and f"the clients file {path} cannot be used: "):
+            self._clients = Watched(self._read_clients, path)
         if options.reuse_port:
             check_sharing(options, routes)
         warn_of_routes(options.route)
-        self._check_upstream_keys(clients)
+        self._check_upstream_keys()
         self._in_flight = self._build_in_flight()
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
         if (options.queue or options.queues) and not sqs:
             raise UsageError("--queue and --queues need a route to 'embedded'")
         self._region = options.region[0] if options.region else "us-east-1"
         with _usage_errors("--queues and --queue: "):
-            self._queues = Watched(read_queues, options.queues) if options.queues else None
-            self._declare()
-        self._status = Status(metrics, self._in_flight, sqs, self._reset, self._region)
+            self._queues = Watched(self._read_queues, options.queues)
+        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, self._region)
         self.proxy = Proxy(
-            clients,
+            self._clients.value,
             routes=routes,
             verified=not options.no_verify,
             sign_as=options.sign_as,
@@ -9958,9 +9890,9 @@ class Program:
             regions=options.region,
             account_id=options.account_id,
             public_url=options.public_url or "",
-            scheme="https" if self._certificate else "http",
+            scheme=self._scheme,
             max_body=options.max_body,
-            hooks=[metrics, self._in_flight, *self._read_hooks()],
+            hooks=[self._metrics, self._in_flight, *self._read_hooks()],
             status=None if options.admin else self._status,
             hook_seconds=options.timeout,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
@@ -9979,48 +9911,38 @@ class Program:
         if options.admin:
             admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
+        self._add_gauges()
+
+    def _add_gauges(self) -> None:
+        """Add the metrics that a scrape reads on demand."""
+        gauge, server = self._metrics.gauge, self.server
         lag = "Longest delay of the event loop since the last scrape."
-        metrics.gauge("loop_lag_seconds", lag, self.server.take_lag)
+        gauge("loop_lag_seconds", lag, server.take_lag)
         dropped = "Log lines that could not be written, or not soon enough."
-        metrics.gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
-        metrics.gauge("connections", "Open connections.", lambda: self.server.connections)
-        metrics.gauge("calls", "Calls in progress.", lambda: self.server.calls)
-        metrics.gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
-        by_queue, about = "region account queue", self._sqs.overview
-        metrics.gauge(
-            "queue_messages",
-            "Messages in memory.",
-            lambda: {
-                (*_names_of_queue(it), state): float(it[state])
-                for it in about(MOST_QUEUES)
-                for state in ("visible", "in_flight", "delayed")
-            },
-            f"{by_queue} state",
-        )
-        metrics.gauge(
-            "queue_oldest_seconds",
-            "Age of the oldest message in memory.",
-            lambda: {_names_of_queue(it): it["oldest_seconds"] for it in about(MOST_QUEUES)},
-            by_queue,
-        )
+        gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
+        gauge("connections", "Open connections.", lambda: server.connections)
+        gauge("calls", "Calls in progress.", lambda: server.calls)
+        gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        by_queue = "region account queue"
+        count = functools.partial(self._of_queues, "visible", "in_flight", "delayed")
+        gauge("queue_messages", "Messages in memory.", count, f"{by_queue} state")
+        age = functools.partial(self._of_queues, "oldest_seconds")
+        gauge("queue_oldest_seconds", "Age of the oldest message in memory.", age, by_queue)
         left = "Time until the first credentials for forwarding expire."
-        metrics.gauge("credentials_seconds", left, keyring.seconds_left)
+        gauge("credentials_seconds", left, self._keyring.seconds_left)
 
-    def _read_clients(self) -> Clients:
-        path = self._options.clients
-        with _usage_errors(f"the clients file {path} cannot be used: " if path else ""):
-            self._watched = Watched(self._checked_clients, path) if path else None
-            clients = self._all_clients()
-            self._check_clients(clients)
-        return clients
+    def _of_queues(self, *columns: str) -> Mapping[tuple[str, ...], float]:
+        """Return columns of the overview by region, account, queue and (if a label) column."""
+        return {
+            (row["region"], row["account"], row["name"], column): float(row[column])
+            for row in self._sqs.overview(MOST_QUEUES)
+            for column in columns
+        }
 
-    def _checked_clients(self, path: str) -> Clients:
-        clients = read_clients(path)
+    def _read_clients(self, path: str) -> Clients:
+        clients = all_clients(path, self._options.client)
         self._check_clients(clients)
         return clients
-
-    def _all_clients(self) -> Clients:
-        return all_clients(self._watched.value if self._watched else {}, self._options.client)
 
     def _check_clients(self, clients: Clients) -> None:
         """Raise ValueError if the clients must not reach the upstreams of the routes."""
@@ -10033,10 +9955,11 @@ class Program:
         for client in itertools.chain(*clients.values()) if self._upstreams else ():
             check_not_shared(self._keyring.of(client).ready(), clients)
 
-    def _check_upstream_keys(self, clients: Clients) -> None:
+    def _check_upstream_keys(self) -> None:
         """Log each client without keys to forward with; raise UsageError for shared keys."""
         with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
             tls_context()
+        clients = self._clients.value
         named = {client.name: client for client in itertools.chain(*clients.values())}
         for client in named.values() if self._upstreams else ():
             try:
@@ -10050,12 +9973,17 @@ class Program:
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
         if not name:
-            self._declare()
+            self._declare(self._queues.value)
         return count
 
-    def _declare(self) -> None:
+    def _read_queues(self, path: str) -> Sequence[QueueDeclaration]:
         declared = [QueueDeclaration(name) for name in self._options.queue]
-        declared += self._queues.value if self._queues else ()
+        if path:
+            declared += itertools.starmap(_declaration, _sections(path, str))
+        self._declare(declared)
+        return declared
+
+    def _declare(self, declared: Sequence[QueueDeclaration]) -> None:
         declare_queues(self._sqs, declared, self._region, self._options.account_id)
 
     def _read_certificate(self) -> Optional[Watched]:
@@ -10067,7 +9995,6 @@ class Program:
             return Watched(read, path, key) if path else None
 
     def _read_hooks(self) -> list[Any]:
-        hooks: list[Any] = []
         path, quiet = self._options.log_file, self._options.quiet
         with _usage_errors(f"the file {path} cannot be used: "):
             open_again = functools.partial(open_log, path)
@@ -10076,7 +10003,7 @@ class Program:
         form = self._options.log_format
         if form == "text" and writer and writer.is_terminal:
             form = "colours" if writer.in_colour else "columns"
-        hooks += [AccessLog(writer, form) for writer in self._writers]
+        hooks: list[Any] = [AccessLog(writer, form) for writer in self._writers]
         if self._options.explain and self._console:
             hooks.append(Explainer(self._console, self._console.in_colour))
         for path in self._options.hook:
@@ -10105,24 +10032,17 @@ class Program:
     def _listen(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
     ) -> Server:
-        try:
+        hint = f"choose others with {flags} (0 picks a free one)"
+        with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
             return Server(address, proxy, timeout=self._options.timeout, **how)
-        except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {address[0]} port {address[1]}: {error};"
-            message += f" choose others with {flags} (0 picks a free one)"
-            raise UsageError(message) from error
 
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
-        if self._watched and self._watched.refresh():
-            self.proxy.clients = self._all_clients()
+        if self._clients.refresh():
+            self.proxy.clients = self._clients.value
             signing_key.cache_clear()
-        if self._queues and self._queues.refresh():
-            try:
-                self._declare()
-            except ValueError as error:
-                log.error("--queues %s: %s", self._options.queues, error)
+        self._queues.refresh()
         if self._certificate:
             self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):
@@ -10134,8 +10054,7 @@ class Program:
 
     @property
     def _is_settled(self) -> bool:
-        in_progress = not self.server.is_idle or self._pool.given_up
-        return not in_progress and not self._in_flight.total
+        return self.server.is_idle and not (self._pool.given_up or self._in_flight.total)
 
     def end(self) -> None:
         """Drain if the flags say so, then stop.  Stop at once if called a second time."""
@@ -10160,15 +10079,13 @@ class Program:
                 self._check_clients(self.proxy.clients)
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note_signal)
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
-        scheme = "https" if self._certificate else "http"
-        url = self._announce(f"listening on {scheme}", options.host, self.server)
-        for line in self._introduction(f"{scheme}{url}"):
-            self._tell(line)
+        address = self._announce(f"listening on {self._scheme}", options.host, self.server)
+        self._introduce(f"{self._scheme}{address}")
         release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
@@ -10191,16 +10108,16 @@ class Program:
         if self._console and self._console.is_terminal:
             self._console.write(f"{line}\n")
 
-    def _introduction(self, url: str) -> Iterator[str]:
-        """Yield what answers which clients, and a command to try."""
+    def _introduce(self, url: str) -> None:
+        """Print what answers which clients, and a command to try."""
         given = given_routes(self._options)
         routes = ", ".join(f"{pattern} -> {target}" for pattern, target in given[:4])
-        clients = [client for same_key in self.proxy.clients.values() for client in same_key]
+        clients = itertools.chain(*self._clients.value.values())
         names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
-        yield f"answers {routes}; clients: {names:.200}"
+        self._tell(f"answers {routes}; clients: {names:.200}")
         keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
         trust = f" --cacert {shlex.quote(self._options.tls_cert)}" if self._certificate else ""
-        yield (
+        self._tell(
             f"try: curl {url}{trust} --aws-sigv4 aws:amz:us-east-1:sqs --user {keys}"
             " -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'"
         )
@@ -10239,9 +10156,9 @@ def read_request(data: bytes) -> Request:
     return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
 
 
-def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
+def all_clients(path: str, more: Sequence[Client]) -> Clients:
     """Return the clients of --clients and --client, or the demo client without both flags."""
-    clients = dict(of_file)
+    clients = dict(read_clients(path)) if path else {}
     for client in more:
         clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
     return clients or DEMO_CLIENTS
@@ -10250,8 +10167,7 @@ def all_clients(of_file: Clients, more: Sequence[Client]) -> Clients:
 def check_file(path: str, options: argparse.Namespace) -> int:
     """Print the explanation of a saved request at the time of its own date; return 0 or 1."""
     with _usage_errors(f"--check {path}: "):
-        of_file = read_clients(options.clients) if options.clients else {}
-        clients = all_clients(of_file, options.client)
+        clients = all_clients(options.clients, options.client)
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
         request = read_request(data)
     now = time.time()
@@ -10267,16 +10183,12 @@ def check_file(path: str, options: argparse.Namespace) -> int:
 MOST_QUEUES = 200  # in the metrics
 
 
-def _names_of_queue(described: Members) -> tuple[str, str, str]:
-    return described["region"], described["account"], described["name"]
-
-
 class MovableClock:
     """The system's clock, which a test can move ahead."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
-        self._listeners: list[Callable[[], None]] = []
+        self.after_advance: list[Callable[[], None]] = []  # to call after each advance
 
     def __call__(self) -> float:
         """Return seconds since 1970."""
@@ -10285,12 +10197,8 @@ class MovableClock:
     def advance(self, seconds: float) -> None:
         """Let time pass for the queues that use this clock."""
         self._ahead += seconds
-        for wake in self._listeners:
-            wake()
-
-    def tell(self, wake: Callable[[], None]) -> None:
-        """Call `wake` after each advance."""
-        self._listeners.append(wake)
+        for act in self.after_advance:
+            act()
 
 
 @contextlib.contextmanager
@@ -10317,7 +10225,7 @@ def running(
 
     _reset()
     if clock:
-        clock.tell(sqs.wake)
+        clock.after_advance.append(sqs.wake)
     metrics = Metrics()
     options["hooks"] = [metrics, *options.get("hooks", ())]
     proxy = Proxy(clients, sqs=sqs, status=Status(metrics, None, sqs, _reset), **options)
@@ -10429,10 +10337,12 @@ def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
 
 
-_KNOWN_NAMES = (
-    *(*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split()),
-    *",".join(IAM_PREFIXES.values()).split(","),
-)
+_REST = {"rest-json", "rest-xml"}
+_NAMES_OF_IAM = ",".join(IAM_PREFIXES.values()).split(",")
+_KNOWN_NAMES = {
+    name.lower(): name
+    for name in (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split(), *_NAMES_OF_IAM)
+}
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
@@ -10440,23 +10350,21 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
-    names = {name.lower(): name for name in _KNOWN_NAMES}
-    services = [name for name in names if glob_matches(prefix, name)]
-    if not colon:
-        for service in ("sqs", "s3"):
-            known = _known_operations(service)
-            if prefix in known:
-                return f"{service}:{known[prefix]}"
+    services = [name for name in _KNOWN_NAMES if glob_matches(prefix, name)]
+    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
+        known = _known_operations(service)
+        if prefix in known:
+            return f"{service}:{known[prefix]}"
     if not services or not colon:
-        close = difflib.get_close_matches(prefix, names, 1, 0.5)
+        close = difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.5)
         return f"{close[0]}:{operation or '*'}" if close else ""
     if any(_can_match(service, operation) for service in services):
         return None
-    service = services[0]
-    known = _known_operations(service)
-    close = difflib.get_close_matches(operation, known, 1, 0.5)
-    example = "POST/path" if not known and _is_rest(service) else "*"
-    return f"{names[service]}:{known[close[0]] if close else example}"
+    service, known = services[0], _known_operations(services[0])
+    for nearest in difflib.get_close_matches(operation, known, 1, 0.5):
+        return f"{_KNOWN_NAMES[service]}:{known[nearest]}"
+    is_rest = not known and SPEAKS.get(service, REST_JSON) & _REST
+    return f"{_KNOWN_NAMES[service]}:{'POST/path' if is_rest else '*'}"
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
@@ -10467,21 +10375,17 @@ def _known_operations(service: str) -> Mapping[str, str]:
     return {name.lower(): name for name in known}
 
 
-def _is_rest(service: str) -> bool:
-    return bool(SPEAKS.get(service, REST_JSON) & {"rest-json", "rest-xml"})
-
-
 def _can_match(service: str, pattern: str) -> bool:
-    known = _known_operations(service)
+    known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
     if known and "/" not in pattern:
         return any(glob_matches(pattern, name) for name in known)
+    if spoken & {"json", "query"} and pattern and "/" not in pattern:
+        return True
     start = re.split("[*?]", pattern, maxsplit=1)[0]
-    fits = any(
+    return bool(spoken & _REST) and any(
         f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
         for name in map(str.lower, METHODS)
     )
-    named = SPEAKS.get(service, REST_JSON) & {"json", "query"}
-    return (fits and _is_rest(service)) or bool(named and pattern and "/" not in pattern)
 
 
 if __name__ == "__main__":

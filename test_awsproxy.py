@@ -18128,7 +18128,7 @@ class LoopTest(unittest.TestCase):
         self.assertEqual(self.ours.recv(1000), SECOND)
 
     def test_a_request_has_one_turn_however_often_it_is_told_of(self):
-        self.server._park(self.conversation)
+        self.server.park(self.conversation)
         self.server._connections.add(self.conversation)
         self.client.send(SECOND * 2)
         for _ in range(3):
@@ -18153,7 +18153,7 @@ class LoopTest(unittest.TestCase):
         self.assertIn(listener, self.server._selector.get_map())
 
     def test_a_closed_connection_makes_no_calls(self):
-        self.server._park(self.conversation)
+        self.server.park(self.conversation)
         self.server._connections.add(self.conversation)
         self.client.send(SECOND)
         self.conversation.readable()
@@ -18162,7 +18162,7 @@ class LoopTest(unittest.TestCase):
         self.assertEqual(self.server.proxy.requests, [])
 
     def test_a_proxy_that_fails_ends_its_connections_alone(self):
-        self.server._park(self.conversation)
+        self.server.park(self.conversation)
         self.server._connections.add(self.conversation)
         self.client.send(SECOND)
         self.conversation.readable()
