@@ -7799,37 +7799,33 @@ def sqs_call(
     return call
 
 
+@dataclass
 class Status:
-    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages.
-
-    reset: empties the queues, or those of one name, and returns how many there were
-    """
+    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages."""
 
     PREFIX = "/_awsproxy/"
     LOCALSTACK = "/_aws/sqs/messages"
     MOST_SHOWN = 1000  # messages of a queue
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        in_flight: Optional[InFlight] = None,
-        sqs: Optional[Sqs] = None,
-        reset: Optional[Callable[[str], int]] = None,
-        region: str = "us-east-1",
-    ) -> None:
-        self.draining = False
-        self._metrics = metrics
-        self._in_flight = in_flight
-        self._sqs = sqs
-        self._reset = reset
-        self._region = region
+    metrics: Metrics
+    in_flight: Optional[InFlight] = None
+    sqs: Optional[Sqs] = None
+    reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
+    region: str = "us-east-1"
+    draining: bool = False
 
     def serves(self, request: Request) -> bool:
         """Return whether a path is one of these; no bucket has such a name."""
         return request.target.startswith((self.PREFIX, self.LOCALSTACK))
 
-    def reply_to(self, request: Request) -> Reply:
-        """Return the reply for a path, 404 for an unknown path.  Never raises."""
+    def reply_to(
+        self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
+    ) -> Reply:
+        """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
+        try:
+            check_page(request, hosts, any_address)
+        except ServiceError as error:
+            return REST.error(request, error, random_id())
         try:
             return self._answer(request)
         except ServiceError as error:
@@ -7845,25 +7841,25 @@ class Status:
             name = ""
         if request.method not in (("POST",) if name == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if self._sqs and request.path.startswith(self.LOCALSTACK):
+        if self.sqs and request.path.startswith(self.LOCALSTACK):
             return self._localstack(request, given)
         if name == "ready" and self.draining:
             return _status_reply(503, "draining\n")
         if name in ("health", "ready"):
             return _status_reply(200, "ok\n")
-        if name == "in-flight" and self._in_flight:
-            return _status_reply(200, json.dumps(self._in_flight.counts()), "application/json")
+        if name == "in-flight" and self.in_flight:
+            return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if name == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
-            return _status_reply(200, self._metrics.text(), kind)
-        if name == "reset" and self._reset:
-            return _status_json({"queues": self._reset(given.get("queue", ""))})
-        if name == "queues" and self._sqs and not rest:
-            return _status_json(self._sqs.overview())
-        if name == "queues" and self._sqs and len(rest) == 3:
+            return _status_reply(200, self.metrics.text(), kind)
+        if name == "reset" and self.reset:
+            return _status_json({"queues": self.reset(given.get("queue", ""))})
+        if name == "queues" and self.sqs and not rest:
+            return _status_json(self.sqs.overview())
+        if name == "queues" and self.sqs and len(rest) == 3:
             text = given.get("limit", "100")
             limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
-            found = self._sqs.look((rest[0], rest[1], rest[2]), limit)
+            found = self.sqs.look((rest[0], rest[1], rest[2]), limit)
             if found is not None:
                 for _, message in found:
                     del message["ReceiptHandle"]
@@ -7873,11 +7869,11 @@ class Status:
 
     def _localstack(self, request: Request, given: Mapping[str, str]) -> Reply:
         """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
-        assert self._sqs
+        assert self.sqs
         try:
             path = request.path[len(self.LOCALSTACK) + 1 :]
             key = queue_key(path) if path else self._named_queue(given.get("QueueUrl", ""))
-            found = self._sqs.look(key, self.MOST_SHOWN)
+            found = self.sqs.look(key, self.MOST_SHOWN)
             if found is None:
                 raise sqs_refusal("no queue")
             messages = _as_localstack(found, key[1], given)
@@ -7899,9 +7895,9 @@ class Status:
         parts = urllib.parse.urlsplit(url)
         region, account, name = queue_key(parts.path)
         of_host = _REGION_IN_HOST.search(parts.netloc)
-        assert self._sqs
-        regions = [region, of_host[1] if of_host else "", *self._sqs.regions_of(name, account)]
-        return next(filter(None, regions), self._region), account, name
+        assert self.sqs
+        regions = [region, of_host[1] if of_host else "", *self.sqs.regions_of(name, account)]
+        return next(filter(None, regions), self.region), account, name
 
 
 _REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
@@ -8011,14 +8007,13 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     return any_address or address.is_loopback or name in hosts
 
 
+@dataclass
 class Admin:
     """Replaces the Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
 
+    status: Status
+    hosts: frozenset[str] = frozenset()
     max_body = 0
-
-    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        self._status = status
-        self._hosts = frozenset(hosts)
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Return the replies."""
@@ -8026,16 +8021,12 @@ class Admin:
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Return the reply, or the refusal."""
-        try:
-            if refused:
-                raise refused
-            if request.method not in METHODS:
-                raise not_implemented(request.method)
-            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
-            check_page(request, self._hosts, any_address=True)
-        except ServiceError as error:
-            return REST.error(request, error, random_id())
-        return self._status.reply_to(request)
+        if not refused and request.method not in METHODS:
+            refused = not_implemented(request.method)
+        if refused:
+            return REST.error(request, refused, random_id())
+        # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+        return self.status.reply_to(request, self.hosts, any_address=True)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return None: the head is never refused."""
@@ -8301,11 +8292,7 @@ class Proxy:
         """Answer a path of our own; no bucket has such a name."""
         request, status = exchange.request, self._status
         if status and status.serves(request) and is_loopback(request.peer):
-            try:
-                check_page(request, self.hosts)
-                exchange.outcome = status.reply_to(request)
-            except ServiceError as error:
-                exchange.outcome = REST.error(request, error, exchange.request_id)
+            exchange.outcome = status.reply_to(request, self.hosts)
 
     def check(self, request: Request) -> Exchange:
         """Verify a request without answering it."""
