@@ -7533,34 +7533,19 @@ class Target(Protocol):
         """Return the answer, or raise ServiceError."""
 
 
-class Sts:
-    """Answers the operation of AWS STS that clients call when they start."""
-
-    def get_caller_identity(self, call: Call) -> Members:
-        """Return the account of the caller, and its section as a user."""
-        client = call.caller
-        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
-        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
-
-
-STS_MODEL = Model(operations(Sts, {}, "GetCallerIdentity -> Arn UserId Account"), {})
-
-
 class Embedded:
-    """Answers Amazon SQS from memory, and the GetCallerIdentity of AWS STS."""
+    """Answers Amazon SQS from memory, and the operation of AWS STS that clients start with."""
 
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
 
     def __init__(self, sqs: Sqs) -> None:
         self._sqs = sqs
-        self._sts = Sts()
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
         if call.action == "sts:GetCallerIdentity":
-            identity = self._sts.get_caller_identity(call)
-            return call.wire.output(call, STS_MODEL, identity, request_id)
+            return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
         if call.service != "sqs":
             message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
             raise ServiceError("AccessDenied", message)
@@ -7571,7 +7556,14 @@ class Embedded:
             raise _invalid_action(call.operation)
         return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
 
+    def get_caller_identity(self, call: Call) -> Members:
+        """Return the account of the caller, and its section as a user."""
+        client = call.caller
+        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
+
+STS_MODEL = Model(operations(Embedded, {}, "GetCallerIdentity -> Arn UserId Account"), {})
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
