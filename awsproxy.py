@@ -8511,11 +8511,9 @@ class Proxy:
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
-        operation, host = "GetQueueAttributes", call.request.header("host") or "localhost"
-        request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
-        asked = Call(request, wire, "sqs", operation, call.region, call.caller, request.body)
-        asked.base_url, asked.encoded = call.base_url, document
-        asked.route = self._route(asked.action)
+        host = call.request.header("host") or "localhost"
+        asked = sqs_call("GetQueueAttributes", document, call.region, call.caller, host)
+        asked.base_url, asked.route = call.base_url, self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
         reply = asked.route.target.answer(asked, "")
