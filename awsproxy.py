@@ -8030,11 +8030,6 @@ class Admin:
 
 
 # [8.4] Hooks and answers that must be waited for
-def name_of(function: Callable[..., Any]) -> str:
-    """Return the qualified name of a function."""
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-
-
 def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
@@ -8047,6 +8042,7 @@ class HookMethods(NamedTuple):
     before: Optional[Callable[[Call], Optional[Reply]]]
     rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
     after: Optional[Callable[[Call, Reply], Optional[Reply]]]
+    observe: Optional[Callable[[Exchange], None]]
 
 
 class Pending:
@@ -8394,19 +8390,12 @@ class Proxy:
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
-        observers = [_method_of(hook, "observe") for hook in hooks]
-        own = __name__  # our own hooks raise no BaseException
-        self._observe = [
-            observe
-            if getattr(observe, "__module__", "") == own
-            else functools.partial(run_hook, observe)
-            for observe in filter(None, reversed(observers))
-        ]
-        moments = [
+        found = [
             HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
             for hook in hooks
         ]
-        self._methods = [it for it in moments if it.before or it.rewrite or it.after]
+        self._methods = [it for it in found if it.before or it.rewrite or it.after]
+        self._observers = [it.observe for it in reversed(found) if it.observe]
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed."""
@@ -8439,10 +8428,11 @@ class Proxy:
                 outcome.put((None, error))
 
         self._workers.run(_run)
+        module, name = getattr(moment, "__module__", ""), getattr(moment, "__qualname__", moment)
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
         except queues.Empty as late:
-            message = f"{name_of(moment)} took longer than {self._hook_seconds} s"
+            message = f"{module}.{name} took longer than {self._hook_seconds} s"
             raise TimeoutError(message) from late
         if error:
             raise error
@@ -8450,7 +8440,7 @@ class Proxy:
         if not isinstance(result, (kind, type(None))):
             fault = f"{result!r:.80}, which is no {kind.__name__}"
         if fault:
-            raise TypeError(f"{name_of(moment)} returned {fault}")
+            raise TypeError(f"{module}.{name} returned {fault}")
         return result
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
@@ -8479,9 +8469,9 @@ class Proxy:
         if exchange.spooled:
             with contextlib.suppress(OSError):  # the disk is full; `_spool` logged it
                 exchange.spooled.close()
-        for observe in self._observe:
+        for observe in self._observers:
             try:
-                observe(exchange)
+                run_hook(observe, exchange)
             except Exception:
                 log.exception("a hook's observe failed")
         return reply
