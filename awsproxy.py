@@ -8193,7 +8193,6 @@ class Proxy:
             self._find_call,
             self._find_target,
             self._act,
-            self._finish,
         )
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
@@ -8365,7 +8364,7 @@ class Proxy:
         call, target = exchange.call, exchange.target
         assert call and target
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
-            exchange.reply = no_messages(call, exchange.request_id)
+            exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
         act = functools.partial(target.answer, call, exchange.request_id)
@@ -8377,15 +8376,11 @@ class Proxy:
         elif not target.may_block:
             try:
                 call.may_wait = False
-                exchange.reply = act()
+                exchange.outcome = self.observed(exchange, act())
                 return
             except WouldWait:
                 call.may_wait = True
         exchange.outcome = Pending(self, exchange, act, *(begun or ()))
-
-    def _finish(self, exchange: Exchange) -> None:
-        assert exchange.reply
-        exchange.outcome = self.observed(exchange, exchange.reply)
 
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
