@@ -8053,30 +8053,24 @@ class Pending:
     """
 
     def __init__(
-        self,
-        proxy: Proxy,
-        exchange: Exchange,
-        act: Act,
-        attempt: Optional[Attempt] = None,
-        data: bytes = b"",
+        self, proxy: Proxy, exchange: Exchange, act: Act, attempt: Optional[Attempt] = None
     ) -> None:
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
+        self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy = proxy
         self._exchange = exchange
         self._upstream: Any = exchange.target
         self._act = act
         self._attempt: Any = attempt
-        self._data = data
 
-    def send(self) -> None:
+    def send(self, data: bytes) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        if self.socket:
-            call, connection = self._attempt.call, self._attempt.connection
-            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-            if not connection.send_now(self._data):
-                connection.close()  # the call was not sent completely
-                self.socket = None
+        call, connection = self._attempt.call, self._attempt.connection
+        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
+        if not connection.send_now(data):
+            connection.close()  # the call was not sent completely
+            self.socket = None
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -8094,20 +8088,14 @@ class Pending:
     def wait(self) -> Reply:
         """Wait for the reply."""
         while self.socket:
-            if not self._attempt.connection.has_arrived(self.timeout):
-                return self.give_up()
-            outcome = self.proceed()
+            arrived = self._attempt.connection.has_arrived(self.timeout)
+            outcome = self.proceed() if arrived else self.give_up()
             if isinstance(outcome, Reply):
                 return outcome
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
-
-    @property
-    def is_poll(self) -> bool:
-        """True if the call waits for messages."""
-        return bool(self._attempt.call.action == RECEIVE)
 
     def cut_short(self) -> tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and a function that puts later messages back."""
@@ -8235,11 +8223,7 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
-        for outcome in outcomes:
-            if isinstance(outcome, Pending):
-                outcome.send()
-        return outcomes
+        return [exchange.outcome for exchange in exchanges if exchange.outcome]
 
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
@@ -8368,11 +8352,9 @@ class Proxy:
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
         act = functools.partial(target.answer, call, exchange.request_id)
-        begun: Optional[tuple[Attempt, bytes]] = None
+        begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif isinstance(target, Upstream):
-            begun = target.begin(call)
         elif not target.may_block:
             try:
                 call.may_wait = False
@@ -8380,7 +8362,10 @@ class Proxy:
                 return
             except WouldWait:
                 call.may_wait = True
-        exchange.outcome = Pending(self, exchange, act, *(begun or ()))
+        attempt, data = begun or (None, b"")
+        exchange.outcome = pending = Pending(self, exchange, act, attempt)
+        if attempt:
+            pending.send(data)
 
     def arrange_hooks(self) -> None:
         """Find the methods of the hooks again."""
