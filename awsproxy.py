@@ -8160,9 +8160,8 @@ class Proxy:
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
         default = [Route(pattern, embedded) for pattern, _ in DEFAULT_ROUTES]
         self._routes = default if routes is None else routes
-        public = urllib.parse.urlsplit(public_url)
-        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
-        self._public_host = re.sub(f"{default_port}$", "", public.netloc)
+        public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
+        self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
@@ -8248,7 +8247,7 @@ class Proxy:
         except ServiceError as error:
             if error.reason not in ("unsigned", "scheme"):
                 return ""
-        target = TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
+        target = AWS_JSON["1.0"].service(request)
         path = "" if target else request.method.lower()
         with contextlib.suppress(ServiceError):  # the path has several readings
             path += "" if target else rest_meaning(request).path
@@ -8315,9 +8314,13 @@ class Proxy:
 
     def _find_call(self, exchange: Exchange) -> None:
         """Find out what the caller wants."""
-        request, found = exchange.request, exchange.verified
+        found = exchange.verified
+        request = meant = exchange.request
         assert found
-        meaning = self._meaning(exchange, found)
+        if exchange.unsigned and is_preflight(request):
+            method = request.fields["access-control-request-method"][0]
+            meant = dataclasses.replace(request, method=method)
+        meaning = exchange.wire.meaning(meant, found.scope.service, found.body, self.hosts)
         base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
         exchange.call = Call(
             request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
@@ -8456,13 +8459,6 @@ class Proxy:
                 log.exception("a hook's observe failed")
         return reply
 
-    def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
-        request = exchange.request
-        if exchange.unsigned and is_preflight(request):
-            method = request.fields["access-control-request-method"][0]
-            request = dataclasses.replace(request, method=method)
-        return exchange.wire.meaning(request, found.scope.service, found.body, self.hosts)
-
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
         """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
         request, route = exchange.request, call.route
@@ -8528,27 +8524,24 @@ class Proxy:
         """Return the scope that a request names, or that its Host or `sign_as` supplies."""
         scope = claim(request)[1]
         of_host = service_of_host(request.header("host") or "")
-        of_target = (request.header("x-amz-target") or "").rpartition(".")[0]
-        service = TARGET_SERVICES.get(of_target, "")
-        services = (service, scope.service, self._sign_as[0], of_host[0], "sqs")
+        of_target = AWS_JSON["1.0"].service(request)
+        services = (of_target, scope.service, self._sign_as[0], of_host[0], "sqs")
         regions = (scope.region, self._sign_as[1], of_host[1], *self._regions, "us-east-1")
         return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
 
     def _unverified(self, exchange: Exchange) -> Verified:
-        request = exchange.request
-        key = "" if exchange.unsigned else claim(request)[0]
-        scope = self._unverified_scope(request)._replace(service=exchange.service)
-        name = scope.service
+        request, name = exchange.request, exchange.service
+        scope = self._unverified_scope(request)._replace(service=name)
         if exchange.unsigned and self._regions and scope.region not in self._regions:
             raise ServiceError("AccessDenied", f"The region '{scope.region}' is not allowed here.")
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
             raise ServiceError("AccessDenied", "The service or the region is not a name of AWS.")
+        key = "" if exchange.unsigned else claim(request)[0]
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            nobody = Authorization(key, scope, (), "", "")
-            body = streamed_body(request, nobody, declared, b"", checked=False)
+            body = streamed_body(request, _NO_AUTHORIZATION, declared, b"", checked=False)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
@@ -8605,12 +8598,11 @@ def fault_of_reply(reply: Reply) -> str:
     status, headers, body = reply
     if type(status) is not int or not 200 <= status <= 599:
         return f"a Reply with the status {status!r:.40}"
-    for header in headers:
-        name, value = header
+    for name, value in headers:
         is_text = isinstance(name, str) and isinstance(value, str) and ":" not in name
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
-            return f"a Reply with the header {header!r:.80}"
+            return f"a Reply with the header {(name, value)!r:.80}"
     other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
     if other or not isinstance(body, (bytes, collections.abc.Iterable)):
         return f"a Reply with a body of type {type(body).__name__}"
