@@ -8560,31 +8560,24 @@ class Proxy:
                 raise too_large(self.max_body)
             return gathered or io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
-        with _disk_errors():
+        try:
             file = exchange.spooled = tempfile.TemporaryFile()
-        while data:
-            size += len(data)
-            if size > self.max_body:
-                raise too_large(self.max_body)
-            digest.update(data)
-            with _disk_errors():
+            while data:
+                size += len(data)
+                if size > self.max_body:
+                    raise too_large(self.max_body)
+                digest.update(data)
                 file.write(data)
-            data = body.read(65536)
-        with _disk_errors():
+                data = body.read(65536)
             file.seek(0)  # it writes the rest
+        except OSError as error:
+            log.warning("cannot write a long body to a temporary file: %s", error)
+            message = "The proxy cannot store this body."
+            raise ServiceError("ServiceUnavailable", message) from error
         return file, digest.hexdigest()
 
 
 SPOOLED_IN_MEMORY = 262144
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        log.warning("cannot write a long body to a temporary file: %s", error)
-        raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
 
 
 def has_demo_key(clients: Clients) -> bool:
