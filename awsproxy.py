@@ -8146,7 +8146,6 @@ class Proxy:
         hooks: Sequence[Any] = (),
         status: Optional[Status] = None,
         clock: Clock = time.time,
-        new_id: Callable[[], str] = random_id,
         sqs: Optional[Sqs] = None,
         hook_seconds: float = 60,
         hosts: Iterable[str] = (),
@@ -8173,7 +8172,6 @@ class Proxy:
         self._status = status
         self.arrange_hooks()
         self._clock = clock
-        self._new_id = new_id
         self._steps = (
             self._answer_own_path,
             self._verify,
@@ -8227,10 +8225,10 @@ class Proxy:
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
         if self._verified and header and not header[0].startswith("Bearer "):
-            return Exchange(request, self._clock(), self._new_id())
+            return Exchange(request, self._clock(), random_id())
         unsigned = self._unsigned_service(request) if self._verified else ""
         service = unsigned if self._verified else self._unverified_scope(request).service
-        exchange = Exchange(request, self._clock(), self._new_id(), service)
+        exchange = Exchange(request, self._clock(), random_id(), service)
         exchange.unsigned = bool(unsigned)
         return exchange
 
