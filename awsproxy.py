@@ -7828,30 +7828,29 @@ class Status:
 
     def _answer(self, request: Request) -> Reply:
         given = {name.decode(): value.decode("utf-8", "replace") for name, value in request.query}
-        name, *rest = request.path.replace(self.PREFIX, "", 1).split("/")
-        if rest and name != "queues":
-            name = ""
-        if request.method not in (("POST",) if name == "reset" else ("GET", "HEAD")):
+        page = request.path.replace(self.PREFIX, "", 1)
+        if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
         if self.sqs and request.path.startswith(self.LOCALSTACK):
-            return self._localstack(request, given)
-        if name == "ready" and self.draining:
+            return self._localstack(self.sqs, request, given)
+        if page == "ready" and self.draining:
             return _status_reply(503, "draining\n")
-        if name in ("health", "ready"):
+        if page in ("health", "ready"):
             return _status_reply(200, "ok\n")
-        if name == "in-flight" and self.in_flight:
+        if page == "in-flight" and self.in_flight:
             return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
-        if name == "metrics":
+        if page == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return _status_reply(200, self.metrics.text(), kind)
-        if name == "reset" and self.reset:
+        if page == "reset" and self.reset:
             return _status_json({"queues": self.reset(given.get("queue", ""))})
-        if name == "queues" and self.sqs and not rest:
+        if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
-        if name == "queues" and self.sqs and len(rest) == 3:
+        folder, *key = page.split("/")
+        if folder == "queues" and self.sqs and len(key) == 3:
             text = given.get("limit", "100")
             limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
-            found = self.sqs.look((rest[0], rest[1], rest[2]), limit)
+            found = self.sqs.look((key[0], key[1], key[2]), limit)
             if found is not None:
                 for _, message in found:
                     del message["ReceiptHandle"]
@@ -7859,13 +7858,12 @@ class Status:
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
-    def _localstack(self, request: Request, given: Mapping[str, str]) -> Reply:
+    def _localstack(self, sqs: Sqs, request: Request, given: Mapping[str, str]) -> Reply:
         """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
-        assert self.sqs
         try:
             path = request.path[len(self.LOCALSTACK) + 1 :]
-            key = queue_key(path) if path else self._named_queue(given.get("QueueUrl", ""))
-            found = self.sqs.look(key, self.MOST_SHOWN)
+            key = queue_key(path) if path else self._named_queue(sqs, given.get("QueueUrl", ""))
+            found = sqs.look(key, self.MOST_SHOWN)
             if found is None:
                 raise sqs_refusal("no queue")
             messages = _as_localstack(found, key[1], given)
@@ -7880,15 +7878,14 @@ class Status:
         document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
         return _status_reply(reply.status, json.dumps(document), "application/json")
 
-    def _named_queue(self, url: str) -> QueueKey:
+    def _named_queue(self, sqs: Sqs, url: str) -> QueueKey:
         """Return the queue of a QueueUrl; if it names no region, one that has the queue."""
         if not url:
             raise sqs_refusal("no queue")
         parts = urllib.parse.urlsplit(url)
         region, account, name = queue_key(parts.path)
         of_host = _REGION_IN_HOST.search(parts.netloc)
-        assert self.sqs
-        regions = [region, of_host[1] if of_host else "", *self.sqs.regions_of(name, account)]
+        regions = [region, of_host[1] if of_host else "", *sqs.regions_of(name, account)]
         return next(filter(None, regions), self.region), account, name
 
 
@@ -7914,28 +7911,25 @@ def _as_localstack(
     states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
     messages = []
     for shown in states:
-        for state, message in found:
-            if state == shown:
-                attributes = {**message["Attributes"], "SenderId": account}
-                if invisible:
-                    attributes["IsVisible"] = "false" if state == "in flight" else "true"
-                if delayed:
-                    attributes["IsDelayed"] = "true" if state == "delayed" else "false"
-                handle = "SQS/BACKDOOR/ACCESS"
-                messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
+        for message in (message for state, message in found if state == shown):
+            attributes = {**message["Attributes"], "SenderId": account}
+            if invisible:
+                attributes["IsVisible"] = "false" if shown == "in flight" else "true"
+            if delayed:
+                attributes["IsDelayed"] = "true" if shown == "delayed" else "false"
+            handle = "SQS/BACKDOOR/ACCESS"
+            messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
     return messages
 
 
 def _json_of_xml(element: ElementTree.Element) -> Any:
     """Return an element as JSON: text, or its children, of which only repeated ones are a list."""
-    children: dict[str, Any] = {}
+    children: dict[str, list[Any]] = {}
     for child in element:
-        name, value = child.tag.rpartition("}")[2], _json_of_xml(child)
-        earlier = children.get(name)
-        if name in children:
-            value = [*earlier, value] if isinstance(earlier, list) else [earlier, value]
-        children[name] = value
-    return children or element.text
+        children.setdefault(child.tag.rpartition("}")[2], []).append(_json_of_xml(child))
+    if not children:
+        return element.text
+    return {name: them[0] if len(them) == 1 else them for name, them in children.items()}
 
 
 def _status_reply(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
