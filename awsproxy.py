@@ -8280,8 +8280,7 @@ class Proxy:
         if request.method not in METHODS:
             raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
-            preflight = exchange.unsigned and is_preflight(request)
-            check_page(request, self.hosts, preflight=preflight)
+            check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
             proven = verify_head(
                 request,
@@ -8486,10 +8485,9 @@ class Proxy:
     def _find_route(self, action: str) -> Optional[Route]:
         secret = hands_out_credentials(action)
         for route in self._routes:
-            if not route.matches(action):
-                continue
             # Only a route that names the action exactly may return credentials to the caller.
-            if not secret or not isinstance(route.target, Upstream) or route.names_exactly(action):
+            strict = secret and isinstance(route.target, Upstream)
+            if route.matches(action) and (not strict or route.names_exactly(action)):
                 return route
         return None
 
