@@ -7862,7 +7862,7 @@ class Status:
         """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
         try:
             path = request.path[len(self.LOCALSTACK) + 1 :]
-            key = queue_key(path) if path else self._named_queue(sqs, given.get("QueueUrl", ""))
+            key = self._queue_key(sqs, path, given.get("QueueUrl", ""))
             found = sqs.look(key, self.MOST_SHOWN)
             if found is None:
                 raise sqs_refusal("no queue")
@@ -7878,27 +7878,21 @@ class Status:
         document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
         return _status_reply(reply.status, json.dumps(document), "application/json")
 
-    def _named_queue(self, sqs: Sqs, url: str) -> QueueKey:
-        """Return the queue of a QueueUrl; if it names no region, one that has the queue."""
-        if not url:
-            raise sqs_refusal("no queue")
+    def _queue_key(self, sqs: Sqs, path: str, url: str) -> QueueKey:
+        """Return the key of a queue, from REGION/ACCOUNT/NAME or a URL that may lack a region."""
         parts = urllib.parse.urlsplit(url)
-        region, account, name = queue_key(parts.path)
+        *_, region, account, name = ["", "", *(path or parts.path).split("/")]
+        if not path and not url:
+            raise sqs_refusal("no queue")
+        if not _ACCOUNT_ID.fullmatch(account) or not name:
+            message = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
+            raise ServiceError("InvalidAddress", message)
         of_host = _REGION_IN_HOST.search(parts.netloc)
         regions = [region, of_host[1] if of_host else "", *sqs.regions_of(name, account)]
         return next(filter(None, regions), self.region), account, name
 
 
 _REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
-
-
-def queue_key(path: str) -> QueueKey:
-    """Return region, account and name of a path such as REGION/ACCOUNT/NAME; "" for no region."""
-    *_, region, account, name = ["", "", *path.split("/")]
-    if not _ACCOUNT_ID.fullmatch(account) or not name:
-        url = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
-        raise ServiceError("InvalidAddress", url)
-    return region, account, name
 
 
 def _as_localstack(
