@@ -7746,10 +7746,7 @@ class QueueDeclaration(NamedTuple):
 def declare_queues(
     sqs: Sqs, declared: Iterable[QueueDeclaration], region: str, account: str
 ) -> None:
-    """Create the queues, or change their attributes.  Raise ValueError for a mistake.
-
-    Dead-letter queues need no order, because all queues exist before they are linked.
-    """
+    """Create the queues, or change their attributes.  Raise ValueError for a mistake."""
     every = [
         it._replace(region=it.region or region, account=it.account or account) for it in declared
     ]
@@ -7757,14 +7754,13 @@ def declare_queues(
         fifo = {"FifoQueue": "true"} if queue.name.endswith(".fifo") else {}
         given = {"QueueName": queue.name, "Attributes": {**queue.attributes, **fifo}}
         try:
-            _perform(sqs, queue, "CreateQueue", {**given, "tags": dict(queue.tags)})
+            _perform(sqs, queue, "CreateQueue", given)
         except ValueError as error:
             if getattr(error.__cause__, "code", "") != "QueueNameExists":
                 raise
             _perform(sqs, queue, "SetQueueAttributes", {"Attributes": dict(queue.attributes)})
-        if queue.tags:
-            _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
-    for queue in every:
+        _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
+    for queue in every:  # dead-letter queues need no order: all queues exist now
         if queue.dead_letter:
             name, _, count = queue.dead_letter.rpartition(":")
             arn = f"arn:aws:sqs:{queue.region}:{queue.account}:{name}"
