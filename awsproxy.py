@@ -7793,6 +7793,7 @@ class Status:
 
     PREFIX = "/_awsproxy/"
     LOCALSTACK = "/_aws/sqs/messages"
+    PATHS = (PREFIX, LOCALSTACK)  # no bucket has such a name
     MOST_SHOWN = 1000  # messages of a queue
 
     metrics: Metrics
@@ -7801,10 +7802,6 @@ class Status:
     reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
     region: str = "us-east-1"
     draining: bool = False
-
-    def serves(self, request: Request) -> bool:
-        """Return whether a path is one of these; no bucket has such a name."""
-        return request.target.startswith((self.PREFIX, self.LOCALSTACK))
 
     def reply_to(
         self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
@@ -8154,7 +8151,7 @@ class Proxy:
         self.max_body = max_body
         self._hooks = hooks
         self._status = status
-        self.arrange_hooks()
+        self._arrange_hooks()
         self._clock = clock
         self._steps = (
             self._answer_own_path,
@@ -8241,9 +8238,9 @@ class Proxy:
         return ""
 
     def _answer_own_path(self, exchange: Exchange) -> None:
-        """Answer a path of our own; no bucket has such a name."""
+        """Answer a path of our own."""
         request, status = exchange.request, self._status
-        if status and status.serves(request) and is_loopback(request.peer):
+        if status and request.target.startswith(Status.PATHS) and is_loopback(request.peer):
             exchange.outcome = status.reply_to(request, self.hosts)
 
     def check(self, request: Request) -> Exchange:
@@ -8351,8 +8348,7 @@ class Proxy:
         if attempt:
             pending.send(data)
 
-    def arrange_hooks(self) -> None:
-        """Find the methods of the hooks again."""
+    def _arrange_hooks(self) -> None:
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         found = [
             HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
@@ -8364,7 +8360,7 @@ class Proxy:
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed."""
         if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
-            self.arrange_hooks()
+            self._arrange_hooks()
 
     def _hooked(self, call: Call, hooks: Sequence[HookMethods], act: Callable[[], Reply]) -> Reply:
         reply = None
