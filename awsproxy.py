@@ -7809,12 +7809,9 @@ class Status:
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
-        except ServiceError as error:
-            return REST.error(request, error, random_id())
-        try:
             return self._answer(request)
         except ServiceError as error:
-            return _status_reply(400, f"{error.message}\n")
+            return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
             return _status_reply(500, "the request failed; see standard error\n")
