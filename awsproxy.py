@@ -8148,7 +8148,7 @@ class Proxy:
         self.max_body = max_body
         self._hooks = hooks
         self._status = status
-        self._arrange_hooks()
+        self.refresh_hooks()
         self._clock = clock
         self._steps = (
             self._answer_own_path,
@@ -8345,7 +8345,11 @@ class Proxy:
         if attempt:
             pending.send(data)
 
-    def _arrange_hooks(self) -> None:
+    def refresh_hooks(self) -> None:
+        """Load again the hook files that have changed, and find the methods of all hooks."""
+        for hook in self._hooks:
+            if isinstance(hook, HookFile):
+                hook.refresh()
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
         found = [
             HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
@@ -8353,11 +8357,6 @@ class Proxy:
         ]
         self._methods = [it for it in found if it.before or it.rewrite or it.after]
         self._observers = [it.observe for it in reversed(found) if it.observe]
-
-    def refresh_hooks(self) -> None:
-        """Load again the hook files that have changed."""
-        if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
-            self._arrange_hooks()
 
     def _hooked(self, call: Call, hooks: Sequence[HookMethods], act: Callable[[], Reply]) -> Reply:
         reply = None
@@ -8385,19 +8384,18 @@ class Proxy:
                 outcome.put((None, error))
 
         self._workers.run(_run)
-        module, name = getattr(moment, "__module__", ""), getattr(moment, "__qualname__", moment)
+        name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
         except queues.Empty as late:
-            message = f"{module}.{name} took longer than {self._hook_seconds} s"
-            raise TimeoutError(message) from late
+            raise TimeoutError(f"{name} took longer than {self._hook_seconds} s") from late
         if error:
             raise error
         fault = fault_of_reply(result) if isinstance(result, Reply) else ""
         if not isinstance(result, (kind, type(None))):
             fault = f"{result!r:.80}, which is no {kind.__name__}"
         if fault:
-            raise TypeError(f"{module}.{name} returned {fault}")
+            raise TypeError(f"{name} returned {fault}")
         return result
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
