@@ -7795,6 +7795,7 @@ class Status:
     LOCALSTACK = "/_aws/sqs/messages"
     PATHS = (PREFIX, LOCALSTACK)  # no bucket has such a name
     MOST_SHOWN = 1000  # messages of a queue
+    REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
 
     metrics: Metrics
     in_flight: Optional[InFlight] = None
@@ -7877,12 +7878,9 @@ class Status:
         if not _ACCOUNT_ID.fullmatch(account) or not name:
             message = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
             raise ServiceError("InvalidAddress", message)
-        of_host = _REGION_IN_HOST.search(parts.netloc)
+        of_host = self.REGION_IN_HOST.search(parts.netloc)
         regions = [region, of_host[1] if of_host else "", *sqs.regions_of(name, account)]
         return next(filter(None, regions), self.region), account, name
-
-
-_REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
 
 
 def _as_localstack(
