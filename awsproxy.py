@@ -7777,35 +7777,19 @@ class Target(Protocol):
         """Return the answer, or raise ServiceError."""
 
 
-class Sts:
-    """Answers the operation of AWS STS that clients call when they start."""
-
-    def get_caller_identity(self, call: Call) -> Members:
-        """Return the account of the caller, and its section as a user."""
-        client = call.caller
-        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
-        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
-
-
-_IDENTITY = "GetCallerIdentity"
-STS_MODEL = Model(operations(Sts, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
-
-
 class Embedded:
-    """Answers Amazon SQS from memory, and the GetCallerIdentity of AWS STS."""
+    """Answers Amazon SQS from memory, and the operation of AWS STS that clients start with."""
 
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
 
     def __init__(self, sqs: Sqs) -> None:
         self._sqs = sqs
-        self._sts = Sts()
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
         if call.action == "sts:GetCallerIdentity":
-            identity = self._sts.get_caller_identity(call)
-            return call.wire.output(call, STS_MODEL, identity, request_id)
+            return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
         if call.service != "sqs":
             message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
             raise ServiceError("AccessDenied", message)
@@ -7816,7 +7800,15 @@ class Embedded:
             raise _invalid_action(call.operation)
         return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
 
+    def get_caller_identity(self, call: Call) -> Members:
+        """Return the account of the caller, and its section as a user."""
+        client = call.caller
+        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
+
+_IDENTITY = "GetCallerIdentity"
+STS_MODEL = Model(operations(Embedded, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
@@ -7999,10 +7991,7 @@ class QueueDeclaration(NamedTuple):
 def declare_queues(
     sqs: Sqs, declared: Iterable[QueueDeclaration], region: str, account: str
 ) -> None:
-    """Create the queues, or change their attributes.  Raise ValueError for a mistake.
-
-    Dead-letter queues need no order, because all queues exist before they are linked.
-    """
+    """Create the queues, or change their attributes.  Raise ValueError for a mistake."""
     every = [
         it._replace(region=it.region or region, account=it.account or account) for it in declared
     ]
@@ -8010,14 +7999,13 @@ def declare_queues(
         fifo = {"FifoQueue": "true"} if queue.name.endswith(".fifo") else {}
         given = {"QueueName": queue.name, "Attributes": {**queue.attributes, **fifo}}
         try:
-            _perform(sqs, queue, "CreateQueue", {**given, "tags": dict(queue.tags)})
+            _perform(sqs, queue, "CreateQueue", given)
         except ValueError as error:
             if getattr(error.__cause__, "code", "") != "QueueNameExists":
                 raise
             _perform(sqs, queue, "SetQueueAttributes", {"Attributes": dict(queue.attributes)})
-        if queue.tags:
-            _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
-    for queue in every:
+        _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
+    for queue in every:  # dead-letter queues need no order: all queues exist now
         if queue.dead_letter:
             name, _, count = queue.dead_letter.rpartition(":")
             arn = f"arn:aws:sqs:{queue.region}:{queue.account}:{name}"
@@ -8044,71 +8032,61 @@ def sqs_call(
     return call
 
 
+@dataclass
 class Status:
-    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages.
-
-    reset: empties the queues, or those of one name, and returns how many there were
-    """
+    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages."""
 
     PREFIX = "/_awsproxy/"
     LOCALSTACK = "/_aws/sqs/messages"
+    PATHS = (PREFIX, LOCALSTACK)  # no bucket has such a name
     MOST_SHOWN = 1000  # messages of a queue
+    REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        in_flight: Optional[InFlight] = None,
-        sqs: Optional[Sqs] = None,
-        reset: Optional[Callable[[str], int]] = None,
-        region: str = "us-east-1",
-    ) -> None:
-        self.draining = False
-        self._metrics = metrics
-        self._in_flight = in_flight
-        self._sqs = sqs
-        self._reset = reset
-        self._region = region
+    metrics: Metrics
+    in_flight: Optional[InFlight] = None
+    sqs: Optional[Sqs] = None
+    reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
+    region: str = "us-east-1"
+    draining: bool = False
 
-    def serves(self, request: Request) -> bool:
-        """Return whether a path is one of these; no bucket has such a name."""
-        return request.target.startswith((self.PREFIX, self.LOCALSTACK))
-
-    def reply_to(self, request: Request) -> Reply:
-        """Return the reply for a path, 404 for an unknown path.  Never raises."""
+    def reply_to(
+        self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
+    ) -> Reply:
+        """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
+            check_page(request, hosts, any_address)
             return self._answer(request)
         except ServiceError as error:
-            return _status_reply(400, f"{error.message}\n")
+            return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
             return _status_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
         given = {name.decode(): value.decode("utf-8", "replace") for name, value in request.query}
-        name, *rest = request.path.replace(self.PREFIX, "", 1).split("/")
-        if rest and name != "queues":
-            name = ""
-        if request.method not in (("POST",) if name == "reset" else ("GET", "HEAD")):
+        page = request.path.replace(self.PREFIX, "", 1)
+        if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if self._sqs and request.path.startswith(self.LOCALSTACK):
-            return self._localstack(request, given)
-        if name == "ready" and self.draining:
+        if self.sqs and request.path.startswith(self.LOCALSTACK):
+            return self._localstack(self.sqs, request, given)
+        if page == "ready" and self.draining:
             return _status_reply(503, "draining\n")
-        if name in ("health", "ready"):
+        if page in ("health", "ready"):
             return _status_reply(200, "ok\n")
-        if name == "in-flight" and self._in_flight:
-            return _status_reply(200, json.dumps(self._in_flight.counts()), "application/json")
-        if name == "metrics":
+        if page == "in-flight" and self.in_flight:
+            return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
+        if page == "metrics":
             kind = "text/plain; version=0.0.4; charset=utf-8"
-            return _status_reply(200, self._metrics.text(), kind)
-        if name == "reset" and self._reset:
-            return _status_json({"queues": self._reset(given.get("queue", ""))})
-        if name == "queues" and self._sqs and not rest:
-            return _status_json(self._sqs.overview())
-        if name == "queues" and self._sqs and len(rest) == 3:
+            return _status_reply(200, self.metrics.text(), kind)
+        if page == "reset" and self.reset:
+            return _status_json({"queues": self.reset(given.get("queue", ""))})
+        if page == "queues" and self.sqs:
+            return _status_json(self.sqs.overview())
+        folder, *key = page.split("/")
+        if folder == "queues" and self.sqs and len(key) == 3:
             text = given.get("limit", "100")
             limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
-            found = self._sqs.look("arn:aws:sqs:" + ":".join(rest), limit)
+            found = self.sqs.look("arn:aws:sqs:" + ":".join(key), limit)
             if found is not None:
                 for _, message in found:
                     del message["ReceiptHandle"]
@@ -8116,13 +8094,12 @@ class Status:
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
-    def _localstack(self, request: Request, given: Mapping[str, str]) -> Reply:
+    def _localstack(self, sqs: Sqs, request: Request, given: Mapping[str, str]) -> Reply:
         """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
-        assert self._sqs
         try:
             path = request.path[len(self.LOCALSTACK) + 1 :]
-            key = queue_key(path) if path else self._named_queue(given.get("QueueUrl", ""))
-            found = self._sqs.look("arn:aws:sqs:" + ":".join(key), self.MOST_SHOWN)
+            key = self._queue_key(sqs, path, given.get("QueueUrl", ""))
+            found = sqs.look("arn:aws:sqs:" + ":".join(key), self.MOST_SHOWN)
             if found is None:
                 raise sqs_refusal("no queue")
             messages = _as_localstack(found, key[1], given)
@@ -8137,28 +8114,18 @@ class Status:
         document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
         return _status_reply(reply.status, json.dumps(document), "application/json")
 
-    def _named_queue(self, url: str) -> tuple[str, str, str]:
-        """Return the queue of a QueueUrl; if it names no region, one that has the queue."""
-        if not url:
-            raise sqs_refusal("no queue")
+    def _queue_key(self, sqs: Sqs, path: str, url: str) -> tuple[str, str, str]:
+        """Return the key of a queue, from REGION/ACCOUNT/NAME or a URL that may lack a region."""
         parts = urllib.parse.urlsplit(url)
-        region, account, name = queue_key(parts.path)
-        of_host = _REGION_IN_HOST.search(parts.netloc)
-        assert self._sqs
-        regions = [region, of_host[1] if of_host else "", *self._sqs.regions_of(name, account)]
-        return next(filter(None, regions), self._region), account, name
-
-
-_REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
-
-
-def queue_key(path: str) -> tuple[str, str, str]:
-    """Return region, account and name of a path such as REGION/ACCOUNT/NAME; "" for no region."""
-    *_, region, account, name = ["", "", *path.split("/")]
-    if not _ACCOUNT_ID.fullmatch(account) or not name:
-        url = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
-        raise ServiceError("InvalidAddress", url)
-    return region, account, name
+        *_, region, account, name = ["", "", *(path or parts.path).split("/")]
+        if not path and not url:
+            raise sqs_refusal("no queue")
+        if not _ACCOUNT_ID.fullmatch(account) or not name:
+            message = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
+            raise ServiceError("InvalidAddress", message)
+        of_host = self.REGION_IN_HOST.search(parts.netloc)
+        regions = [region, of_host[1] if of_host else "", *sqs.regions_of(name, account)]
+        return next(filter(None, regions), self.region), account, name
 
 
 def _as_localstack(
@@ -8171,28 +8138,25 @@ def _as_localstack(
     states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
     messages = []
     for shown in states:
-        for state, message in found:
-            if state == shown:
-                attributes = {**message["Attributes"], "SenderId": account}
-                if invisible:
-                    attributes["IsVisible"] = "false" if state == "in flight" else "true"
-                if delayed:
-                    attributes["IsDelayed"] = "true" if state == "delayed" else "false"
-                handle = "SQS/BACKDOOR/ACCESS"
-                messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
+        for message in (message for state, message in found if state == shown):
+            attributes = {**message["Attributes"], "SenderId": account}
+            if invisible:
+                attributes["IsVisible"] = "false" if shown == "in flight" else "true"
+            if delayed:
+                attributes["IsDelayed"] = "true" if shown == "delayed" else "false"
+            handle = "SQS/BACKDOOR/ACCESS"
+            messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
     return messages
 
 
 def _json_of_xml(element: ElementTree.Element) -> Any:
     """Return an element as JSON: text, or its children, of which only repeated ones are a list."""
-    children: dict[str, Any] = {}
+    children: dict[str, list[Any]] = {}
     for child in element:
-        name, value = child.tag.rpartition("}")[2], _json_of_xml(child)
-        earlier = children.get(name)
-        if name in children:
-            value = [*earlier, value] if isinstance(earlier, list) else [earlier, value]
-        children[name] = value
-    return children or element.text
+        children.setdefault(child.tag.rpartition("}")[2], []).append(_json_of_xml(child))
+    if not children:
+        return element.text
+    return {name: them[0] if len(them) == 1 else them for name, them in children.items()}
 
 
 def _status_reply(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
@@ -8256,14 +8220,13 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     return any_address or address.is_loopback or name in hosts
 
 
+@dataclass
 class Admin:
     """Replaces the Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
 
+    status: Status
+    hosts: frozenset[str] = frozenset()
     max_body = 0
-
-    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        self._status = status
-        self._hosts = frozenset(hosts)
 
     def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Return the replies."""
@@ -8271,16 +8234,12 @@ class Admin:
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Return the reply, or the refusal."""
-        try:
-            if refused:
-                raise refused
-            if request.method not in METHODS:
-                raise not_implemented(request.method)
-            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
-            check_page(request, self._hosts, any_address=True)
-        except ServiceError as error:
-            return REST.error(request, error, random_id())
-        return self._status.reply_to(request)
+        if not refused and request.method not in METHODS:
+            refused = not_implemented(request.method)
+        if refused:
+            return REST.error(request, refused, random_id())
+        # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+        return self.status.reply_to(request, self.hosts, any_address=True)
 
     def judge(self, request: Request) -> Optional[ServiceError]:
         """Return None: the head is never refused."""
@@ -8292,11 +8251,6 @@ class Admin:
 
 
 # [8.4] Hooks and answers that must be waited for
-def name_of(function: Callable[..., Any]) -> str:
-    """Return the qualified name of a function."""
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-
-
 def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
@@ -8309,6 +8263,7 @@ class HookMethods(NamedTuple):
     before: Optional[Callable[[Call], Optional[Reply]]]
     rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
     after: Optional[Callable[[Call, Reply], Optional[Reply]]]
+    observe: Optional[Callable[[Exchange], None]]
 
 
 class Pending:
@@ -8319,30 +8274,24 @@ class Pending:
     """
 
     def __init__(
-        self,
-        proxy: Proxy,
-        exchange: Exchange,
-        act: Act,
-        attempt: Optional[Attempt] = None,
-        data: bytes = b"",
+        self, proxy: Proxy, exchange: Exchange, act: Act, attempt: Optional[Attempt] = None
     ) -> None:
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
+        self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy = proxy
         self._exchange = exchange
         self._upstream: Any = exchange.target
         self._act = act
         self._attempt: Any = attempt
-        self._data = data
 
-    def send(self) -> None:
+    def send(self, data: bytes) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        if self.socket:
-            call, connection = self._attempt.call, self._attempt.connection
-            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-            if not connection.send_now(self._data):
-                connection.close()  # the call was not sent completely
-                self.socket = None
+        call, connection = self._attempt.call, self._attempt.connection
+        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
+        if not connection.send_now(data):
+            connection.close()  # the call was not sent completely
+            self.socket = None
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -8360,20 +8309,14 @@ class Pending:
     def wait(self) -> Reply:
         """Wait for the reply."""
         while self.socket:
-            if not self._attempt.connection.has_arrived(self.timeout):
-                return self.give_up()
-            outcome = self.proceed()
+            arrived = self._attempt.connection.has_arrived(self.timeout)
+            outcome = self.proceed() if arrived else self.give_up()
             if isinstance(outcome, Reply):
                 return outcome
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
-
-    @property
-    def is_poll(self) -> bool:
-        """True if the call waits for messages."""
-        return bool(self._attempt.call.action == RECEIVE)
 
     def cut_short(self) -> tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and a function that puts later messages back."""
@@ -8424,7 +8367,6 @@ class Proxy:
         hooks: Sequence[Any] = (),
         status: Optional[Status] = None,
         clock: Clock = time.time,
-        new_id: Callable[[], str] = random_id,
         sqs: Optional[Sqs] = None,
         hook_seconds: float = 60,
         hosts: Iterable[str] = (),
@@ -8438,9 +8380,8 @@ class Proxy:
         embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
         default = [Route(pattern, embedded) for pattern, _ in DEFAULT_ROUTES]
         self._routes = default if routes is None else routes
-        public = urllib.parse.urlsplit(public_url)
-        default_port = f":{DEFAULT_PORTS.get(public.scheme)}"  # no client puts it into Host
-        self._public_host = re.sub(f"{default_port}$", "", public.netloc)
+        public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
+        self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._sign_as = sign_as
         self._clock_skew = clock_skew
@@ -8450,9 +8391,8 @@ class Proxy:
         self.max_body = max_body
         self._hooks = hooks
         self._status = status
-        self.arrange_hooks()
+        self.refresh_hooks()
         self._clock = clock
-        self._new_id = new_id
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
         self._steps = (
             self._answer_own_path,
@@ -8460,7 +8400,6 @@ class Proxy:
             self._find_call,
             self._find_target,
             self._act,
-            self._finish,
         )
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
@@ -8503,19 +8442,15 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
-        for outcome in outcomes:
-            if isinstance(outcome, Pending):
-                outcome.send()
-        return outcomes
+        return [exchange.outcome for exchange in exchanges if exchange.outcome]
 
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
         if self._verified and header and not header[0].startswith("Bearer "):
-            return Exchange(request, self._clock(), self._new_id())
+            return Exchange(request, self._clock(), random_id())
         unsigned = self._unsigned_service(request) if self._verified else ""
         service = unsigned if self._verified else self._unverified_scope(request).service
-        exchange = Exchange(request, self._clock(), self._new_id(), service)
+        exchange = Exchange(request, self._clock(), random_id(), service)
         exchange.unsigned = bool(unsigned)
         return exchange
 
@@ -8532,7 +8467,7 @@ class Proxy:
         except ServiceError as error:
             if error.reason not in ("unsigned", "scheme"):
                 return ""
-        target = TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
+        target = AWS_JSON["1.0"].service(request)
         path = "" if target else request.method.lower()
         with contextlib.suppress(ServiceError):  # the path has several readings
             path += "" if target else rest_meaning(request).path
@@ -8544,14 +8479,10 @@ class Proxy:
         return ""
 
     def _answer_own_path(self, exchange: Exchange) -> None:
-        """Answer a path of our own; no bucket has such a name."""
+        """Answer a path of our own."""
         request, status = exchange.request, self._status
-        if status and status.serves(request) and is_loopback(request.peer):
-            try:
-                check_page(request, self.hosts)
-                exchange.outcome = status.reply_to(request)
-            except ServiceError as error:
-                exchange.outcome = REST.error(request, error, exchange.request_id)
+        if status and request.target.startswith(Status.PATHS) and is_loopback(request.peer):
+            exchange.outcome = status.reply_to(request, self.hosts)
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
@@ -8585,8 +8516,7 @@ class Proxy:
         if request.method not in METHODS:
             raise not_implemented(request.method)
         if self._is_public or exchange.unsigned:
-            preflight = exchange.unsigned and is_preflight(request)
-            check_page(request, self.hosts, preflight=preflight)
+            check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
             proven = verify_head(
                 request,
@@ -8612,9 +8542,13 @@ class Proxy:
 
     def _find_call(self, exchange: Exchange) -> None:
         """Find out what the caller wants."""
-        request, found = exchange.request, exchange.verified
+        found = exchange.verified
+        request = meant = exchange.request
         assert found
-        meaning = self._meaning(exchange, found)
+        if exchange.unsigned and is_preflight(request):
+            method = request.fields["access-control-request-method"][0]
+            meant = dataclasses.replace(request, method=method)
+        meaning = exchange.wire.meaning(meant, found.scope.service, found.body, self.hosts)
         base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
         exchange.call = Call(
             request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
@@ -8645,49 +8579,37 @@ class Proxy:
         call, target = exchange.call, exchange.target
         assert call and target
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
-            exchange.reply = no_messages(call, exchange.request_id)
+            exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
         act = functools.partial(target.answer, call, exchange.request_id)
-        begun: Optional[tuple[Attempt, bytes]] = None
+        begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif isinstance(target, Upstream):
-            begun = target.begin(call)
         elif not target.may_block:
             try:
                 call.may_wait = False
-                exchange.reply = act()
+                exchange.outcome = self.observed(exchange, act())
                 return
             except WouldWait:
                 call.may_wait = True
-        exchange.outcome = Pending(self, exchange, act, *(begun or ()))
+        attempt, data = begun or (None, b"")
+        exchange.outcome = pending = Pending(self, exchange, act, attempt)
+        if attempt:
+            pending.send(data)
 
-    def _finish(self, exchange: Exchange) -> None:
-        assert exchange.reply
-        exchange.outcome = self.observed(exchange, exchange.reply)
-
-    def arrange_hooks(self) -> None:
-        """Find the methods of the hooks again."""
+    def refresh_hooks(self) -> None:
+        """Load again the hook files that have changed, and find the methods of all hooks."""
+        for hook in self._hooks:
+            if isinstance(hook, HookFile):
+                hook.refresh()
         hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
-        observers = [_method_of(hook, "observe") for hook in hooks]
-        own = __name__  # our own hooks raise no BaseException
-        self._observe = [
-            observe
-            if getattr(observe, "__module__", "") == own
-            else functools.partial(run_hook, observe)
-            for observe in filter(None, reversed(observers))
-        ]
-        moments = [
+        found = [
             HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
             for hook in hooks
         ]
-        self._methods = [it for it in moments if it.before or it.rewrite or it.after]
-
-    def refresh_hooks(self) -> None:
-        """Load again the hook files that have changed."""
-        if any([h.refresh() for h in self._hooks if isinstance(h, HookFile)]):
-            self.arrange_hooks()
+        self._methods = [it for it in found if it.before or it.rewrite or it.after]
+        self._observers = [it.observe for it in reversed(found) if it.observe]
 
     def _hooked(self, call: Call, hooks: Sequence[HookMethods], act: Callable[[], Reply]) -> Reply:
         reply = None
@@ -8715,18 +8637,18 @@ class Proxy:
                 outcome.put((None, error))
 
         self._workers.run(_run)
+        name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
         except queues.Empty as late:
-            message = f"{name_of(moment)} took longer than {self._hook_seconds} s"
-            raise TimeoutError(message) from late
+            raise TimeoutError(f"{name} took longer than {self._hook_seconds} s") from late
         if error:
             raise error
         fault = fault_of_reply(result) if isinstance(result, Reply) else ""
         if not isinstance(result, (kind, type(None))):
             fault = f"{result!r:.80}, which is no {kind.__name__}"
         if fault:
-            raise TypeError(f"{name_of(moment)} returned {fault}")
+            raise TypeError(f"{name} returned {fault}")
         return result
 
     def refuse(self, exchange: Exchange, error: Exception) -> Reply:
@@ -8755,19 +8677,12 @@ class Proxy:
         if exchange.spooled:
             with contextlib.suppress(OSError):  # the disk is full; `_spool` logged it
                 exchange.spooled.close()
-        for observe in self._observe:
+        for observe in self._observers:
             try:
-                observe(exchange)
+                run_hook(observe, exchange)
             except Exception:
                 log.exception("a hook's observe failed")
         return reply
-
-    def _meaning(self, exchange: Exchange, found: Verified) -> Meaning:
-        request = exchange.request
-        if exchange.unsigned and is_preflight(request):
-            method = request.fields["access-control-request-method"][0]
-            request = dataclasses.replace(request, method=method)
-        return exchange.wire.meaning(request, found.scope.service, found.body, self.hosts)
 
     def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
         """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
@@ -8787,11 +8702,9 @@ class Proxy:
         url = call.input.get("QueueUrl") or call.request.path
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
-        operation, host = "GetQueueAttributes", call.request.header("host") or "localhost"
-        request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
-        asked = Call(request, wire, "sqs", operation, call.region, call.caller, request.body)
-        asked.base_url, asked.encoded = call.base_url, document
-        asked.route = self._route(asked.action)
+        host = call.request.header("host") or "localhost"
+        asked = sqs_call("GetQueueAttributes", document, call.region, call.caller, host)
+        asked.base_url, asked.route = call.base_url, self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
         reply = asked.route.target.answer(asked, "")
@@ -8806,10 +8719,9 @@ class Proxy:
     def _find_route(self, action: str) -> Optional[Route]:
         secret = hands_out_credentials(action)
         for route in self._routes:
-            if not route.matches(action):
-                continue
             # Only a route that names the action exactly may return credentials to the caller.
-            if not secret or not isinstance(route.target, Upstream) or route.names_exactly(action):
+            strict = secret and isinstance(route.target, Upstream)
+            if route.matches(action) and (not strict or route.names_exactly(action)):
                 return route
         return None
 
@@ -8836,27 +8748,24 @@ class Proxy:
         """Return the scope that a request names, or that its Host or `sign_as` supplies."""
         scope = claim(request)[1]
         of_host = service_of_host(request.header("host") or "")
-        of_target = (request.header("x-amz-target") or "").rpartition(".")[0]
-        service = TARGET_SERVICES.get(of_target, "")
-        services = (service, scope.service, self._sign_as[0], of_host[0], "sqs")
+        of_target = AWS_JSON["1.0"].service(request)
+        services = (of_target, scope.service, self._sign_as[0], of_host[0], "sqs")
         regions = (scope.region, self._sign_as[1], of_host[1], *self._regions, "us-east-1")
         return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
 
     def _unverified(self, exchange: Exchange) -> Verified:
-        request = exchange.request
-        key = "" if exchange.unsigned else claim(request)[0]
-        scope = self._unverified_scope(request)._replace(service=exchange.service)
-        name = scope.service
+        request, name = exchange.request, exchange.service
+        scope = self._unverified_scope(request)._replace(service=name)
         if exchange.unsigned and self._regions and scope.region not in self._regions:
             raise ServiceError("AccessDenied", f"The region '{scope.region}' is not allowed here.")
         if not (_SCOPE_NAME.fullmatch(name) and _SCOPE_NAME.fullmatch(scope.region)):
             raise ServiceError("AccessDenied", "The service or the region is not a name of AWS.")
+        key = "" if exchange.unsigned else claim(request)[0]
         client = Client("anonymous", key or "anonymous", "", "", self._account_id)
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            nobody = Authorization(key, scope, (), "", "")
-            body = streamed_body(request, nobody, declared, b"", checked=False)
+            body = streamed_body(request, _NO_AUTHORIZATION, declared, b"", checked=False)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
@@ -8875,32 +8784,25 @@ class Proxy:
                 raise too_large(self.max_body)
             return gathered or io.BytesIO(data), hashlib.sha256(data).hexdigest()
         digest, size = hashlib.sha256(), 0
-        with _disk_errors():
+        try:
             file = exchange.spooled = tempfile.TemporaryFile()
-        while data:
-            size += len(data)
-            if size > self.max_body:
-                raise too_large(self.max_body)
-            digest.update(data)
-            with _disk_errors():
+            while data:
+                size += len(data)
+                if size > self.max_body:
+                    raise too_large(self.max_body)
+                digest.update(data)
                 file.write(data)
-            data = body.read(65536)
-        with _disk_errors():
+                data = body.read(65536)
             file.seek(0)  # it writes the rest
+        except OSError as error:
+            log.warning("cannot write a long body to a temporary file: %s", error)
+            message = "The proxy cannot store this body."
+            raise ServiceError("ServiceUnavailable", message) from error
         return file, digest.hexdigest()
 
 
 SPOOLED_IN_MEMORY = 262144
 MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        log.warning("cannot write a long body to a temporary file: %s", error)
-        raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -8914,12 +8816,11 @@ def fault_of_reply(reply: Reply) -> str:
     status, headers, body = reply
     if type(status) is not int or not 200 <= status <= 599:
         return f"a Reply with the status {status!r:.40}"
-    for header in headers:
-        name, value = header
+    for name, value in headers:
         is_text = isinstance(name, str) and isinstance(value, str) and ":" not in name
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
-            return f"a Reply with the header {header!r:.80}"
+            return f"a Reply with the header {(name, value)!r:.80}"
     other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
     if other or not isinstance(body, (bytes, collections.abc.Iterable)):
         return f"a Reply with a body of type {type(body).__name__}"
