@@ -6624,16 +6624,11 @@ class Workers:
 
     def __init__(self) -> None:
         self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
+        self._idle = threading.Semaphore(0)  # counts the threads that no task is meant for
 
     def run(self, task: Callable[[], None]) -> None:
         """Run the task in a thread; RuntimeError if the system has no more threads."""
-        with self._lock:
-            spare = self._idle > 0
-            if spare:
-                self._idle -= 1
-        if not spare:
+        if not self._idle.acquire(blocking=False):
             threading.Thread(target=self._work, daemon=True).start()
         self._tasks.put(task)
 
@@ -6642,14 +6637,11 @@ class Workers:
             try:
                 task = self._tasks.get(timeout=self.IDLE_SECONDS)
             except queues.Empty:
-                with self._lock:
-                    if self._idle > 0:  # no task waits for this thread
-                        self._idle -= 1
-                        return
+                if self._idle.acquire(blocking=False):  # no task waits for this thread
+                    return
                 continue
             task()
-            with self._lock:
-                self._idle += 1
+            self._idle.release()
 
 
 class Exchange:
