@@ -6851,7 +6851,6 @@ class LineWriter:
         self._lines: collections.deque[str] = collections.deque()
         self._writing = 0
         self._arrived = threading.Event()
-        self._written = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
@@ -6872,9 +6871,7 @@ class LineWriter:
         """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
         while (self._lines or self._writing) and time.monotonic() < until:
-            self._written.clear()
-            self._arrived.set()
-            self._written.wait(0.1)
+            time.sleep(self.PAUSE / 4)
 
     def _work(self) -> None:
         while True:
@@ -6891,7 +6888,6 @@ class LineWriter:
             self._writing = 0
             if self._reopens:
                 self._open()
-            self._written.set()
 
     def _open(self) -> None:
         self._reopens = False
