@@ -6992,8 +6992,10 @@ def open_log(path: str) -> Any:
 
 # [7.4] Explanations
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
-_HIDDEN_HEADERS = frozenset("cookie x-amz-security-token x-amz-s3session-token".split())
-_HIDDEN_VALUES = re.compile("(?im)(x-amz-(?:security|s3session)-token[:=]|^cookie:)[^\n&]*")
+_TOKEN = "x-amz-(?:security|s3session)-token"
+_SECRET = re.compile(  # a header, or a parameter of a query
+    f"(?is)^((?:cookie|{_TOKEN}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKEN}=)[^&]*"
+)
 _SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
 MAX_EXPLANATION = 16384  # characters
 
@@ -7030,24 +7032,21 @@ def explain(exchange: Exchange) -> Sequence[Step]:
     return steps
 
 
+def _without_secrets(text: str) -> str:
+    """Return a header, target or query with its secrets hidden and its signature cut."""
+    return _SIGNATURE_SHOWN.sub(r"\1...", _SECRET.sub(r"\1\2<hidden>", text))
+
+
 def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
-    target = _SIGNATURE_SHOWN.sub(r"\1...", _HIDDEN_VALUES.sub(r"\1<hidden>", request.target))
-    lines = [f"{request.method} {target} HTTP/1.1"]
-    for name, value in request.headers:
-        if name.lower() == "authorization" and value.startswith(ALGORITHM):
-            value = _SIGNATURE_SHOWN.sub(r"\1...", value)
-        elif name.lower() in _HIDDEN_HEADERS or name.lower() == "authorization":
-            value = "<hidden>"
-        lines.append(f"{name}: {value}")
+    lines = [f"{request.method} {_without_secrets(request.target)} HTTP/1.1"]
+    lines += [_without_secrets(f"{name}: {value}") for name, value in request.headers]
     return [("", line) for line in lines]
 
 
 def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]:
     method, path, query, headers, names, payload = proof.parts
-    headers = _HIDDEN_VALUES.sub(r"\1<hidden>", headers)
-    canonical = [("method", method), ("path", path)]
-    canonical += [("query", _HIDDEN_VALUES.sub(r"\1<hidden>", query))]
-    canonical += [("header", line) for line in headers.split("\n")[:-1]]
+    canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
+    canonical += [("header", _without_secrets(line)) for line in headers.split("\n")[:-1]]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
