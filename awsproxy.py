@@ -7010,25 +7010,22 @@ def explain(exchange: Exchange) -> Sequence[Step]:
     steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
     if proof:
         steps += _explained_signature(authorization_of(exchange.request), proof)
+    verdict = "no signature was checked"
     if refused:
-        fault = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
-        cause = [("cause", refused.cause)] if refused.cause else []
-        steps.append(("verdict", [("", fault), *cause]))
+        verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
     elif verified and proof:
         who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
-        steps.append(("verdict", [("", f"the signature is right: {who}")]))
-    else:
-        steps.append(("verdict", [("", "no signature was checked")]))
+        verdict = f"the signature is right: {who}"
+    cause = [("cause", refused.cause)] if refused and refused.cause else []
+    steps.append(("verdict", [("", verdict), *cause]))
     if call and call.route:
         route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
         steps.append(("route", [("", route)]))
     if call and call.sent:
         steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
     if exchange.status:
-        reply = (
-            f"{exchange.status}, {exchange.reply_bytes} bytes, {exchange.seconds * 1000:.1f} ms"
-        )
-        steps.append(("reply", [("", reply)]))
+        size, took = f"{exchange.reply_bytes} bytes", f"{exchange.seconds * 1000:.1f} ms"
+        steps.append(("reply", [("", f"{exchange.status}, {size}, {took}")]))
     return steps
 
 
@@ -7074,9 +7071,8 @@ def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
     lines = []
     for title, labelled in steps:
         lines.append(f"\033[1m{title}\033[0m" if coloured else title)
-        lines += [
-            f"  {label:<15} {line}".rstrip() if label else f"  {line}" for label, line in labelled
-        ]
+        for label, line in labelled:
+            lines.append(f"  {label:<15} {line}".rstrip() if label else f"  {line}")
     text = "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
     return text[:MAX_EXPLANATION]
 
