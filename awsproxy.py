@@ -6773,16 +6773,13 @@ class Watched:
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
         self._read = read
-        self._paths = [name for name in (path, more) if name]
-        self._stamps = self._stamps_now()
+        self._paths = (path, more)
+        self._stamps = list(map(stamp_of, self._paths))
         self.value = read(path)
-
-    def _stamps_now(self) -> Sequence[object]:
-        return [stamp_of(path) for path in self._paths]
 
     def refresh(self) -> bool:
         """Read the files again if they have changed, and return whether there is a new value."""
-        stamps = self._stamps_now()
+        stamps = list(map(stamp_of, self._paths))
         if stamps == self._stamps or _NO_FILE in stamps:
             return False
         self._stamps = stamps
@@ -6791,7 +6788,7 @@ class Watched:
         except (OSError, ValueError) as error:
             log.error("%s not read again, keeping the old contents: %s", self._paths[0], error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self._stamps = ()
+                self._stamps = []
             return False
         log.warning("%s read again", self._paths[0])
         return True
