@@ -6708,7 +6708,7 @@ class Exchange:
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
+Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
 
 
 # [7.2] The interface of hooks
@@ -7161,19 +7161,19 @@ class Metrics(Hook):
 
     def text(self) -> str:
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
-        lines: list[str] = []
-        calls, attempts = Counts(), Counts()
-        totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
+        page: list[str] = []
+        calls, attempts, throttles = Counts(), Counts(), Counts({(): 0})
+        totals = Counts({("in",): 0, ("out",): 0})
         with self._lock:
             for key, (count, came, went) in self._rows.items():
-                *of_call, status, code, attempt = key
-                calls[tuple(map(str, (*of_call, status, code)))] += count
-                attempts[(str(attempt),)] += count
+                *_, status, code, attempt = key
+                calls[key[:-1]] += count
+                attempts[(attempt,)] += count
                 totals[("in",)] += came
                 totals[("out",)] += went
                 if code in self.THROTTLES or status == 429:
                     throttles[()] += count
-            for name, labels, help_text, counts in (
+            for name, names, help_text, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
@@ -7181,21 +7181,16 @@ class Metrics(Hook):
                 ("bytes", "direction", "Bytes of bodies.", totals),
                 ("throttles", "", "Answers that throttle.", throttles),
             ):
-                _head(lines, f"{name}_total", "counter", help_text)
-                for values, count in sorted(counts.items()):
-                    shown = _labels(zip(labels.split(), values))
-                    lines.append(f"awsproxy_{name}_total{shown} {count}")
-            self._seconds.write(lines, "request_seconds", "How long a request took.")
-            self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
+                page += _head(f"{name}_total", "counter", help_text)
+                page += _samples(f"{name}_total", names, sorted(counts.items()))
+            page += self._seconds.lines("request_seconds", "How long a request took.")
+            page += self._upstream_seconds.lines("upstream_seconds", "How long its upstream took.")
         for name, (help_text, names, read) in self._gauges.items():
-            _head(lines, name, "gauge", help_text)
-            for values, value in (read() if names else {(): read()}).items():
-                shown = _labels(zip(names.split(), values))
-                lines.append(f"awsproxy_{name}{shown} {_number_text(value)}")
-        _head(lines, "build_info", "gauge", "Which copy of the file this is.")
-        build = (("version", __version__), ("sha256", file_sha256()[:12]))
-        lines.append(f"awsproxy_build_info{_labels(build)} 1")
-        return "\n".join(lines) + "\n"
+            page += _head(name, "gauge", help_text)
+            page += _samples(name, names, (read() if names else {(): read()}).items())
+        page += _head("build_info", "gauge", "Which copy of the file this is.")
+        page += _samples("build_info", "version sha256", [((__version__, file_sha256()[:12]), 1)])
+        return "\n".join(page) + "\n"
 
 
 class Histogram:
@@ -7212,36 +7207,36 @@ class Histogram:
         self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self._sum += value
 
-    def write(self, lines: list[str], name: str, help_text: str) -> None:
-        """Append the lines of the histogram."""
-        _head(lines, name, "histogram", help_text)
-        running = itertools.accumulate(self._counts)
-        for bound, count in zip((*map(str, self.BOUNDS), "+Inf"), running):
-            lines.append(f'awsproxy_{name}_bucket{{le="{bound}"}} {count}')
-        lines.append(f"awsproxy_{name}_sum {_number_text(self._sum)}")
-        lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
+    def lines(self, name: str, help_text: str) -> Iterator[str]:
+        """Yield the lines of the histogram."""
+        buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(self._counts))
+        yield from _head(name, "histogram", help_text)
+        yield from _samples(f"{name}_bucket", "le", buckets)
+        yield from _samples(f"{name}_sum", "", [((), self._sum)])
+        yield from _samples(f"{name}_count", "", [((), sum(self._counts))])
 
 
-def _head(lines: list[str], name: str, kind: str, help_text: str) -> None:
-    lines += (f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}")
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
-def _labels(pairs: Iterable[tuple[str, str]]) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    text = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in pairs)
-    return f"{{{text}}}" if text else ""
+def _head(name: str, kind: str, help_text: str) -> Sequence[str]:
+    return f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}"
 
 
-def _number_text(value: float) -> str:
-    special = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-    return special.get(repr(value), repr(value))
+def _samples(name: str, names: str, samples: Iterable[tuple[Any, float]]) -> Iterator[str]:
+    """Yield a line for each sample: the values of the labels with these names, and its own."""
+    for labels, value in samples:
+        pairs = zip(names.split(), labels)
+        text = ",".join(f'{label}="{str(it).translate(_ESCAPES)}"' for label, it in pairs)
+        shown = f"{{{text}}}" if text else ""
+        yield f"awsproxy_{name}{shown} {_NUMBERS.get(repr(value), repr(value))}"
 
 
 @functools.lru_cache(maxsize=1)
 def file_sha256() -> str:
     """Return the SHA-256 of this file in hex."""
-    with open(__file__, "rb") as source:
-        return hashlib.sha256(source.read()).hexdigest()
+    return hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
 # [7.6] Messages in flight
