@@ -7370,11 +7370,9 @@ class InFlight(Hook):
 
     def _hold(self, message_id: str, queue: _QueueKey, until: float) -> None:
         self._held[message_id] = _Hold(queue, until, time.monotonic())
-        if until < math.inf:
-            heapq.heappush(self._ends, (until, message_id))
+        heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
-            ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
-            self._ends = [end for end in ends if end[0] < math.inf]
+            self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
