@@ -6868,16 +6868,11 @@ class Workers:
 
     def __init__(self) -> None:
         self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
+        self._idle = threading.Semaphore(0)  # counts the threads that no task is meant for
 
     def run(self, task: Callable[[], None]) -> None:
         """Run the task in a thread; RuntimeError if the system has no more threads."""
-        with self._lock:
-            spare = self._idle > 0
-            if spare:
-                self._idle -= 1
-        if not spare:
+        if not self._idle.acquire(blocking=False):
             threading.Thread(target=self._work, daemon=True).start()
         self._tasks.put(task)
 
@@ -6886,14 +6881,11 @@ class Workers:
             try:
                 task = self._tasks.get(timeout=self.IDLE_SECONDS)
             except queues.Empty:
-                with self._lock:
-                    if self._idle > 0:  # no task waits for this thread
-                        self._idle -= 1
-                        return
+                if self._idle.acquire(blocking=False):  # no task waits for this thread
+                    return
                 continue
             task()
-            with self._lock:
-                self._idle += 1
+            self._idle.release()
 
 
 class Exchange:
@@ -6960,7 +6952,7 @@ class Exchange:
 
 _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[tuple[str, ...]]  # by the values of their labels
+Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
 
 
 # [7.2] The interface of hooks
@@ -7025,16 +7017,13 @@ class Watched:
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
         self._read = read
-        self._paths = [name for name in (path, more) if name]
-        self._stamps = self._stamps_now()
+        self._paths = (path, more)
+        self._stamps = list(map(stamp_of, self._paths))
         self.value = read(path)
-
-    def _stamps_now(self) -> Sequence[object]:
-        return [stamp_of(path) for path in self._paths]
 
     def refresh(self) -> bool:
         """Read the files again if they have changed, and return whether there is a new value."""
-        stamps = self._stamps_now()
+        stamps = list(map(stamp_of, self._paths))
         if stamps == self._stamps or _NO_FILE in stamps:
             return False
         self._stamps = stamps
@@ -7043,7 +7032,7 @@ class Watched:
         except (OSError, ValueError) as error:
             log.error("%s not read again, keeping the old contents: %s", self._paths[0], error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self._stamps = ()
+                self._stamps = []
             return False
         log.warning("%s read again", self._paths[0])
         return True
@@ -7103,7 +7092,6 @@ class LineWriter:
         self._lines: collections.deque[str] = collections.deque()
         self._writing = 0
         self._arrived = threading.Event()
-        self._written = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
@@ -7124,9 +7112,7 @@ class LineWriter:
         """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
         while (self._lines or self._writing) and time.monotonic() < until:
-            self._written.clear()
-            self._arrived.set()
-            self._written.wait(0.1)
+            time.sleep(self.PAUSE / 4)
 
     def _work(self) -> None:
         while True:
@@ -7143,7 +7129,6 @@ class LineWriter:
             self._writing = 0
             if self._reopens:
                 self._open()
-            self._written.set()
 
     def _open(self) -> None:
         self._reopens = False
@@ -7248,8 +7233,10 @@ def open_log(path: str) -> Any:
 
 # [7.4] Explanations
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
-_HIDDEN_HEADERS = frozenset("cookie x-amz-security-token x-amz-s3session-token".split())
-_HIDDEN_VALUES = re.compile("(?im)(x-amz-(?:security|s3session)-token[:=]|^cookie:)[^\n&]*")
+_TOKEN = "x-amz-(?:security|s3session)-token"
+_SECRET = re.compile(  # a header, or a parameter of a query
+    f"(?is)^((?:cookie|{_TOKEN}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKEN}=)[^&]*"
+)
 _SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
 MAX_EXPLANATION = 16384  # characters
 
@@ -7264,46 +7251,40 @@ def explain(exchange: Exchange) -> Sequence[Step]:
     steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
     if proof:
         steps += _explained_signature(authorization_of(exchange.request), proof)
+    verdict = "no signature was checked"
     if refused:
-        fault = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
-        cause = [("cause", refused.cause)] if refused.cause else []
-        steps.append(("verdict", [("", fault), *cause]))
+        verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
     elif verified and proof:
         who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
-        steps.append(("verdict", [("", f"the signature is right: {who}")]))
-    else:
-        steps.append(("verdict", [("", "no signature was checked")]))
+        verdict = f"the signature is right: {who}"
+    cause = [("cause", refused.cause)] if refused and refused.cause else []
+    steps.append(("verdict", [("", verdict), *cause]))
     if call and call.route:
         route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
         steps.append(("route", [("", route)]))
     if call and call.sent:
         steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
     if exchange.status:
-        reply = (
-            f"{exchange.status}, {exchange.reply_bytes} bytes, {exchange.seconds * 1000:.1f} ms"
-        )
-        steps.append(("reply", [("", reply)]))
+        size, took = f"{exchange.reply_bytes} bytes", f"{exchange.seconds * 1000:.1f} ms"
+        steps.append(("reply", [("", f"{exchange.status}, {size}, {took}")]))
     return steps
 
 
+def _without_secrets(text: str) -> str:
+    """Return a header, target or query with its secrets hidden and its signature cut."""
+    return _SIGNATURE_SHOWN.sub(r"\1...", _SECRET.sub(r"\1\2<hidden>", text))
+
+
 def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
-    target = _SIGNATURE_SHOWN.sub(r"\1...", _HIDDEN_VALUES.sub(r"\1<hidden>", request.target))
-    lines = [f"{request.method} {target} HTTP/1.1"]
-    for name, value in request.headers:
-        if name.lower() == "authorization" and value.startswith(ALGORITHM):
-            value = _SIGNATURE_SHOWN.sub(r"\1...", value)
-        elif name.lower() in _HIDDEN_HEADERS or name.lower() == "authorization":
-            value = "<hidden>"
-        lines.append(f"{name}: {value}")
+    lines = [f"{request.method} {_without_secrets(request.target)} HTTP/1.1"]
+    lines += [_without_secrets(f"{name}: {value}") for name, value in request.headers]
     return [("", line) for line in lines]
 
 
 def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]:
     method, path, query, headers, names, payload = proof.parts
-    headers = _HIDDEN_VALUES.sub(r"\1<hidden>", headers)
-    canonical = [("method", method), ("path", path)]
-    canonical += [("query", _HIDDEN_VALUES.sub(r"\1<hidden>", query))]
-    canonical += [("header", line) for line in headers.split("\n")[:-1]]
+    canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
+    canonical += [("header", _without_secrets(line)) for line in headers.split("\n")[:-1]]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
@@ -7331,9 +7312,8 @@ def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
     lines = []
     for title, labelled in steps:
         lines.append(f"\033[1m{title}\033[0m" if coloured else title)
-        lines += [
-            f"  {label:<15} {line}".rstrip() if label else f"  {line}" for label, line in labelled
-        ]
+        for label, line in labelled:
+            lines.append(f"  {label:<15} {line}".rstrip() if label else f"  {line}")
     text = "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
     return text[:MAX_EXPLANATION]
 
@@ -7425,19 +7405,19 @@ class Metrics(Hook):
 
     def text(self) -> str:
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
-        lines: list[str] = []
-        calls, attempts = Counts(), Counts()
-        totals, throttles = Counts({("in",): 0, ("out",): 0}), Counts({(): 0})
+        page: list[str] = []
+        calls, attempts, throttles = Counts(), Counts(), Counts({(): 0})
+        totals = Counts({("in",): 0, ("out",): 0})
         with self._lock:
             for key, (count, came, went) in self._rows.items():
-                *of_call, status, code, attempt = key
-                calls[tuple(map(str, (*of_call, status, code)))] += count
-                attempts[(str(attempt),)] += count
+                *_, status, code, attempt = key
+                calls[key[:-1]] += count
+                attempts[(attempt,)] += count
                 totals[("in",)] += came
                 totals[("out",)] += went
                 if code in self.THROTTLES or status == 429:
                     throttles[()] += count
-            for name, labels, help_text, counts in (
+            for name, names, help_text, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
@@ -7445,21 +7425,16 @@ class Metrics(Hook):
                 ("bytes", "direction", "Bytes of bodies.", totals),
                 ("throttles", "", "Answers that throttle.", throttles),
             ):
-                _head(lines, f"{name}_total", "counter", help_text)
-                for values, count in sorted(counts.items()):
-                    shown = _labels(zip(labels.split(), values))
-                    lines.append(f"awsproxy_{name}_total{shown} {count}")
-            self._seconds.write(lines, "request_seconds", "How long a request took.")
-            self._upstream_seconds.write(lines, "upstream_seconds", "How long its upstream took.")
+                page += _head(f"{name}_total", "counter", help_text)
+                page += _samples(f"{name}_total", names, sorted(counts.items()))
+            page += self._seconds.lines("request_seconds", "How long a request took.")
+            page += self._upstream_seconds.lines("upstream_seconds", "How long its upstream took.")
         for name, (help_text, names, read) in self._gauges.items():
-            _head(lines, name, "gauge", help_text)
-            for values, value in (read() if names else {(): read()}).items():
-                shown = _labels(zip(names.split(), values))
-                lines.append(f"awsproxy_{name}{shown} {_number_text(value)}")
-        _head(lines, "build_info", "gauge", "Which copy of the file this is.")
-        build = (("version", __version__), ("sha256", file_sha256()[:12]))
-        lines.append(f"awsproxy_build_info{_labels(build)} 1")
-        return "\n".join(lines) + "\n"
+            page += _head(name, "gauge", help_text)
+            page += _samples(name, names, (read() if names else {(): read()}).items())
+        page += _head("build_info", "gauge", "Which copy of the file this is.")
+        page += _samples("build_info", "version sha256", [((__version__, file_sha256()[:12]), 1)])
+        return "\n".join(page) + "\n"
 
 
 class Histogram:
@@ -7476,36 +7451,36 @@ class Histogram:
         self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self._sum += value
 
-    def write(self, lines: list[str], name: str, help_text: str) -> None:
-        """Append the lines of the histogram."""
-        _head(lines, name, "histogram", help_text)
-        running = itertools.accumulate(self._counts)
-        for bound, count in zip((*map(str, self.BOUNDS), "+Inf"), running):
-            lines.append(f'awsproxy_{name}_bucket{{le="{bound}"}} {count}')
-        lines.append(f"awsproxy_{name}_sum {_number_text(self._sum)}")
-        lines.append(f"awsproxy_{name}_count {sum(self._counts)}")
+    def lines(self, name: str, help_text: str) -> Iterator[str]:
+        """Yield the lines of the histogram."""
+        buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(self._counts))
+        yield from _head(name, "histogram", help_text)
+        yield from _samples(f"{name}_bucket", "le", buckets)
+        yield from _samples(f"{name}_sum", "", [((), self._sum)])
+        yield from _samples(f"{name}_count", "", [((), sum(self._counts))])
 
 
-def _head(lines: list[str], name: str, kind: str, help_text: str) -> None:
-    lines += (f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}")
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
-def _labels(pairs: Iterable[tuple[str, str]]) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    text = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in pairs)
-    return f"{{{text}}}" if text else ""
+def _head(name: str, kind: str, help_text: str) -> Sequence[str]:
+    return f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}"
 
 
-def _number_text(value: float) -> str:
-    special = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-    return special.get(repr(value), repr(value))
+def _samples(name: str, names: str, samples: Iterable[tuple[Any, float]]) -> Iterator[str]:
+    """Yield a line for each sample: the values of the labels with these names, and its own."""
+    for labels, value in samples:
+        pairs = zip(names.split(), labels)
+        text = ",".join(f'{label}="{str(it).translate(_ESCAPES)}"' for label, it in pairs)
+        shown = f"{{{text}}}" if text else ""
+        yield f"awsproxy_{name}{shown} {_NUMBERS.get(repr(value), repr(value))}"
 
 
 @functools.lru_cache(maxsize=1)
 def file_sha256() -> str:
     """Return the SHA-256 of this file in hex."""
-    with open(__file__, "rb") as source:
-        return hashlib.sha256(source.read()).hexdigest()
+    return hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
 # [7.6] Messages in flight
@@ -7639,11 +7614,9 @@ class InFlight(Hook):
 
     def _hold(self, message_id: str, queue: _QueueKey, until: float) -> None:
         self._held[message_id] = _Hold(queue, until, time.monotonic())
-        if until < math.inf:
-            heapq.heappush(self._ends, (until, message_id))
+        heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
-            ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
-            self._ends = [end for end in ends if end[0] < math.inf]
+            self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
