@@ -54,7 +54,7 @@ The life of a request, function by function:
         Proxy.begin, parse_authorization, wire_protocol, Proxy._verify, verify_head, verify_body,
         canonical_parts, string_to_sign, signature, Proxy._find_call, AwsJson.meaning,
         Proxy._find_target, Proxy._act
-    then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy._finish,
+    then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy.observed,
         Metrics.observe, PeerConnection.send_outcome, encode_reply
     or, if forwarded: Upstream.begin, sign, Pending.send, Server.wait, Pending.proceed,
         Upstream.arrived, Proxy.observed, PeerConnection.send_outcome, encode_reply
