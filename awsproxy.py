@@ -1377,7 +1377,11 @@ def _check_signature(
     if hmac.compare_digest(proof.signature, claimed.signature):  # both are ASCII
         return proof
     if other_host:
-        replaced = (*parts[:3], _with_host(parts[3], other_host), *parts[4:])
+        replaced = (
+            *parts[:3],
+            re.sub("(?m)^host:.*$", lambda _: f"host:{other_host}", parts[3]),
+            *parts[4:],
+        )
         other = prove(claimed, client, replaced)
         if hmac.compare_digest(other.signature, claimed.signature):
             # From here on the request has the Host that the client signed.
@@ -1385,9 +1389,9 @@ def _check_signature(
             return other
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", "\n".join(parts))[:16384]
     signed = proof.string_to_sign.decode("latin-1")
-    data = body.getvalue() if isinstance(body, io.BytesIO) else None
-    case = Case(request, claimed, client.secret_access_key, data)
-    cause = find_cause(case, parts) if proven.may_search() else ""
+    data, cause = body.getvalue() if isinstance(body, io.BytesIO) else b"", ""
+    if proven.may_search():
+        cause = find_cause(request, claimed, client.secret_access_key, parts, data)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
@@ -1592,69 +1596,32 @@ def _parse_query(request: Request) -> Authorization:
 # [3.8] Mistakes of signers
 # If a signature does not match, this section computes what broken signers compute, until one
 # mistake, or two of them, give the signature that came.  So a cause is never guessed.
-@dataclass
-class Case:
-    """A call whose signature does not match."""
 
-    request: Request
-    claimed: Authorization
-    secret: str
-    body: Optional[bytes]  # None if it was not read
-
-    @functools.cached_property
-    def words(self) -> Mapping[str, tuple[str, str]]:
-        """Return what `<date>` and the like stand for in MISTAKES, in a pattern and as it is."""
-        scope, amz_date = self.claimed.scope, self.claimed.amz_date
-        extended = re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", amz_date)
-        words = {
-            "<date>": amz_date, "<extended>": extended, "<day>": amz_date[:8],
-            "<scope>": str(scope), "<region>": scope.region, "<service>": scope.service,
-            "<key>": self.claimed.access_key_id, "<secret>": self.secret,
-            "<quoted>": urllib.parse.quote_plus(self.secret), "<empty>": EMPTY_SHA256,
-            "<host>": self.request.header("host") or "",
-        }  # fmt: skip
-        doubled = str.maketrans({"\\": r"\\"})
-        return {word: (re.escape(it), it.translate(doubled)) for word, it in words.items()}
-
-
-class Draft(NamedTuple):
-    """What a signer may have computed on the way to its signature."""
-
-    method: str
-    path: str
-    query: str
-    headers: str
-    names: str
-    payload: str
-    text: str  # the string to sign; (hash) stands for the hash of the canonical request
-    secret: str  # with its prefix
-    scope: str  # from which the key is derived
-
-
-Deviate = Callable[[str, Case], str]  # takes the right value of a field of Draft
-
-# A field of Draft, a pattern in its value and what signers write instead (- is nothing), and what
-# the mistake is.  The first row that gives the signature is named: frequent mistakes come first.
+# What a signer computes, in this order.  In `text`, @ stands for the hash of the canonical
+# request, @@ for the same in upper case, and # for the canonical request itself.
+_FIELDS = "method path query headers names payload text secret scope".split()
+# A field, a pattern in its right value and what signers write instead (- is nothing; <...> stands
+# for a text of _texts), and what the mistake is.  The first row that explains a signature wins.
 MISTAKES = r"""
     secret | ^AWS4 | - | left out the prefix AWS4 of the secret
     secret | \Z | \n | signed with a newline after the secret: strip it
-    secret | \Z | (blank) | signed with a blank after the secret: strip it
-    secret | ^AWS4 | AWS4(blank) | signed with a blank before the secret: strip it
-    secret | <secret> | "<secret>" | signed with quotes around the secret
-    secret | <secret> | - | signed with an empty secret: is its variable set?
-    secret | ^AWS4 | AWS4AWS4 | wrote the prefix AWS4 twice
-    secret | <secret> | <key> | signed with the access key id instead of the secret
-    secret | <secret> | <quoted> | signed with the percent-encoded secret
+    secret | \Z | <blank> | signed with a blank after the secret: strip it
+    secret | ^AWS4 | AWS4<blank> | signed with a blank before the secret: strip it
+    secret | ^AWS4(.*) | AWS4"\1" | signed with quotes around the secret
+    secret | ^AWS4.* | AWS4 | signed with an empty secret: is its variable set?
+    secret | ^ | AWS4 | wrote the prefix AWS4 twice
+    secret | ^AWS4.* | AWS4<key> | signed with the access key id instead of the secret
+    secret | ^AWS4.* | AWS4<quoted> | signed with the percent-encoded secret
     secret | / | \\/ | signed with \/ instead of / in the secret, as in JSON
-    secret | [+] | (blank) | signed with a blank instead of + in the secret
-    scope | ^<day> | <date> | derived the key from the time: take the first 8 digits, the date
+    secret | [+] | <blank> | signed with a blank instead of + in the secret
+    scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
     scope | /aws4_request | - | derived the key without the last step, aws4_request
-    scope | <day>/<region> | <region>/<day> | derived the key with the region before the date
-    scope | <region>/<service> | <service>/<region> | derived the key with the service first: \
-        the order is date, region, service, aws4_request
-    scope | <day>/<region>/<service> | <service>/<region>/<day> | derived the key in the wrong \
-        order: it is date, region, service, aws4_request
     scope | aws4_request | aws4request | derived the key with aws4request, not aws4_request
+    scope | ^([^/]+)/([^/]+) | \2/\1 | derived the key with the region before the date
+    scope | ^([^/]+)/([^/]+)/([^/]+) | \1/\3/\2 | derived the key with the service before \
+        the region
+    scope | ^([^/]+)/([^/]+)/([^/]+) | \3/\2/\1 | derived the key in the wrong order: it is date, \
+        region, service, aws4_request
     scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
     scope | ^ | swapped: | swapped key and message in the steps of the key's derivation
     text | ^.*\n | - | left out the first line of the string to sign, the algorithm
@@ -1664,27 +1631,25 @@ MISTAKES = r"""
     text | <date> | <day> | wrote the day into the string to sign: write the time, too
     text | /aws4_request | - | left aws4_request out of the scope in the string to sign
     text | <scope> | <key>/<scope> | wrote the key id into the scope in the string to sign
-    text | <region>/<service> | <service>/<region> | swapped region and service in the scope
-    text | <date>\n<scope> | <scope>\n<date> | swapped time and scope in the string to sign
-    text | \(hash\) | (canonical) | did not hash the canonical request
-    text | \(hash\) | (HASH) | wrote the hash of the canonical request in upper case
-    text | \(hash\) | (again) | hashed the canonical request twice
-    text | \(hash\) | (base64) | wrote the hash of the canonical request in base64, not in hex
+    text | @ | # | did not hash the canonical request
+    text | @ | @@ | wrote the hash of the canonical request in upper case
+    text | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the string to sign
     text | \Z | \n | ended the string to sign with a newline
     text | \n | \r\n | ended the lines of the string to sign with CR LF
-    text | \n | (slash)n | wrote \n as two characters into the string to sign
-    text | \(hash\) | (crlf) | ended the lines of the canonical request with CR LF
-    text | \(hash\) | (literal) | wrote \n as two characters into the canonical request
-    text | ^ | (hexkey) | signed with the key in hex: sign with its bytes
-    text | ^ | (swapped) | swapped key and message in the last step
-    text | ^ | (text) | signed the hash of the string to sign instead of the string
-    method | .+ | - | left out the method
+    method | .+ | <method> | signed the method in lower case
+    path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl does from \
+        8.14 on
+    path | .+ | <path once> | encoded the path once, not twice
+    path | .+ | <path again> | encoded the path once too often (Amazon S3 wants it once, others \
+        twice)
+    path | .+ | <path decoded> | did not percent-encode the path
+    path | .+ | <path resolved> | resolved dots and empty segments of the path, which S3 keeps
+    path | .+ | <target> | signed the query as a part of the path
     path | /\Z | - | left out the path's last slash
-    path | ^/ | - | left out the path's first slash
     path | \Z | / | added a slash to the path
-    path | %(?:25)?20 | + | wrote a blank in the path as +
     path | .+ | / | signed / instead of the path
-    path | ^ | http://<host> | signed the whole URL instead of the path
+    path | ^/ | - | left out the path's first slash
+    path | %(?:25)?20 | + | wrote a blank in the path as +
     path | ~ | %7E | encoded the ~ of the path
     query | .+ | - | left out the query
     query | =(?![^&]) | - | left out the = of parameters without a value
@@ -1693,291 +1658,175 @@ MISTAKES = r"""
     query | %2F | / | did not encode the slashes of the query
     query | %3A | : | did not encode the colons of the query
     query | ~ | %7E | encoded the ~ of the query
-    query | ^ | ? | began the query with ?
+    query | .+ | <query of JavaScript> | did not encode !'()* in the query, as encodeURIComponent
+    query | .+ | <query as sent> | signed the query as sent: sort its parameters, write each as \
+        name=value with both percent-encoded, or take curl 8.19 or newer
+    query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
+    query | .+ | <query in order> | did not sort the query
+    query | .+ | <query with plus> | signed a '+' in the query as %2B, but a '+' stands for a \
+        blank: write %20 or %2B
+    query | .+ | <query again> | percent-encoded the query twice
     headers | (?m)^(host:.*?):[0-9]+$ | \1 | signed the Host without its port, as curl before \
         7.86 does
+    headers | (?m)^host:.*$ | host:<forwarded> | signed the Host that X-Forwarded-Host names, and \
+        a reverse proxy changed Host: set 'proxy_set_header Host $http_host;' in nginx, or start \
+        awsproxy with --public-url
     headers | (?m)^host:.*$ | host:<service>.<region>.amazonaws.com | signed the Host of AWS: \
-        sign the host that you call
-    headers | (?m)^host:.*$ | host:<service>.amazonaws.com | signed the global Host of AWS: \
         sign the host that you call
     headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
     headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
-    headers | (?m)^host:localhost | host:127.0.0.1 | signed 127.0.0.1 as Host, not localhost
-    headers | (?m)^host:127.0.0.1 | host:localhost | signed localhost as Host, not 127.0.0.1
     headers | \n\Z | - | left out the blank line after the canonical headers
     headers | \Z | \n | wrote a newline too many after the canonical headers
-    headers | (?m)^([^:\n]+): | \1:(blank) | wrote a blank after the colons of the headers
-    headers | \n | - | joined the canonical headers without newlines
     headers | \n | \r\n | ended the canonical headers with CR LF
+    headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
+    headers | host:127.0.0.1 | host:localhost | signed localhost as Host, not 127.0.0.1
+    headers | host:localhost | host:127.0.0.1 | signed 127.0.0.1 as Host, not localhost
+    headers | (?m)^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
+    headers | (?s).+ | <headers in order> | did not sort the canonical headers
+    headers | (?s).+ | <headers in case> | did not write the names of the headers in lower case
+    headers | (?s).+ | <headers with blanks> | kept several blanks in a header: write one
     headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
     headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
-    headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
-    headers | (?s).+ | - | left out the canonical headers
-    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | signed an X-Amz-Content-Sha256 of an \
-        empty body, and sent another
     names | ; | , | joined the signed headers with commas
-    names | ; | ;(blank) | wrote blanks into the line of signed headers
-    names | \Z | ; | ended the line of signed headers with ;
     names | .+ | - | left out the line of signed headers
+    names | .+ | <names in case> | did not write the line of signed headers in lower case
+    names | .+ | <names in order> | did not sort the line of signed headers
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
     payload | .+ | <empty> | signed the hash of an empty body (curl's -T and -F do: use \
         --data-binary)
     payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
     payload | .+ | - | left out the last line, the body's hash
+    payload | .+ | <upper hash> | wrote the body's hash in upper case
+    payload | .+ | <body> | wrote the body itself instead of its hash
+    payload | .+ | <body stripped> | hashed the body without its last newline
+    payload | .+ | <body and newline> | hashed the body with a newline that it did not send
+    payload | .+ | <JSON compact> | hashed other JSON than it sent: without blanks
+    payload | .+ | <JSON spaced> | hashed other JSON than it sent: with blanks
+    payload | .+ | <JSON sorted> | hashed other JSON than it sent: sorted
+    payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
     payload | \Z | \n | ended the canonical request with a newline
 """
-
-
-def _mistakes(table: str) -> Iterator[tuple[str, str, Deviate]]:
-    """Yield the field, the words and the function of each row of MISTAKES."""
-    for row in table.strip().splitlines():
-        field_name, pattern, written, words = row.strip().split(" | ")
-        written = "" if written == "-" else written.replace("(blank)", " ")
-        written = written.replace("(slash)", r"\\")
-        yield field_name, " ".join(words.split()), functools.partial(_rewritten, pattern, written)
-
-
-def _rewritten(pattern: str, written: str, value: str, case: Case) -> str:
-    if "<" in pattern or "<" in written:
-        for word, (escaped, meant) in case.words.items():
-            pattern = pattern.replace(word, escaped)
-            written = written.replace(word, meant)
-    return re.sub(pattern, written, value)
-
-
-def _encoded(text: str, safe: str = "/") -> str:
-    return urllib.parse.quote(text.encode("latin-1"), safe=safe)
-
-
-def _decoded(text: str) -> str:
-    return urllib.parse.unquote(text, "latin-1")
-
-
-def _lower_hex(value: str, _: Case) -> str:
-    return re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), value)
-
-
-def _unresolved(value: str, case: Case) -> str:
-    path = case.request.path
-    keeps = case.claimed.scope.service in S3_FAMILY or _encoded(path) == canonical_path(path, True)
-    return value if keeps else _encoded(path)
-
-
-def _uri_component(value: str, _: Case) -> str:
-    return re.sub("%(?:25)?(2[1789A])", lambda match: _decoded(f"%{match[1]}"), value)
-
-
-def _length_in_characters(value: str, case: Case) -> str:
-    length = len((case.body or b"").decode("utf-8", "replace"))
-    return re.sub("(?m)^content-length:.*$", f"content-length:{length}", value)
-
-
-def _query_parts(case: Case) -> list[str]:
-    parts = case.request.target.partition("?")[2].split("&")
-    return [part for part in parts if not part.startswith("X-Amz-Signature=")]
-
-
-def _encoded_query(case: Case) -> Iterator[str]:
-    for part in _query_parts(case):
-        name, _, value = part.replace("+", " ").partition("=")
-        yield f"{_encoded(_decoded(name), '')}={_encoded(_decoded(value), '')}"
-
-
-def _with_host(headers: str, host: str) -> str:
-    host = host.partition(",")[0].strip()
-    return re.sub("(?m)^host:.*$", lambda _: f"host:{host}", headers) if host else headers
-
-
-def _sent(case: Case) -> Sequence[tuple[str, str]]:
-    """Return the signed headers as they came."""
-    return [(n, v) for n, v in case.request.headers if n.lower() in case.claimed.signed_headers]
-
-
-def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"{name}:{value}\n" for name, value in headers)
-
-
-def _every_header(value: str, case: Case) -> str:
-    names = sorted({*case.request.fields} - {"authorization"})
-    return canonical_headers(case.request.fields, names)
-
-
-def _of_body(change: Callable[[bytes], bytes]) -> Deviate:
-    """Return a function that hashes a changed body."""
-
-    def _deviate(value: str, case: Case) -> str:
-        try:
-            return value if case.body is None else hashlib.sha256(change(case.body)).hexdigest()
-        except (ValueError, RecursionError):  # it is no JSON
-            return value
-
-    return _deviate
-
-
-def _in_json(**form: Any) -> Deviate:
-    return _of_body(lambda body: json.dumps(json.loads(body), **form).encode())
-
-
-_OTHER_JSON = "hashed other JSON than it sent ({}): hash the bytes that you send"
-# As MISTAKES, with functions instead of patterns.
-DEVIATIONS: Sequence[tuple[str, str, Deviate]] = (
-    *_mistakes(MISTAKES.replace("\\\n", "")),
-    ("method", "signed the method in lower case", lambda v, c: v.lower()),
-    ("path", "did not encode !'()* in the path (encodeURIComponent does not)", _uri_component),
-    ("path", "did not resolve the dots and empty segments of the path", _unresolved),
-    ("path", "signed the path as sent: encode it once more, as curl does from 8.14 on",
-     lambda v, c: c.request.path),
-    ("path", "encoded the path once, not twice", lambda v, c: _encoded(_decoded(c.request.path))),
-    ("path", "encoded the path once too often (Amazon S3 wants it once, others twice)",
-     lambda v, c: _encoded(v)),
-    ("path", "did not percent-encode the path", lambda v, c: _decoded(c.request.path)),
-    ("path", "resolved dots and empty segments of the path, which Amazon S3 keeps",
-     lambda v, c: _encoded(_decoded(canonical_path(c.request.path, True)))),
-    ("path", "signed the query as a part of the path", lambda v, c: c.request.target),
-    ("path", "encoded the slashes of the path", lambda v, c: _encoded(v, safe="%")),
-    ("path", "wrote the path's percent-encoding in lower case", _lower_hex),
-    ("query", "did not encode !'()* in the query (encodeURIComponent does not)", _uri_component),
-    ("query", "signed the query as sent: sort its parameters, write each as name=value with both"
-     " percent-encoded, or take curl 8.19 or newer", lambda v, c: "&".join(_query_parts(c))),
-    ("query", "sorted the query, but did not percent-encode it as RFC 3986 says",
-     lambda v, c: "&".join(sorted(_query_parts(c)))),
-    ("query", "did not sort the query", lambda v, c: "&".join(_encoded_query(c))),
-    ("query", "sorted the query without regard to case",
-     lambda v, c: "&".join(sorted(_encoded_query(c), key=str.lower))),
-    ("query", "signed a '+' in the query as %2B, but a '+' stands for a blank: write %20 or %2B",
-     lambda v, c: v.replace("%20", "%2B") if "+" in c.request.target else v),
-    ("query", "percent-encoded the query twice", lambda v, c: _encoded(v, safe="=&")),
-    ("query", "did not percent-encode the query", lambda v, c: _decoded(v)),
-    ("query", "wrote the query's percent-encoding in lower case", _lower_hex),
-    ("headers", "signed the Host that X-Forwarded-Host names, and a reverse proxy changed Host:"
-     " set 'proxy_set_header Host $http_host;' in nginx, or start awsproxy with --public-url",
-     lambda v, c: _with_host(v, c.request.header("x-forwarded-host") or "")),
-    ("headers", "did not sort the canonical headers",
-     lambda v, c: _header_lines((n.lower(), w) for n, w in _sent(c))),
-    ("headers", "did not write the names of the canonical headers in lower case",
-     lambda v, c: _header_lines(sorted(_sent(c), key=lambda it: it[0].lower()))),
-    ("headers", "kept several blanks in a header: write one",
-     lambda v, c: _header_lines(sorted((n.lower(), w) for n, w in _sent(c)))),
-    ("headers", "wrote the values of the headers in lower case", lambda v, c: v.lower()),
-    ("headers", "signed the number of characters as Content-Length: send and sign that of bytes",
-     _length_in_characters),
-    ("headers", "included headers that SignedHeaders does not name", _every_header),
-    ("names", "did not write the line of signed headers in lower case",
-     lambda v, c: ";".join(sorted((n for n, _ in _sent(c)), key=str.lower))),
-    ("names", "wrote headers into the line of signed headers that SignedHeaders does not name",
-     lambda v, c: ";".join(sorted({*c.request.fields} - {"authorization"}))),
-    ("names", "did not sort the line of signed headers",
-     lambda v, c: ";".join(n.lower() for n, _ in _sent(c))),
-    ("payload", "wrote the body's hash in upper case", lambda v, c: v.upper()),
-    ("payload", "hashed the hex of the body's hash",
-     lambda v, c: hashlib.sha256(v.encode("latin-1")).hexdigest()),
-    ("payload", "wrote the body's hash in base64, not in hex", lambda v, c:
-     base64.b64encode(bytes.fromhex(v)).decode() if _SHA256_HEX.fullmatch(v) else v),
-    ("payload", "wrote the body itself instead of its hash",
-     lambda v, c: v if c.body is None else c.body.decode("latin-1")),
-    ("payload", "hashed the body without its last newline",
-     _of_body(lambda body: body.rstrip(b"\r\n"))),
-    ("payload", "hashed the body with a newline that it did not send",
-     _of_body(lambda body: body + b"\n")),
-    ("payload", "hashed the body with LF instead of CR LF",
-     _of_body(lambda body: body.replace(b"\r\n", b"\n"))),
-    ("payload", "hashed the body with CR LF instead of LF",
-     _of_body(lambda body: body.replace(b"\n", b"\r\n"))),
-    ("payload", "hashed the body as a string in JSON",
-     _of_body(lambda body: json.dumps(body.decode()).encode())),
-    ("payload", _OTHER_JSON.format("without blanks"), _in_json(separators=(",", ":"))),
-    ("payload", _OTHER_JSON.format("with blanks"), _in_json()),
-    ("payload", _OTHER_JSON.format("sorted"), _in_json(sort_keys=True)),
-    ("payload", _OTHER_JSON.format("sorted, without blanks"),
-     _in_json(sort_keys=True, separators=(",", ":"))),
-    ("payload", _OTHER_JSON.format("indented"), _in_json(indent=2)),
-)  # fmt: skip
-_REGIONS = "us-east-1 us-east-2 us-west-1 us-west-2 eu-west-1 eu-central-1 aws-global".split()
+MAX_CANDIDATES = 2500  # for one signature: some 15 ms
+MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
+_ROWS = [row.strip().split(" | ") for row in MISTAKES.replace("\\\n", "").splitlines() if row]
+_REGIONS = "us-east-1 us-east-2 us-west-2 eu-west-1 eu-central-1 ap-southeast-1 aws-global".split()
 _SERVICES = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split()
 
 
-def _families(case: Case) -> Iterator[tuple[str, str, str]]:
-    """Yield deviations of which there are many: a field, the words, and the other value."""
-    date, region, service, end = case.claimed.scope
+def _texts(
+    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
+) -> Mapping[str, str]:
+    """Return what the <...> of MISTAKES stand for."""
+    quote, unquote = (
+        urllib.parse.quote,
+        functools.partial(urllib.parse.unquote, encoding="latin-1"),
+    )
+    path, _, query = request.target.partition("?")
+    raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
+    pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
+    sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
+    by_name = sorted(sent, key=lambda header: header[0].lower())
+    hashed = hashlib.sha256(body).hexdigest()
+    date, scope = claimed.amz_date, claimed.scope
+    texts = {
+        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
+        "date": date, "day": date[:8],
+        "scope": str(scope), "region": scope.region, "service": scope.service,
+        "extended": re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", date),
+        "method": request.method.lower(), "target": request.target,
+        "path as sent": path, "path once": quote(unquote(path)), "path decoded": unquote(path),
+        "query as sent": "&".join(raw), "query sorted": "&".join(sorted(raw)),
+        "query in order": "&".join(f"{name}={value}" for name, value in pairs),
+        "query with plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
+        "path again": quote(parts[1]), "query again": quote(parts[2], "=&"),
+        "query of JavaScript": re.sub("%2[1789A]", lambda match: unquote(match[0]), parts[2]),
+        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
+        "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
+        "headers in case": "".join(f"{n}:{v}\n" for n, v in by_name),
+        "names in order": ";".join(n.lower() for n, _ in sent),
+        "names in case": ";".join(n for n, _ in by_name),
+        "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
+        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
+        "body stripped": hashlib.sha256(body.rstrip(b"\r\n")).hexdigest(),
+        "body and newline": hashlib.sha256(body + b"\n").hexdigest(),
+    }  # fmt: skip
+    with contextlib.suppress(ServiceError):  # the path leads above its root
+        texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
+    with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
+        document = json.loads(body)
+        forms = {"compact": {"separators": (",", ":")}, "spaced": {}, "indented": {"indent": 2}}
+        for name, form in {**forms, "sorted": {"sort_keys": True}}.items():
+            made = json.dumps(document, **form).encode()  # type: ignore[arg-type]
+            texts[f"JSON {name}"] = hashlib.sha256(made).hexdigest()
+    return texts
+
+
+Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
+
+
+def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
+    for place, pattern, written, words in _ROWS:
+        for name, meant in texts.items():
+            pattern = pattern.replace(f"<{name}>", re.escape(meant))
+            written = written.replace(f"<{name}>", meant.replace("\\", r"\\"))
+        if not re.search("<[a-zA-Z ]+>", written):  # for example, the body is no JSON
+            written = "" if written == "-" else written
+            yield _FIELDS.index(place), pattern, written, " ".join(words.split())
+
+
+def _families(claimed: Authorization) -> Iterator[Mistake]:
+    """Yield mistakes of which there are many; they are not paired with others."""
+    date, region, service, end = claimed.scope
     for method in sorted(METHODS):
-        yield "method", f"signed the method {method}", method
-    lines = canonical_headers(case.request.fields, case.claimed.signed_headers)
-    for name in case.claimed.signed_headers:
-        words = f"left {name} out of the canonical headers"
-        yield "headers", words, re.sub(f"(?m)^{re.escape(name)}:.*\n", "", lines)
+        yield 0, ".+", method, f"signed the method {method}"
+    for name in claimed.signed_headers:
+        yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
     for other in _REGIONS:
         words = f"derived the key for the region {other}, and its scope says {region}"
-        yield "scope", words, f"{date}/{other}/{service}/{end}"
+        yield 8, ".+", f"{date}/{other}/{service}/{end}", words
     for other in _SERVICES:
         words = f"derived the key for the service {other}, and its scope says {service}"
-        yield "scope", words, f"{date}/{region}/{other}/{end}"
-    for seconds in (-2, -1, 1, 2, *range(-50400, 50401, 1800)):
-        time_there = iso_basic(epoch(case.claimed.amz_date) + seconds)
-        ahead = f"{seconds / 3600:+g} hours" if seconds % 1800 == 0 else f"{seconds:+d} s"
-        words, scope = f"{ahead} from X-Amz-Date", f"{time_there[:8]}/{region}/{service}/{end}"
-        words += ": write UTC" if seconds % 1800 == 0 else ": take the time once"
-        for shown in dict.fromkeys((scope, str(case.claimed.scope))):
-            text = f"{ALGORITHM}\n{time_there}\n{shown}\n(hash)"
-            yield "text", f"wrote a time into the string to sign that is {words}", text
-        yield "scope", f"derived the key for a day that is {words}", scope
+        yield 8, ".+", f"{date}/{region}/{other}/{end}", words
+    for seconds in (-1, 1, *range(-50400, 50401, 1800)):
+        there = iso_basic(epoch(claimed.amz_date) + seconds)
+        words = f"wrote a time into the string to sign that is {seconds / 3600:+.4g} hours off"
+        yield 6, claimed.amz_date, there, f"{words}: write the UTC of X-Amz-Date"
+        if there[:8] != date:
+            words = f"derived the key for {there[:8]}, and its scope says {date}"
+            yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
 
 
-MAX_CANDIDATES = 3500  # for one signature: some 20 ms
-MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
-
-
-def find_cause(case: Case, parts: Sequence[str]) -> str:
+def find_cause(
+    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
+) -> str:
     """Return what the signer did wrong, and how to mend it; "" for a request that is too long."""
     if sum(map(len, parts)) > MAX_SEARCHED:
         return ""
-    if case.body is not None and len(case.body) > MAX_SEARCHED:
-        case.body = None
-    scope = str(case.claimed.scope)
-    method, path, query, headers, names, payload = parts
-    text, secret = f"{ALGORITHM}\n{case.claimed.amz_date}\n{scope}\n(hash)", f"AWS4{case.secret}"
-    base = Draft(method, path, query, headers, names, payload, text, secret, scope)
-    causes = _search(case, base)
-    if causes:
-        return f"Your signer {', and it '.join(causes)}."
+    body = body if len(body) <= MAX_SEARCHED else b""
+    text, scope = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@", str(claimed.scope)
+    base = (*parts, text, f"AWS4{secret}", scope)
+    signer, found = BrokenSigner(claimed.signature), dict[tuple[str, ...], Mistake]()
+    for mistake in _mistakes(_texts(request, claimed, secret, parts, body)):
+        draft = _with(base, mistake)
+        if draft != base and found.setdefault(draft, mistake) is mistake and signer.gives(draft):
+            return f"Your signer {mistake[3]}."
+    for mistake in _families(claimed):
+        if signer.gives(_with(base, mistake)):
+            return f"Your signer {mistake[3]}."
+    pairs = itertools.combinations(found.items(), 2)
+    for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
+        orders = ((one, second), (other, first)) if first[0] == second[0] else ((one, second),)
+        if any(signer.gives(_with(draft, mistake)) for draft, mistake in orders):
+            return f"Your signer {first[3]}, and it {second[3]}."
     return (
         "No usual mistake of a signer gives this signature: the secret is probably another one."
         " Check for another profile, another key's secret, and blanks in the secret."
     )
 
 
-def _search(case: Case, base: Draft) -> Sequence[str]:
-    """Return the words of one or two deviations that give the signature, () if none do."""
-    signer = BrokenSigner(case.claimed.signature)
-    found: dict[Draft, tuple[int, str, Deviate]] = {base: (-1, "", _lower_hex)}
-    for field_name, words, deviate in DEVIATIONS:
-        at = Draft._fields.index(field_name)
-        draft = _deviated(base, at, deviate, case)
-        if draft not in found:
-            if signer.gives(draft):
-                return [words]
-            found[draft] = at, words, deviate
-    for field_name, words, value in _families(case):
-        if signer.gives(base._replace(**{field_name: value})):
-            return [words]
-    pairs = itertools.combinations(list(found.items())[1:], 2)
-    for (one, (at, words, first)), (other, (there, more, second)) in itertools.islice(
-        pairs, MAX_CANDIDATES
-    ):
-        if at != there:
-            hit = signer.gives((*one[:there], other[there], *one[there + 1 :]))
-        else:  # the order counts
-            hit = signer.gives(_deviated(one, at, second, case))
-            hit = hit or signer.gives(_deviated(other, at, first, case))
-        if hit:
-            return [words, more]
-    return ()
-
-
-def _deviated(draft: Draft, at: int, deviate: Deviate, case: Case) -> Draft:
-    try:
-        return Draft._make((*draft[:at], deviate(draft[at], case), *draft[at + 1 :]))
-    except (ServiceError, ValueError):  # such as a path above its root
-        return draft
+def _with(draft: tuple[str, ...], mistake: Mistake) -> tuple[str, ...]:
+    at, pattern, written, _ = mistake
+    return (*draft[:at], re.sub(pattern, written, draft[at]), *draft[at + 1 :])
 
 
 class BrokenSigner:
@@ -1986,57 +1835,28 @@ class BrokenSigner:
     def __init__(self, wanted: str) -> None:
         self._wanted = bytes.fromhex(wanted)
         self._keys: dict[tuple[str, ...], bytes] = {}
-        self._hashes: dict[tuple[str, ...], str] = {}
 
     def gives(self, draft: tuple[str, ...]) -> bool:
         """Return whether the signature of a draft is the wanted one."""
-        parts, text, source = draft[:6], draft[6], draft[7:]
-        digest = self._hashes.get(parts)
-        if digest is None:
-            digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-            self._hashes[parts] = digest
+        canonical, text, source = "\n".join(draft[:6]), draft[6], draft[7:]
         key = self._keys.get(source)
         if key is None:
             key = self._keys[source] = _broken_key(*source)
-        message = text.replace("(hash)", digest).encode()
-        if b"(" in message:
-            key, message = _broken_step(key, message, "\n".join(parts).encode())
-        return hmac.digest(key, message, "sha256") == self._wanted
-
-
-def _hex_of(data: bytes) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()
-
-
-_HASHES: Sequence[tuple[bytes, Callable[[bytes], bytes]]] = (
-    (b"(canonical)", bytes),
-    (b"(HASH)", lambda canonical: _hex_of(canonical).upper()),
-    (b"(base64)", lambda canonical: base64.b64encode(hashlib.sha256(canonical).digest())),
-    (b"(again)", lambda canonical: _hex_of(_hex_of(canonical))),
-    (b"(crlf)", lambda canonical: _hex_of(canonical.replace(b"\n", b"\r\n"))),
-    (b"(literal)", lambda canonical: _hex_of(canonical.replace(b"\n", rb"\n"))),
-)
-
-
-def _broken_step(key: bytes, message: bytes, canonical: bytes) -> tuple[bytes, bytes]:
-    """Return the key and the message of the last step, as the words in brackets say."""
-    for word, make in _HASHES:
-        if word in message:
-            message = message.replace(word, make(canonical))
-    if message.startswith(b"(text)"):
-        return key, _hex_of(message[6:])
-    if message.startswith(b"(hexkey)"):
-        return key.hex().encode(), message[8:]
-    return (message[9:], key) if message.startswith(b"(swapped)") else (key, message)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        text = text.replace("@@", digest.upper()).replace("@", digest).replace("#", canonical)
+        return hmac.digest(key, text.encode(), "sha256") == self._wanted
 
 
 def _broken_key(secret: str, scope: str) -> bytes:
     """Return a signing key; `hex:` or `swapped:` before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
-    key = secret.encode("utf-8")
-    for part in rest.encode("latin-1").split(b"/"):
-        pair = (part, key) if how == "swapped" else (key, part)
-        key = hmac.digest(*pair, "sha256")
+    key = secret.encode()
+    for part in rest.encode().split(b"/"):
+        key = (
+            hmac.digest(part, key, "sha256")
+            if how == "swapped"
+            else hmac.digest(key, part, "sha256")
+        )
         key = key.hex().encode() if how == "hex" else key
     return key
 

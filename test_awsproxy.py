@@ -3417,8 +3417,6 @@ DUP = GET_TRIAL._replace(target="/?b=2&B=1&a=~x%2Fy%3Az&c=&d=e%20f%2Bg")
 # What the cause must say, and a signer that is broken so.
 BROKEN_SIGNERS = [
     ("hex", JSON_TRIAL._replace(key=hexed)),
-    ("key.*hex|hex.*key", JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(k.hex().encode(), t))),
-    ("swap", JSON_TRIAL._replace(key=swapped, mac=lambda k, t: hmac_sha256(t, k))),
     ("AWS4", JSON_TRIAL._replace(secret=lambda v: v[4:])),
     ("not hash|unhashed|without hashing|itself", JSON_TRIAL._replace(digest=lambda v: v)),
     ("port", JSON_TRIAL._replace(block=replaced("localhost:8081", "localhost"))),
@@ -3446,14 +3444,6 @@ BROKEN_SIGNERS = [
             after=with_header("Content-Type", "application/json; charset=utf-8"),
         ),
     ),
-    (
-        "[Cc]ontent-[Ll]ength",
-        JSON_TRIAL._replace(
-            headers=(("Content-Type", "application/json"), ("Content-Length", "27")),
-            body='{"QueueName": "k\u00e4se-queue"}'.encode(),
-            after=with_header("Content-Length", "28"),
-        ),
-    ),
     ("method|PUT", URL_TRIAL._replace(verb=lambda v: "PUT")),
     ("twice|again", S3_TRIAL._replace(path=replaced("%20", "%2520"))),
     (
@@ -3470,16 +3460,11 @@ BROKEN_SIGNERS = [
     ("UNSIGNED-PAYLOAD", URL_TRIAL._replace(payload=lambda v: sha256(b""))),
     ("[Cc]redential|'/'|encod", URL_TRIAL._replace(query=replaced("%2F", "/"))),
     ("case|lower", JSON_TRIAL._replace(lines=lambda ls: [(n.title(), v) for n, v in ls])),
-    ("CR|carriage", JSON_TRIAL._replace(whole=replaced("\n", "\r\n"))),
     (
         "AWS4.*port|port.*AWS4",
         JSON_TRIAL._replace(secret=lambda v: v[4:], block=replaced("localhost:8081", "localhost")),
     ),
     ("key id|Credential", JSON_TRIAL._replace(text=sub("\n(20260301/)", rf"\n{TRIAL_KEY}/\1"))),
-    (
-        "two characters",
-        JSON_TRIAL._replace(whole=replaced("\n", "\\n"), text=replaced("\n", "\\n")),
-    ),
     ("blank after the secret", JSON_TRIAL._replace(secret=lambda v: v + " ")),
     ("blank before", JSON_TRIAL._replace(secret=lambda v: "AWS4 " + v[4:])),
     ("quotes", JSON_TRIAL._replace(secret=lambda v: f'AWS4"{v[4:]}"')),
@@ -3491,7 +3476,7 @@ BROKEN_SIGNERS = [
     ("from the time", JSON_TRIAL._replace(steps=lambda s: [TRIAL_DATE, *s[1:]])),
     ("without the last step", JSON_TRIAL._replace(steps=lambda s: s[:3])),
     ("region before the date", JSON_TRIAL._replace(steps=lambda s: [s[1], s[0], *s[2:]])),
-    ("service first", JSON_TRIAL._replace(steps=lambda s: [s[0], s[2], s[1], s[3]])),
+    ("service before", JSON_TRIAL._replace(steps=lambda s: [s[0], s[2], s[1], s[3]])),
     ("wrong order: it is", JSON_TRIAL._replace(steps=lambda s: [s[2], s[1], s[0], s[3]])),
     ("aws4request", JSON_TRIAL._replace(steps=lambda s: [*s[:3], "aws4request"])),
     ("first line of the string", JSON_TRIAL._replace(text=lambda v: v.partition("\n")[2])),
@@ -3499,64 +3484,31 @@ BROKEN_SIGNERS = [
     ("third line of the string", JSON_TRIAL._replace(text=sub("\n.*/aws4_request\n", "\n"))),
     ("with - and :", JSON_TRIAL._replace(text=replaced(TRIAL_DATE, TRIAL_DATE_EXTENDED))),
     ("left aws4_request out", JSON_TRIAL._replace(text=replaced("/aws4_request", ""))),
-    (
-        "swapped region and service",
-        JSON_TRIAL._replace(text=replaced("eu-west-1/sqs", "sqs/eu-west-1")),
-    ),
     ("swapped time and scope", JSON_TRIAL._replace(text=sub("\n(.*)\n(.*)\n", r"\n\2\n\1\n"))),
     ("in upper case", JSON_TRIAL._replace(digest=lambda v: sha256(v).upper().encode())),
-    ("request twice", JSON_TRIAL._replace(digest=lambda v: sha256(sha256(v).encode()).encode())),
-    (
-        "request in base64",
-        JSON_TRIAL._replace(digest=lambda v: base64.b64encode(hashlib.sha256(v).digest())),
-    ),
     ("ended the string to sign with a newline", JSON_TRIAL._replace(text=lambda v: v + "\n")),
     ("string to sign with CR LF", JSON_TRIAL._replace(text=replaced("\n", "\r\n"))),
-    ("two characters into the string", JSON_TRIAL._replace(text=replaced("\n", "\\n"))),
-    ("two characters into the canonical", JSON_TRIAL._replace(whole=replaced("\n", "\\n"))),
-    (
-        "hash of the string to sign",
-        JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(k, sha256(t).encode())),
-    ),
-    ("in the last step", JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(t, k))),
     ("in the steps", JSON_TRIAL._replace(key=swapped)),
-    ("left out the method", JSON_TRIAL._replace(verb=lambda v: "")),
     ("method in lower case", JSON_TRIAL._replace(verb=lambda v: "post")),
     ("last slash", API_TRIAL._replace(target="/stage/", path=lambda v: "/stage")),
     ("first slash", API_TRIAL._replace(target="/stage", path=lambda v: "stage")),
     ("added a slash", API_TRIAL._replace(target="/stage", path=lambda v: "/stage/")),
     ("blank in the path as", API_TRIAL._replace(target="/st%20age", path=lambda v: "/st+age")),
     ("/ instead of the path", API_TRIAL._replace(target="/stage", path=lambda v: "/")),
-    (
-        "whole URL",
-        API_TRIAL._replace(target="/stage", path=lambda v: "http://" + API_TRIAL.host + "/stage"),
-    ),
     ("~ of the path", S3_TRIAL._replace(target="/b/~a", path=replaced("~", "%7E"))),
     (
         "path once, not twice",
         API_TRIAL._replace(target="/st(%20age", path=lambda v: "/st%28%20age"),
     ),
     ("percent-encode the path", S3_TRIAL._replace(path=lambda v: "/photos/a b.jpg")),
-    ("resolve the dots", API_TRIAL._replace(target="/a/../b", path=lambda v: "/a/../b")),
-    ("Amazon S3 keeps", S3_TRIAL._replace(target="/a/../b//c", path=lambda v: "/b/c")),
+    ("S3 keeps", S3_TRIAL._replace(target="/a/../b//c", path=lambda v: "/b/c")),
     ("query as a part of the path", API_TRIAL._replace(target="/s?a=1", path=lambda v: "/s?a=1")),
-    ("slashes of the path", S3_TRIAL._replace(target="/a/b", path=lambda v: "%2Fa%2Fb")),
-    (
-        "path's percent-encoding in lower",
-        S3_TRIAL._replace(target="/a%2Bb", path=replaced("%2B", "%2b")),
-    ),
-    (r"in the path \(encodeURI", S3_TRIAL._replace(target="/a(b)", path=lambda v: "/a(b)")),
     ("left out the query", GET_TRIAL._replace(query=lambda v: "")),
     ("left out the =", DUP._replace(query=replaced("c=&", "c&"))),
     ("%2B in the query as a blank", DUP._replace(query=replaced("%2B", "%20"))),
     ("colons of the query", DUP._replace(query=replaced("%3A", ":"))),
     ("slashes of the query", DUP._replace(query=replaced("%2F", "/"))),
     ("~ of the query", DUP._replace(query=replaced("~", "%7E"))),
-    ("query with \\?", GET_TRIAL._replace(query=lambda v: "?" + v)),
-    (
-        "without regard to case",
-        DUP._replace(query=lambda v: "&".join(sorted(v.split("&"), key=str.lower))),
-    ),
     ("did not sort the query", DUP._replace(target="/?z=a(b&b=1", query=lambda v: "z=a%28b&b=1")),
     (
         "query, but did not percent",
@@ -3565,26 +3517,8 @@ BROKEN_SIGNERS = [
     (r"'\+' in the query", GET_TRIAL._replace(target="/?a=b+c&b=1", query=replaced("%20", "%2B"))),
     ("query twice", GET_TRIAL._replace(query=replaced("%", "%25"))),
     (
-        "not percent-encode the query",
-        GET_TRIAL._replace(target="/?b=1&a=x%20y%2Cz", query=lambda v: "a=x y,z&b=1"),
-    ),
-    (
-        "query's percent-encoding in lower",
-        DUP._replace(
-            target="/?b=1&a=%2B,", query=lambda v: v.replace("%2B", "%2b").replace("%2C", "%2c")
-        ),
-    ),
-    (
         "Host of AWS",
         JSON_TRIAL._replace(block=replaced("localhost:8081", "sqs.eu-west-1.amazonaws.com")),
-    ),
-    (
-        "global Host",
-        JSON_TRIAL._replace(
-            service="iam",
-            region="us-east-1",
-            block=replaced("localhost:8081", "iam.amazonaws.com"),
-        ),
     ),
     ("port 80", API_TRIAL._replace(block=replaced("amazonaws.com", "amazonaws.com:80"))),
     ("port 443", API_TRIAL._replace(block=replaced("amazonaws.com", "amazonaws.com:443"))),
@@ -3598,7 +3532,6 @@ BROKEN_SIGNERS = [
         "blank after the colons",
         JSON_TRIAL._replace(lines=lambda ls: [(n, " " + v) for n, v in ls]),
     ),
-    ("headers without newlines", JSON_TRIAL._replace(block=replaced("\n", ""))),
     ("headers with CR LF", JSON_TRIAL._replace(block=replaced("\n", "\r\n"))),
     (
         "with a charset",
@@ -3608,14 +3541,7 @@ BROKEN_SIGNERS = [
         ),
     ),
     ("another X-Amz-Date", JSON_TRIAL._replace(block=replaced(TRIAL_DATE, TRIAL_DATE_EXTENDED))),
-    ("left out the canonical headers", JSON_TRIAL._replace(block=lambda v: "")),
-    (
-        "X-Amz-Content-Sha256 of an",
-        S3_TRIAL._replace(method="PUT", body=b"x", block=replaced(sha256(b"x"), sha256(b""))),
-    ),
     ("joined the signed headers", JSON_TRIAL._replace(names=replaced(";", ","))),
-    ("blanks into the line", JSON_TRIAL._replace(names=replaced(";", "; "))),
-    ("headers with ;", JSON_TRIAL._replace(names=lambda v: v + ";")),
     ("left out the line of signed", JSON_TRIAL._replace(names=lambda v: "")),
     ("empty body \\(curl", JSON_TRIAL._replace(hashed=lambda b: sha256(b""))),
     ("signed UNSIGNED-PAYLOAD", JSON_TRIAL._replace(payload=lambda v: "UNSIGNED-PAYLOAD")),
@@ -3627,49 +3553,20 @@ BROKEN_SIGNERS = [
         X._replace(lines=lambda ls: [(n, "a  b" if n == "x-amz-meta" else v) for n, v in ls]),
     ),
     (
-        "values of the headers in lower",
-        JSON_TRIAL._replace(lines=lambda ls: [(n, v.lower()) for n, v in ls]),
-    ),
-    (
-        "headers that SignedHeaders does not name",
-        X._replace(block=lambda v: v + "x-forwarded-host:public.example, b\n"),
-    ),
-    ("line of signed headers that", X._replace(names=lambda v: v + ";x-forwarded-host")),
-    (
         "signed headers in lower",
         JSON_TRIAL._replace(names=lambda v: "Content-Type;Host;X-Amz-Date"),
     ),
     ("sort the line", JSON_TRIAL._replace(names=lambda v: "host;content-type;x-amz-date")),
     ("body's hash in upper", JSON_TRIAL._replace(payload=lambda v: v.upper())),
-    ("hex of the body", JSON_TRIAL._replace(payload=lambda v: sha256(v.encode()))),
-    (
-        "body's hash in base64",
-        JSON_TRIAL._replace(payload=lambda v: base64.b64encode(bytes.fromhex(v)).decode()),
-    ),
     ("body itself", JSON_TRIAL._replace(payload=lambda v: JSON_TRIAL.body.decode())),
     ("without its last newline", JSON_TRIAL._replace(sent=lambda b: b + b"\n")),
     ("newline that it did not", JSON_TRIAL._replace(hashed=hashing(lambda b: b + b"\n"))),
-    ("LF instead of CR", LF._replace(hashed=hashing(lambda b: b.replace(b"\r\n", b"\n")))),
-    (
-        "CR LF instead",
-        LF._replace(body=b'{"a":\n 1}', hashed=hashing(lambda b: b.replace(b"\n", b"\r\n"))),
-    ),
-    (
-        "string in JSON",
-        JSON_TRIAL._replace(hashed=hashing(lambda b: json.dumps(b.decode()).encode())),
-    ),
-    (r"\(without blanks\)", JSON_TRIAL._replace(hashed=rejson(separators=(",", ":")))),
-    (r"\(with blanks\)", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson())),
-    (r"\(sorted\)", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson(sort_keys=True))),
-    (
-        r"\(sorted, w",
-        JSON_TRIAL._replace(
-            body=b'{"b": 1, "a": 2}', hashed=rejson(sort_keys=True, separators=(",", ":"))
-        ),
-    ),
+    ("sent: without", JSON_TRIAL._replace(hashed=rejson(separators=(",", ":")))),
+    ("sent: with blanks", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson())),
+    ("sent: sorted", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson(sort_keys=True))),
     ("left host out", JSON_TRIAL._replace(lines=lambda ls: [it for it in ls if it[0] != "host"])),
     ("-2 hours", JSON_TRIAL._replace(text=lambda v: v.replace("T143000", "T123000"))),
-    ("day that is", JSON_TRIAL._replace(steps=lambda s: ["20260302", *s[1:]])),
+    ("key for 20260302", JSON_TRIAL._replace(steps=lambda s: ["20260302", *s[1:]])),
     (
         "port.*and it .*newline|newline.*and it.*port",
         JSON_TRIAL._replace(block=lambda v: v.replace(":8081", ""), text=lambda v: v + "\n"),
@@ -3691,14 +3588,13 @@ class DetectiveTest(unittest.TestCase):
         return error.cause
 
     def test_the_mistake_of_a_signer_is_named(self):
-        said = set()
+        said, every = set(), {" ".join(row[3].split()) for row in awsproxy._ROWS}
         for expected, trial in BROKEN_SIGNERS:
             with self.subTest(expected):
                 cause = self.cause(trial)
                 self.assertRegex(cause, f"^Your signer .*(?:{expected})")
-                said.update(words for _, words, _ in awsproxy.DEVIATIONS if words in cause)
-        untested = [words for _, words, _ in awsproxy.DEVIATIONS if words not in said]
-        self.assertEqual(untested, [])
+                said.update(words for words in every if words in cause)
+        self.assertEqual(every - said, set())
 
     def test_no_mistake_is_named_for_another_secret(self):
         chance = random.Random(7)
