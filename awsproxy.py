@@ -6845,43 +6845,40 @@ class LineWriter:
         self._reopens = False
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
-        self._lines: collections.deque[str] = collections.deque()
+        self._lines: queues.SimpleQueue[str] = queues.SimpleQueue()
         self._writing = 0
-        self._arrived = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Queue a line for the thread."""
-        if len(self._lines) + self._writing >= self.MOST:
+        if self._lines.qsize() + self._writing < self.MOST:
+            self._lines.put(line)
+        else:
             self.dropped += 1
-            return
-        self._lines.append(line)
-        if not self._arrived.is_set():
-            self._arrived.set()
 
     def reopen(self) -> None:
         """Open the stream again soon, because the log file was moved."""
         self._reopens = True
-        self._arrived.set()
+        self._lines.put("")  # to wake the thread
 
     def close(self, timeout: float = 1.0) -> None:
         """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
-        while (self._lines or self._writing) and time.monotonic() < until:
+        while self._lines.qsize() + self._writing and time.monotonic() < until:
             time.sleep(self.PAUSE / 4)
 
     def _work(self) -> None:
         while True:
-            self._arrived.wait()
+            lines = [self._lines.get()]
+            self._writing = 1  # it waits, too
             time.sleep(self.PAUSE)
-            self._arrived.clear()
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._writing = len(lines)  # these wait, too
+            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            self._writing = len(lines)
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
-                self.dropped += len(lines)
+                self.dropped += sum(map(bool, lines))  # without that of `reopen`
             self._writing = 0
             if self._reopens:
                 self._open()
