@@ -6896,10 +6896,7 @@ class LineWriter:
 
 
 class AccessLog(Hook):
-    """Writes a line without secrets for each exchange.  `form` is text, json, columns or colours.
-
-    The last two are for a terminal.
-    """
+    """Writes a line without secrets for each exchange; columns and colours are for a terminal."""
 
     def __init__(self, stream: Any, form: str) -> None:
         self._stream = stream
@@ -6936,13 +6933,10 @@ class AccessLog(Hook):
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
             if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
-                line = " ".join(str(_one_word(value)) for value in fields.values())
+                line = " ".join(map(_one_word, fields.values()))
         else:
             line = _columns(fields, self._form == "colours")
-        try:
-            self._stream.write(line + "\n")
-        except (OSError, ValueError):
-            return  # the reader of the log has left
+        self._stream.write(line + "\n")
 
 
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
@@ -6966,9 +6960,7 @@ def _is_plain(text: str) -> bool:
 
 def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
-    text = str(value)[:MAX_SHOWN]
-    if not _is_plain(text) or "\\" in text:
-        text = text.encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
+    text = str(value)[:MAX_SHOWN].encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
     return text.replace(" ", r"\x20") or "-"
 
 
