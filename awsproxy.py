@@ -6751,25 +6751,21 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 HOOK_METHODS = ("before", "rewrite", "after", "observe")
 _OF_A_HOOK = (*HOOK_METHODS, "concerns")  # not a hook on its own
-_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
-def stamp_of(path: str) -> tuple[int, ...]:
-    """Return values that change when a file changes or is replaced; () if there is no file."""
+def stamp_of(path: str) -> Optional[tuple[int, ...]]:
+    """Return values that change with a file: () for no file, None for a pipe or a device."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
     if not stat.S_ISREG(status.st_mode):
-        return _NO_FILE  # to open a FIFO may wait for its writer
+        return None  # it is read only once: to open a FIFO may wait for its writer
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 class Watched:
-    """What `read` returns for a file, again when the file changes.
-
-    If that fails, the old value stays.  `more` is another file to watch.
-    """
+    """What `read` returns for a file, again if this file or `more` changes and can be read."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
         self._read = read
@@ -6780,7 +6776,7 @@ class Watched:
     def refresh(self) -> bool:
         """Read the files again if they have changed, and return whether there is a new value."""
         stamps = list(map(stamp_of, self._paths))
-        if stamps == self._stamps or _NO_FILE in stamps:
+        if stamps == self._stamps or None in stamps:
             return False
         self._stamps = stamps
         try:
