@@ -7225,8 +7225,8 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]
-Run = Callable[[Callable[[], None]], None]
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of a call's queue
+Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 Put = Callable[[str, bytes, float], bytes]
 _QueueKey = tuple[str, str]  # region, account/name
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
@@ -7243,7 +7243,6 @@ class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
     A worker holds a message from its receive until it is deleted, made visible, or times out.
-    `ask` returns the visibility timeout of a call's queue; `run` runs it in the background.
     """
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
