@@ -7418,7 +7418,7 @@ class TaskProtection(InFlight):
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
         self._put = put
         self._protected_until = 0.0
-        self._failures = 0
+        self._pauses = iter(self.BACKOFF)
         self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
@@ -7468,12 +7468,11 @@ class TaskProtection(InFlight):
                 if failure:
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
-                pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
-                self._failures += 1
+                pause = next(self._pauses, self.BACKOFF[-1])
                 self._not_before = self._clock() + pause  # not `now`: the agent may hang
                 log.warning("task protection not changed, next try in %d s: %s", pause, error)
                 return
-            self._failures = 0
+            self._pauses = iter(self.BACKOFF)
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
