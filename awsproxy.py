@@ -6798,8 +6798,7 @@ class HookFile(Watched):
 
 
 def _read_hook(path: str) -> ModuleType:
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{pathlib.Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError("its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
