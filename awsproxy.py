@@ -7429,9 +7429,8 @@ class TaskProtection(InFlight):
         """Count the messages of other calls, and give protection back with the last message."""
         if exchange.call and not self.concerns(exchange.call):
             super().observe(exchange)
-        idle = self._protected_until and not self.total
-        if idle and self._clock() >= self._not_before and not self._agent.locked():
-            self._run(self.tend)
+        if self._protected_until and not self.total:
+            self.tend_later()
 
     def after(self, call: Call, reply: Reply) -> Reply:
         """Count the received messages; with the first, wait up to PATIENCE for protection."""
@@ -7444,8 +7443,9 @@ class TaskProtection(InFlight):
         return reply
 
     def tend_later(self) -> None:
-        """Run `tend` in the background; call this every half second."""
-        if self._protected_until or self.total:
+        """Run `tend` in the background, if it would not wait; call this every half second."""
+        waits = self._agent.locked() or self._clock() < self._not_before
+        if not waits and (self._protected_until or self.total):
             self._run(self.tend)
 
     def tend(self) -> None:
