@@ -6815,25 +6815,21 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 HOOK_METHODS = ("before", "rewrite", "after", "observe")
 _OF_A_HOOK = (*HOOK_METHODS, "concerns")  # not a hook on its own
-_NO_FILE = (0,)  # the stamp of a pipe or a device, which is read only once
 
 
-def stamp_of(path: str) -> tuple[int, ...]:
-    """Return values that change when a file changes or is replaced; () if there is no file."""
+def stamp_of(path: str) -> Optional[tuple[int, ...]]:
+    """Return values that change with a file: () for no file, None for a pipe or a device."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
     if not stat.S_ISREG(status.st_mode):
-        return _NO_FILE  # to open a FIFO may wait for its writer
+        return None  # it is read only once: to open a FIFO may wait for its writer
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 class Watched:
-    """What `read` returns for a file, again when the file changes.
-
-    If that fails, the old value stays.  `more` is another file to watch.
-    """
+    """What `read` returns for a file, again if this file or `more` changes and can be read."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
         self._read = read
@@ -6844,7 +6840,7 @@ class Watched:
     def refresh(self) -> bool:
         """Read the files again if they have changed, and return whether there is a new value."""
         stamps = list(map(stamp_of, self._paths))
-        if stamps == self._stamps or _NO_FILE in stamps:
+        if stamps == self._stamps or None in stamps:
             return False
         self._stamps = stamps
         try:
@@ -6866,8 +6862,7 @@ class HookFile(Watched):
 
 
 def _read_hook(path: str) -> ModuleType:
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{pathlib.Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError("its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
@@ -6909,43 +6904,40 @@ class LineWriter:
         self._reopens = False
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
-        self._lines: collections.deque[str] = collections.deque()
+        self._lines: queues.SimpleQueue[str] = queues.SimpleQueue()
         self._writing = 0
-        self._arrived = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Queue a line for the thread."""
-        if len(self._lines) + self._writing >= self.MOST:
+        if self._lines.qsize() + self._writing < self.MOST:
+            self._lines.put(line)
+        else:
             self.dropped += 1
-            return
-        self._lines.append(line)
-        if not self._arrived.is_set():
-            self._arrived.set()
 
     def reopen(self) -> None:
         """Open the stream again soon, because the log file was moved."""
         self._reopens = True
-        self._arrived.set()
+        self._lines.put("")  # to wake the thread
 
     def close(self, timeout: float = 1.0) -> None:
         """Wait until all lines are written, up to `timeout` seconds."""
         until = time.monotonic() + timeout
-        while (self._lines or self._writing) and time.monotonic() < until:
+        while self._lines.qsize() + self._writing and time.monotonic() < until:
             time.sleep(self.PAUSE / 4)
 
     def _work(self) -> None:
         while True:
-            self._arrived.wait()
+            lines = [self._lines.get()]
+            self._writing = 1  # it waits, too
             time.sleep(self.PAUSE)
-            self._arrived.clear()
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._writing = len(lines)  # these wait, too
+            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            self._writing = len(lines)
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
-                self.dropped += len(lines)
+                self.dropped += sum(map(bool, lines))  # without that of `reopen`
             self._writing = 0
             if self._reopens:
                 self._open()
@@ -6963,10 +6955,7 @@ class LineWriter:
 
 
 class AccessLog(Hook):
-    """Writes a line without secrets for each exchange.  `form` is text, json, columns or colours.
-
-    The last two are for a terminal.
-    """
+    """Writes a line without secrets for each exchange; columns and colours are for a terminal."""
 
     def __init__(self, stream: Any, form: str) -> None:
         self._stream = stream
@@ -7003,13 +6992,10 @@ class AccessLog(Hook):
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
             if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
-                line = " ".join(str(_one_word(value)) for value in fields.values())
+                line = " ".join(map(_one_word, fields.values()))
         else:
             line = _columns(fields, self._form == "colours")
-        try:
-            self._stream.write(line + "\n")
-        except (OSError, ValueError):
-            return  # the reader of the log has left
+        self._stream.write(line + "\n")
 
 
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
@@ -7033,9 +7019,7 @@ def _is_plain(text: str) -> bool:
 
 def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
-    text = str(value)[:MAX_SHOWN]
-    if not _is_plain(text) or "\\" in text:
-        text = text.encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
+    text = str(value)[:MAX_SHOWN].encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
     return text.replace(" ", r"\x20") or "-"
 
 
@@ -7304,8 +7288,8 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]
-Run = Callable[[Callable[[], None]], None]
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of a call's queue
+Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 Put = Callable[[str, bytes, float], bytes]
 _QueueKey = tuple[str, str]  # region, account/name
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
@@ -7322,7 +7306,6 @@ class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
     A worker holds a message from its receive until it is deleted, made visible, or times out.
-    `ask` returns the visibility timeout of a call's queue; `run` runs it in the background.
     """
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
@@ -7498,7 +7481,7 @@ class TaskProtection(InFlight):
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
         self._put = put
         self._protected_until = 0.0
-        self._failures = 0
+        self._pauses = iter(self.BACKOFF)
         self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
@@ -7510,9 +7493,8 @@ class TaskProtection(InFlight):
         """Count the messages of other calls, and give protection back with the last message."""
         if exchange.call and not self.concerns(exchange.call):
             super().observe(exchange)
-        idle = self._protected_until and not self.total
-        if idle and self._clock() >= self._not_before and not self._agent.locked():
-            self._run(self.tend)
+        if self._protected_until and not self.total:
+            self.tend_later()
 
     def after(self, call: Call, reply: Reply) -> Reply:
         """Count the received messages; with the first, wait up to PATIENCE for protection."""
@@ -7525,8 +7507,9 @@ class TaskProtection(InFlight):
         return reply
 
     def tend_later(self) -> None:
-        """Run `tend` in the background; call this every half second."""
-        if self._protected_until or self.total:
+        """Run `tend` in the background, if it would not wait; call this every half second."""
+        waits = self._agent.locked() or self._clock() < self._not_before
+        if not waits and (self._protected_until or self.total):
             self._run(self.tend)
 
     def tend(self) -> None:
@@ -7548,12 +7531,11 @@ class TaskProtection(InFlight):
                 if failure:
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
-                pause = self.BACKOFF[min(self._failures, len(self.BACKOFF) - 1)]
-                self._failures += 1
+                pause = next(self._pauses, self.BACKOFF[-1])
                 self._not_before = self._clock() + pause  # not `now`: the agent may hang
                 log.warning("task protection not changed, next try in %d s: %s", pause, error)
                 return
-            self._failures = 0
+            self._pauses = iter(self.BACKOFF)
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
