@@ -8029,11 +8029,7 @@ class Pending:
     """
 
     def __init__(
-        self,
-        proxy: Proxy,
-        exchange: Exchange,
-        act: Act,
-        begun: Optional[tuple[Attempt, bytes]] = None,
+        self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[tuple[Attempt, bytes]]
     ) -> None:
         attempt, self._data = begun or (None, b"")
         self.socket = attempt.connection.socket if attempt else None
