@@ -8049,8 +8049,9 @@ class Pending:
     """
 
     def __init__(
-        self, proxy: Proxy, exchange: Exchange, act: Act, attempt: Optional[Attempt] = None
+        self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[tuple[Attempt, bytes]]
     ) -> None:
+        attempt, self._data = begun or (None, b"")
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
         self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
@@ -8060,13 +8061,14 @@ class Pending:
         self._act = act
         self._attempt: Any = attempt
 
-    def send(self, data: bytes) -> None:
+    def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        call, connection = self._attempt.call, self._attempt.connection
-        call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-        if not connection.send_now(data):
-            connection.close()  # the call was not sent completely
-            self.socket = None
+        if self.socket:
+            call, connection = self._attempt.call, self._attempt.connection
+            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
+            if not connection.send_now(self._data):
+                connection.close()  # the call was not sent completely
+                self.socket = None
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -8217,7 +8219,11 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        return [exchange.outcome for exchange in exchanges if exchange.outcome]
+        outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
+        for outcome in outcomes:
+            if isinstance(outcome, Pending):
+                outcome.send()  # after all steps: to wake an upstream between them is slower
+        return outcomes
 
     def _exchange(self, request: Request) -> Exchange:
         header = request.fields.get("authorization")
@@ -8368,10 +8374,7 @@ class Proxy:
                 return
             except WouldWait:
                 call.may_wait = True
-        attempt, data = begun or (None, b"")
-        exchange.outcome = pending = Pending(self, exchange, act, attempt)
-        if attempt:
-            pending.send(data)
+        exchange.outcome = Pending(self, exchange, act, begun)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
