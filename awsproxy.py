@@ -3540,7 +3540,6 @@ class RpcV2(WireProtocol):
     is_opaque = True
 
     def __init__(self, protocol: str) -> None:
-        self.named_protocol = protocol
         self.protocol = protocol if protocol == "rpc-v2-json" else "rpc-v2-cbor"
         self.content_type = f"application/{self.protocol[-4:]}"
 
@@ -3549,19 +3548,17 @@ class RpcV2(WireProtocol):
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         match = _RPC_PATH.fullmatch(request.path)
-        if len(request.fields.get("smithy-protocol", ())) != 1:
-            raise ambiguous(self, "RPC v2 needs one Smithy-Protocol header")
-        if self.named_protocol != self.protocol:
-            fault = f"'{self.named_protocol[:40]}' is not rpc-v2-cbor or rpc-v2-json"
+        if request.fields.get("smithy-protocol") != [self.protocol]:
+            fault = "RPC v2 needs one Smithy-Protocol header, rpc-v2-cbor or rpc-v2-json"
             raise ambiguous(self, fault)
-        if not match or match[0].endswith("/") or request.method != "POST":
+        if not match or request.target.endswith("/") or request.method != "POST":
             raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
         if "?" in request.target:
             raise ambiguous(self, "RPC v2 has no query string")
         if _media_type(request) not in ("", self.content_type):
             fault = f"the Content-Type of {self.protocol} is {self.content_type}"
             raise ambiguous(self, fault)
-        return Meaning(_operation_name(match[1]), body)
+        return Meaning(_operation_name(match[1]))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
