@@ -2675,10 +2675,8 @@ def _wants_json(request: Request) -> bool:
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
-    service = service or claim(request)[1].service
-    speaks = SPEAKS.get(service, REST_JSON) if service else frozenset()
-    if not speaks:
-        return _guessed_protocol(request)
+    service = service or claim(request)[1].service or _likely_service(request)
+    speaks = SPEAKS.get(service, REST_JSON)
     if "json" in speaks:
         fields = request.fields
         if "smithy-protocol" in fields:
@@ -2694,32 +2692,29 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
             return AWS_JSON[_json_version(request)]
     if service == "sqs" and "json" in _media_type(request):
         return AwsJson(_json_version(request), ("content-type",))
-    if "query" in speaks and (request.path == "/" or not speaks & {"rest-json"}):
+    if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
         return AWS_QUERY_JSON if service in _IN_JSON and _wants_json(request) else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
-    return REST if "rest-json" in speaks else AWS_JSON["1.0"]
+    return REST
 
 
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
 
-def _guessed_protocol(request: Request) -> WireProtocol:
-    smithy, media_type = request.header("smithy-protocol"), _media_type(request)
-    if smithy is not None:
-        return RpcV2(smithy)
-    if "x-amz-target" in request.fields or media_type.startswith("application/x-amz-json-"):
-        return AWS_JSON[_json_version(request)]
+def _likely_service(request: Request) -> str:
+    """Return a service of the protocol that a request without a scope seems to speak."""
+    media_type, fields = _media_type(request), request.fields
+    is_form = request.method == "POST" and media_type in ("", _FORM)
+    is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
     has_action = _query_action(request) is not None
-    if has_action and "json" in media_type:
-        return AwsJson(_json_version(request), ("content-type",))
-    if has_action or (request.method == "POST" and media_type in ("", _FORM)):
-        return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
+    if is_form or is_json or has_action or "smithy-protocol" in fields:
+        return "sqs"
     if request.path.startswith(_XML_PATHS):
-        return REST_XML
+        return "route53"
     of_json = media_type == "application/json" or request.path.startswith("/v2/email/")
-    return REST if of_json or _DATED_PATH.match(request.path) else REST_S3
+    return "lambda" if of_json or _DATED_PATH.match(request.path) else "s3"
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2885,13 +2880,11 @@ class AwsJson(WireProtocol):
         return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
-        if request.target != "/":
-            if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
-                raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-            action = self._action(request, service) if "?" in request.target else None
+        if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
+            raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
+        action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
         if targets is None:
             name = _operation_name(action or "")
@@ -2914,10 +2907,10 @@ class AwsJson(WireProtocol):
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        others = [name for name, _ in request.query if name not in (b"Action", b"Version")]
-        others = [name for name in others if name.lower() not in _QUERY_PARAMETERS]
         if service != "sqs" and actions:
             raise ambiguous(self, f"{service} does not read the query parameter Action")
+        others = {name for name, _ in request.query} - {b"Action", b"Version"}
+        others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
         if len(actions) > 1 or (service == "sqs" and others):
             raise ambiguous(self, "the body is JSON, and the query string has parameters")
         return actions[0] if actions else None
