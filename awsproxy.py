@@ -2782,7 +2782,8 @@ class WireProtocol:
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
-        return ""
+        target = request.header("x-amz-target") if self.reads_target else None
+        return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation; ServiceError if the request names none, or could name two."""
@@ -2814,8 +2815,9 @@ class WireProtocol:
         """Return the answer that reports an error."""
         raise NotImplementedError
 
-    def _headers(self, request_id: str) -> Headers:
-        return (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type))
+    def _reply(self, status: int, request_id: str, body: bytes, *more: tuple[str, str]) -> Reply:
+        headers = (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type), *more)
+        return Reply(status, headers, body)
 
 
 def _invalid_action(operation: str) -> ServiceError:
@@ -2874,10 +2876,6 @@ class AwsJson(WireProtocol):
 
     def service(self, request: Request) -> Optional[str]:
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
-
-    def named(self, request: Request) -> str:
-        target = request.header("x-amz-target")
-        return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if request.method != "POST":
@@ -2944,7 +2942,7 @@ class AwsJson(WireProtocol):
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
+        return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
         """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
@@ -2955,10 +2953,11 @@ class AwsJson(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
-        headers = self._headers(request_id)
-        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
-            headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
-        return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
+        document = _to_json({"__type": shape, "message": error.message})
+        service = self.service(request) or claim(request)[1].service
+        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+        more = (query_error,) if service in _QUERY_COMPATIBLE else ()
+        return self._reply(status, request_id, document, *more)
 
 
 _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
@@ -3074,9 +3073,6 @@ class AwsQuery(WireProtocol):
     def __init__(self, reads_target: bool = False) -> None:
         self.reads_target = reads_target
 
-    def named(self, request: Request) -> str:
-        return _query_action(request) or ""
-
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
@@ -3151,13 +3147,18 @@ class AwsQuery(WireProtocol):
         members = {} if output is None else {f"{call.operation}Result": output}
         members["ResponseMetadata"] = {"RequestId": request_id}
         names, root = model.query_names[call.operation], f"{call.operation}Response"
-        document = self._document(call.service, root, members, names)
-        return Reply(200, self._headers(request_id), document)
+        return self._reply(200, request_id, self._document(call.service, root, members, names))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         if error.code == "UnknownOperation":
-            return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
-        status, fault = self._described(request, error)
+            return AWS_QUERY._reply(404, request_id, b"<UnknownOperationException/>")
+        status, code, _ = self.fault(request, error)
+        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
+        message = no_queue if error.code == "QueueDoesNotExist" else error.message
+        fault = {"Type": _side(status), "Code": code, "Message": message}
+        return self._reply(status, request_id, self._error(request, fault, request_id))
+
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
         service = claim(request)[1].service
         if not service:  # whose API has the version that an unsigned request names
             versions = _query_values(request, b"Version")
@@ -3167,13 +3168,7 @@ class AwsQuery(WireProtocol):
         if service == "ec2":
             del fault["Type"]
             root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return Reply(status, self._headers(request_id), self._document(service, root, members))
-
-    def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
-        status, code, _ = self.fault(request, error)
-        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
-        message = no_queue if error.code == "QueueDoesNotExist" else error.message
-        return status, {"Type": _side(status), "Code": code, "Message": message}
+        return self._document(service, root, members)
 
     def _document(
         self, service: str, root: str, members: Members, names: Names = _NO_NAMES
@@ -3202,15 +3197,10 @@ class AwsQueryJson(AwsQuery):
             result = _as_pairs(whole, model.query_names[call.operation])
             renamed = {_INTERNAL_NAMES.get(name, name): result[name] for name in members}
             response[f"{call.operation}Result"] = renamed
-        document = _to_json({f"{call.operation}Response": response})
-        return Reply(200, self._headers(request_id), document)
+        return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
-    def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        if error.code == "UnknownOperation":
-            return AWS_QUERY.error(request, error, request_id)
-        status, fault = self._described(request, error)
-        document = _to_json({"Error": fault, "RequestId": request_id})
-        return Reply(status, self._headers(request_id), document)
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
+        return _to_json({"Error": fault, "RequestId": request_id})
 
 
 AWS_QUERY = AwsQuery()
@@ -3507,20 +3497,18 @@ class Rest(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
-        headers = self._headers(request_id)
         if self.form == "json":
-            headers += (("x-amzn-ErrorType", shape.rpartition("#")[2]),)
-            return Reply(status, headers, _to_json({"message": error.message}))
+            kind, document = shape.rpartition("#")[2], _to_json({"message": error.message})
+            return self._reply(status, request_id, document, ("x-amzn-ErrorType", kind))
         fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
             fault = {"Type": _side(status), **fault}
-            document = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
+            xml = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
         else:
             place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
-            document = _xml("Error", {**fault, **error.detail, **place})
-        text = f'<?xml version="1.0" encoding="UTF-8"?>\n{document}'
-        headers += (("x-amz-request-id", request_id),)
-        return Reply(status, headers, text.encode("utf-8", "replace"))
+            xml = _xml("Error", {**fault, **error.detail, **place})
+        document = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode("utf-8", "replace")
+        return self._reply(status, request_id, document, ("x-amz-request-id", request_id))
 
 
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
@@ -3557,9 +3545,11 @@ class RpcV2(WireProtocol):
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
-        headers = (*self._headers(request_id), ("Smithy-Protocol", self.protocol))
-        headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
-        return Reply(status, headers, body)
+        more = (
+            ("Smithy-Protocol", self.protocol),
+            ("x-amzn-query-error", f"{code};{_side(status)}"),
+        )
+        return self._reply(status, request_id, body, *more)
 
 
 def _cbor_strings(document: Mapping[str, str]) -> bytes:
