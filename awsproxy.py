@@ -2495,10 +2495,8 @@ def _wants_json(request: Request) -> bool:
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
-    service = service or claim(request)[1].service
-    speaks = SPEAKS.get(service, REST_JSON) if service else frozenset()
-    if not speaks:
-        return _guessed_protocol(request)
+    service = service or claim(request)[1].service or _likely_service(request)
+    speaks = SPEAKS.get(service, REST_JSON)
     if "json" in speaks:
         fields = request.fields
         if "smithy-protocol" in fields:
@@ -2514,32 +2512,29 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
             return AWS_JSON[_json_version(request)]
     if service == "sqs" and "json" in _media_type(request):
         return AwsJson(_json_version(request), ("content-type",))
-    if "query" in speaks and (request.path == "/" or not speaks & {"rest-json"}):
+    if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
         return AWS_QUERY_JSON if service in _IN_JSON and _wants_json(request) else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
-    return REST if "rest-json" in speaks else AWS_JSON["1.0"]
+    return REST
 
 
 def _json_version(request: Request) -> str:
     return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
 
-def _guessed_protocol(request: Request) -> WireProtocol:
-    smithy, media_type = request.header("smithy-protocol"), _media_type(request)
-    if smithy is not None:
-        return RpcV2(smithy)
-    if "x-amz-target" in request.fields or media_type.startswith("application/x-amz-json-"):
-        return AWS_JSON[_json_version(request)]
+def _likely_service(request: Request) -> str:
+    """Return a service of the protocol that a request without a scope seems to speak."""
+    media_type, fields = _media_type(request), request.fields
+    is_form = request.method == "POST" and media_type in ("", _FORM)
+    is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
     has_action = _query_action(request) is not None
-    if has_action and "json" in media_type:
-        return AwsJson(_json_version(request), ("content-type",))
-    if has_action or (request.method == "POST" and media_type in ("", _FORM)):
-        return AWS_QUERY_JSON if _wants_json(request) else AWS_QUERY
+    if is_form or is_json or has_action or "smithy-protocol" in fields:
+        return "sqs"
     if request.path.startswith(_XML_PATHS):
-        return REST_XML
+        return "route53"
     of_json = media_type == "application/json" or request.path.startswith("/v2/email/")
-    return REST if of_json or _DATED_PATH.match(request.path) else REST_S3
+    return "lambda" if of_json or _DATED_PATH.match(request.path) else "s3"
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2607,7 +2602,8 @@ class WireProtocol:
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
-        return ""
+        target = request.header("x-amz-target") if self.reads_target else None
+        return target.rpartition(".")[2] if target else _query_action(request) or ""
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation; ServiceError if the request names none, or could name two."""
@@ -2639,8 +2635,9 @@ class WireProtocol:
         """Return the answer that reports an error."""
         raise NotImplementedError
 
-    def _headers(self, request_id: str) -> Headers:
-        return (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type))
+    def _reply(self, status: int, request_id: str, body: bytes, *more: tuple[str, str]) -> Reply:
+        headers = (("x-amzn-RequestId", request_id), ("Content-Type", self.content_type), *more)
+        return Reply(status, headers, body)
 
 
 def _invalid_action(operation: str) -> ServiceError:
@@ -2700,18 +2697,12 @@ class AwsJson(WireProtocol):
     def service(self, request: Request) -> Optional[str]:
         return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
 
-    def named(self, request: Request) -> str:
-        target = request.header("x-amz-target")
-        return target.rpartition(".")[2] if target else _query_action(request) or ""
-
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
-        action = None
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
-        if request.target != "/":
-            if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
-                raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-            action = self._action(request, service) if "?" in request.target else None
+        if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
+            raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
+        action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
         if targets is None:
             name = _operation_name(action or "")
@@ -2734,10 +2725,10 @@ class AwsJson(WireProtocol):
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        others = [name for name, _ in request.query if name not in (b"Action", b"Version")]
-        others = [name for name in others if name.lower() not in _QUERY_PARAMETERS]
         if service != "sqs" and actions:
             raise ambiguous(self, f"{service} does not read the query parameter Action")
+        others = {name for name, _ in request.query} - {b"Action", b"Version"}
+        others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
         if len(actions) > 1 or (service == "sqs" and others):
             raise ambiguous(self, "the body is JSON, and the query string has parameters")
         return actions[0] if actions else None
@@ -2771,7 +2762,7 @@ class AwsJson(WireProtocol):
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        return Reply(200, self._headers(request_id), b"" if output is None else _to_json(output))
+        return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
     def fault(self, request: Request, error: ServiceError) -> Fault:
         """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
@@ -2782,10 +2773,11 @@ class AwsJson(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
-        headers = self._headers(request_id)
-        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
-            headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
-        return Reply(status, headers, _to_json({"__type": shape, "message": error.message}))
+        document = _to_json({"__type": shape, "message": error.message})
+        service = self.service(request) or claim(request)[1].service
+        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+        more = (query_error,) if service in _QUERY_COMPATIBLE else ()
+        return self._reply(status, request_id, document, *more)
 
 
 _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
@@ -2901,9 +2893,6 @@ class AwsQuery(WireProtocol):
     def __init__(self, reads_target: bool = False) -> None:
         self.reads_target = reads_target
 
-    def named(self, request: Request) -> str:
-        return _query_action(request) or ""
-
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
@@ -2978,13 +2967,18 @@ class AwsQuery(WireProtocol):
         members = {} if output is None else {f"{call.operation}Result": output}
         members["ResponseMetadata"] = {"RequestId": request_id}
         names, root = model.query_names[call.operation], f"{call.operation}Response"
-        document = self._document(call.service, root, members, names)
-        return Reply(200, self._headers(request_id), document)
+        return self._reply(200, request_id, self._document(call.service, root, members, names))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         if error.code == "UnknownOperation":
-            return Reply(404, self._headers(request_id), b"<UnknownOperationException/>")
-        status, fault = self._described(request, error)
+            return AWS_QUERY._reply(404, request_id, b"<UnknownOperationException/>")
+        status, code, _ = self.fault(request, error)
+        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
+        message = no_queue if error.code == "QueueDoesNotExist" else error.message
+        fault = {"Type": _side(status), "Code": code, "Message": message}
+        return self._reply(status, request_id, self._error(request, fault, request_id))
+
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
         service = claim(request)[1].service
         if not service:  # whose API has the version that an unsigned request names
             versions = _query_values(request, b"Version")
@@ -2994,13 +2988,7 @@ class AwsQuery(WireProtocol):
         if service == "ec2":
             del fault["Type"]
             root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return Reply(status, self._headers(request_id), self._document(service, root, members))
-
-    def _described(self, request: Request, error: ServiceError) -> tuple[int, dict[str, str]]:
-        status, code, _ = self.fault(request, error)
-        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
-        message = no_queue if error.code == "QueueDoesNotExist" else error.message
-        return status, {"Type": _side(status), "Code": code, "Message": message}
+        return self._document(service, root, members)
 
     def _document(
         self, service: str, root: str, members: Members, names: Names = _NO_NAMES
@@ -3029,15 +3017,10 @@ class AwsQueryJson(AwsQuery):
             result = _as_pairs(whole, model.query_names[call.operation])
             renamed = {_INTERNAL_NAMES.get(name, name): result[name] for name in members}
             response[f"{call.operation}Result"] = renamed
-        document = _to_json({f"{call.operation}Response": response})
-        return Reply(200, self._headers(request_id), document)
+        return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
-    def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
-        if error.code == "UnknownOperation":
-            return AWS_QUERY.error(request, error, request_id)
-        status, fault = self._described(request, error)
-        document = _to_json({"Error": fault, "RequestId": request_id})
-        return Reply(status, self._headers(request_id), document)
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
+        return _to_json({"Error": fault, "RequestId": request_id})
 
 
 AWS_QUERY = AwsQuery()
@@ -3334,20 +3317,18 @@ class Rest(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
-        headers = self._headers(request_id)
         if self.form == "json":
-            headers += (("x-amzn-ErrorType", shape.rpartition("#")[2]),)
-            return Reply(status, headers, _to_json({"message": error.message}))
+            kind, document = shape.rpartition("#")[2], _to_json({"message": error.message})
+            return self._reply(status, request_id, document, ("x-amzn-ErrorType", kind))
         fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
             fault = {"Type": _side(status), **fault}
-            document = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
+            xml = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
         else:
             place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
-            document = _xml("Error", {**fault, **error.detail, **place})
-        text = f'<?xml version="1.0" encoding="UTF-8"?>\n{document}'
-        headers += (("x-amz-request-id", request_id),)
-        return Reply(status, headers, text.encode("utf-8", "replace"))
+            xml = _xml("Error", {**fault, **error.detail, **place})
+        document = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode("utf-8", "replace")
+        return self._reply(status, request_id, document, ("x-amz-request-id", request_id))
 
 
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
@@ -3360,7 +3341,6 @@ class RpcV2(WireProtocol):
     is_opaque = True
 
     def __init__(self, protocol: str) -> None:
-        self.named_protocol = protocol
         self.protocol = protocol if protocol == "rpc-v2-json" else "rpc-v2-cbor"
         self.content_type = f"application/{self.protocol[-4:]}"
 
@@ -3369,27 +3349,27 @@ class RpcV2(WireProtocol):
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         match = _RPC_PATH.fullmatch(request.path)
-        if len(request.fields.get("smithy-protocol", ())) != 1:
-            raise ambiguous(self, "RPC v2 needs one Smithy-Protocol header")
-        if self.named_protocol != self.protocol:
-            fault = f"'{self.named_protocol[:40]}' is not rpc-v2-cbor or rpc-v2-json"
+        if request.fields.get("smithy-protocol") != [self.protocol]:
+            fault = "RPC v2 needs one Smithy-Protocol header, rpc-v2-cbor or rpc-v2-json"
             raise ambiguous(self, fault)
-        if not match or match[0].endswith("/") or request.method != "POST":
+        if not match or request.target.endswith("/") or request.method != "POST":
             raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
         if "?" in request.target:
             raise ambiguous(self, "RPC v2 has no query string")
         if _media_type(request) not in ("", self.content_type):
             fault = f"the Content-Type of {self.protocol} is {self.content_type}"
             raise ambiguous(self, fault)
-        return Meaning(_operation_name(match[1]), body)
+        return Meaning(_operation_name(match[1]))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
-        headers = (*self._headers(request_id), ("Smithy-Protocol", self.protocol))
-        headers += (("x-amzn-query-error", f"{code};{_side(status)}"),)
-        return Reply(status, headers, body)
+        more = (
+            ("Smithy-Protocol", self.protocol),
+            ("x-amzn-query-error", f"{code};{_side(status)}"),
+        )
+        return self._reply(status, request_id, body, *more)
 
 
 def _cbor_strings(document: Mapping[str, str]) -> bytes:
