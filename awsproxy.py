@@ -3718,7 +3718,7 @@ class Queue:
         self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
-        self._visible: OrderedDict[str, Message] = OrderedDict()
+        self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
@@ -3742,17 +3742,14 @@ class Queue:
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._by_age)
-        message.hidden_until = 0.0
         if delay:
             self.hide(message, message.sent + delay)
         else:
-            self._offer(message)
+            self._turn(message)
 
     def hide(self, message: Message, until: float) -> None:
         """Make a message invisible until that time."""
-        self._withdraw(message)
-        message.hidden_until = until
-        self._count_hidden(message, 1)
+        self._mark(message, until)
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
@@ -3763,17 +3760,16 @@ class Queue:
 
     def show(self, message: Message) -> None:
         """Make a message visible, behind the other visible messages."""
-        self._withdraw(message)
-        self._offer(message)
+        self._mark(message, 0.0)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
-        self._withdraw(message)
         del self.messages[message.message_id]
+        self._mark(message, 0.0)
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self.attempts, self._visible, self._hidden, self._by_age):
+        for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -3787,8 +3783,8 @@ class Queue:
         for message in back:
             self.show(message)
         for message in reversed(back):  # in front of the messages that were never received
-            if message.received and message.message_id in self._visible:
-                self._visible.move_to_end(message.message_id, last=False)
+            if message.received and not self.fifo:
+                self._ready.move_to_end(message.message_id, last=False)
         oldest = now - self.number("MessageRetentionPeriod")
         while self._by_age and self._by_age[0][0] <= oldest:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
@@ -3801,7 +3797,7 @@ class Queue:
 
     def pick(self, limit: int) -> list[Message]:
         """Return up to `limit` messages that may be received now, in their order."""
-        return list(itertools.islice(self._visible.values(), limit))
+        return list(itertools.islice(self._ready.values(), limit))
 
     def look(self) -> Iterator[tuple[str, Message]]:
         """Yield each message with its state: visible, in flight, delayed, or blocked.
@@ -3820,23 +3816,22 @@ class Queue:
         until, _, message = entry
         return self.messages.get(message.message_id) is message and message.hidden_until == until
 
-    def _count_hidden(self, message: Message, change: int) -> None:
+    def _mark(self, message: Message, hidden_until: float) -> None:
+        """Hide or show a message, and keep count."""
+        change = bool(hidden_until) - bool(message.hidden_until)
+        message.hidden_until = hidden_until
         if message.received:
             self.in_flight += change
         else:
             self.delayed += change
+        self._turn(message)
 
-    def _offer(self, message: Message) -> None:
-        self._visible[message.message_id] = message
-        self.changed.notify()
-
-    def _withdraw(self, message: Message) -> None:
-        """Undo `hide` or `_offer`."""
-        if message.hidden_until:
-            self._count_hidden(message, -1)
-            message.hidden_until = 0.0
-        else:
-            self._visible.pop(message.message_id, None)
+    def _turn(self, message: Message) -> None:
+        """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
+        self._ready.pop(message.message_id, None)
+        if message.message_id in self.messages and not message.hidden_until:
+            self._ready[message.message_id] = message
+            self.changed.notify()
 
 
 class Sent(NamedTuple):
@@ -3860,7 +3855,6 @@ class FifoQueue(Queue):
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
         self._groups: dict[str, OrderedDict[str, Message]] = {}
-        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
@@ -3877,8 +3871,8 @@ class FifoQueue(Queue):
 
     def clear(self) -> None:
         super().clear()
-        for held in (self._groups, self._ready, self._sent):
-            held.clear()
+        self._groups.clear()
+        self._sent.clear()
 
     def change_delay(self, now: float) -> None:
         """Apply the new delay to delayed messages; on a standard queue they keep their own."""
@@ -3896,38 +3890,24 @@ class FifoQueue(Queue):
 
     def pick(self, limit: int) -> list[Message]:
         """Return as many messages as possible of one group, then of the next."""
-        picked: list[Message] = []
-        for group in self._ready:
-            for message in self._groups[group].values():
-                if len(picked) == limit:
-                    return picked
-                if message.hidden_until:
-                    break
-                picked.append(message)
-        return picked
+        groups = (self._groups[name].values() for name in self._ready)
+        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
+        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
     def remove(self, message: Message) -> None:
-        super().remove(message)
         group = self._groups[message.group]
         del group[message.message_id]
         if not group:
             del self._groups[message.group]
-        self._turn(message.group)
+        super().remove(message)
 
-    def hide(self, message: Message, until: float) -> None:
-        super().hide(message, until)
-        self._turn(message.group)
-
-    def _offer(self, message: Message) -> None:
-        self._turn(message.group)
-
-    def _turn(self, name: str) -> None:
+    def _turn(self, message: Message) -> None:
         """Add the group to `_ready` if its first message is visible, otherwise remove it."""
-        group = self._groups.get(name)
-        if not group or next(iter(group.values())).hidden_until:
-            self._ready.pop(name, None)
-        elif name not in self._ready:
-            self._ready[name] = None
+        first = next(iter(self._groups.get(message.group, {}).values()), None)
+        if first is None or first.hidden_until:
+            self._ready.pop(message.group, None)
+        else:
+            self._ready[message.group] = first
             self.changed.notify()
 
 
