@@ -3792,8 +3792,11 @@ class Queue:
                 self.remove(expired)
 
     def next_change(self, deadline: float) -> float:
-        """Return when a hidden message may come back, `deadline` if that is earlier."""
-        return min(deadline, self._hidden[0][0]) if self._hidden else deadline
+        """Return when a message may come back or expire, which may free its group."""
+        back = [until for until, _, _ in self._hidden[:1]]
+        retained = self.number("MessageRetentionPeriod")
+        ends = [it.sent + retained for it in itertools.islice(self.messages.values(), 1)]
+        return min([deadline, *back, *ends])
 
     def pick(self, limit: int) -> list[Message]:
         """Return up to `limit` messages that may be received now, in their order."""
@@ -3881,12 +3884,6 @@ class FifoQueue(Queue):
             if message.hidden_until and not message.received:
                 self.hide(message, message.sent + delay)
         self.advance(now)
-
-    def next_change(self, deadline: float) -> float:
-        """Return when a message may come back or expire, which may free its group."""
-        retained = self.number("MessageRetentionPeriod")
-        oldest = next(iter(self.messages.values()), None)
-        return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
 
     def pick(self, limit: int) -> list[Message]:
         """Return as many messages as possible of one group, then of the next."""
