@@ -3602,6 +3602,7 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
+Settings = Mapping[str, str]  # queue attributes that callers can set, by name
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3701,16 +3702,14 @@ class Queue:
 
     fifo = False
 
-    def __init__(
-        self, arn: str, serial: int, settings: dict[str, str], now: float, lock: Any
-    ) -> None:
+    def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
         self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
         self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
-        self.settings = settings  # by the names of SETTINGS
+        self.settings: Settings = {}
         self.tags: dict[str, str] = {}
-        self.created = self.modified = now
+        self.created = now
         self.purged = -math.inf
         self.deleted = False
         self.changed = threading.Condition(lock)
@@ -3722,6 +3721,15 @@ class Queue:
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+        self.change(settings, now)
+
+    def change(self, settings: Settings, now: float) -> None:
+        """Change settings, given in their normal form; "" unsets one."""
+        changed = {**self.settings, **settings}
+        if changed.get("KmsMasterKeyId"):
+            changed["SqsManagedSseEnabled"] = "false"
+        self.settings = {name: value for name, value in changed.items() if value}
+        self.modified = now
 
     @property
     def visible(self) -> int:
@@ -3877,13 +3885,14 @@ class FifoQueue(Queue):
         self._groups.clear()
         self._sent.clear()
 
-    def change_delay(self, now: float) -> None:
-        """Apply the new delay to delayed messages; on a standard queue they keep their own."""
-        delay = self.number("DelaySeconds")
-        for message in self.messages.values():
-            if message.hidden_until and not message.received:
-                self.hide(message, message.sent + delay)
-        self.advance(now)
+    def change(self, settings: Settings, now: float) -> None:
+        """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
+        super().change(settings, now)
+        if "DelaySeconds" in settings:
+            for message in self.messages.values():
+                if message.hidden_until and not message.received:
+                    self.hide(message, message.sent + self.number("DelaySeconds"))
+            self.advance(now)
 
     def pick(self, limit: int) -> list[Message]:
         """Return as many messages as possible of one group, then of the next."""
@@ -4048,7 +4057,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
 }
 
 
-def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
+def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: dict[str, str] = {}
     for name, text in given.items():
@@ -4063,19 +4072,15 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("FifoQueue") == "false":
         raise sqs_refusal("queue type")
+    key = {**current, **settings}.get("KmsMasterKeyId")
+    if key and settings.get("SqsManagedSseEnabled") == "true":
+        raise sqs_refusal("two encryptions")
     return settings
 
 
-def check_encryption(settings: Mapping[str, str]) -> None:
-    """Refuse settings that enable two kinds of encryption."""
-    if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
-        raise sqs_refusal("two encryptions")
-
-
-_QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
 _QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
-_BATCH_ID = re.compile("[A-Za-z0-9_-]{1,80}")
+_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
 _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
@@ -4294,11 +4299,9 @@ class Sqs:
     def create_queue(self, call: Call) -> Mapping[str, Any]:
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
-        allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
-        if not allowed:
+        if not (_FIFO_NAME if fifo else _LABEL).fullmatch(name):
             raise sqs_refusal("fifo name" if fifo else "name")
-        settings = normal_settings(given, fifo)
-        check_encryption(settings)
+        settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _own_arn(call, name)
         queue = self._queues.get(arn)
         if queue:
@@ -4312,12 +4315,11 @@ class Sqs:
         kind = FifoQueue if fifo else Queue
         queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
-        self._drop_unset(queue)
         queue.tags = dict(call.input.get("tags", {}))
         self._queues[arn] = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
-    def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
+    def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
         if not text:
             return
@@ -4333,11 +4335,6 @@ class Sqs:
         if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
             reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
             raise _bad_value(text, "RedrivePolicy", reason)
-
-    def _drop_unset(self, queue: Queue) -> None:
-        if queue.settings.get("KmsMasterKeyId"):
-            queue.settings["SqsManagedSseEnabled"] = "false"
-        queue.settings = {name: value for name, value in queue.settings.items() if value}
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
@@ -4389,15 +4386,9 @@ class Sqs:
 
     def set_queue_attributes(self, call: Call) -> None:
         queue = self._queue(call)
-        settings = normal_settings(call.input["Attributes"], queue.fifo)
-        both = "SqsManagedSseEnabled" in settings
-        check_encryption({**queue.settings, **settings} if both else settings)
+        settings = normal_settings(call.input["Attributes"], queue.fifo, queue.settings)
         self._check_redrive(queue, settings)
-        queue.settings = {**queue.settings, **settings}
-        self._drop_unset(queue)
-        queue.modified = self._clock()
-        if isinstance(queue, FifoQueue) and "DelaySeconds" in settings:
-            queue.change_delay(queue.modified)
+        queue.change(settings, self._clock())
 
     def purge_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
@@ -4431,7 +4422,7 @@ class Sqs:
     def add_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
-        if not _BATCH_ID.fullmatch(label):
+        if not _LABEL.fullmatch(label):
             reason = "Can only include alphanumeric characters, hyphens, or underscores."
             raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
         if len(actions) > 7:
@@ -4457,7 +4448,8 @@ class Sqs:
             "Resource": queue.arn,
         }
         empty = {"Version": "2008-10-17", "Id": f"{queue.arn}/SQSDefaultPolicy"}
-        self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
+        changed = _to_json({**empty, **policy, "Statement": [*statements, statement]})
+        queue.change({"Policy": changed.decode()}, self._clock())
 
     def remove_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
@@ -4466,17 +4458,13 @@ class Sqs:
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
             raise _bad_value(label[:80], "Label", "can't find label.")
-        self._set_policy(queue, {**policy, "Statement": left} if left else {})
+        changed = _to_json({**policy, "Statement": left}).decode() if left else ""
+        queue.change({"Policy": changed}, self._clock())
 
     def _statements(self, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = policy.get("Statement", [])
         listed = found if isinstance(found, list) else [found]
         return [item for item in listed if type(item) is dict]
-
-    def _set_policy(self, queue: Queue, policy: Mapping[str, Any]) -> None:
-        queue.settings["Policy"] = _to_json(policy).decode() if policy else ""
-        self._drop_unset(queue)
-        queue.modified = self._clock()
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
         queue = self._queue(call)
@@ -4555,7 +4543,7 @@ class Sqs:
         if len(entries) > MAX_BATCH:
             raise sqs_refusal("entries", MAX_BATCH, len(entries))
         ids = [entry["Id"] for entry in entries]
-        if not all(map(_BATCH_ID.fullmatch, ids)):
+        if not all(map(_LABEL.fullmatch, ids)):
             raise sqs_refusal("entry id")
         for index, repeated in enumerate(ids):
             if repeated in ids[:index]:
