@@ -3402,6 +3402,7 @@ MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
+Settings = Mapping[str, str]  # queue attributes that callers can set, by name
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3501,16 +3502,14 @@ class Queue:
 
     fifo = False
 
-    def __init__(
-        self, arn: str, serial: int, settings: dict[str, str], now: float, lock: Any
-    ) -> None:
+    def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
         self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
         self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
-        self.settings = settings  # by the names of SETTINGS
+        self.settings: Settings = {}
         self.tags: dict[str, str] = {}
-        self.created = self.modified = now
+        self.created = now
         self.purged = -math.inf
         self.deleted = False
         self.changed = threading.Condition(lock)
@@ -3518,10 +3517,19 @@ class Queue:
         self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
-        self._visible: OrderedDict[str, Message] = OrderedDict()
+        self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+        self.change(settings, now)
+
+    def change(self, settings: Settings, now: float) -> None:
+        """Change settings, given in their normal form; "" unsets one."""
+        changed = {**self.settings, **settings}
+        if changed.get("KmsMasterKeyId"):
+            changed["SqsManagedSseEnabled"] = "false"
+        self.settings = {name: value for name, value in changed.items() if value}
+        self.modified = now
 
     @property
     def visible(self) -> int:
@@ -3542,17 +3550,14 @@ class Queue:
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._by_age)
-        message.hidden_until = 0.0
         if delay:
             self.hide(message, message.sent + delay)
         else:
-            self._offer(message)
+            self._turn(message)
 
     def hide(self, message: Message, until: float) -> None:
         """Make a message invisible until that time."""
-        self._withdraw(message)
-        message.hidden_until = until
-        self._count_hidden(message, 1)
+        self._mark(message, until)
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
@@ -3563,17 +3568,16 @@ class Queue:
 
     def show(self, message: Message) -> None:
         """Make a message visible, behind the other visible messages."""
-        self._withdraw(message)
-        self._offer(message)
+        self._mark(message, 0.0)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
-        self._withdraw(message)
         del self.messages[message.message_id]
+        self._mark(message, 0.0)
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self.attempts, self._visible, self._hidden, self._by_age):
+        for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
 
@@ -3587,8 +3591,8 @@ class Queue:
         for message in back:
             self.show(message)
         for message in reversed(back):  # in front of the messages that were never received
-            if message.received and message.message_id in self._visible:
-                self._visible.move_to_end(message.message_id, last=False)
+            if message.received and not self.fifo:
+                self._ready.move_to_end(message.message_id, last=False)
         oldest = now - self.number("MessageRetentionPeriod")
         while self._by_age and self._by_age[0][0] <= oldest:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
@@ -3596,12 +3600,15 @@ class Queue:
                 self.remove(expired)
 
     def next_change(self, deadline: float) -> float:
-        """Return when a hidden message may come back, `deadline` if that is earlier."""
-        return min(deadline, self._hidden[0][0]) if self._hidden else deadline
+        """Return when a message may come back or expire, which may free its group."""
+        back = [until for until, _, _ in self._hidden[:1]]
+        retained = self.number("MessageRetentionPeriod")
+        ends = [it.sent + retained for it in itertools.islice(self.messages.values(), 1)]
+        return min([deadline, *back, *ends])
 
     def pick(self, limit: int) -> list[Message]:
         """Return up to `limit` messages that may be received now, in their order."""
-        return list(itertools.islice(self._visible.values(), limit))
+        return list(itertools.islice(self._ready.values(), limit))
 
     def look(self) -> Iterator[tuple[str, Message]]:
         """Yield each message with its state: visible, in flight, delayed, or blocked.
@@ -3620,23 +3627,22 @@ class Queue:
         until, _, message = entry
         return self.messages.get(message.message_id) is message and message.hidden_until == until
 
-    def _count_hidden(self, message: Message, change: int) -> None:
+    def _mark(self, message: Message, hidden_until: float) -> None:
+        """Hide or show a message, and keep count."""
+        change = bool(hidden_until) - bool(message.hidden_until)
+        message.hidden_until = hidden_until
         if message.received:
             self.in_flight += change
         else:
             self.delayed += change
+        self._turn(message)
 
-    def _offer(self, message: Message) -> None:
-        self._visible[message.message_id] = message
-        self.changed.notify()
-
-    def _withdraw(self, message: Message) -> None:
-        """Undo `hide` or `_offer`."""
-        if message.hidden_until:
-            self._count_hidden(message, -1)
-            message.hidden_until = 0.0
-        else:
-            self._visible.pop(message.message_id, None)
+    def _turn(self, message: Message) -> None:
+        """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
+        self._ready.pop(message.message_id, None)
+        if message.message_id in self.messages and not message.hidden_until:
+            self._ready[message.message_id] = message
+            self.changed.notify()
 
 
 class Sent(NamedTuple):
@@ -3660,7 +3666,6 @@ class FifoQueue(Queue):
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
         self._groups: dict[str, OrderedDict[str, Message]] = {}
-        self._ready: OrderedDict[str, None] = OrderedDict()  # groups, the next one first
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
@@ -3677,57 +3682,38 @@ class FifoQueue(Queue):
 
     def clear(self) -> None:
         super().clear()
-        for held in (self._groups, self._ready, self._sent):
-            held.clear()
+        self._groups.clear()
+        self._sent.clear()
 
-    def change_delay(self, now: float) -> None:
-        """Apply the new delay to delayed messages; on a standard queue they keep their own."""
-        delay = self.number("DelaySeconds")
-        for message in self.messages.values():
-            if message.hidden_until and not message.received:
-                self.hide(message, message.sent + delay)
-        self.advance(now)
-
-    def next_change(self, deadline: float) -> float:
-        """Return when a message may come back or expire, which may free its group."""
-        retained = self.number("MessageRetentionPeriod")
-        oldest = next(iter(self.messages.values()), None)
-        return min(super().next_change(deadline), oldest.sent + retained) if oldest else deadline
+    def change(self, settings: Settings, now: float) -> None:
+        """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
+        super().change(settings, now)
+        if "DelaySeconds" in settings:
+            for message in self.messages.values():
+                if message.hidden_until and not message.received:
+                    self.hide(message, message.sent + self.number("DelaySeconds"))
+            self.advance(now)
 
     def pick(self, limit: int) -> list[Message]:
         """Return as many messages as possible of one group, then of the next."""
-        picked: list[Message] = []
-        for group in self._ready:
-            for message in self._groups[group].values():
-                if len(picked) == limit:
-                    return picked
-                if message.hidden_until:
-                    break
-                picked.append(message)
-        return picked
+        groups = (self._groups[name].values() for name in self._ready)
+        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
+        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
     def remove(self, message: Message) -> None:
-        super().remove(message)
         group = self._groups[message.group]
         del group[message.message_id]
         if not group:
             del self._groups[message.group]
-        self._turn(message.group)
+        super().remove(message)
 
-    def hide(self, message: Message, until: float) -> None:
-        super().hide(message, until)
-        self._turn(message.group)
-
-    def _offer(self, message: Message) -> None:
-        self._turn(message.group)
-
-    def _turn(self, name: str) -> None:
+    def _turn(self, message: Message) -> None:
         """Add the group to `_ready` if its first message is visible, otherwise remove it."""
-        group = self._groups.get(name)
-        if not group or next(iter(group.values())).hidden_until:
-            self._ready.pop(name, None)
-        elif name not in self._ready:
-            self._ready[name] = None
+        first = next(iter(self._groups.get(message.group, {}).values()), None)
+        if first is None or first.hidden_until:
+            self._ready.pop(message.group, None)
+        else:
+            self._ready[message.group] = first
             self.changed.notify()
 
 
@@ -3871,7 +3857,7 @@ COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
 }
 
 
-def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
+def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: dict[str, str] = {}
     for name, text in given.items():
@@ -3886,19 +3872,15 @@ def normal_settings(given: Mapping[str, str], fifo: bool) -> dict[str, str]:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("FifoQueue") == "false":
         raise sqs_refusal("queue type")
+    key = {**current, **settings}.get("KmsMasterKeyId")
+    if key and settings.get("SqsManagedSseEnabled") == "true":
+        raise sqs_refusal("two encryptions")
     return settings
 
 
-def check_encryption(settings: Mapping[str, str]) -> None:
-    """Refuse settings that enable two kinds of encryption."""
-    if settings.get("KmsMasterKeyId") and settings.get("SqsManagedSseEnabled") == "true":
-        raise sqs_refusal("two encryptions")
-
-
-_QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,80}")
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
 _QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
-_BATCH_ID = re.compile("[A-Za-z0-9_-]{1,80}")
+_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
 _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
@@ -4117,11 +4099,9 @@ class Sqs:
     def create_queue(self, call: Call) -> Mapping[str, Any]:
         name, given = call.input.get("QueueName", ""), call.input.get("Attributes", {})
         fifo = given.get("FifoQueue", "").lower() == "true"
-        allowed = _FIFO_NAME.fullmatch(name) if fifo else _QUEUE_NAME.fullmatch(name)
-        if not allowed:
+        if not (_FIFO_NAME if fifo else _LABEL).fullmatch(name):
             raise sqs_refusal("fifo name" if fifo else "name")
-        settings = normal_settings(given, fifo)
-        check_encryption(settings)
+        settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _own_arn(call, name)
         queue = self._queues.get(arn)
         if queue:
@@ -4135,12 +4115,11 @@ class Sqs:
         kind = FifoQueue if fifo else Queue
         queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
         self._check_redrive(queue, settings)
-        self._drop_unset(queue)
         queue.tags = dict(call.input.get("tags", {}))
         self._queues[arn] = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
-    def _check_redrive(self, queue: Queue, settings: Mapping[str, str]) -> None:
+    def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
         if not text:
             return
@@ -4156,11 +4135,6 @@ class Sqs:
         if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
             reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
             raise _bad_value(text, "RedrivePolicy", reason)
-
-    def _drop_unset(self, queue: Queue) -> None:
-        if queue.settings.get("KmsMasterKeyId"):
-            queue.settings["SqsManagedSseEnabled"] = "false"
-        queue.settings = {name: value for name, value in queue.settings.items() if value}
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
@@ -4212,15 +4186,9 @@ class Sqs:
 
     def set_queue_attributes(self, call: Call) -> None:
         queue = self._queue(call)
-        settings = normal_settings(call.input["Attributes"], queue.fifo)
-        both = "SqsManagedSseEnabled" in settings
-        check_encryption({**queue.settings, **settings} if both else settings)
+        settings = normal_settings(call.input["Attributes"], queue.fifo, queue.settings)
         self._check_redrive(queue, settings)
-        queue.settings = {**queue.settings, **settings}
-        self._drop_unset(queue)
-        queue.modified = self._clock()
-        if isinstance(queue, FifoQueue) and "DelaySeconds" in settings:
-            queue.change_delay(queue.modified)
+        queue.change(settings, self._clock())
 
     def purge_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
@@ -4254,7 +4222,7 @@ class Sqs:
     def add_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
-        if not _BATCH_ID.fullmatch(label):
+        if not _LABEL.fullmatch(label):
             reason = "Can only include alphanumeric characters, hyphens, or underscores."
             raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
         if len(actions) > 7:
@@ -4280,7 +4248,8 @@ class Sqs:
             "Resource": queue.arn,
         }
         empty = {"Version": "2008-10-17", "Id": f"{queue.arn}/SQSDefaultPolicy"}
-        self._set_policy(queue, {**empty, **policy, "Statement": [*statements, statement]})
+        changed = _to_json({**empty, **policy, "Statement": [*statements, statement]})
+        queue.change({"Policy": changed.decode()}, self._clock())
 
     def remove_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
@@ -4289,17 +4258,13 @@ class Sqs:
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
             raise _bad_value(label[:80], "Label", "can't find label.")
-        self._set_policy(queue, {**policy, "Statement": left} if left else {})
+        changed = _to_json({**policy, "Statement": left}).decode() if left else ""
+        queue.change({"Policy": changed}, self._clock())
 
     def _statements(self, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = policy.get("Statement", [])
         listed = found if isinstance(found, list) else [found]
         return [item for item in listed if type(item) is dict]
-
-    def _set_policy(self, queue: Queue, policy: Mapping[str, Any]) -> None:
-        queue.settings["Policy"] = _to_json(policy).decode() if policy else ""
-        self._drop_unset(queue)
-        queue.modified = self._clock()
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
         queue = self._queue(call)
@@ -4378,7 +4343,7 @@ class Sqs:
         if len(entries) > MAX_BATCH:
             raise sqs_refusal("entries", MAX_BATCH, len(entries))
         ids = [entry["Id"] for entry in entries]
-        if not all(map(_BATCH_ID.fullmatch, ids)):
+        if not all(map(_LABEL.fullmatch, ids)):
             raise sqs_refusal("entry id")
         for index, repeated in enumerate(ids):
             if repeated in ids[:index]:
