@@ -124,13 +124,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
-from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
 __all__ = [
-    "DEMO_CLIENTS", "Client", "Hook", "MovableClock", "Proxy", "QueueDeclaration", "Reply",
-    "Request", "Route", "Server", "ServiceError", "Sqs", "main", "running",
+    "DEMO_CLIENTS", "Client", "Hook", "Proxy", "Reply",
+    "Request", "Route", "Server", "ServiceError", "Sqs", "main",
 ]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
@@ -364,7 +363,7 @@ _FAULTS = f"""
         InvalidBatchEntryId QueueDeletedRecently TooManyEntriesInBatchRequest UnsupportedOperation
     403 * {_SQS}* OverLimit
     403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
-    404 * {_SQS}* InvalidAddress ReceiptHandleIsInvalid ResourceNotFoundException
+    404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
 """
 
 
@@ -4065,11 +4064,6 @@ class Sqs:
             found = itertools.islice(queue.look(), limit)
             return [(at, dict(self._message_output(queue, it, everything))) for at, it in found]
 
-    def regions_of(self, name: str, account: str) -> Sequence[str]:
-        """Return the regions that have a queue of this name and account."""
-        with self._lock:
-            return [a.split(":")[3] for a in self._queues if a.endswith(f":{account}:{name}")]
-
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
         with self._lock:
@@ -7105,11 +7099,11 @@ class Metrics(Hook):
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._seconds, self._upstream_seconds = Histogram(), Histogram()
-        self._gauges: dict[str, tuple[str, str, Callable[[], Any]]] = {}
+        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
-    def gauge(self, name: str, help_text: str, read: Callable[[], Any], labels: str = "") -> None:
-        """Add a gauge; `read` returns its value, or with `labels` a value for each."""
-        self._gauges[name] = (help_text, labels, read)
+    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Add a gauge; `read` returns its value."""
+        self._gauges[name] = (help_text, read)
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -7178,9 +7172,9 @@ class Metrics(Hook):
                 page += _samples(f"{name}_total", names, sorted(counts.items()))
             page += self._seconds.lines("request_seconds", "How long a request took.")
             page += self._upstream_seconds.lines("upstream_seconds", "How long its upstream took.")
-        for name, (help_text, names, read) in self._gauges.items():
+        for name, (help_text, read) in self._gauges.items():
             page += _head(name, "gauge", help_text)
-            page += _samples(name, names, (read() if names else {(): read()}).items())
+            page += _samples(name, "", [((), read())])
         page += _head("build_info", "gauge", "Which copy of the file this is.")
         page += _samples("build_info", "version sha256", [((__version__, file_sha256()[:12]), 1)])
         return "\n".join(page) + "\n"
@@ -7754,19 +7748,15 @@ def sqs_call(
 
 @dataclass
 class Status:
-    """Serves the paths under `/_awsproxy/`, and the one where LocalStack shows messages."""
+    """Serves the paths under `/_awsproxy/`; no bucket has such a name."""
 
     PREFIX = "/_awsproxy/"
-    LOCALSTACK = "/_aws/sqs/messages"
-    PATHS = (PREFIX, LOCALSTACK)  # no bucket has such a name
     MOST_SHOWN = 1000  # messages of a queue
-    REGION_IN_HOST = re.compile("(?:^|[.])([a-z]{2}(?:-[a-z]{1,9}){1,3}-[0-9])[.]")
 
     metrics: Metrics
     in_flight: Optional[InFlight] = None
     sqs: Optional[Sqs] = None
     reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
-    region: str = "us-east-1"
     draining: bool = False
 
     def reply_to(
@@ -7787,8 +7777,6 @@ class Status:
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if self.sqs and request.path.startswith(self.LOCALSTACK):
-            return self._localstack(self.sqs, request, given)
         if page == "ready" and self.draining:
             return _status_reply(503, "draining\n")
         if page in ("health", "ready"):
@@ -7813,70 +7801,6 @@ class Status:
                 return _status_json([{"State": state, **it} for state, it in found])
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
         return _status_reply(404, f"the paths are {names}\n")
-
-    def _localstack(self, sqs: Sqs, request: Request, given: Mapping[str, str]) -> Reply:
-        """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
-        try:
-            path = request.path[len(self.LOCALSTACK) + 1 :]
-            key = self._queue_key(sqs, path, given.get("QueueUrl", ""))
-            found = sqs.look("arn:aws:sqs:" + ":".join(key), self.MOST_SHOWN)
-            if found is None:
-                raise sqs_refusal("no queue")
-            messages = _as_localstack(found, key[1], given)
-            call, output = sqs_call("ReceiveMessage", {}, key[0], _DEMO), {"Messages": messages}
-            reply = AWS_QUERY.output(call, SQS_MODEL, output if messages else {}, random_id())
-        except ServiceError as error:
-            reply = AWS_QUERY.error(request, error, random_id())
-        if "json" not in (request.header("accept") or ""):
-            return reply
-        assert isinstance(reply.body, bytes)
-        root = ElementTree.fromstring(reply.body)
-        document = {root.tag.rpartition("}")[2]: _json_of_xml(root)}
-        return _status_reply(reply.status, json.dumps(document), "application/json")
-
-    def _queue_key(self, sqs: Sqs, path: str, url: str) -> tuple[str, str, str]:
-        """Return the key of a queue, from REGION/ACCOUNT/NAME or a URL that may lack a region."""
-        parts = urllib.parse.urlsplit(url)
-        *_, region, account, name = ["", "", *(path or parts.path).split("/")]
-        if not path and not url:
-            raise sqs_refusal("no queue")
-        if not _ACCOUNT_ID.fullmatch(account) or not name:
-            message = "The address https://queue.amazonaws.com/ is not valid for this endpoint."
-            raise ServiceError("InvalidAddress", message)
-        of_host = self.REGION_IN_HOST.search(parts.netloc)
-        regions = [region, of_host[1] if of_host else "", *sqs.regions_of(name, account)]
-        return next(filter(None, regions), self.region), account, name
-
-
-def _as_localstack(
-    found: Sequence[tuple[str, Members]], account: str, given: Mapping[str, str]
-) -> Sequence[Members]:
-    """Return messages as LocalStack shows them: those in flight first, delayed ones last."""
-    invisible, delayed = (
-        given.get(name, "").lower() in ("true", "1") for name in ("ShowInvisible", "ShowDelayed")
-    )
-    states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
-    messages = []
-    for shown in states:
-        for message in (message for state, message in found if state == shown):
-            attributes = {**message["Attributes"], "SenderId": account}
-            if invisible:
-                attributes["IsVisible"] = "false" if shown == "in flight" else "true"
-            if delayed:
-                attributes["IsDelayed"] = "true" if shown == "delayed" else "false"
-            handle = "SQS/BACKDOOR/ACCESS"
-            messages.append({**message, "ReceiptHandle": handle, "Attributes": attributes})
-    return messages
-
-
-def _json_of_xml(element: ElementTree.Element) -> Any:
-    """Return an element as JSON: text, or its children, of which only repeated ones are a list."""
-    children: dict[str, list[Any]] = {}
-    for child in element:
-        children.setdefault(child.tag.rpartition("}")[2], []).append(_json_of_xml(child))
-    if not children:
-        return element.text
-    return {name: them[0] if len(them) == 1 else them for name, them in children.items()}
 
 
 def _status_reply(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
@@ -8207,7 +8131,7 @@ class Proxy:
     def _answer_own_path(self, exchange: Exchange) -> None:
         """Answer a path of our own."""
         request, status = exchange.request, self._status
-        if status and request.target.startswith(Status.PATHS) and is_loopback(request.peer):
+        if status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
             exchange.outcome = status.reply_to(request, self.hosts)
 
     def _may_search(self) -> bool:
@@ -9504,7 +9428,7 @@ class Program:
         self._region = options.region[0] if options.region else "us-east-1"
         with _usage_errors("--queues and --queue: "):
             self._queues = Watched(self._read_queues, options.queues)
-        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, self._region)
+        self._status = Status(self._metrics, self._in_flight, sqs, self._reset)
         self.proxy = Proxy(
             self._clients.value,
             routes=routes,
@@ -9547,21 +9471,8 @@ class Program:
         gauge("connections", "Open connections.", lambda: server.connections)
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
-        by_queue = "region account queue"
-        count = functools.partial(self._of_queues, "visible", "in_flight", "delayed")
-        gauge("queue_messages", "Messages in memory.", count, f"{by_queue} state")
-        age = functools.partial(self._of_queues, "oldest_seconds")
-        gauge("queue_oldest_seconds", "Age of the oldest message in memory.", age, by_queue)
         left = "Time until the first credentials for forwarding expire."
         gauge("credentials_seconds", left, self._keyring.seconds_left)
-
-    def _of_queues(self, *columns: str) -> Mapping[tuple[str, ...], float]:
-        """Return columns of the overview by region, account, queue and (if a label) column."""
-        return {
-            (row["region"], row["account"], row["name"], column): float(row[column])
-            for row in self._sqs.overview(MOST_QUEUES)
-            for column in columns
-        }
 
     def _read_clients(self, path: str) -> Clients:
         clients = all_clients(path, self._options.client)
@@ -9802,66 +9713,6 @@ def check_file(path: str, options: argparse.Namespace) -> int:
     exchange = proxy.check(request)
     print(explanation(explain(exchange), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     return 0 if exchange.verified else 1
-
-
-MOST_QUEUES = 200  # in the metrics
-
-
-class MovableClock:
-    """The system's clock, which a test can move ahead."""
-
-    def __init__(self) -> None:
-        self._ahead = 0.0
-        self.after_advance: list[Callable[[], None]] = []  # to call after each advance
-
-    def __call__(self) -> float:
-        """Return seconds since 1970."""
-        return steady_time() + self._ahead
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass for the queues that use this clock."""
-        self._ahead += seconds
-        for act in self.after_advance:
-            act()
-
-
-@contextlib.contextmanager
-def running(
-    queues: Iterable[Union[str, QueueDeclaration]] = (),
-    clock: Optional[MovableClock] = None,
-    clients: Clients = DEMO_CLIENTS,
-    **options: Any,
-) -> Iterator[str]:
-    """Run a server on a free port in a thread, give its URL, and stop everything at the end.
-
-    queues: names of queues that exist from the start, or QueueDeclarations
-    clock: the clock of the queues; signatures are checked at the real time
-    options: further arguments of Proxy
-    """
-    sqs = Sqs(clock or steady_time)
-    declared = [QueueDeclaration(it) if isinstance(it, str) else it for it in queues]
-    account = options.get("account_id", "000000000000")
-
-    def _reset(name: str = "") -> int:
-        count = sqs.reset(name)
-        declare_queues(sqs, () if name else declared, "us-east-1", account)
-        return count
-
-    _reset()
-    if clock:
-        clock.after_advance.append(sqs.wake)
-    metrics = Metrics()
-    options["hooks"] = [metrics, *options.get("hooks", ())]
-    proxy = Proxy(clients, sqs=sqs, status=Status(metrics, None, sqs, _reset), **options)
-    with Server(("127.0.0.1", 0), proxy) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            sqs.drain()
-            server.shutdown()
-            thread.join()
 
 
 def _counted(number: int, noun: str) -> str:
