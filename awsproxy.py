@@ -45,7 +45,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own
         [8.4] Hooks and answers that must be waited for  [8.5] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
-    10 Command line: [10.1] Files of clients and queues  [10.2] Flags  [10.3] The program
+    10 Command line: [10.1] The file of clients  [10.2] Flags  [10.3] The program
         [10.4] A saved request  [10.5] Routes of the flags
 
 The life of a request, function by function:
@@ -122,7 +122,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 from xml.sax.saxutils import escape
 
@@ -3609,19 +3609,6 @@ class Queue:
         """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._ready.values(), limit))
 
-    def look(self) -> Iterator[tuple[str, Message]]:
-        """Yield each message with its state: visible, in flight, delayed, or blocked.
-
-        A message of a FIFO queue is blocked behind a hidden one of its group.
-        """
-        hidden_groups = set()
-        for message in self.messages.values():
-            state = "blocked" if self.fifo and message.group in hidden_groups else "visible"
-            if message.hidden_until:
-                state = "in flight" if message.received else "delayed"
-                hidden_groups.add(message.group)
-            yield state, message
-
     def _is_due(self, entry: tuple[float, int, Message]) -> bool:
         until, _, message = entry
         return self.messages.get(message.message_id) is message and message.hidden_until == until
@@ -4021,12 +4008,8 @@ class Sqs:
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
-        self._draining = True
-        self.wake()
-
-    def wake(self) -> None:
-        """Make all calls that wait for messages look at the clock again."""
         with self._lock:
+            self._draining = True
             for queue in self._queues.values():
                 queue.changed.notify_all()
 
@@ -4052,17 +4035,6 @@ class Sqs:
             "attributes": queue.settings,
             "tags": queue.tags,
         }
-
-    def look(self, arn: str, limit: int) -> Optional[list[tuple[str, dict[str, Any]]]]:
-        """Return the first messages of a queue and their states, or None if there is no queue."""
-        with self._lock:
-            queue = self._queues.get(arn)
-            if queue is None:
-                return None
-            queue.advance(self._clock())
-            everything = {"AttributeNames": ["All"], "MessageAttributeNames": ["All"]}
-            found = itertools.islice(queue.look(), limit)
-            return [(at, dict(self._message_output(queue, it, everything))) for at, it in found]
 
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
@@ -7691,49 +7663,18 @@ class Route(NamedTuple):
 
 
 # [8.3] Paths of our own
-class QueueDeclaration(NamedTuple):
-    """A queue that exists from the start; without an account, it is the proxy's."""
-
-    name: str
-    region: str = ""
-    account: str = ""
-    attributes: Mapping[str, str] = MappingProxyType({})
-    dead_letter: str = ""  # NAME:COUNT of a RedrivePolicy
-    tags: Mapping[str, str] = MappingProxyType({})
-
-
-def declare_queues(
-    sqs: Sqs, declared: Iterable[QueueDeclaration], region: str, account: str
-) -> None:
-    """Create the queues, or change their attributes.  Raise ValueError for a mistake."""
-    every = [
-        it._replace(region=it.region or region, account=it.account or account) for it in declared
-    ]
-    for queue in every:
-        fifo = {"FifoQueue": "true"} if queue.name.endswith(".fifo") else {}
-        given = {"QueueName": queue.name, "Attributes": {**queue.attributes, **fifo}}
+def create_queues(sqs: Sqs, names: Iterable[str], region: str, account: str) -> None:
+    """Create queues; NAME.fifo is a FIFO queue.  Raise ValueError for a wrong name."""
+    for name in names:
+        attributes = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
+        given, owner = (
+            {"QueueName": name, "Attributes": attributes},
+            Client("", "", "", "", account),
+        )
         try:
-            _perform(sqs, queue, "CreateQueue", given)
-        except ValueError as error:
-            if getattr(error.__cause__, "code", "") != "QueueNameExists":
-                raise
-            _perform(sqs, queue, "SetQueueAttributes", {"Attributes": dict(queue.attributes)})
-        _perform(sqs, queue, "TagQueue", {"Tags": dict(queue.tags)})
-    for queue in every:  # dead-letter queues need no order: all queues exist now
-        if queue.dead_letter:
-            name, _, count = queue.dead_letter.rpartition(":")
-            arn = f"arn:aws:sqs:{queue.region}:{queue.account}:{name}"
-            policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": count})
-            _perform(sqs, queue, "SetQueueAttributes", {"Attributes": {"RedrivePolicy": policy}})
-
-
-def _perform(sqs: Sqs, queue: QueueDeclaration, operation: str, document: dict[str, Any]) -> None:
-    caller = Client("", "", "", account_id=queue.account)
-    call = sqs_call(operation, {"QueueUrl": queue.name, **document}, queue.region, caller)
-    try:
-        sqs.perform(call)
-    except ServiceError as error:
-        raise ValueError(f"[{queue.name}] {error.message}") from error
+            sqs.perform(sqs_call("CreateQueue", given, region, owner))
+        except ServiceError as error:
+            raise ValueError(f"--queue {name}: {error.message}") from error
 
 
 def sqs_call(
@@ -7751,7 +7692,6 @@ class Status:
     """Serves the paths under `/_awsproxy/`; no bucket has such a name."""
 
     PREFIX = "/_awsproxy/"
-    MOST_SHOWN = 1000  # messages of a queue
 
     metrics: Metrics
     in_flight: Optional[InFlight] = None
@@ -7790,16 +7730,7 @@ class Status:
             return _status_json({"queues": self.reset(given.get("queue", ""))})
         if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
-        folder, *key = page.split("/")
-        if folder == "queues" and self.sqs and len(key) == 3:
-            text = given.get("limit", "100")
-            limit = min(int(text), self.MOST_SHOWN) if _DIGITS.fullmatch(text) else 100
-            found = self.sqs.look("arn:aws:sqs:" + ":".join(key), limit)
-            if found is not None:
-                for _, message in found:
-                    del message["ReceiptHandle"]
-                return _status_json([{"State": state, **it} for state, it in found])
-        names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
+        names = "health, ready, metrics, in-flight, queues and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
 
@@ -9148,7 +9079,7 @@ class Server(http.server.HTTPServer):
 # ==== 10. Command line: read_clients, build_parser, Program, main ====
 # To add a flag: call `add` in build_parser or _add_answers, and use the option in Program.
 
-# [10.1] Files of clients and queues
+# [10.1] The file of clients
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 _CLIENT_KEYS = (  # in the order of the fields of Client
@@ -9159,8 +9090,17 @@ _CLIENT_KEYS = (  # in the order of the fields of Client
 
 def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except configparser.Error as error:
+        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
+        lines = getattr(error, "errors", ())
+        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
     clients: dict[str, list[Client]] = {}
-    for name, section in _sections(path, str.lower):
+    for name in parser.sections():
+        section = parser[name]
         client = Client(name, *(section.get(key, "") for key in _CLIENT_KEYS))
         if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
@@ -9177,34 +9117,6 @@ def read_clients(path: str) -> Clients:
     if not clients:
         raise ValueError("the file has no section")
     return clients
-
-
-def _sections(path: str, fold: Callable[[str], str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the sections of a file, with folded keys, or raise OSError or ValueError."""
-    parser = configparser.RawConfigParser(default_section="")
-    parser.optionxform = fold  # type: ignore[assignment, method-assign]
-    try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
-    except configparser.Error as error:
-        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
-        lines = getattr(error, "errors", ())
-        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
-    for name in parser.sections():
-        yield name, dict(parser[name])
-
-
-def _declaration(name: str, given: dict[str, str]) -> QueueDeclaration:
-    tags = dict(re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.pop("tags", "")))
-    own = {key: given.pop(key, "") for key in ("region", "account", "dead_letter")}
-    if own["account"] and not _ACCOUNT_ID.fullmatch(own["account"]):
-        raise ValueError(f"[{name}] account must be 12 digits")
-    if own["dead_letter"] and not re.fullmatch("[^:]+:[0-9]+", own["dead_letter"]):
-        raise ValueError(f"[{name}] dead_letter must be NAME:COUNT, as in failed:5")
-    for key in set(given) - set(SETTINGS):
-        meant = did_you_mean(key, [*SETTINGS, *own, "tags"])
-        raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
-    return QueueDeclaration(name, attributes=given, tags=tags, **own)
 
 
 # [10.2] Flags
@@ -9367,9 +9279,6 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         help="account that owns the queues")  # fmt: skip
     add("--queue", action="append", default=[], metavar="NAME",
         help="create this queue at the start, repeatable; NAME.fifo is a FIFO queue")  # fmt: skip
-    add("--queues", default="", metavar="FILE",
-        help="create the queues of this file: a section each, with attributes as in the API,"
-        " dead_letter = NAME:COUNT, region, account, tags; read again on change")  # fmt: skip
     add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
@@ -9423,11 +9332,10 @@ class Program:
         self._check_upstream_keys()
         self._in_flight = self._build_in_flight()
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
-        if (options.queue or options.queues) and not sqs:
-            raise UsageError("--queue and --queues need a route to 'embedded'")
-        self._region = options.region[0] if options.region else "us-east-1"
-        with _usage_errors("--queues and --queue: "):
-            self._queues = Watched(self._read_queues, options.queues)
+        if options.queue and not sqs:
+            raise UsageError("--queue needs a route to 'embedded'")
+        with _usage_errors(""):
+            self._create_queues()
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset)
         self.proxy = Proxy(
             self._clients.value,
@@ -9504,22 +9412,17 @@ class Program:
                 log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
 
     def _reset(self, name: str) -> int:
-        """Drop all queues and declare those of the flags, or empty the queues of one name."""
+        """Drop all queues and create those of the flags, or empty the queues of one name."""
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
         if not name:
-            self._declare(self._queues.value)
+            self._create_queues()
         return count
 
-    def _read_queues(self, path: str) -> Sequence[QueueDeclaration]:
-        declared = [QueueDeclaration(name) for name in self._options.queue]
-        if path:
-            declared += itertools.starmap(_declaration, _sections(path, str))
-        self._declare(declared)
-        return declared
-
-    def _declare(self, declared: Sequence[QueueDeclaration]) -> None:
-        declare_queues(self._sqs, declared, self._region, self._options.account_id)
+    def _create_queues(self) -> None:
+        options = self._options
+        region = (*options.region, "us-east-1")[0]
+        create_queues(self._sqs, options.queue, region, options.account_id)
 
     def _read_certificate(self) -> Optional[Watched]:
         path, key = self._options.tls_cert, self._options.tls_key
@@ -9577,7 +9480,6 @@ class Program:
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
             signing_key.cache_clear()
-        self._queues.refresh()
         if self._certificate:
             self._certificate.refresh()
         if isinstance(self._in_flight, TaskProtection):

@@ -16653,35 +16653,6 @@ class LookTest(unittest.TestCase):
         again = json.loads(self.ask("/_awsproxy/queues"))[1]
         self.assertEqual((again["visible"], again["in_flight"]), (2, 0))
 
-    def test_messages_are_shown_and_stay_as_they_are(self):
-        caller = self.caller()
-        url = self.queue(caller)
-        path = f"/_awsproxy/queues/us-east-1/{ACCOUNT}/jobs"
-        for _ in range(2):
-            shown = json.loads(self.ask(path))
-            states = [(it["Body"], it["State"]) for it in shown]
-            self.assertEqual(states, [("a", "in flight"), ("b", "visible"), ("c", "delayed")])
-            counts = [it["Attributes"]["ApproximateReceiveCount"] for it in shown]
-            self.assertEqual(counts, ["1", "0", "0"])
-            self.assertEqual(shown[0]["MessageAttributes"]["by"]["StringValue"], "x")
-            self.assertNotIn("ReceiptHandle", shown[0])
-        self.assertEqual(len(json.loads(self.ask(f"{path}?limit=2"))), 2)
-        self.assertEqual(len(json.loads(self.ask(f"{path}?limit=x"))), 3)
-        (message,) = caller.receive(url)
-        self.assertEqual(message["Body"], "b")
-        for missing in ("eu-west-1", f"us-east-1/{ACCOUNT}/other", "us-east-1/1/jobs", "a/b/c/d"):
-            self.ask(f"/_awsproxy/queues/{missing}", status=404)
-
-    def test_a_message_waits_for_its_group(self):
-        caller = self.caller()
-        url = caller.queue("q.fifo", FifoQueue="true", ContentBasedDeduplication="true")
-        for body, group in (("a", "1"), ("b", "1"), ("c", "2")):
-            caller("SendMessage", QueueUrl=url, MessageBody=body, MessageGroupId=group)
-        caller.receive(url)
-        shown = json.loads(self.ask(f"/_awsproxy/queues/us-east-1/{ACCOUNT}/q.fifo"))
-        states = [it["State"] for it in shown]
-        self.assertEqual(states, ["in flight", "blocked", "visible"])
-
     def test_queues_are_emptied_and_dropped(self):
         caller = self.caller()
         url = self.queue(caller)
@@ -16705,50 +16676,6 @@ class LookTest(unittest.TestCase):
         for headers in (foreign, (("Host", "example.com"),)):
             request = Request("POST", "/_awsproxy/reset", headers, io.BytesIO(), "127.0.0.1")
             self.assertEqual(proxy.handle(request).status, 403)
-
-
-class DeclaredQueuesTest(unittest.TestCase):
-    def declared(self, *queues):
-        sqs = Sqs(Clock())
-        awsproxy.declare_queues(sqs, queues, "us-east-1", ACCOUNT)
-        return sqs
-
-    def test_queues_are_linked_in_any_order(self):
-        make = awsproxy.QueueDeclaration
-        sqs = self.declared(
-            make("jobs", dead_letter="failed:3", attributes={"DelaySeconds": "7"}),
-            make("failed", dead_letter="jobs:5", tags={"a": "b"}),
-            make("x.fifo", region="eu-west-1", account="111122223333"),
-        )
-        found = {it["name"]: it for it in sqs.overview()}
-        policy = json.loads(found["jobs"]["attributes"]["RedrivePolicy"])
-        self.assertEqual(policy, {"deadLetterTargetArn": arn("failed"), "maxReceiveCount": 3})
-        self.assertEqual(found["jobs"]["attributes"]["DelaySeconds"], "7")
-        self.assertEqual(found["failed"]["tags"], {"a": "b"})
-        where = (found["x.fifo"]["region"], found["x.fifo"]["account"])
-        self.assertEqual(where, ("eu-west-1", "111122223333"))
-        self.assertEqual(found["x.fifo"]["attributes"]["FifoQueue"], "true")
-
-    def test_attributes_follow_and_messages_stay(self):
-        caller = Caller("json")
-        caller.enqueue(caller.queue(), "kept")
-        changed = awsproxy.QueueDeclaration("jobs", attributes={"VisibilityTimeout": "3"})
-        awsproxy.declare_queues(caller.sqs, [changed], "us-east-1", ACCOUNT)
-        (queue,) = caller.sqs.overview()
-        self.assertEqual((queue["attributes"]["VisibilityTimeout"], queue["visible"]), ("3", 1))
-
-    @each(
-        ({"name": "a b"}, r"\[a b\] Can only include"),
-        (
-            {"name": "a", "attributes": {"DelaySeconds": "x"}},
-            r"\[a\] Invalid value .* DelaySeconds",
-        ),
-        ({"name": "a", "dead_letter": "b:3"}, r"\[a\] .*Dead letter target does not exist"),
-        ({"name": "a", "attributes": {"FifoQueue": "true"}}, r"\[a\] The name of a FIFO queue"),
-    )
-    def test_a_mistake_names_the_queue(self, given, message):
-        with self.assertRaisesRegex(ValueError, message):
-            self.declared(awsproxy.QueueDeclaration(**given))
 
 
 class IdentityTest(unittest.TestCase):
@@ -18928,61 +18855,34 @@ class CommandLineTest(unittest.TestCase):
                 self.assertRegex(errors, r"\Aawsproxy: [^\n]+\n\Z")
                 self.assertIn(remedy, errors)
 
-    def test_queues_are_created_at_the_start_and_follow_their_file(self):
-        path = os.path.join(folder(self), "queues")
-        write(path, "[jobs]\nVisibilityTimeout = 60\ndead_letter = failed:3\n"
-              "tags = team = blue, env=test\n[failed]\n[a.fifo]\nregion = eu-west-1\n")  # fmt: skip
-        program = self.start("--queue", "extra", "--queues", path, "--region", "us-east-1",
-                             "--region", "eu-west-1", "--quiet")  # fmt: skip
+    def test_queues_are_created_at_the_start_and_again_by_a_reset(self):
+        program = self.start("--queue", "jobs", "--queue", "a.fifo", "--region", "eu-west-1",
+                             "--quiet")  # fmt: skip
 
         def queues():
             status, body = own_path(program.address, "/_awsproxy/queues")
             self.assertEqual(status, 200)
             return {it["name"]: it for it in json.loads(body)}
 
-        found = queues()
-        self.assertEqual(sorted(found), ["a.fifo", "extra", "failed", "jobs"])
-        self.assertEqual(found["jobs"]["tags"], {"team": "blue", "env": "test"})
-        self.assertIn(arn("failed"), found["jobs"]["attributes"]["RedrivePolicy"])
-        program.caller()("SendMessage", QueueUrl="jobs", MessageBody="x")
-        write(path, "[jobs]\nVisibilityTimout = 5\n", 1)
-        self.assertIn("did you mean VisibilityTimeout?", program.line())
-        write(path, "[jobs]\nVisibilityTimeout = 5\n[more]\n", 2)
-        self.assertIn("read again", program.line())
-        wait_until(lambda: "more" in queues(), fault="it was not created")
-        jobs = queues()["jobs"]
-        self.assertEqual((jobs["attributes"]["VisibilityTimeout"], jobs["visible"]), ("5", 1))
+        self.assertEqual(sorted(queues()), ["a.fifo", "jobs"])
+        self.assertEqual(queues()["a.fifo"]["attributes"]["FifoQueue"], "true")
+        self.assertEqual(queues()["jobs"]["region"], "eu-west-1")
+        caller = program.caller(region="eu-west-1")
+        caller("CreateQueue", QueueName="more")
+        caller("SendMessage", QueueUrl="jobs", MessageBody="x")
+        self.assertEqual(queues()["jobs"]["visible"], 1)
         self.assertEqual(own_path(program.address, "/_awsproxy/reset", "POST")[0], 200)
-        self.assertEqual(sorted(queues()), ["extra", "jobs", "more"])
+        self.assertEqual(sorted(queues()), ["a.fifo", "jobs"])
         self.assertEqual(queues()["jobs"]["visible"], 0)
 
-    def test_a_mistake_in_declared_queues_is_told_in_one_line(self):
-        rows = [
-            ("[a]\ndead_letter = b:3\n", r"\[a\] .* does not exist"),
-            ("[a]\ndead_letter = b\n", r"\[a\] dead_letter must be NAME:COUNT"),
-            ("[a]\naccount = 1\n", r"\[a\] account must be 12 digits"),
-            (
-                "[a]\nDelaySecond = 1\n",
-                r"\[a\] DelaySecond is no attribute.*did you mean DelaySeconds",
-            ),
-            ("[a b]\n", r"\[a b\] Can only include"),
-            ("a = b\n", "no section headers"),
-        ]
-        given = []
-        for number, (text, _) in enumerate(rows):
-            path = write(os.path.join(folder(self), "queues"), text)
-            given.append((number, ["--port", "0", "--queues", path]))
+    def test_a_queue_that_cannot_be_created_is_told_in_one_line(self):
         there = ["--route", "sqs:*=deny", "--queue", "a"]
-        rows += [("", "No such file"), ("", "need a route to 'embedded'")]
-        given += [(6, ["--queues", "/nonexistent"]), (7, there)]
-        ended = run_each(given)
-        for number, (_, message) in enumerate(rows):
-            with self.subTest(message):
-                code, _, errors = ended[number]
-                last = errors.splitlines()[-1]
-                self.assertEqual(code, 2)
-                self.assertRegex(last, message)
-                self.assertNotIn("Traceback", errors)
+        ended = run_each([("name", ["--queue", "a b"]), ("route", there)])
+        for name, message in (("name", "--queue a b: Can only include"),
+                              ("route", "--queue needs a route to 'embedded'")):  # fmt: skip
+            code, _, errors = ended[name]
+            self.assertEqual((code, errors.count("\n")), (2, 1))
+            self.assertIn(message, errors)
 
     def test_a_changed_clients_file_must_not_open_the_demo_key_to_the_network(self):
         check = awsproxy.Program._check_clients
