@@ -2939,16 +2939,16 @@ class AwsQuery(WireProtocol):
             if operation.name in model.not_on_queues:
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
-        names, tree = model.query_names[operation.name], _form_tree(fields)
+        names, (tree, nodes) = model.query_names[operation.name], _form_tree(fields)
         checked = _from_json(operation.input, _from_form(operation.input, tree, names))
         members = {names[it].element if it in names else it for it in operation.input.members}
-        call.ignored = self._ignored(members, tree)
+        call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
         return dict(checked)
 
-    def _ignored(self, members: set[str], tree: Mapping[str, Any]) -> Sequence[str]:
+    def _ignored(self, members: set[str], unread: Iterable[str]) -> Sequence[str]:
         """Return the parameters that no member has; ServiceError for one that a member lacks."""
         ignored = []
-        for name in _unread(tree):
+        for name in unread:
             first = name.partition(".")[0]
             if first in members:
                 message = f"The parameter {name[:80]} is not understood."
@@ -3037,27 +3037,22 @@ def _as_pairs(value: Any, names: Names) -> Any:
     return {name: _as_pairs(item, names) for name, _, item in _spelled(value, names)}
 
 
-def _form_tree(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return fields such as `Tag.1.Key` as nested maps; a node's own value is under "."."""
+def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return fields such as `Tag.1.Key` as nested maps, and the map of each field by its name.
+
+    The value of a field is in its map, under ".".
+    """
     root: dict[str, Any] = {}
+    nodes: dict[str, Any] = {}
     for name, value in fields.items():
         parts = name.split(".")
         if len(parts) > MAX_FORM_DEPTH:
             continue  # no input is so deep
-        node = root
+        nodes[name] = root
         for part in parts:
-            node = node.setdefault(part, {})
-        node["."] = value
-    return root
-
-
-def _unread(node: Mapping[str, Any], name: str = "") -> Iterator[str]:
-    """Yield the names of the fields in a form tree that `_from_form` has not taken out."""
-    if "." in node:
-        yield name
-    for part, below in node.items():
-        if part != ".":
-            yield from _unread(below, f"{name}.{part}" if name else part)
+            nodes[name] = nodes[name].setdefault(part, {})
+        nodes[name]["."] = value
+    return root, nodes
 
 
 def _from_form(
