@@ -588,73 +588,65 @@ class LengthBody:
     """A body of a known number of bytes; `begin` sends `100 Continue` before the first read."""
 
     def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
+        self.unread = length > 0  # whether bytes of this body are still in the stream
         self._source = source
         self._left = length
         self._begin = begin
 
-    @property
-    def unread(self) -> bool:
-        """Return whether bytes of this body are still in the stream."""
-        return self._left > 0
-
     def read(self, size: int = -1) -> bytes:
         """Return up to `size` bytes, all if negative; ServiceError IncompleteBody if too few."""
-        if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
-            self._begin()
-            self._begin = None
+        if not self._has_more():
+            return b""
         wanted = self._left if size < 0 else min(size, self._left)
         return self._taken(self._source.read(wanted), wanted)
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes as soon as there are any."""
-        return self._taken(self._source.read_some(min(size, self._left)), 1) if self._left else b""
-
-    def _taken(self, data: bytes, least: int) -> bytes:
-        self._left -= len(data)
-        if len(data) < least:
-            raise ServiceError("IncompleteBody", "The body ended before its length.")
-        return data
-
-
-class ChunkedBody:
-    """A chunked body (RFC 9112, 7.1) of up to `limit` bytes; drops extensions and trailers."""
-
-    def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
-        self._source = source
-        self._limit = self._room = limit
-        self._begin = begin
-        self._left = 0  # bytes of the present chunk
-        self.unread = True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes of the decoded body, all if negative, b"" at its end."""
-        if self._begin:
-            self._begin()
-            self._begin = None
-        whole = bytearray()
-        while size and self._has_chunk():
-            wanted = self._left if size < 0 else min(size, self._left)
-            whole += self._taken(self._source.read(wanted), wanted)
-            size -= wanted
-        return bytes(whole)
-
-    def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any."""
-        if not self._has_chunk():
+        if not self._has_more():
             return b""
         return self._taken(self._source.read_some(min(size, self._left)), 1)
 
+    def _has_more(self) -> bool:
+        if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
+            self._begin()
+            self._begin = None
+        return self.unread
+
     def _taken(self, data: bytes, least: int) -> bytes:
         if len(data) < least:
-            raise ServiceError("IncompleteBody", "The body ended within a chunk.")
+            raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
-        if not self._left and self._line() != b"\r\n":
-            raise ServiceError("BadRequest", "A chunk is longer than its size.")
+        if not self._left:
+            self._end()
         return data
 
-    def _has_chunk(self) -> bool:
+    def _end(self) -> None:
+        self.unread = False
+
+
+class ChunkedBody(LengthBody):
+    """A chunked body (RFC 9112, 7.1) of up to `limit` bytes; drops extensions and trailers."""
+
+    def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
+        super().__init__(source, 0, begin)  # the length left is of the present chunk
+        self.unread = True
+        self._limit = self._room = limit
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to `size` bytes of the decoded body, all if negative, b"" at its end."""
+        whole = bytearray()
+        while size and (data := super().read(size)):
+            whole += data
+            size -= len(data)
+        return bytes(whole)
+
+    def _end(self) -> None:
+        if self._line() != b"\r\n":
+            raise ServiceError("BadRequest", "A chunk is longer than its size.")
+
+    def _has_more(self) -> bool:
         """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
-        if self._left or not self.unread:
+        if self._left or not super()._has_more():
             return self.unread
         match = _CHUNK_SIZE.fullmatch(self._line())
         if not match:
@@ -673,7 +665,7 @@ class ChunkedBody:
             line = self._line().decode("latin-1")
             if line == CRLF:
                 return
-            if not line.endswith(CRLF) or not _FIELD_LINE.fullmatch(line[:-2]):
+            if not _FIELD_LINES.fullmatch(line):
                 raise ServiceError("BadRequest", "A trailer is not a header line.")
         raise ServiceError("RequestHeaderFieldsTooLarge", "The body has too many trailers.")
 
