@@ -2400,33 +2400,6 @@ SPEAKS: Mapping[str, frozenset[str]] = {
     for service in itertools.chain(*_SPOKEN_BY.values())
 }
 REST_JSON = frozenset({"rest-json"})
-# The signing names that speak REST-JSON alone: with them, a misspelt route can be reported.
-REST_NAMES = """
-    abuse access-analyzer account agent-discovery aiops amplify amplifybackend amplifyuibuilder
-    apigateway apiportal app-integrations appfabric appflow application-cost-profiler
-    application-signals appmesh arc-zonal-shift artifact auditmanager backup backup-search
-    batch billingconductor braket cases chatbot cleanrooms cleanrooms-ml clouddirectory
-    cloudfront-keyvaluestore cloudtrail-data codeartifact codecatalyst codeguru-profiler
-    codeguru-reviewer codeguru-security codestar-notifications cognito-sync connect-campaigns
-    continuum controlcatalog controltower databrew datazone devops-guru dlm docdb-elastic drs
-    ds-data dsql eks eks-auth elasticfilesystem elemental-inference emr-containers
-    emr-serverless end-user-messaging entityresolution fis gameliftstreams grafana greengrass
-    groundstation guardduty imagebuilder inspector-scan inspector2 internetmonitor iot ivschat
-    kafka kafkaconnect kinesisvideo launchwizard license-manager-linux-subscriptions
-    license-manager-user-subscriptions m2 macie2 managedblockchain managedblockchain-query
-    mediaconnect mediaconvert medialive mediapackage mediapackage-vod mediapackagev2 mgn
-    migrationhub-orchestrator migrationhub-strategy mpa mq network-security-manager
-    networkflowmonitor networkmanager networkmonitor notifications notifications-contacts
-    nova-act oam observabilityadmin osis outposts pca-connector-ad pca-connector-scep pipes
-    polly pricingplanmanager profile qbusiness quicksight ram rbin rds-data refactor-spaces
-    repostspace resiliencehub resource-explorer-2 resource-groups rolesanywhere
-    route53-recovery-control-config route53-recovery-readiness route53globalresolver
-    route53profiles rtbfabric s3files s3tables s3vectors sagemaker-geospatial savingsplans
-    scheduler schemas scn security-ir securityagent securityhub securitylake serverlessrepo
-    signin snow-device-management social-messaging ssm-guiconnect ssm-incidents ssm-quicksetup
-    ssm-sap supportapp supportauthz synthetics tax trustedadvisor uxc vpc-lattice wisdom
-    workdocs workmailmessageflow workspaces-web xray
-"""
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
 TARGET_SERVICES = pairs("""
     AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
@@ -9704,8 +9677,7 @@ def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
 _REST = {"rest-json", "rest-xml"}
 _NAMES_OF_IAM = ",".join(IAM_PREFIXES.values()).split(",")
 _KNOWN_NAMES = {
-    name.lower(): name
-    for name in (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *REST_NAMES.split(), *_NAMES_OF_IAM)
+    name.lower(): name for name in (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *_NAMES_OF_IAM)
 }
 
 
@@ -9720,8 +9692,9 @@ def nearest_pattern(pattern: str) -> Optional[str]:
         if prefix in known:
             return f"{service}:{known[prefix]}"
     if not services or not colon:
-        close = difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.5)
-        return f"{close[0]}:{operation or '*'}" if close else ""
+        close = difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5)
+        nearest = f"{close[0]}:{operation or '*'}" if close else ""
+        return nearest or (None if colon else "")  # most services of REST are not known here
     if any(_can_match(service, operation) for service in services):
         return None
     service, known = services[0], _known_operations(services[0])
