@@ -3121,7 +3121,8 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
         names, (tree, nodes) = model.query_names[operation.name], _form_tree(fields)
-        checked = _from_json(operation.input, _from_form(operation.input, tree, names))
+        decoded = _from_form(operation.input, tree, names, QueryName(""))
+        checked = _from_json(operation.input, decoded)
         members = {names[it].element if it in names else it for it in operation.input.members}
         call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
         return dict(checked)
@@ -3236,18 +3237,15 @@ def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any
     return root, nodes
 
 
-def _from_form(
-    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName] = None
-) -> Any:
+def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
     """Return what JSON would have for a node of the form tree, and remove it from the tree."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
-            spelled = names.get(name)
-            below = node.get(spelled.element if spelled else name)
-            if below is None and spelled:
-                # The whole of an empty list, `Entries=`; and how some spell tags.
-                below = node.get(name) or node.get(name[:1].upper() + name[1:])
+            spelled = names.get(name, QueryName(name))
+            # An empty list is `Entries=`, and some clients write Tags for tags.
+            spellings = (spelled.element, name, name[:1].upper() + name[1:])
+            below = next((node[it] for it in spellings if it in node), None)
             if below is not None:
                 present[name] = _from_form(member, below, names, spelled)
         return present
@@ -3257,30 +3255,26 @@ def _from_form(
             raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
         return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
-    if isinstance(shape, ListOf):
-        if not numbered and (node.get(".") or set(node) - {"."}):
-            numbered = [node]  # `AttributeName=All`, from old clients
-        elif node.get(".") == "":
-            del node["."]  # the whole of an empty list
-        return [_from_form(shape.element, below, names) for below in numbered]
-    key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
-    if not numbered and key in node:  # as in the samples of AWS's API references
+    alone = not numbered and (node.get(".") or set(node) - {"."})
+    if alone:  # old clients send `AttributeName=All`, and samples of AWS `Attribute.Name=...`
         numbered = [node]
-    elif not numbered and set(node) - {"."}:
+    elif node.get(".") == "":
+        del node["."]  # the whole of an empty list or map
+    if isinstance(shape, ListOf):
+        return [_from_form(shape.element, below, names, spelled) for below in numbered]
+    if alone and spelled.key not in node:
         raise ServiceError("InvalidParameterValue", "A map of the form is not understood.")
-    if node.get(".") == "":
-        del node["."]  # the whole of an empty map
-    pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
-    return {k: _from_form(shape.value, below, names) for k, below in pairs}
+    pairs = [(it.get(spelled.key, {}), it.get(spelled.value, {})) for it in numbered]
+    return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
 
 
 def _spelled(members: Members, names: Names) -> Iterator[tuple[str, str, Any]]:
     """Yield each name, its spelling and its value; a map becomes a list of pairs."""
     for name, value in members.items():
-        spelled = names.get(name)
-        if spelled and spelled.key and isinstance(value, dict):
+        spelled = names.get(name, QueryName(name))
+        if spelled.key and isinstance(value, dict):
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
-        yield name, spelled.element if spelled else name, value
+        yield name, spelled.element, value
 
 
 def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
