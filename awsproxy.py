@@ -2664,43 +2664,31 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
         return []
 
 
-def _query_action(request: Request) -> Optional[str]:
-    return next(iter(_query_values(request, b"Action")), None)
-
-
-def _wants_json(request: Request) -> bool:
-    accepted = request.header("accept") or ""
-    return "application/json" in accepted or "JSON" in _query_values(request, b"ContentType")
-
-
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
     service = service or claim(request)[1].service or _likely_service(request)
-    speaks = SPEAKS.get(service, REST_JSON)
+    speaks, media_type = SPEAKS.get(service, REST_JSON), _media_type(request)
+    version = "1.1" if media_type == "application/x-amz-json-1.1" else "1.0"
     if "json" in speaks:
         fields = request.fields
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
             is_old = fields["x-amz-target"][0].startswith(_OLD_TARGET)
-            if is_old and _media_type(request) == _FORM:
-                return AWS_QUERY_TARGET
-            return AWS_JSON[_json_version(request)]
+            return AWS_QUERY_TARGET if is_old and media_type == _FORM else AWS_JSON[version]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
             return RpcV2("")
         if len(speaks) == 1:
-            return AWS_JSON[_json_version(request)]
-    if service == "sqs" and "json" in _media_type(request):
-        return AwsJson(_json_version(request), ("content-type",))
+            return AWS_JSON[version]
+    if service == "sqs" and "json" in media_type:
+        return AwsJson(version, ("content-type",))
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
-        return AWS_QUERY_JSON if service in _IN_JSON and _wants_json(request) else AWS_QUERY
+        accepted, wanted = request.header("accept") or "", _query_values(request, b"ContentType")
+        is_json = "application/json" in accepted or "JSON" in wanted
+        return AWS_QUERY_JSON if is_json and service in _IN_JSON else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
-
-
-def _json_version(request: Request) -> str:
-    return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
 
 def _likely_service(request: Request) -> str:
@@ -2708,8 +2696,7 @@ def _likely_service(request: Request) -> str:
     media_type, fields = _media_type(request), request.fields
     is_form = request.method == "POST" and media_type in ("", _FORM)
     is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
-    has_action = _query_action(request) is not None
-    if is_form or is_json or has_action or "smithy-protocol" in fields:
+    if is_form or is_json or "smithy-protocol" in fields or _query_values(request, b"Action"):
         return "sqs"
     if request.path.startswith(_XML_PATHS):
         return "route53"
@@ -2783,7 +2770,8 @@ class WireProtocol:
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
         target = request.header("x-amz-target") if self.reads_target else None
-        return target.rpartition(".")[2] if target else _query_action(request) or ""
+        action = next(iter(_query_values(request, b"Action")), "")
+        return target.rpartition(".")[2] if target else action
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation; ServiceError if the request names none, or could name two."""
@@ -2825,6 +2813,7 @@ def _invalid_action(operation: str) -> ServiceError:
     return ServiceError("InvalidAction", message)
 
 
+@functools.lru_cache(maxsize=1024)  # it keeps valid names alone, which are short
 def _operation_name(name: str) -> str:
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
@@ -2884,14 +2873,16 @@ class AwsJson(WireProtocol):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
         action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
-        if targets is None:
-            name = _operation_name(action or "")
-        else:
-            match = _parse_target(targets[0][:512])
-            prefix, name = match.groups() if match else ("", "")
-            of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
-            if len(targets) > 1 or not name or not of_service or action not in (None, name):
+        name = action or ""
+        if targets is not None:
+            prefix, _, name = targets[0].rpartition(".")
+            if service == "sqs":
+                of_service = TARGET_SERVICES.get(prefix) == service
+            else:
+                of_service = _TARGET_PREFIX.fullmatch(prefix) is not None
+            if len(targets) > 1 or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
+        name = _operation_name(name)
         document = self._document(request, body)
         if service == "sqs" and request.target != "/":
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
@@ -2964,10 +2955,7 @@ _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET = re.compile(  # the prefix and the operation
-    r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z][A-Za-z0-9]{0,127})"
-)
-_parse_target = functools.lru_cache(maxsize=1024)(_TARGET.fullmatch)
+_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
 
 def _short_integer(digits: str) -> int:
