@@ -3306,16 +3306,15 @@ _S3_TABLE = """
     service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
-        logging=BucketLogging notification=BucketNotification policy=BucketPolicy \
-        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment \
-        versioning=BucketVersioning website=BucketWebsite
+        logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
+        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment
     bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
         encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
         inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
         metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
         publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
         tagging=BucketTagging
-    bucket: DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
+    bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
     bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
     bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
         versions=ListBucketVersions
@@ -3325,9 +3324,8 @@ _S3_TABLE = """
     bucket: GET=Get* POST=Create* DELETE=Delete*: metadataTable=BucketMetadataTableConfiguration \
         metadataConfiguration=BucketMetadataTableConfiguration
     object: GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject: -
-    object: GET=Get* PUT=Put*: acl=ObjectAcl annotation=ObjectAnnotation tagging=ObjectTagging \
-        legal-hold=ObjectLegalHold retention=ObjectRetention
-    object: DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
+    object: GET=Get* PUT=Put*: acl=ObjectAcl legal-hold=ObjectLegalHold retention=ObjectRetention
+    object: GET=Get* PUT=Put* DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
     object: GET=Get*: attributes=ObjectAttributes torrent=ObjectTorrent
     object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
     object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
@@ -3393,22 +3391,18 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
 
 def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
     """Return the action of a request to Amazon S3 as IAM spells it; ServiceError if in doubt."""
-    of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
+    of_host = bucket_of_host(request.header("host") or "", hosts)
     # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
-    is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
-    if is_account and request.path.startswith(_S3_CONTROL):
-        return rest_meaning(request)._replace(bucket=bucket)
-    first, _, key = request.path[1:].partition("/")
-    if bucket:
-        level = "object" if request.path != "/" else "bucket"
-    else:
-        bucket, level = first, "object" if key else "bucket" if first else "service"
+    if re.fullmatch("([0-9]{12})?", of_host) and request.path.startswith(_S3_CONTROL):
+        return rest_meaning(request)._replace(bucket=of_host)
+    bucket, key = of_host, request.path[1:]
+    if not of_host:
+        bucket, _, key = key.partition("/")
+    level = "object" if key else "bucket" if bucket or request.path != "/" else "service"
     name = urllib.parse.unquote(bucket, "latin-1")
     disguised = name != bucket and f"/{name}/" == _S3_CONTROL
     if level != "service" and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
         raise ServiceError("InvalidURI", "The name of the bucket is not allowed.")
-    if level == "service" and request.path != "/":
-        raise ServiceError("InvalidURI", "The path has no bucket before its key.")
     parameters = {name.decode("latin-1") for name, _ in request.query}
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
@@ -3437,15 +3431,14 @@ def rest_meaning(request: Request) -> Meaning:
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = [urllib.parse.unquote_to_bytes(part) for part in path.encode("latin-1").split(b"/")]
     plain = "/".join(urllib.parse.quote(segment, safe=_PLAIN_IN_PATH) for segment in segments)
-    others = [plain.replace("%2F", "/")] if "%2F" in plain else []
-    if ";" in plain:
-        others.append(re.sub(";[^/]*", "", plain))  # some servers drop such parameters
+    # Some servers decode %2F, and some drop the parameters after a semicolon.
+    others = {plain.replace("%2F", "/"), re.sub(";[^/]*", "", plain)} - {plain}
     for spelled in (plain, *others):
         inner = spelled[1:].split("/")
         if not all(inner[:-1]) or {".", ".."} & set(inner) or "%00" in spelled:
             message = "The path has a segment that is empty, '.', '..' or has a NUL."
             raise ServiceError("InvalidURI", message)
-    return Meaning(request.method, path=plain, other_paths=others)
+    return Meaning(request.method, path=plain, other_paths=tuple(others))
 
 
 # [4.6] REST
