@@ -2453,13 +2453,13 @@ STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 class ListOf(NamedTuple):
     """A list; in the query protocol its elements are numbered from 1."""
 
-    element: Shape  # in the query protocol, elements are numbered from 1
+    element: Shape
 
 
 class MapOf(NamedTuple):
     """A map with string keys; in the query protocol a numbered list of pairs."""
 
-    value: Shape  # the keys are strings; in the query protocol, a numbered list of pairs
+    value: Shape
 
 
 class Structure(NamedTuple):
@@ -2629,11 +2629,12 @@ _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?"
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
-_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
 _XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
+MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
 # The parameters of a query call that are no input of the operation.
@@ -2700,8 +2701,8 @@ def _likely_service(request: Request) -> str:
         return "sqs"
     if request.path.startswith(_XML_PATHS):
         return "route53"
-    of_json = media_type == "application/json" or request.path.startswith("/v2/email/")
-    return "lambda" if of_json or _DATED_PATH.match(request.path) else "s3"
+    of_json = media_type == "application/json" or _JSON_PATH.match(request.path)
+    return "lambda" if of_json else "s3"
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2820,7 +2821,7 @@ def _operation_name(name: str) -> str:
     return name
 
 
-def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
+def _content(request: Request, body: Body) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
     kind = request.fields.get("content-type", ("",))[0]
@@ -2833,11 +2834,10 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     if coding in ("identity", "aws-chunked"):
         return data
     if coding != "gzip":
-        message = "The Content-Encoding is not understood."
-        raise ServiceError("SerializationException", message)
+        raise ServiceError("SerializationException", "The Content-Encoding is unknown.")
     unzip = zlib.decompressobj(31)
     try:
-        plain = unzip.decompress(data, limit)
+        plain = unzip.decompress(data, MAX_UNZIPPED)
     except zlib.error as error:
         raise ServiceError("SerializationException", "The body is not gzip.") from error
     if not unzip.eof or unzip.unused_data or data[3] != 0:  # a flag means a name or comment
@@ -2876,10 +2876,8 @@ class AwsJson(WireProtocol):
         name = action or ""
         if targets is not None:
             prefix, _, name = targets[0].rpartition(".")
-            if service == "sqs":
-                of_service = TARGET_SERVICES.get(prefix) == service
-            else:
-                of_service = _TARGET_PREFIX.fullmatch(prefix) is not None
+            of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
+            of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
             if len(targets) > 1 or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
         name = _operation_name(name)
@@ -2896,11 +2894,9 @@ class AwsJson(WireProtocol):
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        if service != "sqs" and actions:
-            raise ambiguous(self, f"{service} does not read the query parameter Action")
         others = {name for name, _ in request.query} - {b"Action", b"Version"}
         others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
-        if len(actions) > 1 or (service == "sqs" and others):
+        if len(actions) > 1 or (others if service == "sqs" else actions):
             raise ambiguous(self, "the body is JSON, and the query string has parameters")
         return actions[0] if actions else None
 
@@ -2914,8 +2910,7 @@ class AwsJson(WireProtocol):
         try:
             return read_json(text.decode("utf-8") or "{}")
         except ValueError as error:
-            unclear = isinstance(error, _TwoValues)
-            message = f"The body is not clear{error}" if unclear else "The body is not JSON."
+            message = f"The body cannot be read as JSON: {error}."
             raise ServiceError("SerializationException", message) from error
 
     def input(self, call: Call) -> dict[str, Any]:
@@ -2924,8 +2919,7 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation:
-            checked: dict[str, Any] = _from_json(operation.input, document)
-            return checked
+            return dict(_from_json(operation.input, document))
         return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
     def reencode(self, call: Call) -> bytes:
@@ -2935,20 +2929,13 @@ class AwsJson(WireProtocol):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
-    def fault(self, request: Request, error: ServiceError) -> Fault:
-        """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
-        fault = super().fault(request, error)
-        service = self.service(request) or claim(request)[1].service
-        as_query = service in _QUERY_COMPATIBLE or fault.status not in (401, 403)
-        return fault if as_query else fault._replace(status=400)
-
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = _to_json({"__type": shape, "message": error.message})
-        service = self.service(request) or claim(request)[1].service
-        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-        more = (query_error,) if service in _QUERY_COMPATIBLE else ()
-        return self._reply(status, request_id, document, *more)
+        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
+            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+            return self._reply(status, request_id, document, query_error)
+        return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
 _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
@@ -2967,12 +2954,9 @@ def _short_integer(digits: str) -> int:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise _TwoValues(": an object has one key twice.")  # readers choose different ones
+        # Readers choose different ones (RFC 8259, 4).
+        raise ValueError("an object has one key twice")
     return members
-
-
-class _TwoValues(ValueError):
-    """An object with the same key twice (RFC 8259, 4)."""
 
 
 _JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
@@ -3157,11 +3141,9 @@ class AwsQuery(WireProtocol):
         if service == "ec2":
             del fault["Type"]
             root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members)
+        return self._document(service, root, members, _NO_NAMES)
 
-    def _document(
-        self, service: str, root: str, members: Members, names: Names = _NO_NAMES
-    ) -> bytes:
+    def _document(self, service: str, root: str, members: Members, names: Names) -> bytes:
         host = "queue" if service == "sqs" else service
         scheme = "https" if service in ("iam", "sts") else "http"
         folder = "docs" if service == "elasticbeanstalk" else "doc"
@@ -3379,7 +3361,7 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
             " proxy with --host-name NAME, where NAME is the proxy's own part of the Host.",
         )
     labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
-    for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
+    for index in reversed(range(len(labels))[-3:]):  # s3.dualstack.REGION
         if labels[index].startswith(("s3-accesspoint", "s3-website")) or "vpce" in labels:
             break  # the label before is no bucket
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
@@ -3500,15 +3482,13 @@ class RpcV2(WireProtocol):
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         match = _RPC_PATH.fullmatch(request.path)
         if request.fields.get("smithy-protocol") != [self.protocol]:
-            fault = "RPC v2 needs one Smithy-Protocol header, rpc-v2-cbor or rpc-v2-json"
-            raise ambiguous(self, fault)
+            raise ambiguous(self, "Smithy-Protocol is not rpc-v2-cbor or rpc-v2-json")
         if not match or request.target.endswith("/") or request.method != "POST":
             raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
         if "?" in request.target:
             raise ambiguous(self, "RPC v2 has no query string")
         if _media_type(request) not in ("", self.content_type):
-            fault = f"the Content-Type of {self.protocol} is {self.content_type}"
-            raise ambiguous(self, fault)
+            raise ambiguous(self, f"the Content-Type of {self.protocol} is {self.content_type}")
         return Meaning(_operation_name(match[1]))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
