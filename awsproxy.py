@@ -2543,11 +2543,10 @@ def read_again(body: Body) -> bytes:
 # [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
 QUERY_VERSIONS = pairs("""
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
-    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
-    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
-    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
-    sts=2011-06-15
+    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01 elasticache=2015-02-02
+    elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01 iam=2010-05-08
+    importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01 sdb=2009-04-15
+    ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15
 """)
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
@@ -2574,8 +2573,7 @@ _SPOKEN_BY = {
         route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
         shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf
         tagging textract timestream timestream-influxdb transcribe transfer translate
-        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
-        workspaces-instances
+        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances
     """.split(),
     "query": ["ec2", *QUERY_VERSIONS],
     "rest-json": """
@@ -2593,28 +2591,27 @@ REST_JSON = frozenset({"rest-json"})
 REST_NAMES = """
     abuse access-analyzer account agent-discovery aiops amplify amplifybackend amplifyuibuilder
     apigateway apiportal app-integrations appfabric appflow application-cost-profiler
-    application-signals appmesh arc-zonal-shift artifact auditmanager backup backup-search
-    batch billingconductor braket cases chatbot cleanrooms cleanrooms-ml clouddirectory
+    application-signals appmesh arc-zonal-shift artifact auditmanager backup backup-search batch
+    billingconductor braket cases chatbot cleanrooms cleanrooms-ml clouddirectory
     cloudfront-keyvaluestore cloudtrail-data codeartifact codecatalyst codeguru-profiler
     codeguru-reviewer codeguru-security codestar-notifications cognito-sync connect-campaigns
     continuum controlcatalog controltower databrew datazone devops-guru dlm docdb-elastic drs
-    ds-data dsql eks eks-auth elasticfilesystem elemental-inference emr-containers
-    emr-serverless end-user-messaging entityresolution fis gameliftstreams grafana greengrass
-    groundstation guardduty imagebuilder inspector-scan inspector2 internetmonitor iot ivschat
-    kafka kafkaconnect kinesisvideo launchwizard license-manager-linux-subscriptions
+    ds-data dsql eks eks-auth elasticfilesystem elemental-inference emr-containers emr-serverless
+    end-user-messaging entityresolution fis gameliftstreams grafana greengrass groundstation
+    guardduty imagebuilder inspector-scan inspector2 internetmonitor iot ivschat kafka kafkaconnect
+    kinesisvideo launchwizard license-manager-linux-subscriptions
     license-manager-user-subscriptions m2 macie2 managedblockchain managedblockchain-query
     mediaconnect mediaconvert medialive mediapackage mediapackage-vod mediapackagev2 mgn
     migrationhub-orchestrator migrationhub-strategy mpa mq network-security-manager
-    networkflowmonitor networkmanager networkmonitor notifications notifications-contacts
-    nova-act oam observabilityadmin osis outposts pca-connector-ad pca-connector-scep pipes
-    polly pricingplanmanager profile qbusiness quicksight ram rbin rds-data refactor-spaces
-    repostspace resiliencehub resource-explorer-2 resource-groups rolesanywhere
-    route53-recovery-control-config route53-recovery-readiness route53globalresolver
-    route53profiles rtbfabric s3files s3tables s3vectors sagemaker-geospatial savingsplans
-    scheduler schemas scn security-ir securityagent securityhub securitylake serverlessrepo
-    signin snow-device-management social-messaging ssm-guiconnect ssm-incidents ssm-quicksetup
-    ssm-sap supportapp supportauthz synthetics tax trustedadvisor uxc vpc-lattice wisdom
-    workdocs workmailmessageflow workspaces-web xray
+    networkflowmonitor networkmanager networkmonitor notifications notifications-contacts nova-act
+    oam observabilityadmin osis outposts pca-connector-ad pca-connector-scep pipes polly
+    pricingplanmanager profile qbusiness quicksight ram rbin rds-data refactor-spaces repostspace
+    resiliencehub resource-explorer-2 resource-groups rolesanywhere route53-recovery-control-config
+    route53-recovery-readiness route53globalresolver route53profiles rtbfabric s3files s3tables
+    s3vectors sagemaker-geospatial savingsplans scheduler schemas scn security-ir securityagent
+    securityhub securitylake serverlessrepo signin snow-device-management social-messaging
+    ssm-guiconnect ssm-incidents ssm-quicksetup ssm-sap supportapp supportauthz synthetics tax
+    trustedadvisor uxc vpc-lattice wisdom workdocs workmailmessageflow workspaces-web xray
 """
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
 TARGET_SERVICES = pairs("""
@@ -2734,15 +2731,12 @@ def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
 
 def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> None:
     """Refuse a path that could be the URL of a queue other than QueueUrl."""
-    if request.path == "/":
-        return
     segments = request.path.split("/")[1:]
     if "%" in request.path or not all(segments[:-1]) or {".", ".."} & set(segments):
         raise ambiguous(wire, "its path is not the path of a queue")
-    named = queue_url.rstrip("/").split("/")[-2:]
-    if queue_url and request.path.rstrip("/").count("/") > 1:
-        if named != request.path.rstrip("/").split("/")[-len(named) :]:
-            raise ambiguous(wire, "its path names one queue, and QueueUrl another")
+    of_path, of_url = request.path.rstrip("/").split("/"), queue_url.rstrip("/").split("/")[-2:]
+    if queue_url and len(of_path) > 2 and of_path[-len(of_url) :] != of_url:
+        raise ambiguous(wire, "its path names one queue, and QueueUrl another")
 
 
 class Meaning(NamedTuple):
@@ -2882,13 +2876,12 @@ class AwsJson(WireProtocol):
                 raise _invalid_action(", ".join(targets))
         name = _operation_name(name)
         document = self._document(request, body)
-        if service == "sqs" and request.target != "/":
+        if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
             operation = MODELS["sqs"].operations.get(name)
             if operation and "QueueUrl" in operation.input.members and not named:
-                if request.path != "/":  # which some servers take for QueueUrl
-                    raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
+                raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
 
     def _action(self, request: Request, service: str) -> Optional[str]:
