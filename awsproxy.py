@@ -2264,13 +2264,13 @@ STRING, INTEGER, BLOB = "String", "Integer", "Blob"
 class ListOf(NamedTuple):
     """A list; in the query protocol its elements are numbered from 1."""
 
-    element: Shape  # in the query protocol, elements are numbered from 1
+    element: Shape
 
 
 class MapOf(NamedTuple):
     """A map with string keys; in the query protocol a numbered list of pairs."""
 
-    value: Shape  # the keys are strings; in the query protocol, a numbered list of pairs
+    value: Shape
 
 
 class Structure(NamedTuple):
@@ -2354,11 +2354,10 @@ def read_again(body: Body) -> bytes:
 # [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
 QUERY_VERSIONS = pairs("""
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
-    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
-    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31
-    redshift=2012-12-01 sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05
-    sts=2011-06-15
+    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01 elasticache=2015-02-02
+    elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01 iam=2010-05-08
+    importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01 sdb=2009-04-15
+    ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15
 """)
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
@@ -2385,8 +2384,7 @@ _SPOKEN_BY = {
         route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
         shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf
         tagging textract timestream timestream-influxdb transcribe transfer translate
-        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces
-        workspaces-instances
+        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances
     """.split(),
     "query": ["ec2", *QUERY_VERSIONS],
     "rest-json": """
@@ -2413,11 +2411,12 @@ _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?"
 _OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
-_DATED_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/")  # as many REST-JSON services have
+_JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
 _XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
+MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
 # The parameters of a query call that are no input of the operation.
@@ -2448,43 +2447,31 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
         return []
 
 
-def _query_action(request: Request) -> Optional[str]:
-    return next(iter(_query_values(request, b"Action")), None)
-
-
-def _wants_json(request: Request) -> bool:
-    accepted = request.header("accept") or ""
-    return "application/json" in accepted or "JSON" in _query_values(request, b"ContentType")
-
-
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
     service = service or claim(request)[1].service or _likely_service(request)
-    speaks = SPEAKS.get(service, REST_JSON)
+    speaks, media_type = SPEAKS.get(service, REST_JSON), _media_type(request)
+    version = "1.1" if media_type == "application/x-amz-json-1.1" else "1.0"
     if "json" in speaks:
         fields = request.fields
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
             is_old = fields["x-amz-target"][0].startswith(_OLD_TARGET)
-            if is_old and _media_type(request) == _FORM:
-                return AWS_QUERY_TARGET
-            return AWS_JSON[_json_version(request)]
+            return AWS_QUERY_TARGET if is_old and media_type == _FORM else AWS_JSON[version]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
             return RpcV2("")
         if len(speaks) == 1:
-            return AWS_JSON[_json_version(request)]
-    if service == "sqs" and "json" in _media_type(request):
-        return AwsJson(_json_version(request), ("content-type",))
+            return AWS_JSON[version]
+    if service == "sqs" and "json" in media_type:
+        return AwsJson(version, ("content-type",))
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
-        return AWS_QUERY_JSON if service in _IN_JSON and _wants_json(request) else AWS_QUERY
+        accepted, wanted = request.header("accept") or "", _query_values(request, b"ContentType")
+        is_json = "application/json" in accepted or "JSON" in wanted
+        return AWS_QUERY_JSON if is_json and service in _IN_JSON else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
-
-
-def _json_version(request: Request) -> str:
-    return "1.1" if _media_type(request) == "application/x-amz-json-1.1" else "1.0"
 
 
 def _likely_service(request: Request) -> str:
@@ -2492,13 +2479,12 @@ def _likely_service(request: Request) -> str:
     media_type, fields = _media_type(request), request.fields
     is_form = request.method == "POST" and media_type in ("", _FORM)
     is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
-    has_action = _query_action(request) is not None
-    if is_form or is_json or has_action or "smithy-protocol" in fields:
+    if is_form or is_json or "smithy-protocol" in fields or _query_values(request, b"Action"):
         return "sqs"
     if request.path.startswith(_XML_PATHS):
         return "route53"
-    of_json = media_type == "application/json" or request.path.startswith("/v2/email/")
-    return "lambda" if of_json or _DATED_PATH.match(request.path) else "s3"
+    of_json = media_type == "application/json" or _JSON_PATH.match(request.path)
+    return "lambda" if of_json else "s3"
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2530,15 +2516,12 @@ def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
 
 def check_queue_path(wire: WireProtocol, request: Request, queue_url: str) -> None:
     """Refuse a path that could be the URL of a queue other than QueueUrl."""
-    if request.path == "/":
-        return
     segments = request.path.split("/")[1:]
     if "%" in request.path or not all(segments[:-1]) or {".", ".."} & set(segments):
         raise ambiguous(wire, "its path is not the path of a queue")
-    named = queue_url.rstrip("/").split("/")[-2:]
-    if queue_url and request.path.rstrip("/").count("/") > 1:
-        if named != request.path.rstrip("/").split("/")[-len(named) :]:
-            raise ambiguous(wire, "its path names one queue, and QueueUrl another")
+    of_path, of_url = request.path.rstrip("/").split("/"), queue_url.rstrip("/").split("/")[-2:]
+    if queue_url and len(of_path) > 2 and of_path[-len(of_url) :] != of_url:
+        raise ambiguous(wire, "its path names one queue, and QueueUrl another")
 
 
 class Meaning(NamedTuple):
@@ -2567,7 +2550,8 @@ class WireProtocol:
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
         target = request.header("x-amz-target") if self.reads_target else None
-        return target.rpartition(".")[2] if target else _query_action(request) or ""
+        action = next(iter(_query_values(request, b"Action")), "")
+        return target.rpartition(".")[2] if target else action
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation; ServiceError if the request names none, or could name two."""
@@ -2609,13 +2593,14 @@ def _invalid_action(operation: str) -> ServiceError:
     return ServiceError("InvalidAction", message)
 
 
+@functools.lru_cache(maxsize=1024)  # it keeps valid names alone, which are short
 def _operation_name(name: str) -> str:
     if not _OPERATION_NAME.fullmatch(name):
         raise _invalid_action(name)
     return name
 
 
-def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
+def _content(request: Request, body: Body) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
     kind = request.fields.get("content-type", ("",))[0]
@@ -2628,11 +2613,10 @@ def _content(request: Request, body: Body, limit: int = 2097152) -> bytes:
     if coding in ("identity", "aws-chunked"):
         return data
     if coding != "gzip":
-        message = "The Content-Encoding is not understood."
-        raise ServiceError("SerializationException", message)
+        raise ServiceError("SerializationException", "The Content-Encoding is unknown.")
     unzip = zlib.decompressobj(31)
     try:
-        plain = unzip.decompress(data, limit)
+        plain = unzip.decompress(data, MAX_UNZIPPED)
     except zlib.error as error:
         raise ServiceError("SerializationException", "The body is not gzip.") from error
     if not unzip.eof or unzip.unused_data or data[3] != 0:  # a flag means a name or comment
@@ -2668,32 +2652,29 @@ class AwsJson(WireProtocol):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
         action = self._action(request, service) if "?" in request.target else None
         targets = request.fields.get("x-amz-target")
-        if targets is None:
-            name = _operation_name(action or "")
-        else:
-            match = _parse_target(targets[0][:512])
-            prefix, name = match.groups() if match else ("", "")
-            of_service = service != "sqs" or TARGET_SERVICES.get(prefix) == service
-            if len(targets) > 1 or not name or not of_service or action not in (None, name):
+        name = action or ""
+        if targets is not None:
+            prefix, _, name = targets[0].rpartition(".")
+            of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
+            of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
+            if len(targets) > 1 or not of_service or action not in (None, name):
                 raise _invalid_action(", ".join(targets))
+        name = _operation_name(name)
         document = self._document(request, body)
-        if service == "sqs" and request.target != "/":
+        if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
             operation = MODELS["sqs"].operations.get(name)
             if operation and "QueueUrl" in operation.input.members and not named:
-                if request.path != "/":  # which some servers take for QueueUrl
-                    raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
+                raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
 
     def _action(self, request: Request, service: str) -> Optional[str]:
         """Return the query parameter Action, the only one that a JSON call to SQS may have."""
         actions = _query_values(request, b"Action")
-        if service != "sqs" and actions:
-            raise ambiguous(self, f"{service} does not read the query parameter Action")
         others = {name for name, _ in request.query} - {b"Action", b"Version"}
         others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
-        if len(actions) > 1 or (service == "sqs" and others):
+        if len(actions) > 1 or (others if service == "sqs" else actions):
             raise ambiguous(self, "the body is JSON, and the query string has parameters")
         return actions[0] if actions else None
 
@@ -2707,8 +2688,7 @@ class AwsJson(WireProtocol):
         try:
             return read_json(text.decode("utf-8") or "{}")
         except ValueError as error:
-            unclear = isinstance(error, _TwoValues)
-            message = f"The body is not clear{error}" if unclear else "The body is not JSON."
+            message = f"The body cannot be read as JSON: {error}."
             raise ServiceError("SerializationException", message) from error
 
     def input(self, call: Call) -> dict[str, Any]:
@@ -2717,8 +2697,7 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation:
-            checked: dict[str, Any] = _from_json(operation.input, document)
-            return checked
+            return dict(_from_json(operation.input, document))
         return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
     def reencode(self, call: Call) -> bytes:
@@ -2728,30 +2707,20 @@ class AwsJson(WireProtocol):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
-    def fault(self, request: Request, error: ServiceError) -> Fault:
-        """Return status 400 instead of 401 and 403, except for Amazon SQS and CloudWatch."""
-        fault = super().fault(request, error)
-        service = self.service(request) or claim(request)[1].service
-        as_query = service in _QUERY_COMPATIBLE or fault.status not in (401, 403)
-        return fault if as_query else fault._replace(status=400)
-
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = _to_json({"__type": shape, "message": error.message})
-        service = self.service(request) or claim(request)[1].service
-        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-        more = (query_error,) if service in _QUERY_COMPATIBLE else ()
-        return self._reply(status, request_id, document, *more)
+        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
+            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+            return self._reply(status, request_id, document, query_error)
+        return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
 _QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET = re.compile(  # the prefix and the operation
-    r"((?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+)\.([A-Za-z][A-Za-z0-9]{0,127})"
-)
-_parse_target = functools.lru_cache(maxsize=1024)(_TARGET.fullmatch)
+_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
 
 def _short_integer(digits: str) -> int:
@@ -2763,12 +2732,9 @@ def _short_integer(digits: str) -> int:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise _TwoValues(": an object has one key twice.")  # readers choose different ones
+        # Readers choose different ones (RFC 8259, 4).
+        raise ValueError("an object has one key twice")
     return members
-
-
-class _TwoValues(ValueError):
-    """An object with the same key twice (RFC 8259, 4)."""
 
 
 _JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
@@ -2905,7 +2871,8 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(operation.name)
             fields.setdefault("QueueUrl", call.request.path)
         names, (tree, nodes) = model.query_names[operation.name], _form_tree(fields)
-        checked = _from_json(operation.input, _from_form(operation.input, tree, names))
+        decoded = _from_form(operation.input, tree, names, QueryName(""))
+        checked = _from_json(operation.input, decoded)
         members = {names[it].element if it in names else it for it in operation.input.members}
         call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
         return dict(checked)
@@ -2952,11 +2919,9 @@ class AwsQuery(WireProtocol):
         if service == "ec2":
             del fault["Type"]
             root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members)
+        return self._document(service, root, members, _NO_NAMES)
 
-    def _document(
-        self, service: str, root: str, members: Members, names: Names = _NO_NAMES
-    ) -> bytes:
+    def _document(self, service: str, root: str, members: Members, names: Names) -> bytes:
         host = "queue" if service == "sqs" else service
         scheme = "https" if service in ("iam", "sts") else "http"
         folder = "docs" if service == "elasticbeanstalk" else "doc"
@@ -3020,18 +2985,15 @@ def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any
     return root, nodes
 
 
-def _from_form(
-    shape: Shape, node: dict[str, Any], names: Names, spelled: Optional[QueryName] = None
-) -> Any:
+def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
     """Return what JSON would have for a node of the form tree, and remove it from the tree."""
     if isinstance(shape, Structure):
         present = {}
         for name, member in shape.members.items():
-            spelled = names.get(name)
-            below = node.get(spelled.element if spelled else name)
-            if below is None and spelled:
-                # The whole of an empty list, `Entries=`; and how some spell tags.
-                below = node.get(name) or node.get(name[:1].upper() + name[1:])
+            spelled = names.get(name, QueryName(name))
+            # An empty list is `Entries=`, and some clients write Tags for tags.
+            spellings = (spelled.element, name, name[:1].upper() + name[1:])
+            below = next((node[it] for it in spellings if it in node), None)
             if below is not None:
                 present[name] = _from_form(member, below, names, spelled)
         return present
@@ -3041,30 +3003,26 @@ def _from_form(
             raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
         return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
-    if isinstance(shape, ListOf):
-        if not numbered and (node.get(".") or set(node) - {"."}):
-            numbered = [node]  # `AttributeName=All`, from old clients
-        elif node.get(".") == "":
-            del node["."]  # the whole of an empty list
-        return [_from_form(shape.element, below, names) for below in numbered]
-    key, value = (spelled.key, spelled.value) if spelled else ("key", "value")
-    if not numbered and key in node:  # as in the samples of AWS's API references
+    alone = not numbered and (node.get(".") or set(node) - {"."})
+    if alone:  # old clients send `AttributeName=All`, and samples of AWS `Attribute.Name=...`
         numbered = [node]
-    elif not numbered and set(node) - {"."}:
+    elif node.get(".") == "":
+        del node["."]  # the whole of an empty list or map
+    if isinstance(shape, ListOf):
+        return [_from_form(shape.element, below, names, spelled) for below in numbered]
+    if alone and spelled.key not in node:
         raise ServiceError("InvalidParameterValue", "A map of the form is not understood.")
-    if node.get(".") == "":
-        del node["."]  # the whole of an empty map
-    pairs = [(below.get(key, {}).pop(".", ""), below.get(value, {})) for below in numbered]
-    return {k: _from_form(shape.value, below, names) for k, below in pairs}
+    pairs = [(it.get(spelled.key, {}), it.get(spelled.value, {})) for it in numbered]
+    return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
 
 
 def _spelled(members: Members, names: Names) -> Iterator[tuple[str, str, Any]]:
     """Yield each name, its spelling and its value; a map becomes a list of pairs."""
     for name, value in members.items():
-        spelled = names.get(name)
-        if spelled and spelled.key and isinstance(value, dict):
+        spelled = names.get(name, QueryName(name))
+        if spelled.key and isinstance(value, dict):
             value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
-        yield name, spelled.element if spelled else name, value
+        yield name, spelled.element, value
 
 
 def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -3108,16 +3066,15 @@ _S3_TABLE = """
     service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
-        logging=BucketLogging notification=BucketNotification policy=BucketPolicy \
-        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment \
-        versioning=BucketVersioning website=BucketWebsite
+        logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
+        object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment
     bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
         encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
         inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
         metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
         publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
         tagging=BucketTagging
-    bucket: DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
+    bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
     bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
     bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
         versions=ListBucketVersions
@@ -3127,9 +3084,8 @@ _S3_TABLE = """
     bucket: GET=Get* POST=Create* DELETE=Delete*: metadataTable=BucketMetadataTableConfiguration \
         metadataConfiguration=BucketMetadataTableConfiguration
     object: GET=GetObject HEAD=GetObject PUT=PutObject DELETE=DeleteObject: -
-    object: GET=Get* PUT=Put*: acl=ObjectAcl annotation=ObjectAnnotation tagging=ObjectTagging \
-        legal-hold=ObjectLegalHold retention=ObjectRetention
-    object: DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
+    object: GET=Get* PUT=Put*: acl=ObjectAcl legal-hold=ObjectLegalHold retention=ObjectRetention
+    object: GET=Get* PUT=Put* DELETE=Delete*: annotation=ObjectAnnotation tagging=ObjectTagging
     object: GET=Get*: attributes=ObjectAttributes torrent=ObjectTorrent
     object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
     object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
@@ -3183,7 +3139,7 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
             " proxy with --host-name NAME, where NAME is the proxy's own part of the Host.",
         )
     labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
-    for index in range(len(labels) - 1, max(-1, len(labels) - 4), -1):  # s3.dualstack.REGION
+    for index in reversed(range(len(labels))[-3:]):  # s3.dualstack.REGION
         if labels[index].startswith(("s3-accesspoint", "s3-website")) or "vpce" in labels:
             break  # the label before is no bucket
         if labels[index] == "s3" or labels[index].startswith(("s3-", "s3express-")):
@@ -3195,22 +3151,18 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
 
 def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
     """Return the action of a request to Amazon S3 as IAM spells it; ServiceError if in doubt."""
-    of_host = bucket = bucket_of_host(request.header("host") or "", hosts)
+    of_host = bucket_of_host(request.header("host") or "", hosts)
     # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
-    is_account = not bucket or re.fullmatch("[0-9]{12}", bucket)
-    if is_account and request.path.startswith(_S3_CONTROL):
-        return rest_meaning(request)._replace(bucket=bucket)
-    first, _, key = request.path[1:].partition("/")
-    if bucket:
-        level = "object" if request.path != "/" else "bucket"
-    else:
-        bucket, level = first, "object" if key else "bucket" if first else "service"
+    if re.fullmatch("([0-9]{12})?", of_host) and request.path.startswith(_S3_CONTROL):
+        return rest_meaning(request)._replace(bucket=of_host)
+    bucket, key = of_host, request.path[1:]
+    if not of_host:
+        bucket, _, key = key.partition("/")
+    level = "object" if key else "bucket" if bucket or request.path != "/" else "service"
     name = urllib.parse.unquote(bucket, "latin-1")
     disguised = name != bucket and f"/{name}/" == _S3_CONTROL
     if level != "service" and (not _BUCKET.fullmatch(name) or name in (".", "..") or disguised):
         raise ServiceError("InvalidURI", "The name of the bucket is not allowed.")
-    if level == "service" and request.path != "/":
-        raise ServiceError("InvalidURI", "The path has no bucket before its key.")
     parameters = {name.decode("latin-1") for name, _ in request.query}
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
@@ -3239,15 +3191,14 @@ def rest_meaning(request: Request) -> Meaning:
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = [urllib.parse.unquote_to_bytes(part) for part in path.encode("latin-1").split(b"/")]
     plain = "/".join(urllib.parse.quote(segment, safe=_PLAIN_IN_PATH) for segment in segments)
-    others = [plain.replace("%2F", "/")] if "%2F" in plain else []
-    if ";" in plain:
-        others.append(re.sub(";[^/]*", "", plain))  # some servers drop such parameters
+    # Some servers decode %2F, and some drop the parameters after a semicolon.
+    others = {plain.replace("%2F", "/"), re.sub(";[^/]*", "", plain)} - {plain}
     for spelled in (plain, *others):
         inner = spelled[1:].split("/")
         if not all(inner[:-1]) or {".", ".."} & set(inner) or "%00" in spelled:
             message = "The path has a segment that is empty, '.', '..' or has a NUL."
             raise ServiceError("InvalidURI", message)
-    return Meaning(request.method, path=plain, other_paths=others)
+    return Meaning(request.method, path=plain, other_paths=tuple(others))
 
 
 # [4.6] REST
@@ -3309,15 +3260,13 @@ class RpcV2(WireProtocol):
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         match = _RPC_PATH.fullmatch(request.path)
         if request.fields.get("smithy-protocol") != [self.protocol]:
-            fault = "RPC v2 needs one Smithy-Protocol header, rpc-v2-cbor or rpc-v2-json"
-            raise ambiguous(self, fault)
+            raise ambiguous(self, "Smithy-Protocol is not rpc-v2-cbor or rpc-v2-json")
         if not match or request.target.endswith("/") or request.method != "POST":
             raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
         if "?" in request.target:
             raise ambiguous(self, "RPC v2 has no query string")
         if _media_type(request) not in ("", self.content_type):
-            fault = f"the Content-Type of {self.protocol} is {self.content_type}"
-            raise ambiguous(self, fault)
+            raise ambiguous(self, f"the Content-Type of {self.protocol} is {self.content_type}")
         return Meaning(_operation_name(match[1]))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
