@@ -3603,6 +3603,7 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
+Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3714,7 +3715,7 @@ class Queue:
         self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
+        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
@@ -3763,7 +3764,7 @@ class Queue:
         if self._hidden[0] is entry:
             self.changed.notify_all()  # the waiters must wake up earlier
         if len(self._hidden) > 2 * len(self.messages) + 64:
-            self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
+            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
             heapq.heapify(self._hidden)
 
     def show(self, message: Message) -> None:
@@ -3783,11 +3784,11 @@ class Queue:
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
-        hidden, back = self._hidden, []
-        while hidden and hidden[0][0] <= now:
-            entry = heapq.heappop(hidden)
-            if self._is_due(entry):
-                back.append(entry[2])
+        back = []
+        while self._hidden and self._hidden[0][0] <= now:
+            until, _, message = heapq.heappop(self._hidden)
+            if self.holds(message, until):
+                back.append(message)
         for message in back:
             self.show(message)
         for message in reversed(back):  # in front of the messages that were never received
@@ -3823,9 +3824,10 @@ class Queue:
                 hidden_groups.add(message.group)
             yield state, message
 
-    def _is_due(self, entry: tuple[float, int, Message]) -> bool:
-        until, _, message = entry
-        return self.messages.get(message.message_id) is message and message.hidden_until == until
+    def holds(self, message: Message, hidden_until: float) -> bool:
+        """Return whether the queue has this message, and hides it until that time."""
+        held = self.messages.get(message.message_id) is message
+        return held and message.hidden_until == hidden_until
 
     def _mark(self, message: Message, hidden_until: float) -> None:
         """Hide or show a message, and keep count."""
@@ -3845,12 +3847,11 @@ class Queue:
             self.changed.notify()
 
 
-class Sent(NamedTuple):
-    """A sent message, as a FIFO queue remembers it."""
-
-    at: float
-    message_id: str
-    sequence_number: str
+def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
+    """Return a memory of tuples that begin with their time, without those of five minutes ago."""
+    while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
+        memory.popitem(last=False)
+    return memory
 
 
 class FifoQueue(Queue):
@@ -3870,11 +3871,10 @@ class FifoQueue(Queue):
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
-        oldest = sent.at - SECONDS_DEDUPLICATED
-        while self._sent and next(iter(self._sent.values())).at <= oldest:
-            self._sent.popitem(last=False)
         group = system["MessageGroupId"] if self._scoped_to_group else ""
-        return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
+        key = group, system["MessageDeduplicationId"]
+        first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
+        return first
 
     def add(self, message: Message, delay: int = 0) -> None:
         self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
@@ -4504,21 +4504,22 @@ class Sqs:
             "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id"),
         }
         kept = {name: value for name, value in given.items() if value}
-        sent = first = Sent(now, self._new_id(), self._sequence_number())
+        new_id, number = self._new_id(), self._sequence_number()
+        first_id = new_id
         if isinstance(queue, FifoQueue):
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
-            kept["SequenceNumber"] = sent.sequence_number
-            first = queue.first_sent(kept, sent)
-        if first is sent:
-            queue.add(Message(sent.message_id, body, attributes, kept, now), delay)
-        output = {"MessageId": first.message_id, "MD5OfMessageBody": _md5(body)}
+            kept["SequenceNumber"] = number
+            _, first_id, number = queue.first_sent(kept, (now, new_id, number))
+        if first_id == new_id:
+            queue.add(Message(new_id, body, attributes, kept, now), delay)
+        output = {"MessageId": first_id, "MD5OfMessageBody": _md5(body)}
         if attributes:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
         if queue.fifo:
-            output["SequenceNumber"] = first.sequence_number
+            output["SequenceNumber"] = number
         return output
 
     def _sequence_number(self) -> str:
@@ -4636,22 +4637,16 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        then, received = queue.attempts.pop(attempt, (-math.inf, []))
-        untouched = all(
-            queue.messages.get(message.message_id) is message and message.hidden_until == until
-            for message, until in received
-        )
-        if not untouched or now >= then + SECONDS_DEDUPLICATED:
+        _, until, received = _recent(queue.attempts, now).pop(attempt, (now, now, []))
+        if not all(queue.holds(message, until) for message in received):
             return []
-        for message, _ in received:
+        for message in received:
             queue.hide(message, now + timeout)
-        return [message for message, _ in received]
+        return list(received)
 
     def _remember(self, queue: Queue, attempt: str, messages: list[Message], now: float) -> None:
-        attempts = queue.attempts
-        while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
-            attempts.popitem(last=False)
-        attempts[attempt] = (now, [(message, message.hidden_until) for message in messages])
+        attempts = _recent(queue.attempts, now)
+        attempts[attempt] = (now, messages[0].hidden_until, messages)
         if len(attempts) > MAX_ATTEMPTS:
             attempts.popitem(last=False)
 
