@@ -3712,7 +3712,6 @@ class Queue:
         self.tags: dict[str, str] = {}
         self.created = now
         self.purged = -math.inf
-        self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
         self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
@@ -3935,11 +3934,10 @@ class MoveTask:
         return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
-        """Return when the next message is due; at the greatest rate, the first come at once."""
+        """Return when the next message is due; without a rate, those of a second come at once."""
         rate = self.given.get("MaxNumberOfMessagesPerSecond")
-        if rate:
-            return self.started + self.moved / float(rate)
-        return self.started + (self.moved + 1) / MAX_MOVES_PER_SECOND - 1
+        at_once = 0 if rate else MAX_MOVES_PER_SECOND - 1
+        return self.started + (self.moved - at_once) / (rate or MAX_MOVES_PER_SECOND)
 
     def output(self) -> Mapping[str, Any]:
         """Return the task as an element of the output of ListMessageMoveTasks."""
@@ -4216,8 +4214,7 @@ class Sqs:
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
         with self._lock:
-            if self._running:
-                self._move_messages(self._clock())
+            self._move_messages()
             return OPERATIONS[call.operation].method(self, call)
 
     def drain(self) -> None:
@@ -4276,7 +4273,6 @@ class Sqs:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
-                queue.deleted = not name
                 queue.changed.notify_all()
             if not name:
                 for held in (self._queues, self._deleted, self._running):
@@ -4400,11 +4396,11 @@ class Sqs:
     def delete_queue(self, call: Call) -> None:
         queue = self._queue(call)
         del self._queues[queue.arn]
+        self._running.pop(queue.arn, None)
         if self._cooldown:
             now = self._clock()
             recent = {k: at for k, at in self._deleted.items() if at > now - SECONDS_COOLING}
             self._deleted = {**recent, queue.arn: now}
-        queue.deleted = True
         queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
@@ -4584,9 +4580,8 @@ class Sqs:
             changes = [queue.next_change(deadline), *moves]
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
-            if self._running:
-                self._move_messages(now)
-            if queue.deleted:
+            self._move_messages()
+            if self._queues.get(queue.arn) is not queue:
                 raise sqs_refusal("no queue")
             queue.advance(now)
             if call.request.abandoned():
@@ -4743,9 +4738,8 @@ class Sqs:
         task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
         self._running[source.arn] = task
-        self._move_messages(now)
-        for queue in self._queues.values():
-            queue.changed.notify_all()  # the waiters must wake up earlier
+        self._move_messages()
+        self.wake()  # the waiters must wake up earlier
         return {"TaskHandle": task.handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
@@ -4782,17 +4776,15 @@ class Sqs:
         del self._running[arn]
         return {"ApproximateNumberOfMessagesMoved": task.moved}
 
-    def _move_messages(self, now: float) -> None:
+    def _move_messages(self) -> None:
         for arn, task in list(self._running.items()):
-            task.status = self._move(task, now)
+            task.status = self._move(task, self._clock())
             if task.status != "RUNNING":
                 del self._running[arn]
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._queues.get(task.given["SourceArn"])
-        if source is None:
-            return "FAILED"
+        source = self._queues[task.given["SourceArn"]]
         source.advance(now)
         soon = now + 0.000001  # a float may be short
         while task.moved < task.to_move and task.next_move() <= soon and source.pick(1):
@@ -4815,9 +4807,9 @@ class Sqs:
 
 
 def _asks_for(pattern: str, name: str) -> bool:
-    if pattern in ("All", ".*", "*"):
-        return True
-    return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
+    if pattern.endswith(".*"):
+        return name.startswith(pattern[:-2])
+    return pattern in ("All", "*", name)
 
 
 # [5.5] The model of Amazon SQS
