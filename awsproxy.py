@@ -3649,6 +3649,8 @@ _SQS_REFUSALS = """
     entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
     batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
         sent {} bytes.
+    visibility: Value {} for parameter VisibilityTimeout is invalid. Reason: Total \
+        VisibilityTimeout for the message is beyond the limit [{} seconds]
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
     no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
@@ -3670,10 +3672,6 @@ def sqs_refusal(reason: str, *values: object) -> ServiceError:
     code, message = SQS_REFUSALS[reason]
     shown = (value[:2048] if isinstance(value, str) else value for value in values)
     return ServiceError(code, message.format(*shown))
-
-
-def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
-    return sqs_refusal("value", value, parameter, reason)
 
 
 # [5.2] Messages and queues
@@ -3997,10 +3995,10 @@ def _redrive_policy(text: str) -> str:
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
     except (ValueError, KeyError) as error:
         reason = "Redrive policy is not valid JSON."
-        raise _bad_value(text[:2048], "RedrivePolicy", reason) from error
+        raise sqs_refusal("value", text, "RedrivePolicy", reason) from error
     if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
         reason = f"Invalid value for maxReceiveCount: {count}, valid values are from 1 to 1000"
-        raise _bad_value(text, "RedrivePolicy", f"{reason} both inclusive.")
+        raise sqs_refusal("value", text, "RedrivePolicy", f"{reason} both inclusive.")
     return _to_json({"deadLetterTargetArn": target, "maxReceiveCount": int(count)}).decode()
 
 
@@ -4012,10 +4010,10 @@ def _redrive_allow_policy(text: str) -> str:
         permission, sources = "", []
     by_queue = permission == "byQueue"
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
-        raise _bad_value(text[:2048], "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
+        raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
     if by_queue != bool(sources) or len(sources) > 10:
         reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
-        raise _bad_value(text, "RedriveAllowPolicy", reason)
+        raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
     return text
 
 
@@ -4136,35 +4134,31 @@ def _size(entry: Members) -> int:
 
 def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
     if not low <= value <= high:
-        raise _bad_value(value, parameter, reason.format(low, high))
+        raise sqs_refusal("value", value, parameter, reason.format(low, high))
     return value
-
-
-def _visibility(seconds: int) -> int:
-    return _in_range(seconds, 0, SECONDS_HELD, "VisibilityTimeout")
 
 
 def _check_id(given: Members, parameter: str) -> None:
     value = given.get(parameter)
     if value is not None and not _GROUP_ID.fullmatch(value):
         reason = f"{parameter} can only include alphanumeric and punctuation characters."
-        raise _bad_value(value[:256], parameter, f"{reason} 1 to 128 in length.")
+        raise sqs_refusal("value", value[:256], parameter, f"{reason} 1 to 128 in length.")
 
 
 def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
     """Refuse an entry that does not fit the kind of queue, and with it the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
+    given = entry.get("MessageDeduplicationId")
     if not queue.fifo:
-        if "MessageDeduplicationId" in entry:
+        if given is not None:
             reason = "The request includes a parameter that is not valid for this queue type."
-            raise _bad_value(entry["MessageDeduplicationId"], "MessageDeduplicationId", reason)
+            raise sqs_refusal("value", given, "MessageDeduplicationId", reason)
         return
     if "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
         raise sqs_refusal("invalid", missing.message) if in_batch else missing
-    by_content = queue.settings["ContentBasedDeduplication"] == "true"
-    if "MessageDeduplicationId" not in entry and not by_content:
+    if given is None and queue.settings["ContentBasedDeduplication"] != "true":
         raise sqs_refusal("deduplication")
 
 
@@ -4322,15 +4316,15 @@ class Sqs:
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
         if target is None or target.place != queue.place:
-            raise _bad_value(text, "RedrivePolicy", "Dead letter target does not exist.")
+            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         if target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-            raise _bad_value(text, "RedrivePolicy", reason)
+            raise sqs_refusal("value", text, "RedrivePolicy", reason)
         policy = target.policy("RedriveAllowPolicy")
         allowed = policy.get("redrivePermission", "allowAll")
         if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
             reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-            raise _bad_value(text, "RedrivePolicy", reason)
+            raise sqs_refusal("value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
@@ -4420,7 +4414,7 @@ class Sqs:
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _LABEL.fullmatch(label):
             reason = "Can only include alphanumeric characters, hyphens, or underscores."
-            raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
+            raise sqs_refusal("value", label[:80], "Label", f"{reason} 1 to 80 in length")
         if len(actions) > 7:
             raise sqs_refusal("actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
@@ -4429,11 +4423,11 @@ class Sqs:
         for action in actions:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
-                raise _bad_value(f"SQS:{action[:80]}", "ActionName", reason)
+                raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
         policy = queue.policy("Policy")
         statements = self._statements(policy)
         if any(statement.get("Sid") == label for statement in statements):
-            raise _bad_value(label, "Label", "Already exists.")
+            raise sqs_refusal("value", label, "Label", "Already exists.")
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
         spelled = [f"SQS:{action}" for action in actions]
         statement = {
@@ -4453,7 +4447,7 @@ class Sqs:
         statements = self._statements(policy)
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
-            raise _bad_value(label[:80], "Label", "can't find label.")
+            raise sqs_refusal("value", label[:80], "Label", "can't find label.")
         changed = _to_json({**policy, "Statement": left}).decode() if left else ""
         queue.change({"Policy": changed}, self._clock())
 
@@ -4529,7 +4523,7 @@ class Sqs:
             return given
         if given and "DelaySeconds" in entry:
             reason = "The request include parameter that is not valid for this queue type."
-            raise _bad_value(given, "DelaySeconds", reason)
+            raise sqs_refusal("value", given, "DelaySeconds", reason)
         return of_queue
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
@@ -4564,7 +4558,8 @@ class Sqs:
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
         _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
-        timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
+        timeout = given.get("VisibilityTimeout", queue.number("VisibilityTimeout"))
+        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
         _check_id(given, "ReceiveRequestAttemptId")
         attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
         now = self._clock()
@@ -4696,7 +4691,7 @@ class Sqs:
         handle = entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message and queue.fifo and not held:
-            raise _bad_value(handle, "ReceiptHandle", "The receipt handle has expired.")
+            raise sqs_refusal("value", handle, "ReceiptHandle", "The receipt handle has expired.")
         if message:
             queue.remove(message)
 
@@ -4709,15 +4704,15 @@ class Sqs:
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
         if "VisibilityTimeout" not in entry:
             raise sqs_refusal("missing", "VisibilityTimeout")
-        timeout, handle = _visibility(entry["VisibilityTimeout"]), entry["ReceiptHandle"]
+        timeout, handle = entry["VisibilityTimeout"], entry["ReceiptHandle"]
+        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
         message, held = self._of_handle(queue, handle)
         if message is None or (queue.fifo and not held):
             reason = "Message does not exist or is not available for visibility timeout change."
-            raise _bad_value(handle, "ReceiptHandle", reason)
+            raise sqs_refusal("value", handle, "ReceiptHandle", reason)
         now = self._clock()
         if now + timeout > message.last_received + SECONDS_HELD:
-            reason = "Total VisibilityTimeout for the message is beyond the limit"
-            raise _bad_value(timeout, "VisibilityTimeout", f"{reason} [{SECONDS_HELD} seconds]")
+            raise sqs_refusal("visibility", timeout, SECONDS_HELD)
         if timeout:
             queue.hide(message, now + timeout)
         else:
