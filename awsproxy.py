@@ -4342,8 +4342,8 @@ class Sqs:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = (queue for queue in queues if queue.arn.startswith(prefix))
-        left = sorted((q for q in mine if q.name > after), key=lambda queue: queue.name)
+        left = [it for it in queues if it.arn.startswith(prefix) and it.name > after]
+        left.sort(key=lambda queue: queue.name)
         output: dict[str, Any] = {}
         if left:
             output[member] = [call.base_url + queue.url_path for queue in left[:most]]
@@ -4515,16 +4515,14 @@ class Sqs:
     def _sequence_number(self) -> str:
         return f"{next(self._serials):020d}"
 
-    def _delay(self, queue: Queue, entry: Mapping[str, Any]) -> int:
-        reason = "DelaySeconds must be >= 0 and <= 900."
-        of_queue = queue.number("DelaySeconds")
-        given = _in_range(entry.get("DelaySeconds", of_queue), 0, 900, "DelaySeconds", reason)
-        if not queue.fifo:
-            return given
-        if given and "DelaySeconds" in entry:
+    def _delay(self, queue: Queue, entry: Members) -> int:
+        delay, reason = entry.get("DelaySeconds", 0), "DelaySeconds must be >= 0 and <= 900."
+        _in_range(delay, 0, 900, "DelaySeconds", reason)
+        if queue.fifo and delay:
             reason = "The request include parameter that is not valid for this queue type."
-            raise sqs_refusal("value", given, "DelaySeconds", reason)
-        return of_queue
+            raise sqs_refusal("value", delay, "DelaySeconds", reason)
+        is_own = "DelaySeconds" in entry and not queue.fifo
+        return delay if is_own else queue.number("DelaySeconds")
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
         """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
@@ -4588,7 +4586,10 @@ class Sqs:
                 raise sqs_refusal("in flight")
             return {}
         if attempt:
-            self._remember(queue, attempt, messages, now)
+            attempts = _recent(queue.attempts, now)
+            attempts[attempt] = (now, messages[0].hidden_until, messages)
+            if len(attempts) > MAX_ATTEMPTS:
+                attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
@@ -4633,12 +4634,6 @@ class Sqs:
         for message in received:
             queue.hide(message, now + timeout)
         return list(received)
-
-    def _remember(self, queue: Queue, attempt: str, messages: list[Message], now: float) -> None:
-        attempts = _recent(queue.attempts, now)
-        attempts[attempt] = (now, messages[0].hidden_until, messages)
-        if len(attempts) > MAX_ATTEMPTS:
-            attempts.popitem(last=False)
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -4781,24 +4776,22 @@ class Sqs:
         """Move the messages of a task that should have moved by now, and return its status."""
         source = self._queues[task.given["SourceArn"]]
         source.advance(now)
-        soon = now + 0.000001  # a float may be short
-        while task.moved < task.to_move and task.next_move() <= soon and source.pick(1):
-            (message,) = source.pick(1)
-            of_source = message.system.get("DeadLetterQueueSourceArn", "")
+        while task.moved < task.to_move and source.pick(1):
+            if task.next_move() > now + 0.000001:  # a float may be short
+                return "RUNNING"
+            (dead,) = source.pick(1)
+            system = dict(dead.system)
+            of_source = system.pop("DeadLetterQueueSourceArn", "")
             target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
-            source.remove(message)
-            self._redrive(target, message, now)
+            if target.fifo:
+                system["SequenceNumber"] = self._sequence_number()
+            source.remove(dead)
+            # A new message with a new id ("Configure a dead-letter queue redrive").
+            target.add(Message(self._new_id(), dead.body, dead.attributes, system, now))
             task.moved += 1
-        return "RUNNING" if task.moved < task.to_move and source.pick(1) else "COMPLETED"
-
-    def _redrive(self, target: Queue, message: Message, now: float) -> None:
-        """Send a dead letter again: a new message with a new id ("Configure a DLQ redrive")."""
-        kept = {k: v for k, v in message.system.items() if k != "DeadLetterQueueSourceArn"}
-        if target.fifo:
-            kept["SequenceNumber"] = self._sequence_number()
-        target.add(Message(self._new_id(), message.body, message.attributes, kept, now))
+        return "COMPLETED"
 
 
 def _asks_for(pattern: str, name: str) -> bool:
