@@ -3748,14 +3748,19 @@ class Queue:
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._by_age)
-        if delay:
-            self.hide(message, message.sent + delay)
-        else:
-            self._turn(message)
+        self.hide(message, message.sent + delay if delay else 0.0)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until that time."""
-        self._mark(message, until)
+        """Hide a message until that time; 0 shows it, behind the other visible messages."""
+        change = bool(until) - bool(message.hidden_until)
+        message.hidden_until = until
+        if message.received:
+            self.in_flight += change
+        else:
+            self.delayed += change
+        self._turn(message)
+        if not until:
+            return
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
@@ -3764,14 +3769,10 @@ class Queue:
             self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
             heapq.heapify(self._hidden)
 
-    def show(self, message: Message) -> None:
-        """Make a message visible, behind the other visible messages."""
-        self._mark(message, 0.0)
-
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
         del self.messages[message.message_id]
-        self._mark(message, 0.0)
+        self.hide(message, 0.0)
 
     def clear(self) -> None:
         """Drop all messages."""
@@ -3787,7 +3788,7 @@ class Queue:
             if self.holds(message, until):
                 back.append(message)
         for message in back:
-            self.show(message)
+            self.hide(message, 0.0)
         for message in reversed(back):  # in front of the messages that were never received
             if message.received and not self.fifo:
                 self._ready.move_to_end(message.message_id, last=False)
@@ -3825,16 +3826,6 @@ class Queue:
         """Return whether the queue has this message, and hides it until that time."""
         held = self.messages.get(message.message_id) is message
         return held and message.hidden_until == hidden_until
-
-    def _mark(self, message: Message, hidden_until: float) -> None:
-        """Hide or show a message, and keep count."""
-        change = bool(hidden_until) - bool(message.hidden_until)
-        message.hidden_until = hidden_until
-        if message.received:
-            self.in_flight += change
-        else:
-            self.delayed += change
-        self._turn(message)
 
     def _turn(self, message: Message) -> None:
         """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
@@ -4616,7 +4607,7 @@ class Sqs:
                     taken.append(message)
         if not timeout:
             for message in taken:
-                queue.show(message)
+                queue.hide(message, 0.0)
         for message in dead:
             assert target
             message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
@@ -4708,10 +4699,7 @@ class Sqs:
         now = self._clock()
         if now + timeout > message.last_received + SECONDS_HELD:
             raise sqs_refusal("visibility", timeout, SECONDS_HELD)
-        if timeout:
-            queue.hide(message, now + timeout)
-        else:
-            queue.show(message)
+        queue.hide(message, now + timeout if timeout else 0.0)
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
         given, now = call.input, self._clock()
