@@ -3810,16 +3810,13 @@ class Queue:
         return list(itertools.islice(self._ready.values(), limit))
 
     def look(self) -> Iterator[tuple[str, Message]]:
-        """Yield each message with its state: visible, in flight, delayed, or blocked.
-
-        A message of a FIFO queue is blocked behind a hidden one of its group.
-        """
+        """Yield each message with its state: visible, in flight, delayed, or blocked."""
         hidden_groups = set()
         for message in self.messages.values():
             state = "blocked" if self.fifo and message.group in hidden_groups else "visible"
             if message.hidden_until:
                 state = "in flight" if message.received else "delayed"
-                hidden_groups.add(message.group)
+                hidden_groups.add(message.group)  # a receive stops at a hidden message
             yield state, message
 
     def holds(self, message: Message, hidden_until: float) -> bool:
@@ -3854,7 +3851,7 @@ class FifoQueue(Queue):
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = {}
+        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
@@ -3863,10 +3860,6 @@ class FifoQueue(Queue):
         key = group, system["MessageDeduplicationId"]
         first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
         return first
-
-    def add(self, message: Message, delay: int = 0) -> None:
-        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
-        super().add(message, delay)
 
     def clear(self) -> None:
         super().clear()
@@ -3888,21 +3881,21 @@ class FifoQueue(Queue):
         ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
         return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
-    def remove(self, message: Message) -> None:
-        group = self._groups[message.group]
-        del group[message.message_id]
-        if not group:
-            del self._groups[message.group]
-        super().remove(message)
-
     def _turn(self, message: Message) -> None:
-        """Add the group to `_ready` if its first message is visible, otherwise remove it."""
-        first = next(iter(self._groups.get(message.group, {}).values()), None)
-        if first is None or first.hidden_until:
-            self._ready.pop(message.group, None)
+        """Update the group, and add it to `_ready` only if its first message is visible."""
+        group = self._groups[message.group]
+        if message.message_id in self.messages:
+            group[message.message_id] = message  # keeps its place
         else:
+            del group[message.message_id]
+        first = next(iter(group.values()), None)
+        if first and not first.hidden_until:
             self._ready[message.group] = first
             self.changed.notify()
+        else:
+            self._ready.pop(message.group, None)
+        if not group:
+            del self._groups[message.group]
 
 
 @dataclass(eq=False)
