@@ -3956,8 +3956,8 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
     return {value.lower(): value for value in allowed}[text.lower()]
 
 
-def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
+def _policy(text: str) -> str:
+    """Check a policy; ValueError if it is no object, or so deep that writing it would fail."""
     policy = read_json(text)
     level: list[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
@@ -3965,17 +3965,12 @@ def _read_policy(text: str) -> Any:
         level = [below for node in nodes if isinstance(node, list) for below in node]
     if level or not isinstance(policy, dict):
         raise ValueError(text)
-    return policy
-
-
-def _a_policy(text: str) -> str:
-    _read_policy(text)
     return text
 
 
 def _redrive_policy(text: str) -> str:
     try:
-        policy = _read_policy(text)
+        policy = json.loads(_policy(text))
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
     except (ValueError, KeyError) as error:
         reason = "Redrive policy is not valid JSON."
@@ -3988,14 +3983,13 @@ def _redrive_policy(text: str) -> str:
 
 def _redrive_allow_policy(text: str) -> str:
     try:
-        policy = _read_policy(text)
+        policy = json.loads(_policy(text))
         permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
     except (ValueError, KeyError):
         permission, sources = "", []
-    by_queue = permission == "byQueue"
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
         raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
-    if by_queue != bool(sources) or len(sources) > 10:
+    if (permission == "byQueue") != bool(sources) or len(sources) > 10:
         reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
         raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
     return text
@@ -4019,7 +4013,7 @@ SETTINGS: Mapping[str, Setting] = {
     "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
     "KmsMasterKeyId": Setting("", str),
     "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
-    "Policy": Setting("", _a_policy),
+    "Policy": Setting("", _policy),
     "RedrivePolicy": Setting("", _redrive_policy),
     "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
     "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
