@@ -4151,8 +4151,8 @@ def random_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-def _own_arn(call: Call, name: str = "") -> str:
-    return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
+def _arn(call: Call, account: str, name: str = "") -> str:
+    return f"arn:aws:sqs:{call.region}:{account}:{name}"
 
 
 # [5.4] The operations
@@ -4255,12 +4255,12 @@ class Sqs:
         """Return the queue that the last two segments of QueueUrl name, or the only one."""
         rest, slash, name = call.input.get("QueueUrl", "").rstrip("/").rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
-        return self._found(call, account, name)
+        return self._found(call, _arn(call, account, name), "no queue")
 
-    def _found(self, call: Call, account: str, name: str) -> Queue:
-        queue = self._queues.get(_own_arn(call, name))
-        if queue is None or account != call.caller.account_id:
-            raise sqs_refusal("no queue")
+    def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
+        queue = self._queues.get(arn)
+        if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
+            raise sqs_refusal(*refusal)
         queue.advance(self._clock())
         return queue
 
@@ -4270,7 +4270,7 @@ class Sqs:
         if not (_FIFO_NAME if fifo else _LABEL).fullmatch(name):
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo, {})
-        now, arn = self._clock(), _own_arn(call, name)
+        now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self._queues.get(arn)
         if queue:
             for attribute, value in settings.items():
@@ -4310,12 +4310,13 @@ class Sqs:
             message = "Value for parameter QueueName is invalid. Reason: Must be specified."
             raise sqs_refusal("invalid", message)
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
-        return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
+        queue = self._found(call, _arn(call, owner, name), "no queue")
+        return {"QueueUrl": call.base_url + queue.url_path}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
-        token, prefix = call.input.get("NextToken"), _own_arn(call)
+        token, prefix = call.input.get("NextToken"), _arn(call, call.caller.account_id)
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
@@ -4711,11 +4712,7 @@ class Sqs:
         arn = call.input[parameter]
         if not _QUEUE_ARN.fullmatch(arn):
             raise sqs_refusal("arn", parameter)
-        queue = self._queues.get(arn)
-        if queue is None or queue.arn != _own_arn(call, queue.name):
-            raise sqs_refusal("no resource", parameter)
-        queue.advance(self._clock())
-        return queue
+        return self._found(call, arn, "no resource", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
@@ -4732,8 +4729,7 @@ class Sqs:
             raise sqs_refusal("task handle") from error
         if not isinstance(arn, str):
             raise sqs_refusal("task handle")
-        if not arn.startswith(_own_arn(call)) or arn not in self._queues:
-            raise sqs_refusal("no resource", "SourceArn")
+        self._found(call, arn, "no resource", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.task_id != task_id:
             raise sqs_refusal("no task")
