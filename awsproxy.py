@@ -3957,7 +3957,7 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
 
 
 def _policy(text: str) -> str:
-    """Check a policy; ValueError if it is no object, or so deep that writing it would fail."""
+    """Return the text of a policy; ValueError if it is no object, or too deep to write again."""
     policy = read_json(text)
     level: list[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
@@ -4123,7 +4123,7 @@ def _check_id(given: Members, parameter: str) -> None:
         raise sqs_refusal("value", value[:256], parameter, f"{reason} 1 to 128 in length.")
 
 
-def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
+def _check_fifo(call: Call, queue: Queue, entry: Members) -> None:
     """Refuse an entry that does not fit the kind of queue, and with it the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
@@ -4135,7 +4135,7 @@ def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
         return
     if "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
-        raise sqs_refusal("invalid", missing.message) if in_batch else missing
+        raise missing if entry is call.input else sqs_refusal("invalid", missing.message)
     if given is None and queue.settings["ContentBasedDeduplication"] != "true":
         raise sqs_refusal("deduplication")
 
@@ -4323,9 +4323,8 @@ class Sqs:
             raise sqs_refusal("token") from error
         left = [it for it in queues if it.arn.startswith(prefix) and it.name > after]
         left.sort(key=lambda queue: queue.name)
-        output: dict[str, Any] = {}
-        if left:
-            output[member] = [call.base_url + queue.url_path for queue in left[:most]]
+        page = [call.base_url + queue.url_path for queue in left[:most]]
+        output: dict[str, Any] = {member: page} if page else {}
         if len(left) > most and "MaxResults" in call.input:
             output["NextToken"] = _base64_text(left[most - 1].name.encode())
         return output
@@ -4392,8 +4391,7 @@ class Sqs:
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _LABEL.fullmatch(label):
-            reason = "Can only include alphanumeric characters, hyphens, or underscores."
-            raise sqs_refusal("value", label[:80], "Label", f"{reason} 1 to 80 in length")
+            raise sqs_refusal("value", label[:80], "Label", SQS_REFUSALS["name"][1])
         if len(actions) > 7:
             raise sqs_refusal("actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
@@ -4403,8 +4401,7 @@ class Sqs:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
                 raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
-        policy = queue.policy("Policy")
-        statements = self._statements(policy)
+        policy, statements = self._policy(queue)
         if any(statement.get("Sid") == label for statement in statements):
             raise sqs_refusal("value", label, "Label", "Already exists.")
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
@@ -4422,23 +4419,24 @@ class Sqs:
 
     def remove_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
-        policy = queue.policy("Policy")
-        statements = self._statements(policy)
+        policy, statements = self._policy(queue)
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
             raise sqs_refusal("value", label[:80], "Label", "can't find label.")
         changed = _to_json({**policy, "Statement": left}).decode() if left else ""
         queue.change({"Policy": changed}, self._clock())
 
-    def _statements(self, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _policy(self, queue: Queue) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the policy of a queue and its statements."""
+        policy = queue.policy("Policy")
         found = policy.get("Statement", [])
         listed = found if isinstance(found, list) else [found]
-        return [item for item in listed if type(item) is dict]
+        return policy, [item for item in listed if type(item) is dict]
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
         queue = self._queue(call)
-        _check_fifo(queue, call.input, in_batch=False)
-        return self._send(queue, call.input, call, "are invalid")
+        _check_fifo(call, queue, call.input)
+        return self._send(call, queue, call.input)
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         queue, entries = self._queue(call), self._entries(call)
@@ -4446,11 +4444,10 @@ class Sqs:
         if size > MAX_BATCH_BYTES:
             raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
-            _check_fifo(queue, entry, in_batch=True)
-        send = functools.partial(self._send, call=call, too_long="cannot be validated")
-        return self._each(call, send)
+            _check_fifo(call, queue, entry)
+        return self._each(call, functools.partial(self._send, call))
 
-    def _send(self, queue: Queue, entry: Members, call: Call, too_long: str) -> Members:
+    def _send(self, call: Call, queue: Queue, entry: Members) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
         if not body:
@@ -4459,7 +4456,8 @@ class Sqs:
             raise sqs_refusal("characters")
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
-            raise sqs_refusal("too long", too_long, most)
+            reason = "are invalid" if entry is call.input else "cannot be validated"
+            raise sqs_refusal("too long", reason, most)
         _check_attributes(attributes)
         for name, attribute in system.items():
             if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
