@@ -3311,6 +3311,7 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
+Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
 
 # Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3356,6 +3357,8 @@ _SQS_REFUSALS = """
     entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
     batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
         sent {} bytes.
+    visibility: Value {} for parameter VisibilityTimeout is invalid. Reason: Total \
+        VisibilityTimeout for the message is beyond the limit [{} seconds]
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
     no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
@@ -3377,10 +3380,6 @@ def sqs_refusal(reason: str, *values: object) -> ServiceError:
     code, message = SQS_REFUSALS[reason]
     shown = (value[:2048] if isinstance(value, str) else value for value in values)
     return ServiceError(code, message.format(*shown))
-
-
-def _bad_value(value: object, parameter: str, reason: str) -> ServiceError:
-    return sqs_refusal("value", value, parameter, reason)
 
 
 # [5.2] Messages and queues
@@ -3419,10 +3418,9 @@ class Queue:
         self.tags: dict[str, str] = {}
         self.created = now
         self.purged = -math.inf
-        self.deleted = False
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: OrderedDict[str, tuple[float, list[tuple[Message, float]]]] = OrderedDict()
+        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
@@ -3458,30 +3456,31 @@ class Queue:
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._by_age)
-        if delay:
-            self.hide(message, message.sent + delay)
-        else:
-            self._turn(message)
+        self.hide(message, message.sent + delay if delay else 0.0)
 
     def hide(self, message: Message, until: float) -> None:
-        """Make a message invisible until that time."""
-        self._mark(message, until)
+        """Hide a message until that time; 0 shows it, behind the other visible messages."""
+        change = bool(until) - bool(message.hidden_until)
+        message.hidden_until = until
+        if message.received:
+            self.in_flight += change
+        else:
+            self.delayed += change
+        self._turn(message)
+        if not until:
+            return
         entry = (until, next(self._order), message)
         heapq.heappush(self._hidden, entry)
         if self._hidden[0] is entry:
             self.changed.notify_all()  # the waiters must wake up earlier
         if len(self._hidden) > 2 * len(self.messages) + 64:
-            self._hidden = [entry for entry in self._hidden if self._is_due(entry)]
+            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
             heapq.heapify(self._hidden)
-
-    def show(self, message: Message) -> None:
-        """Make a message visible, behind the other visible messages."""
-        self._mark(message, 0.0)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
         del self.messages[message.message_id]
-        self._mark(message, 0.0)
+        self.hide(message, 0.0)
 
     def clear(self) -> None:
         """Drop all messages."""
@@ -3491,13 +3490,13 @@ class Queue:
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
-        hidden, back = self._hidden, []
-        while hidden and hidden[0][0] <= now:
-            entry = heapq.heappop(hidden)
-            if self._is_due(entry):
-                back.append(entry[2])
+        back = []
+        while self._hidden and self._hidden[0][0] <= now:
+            until, _, message = heapq.heappop(self._hidden)
+            if self.holds(message, until):
+                back.append(message)
         for message in back:
-            self.show(message)
+            self.hide(message, 0.0)
         for message in reversed(back):  # in front of the messages that were never received
             if message.received and not self.fifo:
                 self._ready.move_to_end(message.message_id, last=False)
@@ -3518,19 +3517,10 @@ class Queue:
         """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._ready.values(), limit))
 
-    def _is_due(self, entry: tuple[float, int, Message]) -> bool:
-        until, _, message = entry
-        return self.messages.get(message.message_id) is message and message.hidden_until == until
-
-    def _mark(self, message: Message, hidden_until: float) -> None:
-        """Hide or show a message, and keep count."""
-        change = bool(hidden_until) - bool(message.hidden_until)
-        message.hidden_until = hidden_until
-        if message.received:
-            self.in_flight += change
-        else:
-            self.delayed += change
-        self._turn(message)
+    def holds(self, message: Message, hidden_until: float) -> bool:
+        """Return whether the queue has this message, and hides it until that time."""
+        held = self.messages.get(message.message_id) is message
+        return held and message.hidden_until == hidden_until
 
     def _turn(self, message: Message) -> None:
         """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
@@ -3540,12 +3530,11 @@ class Queue:
             self.changed.notify()
 
 
-class Sent(NamedTuple):
-    """A sent message, as a FIFO queue remembers it."""
-
-    at: float
-    message_id: str
-    sequence_number: str
+def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
+    """Return a memory of tuples that begin with their time, without those of five minutes ago."""
+    while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
+        memory.popitem(last=False)
+    return memory
 
 
 class FifoQueue(Queue):
@@ -3560,20 +3549,15 @@ class FifoQueue(Queue):
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
         self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = {}
+        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
-        oldest = sent.at - SECONDS_DEDUPLICATED
-        while self._sent and next(iter(self._sent.values())).at <= oldest:
-            self._sent.popitem(last=False)
         group = system["MessageGroupId"] if self._scoped_to_group else ""
-        return self._sent.setdefault((group, system["MessageDeduplicationId"]), sent)
-
-    def add(self, message: Message, delay: int = 0) -> None:
-        self._groups.setdefault(message.group, OrderedDict())[message.message_id] = message
-        super().add(message, delay)
+        key = group, system["MessageDeduplicationId"]
+        first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
+        return first
 
     def clear(self) -> None:
         super().clear()
@@ -3595,21 +3579,21 @@ class FifoQueue(Queue):
         ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
         return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
-    def remove(self, message: Message) -> None:
-        group = self._groups[message.group]
-        del group[message.message_id]
-        if not group:
-            del self._groups[message.group]
-        super().remove(message)
-
     def _turn(self, message: Message) -> None:
-        """Add the group to `_ready` if its first message is visible, otherwise remove it."""
-        first = next(iter(self._groups.get(message.group, {}).values()), None)
-        if first is None or first.hidden_until:
-            self._ready.pop(message.group, None)
+        """Update the group, and add it to `_ready` only if its first message is visible."""
+        group = self._groups[message.group]
+        if message.message_id in self.messages:
+            group[message.message_id] = message  # keeps its place
         else:
+            del group[message.message_id]
+        first = next(iter(group.values()), None)
+        if first and not first.hidden_until:
             self._ready[message.group] = first
             self.changed.notify()
+        else:
+            self._ready.pop(message.group, None)
+        if not group:
+            del self._groups[message.group]
 
 
 @dataclass(eq=False)
@@ -3630,11 +3614,10 @@ class MoveTask:
         return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
-        """Return when the next message is due; at the greatest rate, the first come at once."""
+        """Return when the next message is due; without a rate, those of a second come at once."""
         rate = self.given.get("MaxNumberOfMessagesPerSecond")
-        if rate:
-            return self.started + self.moved / float(rate)
-        return self.started + (self.moved + 1) / MAX_MOVES_PER_SECOND - 1
+        at_once = 0 if rate else MAX_MOVES_PER_SECOND - 1
+        return self.started + (self.moved - at_once) / (rate or MAX_MOVES_PER_SECOND)
 
     def output(self) -> Mapping[str, Any]:
         """Return the task as an element of the output of ListMessageMoveTasks."""
@@ -3671,8 +3654,8 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
     return {value.lower(): value for value in allowed}[text.lower()]
 
 
-def _read_policy(text: str) -> Any:
-    """Return a policy; ValueError if it is no object, or so deep that writing it would fail."""
+def _policy(text: str) -> str:
+    """Return the text of a policy; ValueError if it is no object, or too deep to write again."""
     policy = read_json(text)
     level: list[Any] = [policy]
     for _ in range(MAX_POLICY_DEPTH):
@@ -3680,39 +3663,33 @@ def _read_policy(text: str) -> Any:
         level = [below for node in nodes if isinstance(node, list) for below in node]
     if level or not isinstance(policy, dict):
         raise ValueError(text)
-    return policy
-
-
-def _a_policy(text: str) -> str:
-    _read_policy(text)
     return text
 
 
 def _redrive_policy(text: str) -> str:
     try:
-        policy = _read_policy(text)
+        policy = json.loads(_policy(text))
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
     except (ValueError, KeyError) as error:
         reason = "Redrive policy is not valid JSON."
-        raise _bad_value(text[:2048], "RedrivePolicy", reason) from error
+        raise sqs_refusal("value", text, "RedrivePolicy", reason) from error
     if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
         reason = f"Invalid value for maxReceiveCount: {count}, valid values are from 1 to 1000"
-        raise _bad_value(text, "RedrivePolicy", f"{reason} both inclusive.")
+        raise sqs_refusal("value", text, "RedrivePolicy", f"{reason} both inclusive.")
     return _to_json({"deadLetterTargetArn": target, "maxReceiveCount": int(count)}).decode()
 
 
 def _redrive_allow_policy(text: str) -> str:
     try:
-        policy = _read_policy(text)
+        policy = json.loads(_policy(text))
         permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
     except (ValueError, KeyError):
         permission, sources = "", []
-    by_queue = permission == "byQueue"
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
-        raise _bad_value(text[:2048], "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
-    if by_queue != bool(sources) or len(sources) > 10:
+        raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
+    if (permission == "byQueue") != bool(sources) or len(sources) > 10:
         reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
-        raise _bad_value(text, "RedriveAllowPolicy", reason)
+        raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
     return text
 
 
@@ -3734,7 +3711,7 @@ SETTINGS: Mapping[str, Setting] = {
     "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
     "KmsMasterKeyId": Setting("", str),
     "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
-    "Policy": Setting("", _a_policy),
+    "Policy": Setting("", _policy),
     "RedrivePolicy": Setting("", _redrive_policy),
     "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
     "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
@@ -3833,35 +3810,31 @@ def _size(entry: Members) -> int:
 
 def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
     if not low <= value <= high:
-        raise _bad_value(value, parameter, reason.format(low, high))
+        raise sqs_refusal("value", value, parameter, reason.format(low, high))
     return value
-
-
-def _visibility(seconds: int) -> int:
-    return _in_range(seconds, 0, SECONDS_HELD, "VisibilityTimeout")
 
 
 def _check_id(given: Members, parameter: str) -> None:
     value = given.get(parameter)
     if value is not None and not _GROUP_ID.fullmatch(value):
         reason = f"{parameter} can only include alphanumeric and punctuation characters."
-        raise _bad_value(value[:256], parameter, f"{reason} 1 to 128 in length.")
+        raise sqs_refusal("value", value[:256], parameter, f"{reason} 1 to 128 in length.")
 
 
-def _check_fifo(queue: Queue, entry: Members, in_batch: bool) -> None:
+def _check_fifo(call: Call, queue: Queue, entry: Members) -> None:
     """Refuse an entry that does not fit the kind of queue, and with it the whole batch."""
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
+    given = entry.get("MessageDeduplicationId")
     if not queue.fifo:
-        if "MessageDeduplicationId" in entry:
+        if given is not None:
             reason = "The request includes a parameter that is not valid for this queue type."
-            raise _bad_value(entry["MessageDeduplicationId"], "MessageDeduplicationId", reason)
+            raise sqs_refusal("value", given, "MessageDeduplicationId", reason)
         return
     if "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
-        raise sqs_refusal("invalid", missing.message) if in_batch else missing
-    by_content = queue.settings["ContentBasedDeduplication"] == "true"
-    if "MessageDeduplicationId" not in entry and not by_content:
+        raise missing if entry is call.input else sqs_refusal("invalid", missing.message)
+    if given is None and queue.settings["ContentBasedDeduplication"] != "true":
         raise sqs_refusal("deduplication")
 
 
@@ -3876,8 +3849,8 @@ def random_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-def _own_arn(call: Call, name: str = "") -> str:
-    return f"arn:aws:sqs:{call.region}:{call.caller.account_id}:{name}"
+def _arn(call: Call, account: str, name: str = "") -> str:
+    return f"arn:aws:sqs:{call.region}:{account}:{name}"
 
 
 # [5.4] The operations
@@ -3911,14 +3884,17 @@ class Sqs:
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
         with self._lock:
-            if self._running:
-                self._move_messages(self._clock())
+            self._move_messages()
             return OPERATIONS[call.operation].method(self, call)
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
+        self._draining = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make all calls that wait for messages look at their queue again."""
         with self._lock:
-            self._draining = True
             for queue in self._queues.values():
                 queue.changed.notify_all()
 
@@ -3951,7 +3927,6 @@ class Sqs:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
-                queue.deleted = not name
                 queue.changed.notify_all()
             if not name:
                 for held in (self._queues, self._deleted, self._running):
@@ -3962,12 +3937,12 @@ class Sqs:
         """Return the queue that the last two segments of QueueUrl name, or the only one."""
         rest, slash, name = call.input.get("QueueUrl", "").rstrip("/").rpartition("/")
         account = rest.rpartition("/")[2] if slash else call.caller.account_id
-        return self._found(call, account, name)
+        return self._found(call, _arn(call, account, name), "no queue")
 
-    def _found(self, call: Call, account: str, name: str) -> Queue:
-        queue = self._queues.get(_own_arn(call, name))
-        if queue is None or account != call.caller.account_id:
-            raise sqs_refusal("no queue")
+    def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
+        queue = self._queues.get(arn)
+        if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
+            raise sqs_refusal(*refusal)
         queue.advance(self._clock())
         return queue
 
@@ -3977,7 +3952,7 @@ class Sqs:
         if not (_FIFO_NAME if fifo else _LABEL).fullmatch(name):
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo, {})
-        now, arn = self._clock(), _own_arn(call, name)
+        now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self._queues.get(arn)
         if queue:
             for attribute, value in settings.items():
@@ -4001,15 +3976,15 @@ class Sqs:
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
         if target is None or target.place != queue.place:
-            raise _bad_value(text, "RedrivePolicy", "Dead letter target does not exist.")
+            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         if target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-            raise _bad_value(text, "RedrivePolicy", reason)
+            raise sqs_refusal("value", text, "RedrivePolicy", reason)
         policy = target.policy("RedriveAllowPolicy")
         allowed = policy.get("redrivePermission", "allowAll")
         if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
             reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-            raise _bad_value(text, "RedrivePolicy", reason)
+            raise sqs_refusal("value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
@@ -4017,21 +3992,21 @@ class Sqs:
             message = "Value for parameter QueueName is invalid. Reason: Must be specified."
             raise sqs_refusal("invalid", message)
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
-        return {"QueueUrl": call.base_url + self._found(call, owner, name).url_path}
+        queue = self._found(call, _arn(call, owner, name), "no queue")
+        return {"QueueUrl": call.base_url + queue.url_path}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
-        token, prefix = call.input.get("NextToken"), _own_arn(call)
+        token, prefix = call.input.get("NextToken"), _arn(call, call.caller.account_id)
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        mine = (queue for queue in queues if queue.arn.startswith(prefix))
-        left = sorted((q for q in mine if q.name > after), key=lambda queue: queue.name)
-        output: dict[str, Any] = {}
-        if left:
-            output[member] = [call.base_url + queue.url_path for queue in left[:most]]
+        left = [it for it in queues if it.arn.startswith(prefix) and it.name > after]
+        left.sort(key=lambda queue: queue.name)
+        page = [call.base_url + queue.url_path for queue in left[:most]]
+        output: dict[str, Any] = {member: page} if page else {}
         if len(left) > most and "MaxResults" in call.input:
             output["NextToken"] = _base64_text(left[most - 1].name.encode())
         return output
@@ -4075,11 +4050,11 @@ class Sqs:
     def delete_queue(self, call: Call) -> None:
         queue = self._queue(call)
         del self._queues[queue.arn]
+        self._running.pop(queue.arn, None)
         if self._cooldown:
             now = self._clock()
             recent = {k: at for k, at in self._deleted.items() if at > now - SECONDS_COOLING}
             self._deleted = {**recent, queue.arn: now}
-        queue.deleted = True
         queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
@@ -4098,8 +4073,7 @@ class Sqs:
         queue, label = self._queue(call), call.input["Label"]
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _LABEL.fullmatch(label):
-            reason = "Can only include alphanumeric characters, hyphens, or underscores."
-            raise _bad_value(label[:80], "Label", f"{reason} 1 to 80 in length")
+            raise sqs_refusal("value", label[:80], "Label", SQS_REFUSALS["name"][1])
         if len(actions) > 7:
             raise sqs_refusal("actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
@@ -4108,11 +4082,10 @@ class Sqs:
         for action in actions:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
-                raise _bad_value(f"SQS:{action[:80]}", "ActionName", reason)
-        policy = queue.policy("Policy")
-        statements = self._statements(policy)
+                raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
+        policy, statements = self._policy(queue)
         if any(statement.get("Sid") == label for statement in statements):
-            raise _bad_value(label, "Label", "Already exists.")
+            raise sqs_refusal("value", label, "Label", "Already exists.")
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
         spelled = [f"SQS:{action}" for action in actions]
         statement = {
@@ -4128,23 +4101,24 @@ class Sqs:
 
     def remove_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
-        policy = queue.policy("Policy")
-        statements = self._statements(policy)
+        policy, statements = self._policy(queue)
         left = [statement for statement in statements if statement.get("Sid") != label]
         if len(left) == len(statements):
-            raise _bad_value(label[:80], "Label", "can't find label.")
+            raise sqs_refusal("value", label[:80], "Label", "can't find label.")
         changed = _to_json({**policy, "Statement": left}).decode() if left else ""
         queue.change({"Policy": changed}, self._clock())
 
-    def _statements(self, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _policy(self, queue: Queue) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the policy of a queue and its statements."""
+        policy = queue.policy("Policy")
         found = policy.get("Statement", [])
         listed = found if isinstance(found, list) else [found]
-        return [item for item in listed if type(item) is dict]
+        return policy, [item for item in listed if type(item) is dict]
 
     def send_message(self, call: Call) -> Mapping[str, Any]:
         queue = self._queue(call)
-        _check_fifo(queue, call.input, in_batch=False)
-        return self._send(queue, call.input, call, "are invalid")
+        _check_fifo(call, queue, call.input)
+        return self._send(call, queue, call.input)
 
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         queue, entries = self._queue(call), self._entries(call)
@@ -4152,11 +4126,10 @@ class Sqs:
         if size > MAX_BATCH_BYTES:
             raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
-            _check_fifo(queue, entry, in_batch=True)
-        send = functools.partial(self._send, call=call, too_long="cannot be validated")
-        return self._each(call, send)
+            _check_fifo(call, queue, entry)
+        return self._each(call, functools.partial(self._send, call))
 
-    def _send(self, queue: Queue, entry: Members, call: Call, too_long: str) -> Members:
+    def _send(self, call: Call, queue: Queue, entry: Members) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
         if not body:
@@ -4165,7 +4138,8 @@ class Sqs:
             raise sqs_refusal("characters")
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
-            raise sqs_refusal("too long", too_long, most)
+            reason = "are invalid" if entry is call.input else "cannot be validated"
+            raise sqs_refusal("too long", reason, most)
         _check_attributes(attributes)
         for name, attribute in system.items():
             if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
@@ -4179,36 +4153,35 @@ class Sqs:
             "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id"),
         }
         kept = {name: value for name, value in given.items() if value}
-        sent = first = Sent(now, self._new_id(), self._sequence_number())
+        new_id, number = self._new_id(), self._sequence_number()
+        first_id = new_id
         if isinstance(queue, FifoQueue):
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
-            kept["SequenceNumber"] = sent.sequence_number
-            first = queue.first_sent(kept, sent)
-        if first is sent:
-            queue.add(Message(sent.message_id, body, attributes, kept, now), delay)
-        output = {"MessageId": first.message_id, "MD5OfMessageBody": _md5(body)}
+            kept["SequenceNumber"] = number
+            _, first_id, number = queue.first_sent(kept, (now, new_id, number))
+        if first_id == new_id:
+            queue.add(Message(new_id, body, attributes, kept, now), delay)
+        output = {"MessageId": first_id, "MD5OfMessageBody": _md5(body)}
         if attributes:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
         if queue.fifo:
-            output["SequenceNumber"] = first.sequence_number
+            output["SequenceNumber"] = number
         return output
 
     def _sequence_number(self) -> str:
         return f"{next(self._serials):020d}"
 
-    def _delay(self, queue: Queue, entry: Mapping[str, Any]) -> int:
-        reason = "DelaySeconds must be >= 0 and <= 900."
-        of_queue = queue.number("DelaySeconds")
-        given = _in_range(entry.get("DelaySeconds", of_queue), 0, 900, "DelaySeconds", reason)
-        if not queue.fifo:
-            return given
-        if given and "DelaySeconds" in entry:
+    def _delay(self, queue: Queue, entry: Members) -> int:
+        delay, reason = entry.get("DelaySeconds", 0), "DelaySeconds must be >= 0 and <= 900."
+        _in_range(delay, 0, 900, "DelaySeconds", reason)
+        if queue.fifo and delay:
             reason = "The request include parameter that is not valid for this queue type."
-            raise _bad_value(given, "DelaySeconds", reason)
-        return of_queue
+            raise sqs_refusal("value", delay, "DelaySeconds", reason)
+        is_own = "DelaySeconds" in entry and not queue.fifo
+        return delay if is_own else queue.number("DelaySeconds")
 
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
         """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
@@ -4242,7 +4215,8 @@ class Sqs:
         limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
         patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
         _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
-        timeout = _visibility(given.get("VisibilityTimeout", queue.number("VisibilityTimeout")))
+        timeout = given.get("VisibilityTimeout", queue.number("VisibilityTimeout"))
+        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
         _check_id(given, "ReceiveRequestAttemptId")
         attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
         now = self._clock()
@@ -4258,9 +4232,8 @@ class Sqs:
             changes = [queue.next_change(deadline), *moves]
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
-            if self._running:
-                self._move_messages(now)
-            if queue.deleted:
+            self._move_messages()
+            if self._queues.get(queue.arn) is not queue:
                 raise sqs_refusal("no queue")
             queue.advance(now)
             if call.request.abandoned():
@@ -4272,7 +4245,10 @@ class Sqs:
                 raise sqs_refusal("in flight")
             return {}
         if attempt:
-            self._remember(queue, attempt, messages, now)
+            attempts = _recent(queue.attempts, now)
+            attempts[attempt] = (now, messages[0].hidden_until, messages)
+            if len(attempts) > MAX_ATTEMPTS:
+                attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
@@ -4299,7 +4275,7 @@ class Sqs:
                     taken.append(message)
         if not timeout:
             for message in taken:
-                queue.show(message)
+                queue.hide(message, 0.0)
         for message in dead:
             assert target
             message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
@@ -4311,24 +4287,12 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        then, received = queue.attempts.pop(attempt, (-math.inf, []))
-        untouched = all(
-            queue.messages.get(message.message_id) is message and message.hidden_until == until
-            for message, until in received
-        )
-        if not untouched or now >= then + SECONDS_DEDUPLICATED:
+        _, until, received = _recent(queue.attempts, now).pop(attempt, (now, now, []))
+        if not all(queue.holds(message, until) for message in received):
             return []
-        for message, _ in received:
+        for message in received:
             queue.hide(message, now + timeout)
-        return [message for message, _ in received]
-
-    def _remember(self, queue: Queue, attempt: str, messages: list[Message], now: float) -> None:
-        attempts = queue.attempts
-        while attempts and next(iter(attempts.values()))[0] <= now - SECONDS_DEDUPLICATED:
-            attempts.popitem(last=False)
-        attempts[attempt] = (now, [(message, message.hidden_until) for message in messages])
-        if len(attempts) > MAX_ATTEMPTS:
-            attempts.popitem(last=False)
+        return list(received)
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -4381,7 +4345,7 @@ class Sqs:
         handle = entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message and queue.fifo and not held:
-            raise _bad_value(handle, "ReceiptHandle", "The receipt handle has expired.")
+            raise sqs_refusal("value", handle, "ReceiptHandle", "The receipt handle has expired.")
         if message:
             queue.remove(message)
 
@@ -4394,19 +4358,16 @@ class Sqs:
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
         if "VisibilityTimeout" not in entry:
             raise sqs_refusal("missing", "VisibilityTimeout")
-        timeout, handle = _visibility(entry["VisibilityTimeout"]), entry["ReceiptHandle"]
+        timeout, handle = entry["VisibilityTimeout"], entry["ReceiptHandle"]
+        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
         message, held = self._of_handle(queue, handle)
         if message is None or (queue.fifo and not held):
             reason = "Message does not exist or is not available for visibility timeout change."
-            raise _bad_value(handle, "ReceiptHandle", reason)
+            raise sqs_refusal("value", handle, "ReceiptHandle", reason)
         now = self._clock()
         if now + timeout > message.last_received + SECONDS_HELD:
-            reason = "Total VisibilityTimeout for the message is beyond the limit"
-            raise _bad_value(timeout, "VisibilityTimeout", f"{reason} [{SECONDS_HELD} seconds]")
-        if timeout:
-            queue.hide(message, now + timeout)
-        else:
-            queue.show(message)
+            raise sqs_refusal("visibility", timeout, SECONDS_HELD)
+        queue.hide(message, now + timeout if timeout else 0.0)
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
         given, now = call.input, self._clock()
@@ -4423,20 +4384,15 @@ class Sqs:
         task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
         self._running[source.arn] = task
-        self._move_messages(now)
-        for queue in self._queues.values():
-            queue.changed.notify_all()  # the waiters must wake up earlier
+        self._move_messages()
+        self.wake()  # the waiters must wake up earlier
         return {"TaskHandle": task.handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         if not _QUEUE_ARN.fullmatch(arn):
             raise sqs_refusal("arn", parameter)
-        queue = self._queues.get(arn)
-        if queue is None or queue.arn != _own_arn(call, queue.name):
-            raise sqs_refusal("no resource", parameter)
-        queue.advance(self._clock())
-        return queue
+        return self._found(call, arn, "no resource", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
@@ -4453,8 +4409,7 @@ class Sqs:
             raise sqs_refusal("task handle") from error
         if not isinstance(arn, str):
             raise sqs_refusal("task handle")
-        if not arn.startswith(_own_arn(call)) or arn not in self._queues:
-            raise sqs_refusal("no resource", "SourceArn")
+        self._found(call, arn, "no resource", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.task_id != task_id:
             raise sqs_refusal("no task")
@@ -4462,42 +4417,38 @@ class Sqs:
         del self._running[arn]
         return {"ApproximateNumberOfMessagesMoved": task.moved}
 
-    def _move_messages(self, now: float) -> None:
+    def _move_messages(self) -> None:
         for arn, task in list(self._running.items()):
-            task.status = self._move(task, now)
+            task.status = self._move(task, self._clock())
             if task.status != "RUNNING":
                 del self._running[arn]
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._queues.get(task.given["SourceArn"])
-        if source is None:
-            return "FAILED"
+        source = self._queues[task.given["SourceArn"]]
         source.advance(now)
-        soon = now + 0.000001  # a float may be short
-        while task.moved < task.to_move and task.next_move() <= soon and source.pick(1):
-            (message,) = source.pick(1)
-            of_source = message.system.get("DeadLetterQueueSourceArn", "")
+        while task.moved < task.to_move and source.pick(1):
+            if task.next_move() > now + 0.000001:  # a float may be short
+                return "RUNNING"
+            (dead,) = source.pick(1)
+            system = dict(dead.system)
+            of_source = system.pop("DeadLetterQueueSourceArn", "")
             target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
-            source.remove(message)
-            self._redrive(target, message, now)
+            if target.fifo:
+                system["SequenceNumber"] = self._sequence_number()
+            source.remove(dead)
+            # A new message with a new id ("Configure a dead-letter queue redrive").
+            target.add(Message(self._new_id(), dead.body, dead.attributes, system, now))
             task.moved += 1
-        return "RUNNING" if task.moved < task.to_move and source.pick(1) else "COMPLETED"
-
-    def _redrive(self, target: Queue, message: Message, now: float) -> None:
-        """Send a dead letter again: a new message with a new id ("Configure a DLQ redrive")."""
-        kept = {k: v for k, v in message.system.items() if k != "DeadLetterQueueSourceArn"}
-        if target.fifo:
-            kept["SequenceNumber"] = self._sequence_number()
-        target.add(Message(self._new_id(), message.body, message.attributes, kept, now))
+        return "COMPLETED"
 
 
 def _asks_for(pattern: str, name: str) -> bool:
-    if pattern in ("All", ".*", "*"):
-        return True
-    return name.startswith(pattern[:-2]) if pattern.endswith(".*") else name == pattern
+    if pattern.endswith(".*"):
+        return name.startswith(pattern[:-2])
+    return pattern in ("All", "*", name)
 
 
 # [5.5] The model of Amazon SQS
