@@ -5015,8 +5015,8 @@ def receipt_handles(reply: Reply) -> list[str]:
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
-# To add a source of credentials: write a method of CredentialChain that returns Credentials or
-# raises NoKeys, put it into _sources, and its environment variables into _SET_UP_BY.
+# To add a source of credentials: write a method of CredentialChain that returns Credentials, or
+# raises NotSetUp if nothing chooses the source and NoKeys if it fails.  Put it into _sources.
 
 
 # [6.1] Endpoints
@@ -5317,8 +5317,8 @@ class NoKeys(Exception):
         self.passing = passing
 
 
-class SourceFailed(NoKeys):
-    """A source that is set up has no credentials: no other source is tried."""
+class NotSetUp(NoKeys):
+    """Nothing chooses this source: the next one is tried."""
 
 
 class _Unredirected(urllib.request.HTTPRedirectHandler):
@@ -5463,15 +5463,6 @@ def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
     return _credentials(key, secret, given, _expiry(found.get("Expiration")))
 
 
-_SET_UP_BY = {  # variables, and settings of a profile
-    "environment": ("AWS_ACCESS_KEY_ID",),
-    "web": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
-    "profile": (
-        "role_arn", "credential_process", "sso_account_id", "sso_role_name", "login_session",
-        "aws_access_key_id",
-    ),
-    "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
-}  # fmt: skip
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
@@ -5498,53 +5489,52 @@ class CredentialChain:
         self._fetch = fetch
         self._clock = clock
         self._instance: Optional[Credentials] = None  # the last keys of EC2 metadata
-        self._sources: Mapping[str, Callable[[], Credentials]] = {
-            "environment": self._from_environment,
-            "web identity": self._from_web_identity,
-            f"profile {self._profile}": lambda: self._from_profile(self._profile, ()),
-            "container": self._from_container,
-            "EC2 metadata": self._from_metadata,
-        }
 
     def find(self) -> Credentials:
-        """Return credentials.  Raises NoKeys with what was tried and why each had none."""
-        tried: list[str] = []
-        sources, settings, passing = list(self._sources.items()), self._settings(), False
-        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
-        for name, source in sources:
-            if self._chosen and not name.startswith("profile "):
-                continue  # a named profile excludes other sources
+        """Return credentials.  Raise NoKeys with the sources that were tried and their reasons."""
+        tried, passing = [], False
+        for name, source in self._sources():
             try:
                 found = source()
             except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                kind, _, named = name.partition(" ")
-                given = settings if kind == "profile" else self._environ
-                missing = kind == "profile" and not settings and named != "default"
-                set_up = missing or any(map(given.get, _SET_UP_BY.get(kind, ())))
-                if set_up or isinstance(reason, SourceFailed):
-                    # Another source would be another identity.
-                    raise NoKeys("; ".join(tried), reason.passing) from reason
-                passing = reason.passing and " answered " in str(reason)
-                continue
-            if self._role_arn:
-                settings = {"role_session_name": self._session_name}
-                return self._assume(found, self._role_arn, settings)
-            return found
+                exists = name != "EC2 metadata" or " answered " in str(reason)
+                passing = reason.passing and exists
+                if isinstance(reason, NotSetUp):
+                    continue
+                break  # another source would be another identity
+            if not self._role_arn:
+                return found
+            return self._assume(found, self._role_arn, {"role_session_name": self._session_name})
         raise NoKeys("; ".join(tried), passing)
 
+    def _sources(self) -> Sequence[tuple[str, Callable[[], Credentials]]]:
+        sources: list[tuple[str, Callable[[], Credentials]]] = [
+            ("environment", self._from_environment),
+            ("web identity", self._from_web_identity),
+            (f"profile {self._profile}", self._from_profile),
+            ("container", self._from_container),
+            ("EC2 metadata", self._from_metadata),
+        ]
+        if self._chosen:  # a named profile excludes other sources
+            return sources[2:3]
+        settings = self._settings()
+        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
+            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
+        return sources
+
     def _from_environment(self) -> Credentials:
-        key = self._environ.get("AWS_ACCESS_KEY_ID")
-        secret = self._environ.get("AWS_SECRET_ACCESS_KEY")
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        key, secret, token = map(self._environ.get, names)
         if not key or not secret:
-            raise NoKeys("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set")
-        return _credentials(key, secret, self._environ.get("AWS_SESSION_TOKEN"))
+            reason = f"{names[0]} and {names[1]} are not both set"
+            raise NoKeys(reason) if key else NotSetUp(reason)
+        return _credentials(key, secret, token)
 
     def _from_web_identity(self) -> Credentials:
         path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not path:
-            raise NoKeys("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
+            raise NotSetUp("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
         role = self._environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
@@ -5556,7 +5546,7 @@ class CredentialChain:
         if relative:
             url = f"http://169.254.170.2{relative}"
         if not url:
-            raise NoKeys("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
+            raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
         host = host_of(url)
         if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
@@ -5610,9 +5600,9 @@ class CredentialChain:
             with open(path, encoding="utf-8") as file:
                 parser.read_file(file)
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise SourceFailed(f"{path} is malformed") from error
+            raise NoKeys(f"{path} is malformed") from error
         except OSError as error:
-            raise SourceFailed(f"{path} cannot be read: {error.strerror}") from error
+            raise NoKeys(f"{path} cannot be read: {error.strerror}") from error
         return parser
 
     def _section(self, profile: str) -> dict[str, str]:
@@ -5630,7 +5620,8 @@ class CredentialChain:
                 settings.pop(name, None)
         settings.update(own)
         if not settings:
-            raise NoKeys("there is no such section in ~/.aws/config and ~/.aws/credentials")
+            reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
+            raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
         session = settings.get("sso_session")
         if session and config.has_section(f"sso-session {session}"):
             settings.update(config.items(f"sso-session {session}"))
@@ -5643,7 +5634,8 @@ class CredentialChain:
         except NoKeys:
             return {}
 
-    def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
+    def _from_profile(self, profile: str = "", visited: tuple[str, ...] = ()) -> Credentials:
+        profile = profile or self._profile
         settings = self._section(profile)
         role = settings.get("role_arn")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
@@ -5656,7 +5648,7 @@ class CredentialChain:
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
-                raise SourceFailed(f"{fault}; {remedy}")
+                raise NoKeys(f"{fault}; {remedy}")
             return self._assume(self._source_of(settings, profile, visited), role, settings)
         if settings.get("sso_account_id") and not (visited and keys):
             return self._from_sso(settings)
@@ -5667,21 +5659,26 @@ class CredentialChain:
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
             return self._from_login(settings["login_session"], profile)
-        raise NoKeys("it has no keys, process, role, SSO account or login session")
+        partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
+        reason = "it has no keys, process, role, SSO account or login session"
+        raise NoKeys(reason) if partly else NotSetUp(reason)
 
     def _source_of(
         self, settings: Mapping[str, str], profile: str, visited: tuple[str, ...]
     ) -> Credentials:
-        if settings.get("source_profile"):
-            return self._from_profile(settings["source_profile"], (*visited, profile))
         source = {
             "Environment": self._from_environment,
             "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))
-        if not source:
-            raise NoKeys("its role has neither source_profile nor a known credential_source")
-        return source()
+        try:
+            if settings.get("source_profile"):
+                return self._from_profile(settings["source_profile"], (*visited, profile))
+            if source:
+                return source()
+        except NotSetUp as reason:  # the role chooses this source
+            raise NoKeys(str(reason)) from reason
+        raise NoKeys("its role has neither source_profile nor a known credential_source")
 
     def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
         with _SSO_LOCK:
@@ -5810,7 +5807,7 @@ class CredentialChain:
             return self._ask_sts(fields, source)
         except NoKeys as reason:
             message = f"the role {role} cannot be assumed: {reason}"
-            raise SourceFailed(message, reason.passing) from reason
+            raise NoKeys(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
         fields = {
