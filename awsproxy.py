@@ -5467,28 +5467,23 @@ _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at th
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
+@dataclass(eq=False, repr=False)  # the environment may hold secrets
 class CredentialChain:
     """Finds the credentials to sign with, in the order of the AWS SDKs; assumes `role_arn`."""
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        profile: str = "",
-        *,
-        role_arn: str = "",
-        session_name: str = "awsproxy",
-        fetch: Callable[..., bytes] = fetch,
-        clock: Clock = time.time,
-    ) -> None:
-        self._environ = environ
-        self._chosen = profile
-        named = environ.get("AWS_DEFAULT_PROFILE") or environ.get("AWS_PROFILE")
-        self._profile = profile or named or "default"
-        self._role_arn = role_arn
-        self._session_name = session_name
-        self._fetch = fetch
-        self._clock = clock
-        self._instance: Optional[Credentials] = None  # the last keys of EC2 metadata
+    environ: Mapping[str, str]
+    chosen: str = ""  # a profile; it excludes other sources
+    role_arn: str = ""
+    session_name: str = ""
+    fetch: Callable[..., bytes] = fetch
+    clock: Clock = time.time
+    _instance: Optional[Credentials] = field(default=None, init=False)  # of EC2 metadata, the last
+
+    @property
+    def profile(self) -> str:
+        """The name of the profile: the chosen one, the environment's, or `default`."""
+        names = (self.chosen, *map(self.environ.get, ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")))
+        return next(filter(None, names), "default")
 
     def find(self) -> Credentials:
         """Return credentials.  Raise NoKeys with the sources that were tried and their reasons."""
@@ -5503,20 +5498,20 @@ class CredentialChain:
                 if isinstance(reason, NotSetUp):
                     continue
                 break  # another source would be another identity
-            if not self._role_arn:
+            if not self.role_arn:
                 return found
-            return self._assume(found, self._role_arn, {"role_session_name": self._session_name})
+            return self._assume(found, self.role_arn, {"role_session_name": self.session_name})
         raise NoKeys("; ".join(tried), passing)
 
     def _sources(self) -> Sequence[tuple[str, Callable[[], Credentials]]]:
         sources: list[tuple[str, Callable[[], Credentials]]] = [
             ("environment", self._from_environment),
             ("web identity", self._from_web_identity),
-            (f"profile {self._profile}", self._from_profile),
+            (f"profile {self.profile}", self._from_profile),
             ("container", self._from_container),
             ("EC2 metadata", self._from_metadata),
         ]
-        if self._chosen:  # a named profile excludes other sources
+        if self.chosen:
             return sources[2:3]
         settings = self._settings()
         if settings.get("role_arn") and not settings.get("web_identity_token_file"):
@@ -5525,24 +5520,24 @@ class CredentialChain:
 
     def _from_environment(self) -> Credentials:
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-        key, secret, token = map(self._environ.get, names)
+        key, secret, token = map(self.environ.get, names)
         if not key or not secret:
             reason = f"{names[0]} and {names[1]} are not both set"
             raise NoKeys(reason) if key else NotSetUp(reason)
         return _credentials(key, secret, token)
 
     def _from_web_identity(self) -> Credentials:
-        path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        path = self.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not path:
             raise NotSetUp("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
-        role = self._environ.get("AWS_ROLE_ARN")
+        role = self.environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
-        return self._with_web_identity(path, role, self._environ.get("AWS_ROLE_SESSION_NAME"))
+        return self._with_web_identity(path, role, self.environ.get("AWS_ROLE_SESSION_NAME"))
 
     def _from_container(self) -> Credentials:
-        relative = self._environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-        url = self._environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        relative = self.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+        url = self.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
         if relative:
             url = f"http://169.254.170.2{relative}"
         if not url:
@@ -5550,16 +5545,16 @@ class CredentialChain:
         host = host_of(url)
         if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
-        token = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
-        path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+        token = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
+        path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         if path:
             token = _read_text(path)
         headers = {"Authorization": token} if token else {}
-        return _from_fields(_document(self._fetch(url, headers)))
+        return _from_fields(_document(self.fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
         """Return the keys of the EC2 instance; extend expired ones (SDKs: static stability)."""
-        now, reason = self._clock(), "it still returns the old ones"
+        now, reason = self.clock(), "it still returns the old ones"
         try:
             self._instance = self._ask_metadata()
         except NoKeys as error:
@@ -5574,26 +5569,26 @@ class CredentialChain:
         return self._instance._replace(expires=now + CredentialCache.AHEAD + seconds)
 
     def _ask_metadata(self) -> Credentials:
-        if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        if self.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             raise NoKeys("AWS_EC2_METADATA_DISABLED is true")
-        given = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+        given = self.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
         try:
-            token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
+            token = self.fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         except NoKeys as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
             raise NoKeys(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
-        role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
-        answer = self._fetch(roles + urllib.parse.quote(role), headers, timeout=1)
+        role = self.fetch(roles, headers, timeout=1).decode("latin-1").strip()
+        answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
     def _file(self, variable: str, default: str) -> configparser.RawConfigParser:
         """Return a file of the AWS SDKs, empty if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
-        path = os.path.expanduser(self._environ.get(variable) or default)
+        path = os.path.expanduser(self.environ.get(variable) or default)
         if not os.path.exists(path):
             return parser
         try:
@@ -5630,12 +5625,12 @@ class CredentialChain:
     def _settings(self) -> Mapping[str, str]:
         """Return the settings of the chosen profile, none if they cannot be read."""
         try:
-            return self._section(self._profile)
+            return self._section(self.profile)
         except NoKeys:
             return {}
 
     def _from_profile(self, profile: str = "", visited: tuple[str, ...] = ()) -> Credentials:
-        profile = profile or self._profile
+        profile = profile or self.profile
         settings = self._section(profile)
         role = settings.get("role_arn")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
@@ -5688,7 +5683,7 @@ class CredentialChain:
         query = urllib.parse.urlencode({"role_name": role, "account_id": account})
         url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
         try:
-            answer = self._fetch(url, {"x-amz-sso_bearer_token": token})
+            answer = self.fetch(url, {"x-amz-sso_bearer_token": token})
         except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
@@ -5713,7 +5708,7 @@ class CredentialChain:
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
         except (NoKeys, KeyError) as error:
             raise NoKeys(f"its SSO token is not cached; {remedy}") from error
-        left, why, passing = expires - self._clock(), "", False
+        left, why, passing = expires - self.clock(), "", False
         if session and left < 900:
             try:
                 return self._refresh_sso_token(path, cached, settings)
@@ -5733,13 +5728,13 @@ class CredentialChain:
         missing = [name for name in names if not cached.get(name)]
         if missing:
             raise NoKeys(f"{path} has no {' and no '.join(missing)}")
-        if _expiry(cached["registrationExpiresAt"]) <= self._clock():
+        if _expiry(cached["registrationExpiresAt"]) <= self.clock():
             raise NoKeys("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
         url = f"{self._endpoint('sso-oauth', region).origin}/token"
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
-        answer = _document(self._fetch(url, headers, data=body))
+        answer = _document(self.fetch(url, headers, data=body))
         token, seconds = answer.get("accessToken"), answer.get("expiresIn")
         if not isinstance(seconds, int) or not 0 < seconds < 10**9:
             raise NoKeys("the answer of SSO holds no valid expiresIn")
@@ -5750,7 +5745,7 @@ class CredentialChain:
             "region": region,
             **{name: cached[name] for name in names if name != "refreshToken"},
             "accessToken": token,
-            "expiresAt": _utc(math.floor(self._clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
+            "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }
         if answer.get("refreshToken"):
             new["refreshToken"] = answer["refreshToken"]
@@ -5763,7 +5758,7 @@ class CredentialChain:
     def _from_login(self, session: str, profile: str) -> Credentials:
         """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
         # A refresh needs a signature with an elliptic curve, which the standard library lacks.
-        given = self._environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
+        given = self.environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
         name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
         remedy = f"add to its profile: credential_process = {command} --format process"
@@ -5774,7 +5769,7 @@ class CredentialChain:
             found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
         except (NoKeys, KeyError, TypeError) as error:
             raise NoKeys(f"its login is not cached; run 'aws login', and {remedy}") from error
-        if found.expires <= self._clock():
+        if found.expires <= self.clock():
             raise NoKeys(f"the cached keys of its login have expired; {remedy}")
         return found
 
@@ -5782,7 +5777,7 @@ class CredentialChain:
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
         fips, dualstack = (
-            self._environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
+            self.environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
             for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
         )
         return fips.lower() == "true", dualstack.lower() == "true"
@@ -5792,7 +5787,7 @@ class CredentialChain:
 
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
-        named = self._environ.get("AWS_REGION") or self._environ.get("AWS_DEFAULT_REGION")
+        named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
@@ -5826,11 +5821,11 @@ class CredentialChain:
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
-            amz_date = iso_basic(self._clock())
+            amz_date = iso_basic(self.clock())
             scope = CredentialScope(amz_date[:8], region, "sts")
             payload_hash = hashlib.sha256(body).hexdigest()
             headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
-        answer = self._fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
+        answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELDS.findall(answer))
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
@@ -5885,6 +5880,7 @@ def _from_process(command: str) -> Credentials:
     return _from_fields(_document(done.stdout), "SessionToken")
 
 
+@dataclass(eq=False, repr=False)
 class CredentialCache:
     """Keeps the credentials of a chain, and renews them before they expire.
 
@@ -5895,27 +5891,20 @@ class CredentialCache:
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
     PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
-    def __init__(
-        self,
-        chain: CredentialChain,
-        clock: Clock = time.time,
-        sleep: Callable[[float], None] = time.sleep,
-        variants: Variants = (False, False),
-    ) -> None:
-        self.variants = variants
-        self._chain = chain
-        self._clock = clock
-        self._sleep = sleep
-        self._lock = threading.Lock()
-        self._current: Optional[Credentials] = None
-        self._stale = False
-        self._tried = -math.inf
-        self._failure: Optional[NoKeys] = None  # of the last try
+    chain: CredentialChain
+    clock: Clock = time.time
+    sleep: Callable[[float], None] = time.sleep
+    variants: Variants = (False, False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _current: Optional[Credentials] = field(default=None, init=False)
+    _stale: bool = field(default=False, init=False)
+    _tried: float = field(default=-math.inf, init=False)
+    _failure: Optional[NoKeys] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
         current = self._current
-        good = current and not self._stale and current.expires - self._clock() > self.AHEAD
+        good = current and not self._stale and current.expires - self.clock() > self.AHEAD
         return current if good else None
 
     def get(self) -> Credentials:
@@ -5923,7 +5912,7 @@ class CredentialCache:
         current = self.ready()
         if current:
             return current
-        now, current = self._clock(), self._current
+        now, current = self.clock(), self._current
         good = current is not None and current.expires > now
         if not self._lock.acquire(blocking=not good):
             assert current
@@ -5960,12 +5949,12 @@ class CredentialCache:
     def _find(self, pauses: Sequence[float]) -> Credentials:
         for pause in pauses:
             try:
-                return self._chain.find()
+                return self.chain.find()
             except NoKeys as reason:
                 if not reason.passing:
                     raise
-            self._sleep(pause)
-        return self._chain.find()
+            self.sleep(pause)
+        return self.chain.find()
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
@@ -5977,25 +5966,19 @@ class CredentialCache:
     @property
     def seconds_left(self) -> float:
         """The seconds until the present credentials expire."""
-        return self._current.expires - self._clock() if self._current else math.nan
+        return self._current.expires - self.clock() if self._current else math.nan
 
 
+@dataclass(eq=False, repr=False)
 class Keyring:
     """The credentials to forward a client's calls with: the proxy's, or those it names."""
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        profile: str = "",
-        *,
-        fetch: Callable[..., bytes] = fetch,
-        clock: Clock = time.time,
-    ) -> None:
-        self._profile = profile
-        self._clock = clock
-        self._chain = functools.partial(CredentialChain, environ, fetch=fetch, clock=clock)
-        self._lock = threading.Lock()
-        self._caches: dict[tuple[str, str, str], CredentialCache] = {}
+    environ: Mapping[str, str]
+    profile: str = ""
+    fetch: Callable[..., bytes] = fetch
+    clock: Clock = time.time
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _caches: dict[tuple[str, str, str], CredentialCache] = field(default_factory=dict, init=False)
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
@@ -6006,14 +5989,13 @@ class Keyring:
     def of(self, client: Client) -> CredentialCache:
         """Return the credentials of a client; the name of the client names the role session."""
         role = client.upstream_role_arn
-        key = (client.upstream_profile or self._profile, role, client.name if role else "")
+        key = (client.upstream_profile or self.profile, role, client.name if role else "")
         with self._lock:
-            cache = self._caches.get(key)
-            if cache is None:
-                chain = self._chain(key[0], role_arn=role, session_name=client.name)
-                cache = CredentialCache(chain, self._clock, variants=chain.variants)
+            if key not in self._caches:
+                chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
+                cache = CredentialCache(chain, self.clock, variants=chain.variants)
                 self._caches[key] = cache
-        return cache
+            return self._caches[key]
 
 
 # [6.3] Connections
