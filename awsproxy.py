@@ -5897,54 +5897,52 @@ class CredentialCache:
     variants: Variants = (False, False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _current: Optional[Credentials] = field(default=None, init=False)
-    _stale: bool = field(default=False, init=False)
-    _tried: float = field(default=-math.inf, init=False)
-    _failure: Optional[NoKeys] = field(default=None, init=False)  # of the last try
+    _renew_at: float = field(default=-math.inf, init=False)
+    _next_try: float = field(default=-math.inf, init=False)
+    _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
+        return self._current if self.clock() < self._renew_at else None
+
+    def _valid(self, now: float) -> Optional[Credentials]:
         current = self._current
-        good = current and not self._stale and current.expires - self.clock() > self.AHEAD
-        return current if good else None
+        return current if current and current.expires > now else None
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        current = self.ready()
-        if current:
-            return current
-        now, current = self.clock(), self._current
-        good = current is not None and current.expires > now
-        if not self._lock.acquire(blocking=not good):
-            assert current
-            return current  # somebody is renewing them
+        found = self.ready()
+        if found:
+            return found
+        now = self.clock()
+        valid = self._valid(now)
+        if not self._lock.acquire(blocking=not valid) and valid:
+            return valid  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now)
+            return self.ready() or self._renew(now, self._valid(now))
         finally:
             self._lock.release()
 
-    def _renew(self, now: float) -> Credentials:
-        current = self._current
-        good = current if current and current.expires > now else None
-        failure = self._failure
-        if now < self._tried + (1 if failure and failure.passing else self.RETRY):
-            if good:
-                return good
-            if failure:
-                raise NoKeys(str(failure), failure.passing)
-        self._tried = now
+    def _renew(self, now: float, valid: Optional[Credentials]) -> Credentials:
+        if now < self._next_try and valid:
+            return valid
+        if now < self._next_try and self._failure:
+            raise NoKeys(*self._failure)
+        self._next_try = now + self.RETRY
         try:
-            found = self._find(() if good else self.PAUSES)
+            found = self._find(() if valid else self.PAUSES)
             if found.expires <= now:
                 raise NoKeys("the credentials found have expired")
-            self._current = found
         except NoKeys as reason:
-            self._failure = NoKeys(str(reason), reason.passing)  # without the frames of this one
+            self._failure = (str(reason), reason.passing)
+            if reason.passing:
+                self._next_try = now + 1
             log.warning("credentials not renewed: %s", reason)
-            if good:
-                return good
+            if valid:
+                return valid
             raise
-        self._stale, self._failure = False, None
-        return self._current
+        self._current, self._renew_at, self._failure = found, found.expires - self.AHEAD, None
+        return found
 
     def _find(self, pauses: Sequence[float]) -> Credentials:
         for pause in pauses:
@@ -5958,10 +5956,10 @@ class CredentialCache:
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
-        if refused is self._current and not self._stale:
-            self._stale, self._tried = True, -math.inf
-            return True
-        return refused is not self._current
+        fresh = refused is self._current and self._renew_at > -math.inf
+        if fresh:
+            self._renew_at = self._next_try = -math.inf
+        return fresh or refused is not self._current
 
     @property
     def seconds_left(self) -> float:
