@@ -5329,14 +5329,11 @@ class _Unredirected(urllib.request.HTTPRedirectHandler):
 class _DeadlineConnection(http.client.HTTPConnection):
     """A connection with a deadline: a socket's own timeout starts again with each byte."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._until = time.monotonic() + (self.timeout or 0)
-
     def connect(self) -> None:
+        until = time.monotonic() + (self.timeout or 0)
         super().connect()
         cut = functools.partial(self._cut, self.sock)
-        timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
+        timer = threading.Timer(max(0.0, until - time.monotonic()), cut)
         timer.daemon = True
         timer.start()
 
@@ -5367,7 +5364,7 @@ _PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationErr
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
 _PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
 def fetch(
@@ -5410,14 +5407,11 @@ def fetch(
 
 def host_of(url: str) -> str:
     """Return the host of an http or https URL.  Raise NoKeys for another."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
-    if not host or parts.scheme not in DEFAULT_PORTS:
-        raise NoKeys(f"{url[:80]!r} is no http or https URL")
-    return host
+        if parts.hostname and parts.scheme in DEFAULT_PORTS:
+            return parts.hostname
+    raise NoKeys(f"{url[:80]!r} is no http or https URL")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5791,33 +5785,30 @@ class CredentialChain:
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
-        fields = {
-            "Action": "AssumeRole",
-            "RoleArn": role,
-            "RoleSessionName": session_name(settings.get("role_session_name")),
-            "DurationSeconds": settings.get("duration_seconds", ""),
-            "ExternalId": settings.get("external_id", ""),
-        }
         try:
-            return self._ask_sts(fields, source)
+            return self._ask_sts(
+                source,
+                Action="AssumeRole",
+                RoleArn=role,
+                RoleSessionName=settings.get("role_session_name"),
+                DurationSeconds=settings.get("duration_seconds"),
+                ExternalId=settings.get("external_id"),
+            )
         except NoKeys as reason:
             message = f"the role {role} cannot be assumed: {reason}"
             raise NoKeys(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
-        fields = {
-            "Action": "AssumeRoleWithWebIdentity",
-            "RoleArn": role,
-            "RoleSessionName": session_name(session),
-            "WebIdentityToken": _read_text(path),
-        }
-        return self._ask_sts(fields, None)
+        token = _read_text(path)
+        fields = {"RoleArn": role, "RoleSessionName": session, "WebIdentityToken": token}
+        return self._ask_sts(None, Action="AssumeRoleWithWebIdentity", **fields)
 
-    def _ask_sts(self, fields: Mapping[str, str], source: Optional[Credentials]) -> Credentials:
+    def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
         endpoint = self._endpoint("sts", region)
-        given = {name: value for name, value in fields.items() if value}
-        body = urllib.parse.urlencode({**given, "Version": "2011-06-15"}).encode()
+        fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
+        form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
+        body = urllib.parse.urlencode(form).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
