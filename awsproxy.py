@@ -5255,7 +5255,7 @@ _AWS_HOST = re.compile(
     r"|api\.amazonwebservices\.(?:com\.cn|eu))"
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
-_ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
+_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
 _SERVICES_BY_PREFIX = {
     prefix.replace("&", service): service
     for service, rows in ENDPOINT_PREFIXES.items()
@@ -5271,12 +5271,10 @@ def is_aws_host(host: str) -> bool:
 def zonal_endpoint(host: str, region: str) -> Endpoint:
     """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
     # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
-    name = host_name(host)
-    zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
-    match = _ZONAL.fullmatch(zonal)
-    if not match or match[1] != region:
+    match = _ZONAL.fullmatch(host_name(host))
+    if not match or match[2] != region:
         return endpoint_for("s3express", region)
-    return Endpoint("https", zonal, 443, region)
+    return Endpoint("https", match[1], 443, region)
 
 
 def service_of_host(host: str) -> tuple[str, str]:
@@ -5286,12 +5284,10 @@ def service_of_host(host: str) -> tuple[str, str]:
         return "", ""
     ignored = ("dualstack", "global", "vpce")
     labels = [part for part in match[1].split(".") if part not in ignored][-6:]
-    region = next(filter(_REGION.fullmatch, reversed(labels)), "")
-    if region:
-        del labels[max(at for at, label in enumerate(labels) if label == region)]
-    while len(labels) > 1 and ".".join(labels).replace("-fips", "") not in _SERVICES_BY_PREFIX:
-        labels.pop(0)
-    prefix = ".".join(labels).replace("-fips", "")
+    places = [at for at, label in enumerate(labels) if _REGION.fullmatch(label)]
+    region = labels.pop(places[-1]) if places else ""
+    prefixes = [".".join(labels[at:]).replace("-fips", "") for at in range(len(labels))] or [""]
+    prefix = next(filter(_SERVICES_BY_PREFIX.get, prefixes), prefixes[-1])
     return _SERVICES_BY_PREFIX.get(prefix, prefix), region
 
 
@@ -5435,11 +5431,11 @@ def _expiry(text: Any) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
-def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
+def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> Credentials:
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
             raise NoKeys("the keys found are malformed")
-    return Credentials(key, secret, token or "", expires)
+    return Credentials(key, secret, token or "", _expiry(expiration))
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
@@ -5453,10 +5449,10 @@ def _document(text: bytes) -> Mapping[str, Any]:
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    key, secret, given = map(found.get, ("AccessKeyId", "SecretAccessKey", token))
-    return _credentials(key, secret, given, _expiry(found.get("Expiration")))
+    return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
 
 
+_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
@@ -5681,12 +5677,10 @@ class CredentialChain:
         except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
-        found = _document(answer)
         try:
-            keys = found["roleCredentials"]
-            expires = keys["expiration"] / 1000
-            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
-            return _credentials(key, secret, keys["sessionToken"], expires)
+            keys = _document(answer)["roleCredentials"]
+            found = _credentials(*(keys[name] for name in _MEMBERS))
+            return found._replace(expires=keys["expiration"] / 1000)
         except (KeyError, TypeError) as error:
             raise NoKeys("the SSO portal's answer holds no credentials") from error
 
@@ -5759,8 +5753,7 @@ class CredentialChain:
         try:
             path = os.path.join(os.path.expandvars(given), name)
             keys = _document(_read_text(path).encode())["accessToken"]
-            key, secret, expires = keys["accessKeyId"], keys["secretAccessKey"], keys["expiresAt"]
-            found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
+            found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
         except (NoKeys, KeyError, TypeError) as error:
             raise NoKeys(f"its login is not cached; run 'aws login', and {remedy}") from error
         if found.expires <= self.clock():
@@ -5852,11 +5845,11 @@ def _write_private(path: str, document: Mapping[str, Any]) -> None:
 
 def _profile_of(section: str) -> str:
     """Return the profile of a section in ~/.aws/config, "" for none."""
-    try:
+    with contextlib.suppress(ValueError):
         kind, *names = shlex.split(section)  # a name with blanks may be quoted
-    except ValueError:
-        return ""
-    return "default" if section == "default" else " ".join(names) if kind == "profile" else ""
+        if kind == "profile":
+            return " ".join(names)
+    return "default" if section == "default" else ""
 
 
 def _from_process(command: str) -> Credentials:
