@@ -5439,21 +5439,24 @@ def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> C
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    try:
+    with contextlib.suppress(ValueError):
         document = read_json(text.decode("utf-8"))
-    except ValueError as error:
-        raise NoKeys("the answer is not JSON") from error
-    if not isinstance(document, dict):
-        raise NoKeys("the answer is no JSON object")
-    return document
+        if isinstance(document, dict):
+            return document
+    raise NoKeys("the answer is no JSON object")
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
     return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
 
 
+_KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
+_ASSUME_ROLE = pairs("""
+    RoleArn=role_arn RoleSessionName=role_session_name DurationSeconds=duration_seconds
+    ExternalId=external_id
+""")
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
@@ -5490,7 +5493,8 @@ class CredentialChain:
                 break  # another source would be another identity
             if not self.role_arn:
                 return found
-            return self._assume(found, self.role_arn, {"role_session_name": self.session_name})
+            role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
+            return self._assume(found, role)
         raise NoKeys("; ".join(tried), passing)
 
     def _sources(self) -> Sequence[tuple[str, Callable[[], Credentials]]]:
@@ -5509,10 +5513,9 @@ class CredentialChain:
         return sources
 
     def _from_environment(self) -> Credentials:
-        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-        key, secret, token = map(self.environ.get, names)
+        key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
         if not key or not secret:
-            reason = f"{names[0]} and {names[1]} are not both set"
+            reason = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set"
             raise NoKeys(reason) if key else NotSetUp(reason)
         return _credentials(key, secret, token)
 
@@ -5527,18 +5530,15 @@ class CredentialChain:
 
     def _from_container(self) -> Credentials:
         relative = self.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-        url = self.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
-        if relative:
-            url = f"http://169.254.170.2{relative}"
+        full = self.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        url = f"http://169.254.170.2{relative}" if relative else full
         if not url:
             raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
         host = host_of(url)
         if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
-        token = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
-        if path:
-            token = _read_text(path)
+        token = _read_text(path) if path else self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         headers = {"Authorization": token} if token else {}
         return _from_fields(_document(self.fetch(url, headers)))
 
@@ -5575,58 +5575,57 @@ class CredentialChain:
         answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
-    def _file(self, variable: str, default: str) -> configparser.RawConfigParser:
-        """Return a file of the AWS SDKs, empty if the file does not exist."""
+    def _file(self, variable: str, default: str) -> Mapping[str, Mapping[str, str]]:
+        """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
-        if not os.path.exists(path):
-            return parser
         try:
-            with open(path, encoding="utf-8") as file:
-                parser.read_file(file)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    parser.read_file(file)
         except (configparser.Error, UnicodeDecodeError) as error:
             raise NoKeys(f"{path} is malformed") from error
         except OSError as error:
             raise NoKeys(f"{path} cannot be read: {error.strerror}") from error
-        return parser
+        return {section: dict(parser.items(section)) for section in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         credentials = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
         settings: dict[str, str] = {}
         # [profile default] has the last word over [default].
-        for section in sorted(config.sections(), key="default".__ne__):
+        for section in sorted(config, key="default".__ne__):
             if _profile_of(section) == profile:
-                settings.update(config.items(section))
-        own = dict(credentials.items(profile)) if credentials.has_section(profile) else {}
+                settings.update(config[section])
+        own = credentials.get(profile, {})
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
-            for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
+            for name in _KEY_SETTINGS:
                 settings.pop(name, None)
         settings.update(own)
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
             raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
-        session = settings.get("sso_session")
-        if session and config.has_section(f"sso-session {session}"):
-            settings.update(config.items(f"sso-session {session}"))
+        if settings.get("sso_session"):
+            settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
         return settings
 
     def _settings(self) -> Mapping[str, str]:
         """Return the settings of the chosen profile, none if they cannot be read."""
-        try:
+        with contextlib.suppress(NoKeys):
             return self._section(self.profile)
-        except NoKeys:
-            return {}
+        return {}
 
     def _from_profile(self, profile: str = "", visited: tuple[str, ...] = ()) -> Credentials:
         profile = profile or self.profile
         settings = self._section(profile)
-        role = settings.get("role_arn")
+        role, account = settings.get("role_arn"), settings.get("sso_account_id")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
         if profile in visited and not (keys and visited[-1] == profile):
             raise NoKeys(f"the profile {profile} is, by way of others, its own source")
-        if role and not (visited and keys):  # a source profile gives its keys first
+        if keys and (visited or not (role or account)):  # a source profile gives its keys first
+            return _credentials(*map(settings.get, _KEY_SETTINGS))
+        if role:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
@@ -5634,12 +5633,9 @@ class CredentialChain:
                 remedy = "credential_process = aws configure export-credentials --format process"
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
                 raise NoKeys(f"{fault}; {remedy}")
-            return self._assume(self._source_of(settings, profile, visited), role, settings)
-        if settings.get("sso_account_id") and not (visited and keys):
+            return self._assume(self._source_of(settings, profile, visited), settings)
+        if account:
             return self._from_sso(settings)
-        if keys:
-            key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
-            return _credentials(key, secret, settings.get("aws_session_token"))
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
@@ -5777,18 +5773,12 @@ class CredentialChain:
         named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
         return named or self._settings().get("region") or "us-east-1"
 
-    def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
+    def _assume(self, source: Credentials, settings: Mapping[str, str]) -> Credentials:
+        fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
         try:
-            return self._ask_sts(
-                source,
-                Action="AssumeRole",
-                RoleArn=role,
-                RoleSessionName=settings.get("role_session_name"),
-                DurationSeconds=settings.get("duration_seconds"),
-                ExternalId=settings.get("external_id"),
-            )
+            return self._ask_sts(source, Action="AssumeRole", **fields)
         except NoKeys as reason:
-            message = f"the role {role} cannot be assumed: {reason}"
+            message = f"the role {settings['role_arn']} cannot be assumed: {reason}"
             raise NoKeys(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
