@@ -5220,8 +5220,8 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     )
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
-    place = next((found for found in regions if found is not None), region)
+    of_partition = GLOBAL_REGIONS.get((partition, prefix), region)
+    place = GLOBAL_REGIONS.get((region, prefix), of_partition)
     signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
@@ -5293,13 +5293,10 @@ def service_of_host(host: str) -> tuple[str, str]:
 
 def is_link_local(host: str) -> bool:
     """Return whether a host is a link-local address, or EC2's metadata address in IPv6."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        try:
-            address = ipaddress.IPv4Address(socket.inet_aton(host))  # 2852039166, 0xa9fea9fe, ...
-        except OSError:
-            return False
+    try:  # inet_aton knows 2852039166, 0xa9fea9fe, ...
+        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))
+    except (OSError, ValueError):
+        return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
@@ -5315,11 +5312,6 @@ class NoKeys(Exception):
 
 class NotSetUp(NoKeys):
     """Nothing chooses this source: the next one is tried."""
-
-
-class _Unredirected(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: a redirection would take our tokens along."""
 
 
 class _DeadlineConnection(http.client.HTTPConnection):
@@ -5342,7 +5334,12 @@ class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
     """A connection with TLS and a deadline."""
 
 
-class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+class _Guarded(
+    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
+):
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: a redirection would take our tokens along."""
+
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_DeadlineConnection, request)
 
@@ -5358,8 +5355,8 @@ def tls_context() -> ssl.SSLContext:
 
 _PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
-_PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Guarded)
+_PROXIED = urllib.request.build_opener(_Guarded)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
@@ -5450,6 +5447,7 @@ def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
     return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
 
 
+Settings = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -5575,7 +5573,7 @@ class CredentialChain:
         answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
-    def _file(self, variable: str, default: str) -> Mapping[str, Mapping[str, str]]:
+    def _file(self, variable: str, default: str) -> Mapping[str, Settings]:
         """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
@@ -5610,7 +5608,7 @@ class CredentialChain:
             settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
         return settings
 
-    def _settings(self) -> Mapping[str, str]:
+    def _settings(self) -> Settings:
         """Return the settings of the chosen profile, none if they cannot be read."""
         with contextlib.suppress(NoKeys):
             return self._section(self.profile)
@@ -5633,7 +5631,7 @@ class CredentialChain:
                 remedy = "credential_process = aws configure export-credentials --format process"
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
                 raise NoKeys(f"{fault}; {remedy}")
-            return self._assume(self._source_of(settings, profile, visited), settings)
+            return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
             return self._from_sso(settings)
         if settings.get("credential_process"):
@@ -5644,9 +5642,7 @@ class CredentialChain:
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
 
-    def _source_of(
-        self, settings: Mapping[str, str], profile: str, visited: tuple[str, ...]
-    ) -> Credentials:
+    def _source_of(self, settings: Settings, visited: tuple[str, ...]) -> Credentials:
         source = {
             "Environment": self._from_environment,
             "EcsContainer": self._from_container,
@@ -5654,14 +5650,14 @@ class CredentialChain:
         }.get(settings.get("credential_source", ""))
         try:
             if settings.get("source_profile"):
-                return self._from_profile(settings["source_profile"], (*visited, profile))
+                return self._from_profile(settings["source_profile"], visited)
             if source:
                 return source()
         except NotSetUp as reason:  # the role chooses this source
             raise NoKeys(str(reason)) from reason
         raise NoKeys("its role has neither source_profile nor a known credential_source")
 
-    def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
+    def _from_sso(self, settings: Settings) -> Credentials:
         with _SSO_LOCK:
             token = self._sso_token(settings)
         region = settings.get("sso_region") or self.region()
@@ -5680,7 +5676,7 @@ class CredentialChain:
         except (KeyError, TypeError) as error:
             raise NoKeys("the SSO portal's answer holds no credentials") from error
 
-    def _sso_token(self, settings: Mapping[str, str]) -> str:
+    def _sso_token(self, settings: Settings) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
         session = settings.get("sso_session")
         name = session or settings.get("sso_start_url", "")
@@ -5704,9 +5700,7 @@ class CredentialChain:
             log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
         return token
 
-    def _refresh_sso_token(
-        self, path: str, cached: Mapping[str, Any], settings: Mapping[str, str]
-    ) -> str:
+    def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Settings) -> str:
         """Return a new SSO token, and write it to the cache file with botocore's members."""
         names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
         missing = [name for name in names if not cached.get(name)]
@@ -5773,7 +5767,7 @@ class CredentialChain:
         named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
         return named or self._settings().get("region") or "us-east-1"
 
-    def _assume(self, source: Credentials, settings: Mapping[str, str]) -> Credentials:
+    def _assume(self, source: Credentials, settings: Settings) -> Credentials:
         fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
         try:
             return self._ask_sts(source, Action="AssumeRole", **fields)
