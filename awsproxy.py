@@ -4606,8 +4606,8 @@ def receipt_handles(reply: Reply) -> list[str]:
 # All client I/O.  The proxy removes the sender's signature from a verified call, signs the call
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
-# To add a source of credentials: write a method of CredentialChain that returns Credentials or
-# raises NoKeys, put it into _sources, and its environment variables into _SET_UP_BY.
+# To add a source of credentials: write a method of CredentialChain that returns Credentials, or
+# raises NotSetUp if nothing chooses the source and NoKeys if it fails.  Put it into _sources.
 
 
 # [6.1] Endpoints
@@ -4811,8 +4811,8 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     )
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    regions = (GLOBAL_REGIONS.get((where, prefix)) for where in (region, partition))
-    place = next((found for found in regions if found is not None), region)
+    of_partition = GLOBAL_REGIONS.get((partition, prefix), region)
+    place = GLOBAL_REGIONS.get((region, prefix), of_partition)
     signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
@@ -4846,7 +4846,7 @@ _AWS_HOST = re.compile(
     r"|api\.amazonwebservices\.(?:com\.cn|eu))"
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
-_ZONAL = re.compile(r"s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?")
+_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
 _SERVICES_BY_PREFIX = {
     prefix.replace("&", service): service
     for service, rows in ENDPOINT_PREFIXES.items()
@@ -4862,12 +4862,10 @@ def is_aws_host(host: str) -> bool:
 def zonal_endpoint(host: str, region: str) -> Endpoint:
     """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
     # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
-    name = host_name(host)
-    zonal = name[name.rfind("s3express-") :] if "s3express-" in name else ""
-    match = _ZONAL.fullmatch(zonal)
-    if not match or match[1] != region:
+    match = _ZONAL.fullmatch(host_name(host))
+    if not match or match[2] != region:
         return endpoint_for("s3express", region)
-    return Endpoint("https", zonal, 443, region)
+    return Endpoint("https", match[1], 443, region)
 
 
 def service_of_host(host: str) -> tuple[str, str]:
@@ -4877,24 +4875,19 @@ def service_of_host(host: str) -> tuple[str, str]:
         return "", ""
     ignored = ("dualstack", "global", "vpce")
     labels = [part for part in match[1].split(".") if part not in ignored][-6:]
-    region = next(filter(_REGION.fullmatch, reversed(labels)), "")
-    if region:
-        del labels[max(at for at, label in enumerate(labels) if label == region)]
-    while len(labels) > 1 and ".".join(labels).replace("-fips", "") not in _SERVICES_BY_PREFIX:
-        labels.pop(0)
-    prefix = ".".join(labels).replace("-fips", "")
+    places = [at for at, label in enumerate(labels) if _REGION.fullmatch(label)]
+    region = labels.pop(places[-1]) if places else ""
+    prefixes = [".".join(labels[at:]).replace("-fips", "") for at in range(len(labels))] or [""]
+    prefix = next(filter(_SERVICES_BY_PREFIX.get, prefixes), prefixes[-1])
     return _SERVICES_BY_PREFIX.get(prefix, prefix), region
 
 
 def is_link_local(host: str) -> bool:
     """Return whether a host is a link-local address, or EC2's metadata address in IPv6."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        try:
-            address = ipaddress.IPv4Address(socket.inet_aton(host))  # 2852039166, 0xa9fea9fe, ...
-        except OSError:
-            return False
+    try:  # inet_aton knows 2852039166, 0xa9fea9fe, ...
+        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))
+    except (OSError, ValueError):
+        return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
 
@@ -4908,26 +4901,18 @@ class NoKeys(Exception):
         self.passing = passing
 
 
-class SourceFailed(NoKeys):
-    """A source that is set up has no credentials: no other source is tried."""
-
-
-class _Unredirected(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: a redirection would take our tokens along."""
+class NotSetUp(NoKeys):
+    """Nothing chooses this source: the next one is tried."""
 
 
 class _DeadlineConnection(http.client.HTTPConnection):
     """A connection with a deadline: a socket's own timeout starts again with each byte."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._until = time.monotonic() + (self.timeout or 0)
-
     def connect(self) -> None:
+        until = time.monotonic() + (self.timeout or 0)
         super().connect()
         cut = functools.partial(self._cut, self.sock)
-        timer = threading.Timer(max(0.0, self._until - time.monotonic()), cut)
+        timer = threading.Timer(max(0.0, until - time.monotonic()), cut)
         timer.daemon = True
         timer.start()
 
@@ -4940,7 +4925,12 @@ class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
     """A connection with TLS and a deadline."""
 
 
-class _Deadlines(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+class _Guarded(
+    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
+):
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: a redirection would take our tokens along."""
+
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_DeadlineConnection, request)
 
@@ -4956,9 +4946,9 @@ def tls_context() -> ssl.SSLContext:
 
 _PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Unredirected, _Deadlines)
-_PROXIED = urllib.request.build_opener(_Unredirected, _Deadlines)
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23", "localhost")
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Guarded)
+_PROXIED = urllib.request.build_opener(_Guarded)
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
 def fetch(
@@ -5001,14 +4991,11 @@ def fetch(
 
 def host_of(url: str) -> str:
     """Return the host of an http or https URL.  Raise NoKeys for another."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
-    if not host or parts.scheme not in DEFAULT_PORTS:
-        raise NoKeys(f"{url[:80]!r} is no http or https URL")
-    return host
+        if parts.hostname and parts.scheme in DEFAULT_PORTS:
+            return parts.hostname
+    raise NoKeys(f"{url[:80]!r} is no http or https URL")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5032,135 +5019,121 @@ def _expiry(text: Any) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
-def _credentials(key: Any, secret: Any, token: Any = "", expires: float = math.inf) -> Credentials:
+def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> Credentials:
     for value in (key, secret, token or "none"):
         if not isinstance(value, str) or not re.fullmatch("[!-~]+", value):
             raise NoKeys("the keys found are malformed")
-    return Credentials(key, secret, token or "", expires)
+    return Credentials(key, secret, token or "", _expiry(expiration))
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    try:
+    with contextlib.suppress(ValueError):
         document = read_json(text.decode("utf-8"))
-    except ValueError as error:
-        raise NoKeys("the answer is not JSON") from error
-    if not isinstance(document, dict):
-        raise NoKeys("the answer is no JSON object")
-    return document
+        if isinstance(document, dict):
+            return document
+    raise NoKeys("the answer is no JSON object")
 
 
 def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    key, secret, given = map(found.get, ("AccessKeyId", "SecretAccessKey", token))
-    return _credentials(key, secret, given, _expiry(found.get("Expiration")))
+    return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
 
 
-_SET_UP_BY = {  # variables, and settings of a profile
-    "environment": ("AWS_ACCESS_KEY_ID",),
-    "web": ("AWS_WEB_IDENTITY_TOKEN_FILE",),
-    "profile": (
-        "role_arn", "credential_process", "sso_account_id", "sso_role_name", "login_session",
-        "aws_access_key_id",
-    ),
-    "container": ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
-}  # fmt: skip
+Settings = Mapping[str, str]  # of a profile
+_KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
+_ASSUME_ROLE = pairs("""
+    RoleArn=role_arn RoleSessionName=role_session_name DurationSeconds=duration_seconds
+    ExternalId=external_id
+""")
 _STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
 
 
+@dataclass(eq=False, repr=False)  # the environment may hold secrets
 class CredentialChain:
     """Finds the credentials to sign with, in the order of the AWS SDKs; assumes `role_arn`."""
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        profile: str = "",
-        *,
-        role_arn: str = "",
-        session_name: str = "awsproxy",
-        fetch: Callable[..., bytes] = fetch,
-        clock: Clock = time.time,
-    ) -> None:
-        self._environ = environ
-        self._chosen = profile
-        named = environ.get("AWS_DEFAULT_PROFILE") or environ.get("AWS_PROFILE")
-        self._profile = profile or named or "default"
-        self._role_arn = role_arn
-        self._session_name = session_name
-        self._fetch = fetch
-        self._clock = clock
-        self._instance: Optional[Credentials] = None  # the last keys of EC2 metadata
-        self._sources: Mapping[str, Callable[[], Credentials]] = {
-            "environment": self._from_environment,
-            "web identity": self._from_web_identity,
-            f"profile {self._profile}": lambda: self._from_profile(self._profile, ()),
-            "container": self._from_container,
-            "EC2 metadata": self._from_metadata,
-        }
+    environ: Mapping[str, str]
+    chosen: str = ""  # a profile; it excludes other sources
+    role_arn: str = ""
+    session_name: str = ""
+    fetch: Callable[..., bytes] = fetch
+    clock: Clock = time.time
+    _instance: Optional[Credentials] = field(default=None, init=False)  # of EC2 metadata, the last
+
+    @property
+    def profile(self) -> str:
+        """The name of the profile: the chosen one, the environment's, or `default`."""
+        names = (self.chosen, *map(self.environ.get, ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")))
+        return next(filter(None, names), "default")
 
     def find(self) -> Credentials:
-        """Return credentials.  Raises NoKeys with what was tried and why each had none."""
-        tried: list[str] = []
-        sources, settings, passing = list(self._sources.items()), self._settings(), False
-        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
-        for name, source in sources:
-            if self._chosen and not name.startswith("profile "):
-                continue  # a named profile excludes other sources
+        """Return credentials.  Raise NoKeys with the sources that were tried and their reasons."""
+        tried, passing = [], False
+        for name, source in self._sources():
             try:
                 found = source()
             except NoKeys as reason:
                 tried.append(f"{name}: {reason}")
-                kind, _, named = name.partition(" ")
-                given = settings if kind == "profile" else self._environ
-                missing = kind == "profile" and not settings and named != "default"
-                set_up = missing or any(map(given.get, _SET_UP_BY.get(kind, ())))
-                if set_up or isinstance(reason, SourceFailed):
-                    # Another source would be another identity.
-                    raise NoKeys("; ".join(tried), reason.passing) from reason
-                passing = reason.passing and " answered " in str(reason)
-                continue
-            if self._role_arn:
-                settings = {"role_session_name": self._session_name}
-                return self._assume(found, self._role_arn, settings)
-            return found
+                exists = name != "EC2 metadata" or " answered " in str(reason)
+                passing = reason.passing and exists
+                if isinstance(reason, NotSetUp):
+                    continue
+                break  # another source would be another identity
+            if not self.role_arn:
+                return found
+            role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
+            return self._assume(found, role)
         raise NoKeys("; ".join(tried), passing)
 
+    def _sources(self) -> Sequence[tuple[str, Callable[[], Credentials]]]:
+        sources: list[tuple[str, Callable[[], Credentials]]] = [
+            ("environment", self._from_environment),
+            ("web identity", self._from_web_identity),
+            (f"profile {self.profile}", self._from_profile),
+            ("container", self._from_container),
+            ("EC2 metadata", self._from_metadata),
+        ]
+        if self.chosen:
+            return sources[2:3]
+        settings = self._settings()
+        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
+            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
+        return sources
+
     def _from_environment(self) -> Credentials:
-        key = self._environ.get("AWS_ACCESS_KEY_ID")
-        secret = self._environ.get("AWS_SECRET_ACCESS_KEY")
+        key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
         if not key or not secret:
-            raise NoKeys("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set")
-        return _credentials(key, secret, self._environ.get("AWS_SESSION_TOKEN"))
+            reason = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not both set"
+            raise NoKeys(reason) if key else NotSetUp(reason)
+        return _credentials(key, secret, token)
 
     def _from_web_identity(self) -> Credentials:
-        path = self._environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        path = self.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not path:
-            raise NoKeys("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
-        role = self._environ.get("AWS_ROLE_ARN")
+            raise NotSetUp("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
+        role = self.environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
-        return self._with_web_identity(path, role, self._environ.get("AWS_ROLE_SESSION_NAME"))
+        return self._with_web_identity(path, role, self.environ.get("AWS_ROLE_SESSION_NAME"))
 
     def _from_container(self) -> Credentials:
-        relative = self._environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-        url = self._environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
-        if relative:
-            url = f"http://169.254.170.2{relative}"
+        relative = self.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+        full = self.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        url = f"http://169.254.170.2{relative}" if relative else full
         if not url:
-            raise NoKeys("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
+            raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
         host = host_of(url)
         if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
-        token = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
-        path = self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
-        if path:
-            token = _read_text(path)
+        path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+        token = _read_text(path) if path else self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         headers = {"Authorization": token} if token else {}
-        return _from_fields(_document(self._fetch(url, headers)))
+        return _from_fields(_document(self.fetch(url, headers)))
 
     def _from_metadata(self) -> Credentials:
         """Return the keys of the EC2 instance; extend expired ones (SDKs: static stability)."""
-        now, reason = self._clock(), "it still returns the old ones"
+        now, reason = self.clock(), "it still returns the old ones"
         try:
             self._instance = self._ask_metadata()
         except NoKeys as error:
@@ -5175,106 +5148,107 @@ class CredentialChain:
         return self._instance._replace(expires=now + CredentialCache.AHEAD + seconds)
 
     def _ask_metadata(self) -> Credentials:
-        if self._environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        if self.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             raise NoKeys("AWS_EC2_METADATA_DISABLED is true")
-        given = self._environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+        given = self.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
         try:
-            token = self._fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
+            token = self.fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         except NoKeys as error:
             hint = "in a container, the hop limit of the instance's metadata must be 2"
             raise NoKeys(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
-        role = self._fetch(roles, headers, timeout=1).decode("latin-1").strip()
-        answer = self._fetch(roles + urllib.parse.quote(role), headers, timeout=1)
+        role = self.fetch(roles, headers, timeout=1).decode("latin-1").strip()
+        answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
-    def _file(self, variable: str, default: str) -> configparser.RawConfigParser:
-        """Return a file of the AWS SDKs, empty if the file does not exist."""
+    def _file(self, variable: str, default: str) -> Mapping[str, Settings]:
+        """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
-        path = os.path.expanduser(self._environ.get(variable) or default)
-        if not os.path.exists(path):
-            return parser
+        path = os.path.expanduser(self.environ.get(variable) or default)
         try:
-            with open(path, encoding="utf-8") as file:
-                parser.read_file(file)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    parser.read_file(file)
         except (configparser.Error, UnicodeDecodeError) as error:
-            raise SourceFailed(f"{path} is malformed") from error
+            raise NoKeys(f"{path} is malformed") from error
         except OSError as error:
-            raise SourceFailed(f"{path} cannot be read: {error.strerror}") from error
-        return parser
+            raise NoKeys(f"{path} cannot be read: {error.strerror}") from error
+        return {section: dict(parser.items(section)) for section in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         credentials = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
         settings: dict[str, str] = {}
         # [profile default] has the last word over [default].
-        for section in sorted(config.sections(), key="default".__ne__):
+        for section in sorted(config, key="default".__ne__):
             if _profile_of(section) == profile:
-                settings.update(config.items(section))
-        own = dict(credentials.items(profile)) if credentials.has_section(profile) else {}
+                settings.update(config[section])
+        own = credentials.get(profile, {})
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
-            for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
+            for name in _KEY_SETTINGS:
                 settings.pop(name, None)
         settings.update(own)
         if not settings:
-            raise NoKeys("there is no such section in ~/.aws/config and ~/.aws/credentials")
-        session = settings.get("sso_session")
-        if session and config.has_section(f"sso-session {session}"):
-            settings.update(config.items(f"sso-session {session}"))
+            reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
+            raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
+        if settings.get("sso_session"):
+            settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
         return settings
 
-    def _settings(self) -> Mapping[str, str]:
+    def _settings(self) -> Settings:
         """Return the settings of the chosen profile, none if they cannot be read."""
-        try:
-            return self._section(self._profile)
-        except NoKeys:
-            return {}
+        with contextlib.suppress(NoKeys):
+            return self._section(self.profile)
+        return {}
 
-    def _from_profile(self, profile: str, visited: tuple[str, ...]) -> Credentials:
+    def _from_profile(self, profile: str = "", visited: tuple[str, ...] = ()) -> Credentials:
+        profile = profile or self.profile
         settings = self._section(profile)
-        role = settings.get("role_arn")
+        role, account = settings.get("role_arn"), settings.get("sso_account_id")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
         if profile in visited and not (keys and visited[-1] == profile):
             raise NoKeys(f"the profile {profile} is, by way of others, its own source")
-        if role and not (visited and keys):  # a source profile gives its keys first
+        if keys and (visited or not (role or account)):  # a source profile gives its keys first
+            return _credentials(*map(settings.get, _KEY_SETTINGS))
+        if role:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
                 fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
-                raise SourceFailed(f"{fault}; {remedy}")
-            return self._assume(self._source_of(settings, profile, visited), role, settings)
-        if settings.get("sso_account_id") and not (visited and keys):
+                raise NoKeys(f"{fault}; {remedy}")
+            return self._assume(self._source_of(settings, (*visited, profile)), settings)
+        if account:
             return self._from_sso(settings)
-        if keys:
-            key, secret = settings["aws_access_key_id"], settings["aws_secret_access_key"]
-            return _credentials(key, secret, settings.get("aws_session_token"))
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
             return self._from_login(settings["login_session"], profile)
-        raise NoKeys("it has no keys, process, role, SSO account or login session")
+        partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
+        reason = "it has no keys, process, role, SSO account or login session"
+        raise NoKeys(reason) if partly else NotSetUp(reason)
 
-    def _source_of(
-        self, settings: Mapping[str, str], profile: str, visited: tuple[str, ...]
-    ) -> Credentials:
-        if settings.get("source_profile"):
-            return self._from_profile(settings["source_profile"], (*visited, profile))
+    def _source_of(self, settings: Settings, visited: tuple[str, ...]) -> Credentials:
         source = {
             "Environment": self._from_environment,
             "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))
-        if not source:
-            raise NoKeys("its role has neither source_profile nor a known credential_source")
-        return source()
+        try:
+            if settings.get("source_profile"):
+                return self._from_profile(settings["source_profile"], visited)
+            if source:
+                return source()
+        except NotSetUp as reason:  # the role chooses this source
+            raise NoKeys(str(reason)) from reason
+        raise NoKeys("its role has neither source_profile nor a known credential_source")
 
-    def _from_sso(self, settings: Mapping[str, str]) -> Credentials:
+    def _from_sso(self, settings: Settings) -> Credentials:
         with _SSO_LOCK:
             token = self._sso_token(settings)
         region = settings.get("sso_region") or self.region()
@@ -5282,20 +5256,18 @@ class CredentialChain:
         query = urllib.parse.urlencode({"role_name": role, "account_id": account})
         url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
         try:
-            answer = self._fetch(url, {"x-amz-sso_bearer_token": token})
+            answer = self.fetch(url, {"x-amz-sso_bearer_token": token})
         except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
-        found = _document(answer)
         try:
-            keys = found["roleCredentials"]
-            expires = keys["expiration"] / 1000
-            key, secret = keys["accessKeyId"], keys["secretAccessKey"]
-            return _credentials(key, secret, keys["sessionToken"], expires)
+            keys = _document(answer)["roleCredentials"]
+            found = _credentials(*(keys[name] for name in _MEMBERS))
+            return found._replace(expires=keys["expiration"] / 1000)
         except (KeyError, TypeError) as error:
             raise NoKeys("the SSO portal's answer holds no credentials") from error
 
-    def _sso_token(self, settings: Mapping[str, str]) -> str:
+    def _sso_token(self, settings: Settings) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
         session = settings.get("sso_session")
         name = session or settings.get("sso_start_url", "")
@@ -5307,7 +5279,7 @@ class CredentialChain:
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
         except (NoKeys, KeyError) as error:
             raise NoKeys(f"its SSO token is not cached; {remedy}") from error
-        left, why, passing = expires - self._clock(), "", False
+        left, why, passing = expires - self.clock(), "", False
         if session and left < 900:
             try:
                 return self._refresh_sso_token(path, cached, settings)
@@ -5319,21 +5291,19 @@ class CredentialChain:
             log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
         return token
 
-    def _refresh_sso_token(
-        self, path: str, cached: Mapping[str, Any], settings: Mapping[str, str]
-    ) -> str:
+    def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Settings) -> str:
         """Return a new SSO token, and write it to the cache file with botocore's members."""
         names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
         missing = [name for name in names if not cached.get(name)]
         if missing:
             raise NoKeys(f"{path} has no {' and no '.join(missing)}")
-        if _expiry(cached["registrationExpiresAt"]) <= self._clock():
+        if _expiry(cached["registrationExpiresAt"]) <= self.clock():
             raise NoKeys("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
         url = f"{self._endpoint('sso-oauth', region).origin}/token"
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
-        answer = _document(self._fetch(url, headers, data=body))
+        answer = _document(self.fetch(url, headers, data=body))
         token, seconds = answer.get("accessToken"), answer.get("expiresIn")
         if not isinstance(seconds, int) or not 0 < seconds < 10**9:
             raise NoKeys("the answer of SSO holds no valid expiresIn")
@@ -5344,7 +5314,7 @@ class CredentialChain:
             "region": region,
             **{name: cached[name] for name in names if name != "refreshToken"},
             "accessToken": token,
-            "expiresAt": _utc(math.floor(self._clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
+            "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }
         if answer.get("refreshToken"):
             new["refreshToken"] = answer["refreshToken"]
@@ -5357,18 +5327,17 @@ class CredentialChain:
     def _from_login(self, session: str, profile: str) -> Credentials:
         """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
         # A refresh needs a signature with an elliptic curve, which the standard library lacks.
-        given = self._environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
+        given = self.environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
         name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
         remedy = f"add to its profile: credential_process = {command} --format process"
         try:
             path = os.path.join(os.path.expandvars(given), name)
             keys = _document(_read_text(path).encode())["accessToken"]
-            key, secret, expires = keys["accessKeyId"], keys["secretAccessKey"], keys["expiresAt"]
-            found = _credentials(key, secret, keys["sessionToken"], _expiry(expires))
+            found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
         except (NoKeys, KeyError, TypeError) as error:
             raise NoKeys(f"its login is not cached; run 'aws login', and {remedy}") from error
-        if found.expires <= self._clock():
+        if found.expires <= self.clock():
             raise NoKeys(f"the cached keys of its login have expired; {remedy}")
         return found
 
@@ -5376,7 +5345,7 @@ class CredentialChain:
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
         fips, dualstack = (
-            self._environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
+            self.environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
             for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
         )
         return fips.lower() == "true", dualstack.lower() == "true"
@@ -5386,45 +5355,36 @@ class CredentialChain:
 
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
-        named = self._environ.get("AWS_REGION") or self._environ.get("AWS_DEFAULT_REGION")
+        named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
         return named or self._settings().get("region") or "us-east-1"
 
-    def _assume(self, source: Credentials, role: str, settings: Mapping[str, str]) -> Credentials:
-        fields = {
-            "Action": "AssumeRole",
-            "RoleArn": role,
-            "RoleSessionName": session_name(settings.get("role_session_name")),
-            "DurationSeconds": settings.get("duration_seconds", ""),
-            "ExternalId": settings.get("external_id", ""),
-        }
+    def _assume(self, source: Credentials, settings: Settings) -> Credentials:
+        fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
         try:
-            return self._ask_sts(fields, source)
+            return self._ask_sts(source, Action="AssumeRole", **fields)
         except NoKeys as reason:
-            message = f"the role {role} cannot be assumed: {reason}"
-            raise SourceFailed(message, reason.passing) from reason
+            message = f"the role {settings['role_arn']} cannot be assumed: {reason}"
+            raise NoKeys(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
-        fields = {
-            "Action": "AssumeRoleWithWebIdentity",
-            "RoleArn": role,
-            "RoleSessionName": session_name(session),
-            "WebIdentityToken": _read_text(path),
-        }
-        return self._ask_sts(fields, None)
+        token = _read_text(path)
+        fields = {"RoleArn": role, "RoleSessionName": session, "WebIdentityToken": token}
+        return self._ask_sts(None, Action="AssumeRoleWithWebIdentity", **fields)
 
-    def _ask_sts(self, fields: Mapping[str, str], source: Optional[Credentials]) -> Credentials:
+    def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
         endpoint = self._endpoint("sts", region)
-        given = {name: value for name, value in fields.items() if value}
-        body = urllib.parse.urlencode({**given, "Version": "2011-06-15"}).encode()
+        fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
+        form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
+        body = urllib.parse.urlencode(form).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
-            amz_date = iso_basic(self._clock())
+            amz_date = iso_basic(self.clock())
             scope = CredentialScope(amz_date[:8], region, "sts")
             payload_hash = hashlib.sha256(body).hexdigest()
             headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
-        answer = self._fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
+        answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELDS.findall(answer))
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
@@ -5460,11 +5420,11 @@ def _write_private(path: str, document: Mapping[str, Any]) -> None:
 
 def _profile_of(section: str) -> str:
     """Return the profile of a section in ~/.aws/config, "" for none."""
-    try:
+    with contextlib.suppress(ValueError):
         kind, *names = shlex.split(section)  # a name with blanks may be quoted
-    except ValueError:
-        return ""
-    return "default" if section == "default" else " ".join(names) if kind == "profile" else ""
+        if kind == "profile":
+            return " ".join(names)
+    return "default" if section == "default" else ""
 
 
 def _from_process(command: str) -> Credentials:
@@ -5479,6 +5439,7 @@ def _from_process(command: str) -> Credentials:
     return _from_fields(_document(done.stdout), "SessionToken")
 
 
+@dataclass(eq=False, repr=False)
 class CredentialCache:
     """Keeps the credentials of a chain, and renews them before they expire.
 
@@ -5489,107 +5450,92 @@ class CredentialCache:
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
     PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
-    def __init__(
-        self,
-        chain: CredentialChain,
-        clock: Clock = time.time,
-        sleep: Callable[[float], None] = time.sleep,
-        variants: Variants = (False, False),
-    ) -> None:
-        self.variants = variants
-        self._chain = chain
-        self._clock = clock
-        self._sleep = sleep
-        self._lock = threading.Lock()
-        self._current: Optional[Credentials] = None
-        self._stale = False
-        self._tried = -math.inf
-        self._failure: Optional[NoKeys] = None  # of the last try
+    chain: CredentialChain
+    clock: Clock = time.time
+    sleep: Callable[[float], None] = time.sleep
+    variants: Variants = (False, False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _current: Optional[Credentials] = field(default=None, init=False)
+    _renew_at: float = field(default=-math.inf, init=False)
+    _next_try: float = field(default=-math.inf, init=False)
+    _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
+        return self._current if self.clock() < self._renew_at else None
+
+    def _valid(self, now: float) -> Optional[Credentials]:
         current = self._current
-        good = current and not self._stale and current.expires - self._clock() > self.AHEAD
-        return current if good else None
+        return current if current and current.expires > now else None
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        current = self.ready()
-        if current:
-            return current
-        now, current = self._clock(), self._current
-        good = current is not None and current.expires > now
-        if not self._lock.acquire(blocking=not good):
-            assert current
-            return current  # somebody is renewing them
+        found = self.ready()
+        if found:
+            return found
+        now = self.clock()
+        valid = self._valid(now)
+        if not self._lock.acquire(blocking=not valid) and valid:
+            return valid  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now)
+            return self.ready() or self._renew(now, self._valid(now))
         finally:
             self._lock.release()
 
-    def _renew(self, now: float) -> Credentials:
-        current = self._current
-        good = current if current and current.expires > now else None
-        failure = self._failure
-        if now < self._tried + (1 if failure and failure.passing else self.RETRY):
-            if good:
-                return good
-            if failure:
-                raise NoKeys(str(failure), failure.passing)
-        self._tried = now
+    def _renew(self, now: float, valid: Optional[Credentials]) -> Credentials:
+        if now < self._next_try and valid:
+            return valid
+        if now < self._next_try and self._failure:
+            raise NoKeys(*self._failure)
+        self._next_try = now + self.RETRY
         try:
-            found = self._find(() if good else self.PAUSES)
+            found = self._find(() if valid else self.PAUSES)
             if found.expires <= now:
                 raise NoKeys("the credentials found have expired")
-            self._current = found
         except NoKeys as reason:
-            self._failure = NoKeys(str(reason), reason.passing)  # without the frames of this one
+            self._failure = (str(reason), reason.passing)
+            if reason.passing:
+                self._next_try = now + 1
             log.warning("credentials not renewed: %s", reason)
-            if good:
-                return good
+            if valid:
+                return valid
             raise
-        self._stale, self._failure = False, None
-        return self._current
+        self._current, self._renew_at, self._failure = found, found.expires - self.AHEAD, None
+        return found
 
     def _find(self, pauses: Sequence[float]) -> Credentials:
         for pause in pauses:
             try:
-                return self._chain.find()
+                return self.chain.find()
             except NoKeys as reason:
                 if not reason.passing:
                     raise
-            self._sleep(pause)
-        return self._chain.find()
+            self.sleep(pause)
+        return self.chain.find()
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
-        if refused is self._current and not self._stale:
-            self._stale, self._tried = True, -math.inf
-            return True
-        return refused is not self._current
+        fresh = refused is self._current and self._renew_at > -math.inf
+        if fresh:
+            self._renew_at = self._next_try = -math.inf
+        return fresh or refused is not self._current
 
     @property
     def seconds_left(self) -> float:
         """The seconds until the present credentials expire."""
-        return self._current.expires - self._clock() if self._current else math.nan
+        return self._current.expires - self.clock() if self._current else math.nan
 
 
+@dataclass(eq=False, repr=False)
 class Keyring:
     """The credentials to forward a client's calls with: the proxy's, or those it names."""
 
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        profile: str = "",
-        *,
-        fetch: Callable[..., bytes] = fetch,
-        clock: Clock = time.time,
-    ) -> None:
-        self._profile = profile
-        self._clock = clock
-        self._chain = functools.partial(CredentialChain, environ, fetch=fetch, clock=clock)
-        self._lock = threading.Lock()
-        self._caches: dict[tuple[str, str, str], CredentialCache] = {}
+    environ: Mapping[str, str]
+    profile: str = ""
+    fetch: Callable[..., bytes] = fetch
+    clock: Clock = time.time
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _caches: dict[tuple[str, str, str], CredentialCache] = field(default_factory=dict, init=False)
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
@@ -5600,14 +5546,13 @@ class Keyring:
     def of(self, client: Client) -> CredentialCache:
         """Return the credentials of a client; the name of the client names the role session."""
         role = client.upstream_role_arn
-        key = (client.upstream_profile or self._profile, role, client.name if role else "")
+        key = (client.upstream_profile or self.profile, role, client.name if role else "")
         with self._lock:
-            cache = self._caches.get(key)
-            if cache is None:
-                chain = self._chain(key[0], role_arn=role, session_name=client.name)
-                cache = CredentialCache(chain, self._clock, variants=chain.variants)
+            if key not in self._caches:
+                chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
+                cache = CredentialCache(chain, self.clock, variants=chain.variants)
                 self._caches[key] = cache
-        return cache
+            return self._caches[key]
 
 
 # [6.3] Connections
