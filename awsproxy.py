@@ -2296,7 +2296,6 @@ Hosts = Iterable[str]  # names of the proxy besides localhost
 class Operation(NamedTuple):
     """An operation of a service."""
 
-    name: str
     input: Structure
     output: Optional[Sequence[str]]  # its members; None for a void operation
     method: Callable[[Any, Call], Output]  # of the service object
@@ -2313,7 +2312,7 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
         name, _, members = declared.strip().partition(" ")
         method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
         returned = output.split() if arrow else None
-        found[name] = Operation(name, structure(members, shapes), returned, method)
+        found[name] = Operation(structure(members, shapes), returned, method)
     return found
 
 
@@ -2439,8 +2438,6 @@ def _media_type(request: Request) -> str:
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    if "?" not in request.target:
-        return []
     try:
         return [value.decode("utf-8", "replace") for n, value in request.query if n == wanted]
     except ServiceError:  # `verify_head` refuses it
@@ -2867,13 +2864,13 @@ class AwsQuery(WireProtocol):
         if operation is None:
             return {k: v for k, v in fields.items() if k not in ("Action", "Version")}
         if _QUEUE_PATH.fullmatch(call.request.path):
-            if operation.name in model.not_on_queues:
-                raise _invalid_action(operation.name)
+            if call.operation in model.not_on_queues:
+                raise _invalid_action(call.operation)
             fields.setdefault("QueueUrl", call.request.path)
-        names, (tree, nodes) = model.query_names[operation.name], _form_tree(fields)
-        decoded = _from_form(operation.input, tree, names, QueryName(""))
-        checked = _from_json(operation.input, decoded)
-        members = {names[it].element if it in names else it for it in operation.input.members}
+        names, shape = model.query_names[call.operation], operation.input
+        tree, nodes = _form_tree(fields)
+        checked = _from_json(shape, _from_form(shape, tree, names, QueryName("")))
+        members = {names[it].element if it in names else it for it in shape.members}
         call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
         return dict(checked)
 
