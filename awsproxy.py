@@ -492,21 +492,30 @@ def expects_continue(head: Head) -> bool:
 
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
-    lengths = head.fields.get("content-length")
-    codings = head.fields.get("transfer-encoding")
-    if codings:
+    fields = head.fields
+    if "transfer-encoding" in fields:
         if head.version == "1.0":
             raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
-        if lengths:
+        if "content-length" in fields:
             message = "A request has Content-Length or Transfer-Encoding, not both."
             raise ServiceError("BadRequest", message)
+    try:
+        return _framing(fields, 0)
+    except ValueError as error:
+        raise ServiceError("BadRequest", f"{error}.") from error
+
+
+def _framing(fields: Fields, undeclared: int) -> Optional[int]:
+    lengths = fields.get("content-length")
+    codings = fields.get("transfer-encoding")
+    if codings:
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
-            raise ServiceError("BadRequest", "The only Transfer-Encoding understood is 'chunked'.")
+            raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
     if not lengths:
-        return 0
+        return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
-        raise ServiceError("BadRequest", "Content-Length must be one decimal number.")
+        raise ValueError("Content-Length must be one decimal number")
     return int(lengths[0])
 
 
@@ -656,18 +665,16 @@ class ResponseHead(NamedTuple):
 
 def read_head(source: Stream) -> bytes:
     """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
-    lines: list[bytes] = []
-    size = 0
-    while size <= MAX_HEAD:
-        lines.append(source.readline(MAX_HEAD + 1))
-        size += len(lines[-1])
-        if lines[-1] in (b"\r\n", b"\n"):
-            return b"".join(lines)
-        if not lines[-1].endswith(b"\n"):
-            if not size:
-                return b""
-            raise ValueError("the head of the answer is not complete")
-    raise ValueError("the head of the answer is too long")
+    head = bytearray()
+    for line in iter(functools.partial(source.readline, MAX_HEAD + 1), b""):
+        head += line
+        if len(head) > MAX_HEAD:
+            raise ValueError("the head of the answer is too long")
+        if line in (b"\r\n", b"\n"):
+            return bytes(head)
+    if head:
+        raise ValueError("the head of the answer is not complete")
+    return b""
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
@@ -694,18 +701,7 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
     """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
     if method == "HEAD" or head.status in (204, 304):
         return 0
-    fields = fields_of(head.headers)
-    lengths = fields.get("content-length")
-    codings = fields.get("transfer-encoding")
-    if codings:
-        if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
-            raise ValueError(f"it has the transfer coding {codings[0][:40]!r}")
-        return None
-    if not lengths:
-        return UNTIL_CLOSE
-    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
-        raise ValueError("its Content-Length is no number")
-    return int(lengths[0])
+    return _framing(fields_of(head.headers), UNTIL_CLOSE)
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
