@@ -826,47 +826,37 @@ def parse_authorization(request: Request) -> Authorization:
     if headers:
         return _parse_header(request, headers[0])
     if b"signature" in names and names & {b"awsaccesskeyid", b"signatureversion"}:
-        of_s3 = b"signatureversion" not in names
-        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
+        raise _version_2(request)
     kind = request.header("content-type") or ""
     is_form_post = request.method == "POST" and kind.startswith("multipart/form-data")
     raise refusal("form post" if is_form_post else "unsigned", request)
 
 
-_USUAL_HEADER = re.compile(
-    f"{ALGORITHM} +Credential=([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/(aws4_request),"
-    f" *SignedHeaders=({_SIGNED_HEADERS.pattern}), *Signature="
-)
+def _version_2(request: Request) -> ServiceError:
+    names = {name.lower() for name, _ in request.query}
+    of_s3 = names.isdisjoint((b"action", b"signatureversion"))
+    of_s3 = of_s3 and "x-amz-target" not in request.fields
+    return refusal("version 2 of s3" if of_s3 else "version 2", request)
 
 
-@functools.lru_cache(maxsize=256)
-def _usual_claims(header: str) -> Optional[tuple[str, CredentialScope, tuple[str, ...]]]:
-    """Return the key, scope and signed headers of a usual header, which a client repeats."""
-    match = _USUAL_HEADER.fullmatch(header)
-    if not match:
-        return None
-    names = tuple(match[6].split(";"))
-    ascending = all(map(str.__lt__, names, names[1:]))
-    return (match[1], CredentialScope(*match.groups()[1:5]), names) if ascending else None
+_Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
+_usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 
 
 def _parse_header(request: Request, header: str) -> Authorization:
-    usual = _usual_claims(header[:-64]) if len(header) < 1024 else None
-    made = header[-64:]
+    claims, made = _usual_claims.get(header[:-64]), header[-64:]
     amz_date = request.fields.get("x-amz-date", ())
-    if usual and len(amz_date) == 1 and _SHA256_HEX.fullmatch(made):
-        token = _single(request, "x-amz-security-token")
-        return Authorization(*usual, made, amz_date[0], session_token=token)
-    return _parse_unusual_header(request, header)
+    if not claims or len(amz_date) != 1 or not _SHA256_HEX.fullmatch(made):
+        return _parse_unusual_header(request, header)
+    token = _single(request, "x-amz-security-token")
+    return Authorization(*claims, made, amz_date[0], session_token=token)
 
 
 def _parse_unusual_header(request: Request, header: str) -> Authorization:
     reason = "header parameter"
     scheme, _, rest = header.partition(" ")
     if scheme == "AWS":
-        parameters = {name for name, _ in request.query}
-        of_s3 = b"Action" not in parameters and "x-amz-target" not in request.fields
-        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
+        raise _version_2(request)
     if scheme != ALGORITHM:
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
@@ -890,31 +880,31 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if amz_date is None or faults:
         raise refusal(reason, request, " ".join(faults))
-    key = _parse_credential(request, given["Credential"], "credential")
     made = given["Signature"]
-    names = _parse_signed_headers(request, given["SignedHeaders"], made, reason)
+    claims = _parse_claims(request, "header", *map(given.__getitem__, _PARAMETERS))
+    if name == "Signature" and header.endswith(made) and len(header) < 1024:
+        if len(_usual_claims) >= 256:
+            _usual_claims.clear()
+        _usual_claims[header[:-64]] = claims
     token = _single(request, "x-amz-security-token")
-    return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
+    return Authorization(*claims, made, amz_date, session_token=token, dated_by=dated_by)
 
 
-def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
-    parts = credential.split("/")
-    if len(parts) != 5:
-        fault = REFUSALS["credential"][2].format(credential[:200])
-        raise refusal(reason, request, credential[:200] if reason == "credential" else fault)
-    return parts[0], CredentialScope(*parts[1:])
-
-
-def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> tuple[str, ...]:
-    """Return the names, and refuse a signature that is malformed."""
-    names = tuple(text.split(";"))
-    ascending = all(map(str.__lt__, names, names[1:]))
-    if not _SIGNED_HEADERS.fullmatch(text) or not ascending:
+def _parse_claims(request: Request, place: str, credential: str, made: str, names: str) -> _Claims:
+    """Return the parts of the credential and of SignedHeaders; check the form of a signature."""
+    reason = f"{place} parameter"
+    key, *scope = credential.split("/")
+    if len(scope) != 4:
+        if place == "header":
+            raise refusal("credential", request, credential[:200])
+        raise refusal(reason, request, REFUSALS["credential"][2].format(credential[:200]))
+    signed = tuple(names.split(";"))
+    if not _SIGNED_HEADERS.fullmatch(names) or not all(map(str.__lt__, signed, signed[1:])):
         fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'."
         raise refusal(reason, request, fault)
     if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
-    return names
+    return key, CredentialScope(*scope), signed
 
 
 def _single(request: Request, name: str) -> Optional[str]:
@@ -1518,16 +1508,13 @@ def _parse_query(request: Request) -> Authorization:
         given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    missing = [name for name in _QUERY_PARAMETERS.values() if not given.get(name)]
-    missing = [name for name in missing if name not in ("X-Amz-Security-Token", "X-Amz-Expires")]
-    if not missing:
-        key = _parse_credential(request, given["X-Amz-Credential"], reason)
-        if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
-            missing.append("X-Amz-Expires")
-    if missing:
-        raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
-    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
-    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
+    optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
+    if not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4]):
+        optional.remove("X-Amz-Expires")
+    for name in _QUERY_PARAMETERS.values():
+        if not given.get(name) and name not in optional:
+            raise refusal(reason, request, f"AWS query-string parameters must include '{name}'.")
+    claims = _parse_claims(request, "query", *(given[f"X-Amz-{name}"] for name in _PARAMETERS))
     expires = given.get("X-Amz-Expires")
     if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
         raise refusal(reason, request, "X-Amz-Expires should be a number.")
@@ -1535,7 +1522,9 @@ def _parse_query(request: Request) -> Authorization:
     if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
         fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
         raise refusal(reason, request, fault)
-    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
+    token = given.get("X-Amz-Security-Token")
+    made, amz_date = given["X-Amz-Signature"], given["X-Amz-Date"]
+    return Authorization(*claims, made, amz_date, seconds, True, token)
 
 
 # [3.8] Mistakes of clients
