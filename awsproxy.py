@@ -968,14 +968,10 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     lines = []
     for name in names:
         values = fields[name]
-        if len(values) == 1:
-            value = values[0].strip(" \t")
-        else:
-            value = ",".join([value.strip(" \t") for value in values])
-        if "  " in value or "\t" in value:
-            value = _BLANKS.sub(" ", value)
-        lines.append(f"{name}:{value}\n")
-    return "".join(lines)
+        value = values[0] if len(values) == 1 else ",".join([v.strip(" \t") for v in values])
+        lines.append(f"{name}:" + value.strip(" \t") + "\n")
+    text = "".join(lines)
+    return _BLANKS.sub(" ", text) if "  " in text or "\t" in text else text
 
 
 def canonical_parts(
