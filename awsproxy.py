@@ -253,7 +253,6 @@ class Call:
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
-    _input: Optional[dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
@@ -262,20 +261,13 @@ class Call:
 
     @property
     def is_read(self) -> bool:
-        """Return whether the input was decoded."""
-        return self._input is not None
+        """Return whether the input was decoded or replaced."""
+        return "input" in self.__dict__
 
-    @property
+    @functools.cached_property
     def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
-        if self._input is None:
-            self._input = self.wire.input(self)
-        return self._input
-
-    @input.setter
-    def input(self, value: dict[str, Any]) -> None:
-        """Replace the input."""
-        self._input = value
+        return self.wire.input(self)
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
