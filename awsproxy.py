@@ -284,7 +284,6 @@ class Call:
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
-    _input: Optional[dict[str, Any]] = field(default=None, init=False)
 
     @property
     def action(self) -> str:
@@ -293,20 +292,13 @@ class Call:
 
     @property
     def is_read(self) -> bool:
-        """Return whether the input was decoded."""
-        return self._input is not None
+        """Return whether the input was decoded or replaced."""
+        return "input" in self.__dict__
 
-    @property
+    @functools.cached_property
     def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
-        if self._input is None:
-            self._input = self.wire.input(self)
-        return self._input
-
-    @input.setter
-    def input(self, value: dict[str, Any]) -> None:
-        """Replace the input."""
-        self._input = value
+        return self.wire.input(self)
 
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
@@ -523,21 +515,30 @@ def expects_continue(head: Head) -> bool:
 
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
-    lengths = head.fields.get("content-length")
-    codings = head.fields.get("transfer-encoding")
-    if codings:
+    fields = head.fields
+    if "transfer-encoding" in fields:
         if head.version == "1.0":
             raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
-        if lengths:
+        if "content-length" in fields:
             message = "A request has Content-Length or Transfer-Encoding, not both."
             raise ServiceError("BadRequest", message)
+    try:
+        return _framing(fields, 0)
+    except ValueError as error:
+        raise ServiceError("BadRequest", f"{error}.") from error
+
+
+def _framing(fields: Fields, undeclared: int) -> Optional[int]:
+    lengths = fields.get("content-length")
+    codings = fields.get("transfer-encoding")
+    if codings:
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
-            raise ServiceError("BadRequest", "The only Transfer-Encoding understood is 'chunked'.")
+            raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
     if not lengths:
-        return 0
+        return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
-        raise ServiceError("BadRequest", "Content-Length must be one decimal number.")
+        raise ValueError("Content-Length must be one decimal number")
     return int(lengths[0])
 
 
@@ -687,18 +688,16 @@ class ResponseHead(NamedTuple):
 
 def read_head(source: Stream) -> bytes:
     """Return a head with its blank line, b"" at the end; ValueError if too long or cut short."""
-    lines: list[bytes] = []
-    size = 0
-    while size <= MAX_HEAD:
-        lines.append(source.readline(MAX_HEAD + 1))
-        size += len(lines[-1])
-        if lines[-1] in (b"\r\n", b"\n"):
-            return b"".join(lines)
-        if not lines[-1].endswith(b"\n"):
-            if not size:
-                return b""
-            raise ValueError("the head of the answer is not complete")
-    raise ValueError("the head of the answer is too long")
+    head = bytearray()
+    for line in iter(functools.partial(source.readline, MAX_HEAD + 1), b""):
+        head += line
+        if len(head) > MAX_HEAD:
+            raise ValueError("the head of the answer is too long")
+        if line in (b"\r\n", b"\n"):
+            return bytes(head)
+    if head:
+        raise ValueError("the head of the answer is not complete")
+    return b""
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
@@ -725,18 +724,7 @@ def response_framing(head: ResponseHead, method: str) -> Optional[int]:
     """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
     if method == "HEAD" or head.status in (204, 304):
         return 0
-    fields = fields_of(head.headers)
-    lengths = fields.get("content-length")
-    codings = fields.get("transfer-encoding")
-    if codings:
-        if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
-            raise ValueError(f"it has the transfer coding {codings[0][:40]!r}")
-        return None
-    if not lengths:
-        return UNTIL_CLOSE
-    if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
-        raise ValueError("its Content-Length is no number")
-    return int(lengths[0])
+    return _framing(fields_of(head.headers), UNTIL_CLOSE)
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -861,47 +849,37 @@ def parse_authorization(request: Request) -> Authorization:
     if headers:
         return _parse_header(request, headers[0])
     if b"signature" in names and names & {b"awsaccesskeyid", b"signatureversion"}:
-        of_s3 = b"signatureversion" not in names
-        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
+        raise _version_2(request)
     kind = request.header("content-type") or ""
     is_form_post = request.method == "POST" and kind.startswith("multipart/form-data")
     raise refusal("form post" if is_form_post else "unsigned", request)
 
 
-_USUAL_HEADER = re.compile(
-    f"{ALGORITHM} +Credential=([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/([^/,= \t]+)/(aws4_request),"
-    f" *SignedHeaders=({_SIGNED_HEADERS.pattern}), *Signature="
-)
+def _version_2(request: Request) -> ServiceError:
+    names = {name.lower() for name, _ in request.query}
+    of_s3 = names.isdisjoint((b"action", b"signatureversion"))
+    of_s3 = of_s3 and "x-amz-target" not in request.fields
+    return refusal("version 2 of s3" if of_s3 else "version 2", request)
 
 
-@functools.lru_cache(maxsize=256)
-def _usual_claims(header: str) -> Optional[tuple[str, CredentialScope, tuple[str, ...]]]:
-    """Return the key, scope and signed headers of a usual header, which a client repeats."""
-    match = _USUAL_HEADER.fullmatch(header)
-    if not match:
-        return None
-    names = tuple(match[6].split(";"))
-    ascending = all(map(str.__lt__, names, names[1:]))
-    return (match[1], CredentialScope(*match.groups()[1:5]), names) if ascending else None
+_Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
+_usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 
 
 def _parse_header(request: Request, header: str) -> Authorization:
-    usual = _usual_claims(header[:-64]) if len(header) < 1024 else None
-    made = header[-64:]
+    claims, made = _usual_claims.get(header[:-64]), header[-64:]
     amz_date = request.fields.get("x-amz-date", ())
-    if usual and len(amz_date) == 1 and _SHA256_HEX.fullmatch(made):
-        token = _single(request, "x-amz-security-token")
-        return Authorization(*usual, made, amz_date[0], session_token=token)
-    return _parse_unusual_header(request, header)
+    if not claims or len(amz_date) != 1 or not _SHA256_HEX.fullmatch(made):
+        return _parse_unusual_header(request, header)
+    token = _single(request, "x-amz-security-token")
+    return Authorization(*claims, made, amz_date[0], session_token=token)
 
 
 def _parse_unusual_header(request: Request, header: str) -> Authorization:
     reason = "header parameter"
     scheme, _, rest = header.partition(" ")
     if scheme == "AWS":
-        parameters = {name for name, _ in request.query}
-        of_s3 = b"Action" not in parameters and "x-amz-target" not in request.fields
-        raise refusal("version 2 of s3" if of_s3 else "version 2", request)
+        raise _version_2(request)
     if scheme != ALGORITHM:
         reason = "algorithm" if scheme.startswith("AWS4-") else "scheme"
         raise refusal(reason, request, scheme[:40] if rest else "")
@@ -925,31 +903,31 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if amz_date is None or faults:
         raise refusal(reason, request, " ".join(faults))
-    key = _parse_credential(request, given["Credential"], "credential")
     made = given["Signature"]
-    names = _parse_signed_headers(request, given["SignedHeaders"], made, reason)
+    claims = _parse_claims(request, "header", *map(given.__getitem__, _PARAMETERS))
+    if name == "Signature" and header.endswith(made) and len(header) < 1024:
+        if len(_usual_claims) >= 256:
+            _usual_claims.clear()
+        _usual_claims[header[:-64]] = claims
     token = _single(request, "x-amz-security-token")
-    return Authorization(*key, names, made, amz_date, session_token=token, dated_by=dated_by)
+    return Authorization(*claims, made, amz_date, session_token=token, dated_by=dated_by)
 
 
-def _parse_credential(request: Request, credential: str, reason: str) -> Claim:
-    parts = credential.split("/")
-    if len(parts) != 5:
-        fault = REFUSALS["credential"][2].format(credential[:200])
-        raise refusal(reason, request, credential[:200] if reason == "credential" else fault)
-    return parts[0], CredentialScope(*parts[1:])
-
-
-def _parse_signed_headers(request: Request, text: str, made: str, reason: str) -> tuple[str, ...]:
-    """Return the names, and refuse a signature that is malformed."""
-    names = tuple(text.split(";"))
-    ascending = all(map(str.__lt__, names, names[1:]))
-    if not _SIGNED_HEADERS.fullmatch(text) or not ascending:
+def _parse_claims(request: Request, place: str, credential: str, made: str, names: str) -> _Claims:
+    """Return the parts of the credential and of SignedHeaders; check the form of a signature."""
+    reason = f"{place} parameter"
+    key, *scope = credential.split("/")
+    if len(scope) != 4:
+        if place == "header":
+            raise refusal("credential", request, credential[:200])
+        raise refusal(reason, request, REFUSALS["credential"][2].format(credential[:200]))
+    signed = tuple(names.split(";"))
+    if not _SIGNED_HEADERS.fullmatch(names) or not all(map(str.__lt__, signed, signed[1:])):
         fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'."
         raise refusal(reason, request, fault)
     if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
-    return names
+    return key, CredentialScope(*scope), signed
 
 
 def _single(request: Request, name: str) -> Optional[str]:
@@ -1013,14 +991,10 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     lines = []
     for name in names:
         values = fields[name]
-        if len(values) == 1:
-            value = values[0].strip(" \t")
-        else:
-            value = ",".join([value.strip(" \t") for value in values])
-        if "  " in value or "\t" in value:
-            value = _BLANKS.sub(" ", value)
-        lines.append(f"{name}:{value}\n")
-    return "".join(lines)
+        value = values[0] if len(values) == 1 else ",".join([v.strip(" \t") for v in values])
+        lines.append(f"{name}:" + value.strip(" \t") + "\n")
+    text = "".join(lines)
+    return _BLANKS.sub(" ", text) if "  " in text or "\t" in text else text
 
 
 def canonical_parts(
@@ -1564,16 +1538,13 @@ def _parse_query(request: Request) -> Authorization:
         given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    missing = [name for name in _QUERY_PARAMETERS.values() if not given.get(name)]
-    missing = [name for name in missing if name not in ("X-Amz-Security-Token", "X-Amz-Expires")]
-    if not missing:
-        key = _parse_credential(request, given["X-Amz-Credential"], reason)
-        if key[1].service in S3_FAMILY and not given.get("X-Amz-Expires"):
-            missing.append("X-Amz-Expires")
-    if missing:
-        raise refusal(reason, request, f"AWS query-string parameters must include '{missing[0]}'.")
-    made, token = given["X-Amz-Signature"], given.get("X-Amz-Security-Token")
-    names = _parse_signed_headers(request, given["X-Amz-SignedHeaders"], made, reason)
+    optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
+    if not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4]):
+        optional.remove("X-Amz-Expires")
+    for name in _QUERY_PARAMETERS.values():
+        if not given.get(name) and name not in optional:
+            raise refusal(reason, request, f"AWS query-string parameters must include '{name}'.")
+    claims = _parse_claims(request, "query", *(given[f"X-Amz-{name}"] for name in _PARAMETERS))
     expires = given.get("X-Amz-Expires")
     if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
         raise refusal(reason, request, "X-Amz-Expires should be a number.")
@@ -1581,7 +1552,9 @@ def _parse_query(request: Request) -> Authorization:
     if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
         fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
         raise refusal(reason, request, fault)
-    return Authorization(*key, names, made, given["X-Amz-Date"], seconds, True, token)
+    token = given.get("X-Amz-Security-Token")
+    made, amz_date = given["X-Amz-Signature"], given["X-Amz-Date"]
+    return Authorization(*claims, made, amz_date, seconds, True, token)
 
 
 # [3.8] Mistakes of signers
