@@ -6102,7 +6102,6 @@ class Connection:
         self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.mask = Mask()
-        self.streams_masked = True
         self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
@@ -6465,7 +6464,7 @@ class Upstream:
         if head.status in _REFUSED or unwanted:
             return wait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
-        return self._final(call, self.whole(connection, head, call.request.method, body))
+        return self._final(call, self._whole(attempt, head, head.keeps, body))
 
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
         """Give up a poll, and return a function that makes its messages visible again."""
@@ -6476,8 +6475,8 @@ class Upstream:
         call, outgoing, _, connection = attempt
         try:
             connection.socket.settimeout(connection.timeout)
-            reply = self._reply(connection, connection.receive_head(), call.request.method)
-            self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
+            reply = self._reply(attempt, connection.receive_head())
+            self._release(call, outgoing, receipt_handles(reply))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
@@ -6487,11 +6486,9 @@ class Upstream:
     def _settled(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
         reply = self._answered(call, outgoing, sent)
-        if call.action == RECEIVE:
-            reply = self._gathered(call, reply)
-            if call.request.abandoned():
-                self._release(call, outgoing, receipt_handles(reply))
-                reply = no_messages(call, random_id())
+        if call.action == RECEIVE and call.request.abandoned():
+            self._release(call, outgoing, receipt_handles(reply))
+            reply = no_messages(call, random_id())
         return self._final(call, reply)
 
     def _final(self, call: Call, reply: Reply) -> Reply:
@@ -6502,8 +6499,7 @@ class Upstream:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
-        of_sqs = call.service == "sqs"
-        return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
+        return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
         """Return the refusal without the upstream's text, which repeats our signed request."""
@@ -6513,21 +6509,6 @@ class Upstream:
         request_id = fields_of(reply.headers).get("x-amzn-requestid", [random_id()])[0]
         error = ServiceError("SignatureDoesNotMatch", message)
         return call.wire.error(call.request, error, request_id[:128])
-
-    def _gathered(self, call: Call, reply: Reply) -> Reply:
-        """Return an answer of Amazon SQS with a complete body, which the proxy reads."""
-        if isinstance(reply.body, bytes):
-            return reply
-        try:
-            body = bytearray()
-            for block in reply.body:
-                body += block
-                if len(body) > MAX_SQS_ANSWER:
-                    raise OSError("the answer is too long")
-        except (OSError, ServiceError) as error:
-            broken = UpstreamError("an answer is incomplete", unanswered=False)
-            raise self._given_up(call, broken) from error
-        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), bytes(body))
 
     def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
         refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
@@ -6689,7 +6670,7 @@ class Upstream:
                     if call.action == RECEIVE and not self._pool.awaits(connection):
                         threading.Thread(target=self.let_go(attempt), daemon=True).start()
                         return no_messages(call, random_id())
-                return self._reply(connection, connection.receive_head(), call.request.method)
+                return self._reply(attempt, connection.receive_head())
             except UpstreamError as error:
                 connection.close()
                 stale = connection.reused and error.unanswered
@@ -6733,8 +6714,6 @@ class Upstream:
     def _send(self, attempt: Attempt) -> None:
         call, outgoing, keys, connection = attempt
         signed, claimed = self._signed(call, outgoing, keys)
-        # An object stays as it was stored.  A refusal may repeat the request.
-        connection.streams_masked = call.service not in ("s3", "s3express")
         connection.mask = Mask(claimed, keys.session_token)
         head, body = encode_head(signed), signed.body
         if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
@@ -6762,9 +6741,11 @@ class Upstream:
                 return
         connection.spoiled = bool(first) and signed.method in _BODILESS
 
-    def _reply(self, connection: Connection, head: ResponseHead, method: str) -> Reply:
+    def _reply(self, attempt: Attempt, head: ResponseHead) -> Reply:
+        """Return the answer; its body streams if it is long."""
+        call, connection = attempt.call, attempt.connection
         try:
-            length = response_framing(head, method)
+            length = response_framing(head, call.request.method)
         except ValueError as error:
             message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
             raise UpstreamError(message, unanswered=False) from error
@@ -6773,46 +6754,46 @@ class Upstream:
             reader = ChunkedBody(connection.source, sys.maxsize)
         elif length != UNTIL_CLOSE:
             reader = LengthBody(connection.source, length)
-        if length is not None and 0 <= length <= MAX_WHOLE_REPLY:
-            try:
-                body = reader.read()
-            except (OSError, ServiceError) as error:
-                message = f"the answer of {connection.endpoint.origin} is incomplete"
-                raise UpstreamError(message, unanswered=False) from error
-            return self.whole(connection, head, method, body)
-        connection.deadline = math.inf  # each block of a stream has its own timeout
-        if head.status < 300 and not connection.streams_masked:
-            connection.mask = Mask()
-        raw = iter(functools.partial(reader.read_some, 65536), b"")
-        blocks = self._stream(connection, raw, head.keeps and length != UNTIL_CLOSE)
+        keep = head.keeps and length != UNTIL_CLOSE
+        blocks = iter(functools.partial(reader.read_some, 65536), b"")
+        is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
+        if not is_short:
+            connection.deadline = math.inf  # each block of a stream has its own timeout
+        if is_short or call.service == "sqs" or head.status in _REFUSED:
+            limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
+            start = self._start(connection, blocks, limit)
+            if len(start) <= limit:
+                return self._whole(attempt, head, keep, start)
+            if error_code(Reply(head.status, head.headers, start)) in _MISMATCHES:
+                return self._whole(attempt, head, False, start)  # the rest shows our request
+            if call.service == "sqs":
+                raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
+            blocks = itertools.chain((start,), blocks)
+        elif head.status < 300 and call.service in ("s3", "s3express"):
+            connection.mask = Mask()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        reply = Reply(head.status, connection.mask.headers(headers), blocks)
-        return self._refused(reply) if head.status in _REFUSED else reply
+        body = self._stream(connection, blocks, keep)
+        return Reply(head.status, connection.mask.headers(headers), body)
 
-    def _refused(self, reply: Reply) -> Reply:
-        """Read a short refusal completely; cut a long one that shows our signed request."""
-        blocks, start = iter(reply.body), b""
-        assert isinstance(blocks, collections.abc.Generator)
+    def _start(self, connection: Connection, blocks: Iterator[bytes], limit: int) -> bytes:
+        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
+        start = bytearray()
         try:
-            for block in blocks:
+            while len(start) <= limit and (block := next(blocks, b"")):
                 start += block
-                if len(start) > MAX_WHOLE_REPLY:
-                    if error_code(reply._replace(body=start)) in _MISMATCHES:
-                        blocks.close()
-                        return reply._replace(body=start)
-                    rest = (block for block in itertools.chain((start,), blocks))
-                    return reply._replace(body=rest)
         except (OSError, ServiceError) as error:
-            raise UpstreamError("an answer is incomplete", unanswered=False) from error
-        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), start)
+            message = f"the answer of {connection.endpoint.origin} is incomplete"
+            raise UpstreamError(message, unanswered=False) from error
+        return bytes(start)
 
-    def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
+    def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
-        self._done(connection, head.keeps)
+        connection = attempt.connection
+        self._done(connection, keep)
         # An answer to HEAD has the length of a body, but no body.
-        headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
-        mask = connection.mask
-        return Reply(head.status, mask.headers(headers), mask.hide(body))
+        dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
+        headers = connection.mask.headers(end_to_end(head.headers, dropped))
+        return Reply(head.status, headers, connection.mask.hide(body))
 
     def _done(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
