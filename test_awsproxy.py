@@ -14019,7 +14019,8 @@ class AnotherReaderForwardedTest(ForwardMeaning):
 
             def answer(self, call, request_id):
                 source = awsproxy.Stream(lambda size: taken.append(1) or bytes(size))
-                attempt = awsproxy.Attempt(call, None, None, mock.Mock(source=source))
+                attempt = awsproxy.Attempt(call, None, None, "")
+                attempt.connection = mock.Mock(source=source)
                 try:
                     return upstream._reply(attempt, awsproxy.ResponseHead(200, (), False))
                 except UpstreamError as error:
