@@ -6141,13 +6141,6 @@ class Connection:
         """Close the connection."""
         self._client.close()
 
-    def send(self, data: bytes) -> None:
-        """Send the data, or raise UpstreamError."""
-        try:
-            self.socket.sendall(data)
-        except OSError as error:
-            raise UpstreamError(f"cannot send to {self.endpoint.origin}: {error}") from error
-
     def send_until_answered(self, data: bytes) -> bool:
         """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
@@ -6157,7 +6150,7 @@ class Connection:
             while left:
                 ready = poll.poll(self.timeout * 1000)
                 if not ready:
-                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a body")
+                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
                 if ready[0][1] & ~select.POLLOUT:
                     self.socket.setblocking(False)
                     going_on = self.receive_now()
@@ -6704,32 +6697,24 @@ class Upstream:
 
     def _send(self, attempt: Attempt) -> None:
         connection, (signed, claimed) = attempt.connection, self._signed(attempt)
-        head, body = encode_head(signed), signed.body
+        body = signed.body
         if isinstance(body, io.IOBase):
             body.seek(0)
-        if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
-            data = body.getvalue()
-            connection.spoiled = True
-            with contextlib.suppress(UpstreamError):  # an answer may have arrived before
-                connection.send(head + data)
-                # An upstream that ignores the body would read it as the next request.
-                connection.spoiled = bool(data) and signed.method in _BODILESS
-            return
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
             _, scope, _, seed, amz_date, *_ = claimed
             key = signing_key(attempt.keys.secret_access_key, scope)
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
-        chunked = signed.header("transfer-encoding") is not None
+        if "transfer-encoding" in signed.fields:
+            framed = itertools.chain(blocks, (b"",))
+            blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
         first = next(blocks, b"")  # raises for a wrong body before anything is sent
-        connection.send(head)
         connection.spoiled = True
-        blocks = itertools.chain((first,) if first else (), blocks, (b"",) if chunked else ())
-        for block in blocks:
-            framed = b"%x\r\n%b\r\n" % (len(block), block) if chunked else block
-            if not connection.send_until_answered(framed):
+        for data in itertools.chain((encode_head(signed) + first,), blocks):
+            if not connection.send_until_answered(data):
                 return
+        # An upstream that ignores the body would read it as the next request.
         connection.spoiled = bool(first) and signed.method in _BODILESS
 
     def _reply(self, attempt: Attempt, head: ResponseHead) -> Reply:
