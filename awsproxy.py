@@ -6266,14 +6266,15 @@ class Pool:
         for connection in late:
             connection.close()
 
-    def give(self, connection: Connection) -> None:
-        """Keep a connection whose exchange is complete, or close it."""
-        connection.idle_since = time.monotonic()
-        with self._lock:
-            idle = self._idle.setdefault(connection.endpoint, [])
-            if len(idle) < self.MOST:
-                idle.append(connection)
-                return
+    def give(self, connection: Connection, keep: bool) -> None:
+        """Keep a connection if request and answer are complete, or close it."""
+        if keep and not connection.spoiled and not connection.source.buffer:
+            connection.idle_since = time.monotonic()
+            with self._lock:
+                idle = self._idle.setdefault(connection.endpoint, [])
+                if len(idle) < self.MOST:
+                    idle.append(connection)
+                    return
         connection.close()
 
     def _client(self, endpoint: Endpoint) -> http.client.HTTPConnection:
@@ -6764,18 +6765,11 @@ class Upstream:
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
-        self._done(attempt.connection, keep)
+        self._pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
         headers = attempt.mask.headers(end_to_end(head.headers, dropped))
         return Reply(head.status, headers, attempt.mask.hide(body))
-
-    def _done(self, connection: Connection, keep: bool) -> None:
-        """Keep a connection if request and answer are complete, or close it."""
-        if keep and not connection.spoiled and not connection.source.buffer:
-            self._pool.give(connection)
-        else:
-            connection.close()
 
     def _stream(self, attempt: Attempt, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
@@ -6788,7 +6782,7 @@ class Upstream:
             if attempt.mask.held:
                 yield attempt.mask.held
         finally:
-            self._done(attempt.connection, keep and complete)
+            self._pool.give(attempt.connection, keep and complete)
 
     def _release(self, received: Attempt, handles: Sequence[str]) -> None:
         if not handles:
