@@ -5607,8 +5607,6 @@ class Connection:
         self.timeout = timeout
         self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
-        self.mask = Mask()
-        self.streams_masked = True
         self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
@@ -5649,13 +5647,6 @@ class Connection:
         """Close the connection."""
         self._client.close()
 
-    def send(self, data: bytes) -> None:
-        """Send the data, or raise UpstreamError."""
-        try:
-            self.socket.sendall(data)
-        except OSError as error:
-            raise UpstreamError(f"cannot send to {self.endpoint.origin}: {error}") from error
-
     def send_until_answered(self, data: bytes) -> bool:
         """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
@@ -5665,7 +5656,7 @@ class Connection:
             while left:
                 ready = poll.poll(self.timeout * 1000)
                 if not ready:
-                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a body")
+                    raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
                 if ready[0][1] & ~select.POLLOUT:
                     self.socket.setblocking(False)
                     going_on = self.receive_now()
@@ -5781,14 +5772,15 @@ class Pool:
         for connection in late:
             connection.close()
 
-    def give(self, connection: Connection) -> None:
-        """Keep a connection whose exchange is complete, or close it."""
-        connection.idle_since = time.monotonic()
-        with self._lock:
-            idle = self._idle.setdefault(connection.endpoint, [])
-            if len(idle) < self.MOST:
-                idle.append(connection)
-                return
+    def give(self, connection: Connection, keep: bool) -> None:
+        """Keep a connection if request and answer are complete, or close it."""
+        if keep and not connection.spoiled and not connection.source.buffer:
+            connection.idle_since = time.monotonic()
+            with self._lock:
+                idle = self._idle.setdefault(connection.endpoint, [])
+                if len(idle) < self.MOST:
+                    idle.append(connection)
+                    return
         connection.close()
 
     def _client(self, endpoint: Endpoint) -> http.client.HTTPConnection:
@@ -5852,15 +5844,6 @@ def outcome_unknown() -> ServiceError:
     return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
 
-class Outgoing(NamedTuple):
-    """A request to an upstream, before it is signed."""
-
-    endpoint: Endpoint
-    request: Request
-    payload_hash: str
-    declares: bool = False  # whether to send x-amz-content-sha256
-
-
 def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name.lower() not in names]
 
@@ -5881,13 +5864,19 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     return Request("POST", "/", headers, io.BytesIO(body))
 
 
-class Attempt(NamedTuple):
-    """A call that is sent on a connection, and the keys that sign it."""
+@dataclass(eq=False)
+class Attempt:
+    """A call for an upstream: its request before it is signed, and how to send that."""
 
     call: Call
-    outgoing: Outgoing
-    keys: Credentials
-    connection: Connection
+    endpoint: Endpoint
+    request: Request
+    payload_hash: str
+    declares: bool = False  # whether to send x-amz-content-sha256
+    keys: Credentials = NOBODY
+    begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
+    connection: Connection = field(init=False)
+    mask: Mask = field(default_factory=Mask)
 
 
 class Upstream:
@@ -5919,12 +5908,11 @@ class Upstream:
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
-        outgoing = self._outgoing(call)
+        attempt = self._prepared(call)
         for rewrite in call.rewrites:
-            request = rewrite(call, outgoing.request)
-            outgoing = self._rewritten(outgoing, request) if request else outgoing
+            self._rewrite(attempt, rewrite(call, attempt.request) or attempt.request)
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
-        return self._settled(call, outgoing)
+        return self._settled(attempt)
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
@@ -5933,19 +5921,20 @@ class Upstream:
         keys = NOBODY if call.unsigned else self._credentials(call.caller).ready()
         if not keys:
             return None
-        outgoing = self._outgoing(call)
-        signed, claimed = self._signed(call, outgoing, keys)
+        attempt = self._prepared(call)
+        attempt.keys, attempt.begun = keys, True
+        signed, _ = self._signed(attempt)
         assert isinstance(signed.body, io.BytesIO)
         body = signed.body.getvalue()
         if body and signed.method in _BODILESS:
             return None
         data = encode_head(signed) + body
-        connection = self._pool.idle(outgoing.endpoint)
+        connection = self._pool.idle(attempt.endpoint)
         if not connection:
             return None
-        connection.mask = Mask(claimed, keys.session_token)
+        attempt.connection = connection
         self._pool.allow(connection, call)
-        return Attempt(call, outgoing, keys, connection), data
+        return attempt, data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
         """Return a complete answer, None for a part of one, or a function that waits for it."""
@@ -5953,7 +5942,7 @@ class Upstream:
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
-        wait = functools.partial(self._settled, call, attempt.outgoing, attempt)
+        wait = functools.partial(self._settled, attempt)
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
             return wait
         if end == 3:
@@ -5971,7 +5960,7 @@ class Upstream:
         if head.status in _REFUSED or unwanted:
             return wait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
-        return self._final(call, self.whole(connection, head, call.request.method, body))
+        return self._final(call, self._whole(attempt, head, head.keeps, body))
 
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
         """Give up a poll, and return a function that makes its messages visible again."""
@@ -5979,25 +5968,23 @@ class Upstream:
         return functools.partial(self._put_back, attempt)
 
     def _put_back(self, attempt: Attempt) -> None:
-        call, outgoing, _, connection = attempt
+        connection = attempt.connection
         try:
             connection.socket.settimeout(connection.timeout)
-            reply = self._reply(connection, connection.receive_head(), call.request.method)
-            self._release(call, outgoing, receipt_handles(self._gathered(call, reply)))
+            reply = self._reply(attempt, connection.receive_head())
+            self._release(attempt, receipt_handles(reply))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
             self._pool.given_up.discard(connection)
 
-    def _settled(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
+    def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        reply = self._answered(call, outgoing, sent)
-        if call.action == RECEIVE:
-            reply = self._gathered(call, reply)
-            if call.request.abandoned():
-                self._release(call, outgoing, receipt_handles(reply))
-                reply = no_messages(call, random_id())
+        call, reply = attempt.call, self._answered(attempt)
+        if call.action == RECEIVE and call.request.abandoned():
+            self._release(attempt, receipt_handles(reply))
+            reply = no_messages(call, random_id())
         return self._final(call, reply)
 
     def _final(self, call: Call, reply: Reply) -> Reply:
@@ -6008,8 +5995,7 @@ class Upstream:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
             return self._our_signature_refused(call, reply)
-        of_sqs = call.service == "sqs"
-        return rewrite_queue_urls(call, self._gathered(call, reply)) if of_sqs else reply
+        return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
 
     def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
         """Return the refusal without the upstream's text, which repeats our signed request."""
@@ -6020,25 +6006,11 @@ class Upstream:
         error = ServiceError("SignatureDoesNotMatch", message)
         return call.wire.error(call.request, error, request_id[:128])
 
-    def _gathered(self, call: Call, reply: Reply) -> Reply:
-        """Return an answer of Amazon SQS with a complete body, which the proxy reads."""
-        if isinstance(reply.body, bytes):
-            return reply
-        try:
-            body = bytearray()
-            for block in reply.body:
-                body += block
-                if len(body) > MAX_SQS_ANSWER:
-                    raise OSError("the answer is too long")
-        except (OSError, ServiceError) as error:
-            broken = UpstreamError("an answer is incomplete", unanswered=False)
-            raise self._given_up(call, broken) from error
-        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), bytes(body))
-
-    def _may_renew(self, call: Call, keys: Credentials, reply: Reply) -> bool:
-        refused = reply.status in _REFUSED and isinstance(reply.body, bytes)
-        expired = refused and _EXPIRED.search(reply.body)  # type: ignore[arg-type]
-        return bool(expired) and not call.unsigned and self._credentials(call.caller).expire(keys)
+    def _may_renew(self, attempt: Attempt, reply: Reply) -> bool:
+        call, body = attempt.call, reply.body
+        if reply.status not in _REFUSED or call.unsigned or not isinstance(body, bytes):
+            return False
+        return bool(_EXPIRED.search(body)) and self._credentials(call.caller).expire(attempt.keys)
 
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self._endpoint:
@@ -6060,7 +6032,7 @@ class Upstream:
         method, variants = call.request.method, (fips, dualstack)
         return endpoint_for(call.service, call.region, target, path, method, variants)
 
-    def _outgoing(self, call: Call) -> Outgoing:
+    def _prepared(self, call: Call) -> Attempt:
         request, endpoint = call.request, self._endpoint_of(call)
         if call.changed:  # the body is encoded again, and not compressed
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
@@ -6104,7 +6076,7 @@ class Upstream:
         sent = Request(request.method, target, tuple(headers), body, request.peer)
         call.upstream_host = endpoint.authority
         declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
-        return Outgoing(endpoint, sent, payload_hash, declares)
+        return Attempt(call, endpoint, sent, payload_hash, declares)
 
     def _body(self, call: Call, endpoint: Endpoint) -> tuple[Body, str]:
         body, payload_hash = call.body, call.payload_hash
@@ -6137,14 +6109,14 @@ class Upstream:
             raise ServiceError("MissingContentLength", message)
         return int(call.request.header("content-length") or 0)
 
-    def _rewritten(self, outgoing: Outgoing, request: Request) -> Outgoing:
-        if request.body is outgoing.request.body:
-            return outgoing._replace(request=request)
-        data = request.body.read()
-        headers = _without(request.headers, "content-length", "transfer-encoding")
-        headers.append(("Content-Length", str(len(data))))
-        request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
-        return outgoing._replace(request=request, payload_hash=hashlib.sha256(data).hexdigest())
+    def _rewrite(self, attempt: Attempt, request: Request) -> None:
+        if request.body is not attempt.request.body:
+            data = request.body.read()
+            headers = _without(request.headers, "content-length", "transfer-encoding")
+            headers.append(("Content-Length", str(len(data))))
+            request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
+            attempt.payload_hash = hashlib.sha256(data).hexdigest()
+        attempt.request = request
 
     def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
@@ -6157,15 +6129,15 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    def _answered(self, call: Call, outgoing: Outgoing, sent: Optional[Attempt] = None) -> Reply:
+    def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        replayable = isinstance(outgoing.request.body, io.IOBase)
-        keys = sent.keys if sent else self._keys(call)
-        reply = self._attempt(call, outgoing, keys, sent)
-        if self._may_renew(call, keys, reply) and replayable:
-            keys = self._keys(call)
-            reply = self._attempt(call, outgoing, keys)
-            self._may_renew(call, keys, reply)
+        if not attempt.begun:
+            attempt.keys = self._keys(attempt.call)
+        reply = self._exchange(attempt)
+        if self._may_renew(attempt, reply) and isinstance(attempt.request.body, io.IOBase):
+            attempt.keys, attempt.begun = self._keys(attempt.call), False
+            reply = self._exchange(attempt)
+            self._may_renew(attempt, reply)
         return reply
 
     def _keys(self, call: Call) -> Credentials:
@@ -6177,44 +6149,38 @@ class Upstream:
             message = f"The proxy has no credentials to sign with: {shown}"
             raise ServiceError(code, message) from reason
 
-    def _attempt(
-        self, call: Call, outgoing: Outgoing, keys: Credentials, sent: Optional[Attempt] = None
-    ) -> Reply:
+    def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  Send the call again, once, if it cannot have run."""
-        body = outgoing.request.body
-        repeatable = is_repeatable(call) and isinstance(body, io.IOBase)
-        for again in (False, True):
-            if isinstance(body, io.IOBase):
-                body.seek(0)
-            connection = sent.connection if sent else self._connect(call, outgoing, again)
-            attempt = Attempt(call, outgoing, keys, connection)
-            connection.socket.settimeout(connection.timeout)
-            try:
-                if not sent:
-                    self._send(attempt)
-                    if call.action == RECEIVE and not self._pool.awaits(connection):
-                        threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                        return no_messages(call, random_id())
-                return self._reply(connection, connection.receive_head(), call.request.method)
-            except UpstreamError as error:
-                connection.close()
-                stale = connection.reused and error.unanswered
-                if again or not (stale and repeatable):
-                    unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
-                    raise self._given_up(call, error, unread) from error
-                sent = None
-            except Exception:
-                connection.close()  # the body was wrong, and was not sent completely
-                raise
-        raise AssertionError("unreachable")
-
-    def _connect(self, call: Call, outgoing: Outgoing, fresh: bool) -> Connection:
+        call, body = attempt.call, attempt.request.body
+        if not attempt.begun:
+            self._connect(attempt, fresh)
+        connection = attempt.connection
+        connection.socket.settimeout(connection.timeout)
         try:
-            connection = self._pool.take(outgoing.endpoint, fresh)
+            if not attempt.begun:
+                self._send(attempt)
+                if call.action == RECEIVE and not self._pool.awaits(connection):
+                    threading.Thread(target=self.let_go(attempt), daemon=True).start()
+                    return no_messages(call, random_id())
+            return self._reply(attempt, connection.receive_head())
         except UpstreamError as error:
-            raise self._given_up(call, error, unread=True) from error
-        self._pool.allow(connection, call)
-        return connection
+            connection.close()
+            stale = connection.reused and error.unanswered  # a fresh connection never is
+            if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
+                unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                raise self._given_up(call, error, unread) from error
+        except Exception:
+            connection.close()  # the body was wrong, and was not sent completely
+            raise
+        attempt.begun = False
+        return self._exchange(attempt, fresh=True)
+
+    def _connect(self, attempt: Attempt, fresh: bool) -> None:
+        try:
+            attempt.connection = self._pool.take(attempt.endpoint, fresh)
+        except UpstreamError as error:
+            raise self._given_up(attempt.call, error, unread=True) from error
+        self._pool.allow(attempt.connection, attempt.call)
 
     def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
         """Return the refusal of a call.  SDKs retry 503, and a call must not run twice."""
@@ -6224,53 +6190,45 @@ class Upstream:
             return ServiceError("ServiceUnavailable", message)
         return outcome_unknown()
 
-    def _signed(
-        self, call: Call, outgoing: Outgoing, keys: Credentials
-    ) -> tuple[Request, Authorization]:
+    def _signed(self, attempt: Attempt) -> tuple[Request, Authorization]:
+        call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
-            return outgoing.request, _NO_AUTHORIZATION
+            return request, _NO_AUTHORIZATION
         amz_date = iso_basic(self._clock())
-        region = outgoing.endpoint.region or call.region
+        region = attempt.endpoint.region or call.region
         scope = CredentialScope(amz_date[:8], region, call.service)
-        request, payload_hash, declares = outgoing[1:]
+        payload_hash, declares = attempt.payload_hash, attempt.declares
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
+        attempt.mask = Mask(claimed, keys.session_token)
         return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
-        call, outgoing, keys, connection = attempt
-        signed, claimed = self._signed(call, outgoing, keys)
-        # An object stays as it was stored.  A refusal may repeat the request.
-        connection.streams_masked = call.service not in ("s3", "s3express")
-        connection.mask = Mask(claimed, keys.session_token)
-        head, body = encode_head(signed), signed.body
-        if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= MAX_WHOLE_REPLY:
-            data = body.getvalue()
-            connection.spoiled = True
-            with contextlib.suppress(UpstreamError):  # an answer may have arrived before
-                connection.send(head + data)
-                # An upstream that ignores the body would read it as the next request.
-                connection.spoiled = bool(data) and signed.method in _BODILESS
-            return
+        connection, (signed, claimed) = attempt.connection, self._signed(attempt)
+        body = signed.body
+        if isinstance(body, io.IOBase):
+            body.seek(0)
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
-        if isinstance(body, AwsChunkedBody) and outgoing.payload_hash != "UNSIGNED-PAYLOAD":
+        if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
             _, scope, _, seed, amz_date, *_ = claimed
-            key = signing_key(keys.secret_access_key, scope)
+            key = signing_key(attempt.keys.secret_access_key, scope)
             signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
             blocks = aws_chunks(body, signer)
-        chunked = signed.header("transfer-encoding") is not None
+        if "transfer-encoding" in signed.fields:
+            framed = itertools.chain(blocks, (b"",))
+            blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
         first = next(blocks, b"")  # raises for a wrong body before anything is sent
-        connection.send(head)
         connection.spoiled = True
-        blocks = itertools.chain((first,) if first else (), blocks, (b"",) if chunked else ())
-        for block in blocks:
-            framed = b"%x\r\n%b\r\n" % (len(block), block) if chunked else block
-            if not connection.send_until_answered(framed):
+        for data in itertools.chain((encode_head(signed) + first,), blocks):
+            if not connection.send_until_answered(data):
                 return
+        # An upstream that ignores the body would read it as the next request.
         connection.spoiled = bool(first) and signed.method in _BODILESS
 
-    def _reply(self, connection: Connection, head: ResponseHead, method: str) -> Reply:
+    def _reply(self, attempt: Attempt, head: ResponseHead) -> Reply:
+        """Return the answer; its body streams if it is long."""
+        call, connection = attempt.call, attempt.connection
         try:
-            length = response_framing(head, method)
+            length = response_framing(head, call.request.method)
         except ValueError as error:
             message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
             raise UpstreamError(message, unanswered=False) from error
@@ -6279,71 +6237,64 @@ class Upstream:
             reader = ChunkedBody(connection.source, sys.maxsize)
         elif length != UNTIL_CLOSE:
             reader = LengthBody(connection.source, length)
-        if length is not None and 0 <= length <= MAX_WHOLE_REPLY:
-            try:
-                body = reader.read()
-            except (OSError, ServiceError) as error:
-                message = f"the answer of {connection.endpoint.origin} is incomplete"
-                raise UpstreamError(message, unanswered=False) from error
-            return self.whole(connection, head, method, body)
-        connection.deadline = math.inf  # each block of a stream has its own timeout
-        if head.status < 300 and not connection.streams_masked:
-            connection.mask = Mask()
-        raw = iter(functools.partial(reader.read_some, 65536), b"")
-        blocks = self._stream(connection, raw, head.keeps and length != UNTIL_CLOSE)
+        keep = head.keeps and length != UNTIL_CLOSE
+        blocks = iter(functools.partial(reader.read_some, 65536), b"")
+        is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
+        if not is_short:
+            connection.deadline = math.inf  # each block of a stream has its own timeout
+        if is_short or call.service == "sqs" or head.status in _REFUSED:
+            limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
+            start = self._start(connection, blocks, limit)
+            if len(start) <= limit:
+                return self._whole(attempt, head, keep, start)
+            if error_code(Reply(head.status, head.headers, start)) in _MISMATCHES:
+                return self._whole(attempt, head, False, start)  # the rest shows our request
+            if call.service == "sqs":
+                raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
+            blocks = itertools.chain((start,), blocks)
+        elif head.status < 300 and call.service in ("s3", "s3express"):
+            attempt.mask = Mask()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        reply = Reply(head.status, connection.mask.headers(headers), blocks)
-        return self._refused(reply) if head.status in _REFUSED else reply
+        body = self._stream(attempt, blocks, keep)
+        return Reply(head.status, attempt.mask.headers(headers), body)
 
-    def _refused(self, reply: Reply) -> Reply:
-        """Read a short refusal completely; cut a long one that shows our signed request."""
-        blocks, start = iter(reply.body), b""
-        assert isinstance(blocks, collections.abc.Generator)
+    def _start(self, connection: Connection, blocks: Iterator[bytes], limit: int) -> bytes:
+        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
+        start = bytearray()
         try:
-            for block in blocks:
+            while len(start) <= limit and (block := next(blocks, b"")):
                 start += block
-                if len(start) > MAX_WHOLE_REPLY:
-                    if error_code(reply._replace(body=start)) in _MISMATCHES:
-                        blocks.close()
-                        return reply._replace(body=start)
-                    rest = (block for block in itertools.chain((start,), blocks))
-                    return reply._replace(body=rest)
         except (OSError, ServiceError) as error:
-            raise UpstreamError("an answer is incomplete", unanswered=False) from error
-        return Reply(reply.status, tuple(_without(reply.headers, "content-length")), start)
+            message = f"the answer of {connection.endpoint.origin} is incomplete"
+            raise UpstreamError(message, unanswered=False) from error
+        return bytes(start)
 
-    def whole(self, connection: Connection, head: ResponseHead, method: str, body: bytes) -> Reply:
+    def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
-        self._done(connection, head.keeps)
+        self._pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
-        headers = end_to_end(head.headers, HOP_BY_HOP if method == "HEAD" else _ANSWER_DROPS)
-        mask = connection.mask
-        return Reply(head.status, mask.headers(headers), mask.hide(body))
+        dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
+        headers = attempt.mask.headers(end_to_end(head.headers, dropped))
+        return Reply(head.status, headers, attempt.mask.hide(body))
 
-    def _done(self, connection: Connection, keep: bool) -> None:
-        """Keep a connection if request and answer are complete, or close it."""
-        if keep and not connection.spoiled and not connection.source.buffer:
-            self._pool.give(connection)
-        else:
-            connection.close()
-
-    def _stream(self, connection: Connection, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
+    def _stream(self, attempt: Attempt, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            for block in map(connection.mask.next, raw):
+            for block in map(attempt.mask.next, raw):
                 if block:
                     yield block
             complete = True
-            if connection.mask.held:
-                yield connection.mask.held
+            if attempt.mask.held:
+                yield attempt.mask.held
         finally:
-            self._done(connection, keep and complete)
+            self._pool.give(attempt.connection, keep and complete)
 
-    def _release(self, call: Call, received: Outgoing, handles: Sequence[str]) -> None:
+    def _release(self, received: Attempt, handles: Sequence[str]) -> None:
         if not handles:
             return
-        endpoint, url = received.endpoint, call.input.get("QueueUrl", call.request.path)
+        call, endpoint = received.call, received.endpoint
+        url = call.input.get("QueueUrl", call.request.path)
         url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
         entries = [
             {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
@@ -6354,7 +6305,7 @@ class Upstream:
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(call, Outgoing(endpoint, request, payload_hash)).status
+            status = self._answered(Attempt(call, endpoint, request, payload_hash)).status
             log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
             log.warning(message, len(handles), error)

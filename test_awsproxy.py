@@ -13914,8 +13914,13 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             may_block = True
 
             def answer(self, call, request_id):
-                blocks = (taken.append(1) or bytes(65536) for _ in range(1000))
-                return upstream._gathered(call, Reply(200, (), blocks))
+                source = awsproxy.Stream(lambda size: taken.append(1) or bytes(size))
+                attempt = awsproxy.Attempt(call, None, None, "")
+                attempt.connection = mock.Mock(source=source)
+                try:
+                    return upstream._reply(attempt, awsproxy.ResponseHead(200, (), False))
+                except UpstreamError as error:
+                    raise upstream._given_up(call, error) from error
 
         routes = [Route("*", Endless())]
         proxy = Proxy(CLIENTS, clock=lambda: EXAMPLE_TIME, routes=routes)
