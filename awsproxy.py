@@ -5008,7 +5008,7 @@ def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
     return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
 
 
-Settings = Mapping[str, str]  # of a profile
+Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -5134,7 +5134,7 @@ class CredentialChain:
         answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
         return _from_fields(_document(answer))
 
-    def _file(self, variable: str, default: str) -> Mapping[str, Settings]:
+    def _file(self, variable: str, default: str) -> Mapping[str, Section]:
         """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
@@ -5169,7 +5169,7 @@ class CredentialChain:
             settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
         return settings
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> Section:
         """Return the settings of the chosen profile, none if they cannot be read."""
         with contextlib.suppress(NoKeys):
             return self._section(self.profile)
@@ -5203,7 +5203,7 @@ class CredentialChain:
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
 
-    def _source_of(self, settings: Settings, visited: tuple[str, ...]) -> Credentials:
+    def _source_of(self, settings: Section, visited: tuple[str, ...]) -> Credentials:
         source = {
             "Environment": self._from_environment,
             "EcsContainer": self._from_container,
@@ -5218,7 +5218,7 @@ class CredentialChain:
             raise NoKeys(str(reason)) from reason
         raise NoKeys("its role has neither source_profile nor a known credential_source")
 
-    def _from_sso(self, settings: Settings) -> Credentials:
+    def _from_sso(self, settings: Section) -> Credentials:
         with _SSO_LOCK:
             token = self._sso_token(settings)
         region = settings.get("sso_region") or self.region()
@@ -5237,7 +5237,7 @@ class CredentialChain:
         except (KeyError, TypeError) as error:
             raise NoKeys("the SSO portal's answer holds no credentials") from error
 
-    def _sso_token(self, settings: Settings) -> str:
+    def _sso_token(self, settings: Section) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
         session = settings.get("sso_session")
         name = session or settings.get("sso_start_url", "")
@@ -5261,7 +5261,7 @@ class CredentialChain:
             log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
         return token
 
-    def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Settings) -> str:
+    def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Section) -> str:
         """Return a new SSO token, and write it to the cache file with botocore's members."""
         names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
         missing = [name for name in names if not cached.get(name)]
@@ -5328,7 +5328,7 @@ class CredentialChain:
         named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
         return named or self._settings().get("region") or "us-east-1"
 
-    def _assume(self, source: Credentials, settings: Settings) -> Credentials:
+    def _assume(self, source: Credentials, settings: Section) -> Credentials:
         fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
         try:
             return self._ask_sts(source, Action="AssumeRole", **fields)
