@@ -3689,14 +3689,6 @@ SETTINGS: Mapping[str, Setting] = {
     "DeduplicationScope": Setting("queue", _SCOPE, fifo=True),
     "FifoThroughputLimit": Setting("perQueue", _LIMIT, fifo=True),
 }
-COMPUTED_ATTRIBUTES: Mapping[str, Callable[[Queue], object]] = {
-    "QueueArn": lambda it: it.arn,
-    "CreatedTimestamp": lambda it: int(it.created),
-    "LastModifiedTimestamp": lambda it: int(it.modified),
-    "ApproximateNumberOfMessages": lambda it: it.visible,
-    "ApproximateNumberOfMessagesNotVisible": lambda it: it.in_flight,
-    "ApproximateNumberOfMessagesDelayed": lambda it: it.delayed,
-}
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
@@ -3995,12 +3987,19 @@ class Sqs:
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
+        computed = {
+            "QueueArn": queue.arn,
+            "CreatedTimestamp": str(int(queue.created)),
+            "LastModifiedTimestamp": str(int(queue.modified)),
+            "ApproximateNumberOfMessages": str(queue.visible),
+            "ApproximateNumberOfMessagesNotVisible": str(queue.in_flight),
+            "ApproximateNumberOfMessagesDelayed": str(queue.delayed),
+        }
+        known, values = {**SETTINGS, **computed}, {**queue.settings, **computed}
         for name in asked:
-            if name not in SETTINGS and name not in COMPUTED_ATTRIBUTES and name != "All":
+            if name not in known and name != "All":
                 raise sqs_refusal("attribute name", name)
-        computed = {name: str(compute(queue)) for name, compute in COMPUTED_ATTRIBUTES.items()}
-        values = {**queue.settings, **computed}
-        shown = {**SETTINGS, **computed} if "All" in asked else asked
+        shown = known if "All" in asked else asked
         attributes = {name: values[name] for name in shown if name in values}
         return {"Attributes": attributes} if attributes else {}
 
@@ -4207,8 +4206,7 @@ class Sqs:
                 raise sqs_refusal("no queue")
             queue.advance(now)
             if call.request.abandoned():
-                if queue.pick(1):
-                    queue.changed.notify()  # pass the wake-up on to another waiter
+                queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
         if not messages:
             if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
