@@ -1668,8 +1668,8 @@ class AwsChunkedBody:
         self.trailers: dict[str, str] = {}  # complete once the body is read
         self._stream = Stream(request.body.read)
         self._signer = signer
-        self._left = 0  # bytes left of an unsigned chunk
-        self._received = 0
+        self._unread = size  # bytes of the content
+        self._left = 0  # bytes of the chunk
         self._ended = False
         self._held = memoryview(b"")  # checked, and not returned yet
         started = {name: CHECKSUMS[name].start for name in announced if name in CHECKSUMS}
@@ -1681,61 +1681,54 @@ class AwsChunkedBody:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._held and not self._ended:
             self._held = memoryview(self._next_block())  # its slices copy nothing
-            self._received += len(self._held)
-            if self._received > self.length:
-                raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
-            for check in self._checks.values():
-                check.update(self._held)
-            if self._received == self.length:
-                self._finish()
         data, self._held = self._held[:size], self._held[size:]
         return bytes(data)
 
     def _next_block(self) -> bytes:
-        if self._received == self.length:
-            return b""
-        expected = b""
-        if not self._left:
-            self._left, expected = self._chunk_header()
-            if not self._left:
-                raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
+        """Return checked content; check the last, empty chunk together with the one before."""
+        expected = b"" if self._left else self._begin_chunk()
         data = self._exactly(self._left if self._signer else min(self._left, 65536))
-        self._check_chunk(data, expected)
+        if self._signer:
+            _compare(self._signer.chunk(data), expected, "a chunk of the body")
         self._left -= len(data)
+        self._unread -= len(data)
+        if self._unread < 0:
+            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
+        for check in self._checks.values():
+            check.update(data)
+        if not data:
+            self._finish()
+            return data
         if not self._left and self._exactly(2) != b"\r\n":
             raise _incomplete("A chunk is longer than its size.")
+        if not self._unread:
+            self._next_block()
         return data
 
-    def _chunk_header(self) -> tuple[int, bytes]:
+    def _begin_chunk(self) -> bytes:
+        """Read the size of a chunk, and return its signature."""
         match = _CHUNK_HEADER.fullmatch(self._stream.readline(4096))
         if not match or (self.checked and self.signed != bool(match[2])):
             raise _incomplete("A chunk does not begin with its size and, if signed, signature.")
-        size = int(match[1], 16)
-        if self.signed and size > MAX_CHUNK:
+        self._left = int(match[1], 16)
+        if self._unread and not self._left:
+            raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
+        if self.signed and self._left > MAX_CHUNK:
             raise _incomplete(f"A signed chunk is longer than {MAX_CHUNK} bytes.")
-        return size, match[2] or b""
-
-    def _check_chunk(self, data: bytes, expected: bytes) -> None:
-        if self._signer:
-            _compare(self._signer.chunk(data), expected, "a chunk of the body")
+        return match[2] or b""
 
     def _finish(self) -> None:
-        size, expected = self._chunk_header() if not self._left else (-1, b"")
-        if size:
-            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
-        self._check_chunk(b"", expected)
         signed_with = self._read_trailers()
-        if tuple(sorted(self.trailers)) != tuple(sorted(self.announced)):
+        if sorted(self.trailers) != sorted(self.announced):
             message = "The trailers are not those that x-amz-trailer announces."
             raise ServiceError("MalformedTrailerError", message)
         if self._signer and self.announced:
             _compare(self._signer.trailers(self.trailers), signed_with, "the trailers")
         for name, value in self.trailers.items():
-            known = CHECKSUMS.get(name)
+            known, check = CHECKSUMS.get(name), self._checks.get(name)
             if known and not (len(value) == known.length and BASE64.fullmatch(value)):
                 raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-        for name, check in self._checks.items():
-            if base64.b64encode(check.digest()).decode("ascii") != self.trailers[name]:
+            if check and base64.b64encode(check.digest()).decode("ascii") != value:
                 checksum = name.rpartition("-")[2].upper()
                 message = f"The {checksum} you specified did not match the calculated checksum."
                 raise ServiceError("BadDigest", message)
