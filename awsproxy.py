@@ -1242,13 +1242,10 @@ def _check_signed_headers(
     if absent:
         raise refusal("absent headers", request, ", ".join(absent))
     must = (*must_be_signed, "" if claimed.presigned else claimed.dated_by)
-    unsigned = [n for n in fields if n not in signed and (n.startswith("x-amz-") or n in must)]
-    if "x-amz-content-sha256" in unsigned:  # it is compared with the body anyway
-        unsigned.remove("x-amz-content-sha256")
-    tokens_pass = profile.unsigned_token
-    tokens_pass |= profile.unsigned_token_header and not claimed.presigned
-    if tokens_pass and "x-amz-security-token" in unsigned:
-        unsigned.remove("x-amz-security-token")
+    covered = {*signed, "x-amz-content-sha256"}  # the hash is compared with the body anyway
+    if profile.unsigned_token or (profile.unsigned_token_header and not claimed.presigned):
+        covered.add("x-amz-security-token")
+    unsigned = [n for n in fields if n not in covered and (n.startswith("x-amz-") or n in must)]
     if unsigned:
         names = ", ".join(unsigned)
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
