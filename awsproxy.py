@@ -1170,19 +1170,18 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
         signed_at = epoch(claimed.amz_date)
     except ValueError as error:
         raise refusal("date", request, claimed.amz_date[:80]) from error
-    if claimed.expires is not None and now > signed_at + claimed.expires:
-        end, server = iso_basic(signed_at + claimed.expires), iso_basic(now)
-        given = {"X-Amz-Expires": str(claimed.expires), "Expires": end, "ServerTime": server}
-        raise refusal("expired", request, end, server, **given)
-    if claimed.expires is None and now > signed_at + skew:
-        reason, limit = "past", now - skew
-    elif now < signed_at - skew:
-        reason = "future" if claimed.expires is None else "not yet valid"
-        limit = now + skew
-    else:
+    end = signed_at + (skew if claimed.expires is None else claimed.expires)
+    if signed_at - skew <= now <= end:
         return
-    window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     server = iso_basic(now)
+    if now < signed_at - skew:
+        reason, limit = "future" if claimed.expires is None else "not yet valid", now + skew
+    elif claimed.expires is None:
+        reason, limit = "past", now - skew
+    else:
+        given = {"X-Amz-Expires": str(claimed.expires), "Expires": iso_basic(end)}
+        raise refusal("expired", request, iso_basic(end), server, **given, ServerTime=server)
+    window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     given = {"RequestTime": claimed.amz_date, "ServerTime": server}
     given["MaxAllowedSkewMilliseconds"] = str(skew * 1000)
     raise refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
