@@ -1191,32 +1191,31 @@ def _check_scope(
     request: Request, claimed: Authorization, service: Optional[str], regions: Sequence[str]
 ) -> None:
     scope, day = claimed.scope, claimed.amz_date[:8]
-    if service in (None, scope.service) and not regions and day == scope.date:
-        names = scope.region[:65], scope.service[:65]
-        if scope.terminator == "aws4_request" and all(map(_SCOPE_NAME.fullmatch, names)):
-            return
+    right = (
+        scope.terminator == "aws4_request",
+        scope.date == day,
+        _SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
+        _SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
+    )
+    if all(right):
+        return
     date, region, name, end = (part[:40] for part in scope)
     expected = regions[0] if regions else "us-east-1"
-    rows = (  # whether it is right; the texts of most services and of Amazon S3 if it is not
-        (scope.terminator == "aws4_request",
-         f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
+    texts = (  # of most services, and of Amazon S3
+        (f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
-        (scope.date == day,
-         "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
+        ("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
          f" HTTP: '{date}' != '{day}', from '{claimed.amz_date}'.",
          f'Invalid credential date "{date}". This date is not the same as X-Amz-Date: "{day}".'),
-        (_SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
-         f"Credential should be scoped to a valid region, not '{region}'.",
+        (f"Credential should be scoped to a valid region, not '{region}'.",
          f"the region '{region}' is wrong; expecting '{expected}'"),
-        (_SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
-         f"Credential should be scoped to correct service: '{service or ''}'.",
+        (f"Credential should be scoped to correct service: '{service or ''}'.",
          f'incorrect service "{name}". This endpoint belongs to "{service}".'),
     )  # fmt: skip
-    faults = [(general, of_s3) for right, general, of_s3 in rows if not right]
-    if faults:
-        reason = "query scope" if claimed.presigned else "scope"
-        told = " ".join(general for general, _ in faults)
-        raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
+    faults = [text for text, is_right in zip(texts, right) if not is_right]
+    reason = "query scope" if claimed.presigned else "scope"
+    told = " ".join(general for general, _ in faults)
+    raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
 
 
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
