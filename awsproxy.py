@@ -401,6 +401,11 @@ def _field_fault(block: str) -> str:
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
 
 
+def _split_fields(block: str) -> Headers:
+    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
+    return tuple([(name, value.strip(" \t")) for name, _, value in lines])
+
+
 class Head(NamedTuple):
     """A request line and its header lines."""
 
@@ -442,8 +447,7 @@ def parse_head(raw: bytes) -> Head:
         raise ServiceError("BadRequest", message)
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
-    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
-    headers = tuple([(name, value.strip(" \t")) for name, _, value in lines])
+    headers = _split_fields(block)
     fields: Fields = {name.lower(): [value] for name, value in headers}
     if len(fields) < len(headers):
         fields = fields_of(headers)  # a name is repeated
@@ -671,22 +675,19 @@ def read_head(source: Stream) -> bytes:
 
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
-    status_line, *lines = raw.decode("latin-1").rstrip("\r\n").split(CRLF)
+    text = raw.decode("latin-1").rstrip(CRLF) + CRLF
+    status_line, _, block = text.partition(CRLF)
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    headers = []
+    if not _FIELD_LINES.fullmatch(block):
+        raise ValueError(f"it has {_field_fault(block)}")  # no value, which may repeat a secret
+    headers = _split_fields(block)
     keeps = match[1] == "1"
-    for line in lines:
-        field = _FIELD_LINE.fullmatch(line)
-        if not field:
-            name = line.partition(":")[0][:40]  # not the value, which may repeat a secret
-            raise ValueError(f"it has a malformed header line {name!r}")
-        name, value = field[1], field[2].strip(" \t")
-        headers.append((name, value))
+    for name, value in headers:
         if name.lower() == "connection":
             keeps = "close" not in value.lower() and (keeps or "keep-alive" in value.lower())
-    return ResponseHead(int(match[2]), tuple(headers), keeps)
+    return ResponseHead(int(match[2]), headers, keeps)
 
 
 def response_framing(head: ResponseHead, method: str) -> Optional[int]:
