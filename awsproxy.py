@@ -901,10 +901,9 @@ def _parse_claims(request: Request, place: str, credential: str, made: str, name
 
 
 def _single(request: Request, name: str) -> Optional[str]:
-    values = request.fields.get(name)
-    if values and len(values) > 1:
+    if len(request.fields.get(name, ())) > 1:
         raise refusal("header parameter", request, f"'{name}' must be given once.")
-    return values[0] if values else None
+    return request.header(name)
 
 
 def _date_header(request: Request) -> Optional[str]:
@@ -1434,7 +1433,6 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
 
 
 Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
-_NO_CLAIM = "", CredentialScope("", "", "")
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
 _CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
@@ -1462,7 +1460,7 @@ def _salvaged_claim(request: Request) -> Claim:
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
-    return _NO_CLAIM
+    return "", CredentialScope("", "", "")
 
 
 # [3.7] Presigned URLs
