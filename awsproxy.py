@@ -432,6 +432,11 @@ def _field_fault(block: str) -> str:
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
 
 
+def _split_fields(block: str) -> Headers:
+    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
+    return tuple([(name, value.strip(" \t")) for name, _, value in lines])
+
+
 class Head(NamedTuple):
     """A request line and its header lines."""
 
@@ -473,8 +478,7 @@ def parse_head(raw: bytes) -> Head:
         raise ServiceError("BadRequest", message)
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
-    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
-    headers = tuple([(name, value.strip(" \t")) for name, _, value in lines])
+    headers = _split_fields(block)
     fields: Fields = {name.lower(): [value] for name, value in headers}
     if len(fields) < len(headers):
         fields = fields_of(headers)  # a name is repeated
@@ -702,22 +706,19 @@ def read_head(source: Stream) -> bytes:
 
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
-    status_line, *lines = raw.decode("latin-1").rstrip("\r\n").split(CRLF)
+    text = raw.decode("latin-1").rstrip(CRLF) + CRLF
+    status_line, _, block = text.partition(CRLF)
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    headers = []
+    if not _FIELD_LINES.fullmatch(block):
+        raise ValueError(f"it has {_field_fault(block)}")  # no value, which may repeat a secret
+    headers = _split_fields(block)
     keeps = match[1] == "1"
-    for line in lines:
-        field = _FIELD_LINE.fullmatch(line)
-        if not field:
-            name = line.partition(":")[0][:40]  # not the value, which may repeat a secret
-            raise ValueError(f"it has a malformed header line {name!r}")
-        name, value = field[1], field[2].strip(" \t")
-        headers.append((name, value))
+    for name, value in headers:
         if name.lower() == "connection":
             keeps = "close" not in value.lower() and (keeps or "keep-alive" in value.lower())
-    return ResponseHead(int(match[2]), tuple(headers), keeps)
+    return ResponseHead(int(match[2]), headers, keeps)
 
 
 def response_framing(head: ResponseHead, method: str) -> Optional[int]:
@@ -931,10 +932,9 @@ def _parse_claims(request: Request, place: str, credential: str, made: str, name
 
 
 def _single(request: Request, name: str) -> Optional[str]:
-    values = request.fields.get(name)
-    if values and len(values) > 1:
+    if len(request.fields.get(name, ())) > 1:
         raise refusal("header parameter", request, f"'{name}' must be given once.")
-    return values[0] if values else None
+    return request.header(name)
 
 
 def _date_header(request: Request) -> Optional[str]:
@@ -1204,19 +1204,18 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
         signed_at = epoch(claimed.amz_date)
     except ValueError as error:
         raise refusal("date", request, claimed.amz_date[:80]) from error
-    if claimed.expires is not None and now > signed_at + claimed.expires:
-        end, server = iso_basic(signed_at + claimed.expires), iso_basic(now)
-        given = {"X-Amz-Expires": str(claimed.expires), "Expires": end, "ServerTime": server}
-        raise refusal("expired", request, end, server, **given)
-    if claimed.expires is None and now > signed_at + skew:
-        reason, limit = "past", now - skew
-    elif now < signed_at - skew:
-        reason = "future" if claimed.expires is None else "not yet valid"
-        limit = now + skew
-    else:
+    end = signed_at + (skew if claimed.expires is None else claimed.expires)
+    if signed_at - skew <= now <= end:
         return
-    window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     server = iso_basic(now)
+    if now < signed_at - skew:
+        reason, limit = "future" if claimed.expires is None else "not yet valid", now + skew
+    elif claimed.expires is None:
+        reason, limit = "past", now - skew
+    else:
+        given = {"X-Amz-Expires": str(claimed.expires), "Expires": iso_basic(end)}
+        raise refusal("expired", request, iso_basic(end), server, **given, ServerTime=server)
+    window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     given = {"RequestTime": claimed.amz_date, "ServerTime": server}
     given["MaxAllowedSkewMilliseconds"] = str(skew * 1000)
     raise refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
@@ -1226,32 +1225,31 @@ def _check_scope(
     request: Request, claimed: Authorization, service: Optional[str], regions: Sequence[str]
 ) -> None:
     scope, day = claimed.scope, claimed.amz_date[:8]
-    if service in (None, scope.service) and not regions and day == scope.date:
-        names = scope.region[:65], scope.service[:65]
-        if scope.terminator == "aws4_request" and all(map(_SCOPE_NAME.fullmatch, names)):
-            return
+    right = (
+        scope.terminator == "aws4_request",
+        scope.date == day,
+        _SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
+        _SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
+    )
+    if all(right):
+        return
     date, region, name, end = (part[:40] for part in scope)
     expected = regions[0] if regions else "us-east-1"
-    rows = (  # whether it is right; the texts of most services and of Amazon S3 if it is not
-        (scope.terminator == "aws4_request",
-         f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
+    texts = (  # of most services, and of Amazon S3
+        (f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
-        (scope.date == day,
-         "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
+        ("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
          f" HTTP: '{date}' != '{day}', from '{claimed.amz_date}'.",
          f'Invalid credential date "{date}". This date is not the same as X-Amz-Date: "{day}".'),
-        (_SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
-         f"Credential should be scoped to a valid region, not '{region}'.",
+        (f"Credential should be scoped to a valid region, not '{region}'.",
          f"the region '{region}' is wrong; expecting '{expected}'"),
-        (_SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
-         f"Credential should be scoped to correct service: '{service or ''}'.",
+        (f"Credential should be scoped to correct service: '{service or ''}'.",
          f'incorrect service "{name}". This endpoint belongs to "{service}".'),
     )  # fmt: skip
-    faults = [(general, of_s3) for right, general, of_s3 in rows if not right]
-    if faults:
-        reason = "query scope" if claimed.presigned else "scope"
-        told = " ".join(general for general, _ in faults)
-        raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
+    faults = [text for text, is_right in zip(texts, right) if not is_right]
+    reason = "query scope" if claimed.presigned else "scope"
+    told = " ".join(general for general, _ in faults)
+    raise refusal(reason, request, told, faults[0][1], **dict(zip(("Region",), regions)))
 
 
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
@@ -1276,13 +1274,10 @@ def _check_signed_headers(
     if absent:
         raise refusal("absent headers", request, ", ".join(absent))
     must = (*must_be_signed, "" if claimed.presigned else claimed.dated_by)
-    unsigned = [n for n in fields if n not in signed and (n.startswith("x-amz-") or n in must)]
-    if "x-amz-content-sha256" in unsigned:  # it is compared with the body anyway
-        unsigned.remove("x-amz-content-sha256")
-    tokens_pass = profile.unsigned_token
-    tokens_pass |= profile.unsigned_token_header and not claimed.presigned
-    if tokens_pass and "x-amz-security-token" in unsigned:
-        unsigned.remove("x-amz-security-token")
+    covered = {*signed, "x-amz-content-sha256"}  # the hash is compared with the body anyway
+    if profile.unsigned_token or (profile.unsigned_token_header and not claimed.presigned):
+        covered.add("x-amz-security-token")
+    unsigned = [n for n in fields if n not in covered and (n.startswith("x-amz-") or n in must)]
     if unsigned:
         names = ", ".join(unsigned)
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
@@ -1480,7 +1475,6 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
 
 
 Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
-_NO_CLAIM = "", CredentialScope("", "", "")
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
 _CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
@@ -1508,7 +1502,7 @@ def _salvaged_claim(request: Request) -> Claim:
     for match in filter(None, map(_CLAIM.match, texts)):
         access_key_id, date, region, service = match.groups()
         return access_key_id, CredentialScope(date, region, service)
-    return _NO_CLAIM
+    return "", CredentialScope("", "", "")
 
 
 # [3.7] Presigned URLs
@@ -1930,8 +1924,8 @@ class AwsChunkedBody:
         self.trailers: dict[str, str] = {}  # complete once the body is read
         self._stream = Stream(request.body.read)
         self._signer = signer
-        self._left = 0  # bytes left of an unsigned chunk
-        self._received = 0
+        self._unread = size  # bytes of the content
+        self._left = 0  # bytes of the chunk
         self._ended = False
         self._held = memoryview(b"")  # checked, and not returned yet
         started = {name: CHECKSUMS[name].start for name in announced if name in CHECKSUMS}
@@ -1943,61 +1937,54 @@ class AwsChunkedBody:
             return b"".join(iter(lambda: self.read(65536), b""))
         if not self._held and not self._ended:
             self._held = memoryview(self._next_block())  # its slices copy nothing
-            self._received += len(self._held)
-            if self._received > self.length:
-                raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
-            for check in self._checks.values():
-                check.update(self._held)
-            if self._received == self.length:
-                self._finish()
         data, self._held = self._held[:size], self._held[size:]
         return bytes(data)
 
     def _next_block(self) -> bytes:
-        if self._received == self.length:
-            return b""
-        expected = b""
-        if not self._left:
-            self._left, expected = self._chunk_header()
-            if not self._left:
-                raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
+        """Return checked content; check the last, empty chunk together with the one before."""
+        expected = b"" if self._left else self._begin_chunk()
         data = self._exactly(self._left if self._signer else min(self._left, 65536))
-        self._check_chunk(data, expected)
+        if self._signer:
+            _compare(self._signer.chunk(data), expected, "a chunk of the body")
         self._left -= len(data)
+        self._unread -= len(data)
+        if self._unread < 0:
+            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
+        for check in self._checks.values():
+            check.update(data)
+        if not data:
+            self._finish()
+            return data
         if not self._left and self._exactly(2) != b"\r\n":
             raise _incomplete("A chunk is longer than its size.")
+        if not self._unread:
+            self._next_block()
         return data
 
-    def _chunk_header(self) -> tuple[int, bytes]:
+    def _begin_chunk(self) -> bytes:
+        """Read the size of a chunk, and return its signature."""
         match = _CHUNK_HEADER.fullmatch(self._stream.readline(4096))
         if not match or (self.checked and self.signed != bool(match[2])):
             raise _incomplete("A chunk does not begin with its size and, if signed, signature.")
-        size = int(match[1], 16)
-        if self.signed and size > MAX_CHUNK:
+        self._left = int(match[1], 16)
+        if self._unread and not self._left:
+            raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
+        if self.signed and self._left > MAX_CHUNK:
             raise _incomplete(f"A signed chunk is longer than {MAX_CHUNK} bytes.")
-        return size, match[2] or b""
-
-    def _check_chunk(self, data: bytes, expected: bytes) -> None:
-        if self._signer:
-            _compare(self._signer.chunk(data), expected, "a chunk of the body")
+        return match[2] or b""
 
     def _finish(self) -> None:
-        size, expected = self._chunk_header() if not self._left else (-1, b"")
-        if size:
-            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
-        self._check_chunk(b"", expected)
         signed_with = self._read_trailers()
-        if tuple(sorted(self.trailers)) != tuple(sorted(self.announced)):
+        if sorted(self.trailers) != sorted(self.announced):
             message = "The trailers are not those that x-amz-trailer announces."
             raise ServiceError("MalformedTrailerError", message)
         if self._signer and self.announced:
             _compare(self._signer.trailers(self.trailers), signed_with, "the trailers")
         for name, value in self.trailers.items():
-            known = CHECKSUMS.get(name)
+            known, check = CHECKSUMS.get(name), self._checks.get(name)
             if known and not (len(value) == known.length and BASE64.fullmatch(value)):
                 raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-        for name, check in self._checks.items():
-            if base64.b64encode(check.digest()).decode("ascii") != self.trailers[name]:
+            if check and base64.b64encode(check.digest()).decode("ascii") != value:
                 checksum = name.rpartition("-")[2].upper()
                 message = f"The {checksum} you specified did not match the calculated checksum."
                 raise ServiceError("BadDigest", message)
