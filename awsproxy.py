@@ -160,6 +160,12 @@ def pairs(table: str) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in table.split())
 
 
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a question that names the most similar known word, or ""."""
+    close = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 class Body(Protocol):
     """A request body: any binary reader."""
 
@@ -924,8 +930,9 @@ def _parse_claims(request: Request, place: str, credential: str, made: str, name
         raise refusal(reason, request, REFUSALS["credential"][2].format(credential[:200]))
     signed = tuple(names.split(";"))
     if not _SIGNED_HEADERS.fullmatch(names) or not all(map(str.__lt__, signed, signed[1:])):
-        fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'."
-        raise refusal(reason, request, fault)
+        wrong = [f" ('{b[:40]}' after '{a[:40]}')" for a, b in zip(signed, signed[1:]) if a >= b]
+        fault = "SignedHeaders must be distinct lower-case names, sorted, joined by ';'"
+        raise refusal(reason, request, f"{fault}{''.join(wrong[:1])}.")
     if not _SHA256_HEX.fullmatch(made):
         raise refusal(reason, request, "Signature must be 64 lower-case hexadecimal digits.")
     return key, CredentialScope(*scope), signed
@@ -1218,7 +1225,13 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
     window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     given = {"RequestTime": claimed.amz_date, "ServerTime": server}
     given["MaxAllowedSkewMilliseconds"] = str(skew * 1000)
-    raise refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
+    late = refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
+    hours, rest = divmod(signed_at - now + 900, 3600)
+    if hours and rest < 1800:
+        late.message += (
+            f" The signer's clock is {hours:+g} hours off: sign in UTC, not local time."
+        )
+    raise late
 
 
 def _check_scope(
@@ -2545,8 +2558,9 @@ class WireProtocol:
         return Reply(status, headers, body)
 
 
-def _invalid_action(operation: str) -> ServiceError:
-    message = f"The action {operation[:80]} is not valid for this endpoint."
+def _invalid_action(operation: str, known: Iterable[str] = ()) -> ServiceError:
+    hint = did_you_mean(operation[:80], known).replace("; d", " D")
+    message = f"The action {operation[:80]} is not valid for this endpoint.{hint}"
     return ServiceError("InvalidAction", message)
 
 
@@ -6506,12 +6520,6 @@ def _read_hook(path: str) -> ModuleType:
     return module
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a question that names the most similar known word, or ""."""
-    close = difflib.get_close_matches(word, list(known), 1, cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 # [7.3] The access log
 class LineWriter:
     """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
@@ -7194,7 +7202,7 @@ class Embedded:
             message = "The embedded queues do not speak RPC v2; call in AWS JSON or AWS Query."
             raise ServiceError("InvalidAction", message)
         if call.operation not in OPERATIONS:
-            raise _invalid_action(call.operation)
+            raise _invalid_action(call.operation, OPERATIONS)
         return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
 
     def get_caller_identity(self, call: Call) -> Members:

@@ -3574,6 +3574,24 @@ BROKEN_SIGNERS = [
 ]
 
 
+class HintTest(VerifyCase):
+    """A refusal before the signature is checked says what to do, after AWS's own text."""
+
+    def test_a_clock_in_local_time_is_named_in_hours(self):
+        for hours in (-9, -2, 1, 5):
+            late = ask(at=EXAMPLE_TIME + hours * 3600 + 40)
+            error = self.refused(late, "403 SignatureDoesNotMatch")
+            self.assertIn(f"clock is {hours:+d} hours off: sign in UTC", error.message)
+        for seconds in (1000, 2600, -2600):
+            error = self.refused(ask(at=EXAMPLE_TIME + seconds), "403 SignatureDoesNotMatch")
+            self.assertNotIn("hours off", error.message)
+
+    def test_the_signed_header_in_the_wrong_place_is_named(self):
+        request = ask(edit=("SignedHeaders=host;x-amz-date", "SignedHeaders=x-amz-date;host"))
+        error = self.refused(request, "400 IncompleteSignature")
+        self.assertIn("('host' after 'x-amz-date')", error.message)
+
+
 class DetectiveTest(unittest.TestCase):
     def cause(self, trial):
         """Return the cause that a refusal names for a broken signer."""
@@ -4535,7 +4553,8 @@ class ProtocolTest(unittest.TestCase):
         refusal = caught.exception
         got = (refusal.status, refusal.code, refusal.fault)
         self.assertEqual(got, (400, "InvalidAction", "Sender"))
-        text = f"The action {action} is not valid for this endpoint."
+        hint = " Did you mean ListQueues?" if action == "listQueues" else ""
+        text = f"The action {action} is not valid for this endpoint.{hint}"
         self.assertEqual(refusal.message, text)
 
 
