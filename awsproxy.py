@@ -19,7 +19,7 @@ memory, or signs the call again with the real credentials and forwards it.
               wire:      who?      what?                 +-> a hook answers -------------+
     socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
-Read these first: [3.1] to [3.5] are Signature Version 4 in reading order, some 550 lines.  Then
+Read these first: [3.1] to [3.5] are Signature Version 4 in reading order, some 600 lines.  Then
 [8.5], the steps of each call.
 
 Contents.  Each chapter uses only earlier ones.  Chapters 1 to 4 are pure: bytes in, bytes out, the
@@ -3410,6 +3410,7 @@ class Queue:
 
     @property
     def visible(self) -> int:
+        """Return how many messages may be received now."""
         return len(self.messages) - self.in_flight - self.delayed
 
     def number(self, setting: str) -> int:
@@ -3417,6 +3418,7 @@ class Queue:
         return int(self.settings[setting])
 
     def policy(self, setting: str) -> dict[str, Any]:
+        """Return a setting that is a JSON object, {} if it is not set."""
         text = self.settings.get(setting)
         return dict(json.loads(text)) if text else {}
 
@@ -4505,12 +4507,12 @@ def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
 def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
     """Return a form with the upstream's QueueUrl in place of our QueueUrl."""
 
-    def restored(field: re.Match[str]) -> str:
+    def _restored(field: re.Match[str]) -> str:
         given = urllib.parse.unquote_plus(field[1])
         url = _upstream_url(given, call, endpoint)
         return field[0] if url == given else f"QueueUrl={urllib.parse.quote(url, safe='')}"
 
-    return re.sub("(?<![^&])QueueUrl=([^&]*)", restored, text)
+    return re.sub("(?<![^&])QueueUrl=([^&]*)", _restored, text)
 
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
