@@ -43,7 +43,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
         [7.7] Protection of an ECS task
     8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own
-        [8.4] Hooks and answers that must be waited for  [8.5] The proxy
+        [8.4] Hooks, and calls that wait  [8.5] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
     10 Command line: [10.1] The file of clients  [10.2] Flags  [10.3] The program
         [10.4] A saved request  [10.5] Routes of the flags
@@ -1126,7 +1126,7 @@ class Verified(NamedTuple):
 
 
 class Proven(NamedTuple):
-    """What the head of a request proves."""
+    """The result of verify_head."""
 
     claimed: Authorization
     profile: Profile
@@ -3504,7 +3504,7 @@ class Queue:
 
 
 def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
-    """Return a memory of tuples that begin with their time, without those of five minutes ago."""
+    """Forget tuples that begin with a time five minutes ago, and return the memory."""
     while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
         memory.popitem(last=False)
     return memory
@@ -3587,7 +3587,7 @@ class MoveTask:
         return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
-        """Return when the next message is due; without a rate, those of a second come at once."""
+        """Return when the next message is due; without a rate, each second has a burst."""
         rate = self.given.get("MaxNumberOfMessagesPerSecond")
         at_once = 0 if rate else MAX_MOVES_PER_SECOND - 1
         return self.started + (self.moved - at_once) / (rate or MAX_MOVES_PER_SECOND)
@@ -6467,7 +6467,7 @@ def stamp_of(path: str) -> Optional[tuple[int, ...]]:
 
 
 class Watched:
-    """What `read` returns for a file, again if this file or `more` changes and can be read."""
+    """Keeps the value of `read` for a file, and reads again if this file or `more` changes."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
         self._read = read
@@ -6972,7 +6972,7 @@ class InFlight(Hook):
             return len(self._held)
 
     def forget(self, name: str = "") -> None:
-        """Forget all messages, or those of the queues of one name."""
+        """Forget all messages, or only the messages in queues of one name."""
         with self._lock:
             held = self._held.items() if name else ()
             self._held = {key: it for key, it in held if not it.queue[1].endswith(f"/{name}")}
@@ -7546,7 +7546,7 @@ class Admin:
         return self.max_body
 
 
-# [8.4] Hooks and answers that must be waited for
+# [8.4] Hooks, and calls that wait
 def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
     found: Optional[Callable[..., Any]] = getattr(hook, name, None)
     return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
@@ -7563,7 +7563,7 @@ class HookMethods(NamedTuple):
 
 
 class Pending:
-    """A call whose reply must be waited for.
+    """A call that waits for its reply.
 
     The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
     calls `wait`, which may block.
@@ -9133,7 +9133,7 @@ class Program:
                 log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
 
     def _reset(self, name: str) -> int:
-        """Drop all queues and create those of the flags, or empty the queues of one name."""
+        """Drop all queues and create the queues of the flags, or empty the queues of one name."""
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
         if not name:
@@ -9323,7 +9323,7 @@ def all_clients(path: str, more: Sequence[Client]) -> Clients:
 
 
 def check_file(path: str, options: argparse.Namespace) -> int:
-    """Print the explanation of a saved request at the time of its own date; return 0 or 1."""
+    """Print the explanation of a saved request, checked at its own date; return 0 or 1."""
     with _usage_errors(f"--check {path}: "):
         clients = all_clients(options.clients, options.client)
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()

@@ -3245,9 +3245,9 @@ def escape_all(text, safe=""):
 
 
 class Trial(NamedTuple):
-    """What the client wants to send; the switches break a step of its signature.
+    """A request to send, and switches that break a step of the signature.
 
-    Each switch takes the right value of its step and returns the wrong one.
+    Each switch takes the right value of a step and returns the wrong one.
     """
 
     method: str = "POST"
@@ -22327,7 +22327,7 @@ def code_names():
 
 
 class DocstringTest(unittest.TestCase):
-    """The docstring of the module says what is in it, and what a call passes."""
+    """The docstring of the module lists its sections, and the functions that calls pass."""
 
     WORKER = Client("worker", "akid", "secret")
 
