@@ -1813,9 +1813,9 @@ class BrokenSigner:
         key = self._keys.get(source)
         if key is None:
             key = self._keys[source] = _broken_key(*source)
-        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        digest = hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
         text = text.replace("@@", digest.upper()).replace("@", digest).replace("#", canonical)
-        return hmac.digest(key, text.encode(), "sha256") == self._wanted
+        return hmac.digest(key, text.encode("latin-1", "replace"), "sha256") == self._wanted
 
 
 def _broken_key(secret: str, scope: str) -> bytes:

@@ -3416,6 +3416,14 @@ DUP = GET_TRIAL._replace(target="/?b=2&B=1&a=~x%2Fy%3Az&c=&d=e%20f%2Bg")
 
 # What the cause must say, and a signer that is broken so.
 BROKEN_SIGNERS = [
+    (
+        "prefix AWS4",
+        JSON_TRIAL._replace(
+            headers=(("X-Name", "\xe9"),),
+            after=with_header("X-Name", "\xc3\xa9"),
+            secret=lambda v: v[4:],
+        ),
+    ),
     ("hex", JSON_TRIAL._replace(key=hexed)),
     ("AWS4", JSON_TRIAL._replace(secret=lambda v: v[4:])),
     ("not hash|unhashed|without hashing|itself", JSON_TRIAL._replace(digest=lambda v: v)),
