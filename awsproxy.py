@@ -5069,7 +5069,8 @@ class CredentialChain:
             return sources[2:3]
         settings = self._settings()
         if settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            sources[1:3] = sources[2:0:-1]  # a role of the profile comes before web identity
+            # A role of the profile comes before web identity.
+            sources[1], sources[2] = sources[2], sources[1]
         return sources
 
     def _from_environment(self) -> Credentials:
@@ -6151,7 +6152,11 @@ class Upstream:
             raise ServiceError(code, message) from reason
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
-        """Return the answer.  Send the call again, once, if it cannot have run."""
+        """Return the answer.
+
+        If a kept connection ends without one, and a second run changes nothing more, send the
+        call again, once, on a fresh connection.
+        """
         call, body = attempt.call, attempt.request.body
         if not attempt.begun:
             self._connect(attempt, fresh)
@@ -8210,7 +8215,7 @@ class PeerConnection:
         self.buffer += data
         if self.found is None or len(self.buffer) >= self.found[1]:
             self.server.queue(self)
-        self.server.note_arrival(len(data))
+        self.server.limit_held(len(data))
 
     def next_request(self) -> Optional[Request]:
         """Return the next request in the buffer, or None."""
@@ -8526,8 +8531,8 @@ class Server(http.server.HTTPServer):
         lag, self._longest_lag = self._longest_lag, 0.0
         return lag
 
-    def note_arrival(self, size: int) -> None:
-        """Count buffered bytes; beyond MAX_HELD, close the connections with the most."""
+    def limit_held(self, size: int) -> None:
+        """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
         self._arrived += size
         if self._arrived < MAX_HELD // 8:
             return
