@@ -6152,11 +6152,7 @@ class Upstream:
             raise ServiceError(code, message) from reason
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
-        """Return the answer.
-
-        If a kept connection ends without one, and a second run changes nothing more, send the
-        call again, once, on a fresh connection.
-        """
+        """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, body = attempt.call, attempt.request.body
         if not attempt.begun:
             self._connect(attempt, fresh)
@@ -6541,7 +6537,8 @@ class LineWriter:
         self._reopens = False
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
-        self._lines: queues.SimpleQueue[str] = queues.SimpleQueue()
+        # Lines, and events to set when the lines before them are written.
+        self._lines: queues.SimpleQueue[Union[str, threading.Event]] = queues.SimpleQueue()
         self._writing = 0
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -6555,29 +6552,32 @@ class LineWriter:
     def reopen(self) -> None:
         """Open the stream again soon, because the log file was moved."""
         self._reopens = True
-        self._lines.put("")  # to wake the thread
+        self._lines.put(threading.Event())  # to wake the thread
 
     def close(self, timeout: float = 1.0) -> None:
         """Wait until all lines are written, up to `timeout` seconds."""
-        until = time.monotonic() + timeout
-        while self._lines.qsize() + self._writing and time.monotonic() < until:
-            time.sleep(self.PAUSE / 4)
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(timeout)
 
     def _work(self) -> None:
         while True:
-            lines = [self._lines.get()]
+            batch = [self._lines.get()]
             self._writing = 1  # it waits, too
             time.sleep(self.PAUSE)
-            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            batch += [self._lines.get() for _ in range(self._lines.qsize())]
+            lines = [it for it in batch if isinstance(it, str)]
             self._writing = len(lines)
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
-                self.dropped += sum(map(bool, lines))  # without that of `reopen`
+                self.dropped += len(lines)
             self._writing = 0
             if self._reopens:
                 self._open()
+            for written in (it for it in batch if isinstance(it, threading.Event)):
+                written.set()
 
     def _open(self) -> None:
         self._reopens = False
