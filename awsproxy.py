@@ -6680,6 +6680,7 @@ _SECRET = re.compile(  # a header, or a parameter of a query
 )
 _SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
 MAX_EXPLANATION = 16384  # characters
+_UNPRINTABLE = re.compile("[^ -~]")
 
 
 def explain(exchange: Exchange) -> Sequence[Step]:
@@ -6753,10 +6754,10 @@ def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
     lines = []
     for title, labelled in steps:
         lines.append(f"\033[1m{title}\033[0m" if coloured else title)
-        for label, line in labelled:
-            lines.append(f"  {label:<15} {line}".rstrip() if label else f"  {line}")
-    text = "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
-    return text[:MAX_EXPLANATION]
+        for label, line in labelled:  # a refusal may repeat what a caller sent
+            shown = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+            lines.append(f"  {label:<15} {shown}".rstrip() if label else f"  {shown}")
+    return "\n".join(lines)[:MAX_EXPLANATION]
 
 
 class Explainer(Hook):

@@ -15526,6 +15526,20 @@ class ExplanationTest(unittest.TestCase):
                 self.assertNotIn("1 canonical request", dict(steps))
                 self.assertIn(verdict, text)
 
+    def test_a_caller_does_not_control_the_terminal(self):
+        body = b'{"QueueUrl": "a", "ReceiptHandle": "\\u001b[2J\\u0007"}'
+        made = (("X-Amz-Target", "AmazonSQS.DeleteMessage"), OF_JSON[1])
+        proxy_sqs = Sqs(Clock())
+        awsproxy.create_queues(proxy_sqs, ["a"], "us-east-1", ACCOUNT)
+        for request in (
+            signed("POST", "/", made, body),
+            Request("GET", "/?x-%61mz-%1b%5b2J=1", (("Host", HOST),), io.BytesIO()),
+        ):
+            with self.subTest(request.method):
+                _, text = self.explained(request, sqs=proxy_sqs)
+                self.assertIn("\\x1b[2J", text)
+                self.assertTrue(text.replace("\n", "").isprintable())
+
     def test_an_explanation_is_short_and_printable(self):
         odd = (("X-Odd", "\x9b31m\xff" * 9000),)
         _, text = self.explained(signed("GET", "/" + "a" * 30000, odd))
