@@ -7392,12 +7392,10 @@ class Route(NamedTuple):
 # [8.3] Paths of our own
 def create_queues(sqs: Sqs, names: Iterable[str], region: str, account: str) -> None:
     """Create queues; NAME.fifo is a FIFO queue.  Raise ValueError for a wrong name."""
+    owner = Client("", "", "", account_id=account)
     for name in names:
         attributes = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
-        given, owner = (
-            {"QueueName": name, "Attributes": attributes},
-            Client("", "", "", "", account),
-        )
+        given = {"QueueName": name, "Attributes": attributes}
         try:
             sqs.perform(sqs_call("CreateQueue", given, region, owner))
         except ServiceError as error:
@@ -7440,7 +7438,7 @@ class Status:
             return _status_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        given = {name.decode(): value.decode("utf-8", "replace") for name, value in request.query}
+        given = [value.decode("utf-8", "replace") for n, value in request.query if n == b"queue"]
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
@@ -7454,7 +7452,9 @@ class Status:
             kind = "text/plain; version=0.0.4; charset=utf-8"
             return _status_reply(200, self.metrics.text(), kind)
         if page == "reset" and self.reset:
-            return _status_json({"queues": self.reset(given.get("queue", ""))})
+            if "" in given or len(given) > 1:  # an empty variable must not drop all queues
+                return _status_reply(400, "queue must name one queue\n")
+            return _status_json({"queues": self.reset("".join(given))})
         if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
         names = "health, ready, metrics, in-flight, queues and reset"

@@ -16709,6 +16709,9 @@ class LookTest(unittest.TestCase):
         self.assertEqual(left, {"jobs": 0, "other": 1})
         self.assertEqual(caller.receive(url), [])
         self.assertEqual(self.ask("/_awsproxy/reset?queue=none", "POST"), '{"queues":0}')
+        for wrong in ("queue=", "queue", "queue=jobs&queue=other"):
+            self.ask(f"/_awsproxy/reset?{wrong}", "POST", 400)
+        self.assertEqual(len(json.loads(self.ask("/_awsproxy/queues?%ff=%fe"))), 2)
         self.assertEqual(self.ask("/_awsproxy/reset", "POST"), '{"queues":2}')
         self.assertEqual(self.ask("/_awsproxy/queues"), "[]")
         with self.assertRaises(Refused):
