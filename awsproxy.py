@@ -178,8 +178,7 @@ class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
 
     `target` is the raw request target.  Encoding text as latin-1 gives back the signed bytes.
-    `peer` is the client's address.  `abandoned()` returns whether the client has hung up.
-    """
+    `peer` is the client's address.  `abandoned()` returns whether the client has hung up."""
 
     method: str
     target: str
@@ -215,8 +214,7 @@ class Request:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
         `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
-        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs.
-        """
+        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
         text = self.target.partition("?")[2]
         if not text:
             return ()
@@ -260,8 +258,7 @@ class Call:
     """A Request whose caller, operation and input are known.
 
     `body` and `payload_hash` are verified.  The signature covers `signed_headers`.  `rewrites`
-    are hooks that change the forwarded request.  `began` is on the monotonic clock.
-    """
+    are hooks that change the forwarded request.  `began` is on the monotonic clock."""
 
     request: Request
     wire: WireProtocol
@@ -377,8 +374,7 @@ ERRORS: Mapping[str, Fault] = dict(_faults(_FAULTS))
 class ServiceError(Exception):
     """An answer that is not a success; the caller's wire protocol renders it.
 
-    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document.
-    """
+    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document."""
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
         super().__init__(message)
@@ -464,8 +460,7 @@ def parse_head(raw: bytes) -> Head:
 
     The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
     Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
-    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines.
-    """
+    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines."""
     if len(raw) > MAX_HEAD:
         message = f"The request head is longer than {MAX_HEAD} bytes."
         raise ServiceError("RequestHeaderFieldsTooLarge", message)
@@ -755,8 +750,7 @@ def encode_reply(
 
     `close` announces the end of the connection; `head_only` is for an answer to HEAD.  `streams`
     is for the head of a streaming body: the header that frames the body, or "".  The reply's own
-    Date and Content-Length stay.  Raise ValueError for a line break in a header.
-    """
+    Date and Content-Length stay.  Raise ValueError for a line break in a header."""
     status, headers, body = reply
     if not isinstance(body, bytes):
         raise ValueError("a body that streams is not encoded as a whole")
@@ -776,7 +770,7 @@ def encode_reply(
     return head if head_only or bodiless or streams is not None else head + body
 
 
-# ==== 3. Signature Version 4: parse_authorization, canonical_request, verify, sign ====
+# ==== 3. Signature Version 4: parse_authorization, canonical_parts, verify, sign ====
 # The caller and the proxy each reduce the request to one text and sign it with the same secret.
 # Both texts must agree to the byte, so this chapter reads the raw target and raw header values,
 # and decodes and encodes them as latin-1.  Sources: IAM User Guide, "Create a signed AWS API
@@ -961,8 +955,7 @@ def canonical_path(path: str, normalize: bool) -> str:
     """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
 
     `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
-    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay.
-    """
+    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay."""
     if path in ("", "/"):
         return "/"
     if BROKEN_ESCAPE.search(path):
@@ -1017,14 +1010,6 @@ def canonical_parts(
     path, signed = canonical_path(path, profile.normalize_path), authorization.signed_headers
     headers = canonical_headers(request.fields, signed)
     return request.method, path, query, headers, ";".join(signed), payload_hash
-
-
-def canonical_request(
-    request: Request, authorization: Authorization, payload_hash: str, profile: Profile
-) -> bytes:
-    """Return the text that both sides hash."""
-    parts = canonical_parts(request, authorization, payload_hash, profile)
-    return "\n".join(parts).encode("latin-1")
 
 
 # [3.3] String to sign, signing key, signature
@@ -1154,18 +1139,11 @@ def verify(
 
 
 def verify_head(
-    request: Request,
-    clients: Clients,
-    now: float,
-    service: Optional[str] = None,
-    regions: Sequence[str] = (),
-    clock_skew: Optional[int] = None,
-    must_be_signed: Sequence[str] = (),
-    profiles: Mapping[str, Profile] = PROFILES,
-    private: bool = True,
-    other_host: str = "",
-    may_search: Callable[[], bool] = lambda: True,
-) -> Proven:
+    request: Request, clients: Clients, now: float, service: Optional[str] = None,
+    regions: Sequence[str] = (), clock_skew: Optional[int] = None,
+    must_be_signed: Sequence[str] = (), profiles: Mapping[str, Profile] = PROFILES,
+    private: bool = True, other_host: str = "", may_search: Callable[[], bool] = lambda: True
+) -> Proven:  # fmt: skip
     """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
     service: the service that the request names apart from its scope
@@ -1174,8 +1152,7 @@ def verify_head(
     must_be_signed: headers that decide what the request means
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
-    may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
-    """
+    may_search: whether to search for the cause of a wrong signature, which takes some 20 ms"""
     # The order counts: the error of a later check would tell a stranger more.
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
@@ -1228,9 +1205,8 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
     late = refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
     hours, rest = divmod(signed_at - now + 900, 3600)
     if hours and rest < 1800:
-        late.message += (
-            f" The signer's clock is {hours:+g} hours off: sign in UTC, not local time."
-        )
+        off = f"The signer's clock is {hours:+g} hours off: sign in UTC, not local time."
+        late.message += f" {off}"
     raise late
 
 
@@ -1333,11 +1309,11 @@ def _declared_payload(
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
 
 
-def prove(claimed: Authorization, client: Client, parts: Sequence[str]) -> Proof:
-    """Return the steps from the lines of a canonical request to the signature of a client."""
+def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
+    """Return the steps from the lines of a canonical request to a signature."""
     canonical = "\n".join(parts).encode("latin-1")
     text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
-    return Proof(parts, text, signature(client.secret_access_key, claimed.scope, text))
+    return Proof(parts, text, signature(secret, claimed.scope, text))
 
 
 def _check_signature(
@@ -1345,17 +1321,14 @@ def _check_signature(
 ) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
     claimed, profile, client, _, other_host, *_ = proven
+    secret = client.secret_access_key
     parts = canonical_parts(request, claimed, payload_hash, profile)
-    proof = prove(claimed, client, parts)
+    proof = prove(claimed, secret, parts)
     if hmac.compare_digest(proof.signature, claimed.signature):  # both are ASCII
         return proof
     if other_host:
-        replaced = (
-            *parts[:3],
-            re.sub("(?m)^host:.*$", lambda _: f"host:{other_host}", parts[3]),
-            *parts[4:],
-        )
-        other = prove(claimed, client, replaced)
+        headers = re.sub("(?m)^host:.*$", lambda _: f"host:{other_host}", parts[3])
+        other = prove(claimed, secret, (*parts[:3], headers, *parts[4:]))
         if hmac.compare_digest(other.signature, claimed.signature):
             # From here on the request has the Host that the client signed.
             request.__dict__["fields"] = {**request.fields, "host": [other_host]}
@@ -1364,7 +1337,7 @@ def _check_signature(
     signed = proof.string_to_sign.decode("latin-1")
     data, cause = body.getvalue() if isinstance(body, io.BytesIO) else b"", ""
     if proven.may_search():
-        cause = find_cause(request, claimed, client.secret_access_key, parts, data)
+        cause = find_cause(request, claimed, secret, parts, data)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
@@ -1688,10 +1661,8 @@ def _texts(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
 ) -> Mapping[str, str]:
     """Return what the <...> of MISTAKES stand for."""
-    quote, unquote = (
-        urllib.parse.quote,
-        functools.partial(urllib.parse.unquote, encoding="latin-1"),
-    )
+    quote = urllib.parse.quote
+    unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
@@ -1823,11 +1794,8 @@ def _broken_key(secret: str, scope: str) -> bytes:
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
     for part in rest.encode().split(b"/"):
-        key = (
-            hmac.digest(part, key, "sha256")
-            if how == "swapped"
-            else hmac.digest(key, part, "sha256")
-        )
+        by, of = (part, key) if how == "swapped" else (key, part)
+        key = hmac.digest(by, of, "sha256")
         key = key.hex().encode() if how == "hex" else key
     return key
 
@@ -2050,22 +2018,13 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
         return f"{len(data):x}{signed}\r\n".encode()
 
-    for data in iter(lambda: b"".join(_blocks(body, size)), b""):
+    for data in iter(functools.partial(Stream(body.read).read, size), b""):
         yield b"".join((_header(data), data, b"\r\n"))
     lines = [_header(b"")]
     lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
     if signer and body.trailers:
         lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
     yield b"".join((*lines, b"\r\n"))
-
-
-def _blocks(body: Body, size: int) -> Iterator[bytes]:
-    while size:
-        block = body.read(size)
-        if not block:
-            return
-        yield block
-        size -= len(block)
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
@@ -2125,13 +2084,9 @@ _SIGNED = ("host", "date", "content-type", "content-md5")  # and x-amz-*: no pro
 
 
 def sign(
-    outgoing: Request,
-    payload_hash: str,
-    keys: Credentials,
-    scope: CredentialScope,
-    amz_date: str,
-    declares: bool = False,
-) -> tuple[Request, Authorization]:
+    outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope, amz_date: str,
+    declares: bool = False
+) -> tuple[Request, Authorization]:  # fmt: skip
     """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
@@ -2142,8 +2097,8 @@ def sign(
     request = outgoing.with_headers((*outgoing.headers, *added))
     names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
     claimed = Authorization(keys.access_key_id, scope, names, "", amz_date)
-    canonical = canonical_request(request, claimed, payload_hash, profile)
-    made = signature(keys.secret_access_key, scope, string_to_sign(amz_date, scope, canonical))
+    parts = canonical_parts(request, claimed, payload_hash, profile)
+    made = prove(claimed, keys.secret_access_key, parts).signature
     header = f"{ALGORITHM} Credential={keys.access_key_id}/{scope}"
     header += f", SignedHeaders={';'.join(names)}, Signature={made}"
     signed = request.with_headers((*request.headers, ("Authorization", header)))
@@ -2277,8 +2232,7 @@ class Operation(NamedTuple):
 def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
     """Return the operations of a table by name; the owner's method of that name answers each.
 
-    A line is the operation, its input for `structure`, and `->` before its output.
-    """
+    A line is the operation, its input for `structure`, and `->` before its output."""
     found = {}
     for line in table.strip().splitlines():
         declared, arrow, output = line.partition("->")
@@ -2604,8 +2558,7 @@ class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
     Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  X-Amz-Target may then name the same operation.
-    """
+    of JSON.  X-Amz-Target may then name the same operation."""
 
     reads_target = reads_action = True
 
@@ -2941,8 +2894,7 @@ def _as_pairs(value: Any, names: Names) -> Any:
 def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return fields such as `Tag.1.Key` as nested maps, and the map of each field by its name.
 
-    The value of a field is in its map, under ".".
-    """
+    The value of a field is in its map, under "."."""
     root: dict[str, Any] = {}
     nodes: dict[str, Any] = {}
     for name, value in fields.items():
@@ -3153,8 +3105,7 @@ def rest_meaning(request: Request) -> Meaning:
     """Return the method and the path of a request, with the path as patterns spell it.
 
     `%2F`, `%25` and the escapes of characters that no path may contain stay escaped.  Raise
-    ServiceError InvalidURI if services could split the path into different segments.
-    """
+    ServiceError InvalidURI if services could split the path into different segments."""
     path = request.path
     if not _ODD_PATH.search(path):
         return Meaning(request.method, path=path)
@@ -3245,9 +3196,8 @@ class RpcV2(WireProtocol):
         document = {"__type": shape, "message": error.message}
         body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
         more = (
-            ("Smithy-Protocol", self.protocol),
-            ("x-amzn-query-error", f"{code};{_side(status)}"),
-        )
+            ("Smithy-Protocol", self.protocol), ("x-amzn-query-error", f"{code};{_side(status)}")
+        )  # fmt: skip
         return self._reply(status, request_id, body, *more)
 
 
@@ -3351,6 +3301,12 @@ def sqs_refusal(reason: str, *values: object) -> ServiceError:
     code, message = SQS_REFUSALS[reason]
     shown = (value[:2048] if isinstance(value, str) else value for value in values)
     return ServiceError(code, message.format(*shown))
+
+
+def refuse_if(fault: object, reason: str, *values: object) -> None:
+    """Raise the error for a row of SQS_REFUSALS if there is a fault."""
+    if fault:
+        raise sqs_refusal(reason, *values)
 
 
 # [5.2] Messages and queues
@@ -3599,13 +3555,11 @@ class MoveTask:
             "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
         }
         return {
-            **self.given,
-            **only.get(self.status, {}),
-            "Status": self.status,
+            **self.given, **only.get(self.status, {}), "Status": self.status,
             "ApproximateNumberOfMessagesMoved": self.moved,
             "ApproximateNumberOfMessagesToMove": self.to_move,
-            "StartedTimestamp": int(self.started * 1000),
-        }
+            "StartedTimestamp": int(self.started * 1000)
+        }  # fmt: skip
 
 
 # [5.3] Queue attributes, and checks of messages
@@ -3707,11 +3661,9 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
             settings[name] = "" if unset else setting.normal(text)
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
-    if settings.get("FifoQueue") == "false":
-        raise sqs_refusal("queue type")
+    refuse_if(settings.get("FifoQueue") == "false", "queue type")
     key = {**current, **settings}.get("KmsMasterKeyId")
-    if key and settings.get("SqsManagedSseEnabled") == "true":
-        raise sqs_refusal("two encryptions")
+    refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
     return settings
 
 
@@ -3744,8 +3696,7 @@ def _md5(text: str) -> str:
 
 
 def _check_attributes(attributes: Attributes) -> None:
-    if len(attributes) > MAX_ATTRIBUTES:
-        raise sqs_refusal("attributes", len(attributes))
+    refuse_if(len(attributes) > MAX_ATTRIBUTES, "attributes", len(attributes))
     for name, attribute in attributes.items():
         if attribute.get("StringListValues") or attribute.get("BinaryListValues"):
             raise sqs_refusal("list values", name)
@@ -3761,8 +3712,7 @@ def _check_attributes(attributes: Attributes) -> None:
             raise sqs_refusal("attribute", name, reason)
         if isinstance(value, str) and _NOT_XML.search(value):
             raise sqs_refusal("attribute", name, "contain valid characters alone")
-        if kind[1] == "Number" and not _DECIMAL.fullmatch(value):
-            raise sqs_refusal("number", name)
+        refuse_if(kind[1] == "Number" and not _DECIMAL.fullmatch(value), "number", name)
 
 
 def _size(entry: Members) -> int:
@@ -3823,17 +3773,14 @@ class Sqs:
     """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
 
     A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
-    enforces the policies of the queues.
-    """
+    enforces the policies of the queues."""
 
     def __init__(
-        self,
-        clock: Clock = steady_time,
-        new_id: Callable[[], str] = random_id,
+        self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
         secret: Optional[bytes] = None,
         wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
-        cooldown: bool = False,
-    ) -> None:
+        cooldown: bool = False
+    ) -> None:  # fmt: skip
         self._clock = clock
         self._new_id = new_id
         self._secret = secret or os.urandom(32)  # authenticates receipt handles
@@ -3875,16 +3822,11 @@ class Sqs:
         oldest = next(iter(queue.messages.values()), None)
         region, account, name = queue.arn.split(":")[3:]
         return {
-            "name": name,
-            "region": region,
-            "account": account,
-            "visible": queue.visible,
-            "in_flight": queue.in_flight,
-            "delayed": queue.delayed,
+            "name": name, "region": region, "account": account, "visible": queue.visible,
+            "in_flight": queue.in_flight, "delayed": queue.delayed,
             "oldest_seconds": max(0.0, now - oldest.sent) if oldest else 0.0,
-            "attributes": queue.settings,
-            "tags": queue.tags,
-        }
+            "attributes": queue.settings, "tags": queue.tags
+        }  # fmt: skip
 
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
@@ -3921,8 +3863,7 @@ class Sqs:
         queue = self._queues.get(arn)
         if queue:
             for attribute, value in settings.items():
-                if queue.settings.get(attribute, "") != value:
-                    raise sqs_refusal("exists", attribute)
+                refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
             return {"QueueUrl": call.base_url + queue.url_path}
         if self._cooldown and now < self._deleted.get(arn, -math.inf) + SECONDS_COOLING:
             raise sqs_refusal("deleted recently")
@@ -3991,17 +3932,15 @@ class Sqs:
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
         computed = {
-            "QueueArn": queue.arn,
-            "CreatedTimestamp": str(int(queue.created)),
+            "QueueArn": queue.arn, "CreatedTimestamp": str(int(queue.created)),
             "LastModifiedTimestamp": str(int(queue.modified)),
             "ApproximateNumberOfMessages": str(queue.visible),
             "ApproximateNumberOfMessagesNotVisible": str(queue.in_flight),
-            "ApproximateNumberOfMessagesDelayed": str(queue.delayed),
-        }
+            "ApproximateNumberOfMessagesDelayed": str(queue.delayed)
+        }  # fmt: skip
         known, values = {**SETTINGS, **computed}, {**queue.settings, **computed}
         for name in asked:
-            if name not in known and name != "All":
-                raise sqs_refusal("attribute name", name)
+            refuse_if(name not in known and name != "All", "attribute name", name)
         shown = known if "All" in asked else asked
         attributes = {name: values[name] for name in shown if name in values}
         return {"Attributes": attributes} if attributes else {}
@@ -4014,8 +3953,7 @@ class Sqs:
 
     def purge_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
-        if self._cooldown and now < queue.purged + SECONDS_COOLING:
-            raise sqs_refusal("purge", queue.name)
+        refuse_if(self._cooldown and now < queue.purged + SECONDS_COOLING, "purge", queue.name)
         queue.purged = now
         queue.clear()
 
@@ -4046,11 +3984,9 @@ class Sqs:
         accounts, actions = call.input["AWSAccountIds"], call.input["Actions"]
         if not _LABEL.fullmatch(label):
             raise sqs_refusal("value", label[:80], "Label", SQS_REFUSALS["name"][1])
-        if len(actions) > 7:
-            raise sqs_refusal("actions", len(actions))
+        refuse_if(len(actions) > 7, "actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
-            if not values:
-                raise sqs_refusal("missing", f"{name}.1")
+            refuse_if(not values, "missing", f"{name}.1")
         for action in actions:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
@@ -4061,12 +3997,10 @@ class Sqs:
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
         spelled = [f"SQS:{action}" for action in actions]
         statement = {
-            "Sid": label,
-            "Effect": "Allow",
+            "Sid": label, "Effect": "Allow",
             "Principal": {"AWS": principals if len(principals) > 1 else principals[0]},
-            "Action": spelled if len(spelled) > 1 else spelled[0],
-            "Resource": queue.arn,
-        }
+            "Action": spelled if len(spelled) > 1 else spelled[0], "Resource": queue.arn
+        }  # fmt: skip
         empty = {"Version": "2008-10-17", "Id": f"{queue.arn}/SQSDefaultPolicy"}
         changed = _to_json({**empty, **policy, "Statement": [*statements, statement]})
         queue.change({"Policy": changed.decode()}, self._clock())
@@ -4075,8 +4009,7 @@ class Sqs:
         queue, label = self._queue(call), call.input["Label"]
         policy, statements = self._policy(queue)
         left = [statement for statement in statements if statement.get("Sid") != label]
-        if len(left) == len(statements):
-            raise sqs_refusal("value", label[:80], "Label", "can't find label.")
+        refuse_if(len(left) == len(statements), "value", label[:80], "Label", "can't find label.")
         changed = _to_json({**policy, "Statement": left}).decode() if left else ""
         queue.change({"Policy": changed}, self._clock())
 
@@ -4095,8 +4028,7 @@ class Sqs:
     def send_message_batch(self, call: Call) -> Mapping[str, Any]:
         queue, entries = self._queue(call), self._entries(call)
         size = sum(map(_size, entries))
-        if size > MAX_BATCH_BYTES:
-            raise sqs_refusal("batch too long", MAX_BATCH_BYTES, size)
+        refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
         for entry in entries:
             _check_fifo(call, queue, entry)
         return self._each(call, functools.partial(self._send, call))
@@ -4104,10 +4036,8 @@ class Sqs:
     def _send(self, call: Call, queue: Queue, entry: Members) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
-        if not body:
-            raise sqs_refusal("missing", "MessageBody")
-        if _NOT_XML.search(body):
-            raise sqs_refusal("characters")
+        refuse_if(not body, "missing", "MessageBody")
+        refuse_if(_NOT_XML.search(body), "characters")
         most = queue.number("MaximumMessageSize")
         if _size(entry) > most:
             reason = "are invalid" if entry is call.input else "cannot be validated"
@@ -4120,10 +4050,9 @@ class Sqs:
         delay, now = self._delay(queue, entry), self._clock()
         trace = system.get("AWSTraceHeader", {}).get("StringValue")
         given = {
-            "SenderId": call.caller.access_key_id,
-            "MessageGroupId": entry.get("MessageGroupId"),
-            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id"),
-        }
+            "SenderId": call.caller.access_key_id, "MessageGroupId": entry.get("MessageGroupId"),
+            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id")
+        }  # fmt: skip
         kept = {name: value for name, value in given.items() if value}
         new_id, number = self._new_id(), self._sequence_number()
         first_id = new_id
@@ -4158,16 +4087,12 @@ class Sqs:
     def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
         """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
         entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
-        if not entries:
-            raise sqs_refusal("no entries", call.operation)
-        if len(entries) > MAX_BATCH:
-            raise sqs_refusal("entries", MAX_BATCH, len(entries))
+        refuse_if(not entries, "no entries", call.operation)
+        refuse_if(len(entries) > MAX_BATCH, "entries", MAX_BATCH, len(entries))
         ids = [entry["Id"] for entry in entries]
-        if not all(map(_LABEL.fullmatch, ids)):
-            raise sqs_refusal("entry id")
+        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
         for index, repeated in enumerate(ids):
-            if repeated in ids[:index]:
-                raise sqs_refusal("entry ids", repeated)
+            refuse_if(repeated in ids[:index], "entry ids", repeated)
         return entries
 
     def _each(self, call: Call, act: Callable[[Queue, Members], Output]) -> Members:
@@ -4205,8 +4130,7 @@ class Sqs:
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
-            if self._queues.get(queue.arn) is not queue:
-                raise sqs_refusal("no queue")
+            refuse_if(self._queues.get(queue.arn) is not queue, "no queue")
             queue.advance(now)
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
@@ -4269,19 +4193,16 @@ class Sqs:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
         handle = hmac.digest(self._secret, text, "sha256")[:12] + text
         output: dict[str, Any] = {
-            "MessageId": message.message_id,
-            "ReceiptHandle": "AQEB" + _base64_text(handle),
-            "MD5OfBody": _md5(message.body),
-            "Body": message.body,
-        }
+            "MessageId": message.message_id, "ReceiptHandle": "AQEB" + _base64_text(handle),
+            "MD5OfBody": _md5(message.body), "Body": message.body
+        }  # fmt: skip
         asked = {*given.get("AttributeNames", ()), *given.get("MessageSystemAttributeNames", ())}
         if asked:
             system = {
-                **message.system,
-                "SentTimestamp": str(int(message.sent * 1000)),
+                **message.system, "SentTimestamp": str(int(message.sent * 1000)),
                 "ApproximateReceiveCount": str(message.received),
-                "ApproximateFirstReceiveTimestamp": str(int(message.first_received * 1000)),
-            }
+                "ApproximateFirstReceiveTimestamp": str(int(message.first_received * 1000))
+            }  # fmt: skip
             shown = {k: v for k, v in system.items() if k in asked or "All" in asked}
             if shown:
                 output["Attributes"] = shown
@@ -4327,8 +4248,7 @@ class Sqs:
         return self._each(call, self._change)
 
     def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
-        if "VisibilityTimeout" not in entry:
-            raise sqs_refusal("missing", "VisibilityTimeout")
+        refuse_if("VisibilityTimeout" not in entry, "missing", "VisibilityTimeout")
         timeout, handle = entry["VisibilityTimeout"], entry["ReceiptHandle"]
         _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
         message, held = self._of_handle(queue, handle)
@@ -4348,10 +4268,8 @@ class Sqs:
             raise sqs_refusal("invalid", message)
         rate = given.get("MaxNumberOfMessagesPerSecond", 1)
         _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
-        if not self._sources_of(source):
-            raise sqs_refusal("no dead letters")
-        if source.arn in self._running:
-            raise sqs_refusal("running")
+        refuse_if(not self._sources_of(source), "no dead letters")
+        refuse_if(source.arn in self._running, "running")
         task = MoveTask(given, self._new_id(), source.visible, now)
         source.tasks.appendleft(task)
         self._running[source.arn] = task
@@ -4361,8 +4279,7 @@ class Sqs:
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
-        if not _QUEUE_ARN.fullmatch(arn):
-            raise sqs_refusal("arn", parameter)
+        refuse_if(not _QUEUE_ARN.fullmatch(arn), "arn", parameter)
         return self._found(call, arn, "no resource", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
@@ -4378,8 +4295,7 @@ class Sqs:
             task_id, arn = document["taskId"], document["sourceArn"]
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
-        if not isinstance(arn, str):
-            raise sqs_refusal("task handle")
+        refuse_if(not isinstance(arn, str), "task handle")
         self._found(call, arn, "no resource", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.task_id != task_id:
@@ -4748,18 +4664,13 @@ Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are
 
 
 def endpoint_for(
-    service: str,
-    region: str,
-    target: str = "",
-    path: str = "/",
-    method: str = "POST",
-    variants: Variants = (False, False),
-) -> Endpoint:
+    service: str, region: str, target: str = "", path: str = "/", method: str = "POST",
+    variants: Variants = (False, False)
+) -> Endpoint:  # fmt: skip
     """Return the endpoint of AWS for a signing name and region, both already checked as names.
 
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
-    endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host.
-    """
+    endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
     prefix = service
     if service in ENDPOINT_PREFIXES:
         rpc = _RPC_PATH.fullmatch(path)
@@ -4777,9 +4688,8 @@ def endpoint_for(
 
 @functools.lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    partition, suffix, dual_suffix, main = next(
-        row[1:] for row in PARTITIONS if region.startswith(row[0])
-    )
+    row = next(row for row in PARTITIONS if region.startswith(row[0]))
+    _, partition, suffix, dual_suffix, main = row
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     of_partition = GLOBAL_REGIONS.get((partition, prefix), region)
@@ -4923,17 +4833,12 @@ _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
 def fetch(
-    url: str,
-    headers: Mapping[str, str],
-    *,
-    data: Optional[bytes] = None,
-    method: Optional[str] = None,
-    timeout: float = 5,
-) -> bytes:
+    url: str, headers: Mapping[str, str], *, data: Optional[bytes] = None,
+    method: Optional[str] = None, timeout: float = 5
+) -> bytes:  # fmt: skip
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    Requests to link-local and loopback addresses bypass HTTPS_PROXY.
-    """
+    Requests to link-local and loopback addresses bypass HTTPS_PROXY."""
     until = time.monotonic() + timeout
     host = host_of(url)
     near = is_link_local(host) or is_loopback(host) or host in _CONTAINER_HOSTS
@@ -5415,8 +5320,7 @@ def _from_process(command: str) -> Credentials:
 class CredentialCache:
     """Keeps the credentials of a chain, and renews them before they expire.
 
-    One thread renews at a time; the others use the old credentials while these are valid.
-    """
+    One thread renews at a time; the others use the old credentials while these are valid."""
 
     AHEAD = 300  # seconds before the expiration at which the first renewal is tried
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
@@ -5887,12 +5791,9 @@ class Upstream:
     may_block = True
 
     def __init__(
-        self,
-        endpoint: Optional[Endpoint],
-        credentials: Callable[[Client], CredentialCache],
-        pool: Pool,
-        clock: Clock = time.time,
-    ) -> None:
+        self, endpoint: Optional[Endpoint], credentials: Callable[[Client], CredentialCache],
+        pool: Pool, clock: Clock = time.time
+    ) -> None:  # fmt: skip
         self._endpoint = endpoint
         self._credentials = credentials
         self._pool = pool
@@ -6066,10 +5967,8 @@ class Upstream:
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
-            headers = [
-                *_without(headers, "content-type"),
-                ("Content-Type", call.wire.content_type),
-            ]
+            headers = _without(headers, "content-type")
+            headers.append(("Content-Type", call.wire.content_type))
         headers.insert(0, ("Host", endpoint.authority))
         if length is None:
             headers.append(("Transfer-Encoding", "chunked"))
@@ -6419,8 +6318,7 @@ class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
 
     `before` runs in the order of the hooks, `after` and `observe` in reverse.  A ServiceError of
-    a hook is the answer.  Any other exception is logged, and the call gets InternalFailure.
-    """
+    a hook is the answer.  Any other exception is logged, and the call gets InternalFailure."""
 
     def concerns(self, call: Call) -> bool:
         """Return whether to run `before`, `rewrite` and `after` for this call; do not block."""
@@ -6429,8 +6327,7 @@ class Hook:
     def before(self, call: Call) -> Optional[Reply]:
         """Return a Reply to answer a verified call, None to let it go on.
 
-        If the hook changes `call.input`, the call is encoded again in its own protocol.
-        """
+        If the hook changes `call.input`, the call is encoded again in its own protocol."""
 
     def rewrite(self, call: Call, outgoing: Request) -> Optional[Request]:
         """Return another request to sign and send, without hop-by-hop headers, or None."""
@@ -6493,13 +6390,6 @@ class Watched:
         return True
 
 
-class HookFile(Watched):
-    """A hook in a file: `value` is its module."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(_read_hook, path)
-
-
 def _read_hook(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"awsproxy_hook_{pathlib.Path(path).stem}", path)
     if spec is None or spec.loader is None:
@@ -6521,6 +6411,9 @@ def _read_hook(path: str) -> ModuleType:
     if not any(hasattr(module, moment) for moment in HOOK_METHODS):
         raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
     return module
+
+
+HookFile = functools.partial(Watched, _read_hook)  # a hook in a file; its value is the module
 
 
 # [7.3] The access log
@@ -6604,18 +6497,15 @@ class AccessLog(Hook):
         call, request = exchange.call, exchange.request
         fields = {
             "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
-            "peer": request.peer,
-            "key": exchange.access_key_id,
-            "action": exchange.action[:MAX_SHOWN],
-            "status": exchange.status,
-            "error": exchange.error,
-            "ms": round(exchange.seconds * 1000, 2),
+            "peer": request.peer, "key": exchange.access_key_id,
+            "action": exchange.action[:MAX_SHOWN], "status": exchange.status,
+            "error": exchange.error, "ms": round(exchange.seconds * 1000, 2),
             "request_id": exchange.request_id,
             "route": call.route.pattern if call and call.route else "-",
             "target": exchange.answered_by,
             "upstream_request_id": (call and call.upstream_id) or "-",
-            "reason": exchange.reason.replace(" ", "-") or "-",
-        }
+            "reason": exchange.reason.replace(" ", "-") or "-"
+        }  # fmt: skip
         if self._form == "json":
             seconds = max(0.0, call.upstream_seconds) if call else 0.0
             fields["client"] = call.caller.name if call else "-"
@@ -6731,8 +6621,8 @@ def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
     # The secret of the demo client is public.
-    is_demo = prove(claimed, _DEMO, proof.parts).signature == proof.signature
-    key, earlier = b"AWS4" + _DEMO.secret_access_key.encode(), '"AWS4" + secret'
+    demo, earlier = _DEMO.secret_access_key, '"AWS4" + secret'
+    is_demo, key = prove(claimed, demo, proof.parts) == proof, b"AWS4" + demo.encode()
     chain = []
     for name, part in zip(("kDate", "kRegion", "kService", "kSigning"), claimed.scope):
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
@@ -6742,11 +6632,9 @@ def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]
     cut = [(name, value if is_demo else f"{value[:12]}...") for name, value in both]
     cut.append(("", "they are equal" if proof.signature == claimed.signature else "they differ"))
     return [
-        ("1 canonical request", canonical),
-        ("2 string to sign", text),
-        ("3 signing key", chain),
-        ("4 signature: HMAC(kSigning, step 2)", cut),
-    ]
+        ("1 canonical request", canonical), ("2 string to sign", text), ("3 signing key", chain),
+        ("4 signature: HMAC(kSigning, step 2)", cut)
+    ]  # fmt: skip
 
 
 def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
@@ -6760,17 +6648,13 @@ def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
     return "\n".join(lines)[:MAX_EXPLANATION]
 
 
-class Explainer(Hook):
+class Explainer(AccessLog):
     """Prints an explanation of each call."""
-
-    def __init__(self, stream: Any, coloured: bool) -> None:
-        self._stream = stream
-        self._coloured = coloured
 
     def observe(self, exchange: Exchange) -> None:
         """Print one explanation, in one write."""
         title = f"==== {_one_word(exchange.action)} {exchange.status} {exchange.error}"
-        text = explanation([(title, ()), *explain(exchange)], self._coloured)
+        text = explanation([(title, ()), *explain(exchange)], self._form == "colours")
         self._stream.write(text + "\n\n")
 
 
@@ -6780,8 +6664,7 @@ class Metrics(Hook):
 
     Strangers cannot add names without limit.  Without a verified signature the client is "-".
     After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
-    After twice as many rows, so are all labels of a new row.
-    """
+    After twice as many rows, so are all labels of a new row."""
 
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
@@ -6943,8 +6826,7 @@ class _Hold(NamedTuple):
 class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
-    A worker holds a message from its receive until it is deleted, made visible, or times out.
-    """
+    A worker holds a message from its receive until it is deleted, made visible, or times out."""
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
@@ -7105,8 +6987,7 @@ class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
     It asks for protection before the first messages are handed out, renews it, and gives it back
-    with the last one.  A failing agent fails no receive ("Task scale-in protection endpoint").
-    """
+    with the last one.  A failing agent fails no receive ("Task scale-in protection endpoint")."""
 
     PATIENCE = 3  # seconds that a receive may wait for the agent
     MINUTES = 60  # of protection, at the least; it is renewed after half of them
@@ -7372,8 +7253,7 @@ class Route(NamedTuple):
         """Return whether the pattern matches an action: loosely to deny it, strictly to allow it.
 
         Only an allowed path must have the same case.  If IAM needs several actions, one of them
-        is enough to deny the call, and all of them allow it.
-        """
+        is enough to deny the call, and all of them allow it."""
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
         names, needed = names_of(action)
         pattern = fold(self.pattern)
@@ -7487,8 +7367,7 @@ def check_page(
 
     Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
     attacker's name resolves to our address, it is in the Host (DNS rebinding).  `hosts` are our
-    names next to localhost, loopback addresses and the names of AWS.
-    """
+    names next to localhost, loopback addresses and the names of AWS."""
     fields = request.fields
     host = (fields.get("host") or ("",))[0].lower()
     named, fault = "origin" in fields or "sec-fetch-site" in fields, ""
@@ -7572,8 +7451,7 @@ class Pending:
     """A call that waits for its reply.
 
     The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
-    calls `wait`, which may block.
-    """
+    calls `wait`, which may block."""
 
     def __init__(
         self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[tuple[Attempt, bytes]]
@@ -7652,29 +7530,16 @@ class Proxy:
     sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
-    hosts: further names of the proxy
-    """
+    hosts: further names of the proxy"""
 
     def __init__(
-        self,
-        clients: Clients,
-        *,
-        routes: Optional[Sequence[Route]] = None,
-        verified: bool = True,
-        sign_as: tuple[str, str] = ("", ""),
-        clock_skew: Optional[int] = None,
-        regions: Sequence[str] = (),
-        account_id: str = "000000000000",
-        public_url: str = "",
-        scheme: str = "http",
-        max_body: int = 16777216,
-        hooks: Sequence[Any] = (),
-        status: Optional[Status] = None,
-        clock: Clock = time.time,
-        sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60,
-        hosts: Iterable[str] = (),
-    ) -> None:
+        self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
+        sign_as: tuple[str, str] = ("", ""), clock_skew: Optional[int] = None,
+        regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
+        scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
+        status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
+        hook_seconds: float = 60, hosts: Iterable[str] = ()
+    ) -> None:  # fmt: skip
         self.draining = False  # whether the process ends soon: calls receive no messages
         self._hook_seconds = hook_seconds
         self._workers = Workers()
@@ -7698,13 +7563,7 @@ class Proxy:
         self.refresh_hooks()
         self._clock = clock
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
-        self._steps = (
-            self._answer_own_path,
-            self._verify,
-            self._find_call,
-            self._find_target,
-            self._act,
-        )
+        self._steps = (self._own_path, self._verify, self._find_call, self._find_target, self._act)
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
         exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
@@ -7736,8 +7595,7 @@ class Proxy:
         """Take each request through the steps until one of them has an outcome.
 
         Each step runs for all requests before the next step: its code is then in the processor's
-        caches, which saves a third of the time.
-        """
+        caches, which saves a third of the time."""
         exchanges = [self._exchange(request) for request in requests]
         for step in self._steps:
             for exchange in exchanges:
@@ -7786,7 +7644,7 @@ class Proxy:
                 return service
         return ""
 
-    def _answer_own_path(self, exchange: Exchange) -> None:
+    def _own_path(self, exchange: Exchange) -> None:
         """Answer a path of our own."""
         request, status = exchange.request, self._status
         if status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
@@ -7827,17 +7685,11 @@ class Proxy:
             check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
             proven = verify_head(
-                request,
-                self._clients,
-                exchange.started,
-                wire.service(request),
-                self._regions,
-                self._clock_skew,
-                wire.must_be_signed,
+                request, self._clients, exchange.started, wire.service(request), self._regions,
+                self._clock_skew, wire.must_be_signed,
                 private=self._scheme == "https" or is_loopback(request.peer),
-                other_host=self._public_host,
-                may_search=self._may_search,
-            )
+                other_host=self._public_host, may_search=self._may_search
+            )  # fmt: skip
         check_one_reading(request, wire, exchange.service)
         return proven
 
@@ -7906,13 +7758,11 @@ class Proxy:
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
         for hook in self._hooks:
-            if isinstance(hook, HookFile):
+            if isinstance(hook, Watched):
                 hook.refresh()
-        hooks = [h.value if isinstance(h, HookFile) else h for h in self._hooks]
-        found = [
-            HookMethods(*(_method_of(hook, name) for name in HookMethods._fields))
-            for hook in hooks
-        ]
+        hooks = [h.value if isinstance(h, Watched) else h for h in self._hooks]
+        names = HookMethods._fields
+        found = [HookMethods(*(_method_of(hook, name) for name in names)) for hook in hooks]
         self._methods = [it for it in found if it.before or it.rewrite or it.after]
         self._observers = [it.observe for it in reversed(found) if it.observe]
 
@@ -8083,7 +7933,7 @@ class Proxy:
     def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         gathered = body if isinstance(body, io.BytesIO) else None  # by the server
-        data = gathered.getvalue() if gathered else b"".join(_blocks(body, SPOOLED_IN_MEMORY))
+        data = gathered.getvalue() if gathered else Stream(body.read).read(SPOOLED_IN_MEMORY)
         if gathered or len(data) < SPOOLED_IN_MEMORY:
             if len(data) > self.max_body:
                 raise too_large(self.max_body)
@@ -8239,8 +8089,7 @@ class PeerConnection:
     def _find_head(self) -> Optional[tuple[int, int]]:
         """Parse a head, and return where it and its body end in the buffer.
 
-        None if it is incomplete or refused, or if a worker is to read the body.
-        """
+        None if it is incomplete or refused, or if a worker is to read the body."""
         if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
             message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
             log.warning(message, self.peer)
@@ -8453,23 +8302,16 @@ class Server(http.server.HTTPServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
-    write must end, in that time.  With a `certificate` it speaks TLS.
-    """
+    write must end, in that time.  With a `certificate` it speaks TLS."""
 
     request_queue_size = 1024
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        proxy: Union[Proxy, Admin],
-        *,
-        timeout: float = 60,
-        max_connections: int = 10000,
-        every_half_second: Callable[[], None] = lambda: None,
-        when_woken: Callable[[], None] = lambda: None,
-        certificate: Optional[Watched] = None,
-        reuse_port: bool = False,
-    ) -> None:
+        self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
+        max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
+        when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
+        reuse_port: bool = False
+    ) -> None:  # fmt: skip
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.proxy = proxy
@@ -9065,31 +8907,20 @@ class Program:
             self._create_queues()
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset)
         self.proxy = Proxy(
-            self._clients.value,
-            routes=routes,
-            verified=not options.no_verify,
-            sign_as=options.sign_as,
-            clock_skew=options.clock_skew,
-            regions=options.region,
-            account_id=options.account_id,
-            public_url=options.public_url or "",
-            scheme=self._scheme,
-            max_body=options.max_body,
+            self._clients.value, routes=routes, verified=not options.no_verify,
+            sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
+            account_id=options.account_id, public_url=options.public_url or "",
+            scheme=self._scheme, max_body=options.max_body,
             hooks=[self._metrics, self._in_flight, *self._read_hooks()],
-            status=None if options.admin else self._status,
-            hook_seconds=options.timeout,
-            hosts=(options.admin[0] if options.admin else "", *options.host_name),
-        )
+            status=None if options.admin else self._status, hook_seconds=options.timeout,
+            hosts=(options.admin[0] if options.admin else "", *options.host_name)
+        )  # fmt: skip
         self.server = self._listen(
-            (options.host, options.port),
-            self.proxy,
-            "--host and --port",
-            max_connections=self._most_connections(),
-            every_half_second=self._tick,
-            when_woken=self._take_signals,
-            certificate=self._certificate,
-            reuse_port=options.reuse_port,
-        )
+            (options.host, options.port), self.proxy, "--host and --port",
+            max_connections=self._most_connections(), every_half_second=self._tick,
+            when_woken=self._take_signals, certificate=self._certificate,
+            reuse_port=options.reuse_port
+        )  # fmt: skip
         self.admin = None
         if options.admin:
             admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
@@ -9170,7 +9001,8 @@ class Program:
             form = "colours" if writer.in_colour else "columns"
         hooks: list[Any] = [AccessLog(writer, form) for writer in self._writers]
         if self._options.explain and self._console:
-            hooks.append(Explainer(self._console, self._console.in_colour))
+            form = "colours" if self._console.in_colour else "text"
+            hooks.append(Explainer(self._console, form))
         for path in self._options.hook:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
@@ -9305,8 +9137,7 @@ def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
     Lines of the head may end with LF.  A newline after the body is dropped.  Raise ValueError if
-    the request is malformed, or its body is missing.
-    """
+    the request is malformed, or its body is missing."""
     sent = re.findall(rb"^> ?(.*)$", data, re.MULTILINE)
     lines = b"\n".join(sent) + b"\n\n" if sent else data.lstrip() + b"\n\n"
     head, body = re.split(rb"\r?\n\r?\n", lines, maxsplit=1)
