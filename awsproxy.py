@@ -385,6 +385,7 @@ class ServiceError(Exception):
         self.reason = ""  # the row of REFUSALS, if it is one
         self.proof: Optional[Proof] = None  # of a wrong signature
         self.cause = ""  # why the signature is wrong, if that is known
+        self.theirs: Optional[Proof] = None  # the steps of the signer that made it, if known
 
     def without_frames(self) -> ServiceError:
         """Return the error without its frames, which would keep the request in memory."""
@@ -819,6 +820,14 @@ _SHA256_HEX = re.compile("[0-9a-f]{64}")
 _SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
 _SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
+REGIONS = """
+    us-east-1 us-east-2 us-west-1 us-west-2 us-gov-east-1 us-gov-west-1 eu-central-1 eu-central-2
+    eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 ap-east-1 ap-east-2 ap-south-1
+    ap-south-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2
+    ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1
+    ca-west-1 sa-east-1 mx-central-1 me-central-1 me-south-1 il-central-1 af-south-1 cn-north-1
+    cn-northwest-1
+""".split()
 
 
 def authorization_of(request: Request) -> Authorization:
@@ -853,7 +862,10 @@ def parse_authorization(request: Request) -> Authorization:
         raise _version_2(request)
     kind = request.header("content-type") or ""
     is_form_post = request.method == "POST" and kind.startswith("multipart/form-data")
-    raise refusal("form post" if is_form_post else "unsigned", request)
+    error = refusal("form post" if is_form_post else "unsigned", request)
+    if (request.header("user-agent") or "").startswith("curl/"):
+        error.message += " (curl signs if --user KEY:SECRET stands next to --aws-sigv4)"
+    raise error
 
 
 def _version_2(request: Request) -> ServiceError:
@@ -896,6 +908,8 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
         given[name] = value
     requires = "Authorization header requires"
     faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
+    if faults and "," not in rest and " " in rest.strip():
+        faults.append("Separate the parameters with commas.")
     amz_date, dated_by = _single(request, "x-amz-date"), "x-amz-date"
     if amz_date is None:
         amz_date, dated_by = _date_header(request), "date"
@@ -1223,14 +1237,16 @@ def _check_scope(
     if all(right):
         return
     date, region, name, end = (part[:40] for part in scope)
-    expected = regions[0] if regions else "us-east-1"
+    expected, meant = (*regions, "us-east-1")[0], "."
+    if region not in REGIONS:
+        meant = did_you_mean(region, regions or REGIONS) or "."
     texts = (  # of most services, and of Amazon S3
         (f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
         ("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from"
          f" HTTP: '{date}' != '{day}', from '{claimed.amz_date}'.",
          f'Invalid credential date "{date}". This date is not the same as X-Amz-Date: "{day}".'),
-        (f"Credential should be scoped to a valid region, not '{region}'.",
+        (f"Credential should be scoped to a valid region, not '{region}'{meant}",
          f"the region '{region}' is wrong; expecting '{expected}'"),
         (f"Credential should be scoped to correct service: '{service or ''}'.",
          f'incorrect service "{name}". This endpoint belongs to "{service}".'),
@@ -1244,12 +1260,21 @@ def _check_scope(
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
-        raise refusal("key", request, AWSAccessKeyId=claimed.access_key_id[:128])
+        error = refusal("key", request, AWSAccessKeyId=claimed.access_key_id[:128])
+        if _DEMO in clients.get(_DEMO.access_key_id, ()):  # other keys are not told
+            error.message += " (awsproxy knows the key dummykey, with the secret dummysecret)"
+        raise error
     token = (claimed.session_token or "").encode("latin-1")
     for client in candidates:
         if hmac.compare_digest(client.session_token.encode("utf-8"), token):
             return client
-    raise refusal("token", request)
+    error, has_token = refusal("token", request), any(it.session_token for it in candidates)
+    error.message += (
+        " (the session token is not this key's)"
+        if has_token
+        else (" (this key has no session token: unset AWS_SESSION_TOKEN)")
+    )
+    raise error
 
 
 def _check_signed_headers(
@@ -1335,30 +1360,33 @@ def _check_signature(
             return other
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", "\n".join(parts))[:16384]
     signed = proof.string_to_sign.decode("latin-1")
-    data, cause = body.getvalue() if isinstance(body, io.BytesIO) else b"", ""
+    data, cause, theirs = body.getvalue() if isinstance(body, io.BytesIO) else b"", "", None
     if proven.may_search():
-        cause = find_cause(request, claimed, secret, parts, data)
+        cause, theirs = find_cause(request, claimed, secret, parts, data)
     detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
     detail["SignatureProvided"] = claimed.signature
     detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
     detail["CanonicalRequest"] = shown
     detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
     error = refusal("signature", request, shown, signed, cause and f"\n{cause}\n", **detail)
-    error.proof, error.cause = proof, cause
+    error.proof, error.cause, error.theirs = proof, cause, theirs
     raise error
 
 
 def _check_hash(request: Request, declared: str, computed: str) -> None:
     if computed != declared:
         detail = {"ClientComputedContentSHA256": declared, "S3ComputedContentSHA256": computed}
-        raise refusal("body", request, **detail)
+        raise refusal("body", request, computed, **detail)
 
 
 # [3.6] Refusals
 # By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
 # family if it differs.  People search for AWS's own messages, so they are AWS's where known.
 _NOT_SIGNED = "There were headers present in the request which were not signed: {}"
-_HASH_MISMATCH = "The provided 'x-amz-content-sha256' header does not match what was computed."
+_HASH_MISMATCH = (
+    "The provided 'x-amz-content-sha256' header does not match what was computed."
+    " (The body that arrived has the SHA-256 {}.)"
+)
 _SKEWED = "The difference between the request time and the server's time is too large."
 _DATELESS = "AWS authentication requires a valid Date or x-amz-date header"
 _VERSION_2 = (
@@ -1542,8 +1570,9 @@ def _parse_query(request: Request) -> Authorization:
 # mistake, or two of them, give the signature that came.  So a cause is never guessed.
 
 # What a signer computes, in this order.  In `text`, @ stands for the hash of the canonical
-# request, @@ for the same in upper case, and # for the canonical request itself.
-_FIELDS = "method path query headers names payload text secret scope".split()
+# request, @@ for the same in upper case, and # for the canonical request itself.  `joint` stands
+# between the lines of the canonical request.
+_FIELDS = "method path query headers names payload text secret scope joint".split()
 # A field, a pattern in its right value and what signers write instead (- is nothing; <...> stands
 # for a text of _texts), and what the mistake is.  The first row that explains a signature wins.
 MISTAKES = r"""
@@ -1568,6 +1597,9 @@ MISTAKES = r"""
         region, service, aws4_request
     scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
     scope | ^ | swapped: | swapped key and message in the steps of the key's derivation
+    scope | ^ | all swapped: | swapped key and message in each HMAC
+    scope | ^ | last swapped: | swapped key and message in the last HMAC
+    scope | ^ | last hex: | signed with the signing key in hex: sign with its bytes
     text | ^.*\n | - | left out the first line of the string to sign, the algorithm
     text | <date>\n | - | left out the second line of the string to sign, the time
     text | <scope>\n | - | left out the third line of the string to sign, the credential scope
@@ -1575,12 +1607,15 @@ MISTAKES = r"""
     text | <date> | <day> | wrote the day into the string to sign: write the time, too
     text | /aws4_request | - | left aws4_request out of the scope in the string to sign
     text | <scope> | <key>/<scope> | wrote the key id into the scope in the string to sign
+    text | <region>/<service> | <service>/<region> | swapped region and service in the scope
     text | @ | # | did not hash the canonical request
     text | @ | @@ | wrote the hash of the canonical request in upper case
     text | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the string to sign
     text | \Z | \n | ended the string to sign with a newline
     text | \n | \r\n | ended the lines of the string to sign with CR LF
+    text | \n | \\n | wrote a backslash and n for each newline of the string to sign
     method | .+ | <method> | signed the method in lower case
+    method | .+ | - | left out the method
     path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl does from \
         8.14 on
     path | .+ | <path once> | encoded the path once, not twice
@@ -1595,6 +1630,11 @@ MISTAKES = r"""
     path | ^/ | - | left out the path's first slash
     path | %(?:25)?20 | + | wrote a blank in the path as +
     path | ~ | %7E | encoded the ~ of the path
+    path | .+ | <path with dots> | did not resolve the dots and empty segments of the path
+    path | .+ | <path of JavaScript> | did not encode !'()* in the path, as encodeURIComponent
+    path | .+ | <path as one> | percent-encoded the slashes of the path
+    path | .+ | <path in lower case> | wrote the path's percent-encoding in lower case
+    path | ^ | http://<host> | signed the whole URL instead of the path
     query | .+ | - | left out the query
     query | =(?![^&]) | - | left out the = of parameters without a value
     query | %20 | + | wrote a blank in the query as +, not %20
@@ -1610,6 +1650,11 @@ MISTAKES = r"""
     query | .+ | <query with plus> | signed a '+' in the query as %2B, but a '+' stands for a \
         blank: write %20 or %2B
     query | .+ | <query again> | percent-encoded the query twice
+    query | .+ | <query decoded> | did not percent-encode the query
+    query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
+    query | .+ | <query by case> | sorted the query without regard to case
+    query | ^ | ? | began the query with ?
+    query | .+ | <query and signature> | signed X-Amz-Signature, too: it is not in the query yet
     headers | (?m)^(host:.*?):[0-9]+$ | \1 | signed the Host without its port, as curl before \
         7.86 does
     headers | (?m)^host:.*$ | host:<forwarded> | signed the Host that X-Forwarded-Host names, and \
@@ -1619,7 +1664,10 @@ MISTAKES = r"""
         sign the host that you call
     headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
     headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
+    headers | (?m)^host:.*$ | host:<service>.amazonaws.com | signed the global Host of AWS: \
+        sign the host that you call
     headers | \n\Z | - | left out the blank line after the canonical headers
+    headers | \n | - | joined the canonical headers without newlines
     headers | \Z | \n | wrote a newline too many after the canonical headers
     headers | \n | \r\n | ended the canonical headers with CR LF
     headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
@@ -1629,9 +1677,19 @@ MISTAKES = r"""
     headers | (?s).+ | <headers in order> | did not sort the canonical headers
     headers | (?s).+ | <headers in case> | did not write the names of the headers in lower case
     headers | (?s).+ | <headers with blanks> | kept several blanks in a header: write one
+    headers | (?s).+ | <headers in lower case> | wrote the values of the headers in lower case
+    headers | (?s).+ | <every header> | included headers that SignedHeaders does not name
+    headers | (?s).+ | - | left out the canonical headers
+    headers | (?m)^content-length:.*$ | content-length:<characters> | signed the number of \
+        characters as Content-Length: send and sign the number of bytes
+    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | signed an X-Amz-Content-Sha256 of an \
+        empty body, and sent another
     headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
     headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
     names | ; | , | joined the signed headers with commas
+    names | ; | ;<blank> | wrote blanks into the line of signed headers
+    names | \Z | ; | ended the line of signed headers with ;
+    names | .+ | <every name> | named headers that SignedHeaders does not have
     names | .+ | - | left out the line of signed headers
     names | .+ | <names in case> | did not write the line of signed headers in lower case
     names | .+ | <names in order> | did not sort the line of signed headers
@@ -1641,19 +1699,28 @@ MISTAKES = r"""
     payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
     payload | .+ | - | left out the last line, the body's hash
     payload | .+ | <upper hash> | wrote the body's hash in upper case
+    payload | .+ | <hash of hash> | hashed the hex of the body's hash
+    payload | .+ | <base64> | wrote the body's hash in base64, not in hex
     payload | .+ | <body> | wrote the body itself instead of its hash
     payload | .+ | <body stripped> | hashed the body without its last newline
     payload | .+ | <body and newline> | hashed the body with a newline that it did not send
+    payload | .+ | <body with LF> | hashed the body with LF instead of CR LF
+    payload | .+ | <body with CR LF> | hashed the body with CR LF instead of LF
+    payload | .+ | <body as string> | hashed the body as a string in JSON: it is encoded twice
     payload | .+ | <JSON compact> | hashed other JSON than it sent: without blanks
     payload | .+ | <JSON spaced> | hashed other JSON than it sent: with blanks
     payload | .+ | <JSON sorted> | hashed other JSON than it sent: sorted
+    payload | .+ | <JSON sorted, compact> | hashed other JSON than it sent: sorted, without blanks
     payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
     payload | \Z | \n | ended the canonical request with a newline
+    joint | \n | \r\n | ended the lines of the canonical request with CR LF
+    joint | \n | \\n | wrote a backslash and n for each newline of the canonical \
+        request
+    joint | \n | - | joined the lines of the canonical request without newlines
 """
-MAX_CANDIDATES = 2500  # for one signature: some 15 ms
+MAX_CANDIDATES = 3600  # for one signature: some 15 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _ROWS = [row.strip().split(" | ") for row in MISTAKES.replace("\\\n", "").splitlines() if row]
-_REGIONS = "us-east-1 us-east-2 us-west-2 eu-west-1 eu-central-1 ap-southeast-1 aws-global".split()
 _SERVICES = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split()
 
 
@@ -1670,6 +1737,8 @@ def _texts(
     by_name = sorted(sent, key=lambda header: header[0].lower())
     hashed = hashlib.sha256(body).hexdigest()
     date, scope = claimed.amz_date, claimed.scope
+    every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
+    unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     texts = {
         "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
         "date": date, "day": date[:8],
@@ -1682,6 +1751,17 @@ def _texts(
         "query with plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
         "path again": quote(parts[1]), "query again": quote(parts[2], "=&"),
         "query of JavaScript": re.sub("%2[1789A]", lambda match: unquote(match[0]), parts[2]),
+        "path of JavaScript": re.sub("%(25)?(2[1789A])", lambda m: unquote(f"%{m[2]}"), parts[1]),
+        "path as one": quote(parts[1], "%"), "path with dots": quote(path),
+        "path in lower case": re.sub("%..", lambda match: match[0].lower(), parts[1]),
+        "query in lower case": re.sub("%..", lambda match: match[0].lower(), parts[2]),
+        "query decoded": "&".join(f"{unquote(n)}={unquote(v)}" for n, v in sorted(pairs)),
+        "query by case": "&".join(sorted((f"{n}={v}" for n, v in pairs), key=str.lower)),
+        "query and signature": "&".join(sorted([*parts[2].split("&"), "X-Amz-Signature="])),
+        "host": request.header("host") or "", "every name": ";".join(n for n, _ in unlisted),
+        "every header": "".join(f"{n}:{v}\n" for n, v in unlisted),
+        "headers in lower case": parts[3].lower(),
+        "characters": str(len(body.decode("utf-8", "replace"))),
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
         "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
         "headers in case": "".join(f"{n}:{v}\n" for n, v in by_name),
@@ -1691,27 +1771,40 @@ def _texts(
         "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
         "body stripped": hashlib.sha256(body.rstrip(b"\r\n")).hexdigest(),
         "body and newline": hashlib.sha256(body + b"\n").hexdigest(),
+        "body with LF": hashlib.sha256(body.replace(b"\r\n", b"\n")).hexdigest(),
+        "body with CR LF": hashlib.sha256(re.sub(rb"\r?\n", b"\r\n", body)).hexdigest(),
+        "body as string": hashlib.sha256(json.dumps(body.decode("latin-1")).encode()).hexdigest(),
+        "hash of hash": hashlib.sha256(hashed.encode()).hexdigest(),
+        "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
     }  # fmt: skip
     with contextlib.suppress(ServiceError):  # the path leads above its root
         texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         document = json.loads(body)
-        forms = {"compact": {"separators": (",", ":")}, "spaced": {}, "indented": {"indent": 2}}
-        for name, form in {**forms, "sorted": {"sort_keys": True}}.items():
-            made = json.dumps(document, **form).encode()  # type: ignore[arg-type]
+        compact, ordered = {"separators": (",", ":")}, {"sort_keys": True}
+        forms: Mapping[str, Mapping[str, Any]] = {
+            "compact": compact, "spaced": {}, "indented": {"indent": 2}, "sorted": ordered,
+            "sorted, compact": {**compact, **ordered},
+        }  # fmt: skip
+        for name, form in forms.items():
+            made = json.dumps(document, **form).encode()
             texts[f"JSON {name}"] = hashlib.sha256(made).hexdigest()
     return texts
 
 
+Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
+
+
+_NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
 
 
 def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
     for place, pattern, written, words in _ROWS:
-        for name, meant in texts.items():
-            pattern = pattern.replace(f"<{name}>", re.escape(meant))
-            written = written.replace(f"<{name}>", meant.replace("\\", r"\\"))
-        if not re.search("<[a-zA-Z ]+>", written):  # for example, the body is no JSON
+        if "<" in pattern:
+            pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
+        if all(name in texts for name in _NAME_OF_TEXT.findall(written)):  # or it is no JSON
+            written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
             written = "" if written == "-" else written
             yield _FIELDS.index(place), pattern, written, " ".join(words.split())
 
@@ -1723,7 +1816,7 @@ def _families(claimed: Authorization) -> Iterator[Mistake]:
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
         yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
-    for other in _REGIONS:
+    for other in (*REGIONS, "aws-global"):
         words = f"derived the key for the region {other}, and its scope says {region}"
         yield 8, ".+", f"{date}/{other}/{service}/{end}", words
     for other in _SERVICES:
@@ -1740,33 +1833,38 @@ def _families(claimed: Authorization) -> Iterator[Mistake]:
 
 def find_cause(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> str:
-    """Return what the signer did wrong, and how to mend it; "" for a request that is too long."""
+) -> tuple[str, Optional[Proof]]:
+    """Return what the signer did wrong, and its steps; "" for a request that is too long."""
     if sum(map(len, parts)) > MAX_SEARCHED:
-        return ""
-    body = body if len(body) <= MAX_SEARCHED else b""
+        return "", None
+    sent, body = len(body), body if len(body) <= MAX_SEARCHED else b""
     text, scope = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@", str(claimed.scope)
-    base = (*parts, text, f"AWS4{secret}", scope)
-    signer, found = BrokenSigner(claimed.signature), dict[tuple[str, ...], Mistake]()
+    base = (*parts, text, f"AWS4{secret}", scope, "\n")
+    signer, found = BrokenSigner(claimed.signature), dict[Draft, Mistake]()
     for mistake in _mistakes(_texts(request, claimed, secret, parts, body)):
         draft = _with(base, mistake)
         if draft != base and found.setdefault(draft, mistake) is mistake and signer.gives(draft):
-            return f"Your signer {mistake[3]}."
+            return f"Your signer {mistake[3]}.", signer.proof(draft)
     for mistake in _families(claimed):
-        if signer.gives(_with(base, mistake)):
-            return f"Your signer {mistake[3]}."
+        draft = _with(base, mistake)
+        if signer.gives(draft):
+            return f"Your signer {mistake[3]}.", signer.proof(draft)
     pairs = itertools.combinations(found.items(), 2)
     for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
-        orders = ((one, second), (other, first)) if first[0] == second[0] else ((one, second),)
-        if any(signer.gives(_with(draft, mistake)) for draft, mistake in orders):
-            return f"Your signer {first[3]}, and it {second[3]}."
+        at = second[0]
+        drafts = [(*one[:at], other[at], *one[at + 1 :])]
+        if first[0] == at:  # their order counts
+            drafts = [_with(one, second), _with(other, first)]
+        for draft in filter(signer.gives, drafts):
+            return f"Your signer {first[3]}, and it {second[3]}.", signer.proof(draft)
     return (
         "No usual mistake of a signer gives this signature: the secret is probably another one."
         " Check for another profile, another key's secret, and blanks in the secret."
-    )
+        f" Compare the body, too: {sent} bytes arrived."
+    ), None
 
 
-def _with(draft: tuple[str, ...], mistake: Mistake) -> tuple[str, ...]:
+def _with(draft: Draft, mistake: Mistake) -> Draft:
     at, pattern, written, _ = mistake
     return (*draft[:at], re.sub(pattern, written, draft[at]), *draft[at + 1 :])
 
@@ -1776,28 +1874,47 @@ class BrokenSigner:
 
     def __init__(self, wanted: str) -> None:
         self._wanted = bytes.fromhex(wanted)
-        self._keys: dict[tuple[str, ...], bytes] = {}
+        self._keys: dict[Draft, bytes] = {}
+        self._hashes: dict[Draft, str] = {}
 
-    def gives(self, draft: tuple[str, ...]) -> bool:
+    def gives(self, draft: Draft) -> bool:
         """Return whether the signature of a draft is the wanted one."""
-        canonical, text, source = "\n".join(draft[:6]), draft[6], draft[7:]
+        source, text = draft[7:9], self._text(draft)
         key = self._keys.get(source)
         if key is None:
             key = self._keys[source] = _broken_key(*source)
-        digest = hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
-        text = text.replace("@@", digest.upper()).replace("@", digest).replace("#", canonical)
-        return hmac.digest(key, text.encode("latin-1", "replace"), "sha256") == self._wanted
+        by, of = (
+            (text, key) if source[1].startswith(("all swapped:", "last swapped:")) else (key, text)
+        )
+        return hmac.digest(by, of, "sha256") == self._wanted
+
+    def _text(self, draft: Draft) -> bytes:
+        lines, text = (*draft[:6], draft[9]), draft[6]
+        digest = self._hashes.get(lines)
+        if digest is None:
+            canonical = "\n".join(draft[:6])
+            if draft[9] != "\n":
+                canonical = canonical.replace("\n", draft[9])
+            digest = hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
+            self._hashes[lines] = digest
+        if "@@" in text or "#" in text:
+            text = text.replace("@@", digest.upper()).replace("#", "\n".join(draft[:6]))
+        return text.replace("@", digest).encode("latin-1", "replace")
+
+    def proof(self, draft: Draft) -> Proof:
+        """Return the steps of a draft that gives the signature."""
+        return Proof(draft[:6], self._text(draft), self._wanted.hex())
 
 
 def _broken_key(secret: str, scope: str) -> bytes:
-    """Return a signing key; `hex:` or `swapped:` before the scope say how it is derived."""
+    """Return a signing key; the words before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
     for part in rest.encode().split(b"/"):
-        by, of = (part, key) if how == "swapped" else (key, part)
+        by, of = (part, key) if how in ("swapped", "all swapped") else (key, part)
         key = hmac.digest(by, of, "sha256")
         key = key.hex().encode() if how == "hex" else key
-    return key
+    return key.hex().encode() if how == "last hex" else key
 
 
 # [3.9] Bodies that are checked as they stream
@@ -2582,7 +2699,11 @@ class AwsJson(WireProtocol):
             of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
             of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
             if len(targets) > 1 or not of_service or action not in (None, name):
-                raise _invalid_action(", ".join(targets))
+                error = _invalid_action(", ".join(targets))
+                if not prefix:
+                    example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
+                    error.message += f" X-Amz-Target needs a prefix, as in {example}.{name[:80]}."
+                raise error
         name = _operation_name(name)
         document = self._document(request, body)
         if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
@@ -2621,6 +2742,8 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation:
+            unknown = document.keys() - operation.input.members if type(document) is dict else ()
+            call.ignored = _shown_names(unknown)
             return dict(_from_json(operation.input, document))
         return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
@@ -2796,10 +2919,10 @@ class AwsQuery(WireProtocol):
             fields.setdefault("QueueUrl", call.request.path)
         names, shape = model.query_names[call.operation], operation.input
         tree, nodes = _form_tree(fields)
-        checked = _from_json(shape, _from_form(shape, tree, names, QueryName("")))
+        given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
         call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
-        return dict(checked)
+        return dict(_from_json(shape, given))
 
     def _ignored(self, members: set[str], unread: Iterable[str]) -> Sequence[str]:
         """Return the parameters that no member has; ServiceError for one that a member lacks."""
@@ -2810,8 +2933,8 @@ class AwsQuery(WireProtocol):
                 message = f"The parameter {name[:80]} is not understood."
                 raise ServiceError("InvalidParameterValue", message)
             if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name if _PARAMETER.fullmatch(name) else "...")
-        return ignored[:MAX_IGNORED]
+                ignored.append(name)
+        return _shown_names(ignored)
 
     def reencode(self, call: Call) -> bytes:
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
@@ -2828,8 +2951,9 @@ class AwsQuery(WireProtocol):
         if error.code == "UnknownOperation":
             return AWS_QUERY._reply(404, request_id, b"<UnknownOperationException/>")
         status, code, _ = self.fault(request, error)
-        no_queue = "The specified queue does not exist for this wsdl version."  # not so in JSON
-        message = no_queue if error.code == "QueueDoesNotExist" else error.message
+        message = error.message
+        if error.code == "QueueDoesNotExist":  # not so in JSON
+            message = message.replace("not exist.", "not exist for this wsdl version.", 1)
         fault = {"Type": _side(status), "Code": code, "Message": message}
         return self._reply(status, request_id, self._error(request, fault, request_id))
 
@@ -2853,6 +2977,11 @@ class AwsQuery(WireProtocol):
         xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
         text = f'<?xml version="1.0"?>{_xml(root, members, names, xmlns)}'
         return text.encode("utf-8", "replace")
+
+
+def _shown_names(names: Iterable[str]) -> Sequence[str]:
+    shown = itertools.islice(names, MAX_IGNORED)
+    return [name if _PARAMETER.fullmatch(name) else "..." for name in shown]
 
 
 class AwsQueryJson(AwsQuery):
@@ -3849,7 +3978,14 @@ class Sqs:
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
         queue = self._queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
-            raise sqs_refusal(*refusal)
+            error, own = (
+                sqs_refusal(*refusal),
+                f":{call.caller.account_id}:{arn.rpartition(':')[2]}",
+            )
+            places = [it.split(":")[3] for it in self._queues if it.endswith(own)]
+            if places and refusal == ("no queue",):
+                error.message += f" (Your account has a queue of this name in {places[0]}.)"
+            raise error
         queue.advance(self._clock())
         return queue
 
@@ -5920,8 +6056,9 @@ class Upstream:
             return self._endpoint
         if not _REGION.fullmatch(call.region):
             # Some hosts below amazonaws.com are customers', so only regions may name one.
-            message = f"This proxy forwards to AWS, which has no region '{call.region}'."
-            raise ServiceError("AccessDenied", message)
+            message = f"This proxy forwards to AWS, which has no region '{call.region}'"
+            meant = did_you_mean(call.region, REGIONS) or "."
+            raise ServiceError("AccessDenied", f"{message}{meant}")
         if call.service == "s3express":
             return zonal_endpoint(call.request.header("host") or "", call.region)
         target = call.request.header("x-amz-target") or ""
@@ -7092,7 +7229,13 @@ class Embedded:
             raise ServiceError("InvalidAction", message)
         if call.operation not in OPERATIONS:
             raise _invalid_action(call.operation, OPERATIONS)
-        return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
+        try:
+            return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
+        except ServiceError as error:
+            members = OPERATIONS[call.operation].input.members
+            for name in call.ignored[:1]:
+                error.message += f" ({name} is no parameter{did_you_mean(name, members)})"
+            raise
 
     def get_caller_identity(self, call: Call) -> Members:
         """Return the account of the caller, and its section as a user."""

@@ -2431,8 +2431,8 @@ class KeyTest(VerifyCase):
         other = DEMO._replace(access_key_id="otherkey")
         wrong = SESSION._replace(session_token="dummysessiom")
         longer = SESSION._replace(session_token="dummysession2")
-        key = "^The security token included in the request is invalid\\.$"
-        token = "^The security token included in the request is invalid$"
+        key = "^The security token included in the request is invalid\\.( .awsproxy knows .*)?$"
+        token = "^The security token included in the request is invalid .(the|this) "
         both = [DEMO, SESSION]
         table = [
             # name, who signs, who is known, message unless accepted
@@ -3580,11 +3580,113 @@ BROKEN_SIGNERS = [
         "port.*and it .*newline|newline.*and it.*port",
         JSON_TRIAL._replace(block=lambda v: v.replace(":8081", ""), text=lambda v: v + "\n"),
     ),
-]
+    ("each HMAC", JSON_TRIAL._replace(key=swapped, mac=lambda k, t: hmac_sha256(t, k))),
+    ("last HMAC", JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(t, k))),
+    (
+        "signing key in hex",
+        JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(k.hex().encode(), t)),
+    ),
+    ("region and service in the scope", JSON_TRIAL._replace(
+        text=sub("/eu-west-1/sqs/", "/sqs/eu-west-1/"))),
+    ("each newline of the string to sign", JSON_TRIAL._replace(text=replaced("\n", "\\n"))),
+    ("left out the method", JSON_TRIAL._replace(verb=lambda v: "")),
+    ("dots and empty segments of the path$|dots and empty segments of the path\\.", API_TRIAL._replace(
+        target="/a/../b//c%20d", path=lambda v: "/a/../b//c%2520d")),
+    ("in the path, as encodeURI", API_TRIAL._replace(
+        target="/s%28a%29%20b", path=lambda v: "/s(a)%2520b")),
+    ("slashes of the path", API_TRIAL._replace(target="/a/b", path=lambda v: "%2Fa%2Fb")),
+    ("path's percent-encoding in lower", S3_TRIAL._replace(target="/b/a%2Bb", path=str.lower)),
+    ("whole URL", API_TRIAL._replace(target="/s", path=lambda v: f"http://{API_TRIAL.host}{v}")),
+    ("did not percent-encode the query", GET_TRIAL._replace(
+        target="/?a=b%20c&d=e%2Ff", query=lambda v: "a=b c&d=e/f")),
+    ("query's percent-encoding in lower", GET_TRIAL._replace(
+        target="/?a=e%2Ff", query=lambda v: "a=e%2ff")),
+    ("regard to case", GET_TRIAL._replace(
+        target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2")),
+    ("began the query", GET_TRIAL._replace(query=lambda v: "?" + v)),
+    ("X-Amz-Signature, too", URL_TRIAL._replace(
+        query=lambda v: "&".join(sorted([*v.split("&"), "X-Amz-Signature="])))),
+    ("global Host", JSON_TRIAL._replace(block=replaced("localhost:8081", "sqs.amazonaws.com"))),
+    ("canonical headers without newlines", JSON_TRIAL._replace(block=replaced("\n", ""))),
+    ("values of the headers in lower", JSON_TRIAL._replace(block=str.lower)),
+    ("included headers", X._replace(
+        lines=lambda ls: sorted([*ls, ("x-forwarded-host", "public.example, b")]))),
+    ("left out the canonical headers", JSON_TRIAL._replace(block=lambda v: "")),
+    ("number of characters", JSON_TRIAL._replace(
+        headers=(("Content-Type", "application/json"), ("Content-Length", "27")),
+        body='{"QueueName": "k\xe4se-queue"}'.encode(), after=with_header("Content-Length", "28"))),
+    ("X-Amz-Content-Sha256 of an", JSON_TRIAL._replace(
+        declares=True, block=sub("(x-amz-content-sha256:).*", rf"\g<1>{EMPTY}"))),
+    ("blanks into the line", JSON_TRIAL._replace(names=replaced(";", "; "))),
+    ("line of signed headers with ;", JSON_TRIAL._replace(names=lambda v: v + ";")),
+    ("named headers", X._replace(
+        names=lambda v: "content-type;host;x-amz-date;x-amz-meta;x-forwarded-host")),
+    ("hex of the body's hash", JSON_TRIAL._replace(payload=lambda v: sha256(v.encode()))),
+    ("in base64", JSON_TRIAL._replace(
+        payload=lambda v: base64.b64encode(bytes.fromhex(v)).decode())),
+    ("LF instead of CR LF", LF._replace(hashed=hashing(lambda b: b.replace(b"\r\n", b"\n")))),
+    ("CR LF instead of LF", JSON_TRIAL._replace(
+        body=b'{"a":\n1}', hashed=hashing(lambda b: b.replace(b"\n", b"\r\n")))),
+    ("string in JSON", JSON_TRIAL._replace(
+        hashed=hashing(lambda b: json.dumps(b.decode()).encode()))),
+    ("sorted, without blanks", JSON_TRIAL._replace(
+        body=b'{"b": 1, "a": 2}', hashed=rejson(sort_keys=True, separators=(",", ":")))),
+    ("canonical request with CR LF", JSON_TRIAL._replace(whole=replaced("\n", "\r\n"))),
+    ("each newline of the canonical", JSON_TRIAL._replace(whole=replaced("\n", "\\n"))),
+    ("canonical request without newlines", JSON_TRIAL._replace(whole=replaced("\n", ""))),
+    ("AWS4.*and it .*by case|prefix.*without regard", GET_TRIAL._replace(
+        target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2", secret=lambda v: v[4:])),
+    ("backslash.*string to sign, and it .*backslash", JSON_TRIAL._replace(
+        whole=replaced("\n", "\\n"), text=replaced("\n", "\\n"))),
+]  # fmt: skip
 
 
 class HintTest(VerifyCase):
     """A refusal before the signature is checked says what to do, after AWS's own text."""
+
+    def test_the_demo_key_is_told_if_it_is_known_and_no_other_key(self):
+        stranger = ask(client=DEMO._replace(access_key_id="stranger"))
+        error = self.refused(stranger, "403 InvalidClientTokenId")
+        self.assertRegex(error.message, r"^The security token .* invalid\. .*key dummykey, with")
+        others = {"AKIDOTHER": [Client("a", "AKIDOTHER", "s")]}
+        with self.assertRaises(ServiceError) as caught:
+            awsproxy.verify(stranger, others, EXAMPLE_TIME)
+        self.assertEqual(
+            caught.exception.message, "The security token included in the request is invalid."
+        )
+
+    def test_a_wrong_token_and_a_token_too_many_are_told_apart(self):
+        one = Client("a", "AKIDONE", "s")
+        for known, sent, hint in (
+            (one, "t", "this key has no session token: unset AWS_SESSION_TOKEN"),
+            (one._replace(session_token="t"), "", "the session token is not this key's"),
+            (one._replace(session_token="t"), "u", "the session token is not this key's"),
+        ):
+            request = ask(client=one._replace(session_token=sent))
+            with self.subTest(hint, sent=sent), self.assertRaises(ServiceError) as caught:
+                awsproxy.verify(request, {"AKIDONE": [known]}, EXAMPLE_TIME)
+            self.assertIn(hint, caught.exception.message)
+
+    def test_a_region_that_does_not_exist(self):
+        late = ask(region="us-esat-1")
+        error = self.refused(late, "403 SignatureDoesNotMatch", regions=("us-east-1",))
+        self.assertIn("not 'us-esat-1'; did you mean us-east-1?", error.message)
+
+    def test_curl_without_a_signature(self):
+        for agent, hint in (("curl/8.5.0", "--user KEY:SECRET"), ("Boto3/1", "")):
+            request = get("/", [("Host", "localhost"), ("User-Agent", agent)])
+            error = self.refused(request, "403 .*")
+            self.assertEqual("--user" in error.message, bool(hint))
+
+    def test_an_authorization_header_without_commas(self):
+        error = self.refused(ask(edit=(", ", " ")), "400 IncompleteSignature")
+        self.assertIn("Separate the parameters with commas.", error.message)
+
+    def test_the_hash_of_the_body_that_arrived(self):
+        error = self.refused(ask("s3", payload_hash=EMPTY), "400 XAmzContentSHA256Mismatch")
+        self.assertRegex(
+            error.message, "^The provided .* .The body that arrived has the SHA-256 [0-9a-f]{64}"
+        )
 
     def test_a_clock_in_local_time_is_named_in_hours(self):
         for hours in (-9, -2, 1, 5):
@@ -3645,6 +3747,51 @@ class DetectiveTest(unittest.TestCase):
         self.assertIn("prefix AWS4 of the secret", bodies[0].decode())
 
 
+class CallHintTest(unittest.TestCase):
+    """A refused call says what was meant, after AWS's own text."""
+
+    def setUp(self):
+        client = Client("trial", TRIAL_KEY, TRIAL_SECRET)
+        self.proxy = Proxy({TRIAL_KEY: [client]}, clock=lambda: awsproxy.epoch(TRIAL_DATE))
+
+    def answer(self, target, body, **how):
+        headers = (("Content-Type", "application/x-amz-json-1.0"), ("X-Amz-Target", target))
+        trial = JSON_TRIAL._replace(headers=headers, body=json.dumps(body).encode(), **how)
+        return json.loads(self.proxy.handle(signed_by(trial)).body)
+
+    def query(self, form, **how):
+        trial = FORM_TRIAL._replace(body=form.encode(), **how)
+        return self.proxy.handle(signed_by(trial)).body.decode()
+
+    def test_a_target_without_its_prefix(self):
+        answer = self.answer("ListQueues", {})
+        self.assertRegex(answer["message"], "^The action ListQueues .* as in AmazonSQS.ListQueues")
+
+    def test_a_misspelt_parameter(self):
+        answer = self.answer("AmazonSQS.TagQueue", {"QueueUrl": "q", "Tag": {}})
+        self.assertEqual(
+            answer["message"],
+            "The request must contain the parameter Tags."
+            " (Tag is no parameter; did you mean Tags?)",
+        )
+        text = self.query("Action=CreateQueue&QueName=a&Version=2012-11-05")
+        self.assertIn("(QueName is no parameter; did you mean QueueName?)</Message>", text)
+
+    def test_names_that_may_be_pieces_of_a_body_are_not_repeated(self):
+        answer = self.answer("AmazonSQS.TagQueue", {"QueueUrl": "q", "a b": 1})
+        self.assertIn("(... is no parameter)", answer["message"])
+
+    def test_a_queue_in_another_region(self):
+        self.answer("AmazonSQS.CreateQueue", {"QueueName": "jobs"}, region="us-east-1")
+        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "jobs"})
+        hint = "(Your account has a queue of this name in us-east-1.)"
+        self.assertEqual(answer["message"], f"The specified queue does not exist. {hint}")
+        text = self.query("Action=GetQueueUrl&QueueName=jobs&Version=2012-11-05")
+        self.assertIn(f"not exist for this wsdl version. {hint}</Message>", text)
+        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "other"})
+        self.assertEqual(answer["message"], "The specified queue does not exist.")
+
+
 class OrderTest(VerifyCase):
     """Of several faults the earlier check tells; a later one could tell a stranger too much."""
 
@@ -3656,7 +3803,7 @@ class OrderTest(VerifyCase):
         ({"at": EXAMPLE_TIME - 901}, "SignatureDoesNotMatch", "Signature expired"),
         ({"region": "mars"}, "SignatureDoesNotMatch", "valid region"),
         ({"client": DEMO._replace(access_key_id="stranger")}, "InvalidClientTokenId",
-         r"invalid\.$"),
+         r"invalid\."),
         ({"headers": [("X-Amz-Acl", "x")], "unsigned": ["x-amz-acl"]}, "SignatureDoesNotMatch",
          "not signed"),
         ({"more": [("X-Amz-Content-Sha256", "UNSIGNED-PAYLOAD")]}, "SignatureDoesNotMatch",
@@ -3693,7 +3840,7 @@ class OrderTest(VerifyCase):
 
     def test_a_token_comes_with_the_key_before_the_headers(self):
         request = self.request(client=SESSION, **self.FAULTS[6][0])
-        self.refused(request, "403 InvalidClientTokenId", "invalid$")
+        self.refused(request, "403 InvalidClientTokenId", "invalid .this key has no session")
 
 
 class AmazonS3AnswersTest(VerifyCase):
