@@ -41,7 +41,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     6 Upstream: [6.1] Endpoints  [6.2] Our own credentials  [6.3] Connections  [6.4] Forwarding
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
         [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
-        [7.7] Protection of an ECS task
+        [7.7] Protection of an ECS task  [7.8] The inspector
     8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own
         [8.4] Hooks, and calls that wait  [8.5] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
@@ -6753,7 +6753,8 @@ def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
 def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]:
     method, path, query, headers, names, payload = proof.parts
     canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
-    canonical += [("header", _without_secrets(line)) for line in headers.split("\n")[:-1]]
+    lines = headers.removesuffix("\n").split("\n")
+    canonical += [("header", _without_secrets(line)) for line in lines]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
@@ -7195,6 +7196,272 @@ class TaskProtection(InFlight):
             self._protected_until = now + minutes * 60 if busy else 0.0
 
 
+# [7.8] The inspector
+class Inspector(Hook):
+    """Keeps the last calls for the page at `/_awsproxy/`, in a bounded room."""
+
+    MOST = 200
+    MOST_TEXT = 65536  # characters of one call
+    MOST_BODY = 4096
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: collections.deque[tuple[int, str]] = collections.deque(maxlen=self.MOST)
+        self._number = 0
+
+    def observe(self, exchange: Exchange) -> None:
+        """Keep one call."""
+        refused, call = exchange.refused, exchange.call
+        seconds = max(0.0, call.upstream_seconds) if call else 0.0
+        theirs: Sequence[Step] = ()
+        steps = [*explain(exchange), *self._bodies(exchange)]
+        if seconds:
+            steps.append(("upstream", [("", f"answered in {seconds * 1000:.1f} ms")]))
+        if refused and refused.theirs:
+            claimed = authorization_of(exchange.request)
+            theirs = _explained_signature(claimed, refused.theirs)[:2]
+        kept = {
+            "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
+            "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
+            "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
+            "steps": steps, "theirs": theirs,
+        }  # fmt: skip
+        with self._lock:
+            self._number += 1
+            text = json.dumps({**kept, "number": self._number})
+            if len(text) > self.MOST_TEXT:
+                long = {"steps": [("too long to be kept", ())], "theirs": ()}
+                text = json.dumps({**kept, "number": self._number, **long})
+            self._calls.append((self._number, text))
+
+    def _bodies(self, exchange: Exchange) -> Iterator[Step]:
+        """Yield the bodies of a call of the demo client, whose secret is public."""
+        verified, reply = exchange.verified, exchange.reply
+        if verified and verified.client.secret_access_key == _DEMO.secret_access_key:
+            sent = verified.body.getvalue() if isinstance(verified.body, io.BytesIO) else b""
+            answered = reply.body if reply and isinstance(reply.body, bytes) else b""
+            for title, body in (("request body", sent), ("reply body", answered)):
+                text = body[: self.MOST_BODY].decode("utf-8", "replace")
+                yield title, [("", line) for line in text.splitlines()]
+
+    def since(self, number: int) -> str:
+        """Return the calls after a number, the oldest first, as a JSON list."""
+        with self._lock:
+            return f"[{','.join(text for at, text in self._calls if at > number)}]"
+
+
+@functools.lru_cache(maxsize=1)
+def page_policy() -> str:
+    """Return the Content-Security-Policy that allows only the page's own script and style."""
+    inline = re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)
+    style, script = (_base64_text(hashlib.sha256(text.encode()).digest()) for text in inline)
+    allowed = f"script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'"
+    none = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"{none}; img-src data:; {allowed}"
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>awsproxy: calls</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
+  --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ee; --paper: #151a21; --line: #39424f;
+  --soft: #1e252e; --good: #6fd39b; --bad: #ff8a80; --mark: #7a4a10 } }
+body { margin: 0 auto; max-width: 75rem; padding: 0 1rem 2rem; color: var(--ink);
+  background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline }
+h1, h2 { font-size: 1.25rem; margin: 1rem 0 .5rem } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
+a { color: inherit } input, button { font: inherit; padding: .2rem .5rem }
+details { border: 1px solid var(--line); border-radius: 6px; margin: .3rem 0; overflow: hidden }
+summary { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .3rem .6rem; cursor: pointer;
+  background: var(--soft) }
+summary b { min-width: 2.5rem } .good { color: var(--good) } .bad { color: var(--bad) }
+details > div { padding: 0 .6rem .6rem } fieldset { border: 1px solid var(--line) }
+pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
+pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
+td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
+th { font-weight: normal; opacity: .7; white-space: nowrap }
+mark { background: var(--mark); color: inherit }
+#switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
+#table { display: block; overflow-x: auto }
+</style>
+<header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
+<label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
+<span id="state" role="status">Waiting for calls.</span></header>
+<main><section id="calls" aria-label="Calls, the last one first"></section>
+<section id="lab"><h2>Laboratory</h2>
+<p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
+<fieldset><legend>Mistakes</legend><div id="switches"></div></fieldset>
+<p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
+<div id="steps"></div></section>
+<section><h2 id="queues">Queues</h2><table id="table"></table></section></main>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id);
+const make = (tag, text = "", ...inner) => {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  made.append(...inner);
+  return made;
+};
+const row = (label, ...cells) => make("tr", "", make("th", label), ...cells);
+
+// Mark the characters of a text between the beginning and the end that it shares with another.
+function marked(text, other) {
+  const cell = make("td");
+  let start = 0, end = 0;
+  while (start < text.length && text[start] === other[start]) start++;
+  const most = Math.min(text.length, other.length) - start;
+  while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
+  const stop = text.length - end;
+  const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
+  cell.append(text.slice(0, start), middle, text.slice(Math.max(start, stop)));
+  return cell;
+}
+
+function step([title, lines], theirs) {
+  const table = make("table");
+  const signed = theirs.find(([name]) => name === title);
+  if (signed) table.append(row("", make("th", "awsproxy computed"), make("th", "client signed")));
+  const count = Math.max(lines.length, signed ? signed[1].length : 0);
+  for (let at = 0; at < count; at++) {
+    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[1][at] || ["", ""];
+    const cells = signed ? [marked(ours, other), marked(other, ours)] : [make("td", ours)];
+    table.append(row(label || name, ...cells));
+  }
+  return [make("h3", title), table];
+}
+
+function add(call) {
+  const kind = call.status < 400 ? "good" : "bad", entry = make("details"), body = make("div");
+  const status = make("b", call.status);
+  status.className = kind;
+  const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
+  entry.append(make("summary", "", status, ...about.map((text) => make("span", text))), body);
+  entry.addEventListener("toggle", () => {
+    if (!body.firstChild) body.append(...call.steps.flatMap((it) => step(it, call.theirs)));
+  });
+  entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
+  $("calls").prepend(entry);
+  if ($("calls").children.length > 200) $("calls").lastChild.remove();
+}
+
+function filter() {
+  const wanted = $("filter").value.toLowerCase();
+  for (const entry of $("calls").children) entry.hidden = !entry.dataset.text.includes(wanted);
+}
+
+let last = 0;
+async function update() {
+  try {
+    const calls = await (await fetch(`calls?after=${last}`)).json();
+    calls.forEach(add);
+    if (calls.length) {
+      last = calls.at(-1).number;
+      $("state").textContent = `${last} calls.`;
+      filter();
+    }
+    const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
+    const names = ["name", "region", "account", "visible", "in_flight", "delayed"];
+    const cells = (it) => names.slice(1).map((name) => make("td", it[name]));
+    $("table").replaceChildren(row("name", ...names.slice(1).map((name) => make("th", name))),
+      ...queues.map((it) => row(it.name, ...cells(it))));
+  } catch (error) {
+    $("state").textContent = `awsproxy does not answer: ${error.message}`;
+  }
+  setTimeout(update, 1000);
+}
+
+const MISTAKES = {
+  sort: "do not sort the query", plus: "write a blank of the query as +",
+  twice: "percent-encode the query twice", port: "sign the Host without its port",
+  blanks: "keep two blanks in a header", newline: "leave out the blank line after the headers",
+  method: "sign the method in lower case", body: "hash another body",
+  hash: "do not hash the canonical request", chain: "pass the key's steps on in hex",
+  region: "derive the key for another region", secret: "keep a newline after the secret",
+  prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
+};
+const bytes = (text) => new TextEncoder().encode(text);
+const digits = (it) => it.toString(16).padStart(2, "0");
+const hex = (data) => Array.from(new Uint8Array(data), digits).join("");
+const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
+const quote = (text) => encodeURIComponent(text).replace(/[!'()*]/g,
+  (it) => `%${it.charCodeAt(0).toString(16).toUpperCase()}`);
+async function hmac(key, text) {
+  const how = { name: "HMAC", hash: "SHA-256" };
+  const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
+  return crypto.subtle.sign("HMAC", imported, bytes(text));
+}
+
+async function sign(wrong) {
+  const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
+  const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
+  const parts = ["Version=2012-11-05", `QueueNamePrefix=${quote("my jobs")}`];
+  const target = `/?${parts.join("&")}`;
+  let query = (wrong.sort ? parts : [...parts].sort()).join("&");
+  if (wrong.plus) query = query.replaceAll("%20", "+");
+  if (wrong.twice) query = query.replaceAll("%", "%25");
+  const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
+    "x-amz-date": date, "x-note": "two  blanks" };
+  const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
+  if (!wrong.blanks) signed["x-note"] = "two blanks";
+  const names = Object.keys(sent).join(";");
+  const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
+  const block = wrong.newline ? headers.slice(0, -1) : headers;
+  const payload = await sha256(wrong.body ? `${body}\n` : body);
+  const lines = [wrong.method ? "post" : "POST", "/", query, block, names, payload];
+  const canonical = lines.join("\n");
+  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
+  const hashed = wrong.hash ? canonical : await sha256(canonical);
+  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
+  const secret = (wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : "");
+  let key = bytes(secret), chain = [];
+  for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
+    key = await hmac(key, part);
+    chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
+    if (wrong.chain) key = bytes(hex(key));
+  }
+  const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
+  sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
+    + `Signature=${signature}`;
+  delete sent.host;
+  return { target, body, headers: sent, steps: { "1 canonical request": canonical,
+    "2 string to sign": text, "3 signing key": chain.join("\n"), "4 signature": signature } };
+}
+
+async function send() {
+  const names = Object.keys(MISTAKES).filter((name) => $(name).checked);
+  const made = await sign(Object.fromEntries(names.map((name) => [name, true])));
+  const shown = Object.entries(made.steps).flatMap(([title, text]) =>
+    [make("h3", title), make("pre", text)]);
+  const { headers, body } = made;
+  const answer = await fetch(made.target, { method: "POST", headers, body });
+  const text = await answer.text(), cause = text.match(/(Your signer|The signer's clock)[^\n<]*/);
+  const verdict = answer.ok ? "The signature is right." : cause ? cause[0] : "Refused.";
+  $("result").className = answer.ok ? "good" : "bad";
+  $("result").textContent = `${answer.status} ${verdict}`;
+  $("steps").replaceChildren(...shown, make("h3", "answer"), make("pre", text));
+}
+
+for (const [name, words] of Object.entries(MISTAKES)) {
+  const box = make("input");
+  [box.type, box.id] = ["checkbox", name];
+  $("switches").append(make("label", "", box, ` ${words}`));
+}
+$("filter").addEventListener("input", filter);
+$("send").addEventListener("click", () => send().catch((error) => {
+  $("result").textContent = `${error.message} (Web Crypto needs https or localhost.)`;
+}));
+update();
+</script>
+</html>
+"""
+
+
 # ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
 
 
@@ -7445,6 +7712,7 @@ class Status:
     in_flight: Optional[InFlight] = None
     sqs: Optional[Sqs] = None
     reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
+    inspector: Optional[Inspector] = None
     draining: bool = False
 
     def reply_to(
@@ -7461,7 +7729,7 @@ class Status:
             return _status_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        given = [value.decode("utf-8", "replace") for n, value in request.query if n == b"queue"]
+        given, after = (_query_values(request, name) for name in (b"queue", b"after"))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
@@ -7480,12 +7748,21 @@ class Status:
             return _status_json({"queues": self.reset("".join(given))})
         if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
+        if page == "calls" and self.inspector:
+            number = int(after[0]) if after and _INDEX.fullmatch(after[0]) else 0
+            return _status_reply(200, self.inspector.since(number), "application/json")
+        if page == "" and self.inspector:
+            return _status_reply(
+                200, PAGE, "text/html", ("Content-Security-Policy", page_policy())
+            )
         names = "health, ready, metrics, in-flight, queues and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(status: int, text: str, kind: str = "text/plain; charset=utf-8") -> Reply:
-    headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind))
+def _status_reply(
+    status: int, text: str, kind: str = "text/plain; charset=utf-8", *more: tuple[str, str]
+) -> Reply:
+    headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
 
@@ -8998,6 +9275,7 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="print no line for each call")
     add("--explain", action="store_true",
         help="print each call with all steps of its signature")  # fmt: skip
+    add("--inspect", action="store_true", help="serve a page at /_awsproxy/ that shows each call")
     add("--check", metavar="FILE",
         help="explain the signature of one request, as text or as `curl -v` shows it (- is"
         " standard input), and exit with 0 if it is right, otherwise 1")  # fmt: skip
@@ -9048,13 +9326,14 @@ class Program:
             raise UsageError("--queue needs a route to 'embedded'")
         with _usage_errors(""):
             self._create_queues()
-        self._status = Status(self._metrics, self._in_flight, sqs, self._reset)
+        inspector = Inspector() if options.inspect else None
+        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
         self.proxy = Proxy(
             self._clients.value, routes=routes, verified=not options.no_verify,
             sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
             account_id=options.account_id, public_url=options.public_url or "",
             scheme=self._scheme, max_body=options.max_body,
-            hooks=[self._metrics, self._in_flight, *self._read_hooks()],
+hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()],
             status=None if options.admin else self._status, hook_seconds=options.timeout,
             hosts=(options.admin[0] if options.admin else "", *options.host_name)
         )  # fmt: skip

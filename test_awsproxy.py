@@ -14676,6 +14676,118 @@ def own_path(address, path, method="GET"):
         return answer.status, answer.read()
 
 
+class InspectorTest(unittest.TestCase):
+    """The page that shows the last calls."""
+
+    def setUp(self):
+        self.inspector = awsproxy.Inspector()
+        clients = {TRIAL_KEY: [Client("trial", TRIAL_KEY, TRIAL_SECRET)], **awsproxy.DEMO_CLIENTS}
+        status = Status(Metrics(), inspector=self.inspector)
+        now = awsproxy.epoch(TRIAL_DATE)
+        hooks = [self.inspector]
+        self.proxy = Proxy(clients, status=status, hooks=hooks, clock=lambda: now)
+
+    def get(self, path, headers=(("Host", "localhost"),)):
+        return self.proxy.handle(Request("GET", path, headers, io.BytesIO(), "127.0.0.1"))
+
+    def calls(self, after=0):
+        reply = self.get(f"/_awsproxy/calls?after={after}")
+        self.assertEqual(reply.status, 200)
+        return json.loads(reply.body)
+
+    def send(self, trial=JSON_TRIAL):
+        headers = (("X-Amz-Target", "AmazonSQS.CreateQueue"), *trial.headers)
+        return self.proxy.handle(signed_by(trial._replace(headers=headers)))
+
+    def test_calls_are_numbered_and_the_oldest_are_dropped(self):
+        for _ in range(3):
+            self.send()
+        self.assertEqual([it["number"] for it in self.calls()], [1, 2, 3])
+        self.assertEqual([it["number"] for it in self.calls(2)], [3])
+        self.assertEqual(self.calls("x"), self.calls())
+        for _ in range(self.inspector.MOST):
+            self.send()
+        numbers = [it["number"] for it in self.calls()]
+        self.assertEqual(numbers, list(range(4, self.inspector.MOST + 4)))
+
+    def test_a_call_has_its_steps(self):
+        self.send()
+        (call,) = self.calls()
+        steps = dict(call["steps"])
+        self.assertEqual((call["status"], call["action"]), (200, "sqs:CreateQueue"))
+        self.assertIn(["", "POST / HTTP/1.1"], steps["request"])
+        titles = [title for title, _ in call["steps"]]
+        self.assertEqual(titles[1:3], ["1 canonical request", "2 string to sign"])
+        self.assertEqual(titles[-2:], ["route", "reply"])
+        self.assertEqual(call["theirs"], [])
+
+    def test_a_refused_call_shows_what_the_signer_signed(self):
+        self.send(JSON_TRIAL._replace(block=replaced("localhost:8081", "localhost")))
+        self.send(JSON_TRIAL._replace(text=lambda v: v + "\n"))
+        port, newline = (dict(it["theirs"]) for it in self.calls())
+        self.assertIn(["header", "host:localhost"], port["1 canonical request"])
+        self.assertIn("Your signer signed the Host without", json.dumps(self.calls()[0]["steps"]))
+        ours = dict(self.calls()[1]["steps"])
+        self.assertEqual(newline["1 canonical request"], ours["1 canonical request"])
+
+    def test_only_calls_of_the_demo_client_show_bodies(self):
+        self.send()
+        self.proxy = Proxy(
+            awsproxy.DEMO_CLIENTS,
+            status=Status(Metrics(), inspector=self.inspector),
+            hooks=[self.inspector],
+            clock=lambda: EXAMPLE_TIME,
+        )
+        demo = ask(headers=[("X-Amz-Target", "AmazonSQS.ListQueues")])
+        self.assertEqual(self.proxy.handle(demo).status, 200)
+        wrong = ask(client=DEMO._replace(secret_access_key="x"))
+        self.assertEqual(self.proxy.handle(wrong).status, 403)
+        shown = ["request body" in dict(it["steps"]) for it in self.calls()]
+        self.assertEqual(shown, [False, True, False])
+        self.assertEqual(dict(self.calls()[1]["steps"])["reply body"], [["", "{}"]])
+
+    def test_no_secret_is_shown(self):
+        self.send(JSON_TRIAL._replace(token="aSessionTokenThatIsLong"))
+        self.get("/?X-Amz-Security-Token=aSessionTokenThatIsLong")
+        self.get(
+            "/", (("Host", "localhost"), ("Cookie", "aCookie"), ("Authorization", "Bearer b"))
+        )
+        text = json.dumps(self.calls())
+        for secret in ("aSessionTokenThatIsLong", "aCookie", "Bearer b", TRIAL_SECRET):
+            self.assertNotIn(secret, text)
+
+    def test_a_long_call_is_cut(self):
+        self.send(JSON_TRIAL._replace(headers=tuple((f"X-{n}", "x" * 1000) for n in range(60))))
+        (call,) = self.calls()
+        self.assertEqual(call["steps"], [["too long to be kept", []]])
+        self.assertLess(len(json.dumps(call)), self.inspector.MOST_TEXT)
+
+    def test_the_page_allows_nothing_but_its_own_script_and_style(self):
+        reply = self.get("/_awsproxy/")
+        headers, page = dict(reply.headers), reply.body.decode("ascii")
+        self.assertEqual((reply.status, headers["Content-Type"]), (200, "text/html"))
+        self.assertLessEqual(len(page), 65536)
+        self.assertLessEqual(page.count("\n"), 400)
+        policy = headers["Content-Security-Policy"]
+        self.assertTrue(policy.startswith("default-src 'none'; "), policy)
+        for name in ("style", "script"):
+            (text,) = re.findall(f"<{name}>(.*?)</{name}>", page, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertIn(f"{name}-src 'sha256-{digest}'", policy)
+        self.assertNotRegex(page, "(?:src|href)=.https?:|@import|url\\(|innerHTML|eval\\(")
+
+    def test_the_page_is_for_this_machine_and_its_own_origin(self):
+        foreign = (("Host", "localhost"), ("Origin", "http://other.example"))
+        self.assertEqual(self.get("/_awsproxy/calls", foreign).status, 403)
+        request = Request("GET", "/_awsproxy/", (("Host", "localhost"),), io.BytesIO(), "10.0.0.1")
+        self.assertEqual(self.proxy.handle(request).status, 403)
+
+    def test_there_is_no_page_without_the_flag(self):
+        self.proxy = Proxy(awsproxy.DEMO_CLIENTS, status=Status(Metrics()))
+        for path in ("/_awsproxy/", "/_awsproxy/calls"):
+            self.assertEqual(self.get(path).status, 404)
+
+
 class Beforehand(InFlight):
     """Has something happen between an operation and its note in the ledger."""
 
@@ -20450,6 +20562,144 @@ class Boto3Test(unittest.TestCase):
 # ---- The client matrix: each client, directly and through the proxy ----
 
 OLD_BOTO3 = os.environ.get("AWSPROXY_OLD_BOTO3", "")  # a python that has boto3 1.28
+CHROMIUM = shutil.which("chromium") and shutil.which("chromedriver")
+
+
+class Browser:
+    """Chromium, driven by chromedriver (W3C WebDriver)."""
+
+    def __init__(self, cleanup):
+        command = [CHROMIUM, "--port=0"]
+        self._driver = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        )
+        cleanup(self._driver.stdout.close)
+        cleanup(self._driver.wait)
+        cleanup(self._driver.terminate)
+        line = ""
+        while "successfully on port" not in line:
+            line = self._driver.stdout.readline()
+            if not line:
+                raise AssertionError("chromedriver ended")
+        self._port = int(re.search(r"on port (\d+)", line)[1])
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        options = {"goog:chromeOptions": {"args": arguments}}
+        made = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self._session = f"/session/{made['sessionId']}"
+        cleanup(self._ask, "DELETE", self._session)
+
+    def _ask(self, method, path, document=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=DEADLINE)
+        with contextlib.closing(connection):
+            body = None if document is None else json.dumps(document)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            value = json.loads(connection.getresponse().read())["value"]
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError(value["message"])
+        return value
+
+    def open(self, url):
+        self._ask("POST", f"{self._session}/url", {"url": url})
+
+    def run(self, script, *given):
+        """Return what the body of a JavaScript function returns."""
+        document = {"script": script, "args": given}
+        return self._ask("POST", f"{self._session}/execute/sync", document)
+
+    def wait_for(self, script, *given):
+        """Return the first true value of a script."""
+        until = time.monotonic() + DEADLINE
+        while not (value := self.run(script, *given)):
+            if time.monotonic() > until:
+                raise AssertionError(f"never true: {script} {given}")
+            time.sleep(0.05)
+        return value
+
+
+@unittest.skipUnless(CHROMIUM, "chromium or chromedriver is not installed")
+class ChromiumTest(unittest.TestCase):
+    """The inspector's page in a browser."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.program = Program(cls.addClassCleanup, "--quiet", "--inspect", "--queue", "jobs")
+        cls.browser = Browser(cls.addClassCleanup)
+        host, port = cls.program.address
+        cls.url = f"http://{host}:{port}/_awsproxy/"
+
+    def setUp(self):
+        self.browser.open(self.url)
+
+    TEXT = "return document.getElementById(arguments[0]).innerText"
+
+    def entry(self, action):
+        """Return the text of the last call that the page shows of an action."""
+        find = "return [...document.querySelectorAll('#calls summary')].map(it => it.innerText)"
+        until = time.monotonic() + DEADLINE
+        while True:
+            found = [text for text in self.browser.run(find) if action in text]
+            if found or time.monotonic() > until:
+                self.assertTrue(found, action)
+                return found[0]
+            time.sleep(0.05)
+
+    def test_a_good_call_appears_without_a_reload(self):
+        self.assertIn("jobs", self.browser.wait_for(f"{self.TEXT}.replace('name', '')", "table"))
+        self.program.caller(region="eu-west-1").queue("appears")
+        text = self.entry("sqs:CreateQueue")
+        self.assertRegex(text, "^200\\b")
+        self.browser.run("document.querySelector('#calls summary').click()")
+        opened = self.browser.wait_for("return document.querySelector('#calls h3')?.innerText")
+        self.assertEqual(opened, "request")
+
+    def test_a_bad_call_shows_its_cause_and_what_its_client_signed(self):
+        host, port = self.program.address
+        self.assertRegex(self.send("port"), "^403 ")
+        self.assertRegex(self.entry("SignatureDoesNotMatch"), "^403\\b")
+        self.browser.run("document.querySelector('#calls summary').click()")
+        self.browser.wait_for("return document.querySelectorAll('#calls mark').length > 1")
+        mark = "return [...document.querySelectorAll('#calls mark')].map(it => it.innerText)"
+        self.assertIn(f":{port}", self.browser.run(mark))
+        shown = self.browser.run(self.TEXT, "calls")
+        self.assertIn(f"host:{host}:{port}\thost:{host}\u2038", shown)
+        self.assertIn("Your signer signed the Host without its port", shown)
+
+    def send(self, *mistakes):
+        """Tick mistakes in the laboratory, send the call, and return the result."""
+        self.browser.run(
+            "for (const name of Object.keys(MISTAKES))"
+            " document.getElementById(name).checked = arguments[0].includes(name);"
+            "document.getElementById('result').textContent = '';"
+            "document.getElementById('send').click()",
+            mistakes,
+        )
+        return self.browser.wait_for(self.TEXT, "result")
+
+    def test_the_laboratory_signs_a_call_that_verifies(self):
+        self.assertEqual(self.send(), "200 The signature is right.")
+        steps = self.browser.run(self.TEXT, "steps")
+        self.assertIn("1 canonical request", steps)
+        self.assertIn("AWS4-HMAC-SHA256", steps)
+
+    def test_each_mistake_of_the_laboratory_is_refused_with_its_cause(self):
+        causes = {
+            "sort": "sort its parameters", "plus": r"as \+, not %20", "twice": "query twice",
+            "port": "Host without its port", "blanks": "several blanks", "newline": "blank line",
+            "method": "method in lower case", "body": "newline that it did not send",
+            "hash": "did not hash", "chain": "in hex", "region": "region eu-west-1",
+            "secret": "newline after the secret", "prefix": "prefix AWS4",
+            "clock": r"clock is \+2 hours off",
+        }  # fmt: skip
+        self.assertEqual(sorted(causes), sorted(self.browser.run("return Object.keys(MISTAKES)")))
+        for at, (name, cause) in enumerate(causes.items()):
+            if at == 8:
+                time.sleep(1.1)  # ten causes a second are searched
+            with self.subTest(name):
+                self.assertRegex(self.send(name), f"^403 (Your|The) signer.*{cause}")
+        both = self.send("prefix", "port")
+        self.assertRegex(both, "prefix AWS4.*and it .*without its port")
+
+
 NODE = shutil.which("node")
 NODE_MODULES = os.environ.get("AWSPROXY_NODE_MODULES", "")  # where npm put @aws-sdk/...
 SERVED = "awsproxy_request_seconds_count"
