@@ -67,7 +67,6 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
-import calendar
 import collections
 import collections.abc
 import configparser
@@ -201,8 +200,7 @@ class Request:
 
     def header(self, name: str) -> Optional[str]:
         """Return the first value of the header of this name (in lower case), or None."""
-        values = self.fields.get(name)
-        return values[0] if values else None
+        return self.fields.get(name, (None,))[0]
 
     @property
     def path(self) -> str:
@@ -221,8 +219,7 @@ class Request:
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
         if text.count("&") >= MAX_PARAMETERS:
-            message = f"The query string has more than {MAX_PARAMETERS} parameters."
-            raise ServiceError("MalformedQueryString", message)
+            raise ServiceError("MalformedQueryString", f"More than {MAX_PARAMETERS} parameters.")
         raw = text.replace("+", " ").encode("latin-1")
         parts = (part.partition(b"=") for part in raw.split(b"&") if part)
         unquote = urllib.parse.unquote_to_bytes
@@ -362,13 +359,11 @@ _FAULTS = f"""
 """
 
 
-def _faults(table: str) -> Iterator[tuple[str, Fault]]:
-    for status, code, shape, *names in map(str.split, table.strip().splitlines()):
-        for name in names:
-            yield name, Fault(int(status), code.replace("*", name), shape.replace("*", name))
-
-
-ERRORS: Mapping[str, Fault] = dict(_faults(_FAULTS))
+ERRORS: Mapping[str, Fault] = {
+    name: Fault(int(status), code.replace("*", name), shape.replace("*", name))
+    for status, code, shape, *names in map(str.split, _FAULTS.strip().splitlines())
+    for name in names
+}
 
 
 class ServiceError(Exception):
@@ -430,8 +425,7 @@ _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that a
 
 
 def _field_fault(block: str) -> str:
-    lines = block.split(CRLF)
-    line = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
+    line = next(line for line in block.split(CRLF) if not _FIELD_LINE.fullmatch(line))
     return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
 
 
@@ -463,8 +457,7 @@ def parse_head(raw: bytes) -> Head:
     Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
     or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines."""
     if len(raw) > MAX_HEAD:
-        message = f"The request head is longer than {MAX_HEAD} bytes."
-        raise ServiceError("RequestHeaderFieldsTooLarge", message)
+        raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
@@ -476,8 +469,7 @@ def parse_head(raw: bytes) -> Head:
     if method not in METHODS:
         raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
-        message = "The request target must be a path, with or without a query (origin-form)."
-        raise ServiceError("BadRequest", message)
+        raise ServiceError("BadRequest", "The target must be a path, with or without a query.")
     if not _FIELD_LINES.fullmatch(block):
         raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
     headers = _split_fields(block)
@@ -485,8 +477,7 @@ def parse_head(raw: bytes) -> Head:
     if len(fields) < len(headers):
         fields = fields_of(headers)  # a name is repeated
     if len(headers) > MAX_HEADERS:
-        message = f"A request may have {MAX_HEADERS} header lines."
-        raise ServiceError("RequestHeaderFieldsTooLarge", message)
+        raise ServiceError("RequestHeaderFieldsTooLarge", f"More than {MAX_HEADERS} headers.")
     hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
@@ -526,8 +517,7 @@ def body_framing(head: Head) -> Optional[int]:
         if head.version == "1.0":
             raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
         if "content-length" in fields:
-            message = "A request has Content-Length or Transfer-Encoding, not both."
-            raise ServiceError("BadRequest", message)
+            raise ServiceError("BadRequest", "Content-Length excludes Transfer-Encoding.")
     try:
         return _framing(fields, 0)
     except ValueError as error:
@@ -550,8 +540,7 @@ def _framing(fields: Fields, undeclared: int) -> Optional[int]:
 
 def too_large(max_body: int) -> ServiceError:
     """Return the refusal of a body that is longer than `max_body` bytes."""
-    message = f"The request body is longer than {max_body} bytes."
-    return ServiceError("RequestEntityTooLarge", message)
+    return ServiceError("RequestEntityTooLarge", f"The body is longer than {max_body} bytes.")
 
 
 # [2.2] Bodies
@@ -601,31 +590,30 @@ class LengthBody:
         self._begin = begin
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes, all if negative; ServiceError IncompleteBody if too few."""
-        if not self._has_more():
-            return b""
-        wanted = self._left if size < 0 else min(size, self._left)
-        return self._taken(self._source.read(wanted), wanted)
+        """Return `size` bytes, all if negative; fewer only at the end of the body."""
+        whole = bytearray()
+        while size and (data := self.read_some(size if size > 0 else 262144)):
+            whole += data
+            size -= len(data)
+        return bytes(whole)
 
     def read_some(self, size: int) -> bytes:
-        """Return up to `size` bytes as soon as there are any."""
-        if not self._has_more():
-            return b""
-        return self._taken(self._source.read_some(min(size, self._left)), 1)
-
-    def _has_more(self) -> bool:
+        """Return up to `size` bytes as soon as there are any; ServiceError if it ends too soon."""
         if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
             self._begin()
             self._begin = None
-        return self.unread
-
-    def _taken(self, data: bytes, least: int) -> bytes:
-        if len(data) < least:
+        if not self._has_more():
+            return b""
+        data = self._source.read_some(min(size, self._left))
+        if not data:
             raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
         if not self._left:
             self._end()
         return data
+
+    def _has_more(self) -> bool:
+        return self.unread
 
     def _end(self) -> None:
         self.unread = False
@@ -639,21 +627,13 @@ class ChunkedBody(LengthBody):
         self.unread = True
         self._limit = self._room = limit
 
-    def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes of the decoded body, all if negative, b"" at its end."""
-        whole = bytearray()
-        while size and (data := super().read(size)):
-            whole += data
-            size -= len(data)
-        return bytes(whole)
-
     def _end(self) -> None:
         if self._line() != b"\r\n":
             raise ServiceError("BadRequest", "A chunk is longer than its size.")
 
     def _has_more(self) -> bool:
         """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
-        if self._left or not super()._has_more():
+        if self._left or not self.unread:
             return self.unread
         match = _CHUNK_SIZE.fullmatch(self._line())
         if not match:
@@ -662,19 +642,17 @@ class ChunkedBody(LengthBody):
         self._room -= self._left
         if self._room < 0:
             raise too_large(self._limit)
-        if not self._left:
-            self._skip_trailers()
-            self.unread = False
-        return self.unread
-
-    def _skip_trailers(self) -> None:
-        for _ in range(MAX_HEADERS + 1):
-            line = self._line().decode("latin-1")
-            if line == CRLF:
-                return
-            if not _FIELD_LINES.fullmatch(line):
+        if self._left:
+            return True
+        for count, trailer in enumerate(iter(self._line, b"\r\n")):
+            if count >= MAX_HEADERS:
+                raise ServiceError(
+                    "RequestHeaderFieldsTooLarge", "The body has too many trailers."
+                )
+            if not _FIELD_LINES.fullmatch(trailer.decode("latin-1")):
                 raise ServiceError("BadRequest", "A trailer is not a header line.")
-        raise ServiceError("RequestHeaderFieldsTooLarge", "The body has too many trailers.")
+        self.unread = False
+        return False
 
     def _line(self) -> bytes:
         line = self._source.readline(4096)
@@ -848,8 +826,7 @@ def parse_authorization(request: Request) -> Authorization:
     escaped = _ESCAPED_NAME.search(request.target)
     if escaped:
         name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
-        fault = f"'{name}' must be spelled without percent-encoding."
-        raise refusal("query parameter", request, fault)
+        raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint(_PRESIGNED_MARKS)
     if len(headers) + presigned > 1:
@@ -869,9 +846,8 @@ def parse_authorization(request: Request) -> Authorization:
 
 
 def _version_2(request: Request) -> ServiceError:
-    names = {name.lower() for name, _ in request.query}
-    of_s3 = names.isdisjoint((b"action", b"signatureversion"))
-    of_s3 = of_s3 and "x-amz-target" not in request.fields
+    marks = {name.lower() for name, _ in request.query} & {b"action", b"signatureversion"}
+    of_s3 = not marks and "x-amz-target" not in request.fields
     return refusal("version 2 of s3" if of_s3 else "version 2", request)
 
 
@@ -959,7 +935,7 @@ def _date_header(request: Request) -> Optional[str]:
         return value
     try:
         moment = email.utils.parsedate_to_datetime(value)
-        return iso_basic(calendar.timegm(moment.utctimetuple()))
+        return time.strftime("%Y%m%dT%H%M%SZ", moment.utctimetuple())
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise refusal("date", request, value[:80]) from error
 
@@ -1052,7 +1028,7 @@ def epoch(amz_date: str) -> int:
     """Return the seconds since 1970 of a time such as 20150830T123600Z, or raise ValueError."""
     if not _AMZ_DATE.fullmatch(amz_date):
         raise ValueError(amz_date)
-    return calendar.timegm(datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%SZ").timetuple())
+    return int(datetime.datetime.strptime(amz_date, "%Y%m%dT%H%M%S%z").timestamp())
 
 
 def iso_basic(seconds: float) -> str:
@@ -1260,21 +1236,17 @@ def _check_scope(
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
     candidates = clients.get(claimed.access_key_id)
     if not candidates:
-        error = refusal("key", request, AWSAccessKeyId=claimed.access_key_id[:128])
-        if _DEMO in clients.get(_DEMO.access_key_id, ()):  # other keys are not told
-            error.message += " (awsproxy knows the key dummykey, with the secret dummysecret)"
-        raise error
+        told = _DEMO in clients.get(_DEMO.access_key_id, ())  # other keys are not
+        hint = " (awsproxy knows the key dummykey, with the secret dummysecret)" if told else ""
+        raise refusal("key", request, hint, AWSAccessKeyId=claimed.access_key_id[:128])
     token = (claimed.session_token or "").encode("latin-1")
     for client in candidates:
         if hmac.compare_digest(client.session_token.encode("utf-8"), token):
             return client
-    error, has_token = refusal("token", request), any(it.session_token for it in candidates)
-    error.message += (
-        " (the session token is not this key's)"
-        if has_token
-        else (" (this key has no session token: unset AWS_SESSION_TOKEN)")
-    )
-    raise error
+    hint = "this key has no session token: unset AWS_SESSION_TOKEN"
+    if any(client.session_token for client in candidates):
+        hint = "the session token is not this key's"
+    raise refusal("token", request, hint)
 
 
 def _check_signed_headers(
@@ -1368,7 +1340,10 @@ def _check_signature(
     detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
     detail["CanonicalRequest"] = shown
     detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
-    error = refusal("signature", request, shown, signed, cause and f"\n{cause}\n", **detail)
+    error = refusal("signature", request, **detail)
+    error.message += f"\n\nThe Canonical String for this request should have been\n'{shown}'\n\n"
+    error.message += f"The String-to-Sign should have been\n'{signed}'\n"
+    error.message += cause and f"\n{cause}\n"
     error.proof, error.cause, error.theirs = proof, cause, theirs
     raise error
 
@@ -1380,109 +1355,87 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 
 
 # [3.6] Refusals
-# By reason: the error code, the code of Amazon S3's family, the message, and the message of S3's
-# family if it differs.  People search for AWS's own messages, so they are AWS's where known.
-_NOT_SIGNED = "There were headers present in the request which were not signed: {}"
-_HASH_MISMATCH = (
-    "The provided 'x-amz-content-sha256' header does not match what was computed."
-    " (The body that arrived has the SHA-256 {}.)"
-)
-_SKEWED = "The difference between the request time and the server's time is too large."
-_DATELESS = "AWS authentication requires a valid Date or x-amz-date header"
-_VERSION_2 = (
-    "The authorization mechanism you have provided is not supported: it is Signature Version 2."
-    ' Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="s3v4")).'
-)
-_COMPUTED = (
-    "\n\nThe Canonical String for this request should have been\n'{}'\n\n"
-    "The String-to-Sign should have been\n'{}'\n{}"
-)
-REFUSALS: Mapping[str, Sequence[str]] = {
-    "unsigned": ("MissingAuthenticationToken", "AccessDenied",
-        "Request is missing Authentication Token"),
-    "form post": ("MissingAuthenticationToken", "AccessDenied",
-        "This is a browser's form POST, signed in its form fields, which awsproxy does not verify."
-        " Upload with a presigned PUT (boto3: generate_presigned_url) instead."),
-    "several": ("SignatureDoesNotMatch", "InvalidArgument",
-        "Only one auth mechanism allowed: one Authorization header, or X-Amz-* query parameters."),
-    "version 2": ("IncompleteSignature", "InvalidRequest", _VERSION_2),
-    "version 2 of s3": ("InvalidRequest", "InvalidRequest", _VERSION_2),  # names no service
-    "scheme": ("MissingAuthenticationToken", "InvalidArgument",
-        "Request is missing Authentication Token: the Authorization header is of type '{}'."
-        " Please use AWS4-HMAC-SHA256."),
-    "algorithm": ("IncompleteSignature", "InvalidArgument",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
-    "query algorithm": ("IncompleteSignature", "AuthorizationQueryParametersError",
-        "Unsupported AWS 'algorithm': '{}'. Please use AWS4-HMAC-SHA256."),
-    "header parameter": ("IncompleteSignature", "AuthorizationHeaderMalformed",
-        "{} Authorization=AWS4-HMAC-SHA256"),
-    "query parameter": ("IncompleteSignature", "AuthorizationQueryParametersError",
-        "{} Re-examine the query-string parameters."),
-    "credential": ("IncompleteSignature", "AuthorizationHeaderMalformed",
-        "Credential must have exactly 5 slash-delimited elements,"
-        " e.g. keyid/date/region/service/term, got '{}'."),
-    "no date": ("IncompleteSignature", "AccessDenied",
-        "{} Authorization=AWS4-HMAC-SHA256", _DATELESS),
-    "date": ("IncompleteSignature", "AccessDenied",
-        "Date must be in ISO-8601 'basic format'. Got '{}'."
-        " See http://en.wikipedia.org/wiki/ISO_8601", _DATELESS),
-    "past": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature expired: {} is now earlier than {} ({} - {}.)", _SKEWED),
-    "future": ("SignatureDoesNotMatch", "RequestTimeTooSkewed",
-        "Signature not yet current: {} is still later than {} ({} + {}.)", _SKEWED),
-    "expired": ("SignatureDoesNotMatch", "AccessDenied",
-        "Signature expired: {} is now earlier than {}.", "Request has expired"),
-    "not yet valid": ("SignatureDoesNotMatch", "AccessDenied",
-        "Signature not yet current: {} is still later than {} ({} + {}.)",
-        "Request is not valid yet"),
-    "scope": ("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "{0}",
-        "The authorization header is malformed; {1}"),
-    "query scope": ("SignatureDoesNotMatch", "AuthorizationQueryParametersError", "{0}",
-        "Error parsing the X-Amz-Credential parameter; {1}"),
-    "key": ("InvalidClientTokenId", "InvalidAccessKeyId",
-        "The security token included in the request is invalid.",
-        "The AWS Access Key Id you provided does not exist in our records."),
-    "token": ("InvalidClientTokenId", "InvalidToken",
-        "The security token included in the request is invalid"),
-    "host": ("SignatureDoesNotMatch", "AccessDenied",
-        "'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization."),
-    "unsigned headers": ("SignatureDoesNotMatch", "AccessDenied", _NOT_SIGNED),
-    "absent headers": ("SignatureDoesNotMatch", "AccessDenied",
-        "There were signed headers which the request does not have: {}"),
-    "no payload": ("SignatureDoesNotMatch", "InvalidRequest",
-        "Missing required header for this request: x-amz-content-sha256"),
-    "payload": ("SignatureDoesNotMatch", "InvalidArgument",
-        "x-amz-content-sha256 must be the sha256 value of the body in lower-case hex, not '{}';"
-        " UNSIGNED-PAYLOAD is for Amazon S3 and for a few operations, with TLS.",
-        "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
-        " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a"
-        " valid sha256 value."),
-    "streaming": ("SignatureDoesNotMatch", "NotImplemented",
-        "A body in chunks signed with Signature Version 4A ({}) is not implemented;"
-        " use AWS4-HMAC-SHA256."),
-    "stream": ("SignatureDoesNotMatch", "InvalidRequest",
-        "The value of x-amz-content-sha256 header is invalid."),
-    "body": ("SignatureDoesNotMatch", "XAmzContentSHA256Mismatch", _HASH_MISMATCH),
-    "signature": ("SignatureDoesNotMatch", "SignatureDoesNotMatch",
-        "The request signature we calculated does not match the signature you provided."
-        " Check your AWS Secret Access Key and signing method."
-        f" Consult the service documentation for details.{_COMPUTED}",
-        "The request signature we calculated does not match the signature you provided."
-        f" Check your key and signing method.{_COMPUTED}"),
-    "uri": ("InvalidURI", "InvalidURI", "Couldn't parse the specified URI."),
-    "query": ("MalformedQueryString", "InvalidURI",
-        "The query string contains a '%' that begins no escape.",
-        "Couldn't parse the specified URI."),
-}  # fmt: skip
+# Reason, [code, code of Amazon S3's family]: message | message of that family if it differs, AWS's
+# own where known, since people search for it.  The default code is SignatureDoesNotMatch.
+_REFUSALS = """
+    unsigned [MissingAuthenticationToken AccessDenied]: Request is missing Authentication Token
+    form post [MissingAuthenticationToken AccessDenied]: This is a browser's form POST, signed in \
+        its form fields, which awsproxy does not verify. Upload with a presigned PUT (boto3: \
+        generate_presigned_url) instead.
+    several [InvalidArgument]: Only one auth mechanism allowed: one Authorization header, or \
+        X-Amz-* query parameters.
+    version 2 [IncompleteSignature InvalidRequest]: The authorization mechanism you have provided \
+        is not supported: it is Signature Version 2. Please use AWS4-HMAC-SHA256 (boto3: \
+        Config(signature_version="s3v4")).
+    scheme [MissingAuthenticationToken InvalidArgument]: Request is missing Authentication Token: \
+        the Authorization header is of type '{}'. Please use AWS4-HMAC-SHA256.
+    algorithm [IncompleteSignature InvalidArgument]: Unsupported AWS 'algorithm': '{}'. Please \
+        use AWS4-HMAC-SHA256.
+    query algorithm [IncompleteSignature AuthorizationQueryParametersError]: Unsupported AWS \
+        'algorithm': '{}'. Please use AWS4-HMAC-SHA256.
+    header parameter [IncompleteSignature AuthorizationHeaderMalformed]: {} \
+        Authorization=AWS4-HMAC-SHA256
+    query parameter [IncompleteSignature AuthorizationQueryParametersError]: {} Re-examine the \
+        query-string parameters.
+    credential [IncompleteSignature AuthorizationHeaderMalformed]: Credential must have exactly 5 \
+        slash-delimited elements, e.g. keyid/date/region/service/term, got '{}'.
+    no date [IncompleteSignature AccessDenied]: {} Authorization=AWS4-HMAC-SHA256 \
+        | AWS authentication requires a valid Date or x-amz-date header
+    date [IncompleteSignature AccessDenied]: Date must be in ISO-8601 'basic format'. Got '{}'. \
+        See http://en.wikipedia.org/wiki/ISO_8601 \
+        | AWS authentication requires a valid Date or x-amz-date header
+    past [RequestTimeTooSkewed]: Signature expired: {} is now earlier than {} ({} - {}.) \
+        | The difference between the request time and the server's time is too large.
+    future [RequestTimeTooSkewed]: Signature not yet current: {} is still later than {} \
+        ({} + {}.) | The difference between the request time and the server's time is too large.
+    expired [AccessDenied]: Signature expired: {} is now earlier than {}. | Request has expired
+    not yet valid [AccessDenied]: Signature not yet current: {} is still later than {} \
+        ({} + {}.) | Request is not valid yet
+    scope [AuthorizationHeaderMalformed]: {0} | The authorization header is malformed; {1}
+    query scope [AuthorizationQueryParametersError]: {0} \
+        | Error parsing the X-Amz-Credential parameter; {1}
+    key [InvalidClientTokenId InvalidAccessKeyId]: The security token included in the request is \
+        invalid.{} | The AWS Access Key Id you provided does not exist in our records.{}
+    token [InvalidClientTokenId InvalidToken]: The security token included in the request is \
+        invalid ({})
+    host [AccessDenied]: 'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.
+    unsigned headers [AccessDenied]: There were headers present in the request which were not \
+        signed: {}
+    absent headers [AccessDenied]: There were signed headers which the request does not have: {}
+    no payload [InvalidRequest]: Missing required header for this request: x-amz-content-sha256
+    payload [InvalidArgument]: x-amz-content-sha256 must be the sha256 value of the body in \
+        lower-case hex, not '{}'; UNSIGNED-PAYLOAD is for Amazon S3 and for a few operations, \
+        with TLS. | x-amz-content-sha256 must be UNSIGNED-PAYLOAD, \
+        STREAMING-UNSIGNED-PAYLOAD-TRAILER, STREAMING-AWS4-HMAC-SHA256-PAYLOAD, \
+        STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a valid sha256 value.
+    streaming [NotImplemented]: A body in chunks signed with Signature Version 4A ({}) is not \
+        implemented; use AWS4-HMAC-SHA256.
+    stream [InvalidRequest]: The value of x-amz-content-sha256 header is invalid.
+    body [XAmzContentSHA256Mismatch]: The provided 'x-amz-content-sha256' header does not match \
+        what was computed. (The body that arrived has the SHA-256 {}.)
+    signature [SignatureDoesNotMatch]: The request signature we calculated does not match the \
+        signature you provided. Check your AWS Secret Access Key and signing method. Consult the \
+        service documentation for details. | The request signature we calculated does not match \
+        the signature you provided. Check your key and signing method.
+    uri [InvalidURI InvalidURI]: Couldn't parse the specified URI.
+    query [MalformedQueryString InvalidURI]: The query string contains a '%' that begins no \
+        escape. | Couldn't parse the specified URI.
+"""
+_REFUSAL = re.compile(r"(?m)^ (.+?) \[(?:(\w+) )?(\w+)\]: (.+?)(?: \| (.+))?$")
+REFUSALS: dict[str, Sequence[str]] = {
+    reason: (code or "SignatureDoesNotMatch", s3_code, message, in_s3 or message)
+    for reason, code, s3_code, message, in_s3 in _REFUSAL.findall(re.sub(" +", " ", _REFUSALS))
+}
+REFUSALS["version 2 of s3"] = ("InvalidRequest", "InvalidRequest", *REFUSALS["version 2"][2:])
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
     """Return the error of a row of REFUSALS, in the words of the service that is called."""
-    code, s3_code, message, *s3_message = REFUSALS[reason]
+    code, s3_code, message, s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
     if scope.service in S3_FAMILY:
-        code, message = s3_code, (s3_message or [message])[0]
+        code, message = s3_code, s3_message
     error = ServiceError(code, message.format(*values), **detail)
     error.reason = reason
     return error

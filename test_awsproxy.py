@@ -1315,6 +1315,10 @@ class BodyFramingTest(unittest.TestCase):
                 self.assertEqual(refused_with(awsproxy.body_framing, head), 400)
 
 
+class Source(io.BytesIO):
+    read_some = io.BytesIO.read1
+
+
 class BodyTest(unittest.TestCase):
     @each(
         ("by length", b"0123456", LengthBody, b"0123456"),
@@ -1323,7 +1327,7 @@ class BodyTest(unittest.TestCase):
     def test_a_body_ends_where_it_ends(self, name, wire, make, expected):
         for size in (-1, 1, 2, 3, 7, 100):
             with self.subTest(name, size=size):
-                source = io.BytesIO(wire + b"next")
+                source = Source(wire + b"next")
                 body = make(source, 7 if make is LengthBody else 1000)
                 self.assertTrue(body.unread)
                 self.assertEqual(read_in_pieces(body, size), expected)
@@ -1338,7 +1342,7 @@ class BodyTest(unittest.TestCase):
     def test_a_body_that_stops_early_is_refused(self, make, wire):
         for length in range(len(wire)):
             with self.subTest(make.__name__, length=length):
-                body = make(io.BytesIO(wire[:length]), 10)
+                body = make(Source(wire[:length]), 10)
                 self.assertEqual(refused_with(body.read), 400)
                 self.assertTrue(body.unread)
 
@@ -1346,7 +1350,7 @@ class BodyTest(unittest.TestCase):
     def test_broken_chunks_are_refused(self, name, wire):
         for size in (-1, 1):
             with self.subTest(name, size=size):
-                body = ChunkedBody(io.BytesIO(wire + b"\r\n\r\n"), 1000)
+                body = ChunkedBody(Source(wire + b"\r\n\r\n"), 1000)
                 self.assertEqual(refused_with(read_in_pieces, body, size), 400)
                 self.assertTrue(body.unread)
 
@@ -1361,7 +1365,7 @@ class BodyTest(unittest.TestCase):
         ("many trailers", b"0\r\n" + b"X: 1\r\n" * 2000 + b"\r\n", (400, 431)),
     )
     def test_chunks_have_limits(self, name, wire, expected):
-        body = ChunkedBody(io.BytesIO(wire), 10)
+        body = ChunkedBody(Source(wire), 10)
         self.assertIn(refused_with(body.read), expected)
 
     @each(False, True)
@@ -1386,7 +1390,7 @@ class BodyTest(unittest.TestCase):
         (ChunkedBody, b"7\r\n0123456\r\n0\r\n\r\n"),
     )
     def test_a_body_is_asked_for_once_and_only_when_it_is_wanted(self, make, wire):
-        source = io.BytesIO()
+        source = Source()
         asked = []
 
         def begin(source=source, wire=wire, asked=asked):
