@@ -123,6 +123,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+from urllib.parse import quote, unquote_to_bytes
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
@@ -222,8 +223,7 @@ class Request:
             raise ServiceError("MalformedQueryString", f"More than {MAX_PARAMETERS} parameters.")
         raw = text.replace("+", " ").encode("latin-1")
         parts = (part.partition(b"=") for part in raw.split(b"&") if part)
-        unquote = urllib.parse.unquote_to_bytes
-        return [(unquote(name), unquote(value)) for name, _, value in parts]
+        return [(unquote_to_bytes(k), unquote_to_bytes(v)) for k, _, v in parts]
 
 
 class Reply(NamedTuple):
@@ -525,12 +525,11 @@ def body_framing(head: Head) -> Optional[int]:
 
 
 def _framing(fields: Fields, undeclared: int) -> Optional[int]:
-    lengths = fields.get("content-length")
-    codings = fields.get("transfer-encoding")
-    if codings:
+    if codings := fields.get("transfer-encoding"):
         if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
             raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
+    lengths = fields.get("content-length")
     if not lengths:
         return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
@@ -646,9 +645,7 @@ class ChunkedBody(LengthBody):
             return True
         for count, trailer in enumerate(iter(self._line, b"\r\n")):
             if count >= MAX_HEADERS:
-                raise ServiceError(
-                    "RequestHeaderFieldsTooLarge", "The body has too many trailers."
-                )
+                raise ServiceError("RequestHeaderFieldsTooLarge", "There are too many trailers.")
             if not _FIELD_LINES.fullmatch(trailer.decode("latin-1")):
                 raise ServiceError("BadRequest", "A trailer is not a header line.")
         self.unread = False
@@ -731,8 +728,7 @@ def encode_reply(
     is for the head of a streaming body: the header that frames the body, or "".  The reply's own
     Date and Content-Length stay.  Raise ValueError for a line break in a header."""
     status, headers, body = reply
-    if not isinstance(body, bytes):
-        raise ValueError("a body that streams is not encoded as a whole")
+    assert isinstance(body, bytes)  # a body that streams is not encoded as a whole
     lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
     lines += [f"{name}: {value}" for name, value in headers]
     names = [name.lower() for name, _ in headers]
@@ -787,7 +783,6 @@ class Authorization(NamedTuple):
     expires: Optional[int] = None  # seconds after amz_date
     presigned: bool = False
     session_token: Optional[str] = None
-    dated_by: str = "x-amz-date"  # the header or query parameter that gave amz_date
 
     def __repr__(self) -> str:
         return f"Authorization({self.access_key_id!r}, {self.scope}, {self.amz_date!r})"
@@ -823,8 +818,7 @@ def parse_authorization(request: Request) -> Authorization:
         return _parse_header(request, headers[0])
     if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
         raise refusal("query", request)
-    escaped = _ESCAPED_NAME.search(request.target)
-    if escaped:
+    if escaped := _ESCAPED_NAME.search(request.target):
         name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
         raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
@@ -886,9 +880,9 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
     if faults and "," not in rest and " " in rest.strip():
         faults.append("Separate the parameters with commas.")
-    amz_date, dated_by = _single(request, "x-amz-date"), "x-amz-date"
+    amz_date = _single(request, "x-amz-date")
     if amz_date is None:
-        amz_date, dated_by = _date_header(request), "date"
+        amz_date = _date_header(request)
     if amz_date is None:
         reason = "header parameter" if faults else "no date"
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
@@ -901,7 +895,7 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
             _usual_claims.clear()
         _usual_claims[header[:-64]] = claims
     token = _single(request, "x-amz-security-token")
-    return Authorization(*claims, made, amz_date, session_token=token, dated_by=dated_by)
+    return Authorization(*claims, made, amz_date, session_token=token)
 
 
 def _parse_claims(request: Request, place: str, credential: str, made: str, names: str) -> _Claims:
@@ -935,7 +929,7 @@ def _date_header(request: Request) -> Optional[str]:
         return value
     try:
         moment = email.utils.parsedate_to_datetime(value)
-        return time.strftime("%Y%m%dT%H%M%SZ", moment.utctimetuple())
+        return (moment - (moment.utcoffset() or datetime.timedelta())).strftime("%Y%m%dT%H%M%SZ")
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise refusal("date", request, value[:80]) from error
 
@@ -952,8 +946,7 @@ def canonical_path(path: str, normalize: bool) -> str:
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = path.encode("latin-1").split(b"/")
     if not normalize:
-        unquote = urllib.parse.unquote_to_bytes
-        return "/".join(urllib.parse.quote(unquote(segment), safe="") for segment in segments)
+        return "/".join(quote(unquote_to_bytes(segment), safe="") for segment in segments)
     kept: list[bytes] = []
     for segment in segments:
         if segment == b"..":
@@ -963,12 +956,11 @@ def canonical_path(path: str, normalize: bool) -> str:
         elif segment not in (b"", b"."):
             kept.append(segment)
     slash = b"/" if kept and path.endswith("/") else b""
-    return urllib.parse.quote(b"/" + b"/".join(kept) + slash, safe="/")
+    return quote(b"/" + b"/".join(kept) + slash, safe="/")
 
 
 def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
-    """Encode the decoded pairs again, and sort them by name, then by value."""
-    quote = urllib.parse.quote  # pairs are sorted, not their text, where `=` comes after `-`
+    """Encode the decoded pairs again, and sort the pairs, not their text: `=` comes after `-`."""
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
 
@@ -1115,19 +1107,6 @@ class Proven(NamedTuple):
 Spool = Callable[[Body], tuple[Body, str]]
 
 
-def read_whole(body: Body) -> tuple[Body, str]:
-    """Return a body that can be read again, and its SHA-256."""
-    data = body.read()
-    return io.BytesIO(data), hashlib.sha256(data).hexdigest()
-
-
-def verify(
-    request: Request, clients: Clients, now: float, *, spool: Spool = read_whole, **rules: Any
-) -> Verified:
-    """Return the client, the scope and the body of a request.  `rules` are for `verify_head`."""
-    return verify_body(request, verify_head(request, clients, now, **rules), spool)
-
-
 def verify_head(
     request: Request, clients: Clients, now: float, service: Optional[str] = None,
     regions: Sequence[str] = (), clock_skew: Optional[int] = None,
@@ -1152,9 +1131,9 @@ def verify_head(
     _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host, may_search)
-    if declared is None:  # `verify_body` checks the signature
-        return proven
-    return proven._replace(proof=_check_signature(request, proven, declared))
+    if declared is not None:  # otherwise `verify_body` checks the signature
+        proven = proven._replace(proof=_check_signature(request, proven, declared))
+    return proven
 
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
@@ -1181,22 +1160,19 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
     end = signed_at + (skew if claimed.expires is None else claimed.expires)
     if signed_at - skew <= now <= end:
         return
-    server = iso_basic(now)
-    if now < signed_at - skew:
-        reason, limit = "future" if claimed.expires is None else "not yet valid", now + skew
-    elif claimed.expires is None:
-        reason, limit = "past", now - skew
-    else:
+    server, early = iso_basic(now), now < signed_at - skew
+    if claimed.expires is not None and not early:
         given = {"X-Amz-Expires": str(claimed.expires), "Expires": iso_basic(end)}
         raise refusal("expired", request, iso_basic(end), server, **given, ServerTime=server)
+    reason = ("future" if claimed.expires is None else "not yet valid") if early else "past"
+    limit = now + skew if early else now - skew
     window = f"{skew // 60} min" if skew % 60 == 0 else f"{skew} s"
     given = {"RequestTime": claimed.amz_date, "ServerTime": server}
     given["MaxAllowedSkewMilliseconds"] = str(skew * 1000)
     late = refusal(reason, request, claimed.amz_date, iso_basic(limit), server, window, **given)
     hours, rest = divmod(signed_at - now + 900, 3600)
     if hours and rest < 1800:
-        off = f"The signer's clock is {hours:+g} hours off: sign in UTC, not local time."
-        late.message += f" {off}"
+        late.message += f" Your clock is {hours:+g} hours off: sign in UTC, not local time."
     raise late
 
 
@@ -1213,9 +1189,7 @@ def _check_scope(
     if all(right):
         return
     date, region, name, end = (part[:40] for part in scope)
-    expected, meant = (*regions, "us-east-1")[0], "."
-    if region not in REGIONS:
-        meant = did_you_mean(region, regions or REGIONS) or "."
+    meant = (region not in REGIONS and did_you_mean(region, regions or REGIONS)) or "."
     texts = (  # of most services, and of Amazon S3
         (f"Credential should be scoped with a valid terminator: 'aws4_request', not '{end}'.",
          f'incorrect terminal "{end}". This endpoint uses "aws4_request".'),
@@ -1223,7 +1197,7 @@ def _check_scope(
          f" HTTP: '{date}' != '{day}', from '{claimed.amz_date}'.",
          f'Invalid credential date "{date}". This date is not the same as X-Amz-Date: "{day}".'),
         (f"Credential should be scoped to a valid region, not '{region}'{meant}",
-         f"the region '{region}' is wrong; expecting '{expected}'"),
+         f"the region '{region}' is wrong; expecting '{(*regions, 'us-east-1')[0]}'"),
         (f"Credential should be scoped to correct service: '{service or ''}'.",
          f'incorrect service "{name}". This endpoint belongs to "{service}".'),
     )  # fmt: skip
@@ -1256,22 +1230,20 @@ def _check_signed_headers(
     if "host" not in signed:
         raise refusal("host", request)
     fields = request.fields
-    absent = [name for name in signed if name not in fields]
-    if absent:
+    if absent := [name for name in signed if name not in fields]:
         raise refusal("absent headers", request, ", ".join(absent))
-    must = (*must_be_signed, "" if claimed.presigned else claimed.dated_by)
-    covered = {*signed, "x-amz-content-sha256"}  # the hash is compared with the body anyway
+    is_dated = claimed.presigned or "x-amz-date" in fields  # otherwise Date gave the time
+    must = must_be_signed if is_dated else (*must_be_signed, "date")
+    safe = {*signed, "x-amz-content-sha256"}  # the hash is compared with the body anyway
     if profile.unsigned_token or (profile.unsigned_token_header and not claimed.presigned):
-        covered.add("x-amz-security-token")
-    unsigned = [n for n in fields if n not in covered and (n.startswith("x-amz-") or n in must)]
-    if unsigned:
+        safe.add("x-amz-security-token")
+    if unsigned := [n for n in fields if n not in safe and (n.startswith("x-amz-") or n in must)]:
         names = ", ".join(unsigned)
         raise refusal("unsigned headers", request, names, HeadersNotSigned=names)
     for raw_name, raw_value in request.query if claimed.presigned else ():
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         if name.startswith("x-amz-") and fields.get(name, [value]) != [value]:
-            fault = f"'{name[:40]}' differs between header and query."
-            raise refusal("query parameter", request, fault)
+            raise refusal("query parameter", request, f"'{name[:40]}' differs from the header.")
 
 
 def _declared_payload(
@@ -1335,12 +1307,11 @@ def _check_signature(
     data, cause, theirs = body.getvalue() if isinstance(body, io.BytesIO) else b"", "", None
     if proven.may_search():
         cause, theirs = find_cause(request, claimed, secret, parts, data)
-    detail = {"AWSAccessKeyId": claimed.access_key_id, "StringToSign": signed}
-    detail["SignatureProvided"] = claimed.signature
-    detail["StringToSignBytes"] = proof.string_to_sign.hex(" ")
-    detail["CanonicalRequest"] = shown
-    detail["CanonicalRequestBytes"] = shown.encode("latin-1").hex(" ")
-    error = refusal("signature", request, **detail)
+    error = refusal(
+        "signature", request, AWSAccessKeyId=claimed.access_key_id, StringToSign=signed,
+        SignatureProvided=claimed.signature, StringToSignBytes=proof.string_to_sign.hex(" "),
+        CanonicalRequest=shown, CanonicalRequestBytes=shown.encode("latin-1").hex(" ")
+    )  # fmt: skip
     error.message += f"\n\nThe Canonical String for this request should have been\n'{shown}'\n\n"
     error.message += f"The String-to-Sign should have been\n'{signed}'\n"
     error.message += cause and f"\n{cause}\n"
@@ -1394,10 +1365,11 @@ _REFUSALS = """
     scope [AuthorizationHeaderMalformed]: {0} | The authorization header is malformed; {1}
     query scope [AuthorizationQueryParametersError]: {0} \
         | Error parsing the X-Amz-Credential parameter; {1}
-    key [InvalidClientTokenId InvalidAccessKeyId]: The security token included in the request is \
-        invalid.{} | The AWS Access Key Id you provided does not exist in our records.{}
-    token [InvalidClientTokenId InvalidToken]: The security token included in the request is \
-        invalid ({})
+    key [InvalidClientTokenId InvalidAccessKeyId]: \
+        The security token included in the request is invalid.{} \
+        | The AWS Access Key Id you provided does not exist in our records.{}
+    token [InvalidClientTokenId InvalidToken]: \
+        The security token included in the request is invalid ({})
     host [AccessDenied]: 'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.
     unsigned headers [AccessDenied]: There were headers present in the request which were not \
         signed: {}
@@ -1460,20 +1432,17 @@ def claim(request: Request) -> Claim:
 
 
 def _salvaged_claim(request: Request) -> Claim:
-    header = request.header("authorization")
-    if header:
+    if header := request.header("authorization"):
         texts = _CLAIM_IN_HEADER.findall(header)
     else:
         found = _CLAIM_IN_QUERY.findall(request.target)
         texts = [urllib.parse.unquote(text, "latin-1") for text in found]
     for match in filter(None, map(_CLAIM.match, texts)):
-        access_key_id, date, region, service = match.groups()
-        return access_key_id, CredentialScope(date, region, service)
+        return match[1], CredentialScope(match[2], match[3], match[4])
     return "", CredentialScope("", "", "")
 
 
 # [3.7] Presigned URLs
-MAX_PRESIGNED_SECONDS = 604800
 _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
     for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
@@ -1510,9 +1479,8 @@ def _parse_query(request: Request) -> Authorization:
     if expires is not None and not re.fullmatch("[0-9]{1,6}", expires):
         raise refusal(reason, request, "X-Amz-Expires should be a number.")
     seconds = int(expires) if expires else None
-    if seconds is not None and not 1 <= seconds <= MAX_PRESIGNED_SECONDS:
-        fault = f"X-Amz-Expires must be from 1 to {MAX_PRESIGNED_SECONDS} seconds (a week)."
-        raise refusal(reason, request, fault)
+    if seconds is not None and not 1 <= seconds <= 604800:
+        raise refusal(reason, request, "X-Amz-Expires must be from 1 to 604800 seconds (a week).")
     token = given.get("X-Amz-Security-Token")
     made, amz_date = given["X-Amz-Signature"], given["X-Amz-Date"]
     return Authorization(*claims, made, amz_date, seconds, True, token)
