@@ -303,6 +303,7 @@ class Call:
 
 Rewrite = Callable[[Call, Request], Optional[Request]]
 Act = Callable[[], Reply]  # returns a reply, and may block
+Spool = Callable[[Body], tuple[Body, str]]  # returns a body to read again, and its SHA-256
 Clients = Mapping[str, Sequence[Client]]  # by access key id, which several tokens may share
 _DEMO = Client("demo", "dummykey", "dummysecret")
 DEMO_CLIENTS: Clients = {"dummykey": (_DEMO, _DEMO._replace(session_token="dummysession"))}
@@ -792,6 +793,10 @@ _AMZ_DATE = re.compile("[0-9]{8}T[0-9]{6}Z")
 _SHA256_HEX = re.compile("[0-9a-f]{64}")
 _SIGNED_HEADERS = re.compile("[!#$%&'*+.^_`|~0-9a-z-]+(;[!#$%&'*+.^_`|~0-9a-z-]+)*")
 _SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+_BLANKS = re.compile("[ \t]+")
+_TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
+_Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
+_usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
 REGIONS = """
     us-east-1 us-east-2 us-west-1 us-west-2 us-gov-east-1 us-gov-west-1 eu-central-1 eu-central-2
@@ -843,10 +848,6 @@ def _version_2(request: Request) -> ServiceError:
     marks = {name.lower() for name, _ in request.query} & {b"action", b"signatureversion"}
     of_s3 = not marks and "x-amz-target" not in request.fields
     return refusal("version 2 of s3" if of_s3 else "version 2", request)
-
-
-_Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
-_usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 
 
 def _parse_header(request: Request, header: str) -> Authorization:
@@ -963,9 +964,6 @@ def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[byte
     """Encode the decoded pairs again, and sort the pairs, not their text: `=` comes after `-`."""
     encoded = [(quote(k, safe=""), quote(v, safe="")) for k, v in pairs if k not in without]
     return "&".join(f"{name}={value}" for name, value in sorted(encoded))
-
-
-_BLANKS = re.compile("[ \t]+")
 
 
 def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
@@ -1102,9 +1100,6 @@ class Proven(NamedTuple):
     other_host: str  # that the client may have signed, if a reverse proxy replaced Host
     may_search: Callable[[], bool]  # for the cause of a wrong signature
     proof: Optional[Proof] = None
-
-
-Spool = Callable[[Body], tuple[Body, str]]
 
 
 def verify_head(
@@ -1275,9 +1270,6 @@ def _declared_payload(
     return value
 
 
-_TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
-
-
 def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
     """Return the steps from the lines of a canonical request to a signature."""
     canonical = "\n".join(parts).encode("latin-1")
@@ -1399,6 +1391,11 @@ REFUSALS: dict[str, Sequence[str]] = {
     for reason, code, s3_code, message, in_s3 in _REFUSAL.findall(re.sub(" +", " ", _REFUSALS))
 }
 REFUSALS["version 2 of s3"] = ("InvalidRequest", "InvalidRequest", *REFUSALS["version 2"][2:])
+Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
+# Bounded, since anybody may send anything here.
+_CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
+_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
+_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
@@ -1411,13 +1408,6 @@ def refusal(reason: str, request: Request, *values: object, **detail: str) -> Se
     error = ServiceError(code, message.format(*values), **detail)
     error.reason = reason
     return error
-
-
-Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
-# Bounded, since anybody may send anything here.
-_CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
-_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
-_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def claim(request: Request) -> Claim:
