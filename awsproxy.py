@@ -1837,29 +1837,31 @@ STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
 class CheckedBody:
-    """A body that must have the declared SHA-256."""
+    """A body that comes in blocks, each of which is checked before it comes."""
 
-    def __init__(self, request: Request, declared: str) -> None:
-        self._request = request
-        self._declared = declared
-        self._digest = hashlib.sha256()
-        self._held = b""  # the latest block: it may be the last
-        self._ended = False
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._held = memoryview(b"")  # of the latest block, what is not returned yet
 
     def read(self, size: int = -1) -> bytes:
-        """Return about `size` bytes, all if negative.  Raise ServiceError if the hash differs."""
+        """Return up to `size` bytes, all if negative, b"" at the end; ServiceError if wrong."""
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
-        while not self._ended:
-            block = self._request.body.read(max(size, 1))
-            self._digest.update(block)
-            held, self._held = self._held, block
-            if not block:
-                self._ended = True
-                _check_hash(self._request, self._declared, self._digest.hexdigest())
-            if held:
-                return held
-        return b""
+        held = self._held or memoryview(next(self._blocks, b""))  # its slices copy nothing
+        self._held = held[size:]
+        return bytes(held[:size])
+
+
+def hashed_blocks(request: Request, declared: str) -> Iterator[bytes]:
+    """Yield a body that must have the declared SHA-256."""
+    digest, held = hashlib.sha256(), b""
+    for block in iter(lambda: request.body.read(65536), b""):
+        digest.update(block)
+        if held:
+            yield held
+        held = block
+    _check_hash(request, declared, digest.hexdigest())
+    yield held
 
 
 class ChunkSigner:
@@ -1890,13 +1892,6 @@ MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is
 MAX_TRAILERS = 16
 
 
-class Checksum(NamedTuple):
-    """A trailing checksum: its length in base64, and its class, unless Python has none."""
-
-    length: int
-    start: Optional[Callable[[], Any]] = None
-
-
 class _Crc32:
     _value = 0
 
@@ -1909,124 +1904,102 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
-CHECKSUMS: Mapping[str, Checksum] = {
-    "x-amz-checksum-crc32": Checksum(8, _Crc32),
-    "x-amz-checksum-crc32c": Checksum(8),
-    "x-amz-checksum-crc64nvme": Checksum(12),
-    "x-amz-checksum-sha1": Checksum(28, hashlib.sha1),
-    "x-amz-checksum-sha256": Checksum(44, hashlib.sha256),
-}
+CHECKSUMS: Mapping[str, Callable[[], Any]] = {  # crc32c and crc64nvme are not in Python
+    "x-amz-checksum-crc32": _Crc32, "x-amz-checksum-sha1": hashlib.sha1,
+    "x-amz-checksum-sha256": hashlib.sha256,
+}  # fmt: skip
+CHECKSUM_LENGTHS = {  # in base64
+    "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
+    "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
+}  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
-_TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)\r?\n")
+# minio-go ends a trailer with LF CR LF.
+_TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)(?:\r\n|\n(?:\r\n)?)")
+_TRAILERS = re.compile(rb"(?:%b)*" % _TRAILER.pattern)
+_LAST = (b"\r\n", b"")  # some clients leave the very last line out
 
 
-class AwsChunkedBody:
-    """The decoded content of an aws-chunked body; each chunk is checked before it is returned."""
+class AwsChunkedBody(CheckedBody):
+    """The decoded content of an aws-chunked body."""
 
     def __init__(
         self, request: Request, size: int, signer: Signer, announced: Sequence[str], checked: bool
     ) -> None:
-        self.checked = checked
         self.length = size
         self.signed = signer is not None
         self.announced = announced  # the names in x-amz-trailer, in lower case
         self.trailers: dict[str, str] = {}  # complete once the body is read
-        self._stream = Stream(request.body.read)
-        self._signer = signer
-        self._unread = size  # bytes of the content
-        self._left = 0  # bytes of the chunk
-        self._ended = False
-        self._held = memoryview(b"")  # checked, and not returned yet
-        started = {name: CHECKSUMS[name].start for name in announced if name in CHECKSUMS}
-        self._checks = {name: start() for name, start in started.items() if start}
+        stream = Stream(request.body.read)
+        # A method would make a cycle, and so keep the chunks of an abandoned body in memory.
+        super().__init__(_chunks(stream, size, signer, announced, checked, self.trailers))
 
-    def read(self, size: int = -1) -> bytes:
-        """Return up to `size` bytes of the content, all if negative, b"" at its end."""
-        if size < 0:
-            return b"".join(iter(lambda: self.read(65536), b""))
-        if not self._held and not self._ended:
-            self._held = memoryview(self._next_block())  # its slices copy nothing
-        data, self._held = self._held[:size], self._held[size:]
-        return bytes(data)
 
-    def _next_block(self) -> bytes:
-        """Return checked content; check the last, empty chunk together with the one before."""
-        expected = b"" if self._left else self._begin_chunk()
-        data = self._exactly(self._left if self._signer else min(self._left, 65536))
-        if self._signer:
-            _compare(self._signer.chunk(data), expected, "a chunk of the body")
-        self._left -= len(data)
-        self._unread -= len(data)
-        if self._unread < 0:
-            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
-        for check in self._checks.values():
-            check.update(data)
-        if not data:
-            self._finish()
-            return data
-        if not self._left and self._exactly(2) != b"\r\n":
-            raise _incomplete("A chunk is longer than its size.")
-        if not self._unread:
-            self._next_block()
-        return data
-
-    def _begin_chunk(self) -> bytes:
-        """Read the size of a chunk, and return its signature."""
-        match = _CHUNK_HEADER.fullmatch(self._stream.readline(4096))
-        if not match or (self.checked and self.signed != bool(match[2])):
-            raise _incomplete("A chunk does not begin with its size and, if signed, signature.")
-        self._left = int(match[1], 16)
-        if self._unread and not self._left:
-            raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
-        if self.signed and self._left > MAX_CHUNK:
-            raise _incomplete(f"A signed chunk is longer than {MAX_CHUNK} bytes.")
-        return match[2] or b""
-
-    def _finish(self) -> None:
-        signed_with = self._read_trailers()
-        if sorted(self.trailers) != sorted(self.announced):
-            message = "The trailers are not those that x-amz-trailer announces."
-            raise ServiceError("MalformedTrailerError", message)
-        if self._signer and self.announced:
-            _compare(self._signer.trailers(self.trailers), signed_with, "the trailers")
-        for name, value in self.trailers.items():
-            known, check = CHECKSUMS.get(name), self._checks.get(name)
-            if known and not (len(value) == known.length and BASE64.fullmatch(value)):
-                raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-            if check and base64.b64encode(check.digest()).decode("ascii") != value:
-                checksum = name.rpartition("-")[2].upper()
-                message = f"The {checksum} you specified did not match the calculated checksum."
-                raise ServiceError("BadDigest", message)
-        self._ended = True
-        if self._stream.read(1):
-            raise ServiceError("BadRequest", "Something follows the last chunk.")
-
-    def _read_trailers(self) -> bytes:
-        signed_with, complete = b"", True
-        for _ in range(2 * MAX_TRAILERS + 2):
-            line = self._stream.readline(4096)
-            if line == b"\r\n" and not complete:  # minio-go ends a trailer with LF CR LF
-                complete = True
-                continue
-            if line in (b"\r\n", b""):  # some clients leave the very last line out
-                return signed_with
-            complete = line.endswith(b"\r\n")
-            match = _TRAILER.fullmatch(line)
-            name = match[1].decode("ascii").lower() if match else ""
-            value = match[2].strip(b" \t") if match else b""
-            if not value or name in self.trailers or signed_with:
-                break
-            if name == "x-amz-trailer-signature" and (self.signed or not self.checked):
-                signed_with = value
-            else:
-                self.trailers[name] = value.decode("ascii")
-        raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
-
-    def _exactly(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        if len(data) < size:
+def _chunks(
+    stream: Stream, unread: int, signer: Signer, announced: Sequence[str], checked: bool,
+    trailers: dict[str, str]
+) -> Iterator[bytes]:  # fmt: skip
+    """Yield content; check the last, empty chunk and the trailers with the chunk before."""
+    checks = {name: CHECKSUMS[name]() for name in announced if name in CHECKSUMS}
+    left, last, data = 0, b"", None
+    while data != b"":
+        if not left:
+            match = _CHUNK_HEADER.fullmatch(stream.readline(4096))
+            if not match or (checked and bool(signer) != bool(match[2])):
+                raise _incomplete("A chunk must begin with its size and, if signed, signature.")
+            left, given = int(match[1], 16), match[2]
+            if unread and not left:
+                raise _incomplete("The chunks hold less than x-amz-decoded-content-length.")
+            if signer and left > MAX_CHUNK:
+                raise _incomplete(f"A signed chunk is longer than {MAX_CHUNK} bytes.")
+        wanted = left if signer else min(left, 65536)
+        data = stream.read(wanted)
+        if len(data) < wanted:
             raise _incomplete("The body ended within a chunk.")
-        return data
+        if signer:
+            _compare(signer.chunk(data), given, "a chunk of the body")
+        left -= wanted
+        unread -= wanted
+        if unread < 0:
+            raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
+        for check in checks.values():
+            check.update(data)
+        if data and not left and stream.read(2) != b"\r\n":
+            raise _incomplete("A chunk is longer than its size, or its end is missing.")
+        if unread:
+            yield data
+        elif data:
+            last = data
+    signed_with = _read_trailers(stream, trailers, bool(signer) or not checked)
+    if sorted(trailers) != sorted(announced):
+        message = "The trailers are not those that x-amz-trailer announces."
+        raise ServiceError("MalformedTrailerError", message)
+    if signer and announced:
+        _compare(signer.trailers(trailers), signed_with, "the trailers")
+    for name, value in trailers.items():
+        length, sum_of = CHECKSUM_LENGTHS.get(name), checks.get(name)
+        if length and not (len(value) == length and BASE64.fullmatch(value)):
+            raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
+        if sum_of and base64.b64encode(sum_of.digest()).decode("ascii") != value:
+            checksum = name.rpartition("-")[2].upper()
+            message = f"The {checksum} you specified did not match the calculated checksum."
+            raise ServiceError("BadDigest", message)
+    yield last
+
+
+def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
+    """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
+    rest = stream.read(65536)
+    match = _TRAILERS.match(rest)
+    end = match.end() if match else 0
+    lines = _TRAILER.findall(rest, 0, end)
+    found = [(n.decode("ascii").lower(), v.strip(b" \t").decode("ascii")) for n, v in lines]
+    trailers.update(found)
+    if len(trailers) < len(found) or not all(trailers.values()) or rest[end:][:2] not in _LAST:
+        raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
+    if rest[end:] not in _LAST or stream.read(1):
+        raise ServiceError("BadRequest", "Something follows the last chunk.")
+    is_signed = may_be_signed and found and found[-1][0] == "x-amz-trailer-signature"
+    return trailers.popitem()[1].encode() if is_signed else b""
 
 
 def _incomplete(message: str) -> ServiceError:
@@ -2057,13 +2030,13 @@ def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Itera
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
     """Return the length of what `aws_chunks` yields; None if a trailer is unknown."""
-    if not set(body.announced) <= set(CHECKSUMS):
+    if not CHECKSUM_LENGTHS.keys() >= set(body.announced):
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
     of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
     total = whole * of_whole + (of_rest if rest else 0) + of_last
-    total += sum(len(f"{name}:\r\n") + CHECKSUMS[name].length for name in body.announced)
+    total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
     if body.signed and body.announced:
         total += len("x-amz-trailer-signature:\r\n") + 64
     return total
@@ -2075,10 +2048,10 @@ def streamed_body(
     """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
     if not declared.startswith("STREAMING-"):
         unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
-        body = request.body if unchecked else CheckedBody(request, declared)
+        body = request.body if unchecked else CheckedBody(hashed_blocks(request, declared))
         # An empty body has no last byte to keep until its hash is known.
-        is_empty = not (request.header("content-length") or "0").strip("0")
-        is_empty = is_empty and "transfer-encoding" not in request.fields
+        has_length = (request.header("content-length") or "").strip("0")
+        is_empty = not has_length and "transfer-encoding" not in request.fields
         return io.BytesIO(body.read()) if is_empty else body
     length = request.header("x-amz-decoded-content-length") or ""
     if not _DIGITS.fullmatch(length):

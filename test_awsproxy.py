@@ -4390,7 +4390,8 @@ class CheckedBodyTest(unittest.TestCase):
         for size in SIZES:
             for declared in (sha256(content), sha256(b"other")):
                 request = Request("PUT", "/", (), io.BytesIO(content))
-                got, code = taken(awsproxy.CheckedBody(request, declared), size)
+                blocks = awsproxy.hashed_blocks(request, declared)
+                got, code = taken(awsproxy.CheckedBody(blocks), size)
                 with self.subTest(length=len(content), size=size, declared=declared):
                     if declared == sha256(content):
                         self.assertEqual((got, code), (content, None))
