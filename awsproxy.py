@@ -1971,8 +1971,7 @@ def _chunks(
             last = data
     signed_with = _read_trailers(stream, trailers, bool(signer) or not checked)
     if sorted(trailers) != sorted(announced):
-        message = "The trailers are not those that x-amz-trailer announces."
-        raise ServiceError("MalformedTrailerError", message)
+        raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
     for name, value in trailers.items():
@@ -2060,8 +2059,7 @@ def streamed_body(
     named = (request.header("x-amz-trailer") or "").lower()
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
-        message = "x-amz-trailer must name the trailers of a body that has some."
-        raise ServiceError("MalformedTrailerError", message)
+        raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
     signer = None
     if declared != STREAMING_UNSIGNED and checked:
         signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
@@ -2126,20 +2124,12 @@ def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
     """Return the headers without those dropped and the unsigned ones that Connection names."""
-    kept = []
-    named: set[str] = set()
-    for name, value in headers:
-        lower = name.lower()
-        if lower not in dropped:
-            kept.append((name, value))
-        elif lower == "connection":
-            named.update(token.strip().lower() for token in value.split(","))
-    if not named:
-        return kept
-    # Signed headers decide what the request means; Connection must not remove them.
-    named -= {name for name in named if name in _SIGNED or name.startswith(("x-amz-", "content-"))}
-    named.difference_update(signed)
-    return [(n, v) for n, v in kept if n.lower() not in named]
+    listed = ",".join([value for name, value in headers if name.lower() == "connection"])
+    if listed:
+        # Signed headers decide what the request means; Connection must not remove them.
+        named = {token.strip().lower() for token in listed.split(",")} - {*_SIGNED, *signed}
+        dropped = dropped.union(n for n in named if not n.startswith(("x-amz-", "content-")))
+    return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
 def strip_presigned(target: str) -> tuple[str, list[tuple[str, str]]]:
@@ -2261,7 +2251,6 @@ class Model(NamedTuple):
 
 
 Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
-_NO_NAMES: Names = {}
 MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
 _NO_MODEL = Model({}, {})
 
@@ -2289,37 +2278,35 @@ QUERY_VERSIONS = pairs("""
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
-_SPOKEN_BY = {
-    "json": """
-        IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
-        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
-        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
-        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
-        cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit codeconnections
-        codedeploy codepipeline codestar-connections cognito-identity cognito-idp comprehend
-        comprehendmedical compute-optimizer config cost-optimization-hub cur datapipeline datasync
-        dax devicefarm directconnect discovery dms ds dynamodb ec2-instance-connect ecr ecr-public
-        ecs elasticmapreduce events evs firehose fms forecast frauddetector freetier fsx gamelift
-        globalaccelerator glue health healthlake identitystore inspector interconnect invoicing
-        iotfleetwise iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms
-        license-manager lightsail logs lookoutequipment machinelearning
-        marketplacecommerceanalytics mediastore memorydb mgh monitoring mturk-requester
-        network-firewall odb organizations osm partnercentral partnercentral-account
-        partnercentral-benefits partnercentral-channel partnercentral-marketing
-        partnercentral-selling payment-cryptography payments pcs personalize pi pricing proton
-        redshift-data redshift-serverless rekognition route53-recovery-cluster route53domains
-        route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
-        shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf
-        tagging textract timestream timestream-influxdb transcribe transfer translate
-        verifiedpermissions voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances
-    """.split(),
-    "query": ["ec2", *QUERY_VERSIONS],
-    "rest-json": """
-        aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography personalize
-        s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    """.split(),
-    "rest-xml": "cloudfront route53 s3 s3-object-lambda s3-outposts s3express".split(),
-}
+_PROTOCOLS = f"""
+    json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss \
+        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena \
+        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports \
+        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce \
+        cloud9 cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit \
+        codeconnections codedeploy codepipeline codestar-connections cognito-identity cognito-idp \
+        comprehend comprehendmedical compute-optimizer config cost-optimization-hub cur \
+        datapipeline datasync dax devicefarm directconnect discovery dms ds dynamodb \
+        ec2-instance-connect ecr ecr-public ecs elasticmapreduce events evs firehose fms forecast \
+        frauddetector freetier fsx gamelift globalaccelerator glue health healthlake \
+        identitystore inspector interconnect invoicing iotfleetwise iotthingsgraph kendra \
+        kendra-ranking kinesis kinesisanalytics kms license-manager lightsail logs \
+        lookoutequipment machinelearning marketplacecommerceanalytics mediastore memorydb mgh \
+        monitoring mturk-requester network-firewall odb organizations osm partnercentral \
+        partnercentral-account partnercentral-benefits partnercentral-channel \
+        partnercentral-marketing partnercentral-selling payment-cryptography payments pcs \
+        personalize pi pricing proton redshift-data redshift-serverless rekognition \
+        route53-recovery-cluster route53domains route53resolver sagemaker secretsmanager \
+        servicecatalog servicediscovery servicequotas ses shield sms-voice snowball sqs ssm \
+        ssm-contacts sso states storagegateway support swf tagging textract timestream \
+        timestream-influxdb transcribe transfer translate verifiedpermissions voiceid waf \
+        waf-regional wafv2 workmail workspaces workspaces-instances
+    query ec2 {" ".join(QUERY_VERSIONS)}
+    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography \
+        personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice
+    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express
+"""
+_SPOKEN_BY = {name: services for name, *services in map(str.split, _PROTOCOLS.splitlines()[1:])}
 SPEAKS: Mapping[str, frozenset[str]] = {
     service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
     for service in itertools.chain(*_SPOKEN_BY.values())
@@ -2335,7 +2322,6 @@ _IN_JSON = ("sqs", "sts")  # whose answers in AWS Query may be JSON
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
-_OPERATION_NAME = re.compile("[A-Za-z][A-Za-z0-9]{0,127}")
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
@@ -2374,11 +2360,20 @@ def _query_values(request: Request, wanted: bytes) -> list[str]:
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     """Return the protocol that a service, the claimed one if "", reads in.  Never raises."""
-    service = service or claim(request)[1].service or _likely_service(request)
-    speaks, media_type = SPEAKS.get(service, REST_JSON), _media_type(request)
+    service, fields = service or claim(request)[1].service, request.fields
+    media_type = _media_type(request)
+    if not service:  # take a service of the protocol that the request seems to speak
+        is_form = request.method == "POST" and media_type in ("", _FORM)
+        is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
+        if is_form or is_json or "smithy-protocol" in fields or _query_values(request, b"Action"):
+            service = "sqs"
+        elif request.path.startswith(_XML_PATHS):
+            service = "route53"
+        elif media_type != "application/json" and not _JSON_PATH.match(request.path):
+            service = "s3"
+    speaks = SPEAKS.get(service, REST_JSON)
     version = "1.1" if media_type == "application/x-amz-json-1.1" else "1.0"
     if "json" in speaks:
-        fields = request.fields
         if "smithy-protocol" in fields:
             return RpcV2(fields["smithy-protocol"][0])
         if "x-amz-target" in fields:
@@ -2397,19 +2392,6 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
-
-
-def _likely_service(request: Request) -> str:
-    """Return a service of the protocol that a request without a scope seems to speak."""
-    media_type, fields = _media_type(request), request.fields
-    is_form = request.method == "POST" and media_type in ("", _FORM)
-    is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
-    if is_form or is_json or "smithy-protocol" in fields or _query_values(request, b"Action"):
-        return "sqs"
-    if request.path.startswith(_XML_PATHS):
-        return "route53"
-    of_json = media_type == "application/json" or _JSON_PATH.match(request.path)
-    return "lambda" if of_json else "s3"
 
 
 def check_one_reading(request: Request, wire: WireProtocol, service: str) -> None:
@@ -2470,7 +2452,8 @@ class WireProtocol:
 
     def service(self, request: Request) -> Optional[str]:
         """Return the service that the head names outside the credential scope, or None."""
-        return None
+        target = request.header("x-amz-target") if self.reads_target else None
+        return TARGET_SERVICES.get(target.rpartition(".")[0]) if target else None
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
@@ -2521,7 +2504,7 @@ def _invalid_action(operation: str, known: Iterable[str] = ()) -> ServiceError:
 
 @functools.lru_cache(maxsize=1024)  # it keeps valid names alone, which are short
 def _operation_name(name: str) -> str:
-    if not _OPERATION_NAME.fullmatch(name):
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9]{0,127}", name):
         raise _invalid_action(name)
     return name
 
@@ -2567,15 +2550,19 @@ class AwsJson(WireProtocol):
         self.content_type = f"application/x-amz-json-{version}"
         self.must_be_signed = must_be_signed
 
-    def service(self, request: Request) -> Optional[str]:
-        return TARGET_SERVICES.get((request.header("x-amz-target") or "").rpartition(".")[0])
-
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-        action = self._action(request, service) if "?" in request.target else None
+        action = None
+        if "?" in request.target:  # Action is the only parameter, of calls to Amazon SQS alone
+            actions = _query_values(request, b"Action")
+            others = {name for name, _ in request.query} - {b"Action", b"Version"}
+            others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
+            if len(actions) > 1 or (others if service == "sqs" else actions):
+                raise ambiguous(self, "the body is JSON, and the query string has parameters")
+            action = actions[0] if actions else None
         targets = request.fields.get("x-amz-target")
         name = action or ""
         if targets is not None:
@@ -2598,15 +2585,6 @@ class AwsJson(WireProtocol):
                 raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
 
-    def _action(self, request: Request, service: str) -> Optional[str]:
-        """Return the query parameter Action, the only one that a JSON call to SQS may have."""
-        actions = _query_values(request, b"Action")
-        others = {name for name, _ in request.query} - {b"Action", b"Version"}
-        others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
-        if len(actions) > 1 or (others if service == "sqs" else actions):
-            raise ambiguous(self, "the body is JSON, and the query string has parameters")
-        return actions[0] if actions else None
-
     def _document(self, request: Request, body: Body) -> Any:
         """Return the document in the body, None for CBOR; an empty body is an empty object."""
         text = _content(request, body)
@@ -2617,8 +2595,7 @@ class AwsJson(WireProtocol):
         try:
             return read_json(text.decode("utf-8") or "{}")
         except ValueError as error:
-            message = f"The body cannot be read as JSON: {error}."
-            raise ServiceError("SerializationException", message) from error
+            raise ServiceError("SerializationException", f"This is not JSON: {error}.") from error
 
     def input(self, call: Call) -> dict[str, Any]:
         document = call.encoded
@@ -2745,8 +2722,7 @@ def _from_base64(text: str) -> bytes:
 class AwsQuery(WireProtocol):
     """`Action` and the input are form fields in the query string or the body; answers are XML.
 
-    A GET is allowed, and so is the URL of a queue, which stands for QueueUrl (Smithy: awsQuery).
-    """
+    A GET is allowed, and so is the URL of a queue: it stands for QueueUrl (Smithy: awsQuery)."""
 
     content_type = "text/xml"
     reads_action = True
@@ -2787,8 +2763,7 @@ class AwsQuery(WireProtocol):
         fields: dict[str, str] = {}
         for name, value in pairs:
             if fields.setdefault(name, value) != value:
-                message = f"The parameter {name[:80]} has two values."
-                raise ServiceError("MalformedQueryString", message)
+                raise ServiceError("MalformedQueryString", f"{name[:80]} is given two values.")
         return fields
 
     def input(self, call: Call) -> dict[str, Any]:
@@ -2805,31 +2780,29 @@ class AwsQuery(WireProtocol):
         tree, nodes = _form_tree(fields)
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
-        call.ignored = self._ignored(members, [n for n, node in nodes.items() if "." in node])
-        return dict(_from_json(shape, given))
-
-    def _ignored(self, members: set[str], unread: Iterable[str]) -> Sequence[str]:
-        """Return the parameters that no member has; ServiceError for one that a member lacks."""
         ignored = []
-        for name in unread:
+        for name in [name for name, node in nodes.items() if "." in node]:
             first = name.partition(".")[0]
-            if first in members:
-                message = f"The parameter {name[:80]} is not understood."
-                raise ServiceError("InvalidParameterValue", message)
+            if first in members:  # which has no such part
+                raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
             if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
                 ignored.append(name)
-        return _shown_names(ignored)
+        call.ignored = _shown_names(ignored)
+        return dict(_from_json(shape, given))
 
     def reencode(self, call: Call) -> bytes:
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
         names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
-        return urllib.parse.urlencode([*kept, *_to_form(call.input, names)]).encode()
+        return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        members = {} if output is None else {f"{call.operation}Result": output}
+        members = {}
+        if output is not None:
+            result = _spelled(output, model.query_names[call.operation])
+            members[f"{call.operation}Result"] = result
         members["ResponseMetadata"] = {"RequestId": request_id}
-        names, root = model.query_names[call.operation], f"{call.operation}Response"
-        return self._reply(200, request_id, self._document(call.service, root, members, names))
+        document = self._document(call.service, f"{call.operation}Response", members)
+        return self._reply(200, request_id, document)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         if error.code == "UnknownOperation":
@@ -2851,16 +2824,15 @@ class AwsQuery(WireProtocol):
         if service == "ec2":
             del fault["Type"]
             root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members, _NO_NAMES)
+        return self._document(service, root, members)
 
-    def _document(self, service: str, root: str, members: Members, names: Names) -> bytes:
+    def _document(self, service: str, root: str, members: Members) -> bytes:
         host = "queue" if service == "sqs" else service
         scheme = "https" if service in ("iam", "sts") else "http"
         folder = "docs" if service == "elasticbeanstalk" else "doc"
         version = QUERY_VERSIONS.get(service)
         xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
-        text = f'<?xml version="1.0"?>{_xml(root, members, names, xmlns)}'
-        return text.encode("utf-8", "replace")
+        return f'<?xml version="1.0"?>{_xml(root, members, xmlns)}'.encode("utf-8", "replace")
 
 
 def _shown_names(names: Iterable[str]) -> Sequence[str]:
@@ -2875,14 +2847,13 @@ class AwsQueryJson(AwsQuery):
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
-        members = model.operations[call.operation].output
-        if output is not None and members is not None:
-            whole = {**dict.fromkeys(members), **output}
+        if output is not None:
+            members = model.operations[call.operation].output or ()
+            whole: dict[str, Any] = {name: output.get(name) for name in members}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            result = _as_pairs(whole, model.query_names[call.operation])
-            renamed = {_INTERNAL_NAMES.get(name, name): result[name] for name in members}
-            response[f"{call.operation}Result"] = renamed
+            result = _spelled(whole, model.query_names[call.operation], in_json=True)
+            response[f"{call.operation}Result"] = result
         return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
@@ -2894,14 +2865,6 @@ AWS_QUERY_TARGET = AwsQuery(reads_target=True)
 AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
-
-
-def _as_pairs(value: Any, names: Names) -> Any:
-    if isinstance(value, list):
-        return [_as_pairs(item, names) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {name: _as_pairs(item, names) for name, _, item in _spelled(value, names)}
 
 
 def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -2952,25 +2915,30 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryN
     return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
 
 
-def _spelled(members: Members, names: Names) -> Iterator[tuple[str, str, Any]]:
-    """Yield each name, its spelling and its value; a map becomes a list of pairs."""
-    for name, value in members.items():
-        spelled = names.get(name, QueryName(name))
-        if spelled.key and isinstance(value, dict):
-            value = [{spelled.key: key, spelled.value: item} for key, item in value.items()]
-        yield name, spelled.element, value
+def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
+    """Return a value with the names of AWS Query, where a map is a list of pairs."""
+    if isinstance(value, list):
+        return [_spelled(item, names, in_json) for item in value]
+    if not isinstance(value, dict):
+        return value
+    members = {}
+    for name, item in value.items():
+        element, key, of_value = names.get(name) or (name, "", "")
+        if key and isinstance(item, dict):
+            item = [{key: k, of_value: v} for k, v in item.items()]
+        shown = _INTERNAL_NAMES.get(name, name) if in_json else element
+        members[shown] = _spelled(item, names, in_json)
+    return members
 
 
-def _to_form(members: Members, names: Names, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for _, element, value in _spelled(members, names):
-        items = {element: value}
-        if isinstance(value, list):
-            items = {f"{element}.{index}": item for index, item in enumerate(value, 1)}
-        for name, item in items.items():
-            if isinstance(item, dict):
-                yield from _to_form(item, names, f"{prefix}{name}.")
-            else:
-                yield prefix + name, _plain_text(item)
+def _to_form(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the form fields of a value that `_spelled` returned."""
+    if not isinstance(value, (dict, list)):
+        yield name, _plain_text(value)
+        return
+    items: Iterable[Any] = value.items() if isinstance(value, dict) else enumerate(value, 1)
+    for key, item in items:
+        yield from _to_form(item, f"{name}.{key}" if name else key)
 
 
 def _plain_text(value: Any) -> str:
@@ -2979,19 +2947,15 @@ def _plain_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _xml(element: str, value: Any, names: Names = _NO_NAMES, attributes: str = "") -> str:
-    """Return an element with its content; lists and maps are flattened."""
+def _xml(element: str, value: Any, attributes: str = "") -> str:
+    """Return an element with its content, or one for each item of a list."""
+    if isinstance(value, list):
+        return "".join([_xml(element, item) for item in value])
     if not isinstance(value, dict):
         text = escape(_NOT_XML.sub("\ufffd", _plain_text(value)), _XML_ENTITIES)
         return f"<{element}>{text}</{element}>"
-    if not value:
-        return f"<{element}/>"
-    members = [
-        _xml(name, item, names)
-        for _, name, member in _spelled(value, names)
-        for item in (member if isinstance(member, list) else [member])
-    ]
-    return f"<{element}{attributes}>{''.join(members)}</{element}>"
+    members = "".join([_xml(name, item) for name, item in value.items()])
+    return f"<{element}{attributes}>{members}</{element}>" if value else f"<{element}/>"
 
 
 # [4.5] Actions of Amazon S3
@@ -3043,11 +3007,8 @@ S3_ACTIONS = dict(_s3_actions(_S3_TABLE))  # by level, sub-resource and method
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
 # With a versionId, these have another action: GetObject becomes GetObjectVersion.
-_S3_VERSIONED = frozenset(
-    "DeleteObject DeleteObjectAnnotation DeleteObjectTagging GetObject GetObjectAcl"
-    " GetObjectAnnotation GetObjectAttributes GetObjectTagging GetObjectTorrent PutObjectAcl"
-    " PutObjectAnnotation PutObjectTagging".split()
-)
+_OF_VERSIONS = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
+_S3_VERSIONED = {action for action in S3_ACTIONS.values() if re.fullmatch(_OF_VERSIONS, action)}
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
@@ -3056,9 +3017,8 @@ _PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 def host_name(host: str) -> str:
     """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
 
 
 def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
@@ -3068,12 +3028,9 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
     suffixes = (*own, ".amazonaws.com", ".amazonaws.com.cn")
     suffix = next((suffix for suffix in suffixes if f".{name}".endswith(suffix)), "")
     if not suffix and "." in name.rstrip(".") and not re.fullmatch("[0-9.]+", name):
-        # A wrong guess would lose an object.
-        raise ServiceError(
-            "InvalidRequest",
-            f"It is not certain whether the Host '{name[:80]}' begins with a bucket. Start the"
-            " proxy with --host-name NAME, where NAME is the proxy's own part of the Host.",
-        )
+        message = f"It is not certain whether the Host '{name[:80]}' begins with a bucket. Start"
+        message += " the proxy with --host-name NAME, where NAME is its own part of the Host."
+        raise ServiceError("InvalidRequest", message)  # a wrong guess would lose an object
     labels = name[: -len(suffix)].split(".") if suffix and len(name) > len(suffix) else []
     for index in reversed(range(len(labels))[-3:]):  # s3.dualstack.REGION
         if labels[index].startswith(("s3-accesspoint", "s3-website")) or "vpce" in labels:
@@ -3085,9 +3042,8 @@ def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
     return ".".join(labels)
 
 
-def s3_meaning(request: Request, service: str, hosts: Hosts = ()) -> Meaning:
+def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     """Return the action of a request to Amazon S3 as IAM spells it; ServiceError if in doubt."""
-    of_host = bucket_of_host(request.header("host") or "", hosts)
     # An SDK puts the account into the Host of S3 Control, where a bucket could stand.
     if re.fullmatch("([0-9]{12})?", of_host) and request.path.startswith(_S3_CONTROL):
         return rest_meaning(request)._replace(bucket=of_host)
@@ -3131,8 +3087,7 @@ def rest_meaning(request: Request) -> Meaning:
     for spelled in (plain, *others):
         inner = spelled[1:].split("/")
         if not all(inner[:-1]) or {".", ".."} & set(inner) or "%00" in spelled:
-            message = "The path has a segment that is empty, '.', '..' or has a NUL."
-            raise ServiceError("InvalidURI", message)
+            raise ServiceError("InvalidURI", "The path has an empty, '.' or '..' segment, or NUL.")
     return Meaning(request.method, path=plain, other_paths=tuple(others))
 
 
@@ -3152,13 +3107,13 @@ class Rest(WireProtocol):
         return meaning.operation + meaning.path
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
+        if service not in S3_FAMILY:
+            return rest_meaning(request)._replace(encoded=body)
+        bucket = bucket_of_host(request.header("host") or "", hosts)
         if service in ("s3", "s3express"):
-            return s3_meaning(request, service, hosts)._replace(encoded=body)
-        if service in S3_FAMILY:  # any text is an object key
-            bucket = bucket_of_host(request.header("host") or "", hosts)
-            path = canonical_path(request.path, normalize=False)
-            return Meaning(request.method, body, path, bucket=bucket)
-        return rest_meaning(request)._replace(encoded=body)
+            return s3_meaning(request, service, bucket)._replace(encoded=body)
+        path = canonical_path(request.path, normalize=False)  # any text is an object key
+        return Meaning(request.method, body, path, bucket=bucket)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
@@ -3207,18 +3162,14 @@ class RpcV2(WireProtocol):
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = {"__type": shape, "message": error.message}
-        body = _to_json(document) if self.protocol == "rpc-v2-json" else _cbor_strings(document)
-        more = (
-            ("Smithy-Protocol", self.protocol), ("x-amzn-query-error", f"{code};{_side(status)}")
-        )  # fmt: skip
-        return self._reply(status, request_id, body, *more)
-
-
-def _cbor_strings(document: Mapping[str, str]) -> bytes:
-    """Return a small map of text to text in CBOR (RFC 8949, 3.1: major types 5 and 3)."""
-    texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
-    parts = [b"\x7a" + len(text).to_bytes(4, "big") + text for text in texts]
-    return bytes([0xA0 | len(document)]) + b"".join(parts)
+        body = _to_json(document)
+        if self.protocol == "rpc-v2-cbor":  # a map of two texts (RFC 8949, 3.1: types 5 and 3)
+            texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
+            parts = [b"\x7a" + len(text).to_bytes(4, "big") + text for text in texts]
+            body = b"".join((b"\xa2", *parts))
+        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+        protocol = ("Smithy-Protocol", self.protocol)
+        return self._reply(status, request_id, body, protocol, query_error)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
