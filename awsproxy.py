@@ -2325,7 +2325,6 @@ _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?"
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
-_XML_PATHS = ("/2013-04-01/", "/2020-05-31/")  # of Amazon Route 53 and Amazon CloudFront
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
@@ -2367,7 +2366,7 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
         is_json = "x-amz-target" in fields or media_type.startswith("application/x-amz-json-")
         if is_form or is_json or "smithy-protocol" in fields or _query_values(request, b"Action"):
             service = "sqs"
-        elif request.path.startswith(_XML_PATHS):
+        elif request.path.startswith(("/2013-04-01/", "/2020-05-31/")):  # Route 53 and CloudFront
             service = "route53"
         elif media_type != "application/json" and not _JSON_PATH.match(request.path):
             service = "s3"
@@ -2595,7 +2594,7 @@ class AwsJson(WireProtocol):
         try:
             return read_json(text.decode("utf-8") or "{}")
         except ValueError as error:
-            raise ServiceError("SerializationException", f"This is not JSON: {error}.") from error
+            raise ServiceError("SerializationException", f"Body is not JSON: {error}.") from error
 
     def input(self, call: Call) -> dict[str, Any]:
         document = call.encoded
@@ -2796,10 +2795,8 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        members = {}
-        if output is not None:
-            result = _spelled(output, model.query_names[call.operation])
-            members[f"{call.operation}Result"] = result
+        names = model.query_names[call.operation]
+        members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
         return self._reply(200, request_id, document)
