@@ -1914,8 +1914,7 @@ CHECKSUM_LENGTHS = {  # in base64
 }  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 # minio-go ends a trailer with LF CR LF.
-_TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~]*)(?:\r\n|\n(?:\r\n)?)")
-_TRAILERS = re.compile(rb"(?:%b)*" % _TRAILER.pattern)
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*")
 _LAST = (b"\r\n", b"")  # some clients leave the very last line out
 
 
@@ -1990,8 +1989,8 @@ def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool
     rest = stream.read(65536)
     match = _TRAILERS.match(rest)
     end = match.end() if match else 0
-    lines = _TRAILER.findall(rest, 0, end)
-    found = [(n.decode("ascii").lower(), v.strip(b" \t").decode("ascii")) for n, v in lines]
+    lines = [line.partition(":") for line in rest[:end].decode("ascii").splitlines() if line]
+    found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
     trailers.update(found)
     if len(trailers) < len(found) or not all(trailers.values()) or rest[end:][:2] not in _LAST:
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
