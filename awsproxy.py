@@ -838,10 +838,9 @@ def parse_authorization(request: Request) -> Authorization:
         raise _version_2(request)
     kind = request.header("content-type") or ""
     is_form_post = request.method == "POST" and kind.startswith("multipart/form-data")
-    error = refusal("form post" if is_form_post else "unsigned", request)
-    if (request.header("user-agent") or "").startswith("curl/"):
-        error.message += " (curl signs if --user KEY:SECRET stands next to --aws-sigv4)"
-    raise error
+    by_curl = (request.header("user-agent") or "").startswith("curl/")
+    hint = " (curl signs if --user KEY:SECRET stands next to --aws-sigv4)" if by_curl else ""
+    raise refusal("form post" if is_form_post else "unsigned", request, hint)
 
 
 def _version_2(request: Request) -> ServiceError:
@@ -1321,7 +1320,7 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 # Reason, [code, code of Amazon S3's family]: message | message of that family if it differs, AWS's
 # own where known, since people search for it.  The default code is SignatureDoesNotMatch.
 _REFUSALS = """
-    unsigned [MissingAuthenticationToken AccessDenied]: Request is missing Authentication Token
+    unsigned [MissingAuthenticationToken AccessDenied]: Request is missing Authentication Token{}
     form post [MissingAuthenticationToken AccessDenied]: This is a browser's form POST, signed in \
         its form fields, which awsproxy does not verify. Upload with a presigned PUT (boto3: \
         generate_presigned_url) instead.
@@ -8100,7 +8099,7 @@ class Proxy:
             may_pass = route.names_exactly(call.action) and passes_unsigned(call.action)
         if not may_pass:
             exchange.call = None
-            raise refusal("unsigned", request)
+            raise refusal("unsigned", request, "")
         call.unsigned = True
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
