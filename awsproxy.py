@@ -68,7 +68,6 @@ import argparse
 import base64
 import bisect
 import collections
-import collections.abc
 import configparser
 import contextlib
 import copy
@@ -105,7 +104,6 @@ import selectors
 import shlex
 import signal
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -119,7 +117,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
@@ -1638,7 +1636,6 @@ def _texts(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
 ) -> Mapping[str, str]:
     """Return what the <...> of MISTAKES stand for."""
-    quote = urllib.parse.quote
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
@@ -8226,8 +8223,8 @@ def fault_of_reply(reply: Reply) -> str:
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
             return f"a Reply with the header {(name, value)!r:.80}"
-    other = isinstance(body, (str, bytearray, memoryview, collections.abc.Mapping))
-    if other or not isinstance(body, (bytes, collections.abc.Iterable)):
+    other = isinstance(body, (str, bytearray, memoryview, Mapping))
+    if other or not isinstance(body, (bytes, Iterable)):
         return f"a Reply with a body of type {type(body).__name__}"
     return ""
 
@@ -8521,7 +8518,7 @@ class PeerConnection:
             self.socket.close()
             return False
         finally:
-            if isinstance(reply.body, collections.abc.Generator):
+            if isinstance(reply.body, Generator):
                 reply.body.close()
         return not close
 
@@ -8597,7 +8594,7 @@ class Server(http.server.HTTPServer):
         """Bind without a look-up of the host's name."""
         if self._reuse_port:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        socketserver.TCPServer.server_bind(self)
+        super(http.server.HTTPServer, self).server_bind()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `shutdown`."""
