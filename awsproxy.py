@@ -1642,7 +1642,11 @@ def _texts(
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
-    hashed = hashlib.sha256(body).hexdigest()
+
+    def sha256(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    hashed = sha256(body)
     date, scope = claimed.amz_date, claimed.scope
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
@@ -1676,26 +1680,23 @@ def _texts(
         "names in case": ";".join(n for n, _ in by_name),
         "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
         "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
-        "body stripped": hashlib.sha256(body.rstrip(b"\r\n")).hexdigest(),
-        "body and newline": hashlib.sha256(body + b"\n").hexdigest(),
-        "body with LF": hashlib.sha256(body.replace(b"\r\n", b"\n")).hexdigest(),
-        "body with CR LF": hashlib.sha256(re.sub(rb"\r?\n", b"\r\n", body)).hexdigest(),
-        "body as string": hashlib.sha256(json.dumps(body.decode("latin-1")).encode()).hexdigest(),
-        "hash of hash": hashlib.sha256(hashed.encode()).hexdigest(),
+        "body stripped": sha256(body.rstrip(b"\r\n")), "body and newline": sha256(body + b"\n"),
+        "body with LF": sha256(body.replace(b"\r\n", b"\n")),
+        "body with CR LF": sha256(re.sub(rb"\r?\n", b"\r\n", body)),
+        "body as string": sha256(json.dumps(body.decode("latin-1")).encode()),
+        "hash of hash": sha256(hashed.encode()),
         "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
     }  # fmt: skip
     with contextlib.suppress(ServiceError):  # the path leads above its root
         texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         document = json.loads(body)
-        compact, ordered = {"separators": (",", ":")}, {"sort_keys": True}
-        forms: Mapping[str, Mapping[str, Any]] = {
-            "compact": compact, "spaced": {}, "indented": {"indent": 2}, "sorted": ordered,
-            "sorted, compact": {**compact, **ordered},
-        }  # fmt: skip
-        for name, form in forms.items():
-            made = json.dumps(document, **form).encode()
-            texts[f"JSON {name}"] = hashlib.sha256(made).hexdigest()
+        tight: dict[str, Any] = {"separators": (",", ":")}
+        for name, form in {
+            "compact": tight, "spaced": {}, "indented": {"indent": 2},
+            "sorted": {"sort_keys": True}, "sorted, compact": {**tight, "sort_keys": True},
+        }.items():  # fmt: skip
+            texts[f"JSON {name}"] = sha256(json.dumps(document, **form).encode())
     return texts
 
 
@@ -1738,37 +1739,25 @@ def _families(claimed: Authorization) -> Iterator[Mistake]:
             yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
 
 
-def find_cause(
-    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> tuple[str, Optional[Proof]]:
-    """Return what the signer did wrong, and its steps; "" for a request that is too long."""
-    if sum(map(len, parts)) > MAX_SEARCHED:
-        return "", None
-    sent, body = len(body), body if len(body) <= MAX_SEARCHED else b""
-    text, scope = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@", str(claimed.scope)
-    base = (*parts, text, f"AWS4{secret}", scope, "\n")
-    signer, found = BrokenSigner(claimed.signature), dict[Draft, Mistake]()
-    for mistake in _mistakes(_texts(request, claimed, secret, parts, body)):
+def _drafts(
+    base: Draft, singles: Iterable[Mistake], families: Iterable[Mistake]
+) -> Iterator[tuple[Draft, str]]:
+    """Yield what broken signers compute: with one mistake, then with two; and the mistakes."""
+    found: dict[Draft, Mistake] = {}
+    for mistake in singles:
         draft = _with(base, mistake)
-        if draft != base and found.setdefault(draft, mistake) is mistake and signer.gives(draft):
-            return f"Your signer {mistake[3]}.", signer.proof(draft)
-    for mistake in _families(claimed):
-        draft = _with(base, mistake)
-        if signer.gives(draft):
-            return f"Your signer {mistake[3]}.", signer.proof(draft)
+        if draft != base and found.setdefault(draft, mistake) is mistake:
+            yield draft, mistake[3]
+    for mistake in families:
+        yield _with(base, mistake), mistake[3]
     pairs = itertools.combinations(found.items(), 2)
     for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
-        at = second[0]
-        drafts = [(*one[:at], other[at], *one[at + 1 :])]
+        at, words = second[0], f"{first[3]}, and it {second[3]}"
         if first[0] == at:  # their order counts
-            drafts = [_with(one, second), _with(other, first)]
-        for draft in filter(signer.gives, drafts):
-            return f"Your signer {first[3]}, and it {second[3]}.", signer.proof(draft)
-    return (
-        "No usual mistake of a signer gives this signature: the secret is probably another one."
-        " Check for another profile, another key's secret, and blanks in the secret."
-        f" Compare the body, too: {sent} bytes arrived."
-    ), None
+            yield _with(one, second), words
+            yield _with(other, first), words
+        else:
+            yield (*one[:at], other[at], *one[at + 1 :]), words
 
 
 def _with(draft: Draft, mistake: Mistake) -> Draft:
@@ -1776,41 +1765,55 @@ def _with(draft: Draft, mistake: Mistake) -> Draft:
     return (*draft[:at], re.sub(pattern, written, draft[at]), *draft[at + 1 :])
 
 
+def find_cause(
+    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
+) -> tuple[str, Optional[Proof]]:
+    """Return what the signer did wrong, and its steps; "" for a request that is too long."""
+    if sum(map(len, parts)) > MAX_SEARCHED:
+        return "", None
+    sent, body = len(body), body if len(body) <= MAX_SEARCHED else b""
+    text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
+    base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
+    singles = _mistakes(_texts(request, claimed, secret, parts, body))
+    signer = BrokenSigner(claimed.signature)
+    for draft, words in _drafts(base, singles, _families(claimed)):
+        if signer.gives(draft):
+            proof = Proof(draft[:6], signer.string_to_sign(draft), claimed.signature)
+            return f"Your signer {words}.", proof
+    return (
+        "No usual mistake of a signer gives this signature: the secret is probably another one."
+        " Check for another profile, another key's secret, and blanks in the secret."
+        f" Compare the body, too: {sent} bytes arrived."
+    ), None
+
+
 class BrokenSigner:
     """Signs drafts, to find the one that has a signature."""
 
     def __init__(self, wanted: str) -> None:
         self._wanted = bytes.fromhex(wanted)
-        self._keys: dict[Draft, bytes] = {}
-        self._hashes: dict[Draft, str] = {}
+        self._key = functools.lru_cache(maxsize=None)(_broken_key)
+        self._hash = functools.lru_cache(maxsize=None)(_broken_hash)
 
     def gives(self, draft: Draft) -> bool:
         """Return whether the signature of a draft is the wanted one."""
-        source, text = draft[7:9], self._text(draft)
-        key = self._keys.get(source)
-        if key is None:
-            key = self._keys[source] = _broken_key(*source)
-        by, of = (
-            (text, key) if source[1].startswith(("all swapped:", "last swapped:")) else (key, text)
-        )
+        key, text = self._key(*draft[7:9]), self.string_to_sign(draft)
+        is_swapped = draft[8].startswith(("all swapped:", "last swapped:"))
+        by, of = (text, key) if is_swapped else (key, text)
         return hmac.digest(by, of, "sha256") == self._wanted
 
-    def _text(self, draft: Draft) -> bytes:
-        lines, text = (*draft[:6], draft[9]), draft[6]
-        digest = self._hashes.get(lines)
-        if digest is None:
-            canonical = "\n".join(draft[:6])
-            if draft[9] != "\n":
-                canonical = canonical.replace("\n", draft[9])
-            digest = hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
-            self._hashes[lines] = digest
+    def string_to_sign(self, draft: Draft) -> bytes:
+        """Return the text of a draft with its hash."""
+        digest, text = self._hash(*draft[:6], draft[9]), draft[6]
         if "@@" in text or "#" in text:
             text = text.replace("@@", digest.upper()).replace("#", "\n".join(draft[:6]))
         return text.replace("@", digest).encode("latin-1", "replace")
 
-    def proof(self, draft: Draft) -> Proof:
-        """Return the steps of a draft that gives the signature."""
-        return Proof(draft[:6], self._text(draft), self._wanted.hex())
+
+def _broken_hash(*lines: str) -> str:
+    *parts, joint = lines
+    canonical = "\n".join(parts).replace("\n", joint)
+    return hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
 
 
 def _broken_key(secret: str, scope: str) -> bytes:
