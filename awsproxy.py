@@ -3202,6 +3202,7 @@ _SQS_REFUSALS = """
     name: Can only include alphanumeric characters, hyphens, or underscores. 1 to 80 in length
     fifo name: The name of a FIFO queue can only include alphanumeric characters, hyphens, or \
         underscores, must end with .fifo suffix and be 1 to 80 in length
+    no name: Value for parameter QueueName is invalid. Reason: Must be specified.
     exists [QueueNameExists]: A queue already exists with the same name and a different value for \
         attribute {}
     deleted recently [QueueDeletedRecently]: You must wait 60 seconds after deleting a queue \
@@ -3283,11 +3284,6 @@ class Message:
     first_received: float = 0.0
     last_received: float = 0.0
     hidden_until: float = 0.0  # 0 while it is visible
-
-    @property
-    def group(self) -> str:
-        """Return the message group id, or ""."""
-        return self.system.get("MessageGroupId", "")
 
 
 class Queue:
@@ -3397,8 +3393,7 @@ class Queue:
     def next_change(self, deadline: float) -> float:
         """Return when a message may come back or expire, which may free its group."""
         back = [until for until, _, _ in self._hidden[:1]]
-        retained = self.number("MessageRetentionPeriod")
-        ends = [it.sent + retained for it in itertools.islice(self.messages.values(), 1)]
+        ends = [sent + self.number("MessageRetentionPeriod") for sent, _ in self._by_age[:1]]
         return min([deadline, *back, *ends])
 
     def pick(self, limit: int) -> list[Message]:
@@ -3469,19 +3464,20 @@ class FifoQueue(Queue):
 
     def _turn(self, message: Message) -> None:
         """Update the group, and add it to `_ready` only if its first message is visible."""
-        group = self._groups[message.group]
+        name = message.system["MessageGroupId"]
+        group = self._groups[name]
         if message.message_id in self.messages:
             group[message.message_id] = message  # keeps its place
         else:
             del group[message.message_id]
         first = next(iter(group.values()), None)
         if first and not first.hidden_until:
-            self._ready[message.group] = first
+            self._ready[name] = first
             self.changed.notify()
         else:
-            self._ready.pop(message.group, None)
+            self._ready.pop(name, None)
         if not group:
-            del self._groups[message.group]
+            del self._groups[name]
 
 
 @dataclass(eq=False)
@@ -3489,17 +3485,11 @@ class MoveTask:
     """A task that moves messages out of a dead-letter queue ("StartMessageMoveTask")."""
 
     given: Members  # the input that started it
-    task_id: str
+    handle: str  # names it while it runs
     to_move: int
     started: float
     moved: int = 0
     status: str = "RUNNING"
-
-    @property
-    def handle(self) -> str:
-        """Return the name of the task while it runs."""
-        task = {"taskId": self.task_id, "sourceArn": self.given["SourceArn"]}
-        return _base64_text(_to_json(task))
 
     def next_move(self) -> float:
         """Return when the next message is due; without a rate, each second has a burst."""
@@ -3509,10 +3499,8 @@ class MoveTask:
 
     def output(self) -> Mapping[str, Any]:
         """Return the task as an element of the output of ListMessageMoveTasks."""
-        only = {
-            "RUNNING": {"TaskHandle": self.handle},
-            "FAILED": {"FailureReason": ERRORS["QueueDoesNotExist"].code},
-        }
+        failure = {"FailureReason": ERRORS["QueueDoesNotExist"].code}
+        only = {"RUNNING": {"TaskHandle": self.handle}, "FAILED": failure}
         return {
             **self.given, **only.get(self.status, {}), "Status": self.status,
             "ApproximateNumberOfMessagesMoved": self.moved,
@@ -3536,8 +3524,9 @@ def _whole(low: int, high: int, text: str) -> str:
     return str(int(text))
 
 
-def _one_of(allowed: Sequence[str], text: str) -> str:
-    return {value.lower(): value for value in allowed}[text.lower()]
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    normal = {value.lower(): value for value in allowed}
+    return lambda text: normal[text.lower()]
 
 
 def _policy(text: str) -> str:
@@ -3553,24 +3542,23 @@ def _policy(text: str) -> str:
 
 
 def _redrive_policy(text: str) -> str:
+    reason = "Redrive policy is not valid JSON."
     try:
         policy = json.loads(_policy(text))
         target, count = str(policy["deadLetterTargetArn"]), str(policy["maxReceiveCount"])
-    except (ValueError, KeyError) as error:
-        reason = "Redrive policy is not valid JSON."
-        raise sqs_refusal("value", text, "RedrivePolicy", reason) from error
-    if not _NUMBER.fullmatch(count) or not 1 <= int(count) <= 1000:
         reason = f"Invalid value for maxReceiveCount: {count}, valid values are from 1 to 1000"
-        raise sqs_refusal("value", text, "RedrivePolicy", f"{reason} both inclusive.")
-    return _to_json({"deadLetterTargetArn": target, "maxReceiveCount": int(count)}).decode()
+        reason += " both inclusive."
+        normal = {"deadLetterTargetArn": target, "maxReceiveCount": int(_whole(1, 1000, count))}
+    except (ValueError, KeyError) as error:
+        raise sqs_refusal("value", text, "RedrivePolicy", reason) from error
+    return _to_json(normal).decode()
 
 
 def _redrive_allow_policy(text: str) -> str:
-    try:
+    policy: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
         policy = json.loads(_policy(text))
-        permission, sources = policy["redrivePermission"], policy.get("sourceQueueArns", [])
-    except (ValueError, KeyError):
-        permission, sources = "", []
+    permission, sources = policy.get("redrivePermission"), policy.get("sourceQueueArns", [])
     if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
         raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
     if (permission == "byQueue") != bool(sources) or len(sources) > 10:
@@ -3579,31 +3567,22 @@ def _redrive_allow_policy(text: str) -> str:
     return text
 
 
-def _reuse_period(text: str) -> str:
-    normal = _whole(60, 86400, text)
-    return "" if normal == "300" else normal  # the default is not shown
-
-
-_BOOLEAN = functools.partial(_one_of, ("true", "false"))
-_SCOPE = functools.partial(_one_of, ("queue", "messageGroup"))
-_LIMIT = functools.partial(_one_of, ("perQueue", "perMessageGroupId"))
-
 SETTINGS: Mapping[str, Setting] = {
     "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
     "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
     "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
     "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
     "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
-    "SqsManagedSseEnabled": Setting("true", _BOOLEAN),
+    "SqsManagedSseEnabled": Setting("true", _one_of("true", "false")),
     "KmsMasterKeyId": Setting("", str),
-    "KmsDataKeyReusePeriodSeconds": Setting("", _reuse_period),
+    "KmsDataKeyReusePeriodSeconds": Setting("", functools.partial(_whole, 60, 86400)),
     "Policy": Setting("", _policy),
     "RedrivePolicy": Setting("", _redrive_policy),
     "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
-    "FifoQueue": Setting("true", _BOOLEAN, fifo=True),
-    "ContentBasedDeduplication": Setting("false", _BOOLEAN, fifo=True),
-    "DeduplicationScope": Setting("queue", _SCOPE, fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _LIMIT, fifo=True),
+    "FifoQueue": Setting("true", _one_of("true", "false"), fifo=True),
+    "ContentBasedDeduplication": Setting("false", _one_of("true", "false"), fifo=True),
+    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
+    "FifoThroughputLimit": Setting("perQueue", _one_of("perQueue", "perMessageGroupId"), True),
 }
 
 
@@ -3616,10 +3595,11 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
             known = name in ("DeduplicationScope", "FifoThroughputLimit")
             raise sqs_refusal("fifo only" if known else "attribute name", name)
         try:
-            unset = not text and not setting.default
-            settings[name] = "" if unset else setting.normal(text)
+            settings[name] = setting.normal(text) if text or setting.default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
+    if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
+        settings["KmsDataKeyReusePeriodSeconds"] = ""  # the default is not shown
     refuse_if(settings.get("FifoQueue") == "false", "queue type")
     key = {**current, **settings}.get("KmsMasterKeyId")
     refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
@@ -3631,9 +3611,12 @@ _QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]
 _LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
 _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
-_DATA_TYPE = re.compile(r"(String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
+_DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_BETWEEN = "Must be between {} and {}, if provided."
+_RANGES = {  # how AWS spells the range of a number, if not in its usual way
+    "DelaySeconds": "DelaySeconds must be >= {} and <= {}.",
+    "WaitTimeSeconds": "Must be >= {} and <= {}, if provided.",
+}
 _UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
 _BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
@@ -3657,21 +3640,18 @@ def _md5(text: str) -> str:
 def _check_attributes(attributes: Attributes) -> None:
     refuse_if(len(attributes) > MAX_ATTRIBUTES, "attributes", len(attributes))
     for name, attribute in attributes.items():
-        if attribute.get("StringListValues") or attribute.get("BinaryListValues"):
-            raise sqs_refusal("list values", name)
-        kind = _DATA_TYPE.fullmatch(attribute.get("DataType", ""))
-        if not _ATTRIBUTE_NAME.fullmatch(name):
-            raise sqs_refusal("attribute", name[:256], "have a name that is allowed")
-        if not kind:
-            reason = "have a type that begins with String, Number or Binary"
-            raise sqs_refusal("attribute", name, reason)
-        value = attribute.get("BinaryValue" if kind[1] == "Binary" else "StringValue")
-        if not value or len({"StringValue", "BinaryValue"} & set(attribute)) > 1:
-            reason = f"contain a non-empty value of type '{kind[1]}'"
-            raise sqs_refusal("attribute", name, reason)
+        lists = attribute.get("StringListValues") or attribute.get("BinaryListValues")
+        refuse_if(lists, "list values", name)
+        allowed, data_type = _ATTRIBUTE_NAME.fullmatch(name), attribute.get("DataType", "")
+        refuse_if(not allowed, "attribute", name[:256], "have a name that is allowed")
+        known, kind = _DATA_TYPE.fullmatch(data_type), data_type.partition(".")[0]
+        refuse_if(not known, "attribute", name, "begin its type with String, Number or Binary")
+        value: Any = attribute.get("BinaryValue" if kind == "Binary" else "StringValue")
+        no_value = not value or {"StringValue", "BinaryValue"} <= attribute.keys()
+        refuse_if(no_value, "attribute", name, f"contain a non-empty value of type '{kind}'")
         if isinstance(value, str) and _NOT_XML.search(value):
             raise sqs_refusal("attribute", name, "contain valid characters alone")
-        refuse_if(kind[1] == "Number" and not _DECIMAL.fullmatch(value), "number", name)
+        refuse_if(kind == "Number" and not _DECIMAL.fullmatch(value), "number", name)
 
 
 def _size(entry: Members) -> int:
@@ -3682,8 +3662,10 @@ def _size(entry: Members) -> int:
     return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
 
 
-def _in_range(value: int, low: int, high: int, parameter: str, reason: str = _BETWEEN) -> int:
+def _in_range(given: Members, parameter: str, default: int, low: int, high: int) -> int:
+    value: int = given.get(parameter, default)
     if not low <= value <= high:
+        reason = _RANGES.get(parameter, "Must be between {} and {}, if provided.")
         raise sqs_refusal("value", value, parameter, reason.format(low, high))
     return value
 
@@ -3701,15 +3683,14 @@ def _check_fifo(call: Call, queue: Queue, entry: Members) -> None:
     _check_id(entry, "MessageDeduplicationId")
     given = entry.get("MessageDeduplicationId")
     if not queue.fifo:
-        if given is not None:
-            reason = "The request includes a parameter that is not valid for this queue type."
-            raise sqs_refusal("value", given, "MessageDeduplicationId", reason)
+        reason = "The request includes a parameter that is not valid for this queue type."
+        refuse_if(given is not None, "value", given, "MessageDeduplicationId", reason)
         return
     if "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
         raise missing if entry is call.input else sqs_refusal("invalid", missing.message)
-    if given is None and queue.settings["ContentBasedDeduplication"] != "true":
-        raise sqs_refusal("deduplication")
+    by_content = queue.settings["ContentBasedDeduplication"] == "true"
+    refuse_if(given is None and not by_content, "deduplication")
 
 
 def steady_time() -> float:
@@ -3728,6 +3709,40 @@ def _arn(call: Call, account: str, name: str = "") -> str:
 
 
 # [5.4] The operations
+def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sqs, Call], Output]:
+    """Make a method that acts on the input of a call, or on each entry of a batch.
+
+    A wrong batch fails as a whole; a failed entry does not affect the others."""
+
+    @functools.wraps(act)
+    def method(sqs: Sqs, call: Call) -> Output:
+        queue = sqs._queue(call)
+        if not call.operation.endswith("Batch"):
+            return act(sqs, call, queue, call.input)
+        entries, output = call.input["Entries"], collections.defaultdict(list)
+        refuse_if(not entries, "no entries", call.operation)
+        refuse_if(len(entries) > MAX_BATCH, "entries", MAX_BATCH, len(entries))
+        ids = [entry["Id"] for entry in entries]
+        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
+        for index, repeated in enumerate(ids):
+            refuse_if(repeated in ids[:index], "entry ids", repeated)
+        if call.operation == "SendMessageBatch":
+            size = sum(map(_size, entries))
+            refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
+            for entry in entries:
+                _check_fifo(call, queue, entry)
+        for entry in entries:
+            try:
+                result = act(sqs, call, queue, entry) or {}
+                output["Successful"].append({"Id": entry["Id"], **result})
+            except ServiceError as error:
+                fault = {"SenderFault": True, "Code": error.fault.code, "Message": error.message}
+                output["Failed"].append({"Id": entry["Id"], **fault})
+        return output
+
+    return method
+
+
 class Sqs:
     """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
 
@@ -3744,7 +3759,7 @@ class Sqs:
         self._new_id = new_id
         self._secret = secret or os.urandom(32)  # authenticates receipt handles
         self._wait = wait
-        self._cooldown = cooldown
+        self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self._lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
@@ -3771,21 +3786,20 @@ class Sqs:
 
     def overview(self, limit: int = 10000) -> Sequence[Members]:
         """Return the first queues with their counts, attributes and tags."""
+        described = []
         with self._lock:
-            arns = heapq.nsmallest(limit, self._queues)
-            return [self._described(self._queues[arn]) for arn in arns]
-
-    def _described(self, queue: Queue) -> Members:
-        now = self._clock()
-        queue.advance(now)
-        oldest = next(iter(queue.messages.values()), None)
-        region, account, name = queue.arn.split(":")[3:]
-        return {
-            "name": name, "region": region, "account": account, "visible": queue.visible,
-            "in_flight": queue.in_flight, "delayed": queue.delayed,
-            "oldest_seconds": max(0.0, now - oldest.sent) if oldest else 0.0,
-            "attributes": queue.settings, "tags": queue.tags
-        }  # fmt: skip
+            for arn in heapq.nsmallest(limit, self._queues):
+                now, queue = self._clock(), self._queues[arn]
+                queue.advance(now)
+                sent = next((it.sent for it in queue.messages.values()), now)
+                region, account, name = arn.split(":")[3:]
+                described.append({
+                    "name": name, "region": region, "account": account, "visible": queue.visible,
+                    "in_flight": queue.in_flight, "delayed": queue.delayed,
+                    "oldest_seconds": max(0.0, now - sent),
+                    "attributes": queue.settings, "tags": queue.tags
+                })  # fmt: skip
+        return described
 
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
@@ -3808,10 +3822,8 @@ class Sqs:
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
         queue = self._queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
-            error, own = (
-                sqs_refusal(*refusal),
-                f":{call.caller.account_id}:{arn.rpartition(':')[2]}",
-            )
+            error = sqs_refusal(*refusal)
+            own = f":{call.caller.account_id}:{arn.rpartition(':')[2]}"
             places = [it.split(":")[3] for it in self._queues if it.endswith(own)]
             if places and refusal == ("no queue",):
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
@@ -3831,8 +3843,7 @@ class Sqs:
             for attribute, value in settings.items():
                 refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
             return {"QueueUrl": call.base_url + queue.url_path}
-        if self._cooldown and now < self._deleted.get(arn, -math.inf) + SECONDS_COOLING:
-            raise sqs_refusal("deleted recently")
+        refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
         defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
         queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
@@ -3847,29 +3858,28 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
+        policy = target.policy("RedriveAllowPolicy") if target else {}
+        everybody = policy.get("redrivePermission", "allowAll") == "allowAll"
         if target is None or target.place != queue.place:
-            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
-        if target.fifo != queue.fifo:
+            reason = "Dead letter target does not exist."
+        elif target.fifo != queue.fifo:
             reason = "Dead-letter queue must be same type of queue as the source."
-            raise sqs_refusal("value", text, "RedrivePolicy", reason)
-        policy = target.policy("RedriveAllowPolicy")
-        allowed = policy.get("redrivePermission", "allowAll")
-        if allowed != "allowAll" and queue.arn not in policy.get("sourceQueueArns", []):
+        elif not everybody and queue.arn not in policy.get("sourceQueueArns", []):
             reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-            raise sqs_refusal("value", text, "RedrivePolicy", reason)
+        else:
+            return
+        raise sqs_refusal("value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
-        if not name:
-            message = "Value for parameter QueueName is invalid. Reason: Must be specified."
-            raise sqs_refusal("invalid", message)
+        refuse_if(not name, "no name")
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         queue = self._found(call, _arn(call, owner, name), "no queue")
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
-        most = _in_range(call.input.get("MaxResults", 1000), 1, 1000, "MaxResults")
+        most = _in_range(call.input, "MaxResults", 1000, 1, 1000)
         token, prefix = call.input.get("NextToken"), _arn(call, call.caller.account_id)
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
@@ -3919,18 +3929,16 @@ class Sqs:
 
     def purge_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
-        refuse_if(self._cooldown and now < queue.purged + SECONDS_COOLING, "purge", queue.name)
+        refuse_if(now < queue.purged + self._cooldown, "purge", queue.name)
         queue.purged = now
         queue.clear()
 
     def delete_queue(self, call: Call) -> None:
-        queue = self._queue(call)
+        queue, now = self._queue(call), self._clock()
         del self._queues[queue.arn]
         self._running.pop(queue.arn, None)
-        if self._cooldown:
-            now = self._clock()
-            recent = {k: at for k, at in self._deleted.items() if at > now - SECONDS_COOLING}
-            self._deleted = {**recent, queue.arn: now}
+        recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
+        self._deleted = {**recent, queue.arn: now}
         queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
@@ -3957,9 +3965,9 @@ class Sqs:
             if action != "*" and action not in OPERATIONS:
                 reason = "Please refer to the appropriate WSDL for a list of valid actions."
                 raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
-        policy, statements = self._policy(queue)
-        if any(statement.get("Sid") == label for statement in statements):
-            raise sqs_refusal("value", label, "Label", "Already exists.")
+        listed = self._statements(queue)
+        sids = [statement.get("Sid") for statement in listed]
+        refuse_if(label in sids, "value", label, "Label", "Already exists.")
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
         spelled = [f"SQS:{action}" for action in actions]
         statement = {
@@ -3968,118 +3976,72 @@ class Sqs:
             "Action": spelled if len(spelled) > 1 else spelled[0], "Resource": queue.arn
         }  # fmt: skip
         empty = {"Version": "2008-10-17", "Id": f"{queue.arn}/SQSDefaultPolicy"}
-        changed = _to_json({**empty, **policy, "Statement": [*statements, statement]})
-        queue.change({"Policy": changed.decode()}, self._clock())
+        policy = {**empty, **queue.policy("Policy"), "Statement": [*listed, statement]}
+        queue.change({"Policy": _to_json(policy).decode()}, self._clock())
 
     def remove_permission(self, call: Call) -> None:
         queue, label = self._queue(call), call.input["Label"]
-        policy, statements = self._policy(queue)
-        left = [statement for statement in statements if statement.get("Sid") != label]
-        refuse_if(len(left) == len(statements), "value", label[:80], "Label", "can't find label.")
-        changed = _to_json({**policy, "Statement": left}).decode() if left else ""
-        queue.change({"Policy": changed}, self._clock())
+        listed = self._statements(queue)
+        left = [statement for statement in listed if statement.get("Sid") != label]
+        refuse_if(len(left) == len(listed), "value", label[:80], "Label", "can't find label.")
+        policy = {**queue.policy("Policy"), "Statement": left}
+        queue.change({"Policy": _to_json(policy).decode() if left else ""}, self._clock())
 
-    def _policy(self, queue: Queue) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the policy of a queue and its statements."""
-        policy = queue.policy("Policy")
-        found = policy.get("Statement", [])
-        listed = found if isinstance(found, list) else [found]
-        return policy, [item for item in listed if type(item) is dict]
+    def _statements(self, queue: Queue) -> list[dict[str, Any]]:
+        """Return the statements of the policy of a queue."""
+        found = queue.policy("Policy").get("Statement", [])
+        return [it for it in (found if isinstance(found, list) else [found]) if type(it) is dict]
 
-    def send_message(self, call: Call) -> Mapping[str, Any]:
-        queue = self._queue(call)
-        _check_fifo(call, queue, call.input)
-        return self._send(call, queue, call.input)
-
-    def send_message_batch(self, call: Call) -> Mapping[str, Any]:
-        queue, entries = self._queue(call), self._entries(call)
-        size = sum(map(_size, entries))
-        refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
-        for entry in entries:
-            _check_fifo(call, queue, entry)
-        return self._each(call, functools.partial(self._send, call))
-
-    def _send(self, call: Call, queue: Queue, entry: Members) -> Members:
+    @_on_each
+    def send_message(self, call: Call, queue: Queue, entry: Members) -> Members:
         body, attributes = entry["MessageBody"], entry.get("MessageAttributes", {})
         system = entry.get("MessageSystemAttributes", {})
+        if entry is call.input:  # a batch has checked all its entries
+            _check_fifo(call, queue, entry)
         refuse_if(not body, "missing", "MessageBody")
         refuse_if(_NOT_XML.search(body), "characters")
         most = queue.number("MaximumMessageSize")
-        if _size(entry) > most:
-            reason = "are invalid" if entry is call.input else "cannot be validated"
-            raise sqs_refusal("too long", reason, most)
+        reason = "are invalid" if entry is call.input else "cannot be validated"
+        refuse_if(_size(entry) > most, "too long", reason, most)
         _check_attributes(attributes)
         for name, attribute in system.items():
             if name != "AWSTraceHeader" or attribute.get("DataType") != "String":
                 raise sqs_refusal("system", name[:80])
         _check_attributes(system)
-        delay, now = self._delay(queue, entry), self._clock()
+        delay, now = _in_range(entry, "DelaySeconds", 0, 0, 900), self._clock()
+        reason = "The request include parameter that is not valid for this queue type."
+        refuse_if(queue.fifo and delay, "value", delay, "DelaySeconds", reason)
+        if queue.fifo or "DelaySeconds" not in entry:
+            delay = queue.number("DelaySeconds")
         trace = system.get("AWSTraceHeader", {}).get("StringValue")
         given = {
             "SenderId": call.caller.access_key_id, "MessageGroupId": entry.get("MessageGroupId"),
             "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id")
         }  # fmt: skip
         kept = {name: value for name, value in given.items() if value}
-        new_id, number = self._new_id(), self._sequence_number()
-        first_id = new_id
-        if isinstance(queue, FifoQueue):
-            by_content = hashlib.sha256(body.encode()).hexdigest
-            kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
-            kept["SequenceNumber"] = number
-            _, first_id, number = queue.first_sent(kept, (now, new_id, number))
-        if first_id == new_id:
-            queue.add(Message(new_id, body, attributes, kept, now), delay)
-        output = {"MessageId": first_id, "MD5OfMessageBody": _md5(body)}
+        new_id = self._new_id()
+        output = {"MessageId": new_id, "MD5OfMessageBody": _md5(body)}
         if attributes:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
-        if queue.fifo:
-            output["SequenceNumber"] = number
-        return output
-
-    def _sequence_number(self) -> str:
-        return f"{next(self._serials):020d}"
-
-    def _delay(self, queue: Queue, entry: Members) -> int:
-        delay, reason = entry.get("DelaySeconds", 0), "DelaySeconds must be >= 0 and <= 900."
-        _in_range(delay, 0, 900, "DelaySeconds", reason)
-        if queue.fifo and delay:
-            reason = "The request include parameter that is not valid for this queue type."
-            raise sqs_refusal("value", delay, "DelaySeconds", reason)
-        is_own = "DelaySeconds" in entry and not queue.fifo
-        return delay if is_own else queue.number("DelaySeconds")
-
-    def _entries(self, call: Call) -> Sequence[Mapping[str, Any]]:
-        """Return the entries of a batch; ServiceError if the batch as a whole is wrong."""
-        entries: Sequence[Mapping[str, Any]] = call.input["Entries"]
-        refuse_if(not entries, "no entries", call.operation)
-        refuse_if(len(entries) > MAX_BATCH, "entries", MAX_BATCH, len(entries))
-        ids = [entry["Id"] for entry in entries]
-        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
-        for index, repeated in enumerate(ids):
-            refuse_if(repeated in ids[:index], "entry ids", repeated)
-        return entries
-
-    def _each(self, call: Call, act: Callable[[Queue, Members], Output]) -> Members:
-        """Return the result of each entry; a failed entry does not affect the others."""
-        queue, output = self._queue(call), collections.defaultdict(list)
-        for entry in self._entries(call):
-            try:
-                result = act(queue, entry) or {}
-                output["Successful"].append({"Id": entry["Id"], **result})
-            except ServiceError as error:
-                fault = {"SenderFault": True, "Code": error.fault.code, "Message": error.message}
-                output["Failed"].append({"Id": entry["Id"], **fault})
+        if isinstance(queue, FifoQueue):
+            by_content = hashlib.sha256(body.encode()).hexdigest
+            kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
+            kept["SequenceNumber"] = f"{next(self._serials):020d}"
+            first = queue.first_sent(kept, (now, new_id, kept["SequenceNumber"]))
+            _, output["MessageId"], output["SequenceNumber"] = first
+        if output["MessageId"] == new_id:
+            queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
 
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         queue, given = self._queue(call), call.input
-        limit = _in_range(given.get("MaxNumberOfMessages", 1), 1, 10, "MaxNumberOfMessages")
-        patience = given.get("WaitTimeSeconds", queue.number("ReceiveMessageWaitTimeSeconds"))
-        _in_range(patience, 0, 20, "WaitTimeSeconds", "Must be >= 0 and <= 20, if provided.")
-        timeout = given.get("VisibilityTimeout", queue.number("VisibilityTimeout"))
-        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
+        limit = _in_range(given, "MaxNumberOfMessages", 1, 1, 10)
+        default = queue.number("ReceiveMessageWaitTimeSeconds")
+        patience = _in_range(given, "WaitTimeSeconds", default, 0, 20)
+        default = queue.number("VisibilityTimeout")
+        timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
         attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
         now = self._clock()
@@ -4102,8 +4064,8 @@ class Sqs:
                 queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
         if not messages:
-            if queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo and not patience:
-                raise sqs_refusal("in flight")
+            full = queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo
+            refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
             attempts = _recent(queue.attempts, now)
@@ -4173,8 +4135,14 @@ class Sqs:
             if shown:
                 output["Attributes"] = shown
         names = given.get("MessageAttributeNames", ())
-        attributes = message.attributes.items()
-        chosen = {k: v for k, v in attributes if any(_asks_for(name, k) for name in names)}
+        chosen = {
+            name: attribute
+            for name, attribute in message.attributes.items()
+            if any(
+                it in (name, "All", "*") or (it[-2:] == ".*" and name.startswith(it[:-2]))
+                for it in names
+            )
+        }
         if chosen:
             output["MD5OfMessageAttributes"] = attributes_md5(chosen)
             output["MessageAttributes"] = chosen
@@ -4193,13 +4161,8 @@ class Sqs:
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
 
-    def delete_message(self, call: Call) -> None:
-        self._delete(self._queue(call), call.input)
-
-    def delete_message_batch(self, call: Call) -> Mapping[str, Any]:
-        return self._each(call, self._delete)
-
-    def _delete(self, queue: Queue, entry: Members) -> None:
+    @_on_each
+    def delete_message(self, call: Call, queue: Queue, entry: Members) -> None:
         handle = entry["ReceiptHandle"]
         message, held = self._of_handle(queue, handle)
         if message and queue.fifo and not held:
@@ -4207,24 +4170,21 @@ class Sqs:
         if message:
             queue.remove(message)
 
-    def change_message_visibility(self, call: Call) -> None:
-        self._change(self._queue(call), call.input)
-
-    def change_message_visibility_batch(self, call: Call) -> Mapping[str, Any]:
-        return self._each(call, self._change)
-
-    def _change(self, queue: Queue, entry: Mapping[str, Any]) -> None:
+    @_on_each
+    def change_message_visibility(self, call: Call, queue: Queue, entry: Members) -> None:
         refuse_if("VisibilityTimeout" not in entry, "missing", "VisibilityTimeout")
-        timeout, handle = entry["VisibilityTimeout"], entry["ReceiptHandle"]
-        _in_range(timeout, 0, SECONDS_HELD, "VisibilityTimeout")
+        timeout = _in_range(entry, "VisibilityTimeout", 0, 0, SECONDS_HELD)
+        handle, now = entry["ReceiptHandle"], self._clock()
         message, held = self._of_handle(queue, handle)
         if message is None or (queue.fifo and not held):
             reason = "Message does not exist or is not available for visibility timeout change."
             raise sqs_refusal("value", handle, "ReceiptHandle", reason)
-        now = self._clock()
-        if now + timeout > message.last_received + SECONDS_HELD:
-            raise sqs_refusal("visibility", timeout, SECONDS_HELD)
+        too_long = now + timeout > message.last_received + SECONDS_HELD
+        refuse_if(too_long, "visibility", timeout, SECONDS_HELD)
         queue.hide(message, now + timeout if timeout else 0.0)
+
+    send_message_batch, delete_message_batch = send_message, delete_message
+    change_message_visibility_batch = change_message_visibility
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
         given, now = call.input, self._clock()
@@ -4232,16 +4192,16 @@ class Sqs:
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
             message = "The source and the destination must be queues of the same type."
             raise sqs_refusal("invalid", message)
-        rate = given.get("MaxNumberOfMessagesPerSecond", 1)
-        _in_range(rate, 1, MAX_MOVES_PER_SECOND, "MaxNumberOfMessagesPerSecond")
+        _in_range(given, "MaxNumberOfMessagesPerSecond", 1, 1, MAX_MOVES_PER_SECOND)
         refuse_if(not self._sources_of(source), "no dead letters")
         refuse_if(source.arn in self._running, "running")
-        task = MoveTask(given, self._new_id(), source.visible, now)
+        handle = _base64_text(_to_json({"taskId": self._new_id(), "sourceArn": source.arn}))
+        task = MoveTask(given, handle, source.visible, now)
         source.tasks.appendleft(task)
         self._running[source.arn] = task
         self._move_messages()
         self.wake()  # the waiters must wake up earlier
-        return {"TaskHandle": task.handle}
+        return {"TaskHandle": handle}
 
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
@@ -4250,7 +4210,7 @@ class Sqs:
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
-        most = _in_range(call.input.get("MaxResults", 1), 1, 10, "MaxResults")
+        most = _in_range(call.input, "MaxResults", 1, 1, 10)
         tasks = list(itertools.islice(source.tasks, most))
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
@@ -4258,13 +4218,13 @@ class Sqs:
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
-            task_id, arn = document["taskId"], document["sourceArn"]
+            _, arn = document["taskId"], document["sourceArn"]
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
         refuse_if(not isinstance(arn, str), "task handle")
         self._found(call, arn, "no resource", "SourceArn")
         task = self._running.get(arn)
-        if task is None or task.task_id != task_id:
+        if task is None or task.handle != handle:
             raise sqs_refusal("no task")
         task.status = "CANCELLED"
         del self._running[arn]
@@ -4290,7 +4250,7 @@ class Sqs:
             if target is None:
                 return "FAILED"
             if target.fifo:
-                system["SequenceNumber"] = self._sequence_number()
+                system["SequenceNumber"] = f"{next(self._serials):020d}"
             source.remove(dead)
             # A new message with a new id ("Configure a dead-letter queue redrive").
             target.add(Message(self._new_id(), dead.body, dead.attributes, system, now))
@@ -4298,21 +4258,13 @@ class Sqs:
         return "COMPLETED"
 
 
-def _asks_for(pattern: str, name: str) -> bool:
-    if pattern.endswith(".*"):
-        return name.startswith(pattern[:-2])
-    return pattern in ("All", "*", name)
-
-
 # [5.5] The model of Amazon SQS
 _SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
 _SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
 _SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
-_SENT = (
-    "MessageBody* DelaySeconds:int MessageAttributes:attributes"
-    " MessageSystemAttributes:attributes MessageDeduplicationId MessageGroupId"
-)
+_SENT = "MessageBody* DelaySeconds:int MessageDeduplicationId MessageGroupId"
+_SENT += " MessageAttributes:attributes MessageSystemAttributes:attributes"
 _SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
 _SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
 _SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
@@ -4365,16 +4317,14 @@ def _query_names(operation: str) -> Names:
     return {name: QueryName(*spelled.split(":")) for name, spelled in table.items()}
 
 
-SQS_MODEL = MODELS["sqs"] = Model(
-    OPERATIONS,
-    {operation: _query_names(operation) for operation in OPERATIONS},
-    frozenset({"CreateQueue", "ListQueues"}),
-)
+_NAMES = {operation: _query_names(operation) for operation in OPERATIONS}
+SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _NAMES, frozenset({"CreateQueue", "ListQueues"}))
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
 _URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
 _URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of a document that makes no sense
 _ORIGIN = re.compile("https?://[^/]*")
 _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
@@ -4401,13 +4351,12 @@ def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
     """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
     if call.base_url.encode() not in body.replace(b"\\/", b"/"):
         return body
-    try:
+    with contextlib.suppress(*_MALFORMED):  # the upstream refuses such documents
         document = read_json(body.decode("utf-8"))
         restored = _upstream_url(document["QueueUrl"], call, endpoint)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return body  # the upstream refuses malformed documents
-    is_same = restored == document["QueueUrl"]
-    return body if is_same else _to_json({**document, "QueueUrl": restored})
+        if restored != document["QueueUrl"]:
+            return _to_json({**document, "QueueUrl": restored})
+    return body
 
 
 def _is_json(reply: Reply) -> bool:
@@ -4422,7 +4371,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     if not _is_json(reply):
         ours = call.base_url.encode()
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
-    try:
+    with contextlib.suppress(*_MALFORMED):
         document = read_json(reply.body.decode("utf-8"))
         for member in _URL_MEMBERS:
             value = document.get(member)
@@ -4430,24 +4379,22 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
                 document[member] = _ORIGIN.sub(call.base_url, value, 1)
             elif value:
                 document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
-    except (ValueError, TypeError, AttributeError):
-        return reply  # the document is malformed
-    return reply._replace(body=_to_json(document))
+        return reply._replace(body=_to_json(document))
+    return reply
 
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     if reply.status != 200 or not isinstance(reply.body, bytes):
         return []
-    try:
+    with contextlib.suppress(*_MALFORMED):
         if not _is_json(reply):
             return [html.unescape(found.decode()) for found in element.findall(reply.body)]
         output = read_json(reply.body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return []
+    return []
 
 
 def receipt_handles(reply: Reply) -> list[str]:

@@ -22760,7 +22760,7 @@ def code_names():
             function = inspect.unwrap(value) if callable(value) else value
             code = getattr(function, "__code__", None)
             if code and code.co_filename == awsproxy.__file__:
-                names[code] = f"{prefix}{name}".replace(".__init__", "")
+                names.setdefault(code, f"{prefix}{name}".replace(".__init__", ""))
     return names
 
 
