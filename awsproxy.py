@@ -3221,8 +3221,7 @@ _SQS_REFUSALS = """
         #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
     attributes: Number of message attributes [{}] exceeds the allowed maximum [10].
     attribute: Message (user) attribute '{}' must {}.
-    list values [UnsupportedOperation]: Message (user) attribute '{}' has a list of values, which \
-        is not supported.
+    list values [UnsupportedOperation]: Message (user) attribute '{}' must not be a list.
     number: Can't cast the value of message (user) attribute '{}' to a number.
     system: Message system attribute '{}' is invalid: only AWSTraceHeader, a String, can be sent.
     too long: One or more parameters {}. Reason: Message must be shorter than {} bytes.
@@ -3400,10 +3399,9 @@ class Queue:
         """Return up to `limit` messages that may be received now, in their order."""
         return list(itertools.islice(self._ready.values(), limit))
 
-    def holds(self, message: Message, hidden_until: float) -> bool:
+    def holds(self, message: Message, until: float) -> bool:
         """Return whether the queue has this message, and hides it until that time."""
-        held = self.messages.get(message.message_id) is message
-        return held and message.hidden_until == hidden_until
+        return self.messages.get(message.message_id) is message and message.hidden_until == until
 
     def _turn(self, message: Message) -> None:
         """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
@@ -3423,8 +3421,7 @@ def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
 class FifoQueue(Queue):
     """A queue that keeps the order of each message group, and drops repeated sends.
 
-    A receive takes messages only before the first hidden one of a group ("FIFO delivery logic").
-    """
+    A receive takes messages only before a group's first hidden one ("FIFO delivery logic")."""
 
     fifo = True
 
@@ -3682,15 +3679,14 @@ def _check_fifo(call: Call, queue: Queue, entry: Members) -> None:
     _check_id(entry, "MessageGroupId")
     _check_id(entry, "MessageDeduplicationId")
     given = entry.get("MessageDeduplicationId")
-    if not queue.fifo:
-        reason = "The request includes a parameter that is not valid for this queue type."
-        refuse_if(given is not None, "value", given, "MessageDeduplicationId", reason)
-        return
-    if "MessageGroupId" not in entry:
+    reason = "The request includes a parameter that is not valid for this queue type."
+    if not queue.fifo and given is not None:
+        raise sqs_refusal("value", given, "MessageDeduplicationId", reason)
+    if queue.fifo and "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
         raise missing if entry is call.input else sqs_refusal("invalid", missing.message)
-    by_content = queue.settings["ContentBasedDeduplication"] == "true"
-    refuse_if(given is None and not by_content, "deduplication")
+    by_content = queue.settings.get("ContentBasedDeduplication") == "true"
+    refuse_if(queue.fifo and given is None and not by_content, "deduplication")
 
 
 def steady_time() -> float:
@@ -3885,12 +3881,11 @@ class Sqs:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
-        left = [it for it in queues if it.arn.startswith(prefix) and it.name > after]
-        left.sort(key=lambda queue: queue.name)
-        page = [call.base_url + queue.url_path for queue in left[:most]]
+        left = sorted(it.name for it in queues if it.arn.startswith(prefix) and it.name > after)
+        page = [f"{call.base_url}/{call.caller.account_id}/{name}" for name in left[:most]]
         output: dict[str, Any] = {member: page} if page else {}
         if len(left) > most and "MaxResults" in call.input:
-            output["NextToken"] = _base64_text(left[most - 1].name.encode())
+            output["NextToken"] = _base64_text(left[most - 1].encode())
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
@@ -4300,24 +4295,20 @@ _OPERATIONS = f"""
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
 
-_QUERY_NAMES = """
+_SPELLED = pairs("""
     AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
     Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
     Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
     MessageAttributes=MessageAttribute:Name:Value Messages=Message
     MessageSystemAttributeNames=MessageSystemAttributeName
     MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
-    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry
-    TagKeys=TagKey Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
-"""
-
-
-def _query_names(operation: str) -> Names:
-    table = pairs(_QUERY_NAMES.replace("{}", operation))
-    return {name: QueryName(*spelled.split(":")) for name, spelled in table.items()}
-
-
-_NAMES = {operation: _query_names(operation) for operation in OPERATIONS}
+    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
+    Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+""")
+_NAMES = {
+    op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
+    for op in OPERATIONS
+}
 SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _NAMES, frozenset({"CreateQueue", "ListQueues"}))
 
 
@@ -4369,16 +4360,14 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
         return reply
     assert isinstance(reply.body, bytes)
     if not _is_json(reply):
-        ours = call.base_url.encode()
-        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + ours, reply.body))
+        base = call.base_url.encode()
+        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
+    ours = functools.partial(_ORIGIN.sub, call.base_url, count=1)
     with contextlib.suppress(*_MALFORMED):
         document = read_json(reply.body.decode("utf-8"))
-        for member in _URL_MEMBERS:
-            value = document.get(member)
-            if isinstance(value, str):
-                document[member] = _ORIGIN.sub(call.base_url, value, 1)
-            elif value:
-                document[member] = [_ORIGIN.sub(call.base_url, url, 1) for url in value]
+        for member in _URL_MEMBERS.intersection(document):
+            value = document[member]
+            document[member] = ours(value) if type(value) is str else [ours(url) for url in value]
         return reply._replace(body=_to_json(document))
     return reply
 
