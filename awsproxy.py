@@ -112,7 +112,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -4666,13 +4665,13 @@ def service_of_host(host: str) -> tuple[str, str]:
 
 
 def is_link_local(host: str) -> bool:
-    """Return whether a host is a link-local address, or EC2's metadata address in IPv6."""
+    """Return whether a host is a link-local address, or serves credentials in IPv6."""
     try:  # inet_aton knows 2852039166, 0xa9fea9fe, ...
         address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))
     except (OSError, ValueError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local or str(address) == "fd00:ec2::254"
+    return (mapped or address).is_link_local or str(address) in ("fd00:ec2::23", "fd00:ec2::254")
 
 
 # [6.2] Our own credentials
@@ -4688,39 +4687,6 @@ class NotSetUp(NoKeys):
     """Nothing chooses this source: the next one is tried."""
 
 
-class _DeadlineConnection(http.client.HTTPConnection):
-    """A connection with a deadline: a socket's own timeout starts again with each byte."""
-
-    def connect(self) -> None:
-        until = time.monotonic() + (self.timeout or 0)
-        super().connect()
-        cut = functools.partial(self._cut, self.sock)
-        timer = threading.Timer(max(0.0, until - time.monotonic()), cut)
-        timer.daemon = True
-        timer.start()
-
-    def _cut(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-class _DeadlineTlsConnection(_DeadlineConnection, http.client.HTTPSConnection):
-    """A connection with TLS and a deadline."""
-
-
-class _Guarded(
-    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
-):
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: a redirection would take our tokens along."""
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_DeadlineConnection, request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_DeadlineTlsConnection, request, context=tls_context())
-
-
 @functools.lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
@@ -4729,8 +4695,6 @@ def tls_context() -> ssl.SSLContext:
 
 _PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Guarded)
-_PROXIED = urllib.request.build_opener(_Guarded)
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
@@ -4740,39 +4704,37 @@ def fetch(
 ) -> bytes:  # fmt: skip
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    Requests to link-local and loopback addresses bypass HTTPS_PROXY."""
-    until = time.monotonic() + timeout
-    host = host_of(url)
-    near = is_link_local(host) or is_loopback(host) or host in _CONTAINER_HOSTS
-    opener = _DIRECT if near else _PROXIED
+    It follows no redirection, which would take our tokens along."""
+    until, (endpoint, target) = time.monotonic() + timeout, split_url(url)
+    lines = {"Host": endpoint.authority, **headers, "Content-Length": str(len(data or b""))}
+    method = method or ("GET" if data is None else "POST")
+    request = Request(method, target, tuple(lines.items()), io.BytesIO())
     try:
-        request = urllib.request.Request(url, data, dict(headers), method=method)
-        with opener.open(request, timeout=timeout) as answer:
-            body = bytes(answer.read(1048576))
-    except urllib.error.HTTPError as error:
-        passing, told = error.code >= 500 or error.code == 429, f"{host} answered {error.code}"
-        with error, contextlib.suppress(OSError):
-            text = error.read(65536).decode("latin-1")
-            passing = passing or bool(_PASSING.search(text))
-            for message in _MESSAGE.findall(text)[:1]:
-                told += f": {''.join(message)}"
-        raise NoKeys(told, passing) from error
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise NoKeys(f"{host} did not answer: {reason}", passing=True) from error
-    except (ValueError, http.client.HTTPException) as error:  # its text may quote a token
-        raise NoKeys(f"{host} could not be asked: {type(error).__name__}") from error
-    if time.monotonic() > until:  # and may have been cut
-        raise NoKeys(f"{host} took longer than {timeout} s", passing=True)
-    return body
+        sent = encode_head(request) + (data or b"")
+        with contextlib.closing(Connection(endpoint, timeout, timeout)) as connection:
+            connection.timeout = max(0.0, until - time.monotonic())
+            connection.send_until_answered(sent)
+            head, _, blocks = connection.receive(method)
+            body = connection.read_whole(blocks, 1048576)
+    except UpstreamError as error:
+        raise NoKeys(str(error), passing=True) from error
+    except ValueError as error:  # its text may quote a token
+        raise NoKeys(f"{endpoint.host} could not be asked: {type(error).__name__}") from error
+    if head.status < 300:
+        return body
+    text = body.decode("latin-1")
+    passing = head.status >= 500 or head.status == 429 or bool(_PASSING.search(text))
+    told = "".join(f": {''.join(message)}" for message in _MESSAGE.findall(text)[:1])
+    raise NoKeys(f"{endpoint.host} answered {head.status}{told}", passing)
 
 
-def host_of(url: str) -> str:
-    """Return the host of an http or https URL.  Raise NoKeys for another."""
+def split_url(url: str) -> tuple[Endpoint, str]:
+    """Return the endpoint and the target of an http or https URL.  Raise NoKeys for another."""
     with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(url)
-        if parts.hostname and parts.scheme in DEFAULT_PORTS:
-            return parts.hostname
+        scheme, _, path, query, _ = parts = urllib.parse.urlsplit(url)
+        if parts.hostname and scheme in DEFAULT_PORTS:
+            endpoint = Endpoint(scheme, parts.hostname, parts.port or DEFAULT_PORTS[scheme])
+            return endpoint, (path or "/") + (query and f"?{query}")
     raise NoKeys(f"{url[:80]!r} is no http or https URL")
 
 
@@ -4902,8 +4864,8 @@ class CredentialChain:
         url = f"http://169.254.170.2{relative}" if relative else full
         if not url:
             raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
-        host = host_of(url)
-        if url[:6].lower() != "https:" and host not in _CONTAINER_HOSTS and not is_loopback(host):
+        scheme, host, *_ = split_url(url)[0]
+        if scheme == "http" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
         path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         token = _read_text(path) if path else self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
@@ -5408,9 +5370,7 @@ class UpstreamError(Exception):
 class Connection:
     """A kept connection to an upstream, for one exchange at a time."""
 
-    def __init__(
-        self, endpoint: Endpoint, connect: http.client.HTTPConnection, timeout: float
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, connect_timeout: float, timeout: float) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
         self.reused = False
@@ -5419,12 +5379,12 @@ class Connection:
         self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
-        self._client = connect  # it only connects: its parser is slow
         try:
-            connect.connect()
+            self._client = _connector(endpoint, connect_timeout)  # its parser is slow
+            self._client.connect()
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
-        self.socket = connect.sock
+        self.socket = self._client.sock
         keep_alive(self.socket)
         self.socket.settimeout(timeout)
         self.source = Stream(self._receive)
@@ -5500,18 +5460,54 @@ class Connection:
             return False
         return True
 
-    def receive_head(self) -> ResponseHead:
-        """Return the head of the final answer, or raise UpstreamError."""
-        self.deadline = time.monotonic() + self.timeout
+    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Iterator[bytes]]:
+        """Return the head, length and blocks of the final answer, or raise UpstreamError."""
+        self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
-            while True:
-                head = parse_response_head(read_head(self.source))
-                if head.status >= 200:
-                    return head
+            head = parse_response_head(read_head(source))
+            while head.status < 200:
+                head = parse_response_head(read_head(source))
+            length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             unanswered = not self.heard and not self.abandoned()
             raise UpstreamError(message, unanswered) from error
+        reader: Union[Stream, LengthBody, ChunkedBody] = source
+        if length is None:
+            reader = ChunkedBody(source, sys.maxsize)
+        elif length != UNTIL_CLOSE:
+            reader = LengthBody(source, length)
+        return head, length, iter(functools.partial(reader.read_some, 65536), b"")
+
+    def read_whole(self, blocks: Iterator[bytes], limit: int) -> bytes:
+        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
+        whole = bytearray()
+        try:
+            while len(whole) <= limit and (block := next(blocks, b"")):
+                whole += block
+        except (OSError, ServiceError) as error:
+            message = f"the answer of {self.endpoint.origin} is incomplete"
+            raise UpstreamError(message, unanswered=False) from error
+        return bytes(whole)
+
+
+def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
+    """Return the way to an endpoint; that of https leads through the proxy of the environment."""
+    host, port = endpoint.host, endpoint.port
+    if endpoint.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+    how: dict[str, Any] = {"timeout": timeout, "context": tls_context()}
+    proxy = urllib.request.getproxies().get("https")
+    if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host) or is_loopback(host):
+        return http.client.HTTPSConnection(host, port, **how)
+    parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
+    headers = {}
+    if parts.username:
+        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+        headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
+    tunnel.set_tunnel(host, port, headers)
+    return tunnel
 
 
 def no_messages(call: Call, request_id: str) -> Reply:
@@ -5560,7 +5556,7 @@ class Pool:
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
-        return kept or Connection(endpoint, self._client(endpoint), self._timeout)
+        return kept or Connection(endpoint, self._connect_timeout, self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
         """Set how long the answer to a call may take, and which client may abandon it."""
@@ -5590,23 +5586,6 @@ class Pool:
                     idle.append(connection)
                     return
         connection.close()
-
-    def _client(self, endpoint: Endpoint) -> http.client.HTTPConnection:
-        host, port = endpoint.host, endpoint.port
-        if endpoint.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
-        how: dict[str, Any] = {"timeout": self._connect_timeout, "context": tls_context()}
-        proxy = urllib.request.getproxies().get("https")
-        if not proxy or urllib.request.proxy_bypass(host) or is_link_local(host):
-            return http.client.HTTPSConnection(host, port, **how)
-        parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
-        headers = {}
-        if parts.username:
-            login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-            headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
-        tunnel.set_tunnel(host, port, headers)
-        return tunnel
 
 
 # [6.4] Forwarding
@@ -5776,7 +5755,7 @@ class Upstream:
         connection = attempt.connection
         try:
             connection.socket.settimeout(connection.timeout)
-            reply = self._reply(attempt, connection.receive_head())
+            reply = self._reply(attempt)
             self._release(attempt, receipt_handles(reply))
         except (UpstreamError, ServiceError) as error:
             connection.close()
@@ -5966,7 +5945,7 @@ class Upstream:
                 if call.action == RECEIVE and not self._pool.awaits(connection):
                     threading.Thread(target=self.let_go(attempt), daemon=True).start()
                     return no_messages(call, random_id())
-            return self._reply(attempt, connection.receive_head())
+            return self._reply(attempt)
         except UpstreamError as error:
             connection.close()
             stale = connection.reused and error.unanswered  # a fresh connection never is
@@ -6028,27 +6007,17 @@ class Upstream:
         # An upstream that ignores the body would read it as the next request.
         connection.spoiled = bool(first) and signed.method in _BODILESS
 
-    def _reply(self, attempt: Attempt, head: ResponseHead) -> Reply:
+    def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        try:
-            length = response_framing(head, call.request.method)
-        except ValueError as error:
-            message = f"the answer of {connection.endpoint.origin} is malformed: {error}"
-            raise UpstreamError(message, unanswered=False) from error
-        reader: Union[Stream, LengthBody, ChunkedBody] = connection.source
-        if length is None:
-            reader = ChunkedBody(connection.source, sys.maxsize)
-        elif length != UNTIL_CLOSE:
-            reader = LengthBody(connection.source, length)
+        head, length, blocks = connection.receive(call.request.method)
         keep = head.keeps and length != UNTIL_CLOSE
-        blocks = iter(functools.partial(reader.read_some, 65536), b"")
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
-            start = self._start(connection, blocks, limit)
+            start = connection.read_whole(blocks, limit)
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
             if error_code(Reply(head.status, head.headers, start)) in _MISMATCHES:
@@ -6061,17 +6030,6 @@ class Upstream:
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
         body = self._stream(attempt, blocks, keep)
         return Reply(head.status, attempt.mask.headers(headers), body)
-
-    def _start(self, connection: Connection, blocks: Iterator[bytes], limit: int) -> bytes:
-        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
-        start = bytearray()
-        try:
-            while len(start) <= limit and (block := next(blocks, b"")):
-                start += block
-        except (OSError, ServiceError) as error:
-            message = f"the answer of {connection.endpoint.origin} is incomplete"
-            raise UpstreamError(message, unanswered=False) from error
-        return bytes(start)
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""

@@ -10743,13 +10743,6 @@ class SourceTest(ChainTest):
             self.found({}, config="[default]\n" + keys("F"), credentials=key_alone)
 
     def test_failures_that_may_pass_are_said_to(self):
-        throttled = urllib.error.HTTPError(
-            STS, 400, "", {}, io.BytesIO(b"<Code>Throttling</Code>")
-        )
-        with mock.patch.object(awsproxy._PROXIED, "open", side_effect=throttled):
-            with self.assertRaises(NoKeys) as caught:
-                awsproxy.fetch("https://sts.example/", {})
-        self.assertTrue(caught.exception.passing)
         for reason, passing in (("x answered 503", True), ("x did not answer: no route", False)):
             chain = self.chain({})
             chain._ask_metadata = mock.Mock(side_effect=NoKeys(reason, True))
@@ -11067,7 +11060,7 @@ class Local(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_PUT = do_GET
+    do_PUT = do_CONNECT = do_GET
 
 
 class LoopbackTest(unittest.TestCase):
@@ -11137,10 +11130,11 @@ class FetchTest(ChainTest):
         )
         hosts = "127.0.0.2:9 [::1]:9 localhost:9 169.254.170.2 169.254.170.23 169.254.169.254"
         hosts = [*hosts.split(), "[fd00:ec2::23]", "[fd00:ec2::254]", "keys.example"]
-        environ = {"http_proxy": self.origin, "PYTHONPATH": os.path.dirname(awsproxy.__file__)}
-        command = [sys.executable, "-c", code, *(f"http://{host}/" for host in hosts)]
+        environ = {"https_proxy": self.origin, "PYTHONPATH": os.path.dirname(awsproxy.__file__)}
+        urls = [f"{scheme}://{host}/" for host in hosts for scheme in ("http", "https")]
+        command = [sys.executable, "-c", code, *urls]
         subprocess.run(command, env=environ, timeout=DEADLINE, check=True)
-        self.assertEqual(self.server.asked, [("GET", "http://keys.example/", None)])
+        self.assertEqual(self.server.asked, [("CONNECT", "keys.example:443", None)])
 
 
 class NoOtherIdentityTest(ChainTest):
@@ -12024,6 +12018,10 @@ class FailureReasonTest(ChainTest):
                     awsproxy.fetch(url, {})
                 self.assertEqual(caught.exception.passing, passing)
                 self.assertNotIn("dummysecret", str(caught.exception))
+        _, url = self.serve((400, b"<Code>Throttling</Code>"))
+        with self.assertRaises(NoKeys) as caught:
+            awsproxy.fetch(url, {})
+        self.assertTrue(caught.exception.passing)
 
     def test_the_error_and_the_log_have_the_message_of_sts(self):
         no = "User is not authorized to perform: sts:AssumeRole"
@@ -14104,11 +14102,14 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             may_block = True
 
             def answer(self, call, request_id):
-                source = awsproxy.Stream(lambda size: taken.append(1) or bytes(size))
                 attempt = awsproxy.Attempt(call, None, None, "")
-                attempt.connection = mock.Mock(source=source)
+                connection = attempt.connection = object.__new__(awsproxy.Connection)
+                connection.endpoint, connection.timeout = upstream._endpoint, DEADLINE
+                connection.source = awsproxy.Stream(
+                    lambda size: taken.append(1) or bytes(size), b"HTTP/1.1 200 OK\r\n\r\n"
+                )
                 try:
-                    return upstream._reply(attempt, awsproxy.ResponseHead(200, (), False))
+                    return upstream._reply(attempt)
                 except UpstreamError as error:
                     raise upstream._given_up(call, error) from error
 
