@@ -4687,6 +4687,17 @@ class NotSetUp(NoKeys):
     """Nothing chooses this source: the next one is tried."""
 
 
+@contextlib.contextmanager
+def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
+    """Raise NoKeys with this text for each failure; %s stands for the text of the failure."""
+    try:
+        yield
+    except NoKeys as error:
+        raise NoKeys(told.replace("%s", str(error)), error.passing) from error
+    except failures as error:
+        raise NoKeys(told.replace("%s", str(error))) from error
+
+
 @functools.lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
@@ -4752,10 +4763,8 @@ def _expiry(text: Any) -> float:
     """Return the seconds since 1970 of an ISO 8601 time, infinity for no time."""
     if not text:
         return math.inf
-    try:
+    with _no_keys(f"the expiration {str(text)[:40]!r} is no time", ValueError):
         moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", str(text)))
-    except ValueError as error:
-        raise NoKeys(f"the expiration {str(text)[:40]!r} is no time") from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
@@ -4774,19 +4783,17 @@ def _document(text: bytes) -> Mapping[str, Any]:
     raise NoKeys("the answer is no JSON object")
 
 
-def _from_fields(found: Mapping[str, Any], token: str = "Token") -> Credentials:
-    return _credentials(*map(found.get, ("AccessKeyId", "SecretAccessKey", token, "Expiration")))
-
-
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
+_HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
+_STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _ASSUME_ROLE = pairs("""
     RoleArn=role_arn RoleSessionName=role_session_name DurationSeconds=duration_seconds
     ExternalId=external_id
 """)
-_STS_FIELDS = re.compile("<(AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)<")
+_STS_FIELD = re.compile(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<")
 
 
 @dataclass(eq=False, repr=False)  # the environment may hold secrets
@@ -4809,8 +4816,21 @@ class CredentialChain:
 
     def find(self) -> Credentials:
         """Return credentials.  Raise NoKeys with the sources that were tried and their reasons."""
+        sources: list[tuple[str, Callable[[], Credentials]]] = [
+            ("environment", self._from_environment),
+            ("web identity", self._from_web_identity),
+            (f"profile {self.profile}", self._from_profile),
+            ("container", self._from_container),
+            ("EC2 metadata", self._from_metadata),
+        ]
+        settings = self._settings()
+        if self.chosen:
+            sources = sources[2:3]
+        elif settings.get("role_arn") and not settings.get("web_identity_token_file"):
+            # A role of the profile comes before web identity.
+            sources[1], sources[2] = sources[2], sources[1]
         tried, passing = [], False
-        for name, source in self._sources():
+        for name, source in sources:
             try:
                 found = source()
             except NoKeys as reason:
@@ -4820,27 +4840,9 @@ class CredentialChain:
                 if isinstance(reason, NotSetUp):
                     continue
                 break  # another source would be another identity
-            if not self.role_arn:
-                return found
             role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
-            return self._assume(found, role)
+            return self._assume(found, role) if self.role_arn else found
         raise NoKeys("; ".join(tried), passing)
-
-    def _sources(self) -> Sequence[tuple[str, Callable[[], Credentials]]]:
-        sources: list[tuple[str, Callable[[], Credentials]]] = [
-            ("environment", self._from_environment),
-            ("web identity", self._from_web_identity),
-            (f"profile {self.profile}", self._from_profile),
-            ("container", self._from_container),
-            ("EC2 metadata", self._from_metadata),
-        ]
-        if self.chosen:
-            return sources[2:3]
-        settings = self._settings()
-        if settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            # A role of the profile comes before web identity.
-            sources[1], sources[2] = sources[2], sources[1]
-        return sources
 
     def _from_environment(self) -> Credentials:
         key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
@@ -4870,7 +4872,7 @@ class CredentialChain:
         path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
         token = _read_text(path) if path else self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
         headers = {"Authorization": token} if token else {}
-        return _from_fields(_document(self.fetch(url, headers)))
+        return _credentials(*map(_document(self.fetch(url, headers)).get, _HOST_FIELDS))
 
     def _from_metadata(self) -> Credentials:
         """Return the keys of the EC2 instance; extend expired ones (SDKs: static stability)."""
@@ -4894,29 +4896,21 @@ class CredentialChain:
         given = self.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
-        try:
+        with _no_keys("%s (in a container, the hop limit of the instance's metadata must be 2)"):
             token = self.fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
-        except NoKeys as error:
-            hint = "in a container, the hop limit of the instance's metadata must be 2"
-            raise NoKeys(f"{error} ({hint})", error.passing) from error
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
         role = self.fetch(roles, headers, timeout=1).decode("latin-1").strip()
         answer = self.fetch(roles + urllib.parse.quote(role), headers, timeout=1)
-        return _from_fields(_document(answer))
+        return _credentials(*map(_document(answer).get, _HOST_FIELDS))
 
     def _file(self, variable: str, default: str) -> Mapping[str, Section]:
         """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
-        try:
-            if os.path.exists(path):
-                with open(path, encoding="utf-8") as file:
-                    parser.read_file(file)
-        except (configparser.Error, UnicodeDecodeError) as error:
-            raise NoKeys(f"{path} is malformed") from error
-        except OSError as error:
-            raise NoKeys(f"{path} cannot be read: {error.strerror}") from error
+        text = _read_text(path) if os.path.exists(path) else ""
+        with _no_keys(f"{path} is malformed", configparser.Error):
+            parser.read_string(text)
         return {section: dict(parser.items(section)) for section in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
@@ -4980,13 +4974,11 @@ class CredentialChain:
             "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))
-        try:
+        with _no_keys("%s"):  # none is NotSetUp: the role chooses this source
             if settings.get("source_profile"):
                 return self._from_profile(settings["source_profile"], visited)
             if source:
                 return source()
-        except NotSetUp as reason:  # the role chooses this source
-            raise NoKeys(str(reason)) from reason
         raise NoKeys("its role has neither source_profile nor a known credential_source")
 
     def _from_sso(self, settings: Section) -> Credentials:
@@ -5001,12 +4993,11 @@ class CredentialChain:
         except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
-        try:
+        told = "the SSO portal's answer holds no credentials"
+        with _no_keys(told, KeyError, TypeError):
             keys = _document(answer)["roleCredentials"]
             found = _credentials(*(keys[name] for name in _MEMBERS))
             return found._replace(expires=keys["expiration"] / 1000)
-        except (KeyError, TypeError) as error:
-            raise NoKeys("the SSO portal's answer holds no credentials") from error
 
     def _sso_token(self, settings: Section) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
@@ -5015,11 +5006,9 @@ class CredentialChain:
         digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
         path = os.path.expanduser(f"~/.aws/sso/cache/{digest}.json")
         remedy = "run 'aws sso login'"
-        try:
+        with _no_keys(f"its SSO token is not cached; {remedy}", KeyError):
             cached = _document(_read_text(path).encode())
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
-        except (NoKeys, KeyError) as error:
-            raise NoKeys(f"its SSO token is not cached; {remedy}") from error
         left, why, passing = expires - self.clock(), "", False
         if session and left < 900:
             try:
@@ -5072,12 +5061,10 @@ class CredentialChain:
         name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
         remedy = f"add to its profile: credential_process = {command} --format process"
-        try:
-            path = os.path.join(os.path.expandvars(given), name)
-            keys = _document(_read_text(path).encode())["accessToken"]
+        path, told = os.path.expandvars(given), "its login is not cached; run 'aws login', and "
+        with _no_keys(told + remedy, KeyError, TypeError):
+            keys = _document(_read_text(os.path.join(path, name)).encode())["accessToken"]
             found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
-        except (NoKeys, KeyError, TypeError) as error:
-            raise NoKeys(f"its login is not cached; run 'aws login', and {remedy}") from error
         if found.expires <= self.clock():
             raise NoKeys(f"the cached keys of its login have expired; {remedy}")
         return found
@@ -5101,11 +5088,8 @@ class CredentialChain:
 
     def _assume(self, source: Credentials, settings: Section) -> Credentials:
         fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
-        try:
+        with _no_keys(f"the role {settings['role_arn']} cannot be assumed: %s"):
             return self._ask_sts(source, Action="AssumeRole", **fields)
-        except NoKeys as reason:
-            message = f"the role {settings['role_arn']} cannot be assumed: {reason}"
-            raise NoKeys(message, reason.passing) from reason
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
         token = _read_text(path)
@@ -5126,10 +5110,10 @@ class CredentialChain:
             payload_hash = hashlib.sha256(body).hexdigest()
             headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
         answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
-        found = dict(_STS_FIELDS.findall(answer))
+        found = dict(_STS_FIELD.findall(answer))
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
-        return _from_fields(found, "SessionToken")
+        return _credentials(*map(found.get, _STS_FIELDS))
 
 
 def session_name(name: Optional[str]) -> str:
@@ -5138,11 +5122,9 @@ def session_name(name: Optional[str]) -> str:
 
 
 def _read_text(path: str) -> str:
-    try:
+    with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             return file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NoKeys(f"{path} cannot be read") from error
 
 
 def _write_private(path: str, document: Mapping[str, Any]) -> None:
@@ -5177,7 +5159,7 @@ def _from_process(command: str) -> Credentials:
     if done.returncode:
         told = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
         raise NoKeys(f"its process ended with {done.returncode}: {told or 'it says nothing'}")
-    return _from_fields(_document(done.stdout), "SessionToken")
+    return _credentials(*map(_document(done.stdout).get, _STS_FIELDS))
 
 
 @dataclass(eq=False, repr=False)

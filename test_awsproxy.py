@@ -10810,7 +10810,7 @@ class SourceTest(ChainTest):
             ("empty secret", "", f"[x]\n{key}\naws_secret_access_key =\n", "no keys"),
             ("no section", keys("P"), "", "config is malformed"),
             ("no equals sign", "", "[x]\ndummysecret\n", "credentials is malformed"),
-            ("not UTF-8", b"[profile x]\na = \xff\n", "", "config is malformed"),
+            ("not UTF-8", b"[profile x]\na = \xff\n", "", "config cannot be read: "),
             ("no source", by(), "", "source_profile"),
             ("odd source", by(credential_source="Moon"), "", "credential_source"),
             ("its source is missing", y, "", "no such section"),
@@ -10832,7 +10832,7 @@ class SourceTest(ChainTest):
         for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             with self.subTest(variable):
                 reason = self.skipped({variable: os.path.dirname(__file__)}, profile="x")
-                self.assertIn("cannot be read: Is a directory", reason)
+                self.assertRegex(reason, "cannot be read: .*Is a directory")
 
     def test_an_answer_that_holds_no_keys_is_skipped(self):
         bodies = [b"", b"<html>", b"\xff\xfe\xff", b"[]", b"null", b'"dummysecret"', b"[" * 100000]
