@@ -4641,15 +4641,6 @@ def is_aws_host(host: str) -> bool:
     return _AWS_HOST.fullmatch(host_name(host)) is not None
 
 
-def zonal_endpoint(host: str, region: str) -> Endpoint:
-    """Return the endpoint of S3 Express: the zone in the Host, or the control endpoint."""
-    # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
-    match = _ZONAL.fullmatch(host_name(host))
-    if not match or match[2] != region:
-        return endpoint_for("s3express", region)
-    return Endpoint("https", match[1], 443, region)
-
-
 def service_of_host(host: str) -> tuple[str, str]:
     """Return the signing name and the region in a host of AWS, or "" for each."""
     match = _AWS_HOST.fullmatch(host_name(host))
@@ -5200,40 +5191,37 @@ class CredentialCache:
         if not self._lock.acquire(blocking=not valid) and valid:
             return valid  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now, self._valid(now))
+            return self.ready() or self._renew(now)
         finally:
             self._lock.release()
 
-    def _renew(self, now: float, valid: Optional[Credentials]) -> Credentials:
+    def _renew(self, now: float) -> Credentials:
+        valid = self._valid(now)
         if now < self._next_try and valid:
             return valid
         if now < self._next_try and self._failure:
             raise NoKeys(*self._failure)
         self._next_try = now + self.RETRY
-        try:
-            found = self._find(() if valid else self.PAUSES)
-            if found.expires <= now:
-                raise NoKeys("the credentials found have expired")
-        except NoKeys as reason:
-            self._failure = (str(reason), reason.passing)
-            if reason.passing:
-                self._next_try = now + 1
-            log.warning("credentials not renewed: %s", reason)
-            if valid:
-                return valid
-            raise
-        self._current, self._renew_at, self._failure = found, found.expires - self.AHEAD, None
-        return found
-
-    def _find(self, pauses: Sequence[float]) -> Credentials:
-        for pause in pauses:
+        pauses = [] if valid else list(self.PAUSES)
+        while True:
             try:
-                return self.chain.find()
+                found = self.chain.find()
+                if found.expires <= now:
+                    raise NoKeys("the credentials found have expired")
+                self._renew_at = found.expires - self.AHEAD
+                self._current, self._failure = found, None
+                return found
             except NoKeys as reason:
-                if not reason.passing:
-                    raise
-            self.sleep(pause)
-        return self.chain.find()
+                if reason.passing and pauses:
+                    self.sleep(pauses.pop(0))
+                    continue
+                self._failure = (str(reason), reason.passing)
+                if reason.passing:
+                    self._next_try = now + 1
+                log.warning("credentials not renewed: %s", reason)
+                if valid:
+                    return valid
+                raise
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
@@ -5272,8 +5260,7 @@ class Keyring:
         with self._lock:
             if key not in self._caches:
                 chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
-                cache = CredentialCache(chain, self.clock, variants=chain.variants)
-                self._caches[key] = cache
+                self._caches[key] = CredentialCache(chain, self.clock, variants=chain.variants)
             return self._caches[key]
 
 
@@ -5360,7 +5347,7 @@ class Connection:
         self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
-        self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
+        self.abandoned: Callable[[], bool] = lambda: False  # whether nobody waits any longer
         try:
             self._client = _connector(endpoint, connect_timeout)  # its parser is slow
             self._client.connect()
@@ -5375,18 +5362,14 @@ class Connection:
 
     def _receive(self, size: int) -> bytes:
         until = min(self.deadline, time.monotonic() + self.timeout)
-        while not self.has_arrived(max(0.0, min(1.0, until - time.monotonic()))):
+        while not self.has_arrived(max(0.0, min(0.5, until - time.monotonic()))):
             if self.abandoned():
-                raise ConnectionAbortedError("the client has left")
+                raise ConnectionAbortedError("it is no longer wanted")
             if time.monotonic() >= until:
                 raise socket.timeout("the answer arrives too slowly")
         data = self.socket.recv(size)
         self.heard = self.heard or bool(data)
         return data
-
-    def is_stale(self) -> bool:
-        """Return whether the upstream has closed the connection or has sent something."""
-        return bool(self.source.buffer) or self.has_arrived(0)
 
     def has_arrived(self, seconds: float) -> bool:
         """Return whether something can be received within that time."""
@@ -5436,10 +5419,8 @@ class Connection:
                 self.heard = self.heard or bool(data)
                 if len(data) < 65536:
                     return bool(data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return True
 
     def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Iterator[bytes]]:
@@ -5511,17 +5492,6 @@ class Pool:
         self.draining = False  # whether polls must end
         self.given_up: set[Connection] = set()  # their messages will be put back
 
-    def awaits(self, connection: Connection) -> bool:
-        """Return whether an answer begins before draining, or raise UpstreamError if too late."""
-        until = time.monotonic() + connection.timeout
-        while not connection.is_stale():
-            if self.draining:
-                return False
-            if time.monotonic() > until:
-                raise UpstreamError(f"no answer from {connection.endpoint.origin} in time")
-            connection.has_arrived(0.5)
-        return True
-
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
         while True:
@@ -5530,7 +5500,7 @@ class Pool:
                 kept = idle.pop() if idle else None
             if kept is None:
                 return None
-            if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.is_stale():
+            if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.has_arrived(0):
                 kept.reused, kept.heard = True, False
                 return kept
             kept.close()
@@ -5541,10 +5511,11 @@ class Pool:
         return kept or Connection(endpoint, self._connect_timeout, self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take, and which client may abandon it."""
-        poll = call.action == RECEIVE  # its messages must be put back if the client has left
-        connection.timeout = min(POLL_SECONDS, self._timeout) if poll else self._timeout
-        connection.abandoned = (lambda: False) if poll else call.request.abandoned
+        """Set how long the answer to a call may take, and what may abandon it."""
+        connection.timeout, connection.abandoned = self._timeout, call.request.abandoned
+        if call.action == RECEIVE:  # its messages must be put back if the client has left
+            connection.timeout = min(POLL_SECONDS, self._timeout)
+            connection.abandoned = lambda: self.draining and not connection.heard
         connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
@@ -5648,35 +5619,39 @@ class Attempt:
     mask: Mask = field(default_factory=Mask)
 
 
+@dataclass(eq=False, repr=False)
 class Upstream:
     """Signs calls for their client and sends them to AWS, or to another endpoint."""
 
     may_block = True
 
-    def __init__(
-        self, endpoint: Optional[Endpoint], credentials: Callable[[Client], CredentialCache],
-        pool: Pool, clock: Clock = time.time
-    ) -> None:  # fmt: skip
-        self._endpoint = endpoint
-        self._credentials = credentials
-        self._pool = pool
-        self._clock = clock
+    endpoint: Optional[Endpoint]
+    credentials: Callable[[Client], CredentialCache]
+    pool: Pool
+    clock: Clock = time.time
 
     @property
     def name(self) -> str:
         """The target's name in a route: `aws`, or an origin."""
-        return self._endpoint.origin if self._endpoint else "aws"
+        return self.endpoint.origin if self.endpoint else "aws"
 
     @property
     def is_aws(self) -> bool:
         """True if calls go to AWS."""
-        return self._endpoint is None or is_aws_host(self._endpoint.host)
+        return self.endpoint is None or is_aws_host(self.endpoint.host)
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         attempt = self._prepared(call)
         for rewrite in call.rewrites:
-            self._rewrite(attempt, rewrite(call, attempt.request) or attempt.request)
+            request = rewrite(call, attempt.request) or attempt.request
+            if request.body is not attempt.request.body:
+                body = io.BytesIO(request.body.read())
+                headers = _without(request.headers, "content-length", "transfer-encoding")
+                headers.append(("Content-Length", str(len(body.getvalue()))))
+                request = dataclasses.replace(request, headers=tuple(headers), body=body)
+                attempt.payload_hash = hashlib.sha256(body.getvalue()).hexdigest()
+            attempt.request = request
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
         return self._settled(attempt)
 
@@ -5684,7 +5659,7 @@ class Upstream:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
         if call.rewrites or not isinstance(call.body, io.BytesIO):
             return None
-        keys = NOBODY if call.unsigned else self._credentials(call.caller).ready()
+        keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
         if not keys:
             return None
         attempt = self._prepared(call)
@@ -5695,11 +5670,11 @@ class Upstream:
         if body and signed.method in _BODILESS:
             return None
         data = encode_head(signed) + body
-        connection = self._pool.idle(attempt.endpoint)
+        connection = self.pool.idle(attempt.endpoint)
         if not connection:
             return None
         attempt.connection = connection
-        self._pool.allow(connection, call)
+        self.pool.allow(connection, call)
         return attempt, data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
@@ -5730,7 +5705,8 @@ class Upstream:
 
     def let_go(self, attempt: Attempt) -> Callable[[], None]:
         """Give up a poll, and return a function that makes its messages visible again."""
-        self._pool.given_up.add(attempt.connection)
+        attempt.connection.abandoned = lambda: False
+        self.pool.given_up.add(attempt.connection)
         return functools.partial(self._put_back, attempt)
 
     def _put_back(self, attempt: Attempt) -> None:
@@ -5743,7 +5719,7 @@ class Upstream:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
-            self._pool.given_up.discard(connection)
+            self.pool.given_up.discard(connection)
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
@@ -5760,38 +5736,39 @@ class Upstream:
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
-            return self._our_signature_refused(call, reply)
+            # The upstream's text repeats our signed request, so the caller gets another.
+            log.error(
+                "the upstream refuses the proxy's signature: check the proxy's key and clock"
+            )
+            message = "The upstream of this proxy refuses the proxy's own signature."
+            message += " Check the credentials and the clock of the proxy; yours are good."
+            request_id = fields.get("x-amzn-requestid", [random_id()])[0]
+            error = ServiceError("SignatureDoesNotMatch", message)
+            return call.wire.error(call.request, error, request_id[:128])
         return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
-
-    def _our_signature_refused(self, call: Call, reply: Reply) -> Reply:
-        """Return the refusal without the upstream's text, which repeats our signed request."""
-        log.error("the upstream refuses the proxy's signature: check the proxy's key and clock")
-        message = "The upstream of this proxy refuses the proxy's own signature."
-        message += " Check the credentials and the clock of the proxy; yours are good."
-        request_id = fields_of(reply.headers).get("x-amzn-requestid", [random_id()])[0]
-        error = ServiceError("SignatureDoesNotMatch", message)
-        return call.wire.error(call.request, error, request_id[:128])
 
     def _may_renew(self, attempt: Attempt, reply: Reply) -> bool:
         call, body = attempt.call, reply.body
         if reply.status not in _REFUSED or call.unsigned or not isinstance(body, bytes):
             return False
-        return bool(_EXPIRED.search(body)) and self._credentials(call.caller).expire(attempt.keys)
+        return bool(_EXPIRED.search(body)) and self.credentials(call.caller).expire(attempt.keys)
 
     def _endpoint_of(self, call: Call) -> Endpoint:
-        if self._endpoint:
-            return self._endpoint
+        if self.endpoint:
+            return self.endpoint
         if not _REGION.fullmatch(call.region):
             # Some hosts below amazonaws.com are customers', so only regions may name one.
             message = f"This proxy forwards to AWS, which has no region '{call.region}'"
             meant = did_you_mean(call.region, REGIONS) or "."
             raise ServiceError("AccessDenied", f"{message}{meant}")
-        if call.service == "s3express":
-            return zonal_endpoint(call.request.header("host") or "", call.region)
+        host = call.request.header("host") or ""
+        # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
+        zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
+        if zonal and zonal[2] == call.region:
+            return Endpoint("https", zonal[1], 443, call.region)
         target = call.request.header("x-amz-target") or ""
         path = call.request.path if call.wire.is_opaque else call.path or "/"
-        host = call.request.header("host") or ""
-        fips, dualstack = self._credentials(call.caller).variants
+        fips, dualstack = self.credentials(call.caller).variants
         host = host[len(call.bucket) :]
         dual_host = "dualstack" in host or ".api.aws" in host
         if ("fips" in host or dual_host) and is_aws_host(host):
@@ -5874,23 +5851,14 @@ class Upstream:
             raise ServiceError("MissingContentLength", message)
         return int(call.request.header("content-length") or 0)
 
-    def _rewrite(self, attempt: Attempt, request: Request) -> None:
-        if request.body is not attempt.request.body:
-            data = request.body.read()
-            headers = _without(request.headers, "content-length", "transfer-encoding")
-            headers.append(("Content-Length", str(len(data))))
-            request = dataclasses.replace(request, headers=tuple(headers), body=io.BytesIO(data))
-            attempt.payload_hash = hashlib.sha256(data).hexdigest()
-        attempt.request = request
-
     def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
         account = call.request.header("x-amz-account-id") or ""
         if of_control and not bucket and _ACCOUNT_ID.fullmatch(account):
             bucket = account
-        if not bucket or (self._endpoint and of_control):
+        if not bucket or (self.endpoint and of_control):
             return target, endpoint
-        if self._endpoint or "." in bucket:  # no TLS certificate covers dots
+        if self.endpoint or "." in bucket:  # no TLS certificate covers dots
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
@@ -5907,28 +5875,31 @@ class Upstream:
 
     def _keys(self, call: Call) -> Credentials:
         try:
-            return NOBODY if call.unsigned else self._credentials(call.caller).get()
+            return NOBODY if call.unsigned else self.credentials(call.caller).get()
         except NoKeys as reason:
             code = "ServiceUnavailable" if reason.passing else "AccessDenied"
-            shown = _PRIVATE.sub("...", str(reason))[:500]
-            message = f"The proxy has no credentials to sign with: {shown}"
-            raise ServiceError(code, message) from reason
+            why = _PRIVATE.sub("...", str(reason))[:500]
+            raise ServiceError(code, f"The proxy has no keys to sign with: {why}") from reason
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, body = attempt.call, attempt.request.body
         if not attempt.begun:
-            self._connect(attempt, fresh)
+            try:
+                attempt.connection = self.pool.take(attempt.endpoint, fresh)
+            except UpstreamError as error:
+                raise self._given_up(call, error, unread=True) from error
+            self.pool.allow(attempt.connection, call)
         connection = attempt.connection
         connection.socket.settimeout(connection.timeout)
         try:
             if not attempt.begun:
                 self._send(attempt)
-                if call.action == RECEIVE and not self._pool.awaits(connection):
-                    threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                    return no_messages(call, random_id())
             return self._reply(attempt)
         except UpstreamError as error:
+            if call.action == RECEIVE and connection.abandoned():
+                threading.Thread(target=self.let_go(attempt), daemon=True).start()
+                return no_messages(call, random_id())
             connection.close()
             stale = connection.reused and error.unanswered  # a fresh connection never is
             if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
@@ -5940,26 +5911,18 @@ class Upstream:
         attempt.begun = False
         return self._exchange(attempt, fresh=True)
 
-    def _connect(self, attempt: Attempt, fresh: bool) -> None:
-        try:
-            attempt.connection = self._pool.take(attempt.endpoint, fresh)
-        except UpstreamError as error:
-            raise self._given_up(attempt.call, error, unread=True) from error
-        self._pool.allow(attempt.connection, attempt.call)
-
     def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
         """Return the refusal of a call.  SDKs retry 503, and a call must not run twice."""
         log.warning("upstream: %s", error)
         if unread or is_repeatable(call):
-            message = "The upstream of this proxy is unavailable."
-            return ServiceError("ServiceUnavailable", message)
+            return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
         return outcome_unknown()
 
     def _signed(self, attempt: Attempt) -> tuple[Request, Authorization]:
         call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
             return request, _NO_AUTHORIZATION
-        amz_date = iso_basic(self._clock())
+        amz_date = iso_basic(self.clock())
         region = attempt.endpoint.region or call.region
         scope = CredentialScope(amz_date[:8], region, call.service)
         payload_hash, declares = attempt.payload_hash, attempt.declares
@@ -6015,7 +5978,7 @@ class Upstream:
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
-        self._pool.give(attempt.connection, keep)
+        self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
         headers = attempt.mask.headers(end_to_end(head.headers, dropped))
@@ -6032,7 +5995,7 @@ class Upstream:
             if attempt.mask.held:
                 yield attempt.mask.held
         finally:
-            self._pool.give(attempt.connection, keep and complete)
+            self.pool.give(attempt.connection, keep and complete)
 
     def _release(self, received: Attempt, handles: Sequence[str]) -> None:
         if not handles:

@@ -14104,7 +14104,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             def answer(self, call, request_id):
                 attempt = awsproxy.Attempt(call, None, None, "")
                 connection = attempt.connection = object.__new__(awsproxy.Connection)
-                connection.endpoint, connection.timeout = upstream._endpoint, DEADLINE
+                connection.endpoint, connection.timeout = upstream.endpoint, DEADLINE
                 connection.source = awsproxy.Stream(
                     lambda size: taken.append(1) or bytes(size), b"HTTP/1.1 200 OK\r\n\r\n"
                 )
