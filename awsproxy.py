@@ -4395,7 +4395,7 @@ def receipt_handles(reply: Reply) -> list[str]:
 # with its own credentials and sends it.  Every other byte of path and query stays the same.
 # The route, the verified scope and the meaning of the call decide the host.
 # To add a source of credentials: write a method of CredentialChain that returns Credentials, or
-# raises NotSetUp if nothing chooses the source and NoKeys if it fails.  Put it into _sources.
+# raises NotSetUp if nothing chooses the source and NoKeys if it fails.  Put it into `find`.
 
 
 # [6.1] Endpoints
@@ -4457,8 +4457,7 @@ ENDPOINT_PREFIXES = {
     &-agent-runtime=/flows/[^/]+/aliases/[^/]+#POST
     &-agent-runtime=/knowledgebases/.*(/retrieve#|-document-acl|/content#)
     &-agent=/(agents|flows|knowledgebases|prompts|resourcepolicy|retrieval\w+|tags)/;
-    bedrock-agentcore
-    &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
+    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
     &=/(identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)
     &=/[^/]+/[^/]+/(actor|command|event|extract|generat|ingest|invo|memoryR|retrieve|save|sess)
     &=/[^/]+/[^/]+/(stopr|tools) &-control; cassandra &-streams=KeyspacesStreams; chime
@@ -4468,18 +4467,17 @@ ENDPOINT_PREFIXES = {
     cloudhsm cloudhsmv2=BaldrApiService; cloudwatch cloudwatch-omni; connect
     contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#; deadline
     scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)
-    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective
-    api.&; dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public
-    api.&; events eventsv2=AWSEventsV2; es &=/20\d\d- -; execute-api
-    participant.connect=/participant/ -; forecast forecastquery=AmazonForecastRuntime; geo
-    metadata.&=/metadata/v0/jobs \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers)
-    cp.\1.&=/(\w{1,20})/v0/ cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes
-    routes.geo; health-agent streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
-    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam
-    iam-toolbox=/authorization-details/; iot-jobs-data data.jobs.iot; iotdata data-ats.iot;
-    iotdeviceadvisor api.&; iotdevicegateway -; kafka-cluster -; iotmanagedintegrations api.&;
-    IoTSecuredTunneling api.tunneling.iot; iotsitewise
-    monitor.&=/(access-policies|dashboards|portals|projects)
+    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective api.&;
+    dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public api.&;
+    events eventsv2=AWSEventsV2; es &=/20\d\d- -; execute-api participant.connect=/participant/ -;
+    forecast forecastquery=AmazonForecastRuntime; geo metadata.&=/metadata/v0/jobs
+    \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers) cp.\1.&=/(\w{1,20})/v0/
+    cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes routes.geo; health-agent
+    streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
+    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam iam-toolbox=/authorization-details/;
+    iot-jobs-data data.jobs.iot; iotdata data-ats.iot; iotdeviceadvisor api.&; iotdevicegateway -;
+    kafka-cluster -; iotmanagedintegrations api.&; IoTSecuredTunneling api.tunneling.iot;
+    iotsitewise monitor.&=/(access-policies|dashboards|portals|projects)
     data.&=/(assistant|jobs|properties|queries)
     data.&=/workspaces/.*/(dataset-export|enrichment|executions|get-capture|queries|searches)
     api.&; iottwinmaker data.&=/workspaces/.*/entity-properties api.&; iotwireless api.&; ivs
@@ -4488,11 +4486,11 @@ ENDPOINT_PREFIXES = {
     query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; lex runtime.&=/bot/
     runtime-v2-&=/bots/[^/]+/botAliases/
     models.&=/(intents|slottypes|migrations|builtins/[is])|/(bots|exports)/#GET
-    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#]))
-    models-v2-&; logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor
-    api.&; medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
-    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; neptune-db -;
-    neptune-graph -=/(queries|summary); omics
+    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#])) models-v2-&;
+    logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor api.&;
+    medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
+    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; neptune-db -; neptune-graph
+    -=/(queries|summary); omics
     storage-&=/\w+store/[^/]+/re(adset|ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)#
     control-storage-&=/(referencestore|s3accesspolicy|sequencestore) tags-&=/tags/
     analytics-&=/(annotationStore|import|share|variantStore) workflows-&; partnercentral &-prm;
@@ -4624,8 +4622,7 @@ def parse_endpoint(url: str) -> Endpoint:
 
 
 _AWS_HOST = re.compile(
-    r"(.+)\.(?:amazonaws\.com(?:\.cn)?|amazonaws\.eu|api\.aws"
-    r"|api\.amazonwebservices\.(?:com\.cn|eu))"
+    r"(.+)\.(?:(?:amazonaws|api\.amazonwebservices)\.(?:com\.cn|eu)|amazonaws\.com|api\.aws)"
 )
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
@@ -4701,18 +4698,18 @@ _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
 def fetch(
-    url: str, headers: Mapping[str, str], *, data: Optional[bytes] = None,
-    method: Optional[str] = None, timeout: float = 5
-) -> bytes:  # fmt: skip
+    url: str, headers: Mapping[str, str], data: bytes = b"", method: str = "", timeout: float = 5
+) -> bytes:
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
     It follows no redirection, which would take our tokens along."""
     until, (endpoint, target) = time.monotonic() + timeout, split_url(url)
-    lines = {"Host": endpoint.authority, **headers, "Content-Length": str(len(data or b""))}
-    method = method or ("GET" if data is None else "POST")
+    about = {"Connection": "close", "Content-Length": str(len(data))}
+    lines = {"Host": endpoint.authority, **headers, **about}
+    method = method or ("POST" if data else "GET")
     request = Request(method, target, tuple(lines.items()), io.BytesIO())
     try:
-        sent = encode_head(request) + (data or b"")
+        sent = encode_head(request) + data
         with contextlib.closing(Connection(endpoint, timeout, timeout)) as connection:
             connection.timeout = max(0.0, until - time.monotonic())
             connection.send_until_answered(sent)
@@ -4767,11 +4764,8 @@ def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> C
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    with contextlib.suppress(ValueError):
-        document = read_json(text.decode("utf-8"))
-        if isinstance(document, dict):
-            return document
-    raise NoKeys("the answer is no JSON object")
+    with _no_keys("the answer is no JSON object", ValueError, TypeError):
+        return dict(read_json(text.decode("utf-8")))
 
 
 Section = Mapping[str, str]  # of a profile
@@ -5039,10 +5033,18 @@ class CredentialChain:
         }
         if answer.get("refreshToken"):
             new["refreshToken"] = answer["refreshToken"]
-        try:
-            _write_private(path, new)
+        temporary = ""
+        try:  # replace the file in one step; only its owner can read it
+            opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
+            with os.fdopen(opened, "w", encoding="utf-8") as file:
+                json.dump(new, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         except OSError as error:
             log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         return token
 
     def _from_login(self, session: str, profile: str) -> Credentials:
@@ -5116,20 +5118,6 @@ def _read_text(path: str) -> str:
     with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             return file.read().strip()
-
-
-def _write_private(path: str, document: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step; only its owner can read it.  Raises OSError."""
-    opened, new = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))  # its mode is 0600
-    try:
-        with os.fdopen(opened, "w", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        os.unlink(new)
-        raise
 
 
 def _profile_of(section: str) -> str:
@@ -5312,12 +5300,10 @@ def _forms_of_token(token: str) -> tuple[bytes, ...]:
 
 def _overlap(data: bytes, secret: bytes) -> int:
     """Return the length of the secret's beginning with which the data ends."""
-    at = max(0, len(data) - len(secret) + 1)
-    while True:
-        at = data.find(secret[:1], at)
-        if at < 0 or secret.startswith(data[at:]):
-            return len(data) - at if at >= 0 else 0
-        at += 1
+    at = data.find(secret[:1], max(0, len(data) - len(secret) + 1))
+    while at >= 0 and not secret.startswith(data[at:]):
+        at = data.find(secret[:1], at + 1)
+    return len(data) - at if at >= 0 else 0
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -5543,10 +5529,9 @@ class Pool:
 
 # [6.4] Forwarding
 # The codes for a wrong signature.  The text of such an error repeats the signed request.
-_MISMATCHES = frozenset(
-    "IncompleteSignature IncompleteSignatureException InvalidSignature InvalidSignatureException"
-    " SignatureDoesNotMatch".split()
-)
+_is_mismatch = re.compile(
+    "(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch"
+).fullmatch
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
@@ -5697,8 +5682,7 @@ class Upstream:
             return wait
         if len(buffer) < end + length:
             return None
-        unwanted = call.action == RECEIVE and call.request.abandoned()
-        if head.status in _REFUSED or unwanted:
+        if head.status in _REFUSED or (call.action == RECEIVE and call.request.abandoned()):
             return wait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._final(call, self._whole(attempt, head, head.keeps, body))
@@ -5735,7 +5719,7 @@ class Upstream:
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
-        if reply.status in _REFUSED and not call.unsigned and error_code(reply) in _MISMATCHES:
+        if reply.status in _REFUSED and not call.unsigned and _is_mismatch(error_code(reply)):
             # The upstream's text repeats our signed request, so the caller gets another.
             log.error(
                 "the upstream refuses the proxy's signature: check the proxy's key and clock"
@@ -5965,7 +5949,7 @@ class Upstream:
             start = connection.read_whole(blocks, limit)
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
-            if error_code(Reply(head.status, head.headers, start)) in _MISMATCHES:
+            if _is_mismatch(error_code(Reply(head.status, head.headers, start))):
                 return self._whole(attempt, head, False, start)  # the rest shows our request
             if call.service == "sqs":
                 raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
