@@ -5262,11 +5262,10 @@ POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longes
 class Mask:
     """Hides our session token and signature if the answer of an upstream repeats them."""
 
-    def __init__(self, claimed: Optional[Authorization] = None, session_token: str = "") -> None:
+    def __init__(self, signature: str = "", session_token: str = "") -> None:
         # AWS has no shorter token.  A short text may occur in any answer by chance.
         self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
-        if claimed and claimed.signature:
-            self._secrets += (claimed.signature.encode(),)
+        self._secrets += (signature.encode(),) if signature else ()
         self.held = b""  # the last bytes of a stream, if a secret may begin there
 
     def hide(self, data: bytes) -> bytes:
@@ -5419,8 +5418,7 @@ class Connection:
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            unanswered = not self.heard and not self.abandoned()
-            raise UpstreamError(message, unanswered) from error
+            raise UpstreamError(message, not self.heard and not self.abandoned()) from error
         reader: Union[Stream, LengthBody, ChunkedBody] = source
         if length is None:
             reader = ChunkedBody(source, sys.maxsize)
@@ -5435,8 +5433,7 @@ class Connection:
             while len(whole) <= limit and (block := next(blocks, b"")):
                 whole += block
         except (OSError, ServiceError) as error:
-            message = f"the answer of {self.endpoint.origin} is incomplete"
-            raise UpstreamError(message, unanswered=False) from error
+            raise UpstreamError(f"half an answer from {self.endpoint.origin}", False) from error
         return bytes(whole)
 
 
@@ -5529,9 +5526,7 @@ class Pool:
 
 # [6.4] Forwarding
 # The codes for a wrong signature.  The text of such an error repeats the signed request.
-_is_mismatch = re.compile(
-    "(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch"
-).fullmatch
+_mismatch = re.compile("(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch").fullmatch
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
@@ -5575,10 +5570,9 @@ def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str,
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
-    if call.operation.startswith(_READ_ONLY):
-        return True
     # In the query protocol, a GET can send messages.
-    return call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
+    idempotent = call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
+    return idempotent or call.operation.startswith(_READ_ONLY)
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
@@ -5719,11 +5713,9 @@ class Upstream:
         call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
-        if reply.status in _REFUSED and not call.unsigned and _is_mismatch(error_code(reply)):
+        if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
             # The upstream's text repeats our signed request, so the caller gets another.
-            log.error(
-                "the upstream refuses the proxy's signature: check the proxy's key and clock"
-            )
+            log.error("the upstream refuses our signature: check the key and clock of the proxy")
             message = "The upstream of this proxy refuses the proxy's own signature."
             message += " Check the credentials and the clock of the proxy; yours are good."
             request_id = fields.get("x-amzn-requestid", [random_id()])[0]
@@ -5742,9 +5734,10 @@ class Upstream:
             return self.endpoint
         if not _REGION.fullmatch(call.region):
             # Some hosts below amazonaws.com are customers', so only regions may name one.
-            message = f"This proxy forwards to AWS, which has no region '{call.region}'"
             meant = did_you_mean(call.region, REGIONS) or "."
-            raise ServiceError("AccessDenied", f"{message}{meant}")
+            raise ServiceError(
+                "AccessDenied", f"Upstream, AWS has no region '{call.region}'{meant}"
+            )
         host = call.request.header("host") or ""
         # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
         zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
@@ -5787,7 +5780,17 @@ class Upstream:
                 headers = _without(headers, "x-amz-target")
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
-        length = self._length(call, body)
+        length: Optional[int]
+        if isinstance(body, AwsChunkedBody):
+            plain = not body.signed and not body.announced
+            length = body.length if plain else aws_chunked_length(body)
+        elif isinstance(body, io.IOBase):
+            length = body.seek(0, io.SEEK_END)
+        elif "transfer-encoding" in request.fields:
+            message = "You must provide the Content-Length HTTP header."
+            raise ServiceError("MissingContentLength", message)
+        else:
+            length = int(request.header("content-length") or 0)
         if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
             headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
@@ -5823,17 +5826,6 @@ class Upstream:
         if sent == data and payload_hash:
             return body, payload_hash
         return io.BytesIO(sent), hashlib.sha256(sent).hexdigest()
-
-    def _length(self, call: Call, body: Body) -> Optional[int]:
-        if isinstance(body, AwsChunkedBody):
-            plain = not body.signed and not body.announced
-            return body.length if plain else aws_chunked_length(body)
-        if isinstance(body, io.IOBase):
-            return body.seek(0, io.SEEK_END)
-        if "transfer-encoding" in call.request.fields:
-            message = "You must provide the Content-Length HTTP header."
-            raise ServiceError("MissingContentLength", message)
-        return int(call.request.header("content-length") or 0)
 
     def _bucket_host(self, call: Call, target: str, endpoint: Endpoint) -> tuple[str, Endpoint]:
         bucket, of_control = call.bucket, call.path.startswith(_S3_CONTROL)
@@ -5911,7 +5903,7 @@ class Upstream:
         scope = CredentialScope(amz_date[:8], region, call.service)
         payload_hash, declares = attempt.payload_hash, attempt.declares
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
-        attempt.mask = Mask(claimed, keys.session_token)
+        attempt.mask = Mask(claimed.signature, keys.session_token)
         return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
@@ -5949,7 +5941,7 @@ class Upstream:
             start = connection.read_whole(blocks, limit)
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
-            if _is_mismatch(error_code(Reply(head.status, head.headers, start))):
+            if _mismatch(error_code(Reply(head.status, head.headers, start))):
                 return self._whole(attempt, head, False, start)  # the rest shows our request
             if call.service == "sqs":
                 raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
