@@ -4959,7 +4959,7 @@ class CredentialChain:
             "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))
-        with _no_keys("%s"):  # none is NotSetUp: the role chooses this source
+        with _no_keys("%s"):  # not NotSetUp: the role chooses this source
             if settings.get("source_profile"):
                 return self._from_profile(settings["source_profile"], visited)
             if source:
@@ -5196,8 +5196,8 @@ class CredentialCache:
                 found = self.chain.find()
                 if found.expires <= now:
                     raise NoKeys("the credentials found have expired")
+                self._current, self._failure = found, None  # first: `ready` takes no lock
                 self._renew_at = found.expires - self.AHEAD
-                self._current, self._failure = found, None
                 return found
             except NoKeys as reason:
                 if reason.passing and pauses:
@@ -5332,10 +5332,10 @@ class Connection:
         self.heard = False  # whether any byte of an answer has arrived
         self.idle_since = self.sent_at = 0.0
         self.deadline = math.inf  # when the head of the answer must have arrived
-        self.abandoned: Callable[[], bool] = lambda: False  # whether nobody waits any longer
+        self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
-            self._client = _connector(endpoint, connect_timeout)  # its parser is slow
-            self._client.connect()
+            self._client = _connector(endpoint, connect_timeout)
+            self._client.connect()  # and no more: its parser is slow
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = self._client.sock
@@ -5349,7 +5349,7 @@ class Connection:
         until = min(self.deadline, time.monotonic() + self.timeout)
         while not self.has_arrived(max(0.0, min(0.5, until - time.monotonic()))):
             if self.abandoned():
-                raise ConnectionAbortedError("it is no longer wanted")
+                raise ConnectionAbortedError("the client has left")
             if time.monotonic() >= until:
                 raise socket.timeout("the answer arrives too slowly")
         data = self.socket.recv(size)
@@ -5438,7 +5438,7 @@ class Connection:
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
-    """Return the way to an endpoint; that of https leads through the proxy of the environment."""
+    """Return the way to an endpoint: for https, through HTTPS_PROXY except to this machine."""
     host, port = endpoint.host, endpoint.port
     if endpoint.scheme == "http":
         return http.client.HTTPConnection(host, port, timeout=timeout)
@@ -5494,7 +5494,7 @@ class Pool:
         return kept or Connection(endpoint, self._connect_timeout, self._timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take, and what may abandon it."""
+        """Set how long the answer to a call may take, and when nobody waits for it."""
         connection.timeout, connection.abandoned = self._timeout, call.request.abandoned
         if call.action == RECEIVE:  # its messages must be put back if the client has left
             connection.timeout = min(POLL_SECONDS, self._timeout)
@@ -5735,9 +5735,8 @@ class Upstream:
         if not _REGION.fullmatch(call.region):
             # Some hosts below amazonaws.com are customers', so only regions may name one.
             meant = did_you_mean(call.region, REGIONS) or "."
-            raise ServiceError(
-                "AccessDenied", f"Upstream, AWS has no region '{call.region}'{meant}"
-            )
+            message = f"This proxy forwards to AWS, which has no region '{call.region}'{meant}"
+            raise ServiceError("AccessDenied", message)
         host = call.request.header("host") or ""
         # Only the Host names a zone ("Regional and Zonal endpoints for directory buckets").
         zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
