@@ -6131,7 +6131,8 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 
 HOOK_METHODS = ("before", "rewrite", "after", "observe")
-_OF_A_HOOK = (*HOOK_METHODS, "concerns")  # not a hook on its own
+# The functions of a hook, None for what it has not; `concerns` is no hook on its own.
+HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
@@ -6182,12 +6183,13 @@ def _read_hook(path: str) -> ModuleType:
         raise
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    known = HookMethods._fields
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__
-        if own and inspect.isfunction(value) and name not in _OF_A_HOOK and name[0] != "_":
-            meant = did_you_mean(name, _OF_A_HOOK)
+        if own and inspect.isfunction(value) and name not in known and name[0] != "_":
+            meant = did_you_mean(name, known)
             raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
-        if name in _OF_A_HOOK and not callable(value):
+        if name in known and not callable(value):
             raise ValueError(f"{name} is no function")
     if not any(hasattr(module, moment) for moment in HOOK_METHODS):
         raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
@@ -6208,11 +6210,10 @@ class LineWriter:
         self.dropped = 0
         self._stream = stream
         self._open_again = open_again
-        self._reopens = False
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
-        # Lines, and events to set when the lines before them are written.
-        self._lines: queues.SimpleQueue[Union[str, threading.Event]] = queues.SimpleQueue()
+        # Lines, and functions to call when the lines before them are written.
+        self._lines: queues.SimpleQueue[Union[str, Callable[[], None]]] = queues.SimpleQueue()
         self._writing = 0
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -6225,13 +6226,13 @@ class LineWriter:
 
     def reopen(self) -> None:
         """Open the stream again soon, because the log file was moved."""
-        self._reopens = True
-        self._lines.put(threading.Event())  # to wake the thread
+        if self._open_again:
+            self._lines.put(functools.partial(self._open, self._open_again))
 
     def close(self, timeout: float = 1.0) -> None:
         """Wait until all lines are written, up to `timeout` seconds."""
         written = threading.Event()
-        self._lines.put(written)
+        self._lines.put(written.set)
         written.wait(timeout)
 
     def _work(self) -> None:
@@ -6248,21 +6249,18 @@ class LineWriter:
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
             self._writing = 0
-            if self._reopens:
-                self._open()
-            for written in (it for it in batch if isinstance(it, threading.Event)):
-                written.set()
+            for act in batch:
+                if not isinstance(act, str):
+                    act()
 
-    def _open(self) -> None:
-        self._reopens = False
-        if self._open_again:
-            try:
-                old, self._stream = self._stream, self._open_again()
-            except OSError as error:
-                log.error("the log file cannot be opened again, keeping the old one: %s", error)
-                return
-            with contextlib.suppress(OSError, ValueError):  # its buffer cannot be written
-                old.close()
+    def _open(self, open_again: Callable[[], Any]) -> None:
+        try:
+            old, self._stream = self._stream, open_again()
+        except OSError as error:
+            log.error("the log file cannot be opened again, keeping the old one: %s", error)
+            return
+        with contextlib.suppress(OSError, ValueError):  # its buffer cannot be written
+            old.close()
 
 
 class AccessLog(Hook):
@@ -7496,19 +7494,9 @@ class Admin:
 
 
 # [8.4] Hooks, and calls that wait
-def _method_of(hook: Any, name: str) -> Optional[Callable[..., Any]]:
-    found: Optional[Callable[..., Any]] = getattr(hook, name, None)
-    return None if getattr(type(hook), name, None) is getattr(Hook, name) else found
-
-
-class HookMethods(NamedTuple):
-    """The methods of a hook; without `concerns` it is for all calls."""
-
-    concerns: Optional[Callable[[Call], bool]]
-    before: Optional[Callable[[Call], Optional[Reply]]]
-    rewrite: Optional[Callable[[Call, Request], Optional[Request]]]
-    after: Optional[Callable[[Call, Reply], Optional[Reply]]]
-    observe: Optional[Callable[[Exchange], None]]
+def _method_of(hook: Any, name: str) -> Any:
+    is_inherited = getattr(type(hook), name, None) is getattr(Hook, name)
+    return None if is_inherited else getattr(hook, name, None)
 
 
 class Pending:
@@ -7825,8 +7813,7 @@ class Proxy:
             if isinstance(hook, Watched):
                 hook.refresh()
         hooks = [h.value if isinstance(h, Watched) else h for h in self._hooks]
-        names = HookMethods._fields
-        found = [HookMethods(*(_method_of(hook, name) for name in names)) for hook in hooks]
+        found = [HookMethods(*(_method_of(h, n) for n in HookMethods._fields)) for h in hooks]
         self._methods = [it for it in found if it.before or it.rewrite or it.after]
         self._observers = [it.observe for it in reversed(found) if it.observe]
 
