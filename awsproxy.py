@@ -6448,6 +6448,7 @@ class Metrics(Hook):
 
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     THROTTLES = frozenset(
         "OverLimit RequestLimitExceeded RequestThrottled SlowDown Throttling"
         " ThrottlingException TooManyRequestsException".split()
@@ -6460,7 +6461,8 @@ class Metrics(Hook):
         self._rows: dict[tuple[Any, ...], list[int]] = {}
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
-        self._seconds, self._upstream_seconds = Histogram(), Histogram()
+        self._sums = {"request": 0.0, "upstream": 0.0}  # of seconds
+        self._times = {name: [0] * (len(self.BOUNDS) + 1) for name in self._sums}  # by bound
         self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
@@ -6477,9 +6479,9 @@ class Metrics(Hook):
             row[0] += 1
             row[1] += exchange.request_bytes
             row[2] += exchange.reply_bytes
-            self._seconds.add(exchange.seconds)
+            self._time("request", exchange.seconds)
             if call and call.upstream_seconds > 0:
-                self._upstream_seconds.add(call.upstream_seconds)
+                self._time("upstream", call.upstream_seconds)
             if exchange.reason:
                 self._refusals[(exchange.reason,)] += 1
             if call and call.route:
@@ -6487,6 +6489,10 @@ class Metrics(Hook):
                 if target not in self._targets and len(self._targets) >= self.MAX_OPERATIONS:
                     target = (call.route.pattern, "other")
                 self._targets[target] += 1
+
+    def _time(self, name: str, seconds: float) -> None:
+        self._times[name][bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self._sums[name] += seconds
 
     def _new_row(self, key: tuple[Any, ...]) -> list[int]:
         """Return the row that counts such calls, a common one if there are too many."""
@@ -6522,7 +6528,7 @@ class Metrics(Hook):
                 totals[("out",)] += went
                 if code in self.THROTTLES or status == 429:
                     throttles[()] += count
-            for name, names, help_text, counts in (
+            for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
@@ -6530,51 +6536,31 @@ class Metrics(Hook):
                 ("bytes", "direction", "Bytes of bodies.", totals),
                 ("throttles", "", "Answers that throttle.", throttles),
             ):
-                page += _head(f"{name}_total", "counter", help_text)
-                page += _samples(f"{name}_total", names, sorted(counts.items()))
-            page += self._seconds.lines("request_seconds", "How long a request took.")
-            page += self._upstream_seconds.lines("upstream_seconds", "How long its upstream took.")
-        for name, (help_text, read) in self._gauges.items():
-            page += _head(name, "gauge", help_text)
-            page += _samples(name, "", [((), read())])
-        page += _head("build_info", "gauge", "Which copy of the file this is.")
-        page += _samples("build_info", "version sha256", [((__version__, file_sha256()[:12]), 1)])
+                page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
+            for name, counted in self._times.items():
+                about = f"How long the {name} took."
+                buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(counted))
+                page += _lines(f"{name}_seconds", "", (), "histogram", about)
+                page += _lines(f"{name}_seconds_bucket", "le", buckets)
+                page += _lines(f"{name}_seconds_sum", "", [((), self._sums[name])])
+                page += _lines(f"{name}_seconds_count", "", [((), sum(counted))])
+        for name, (about, read) in self._gauges.items():
+            page += _lines(name, "", [((), read())], "gauge", about)
+        copy, about = (__version__, file_sha256()[:12]), "Which copy of the file this is."
+        page += _lines("build_info", "version sha256", [(copy, 1)], "gauge", about)
         return "\n".join(page) + "\n"
-
-
-class Histogram:
-    """Counts seconds up to each bound."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(self.BOUNDS) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        """Count a value."""
-        self._counts[bisect.bisect_left(self.BOUNDS, value)] += 1
-        self._sum += value
-
-    def lines(self, name: str, help_text: str) -> Iterator[str]:
-        """Yield the lines of the histogram."""
-        buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(self._counts))
-        yield from _head(name, "histogram", help_text)
-        yield from _samples(f"{name}_bucket", "le", buckets)
-        yield from _samples(f"{name}_sum", "", [((), self._sum)])
-        yield from _samples(f"{name}_count", "", [((), sum(self._counts))])
 
 
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
-def _head(name: str, kind: str, help_text: str) -> Sequence[str]:
-    return f"# HELP awsproxy_{name} {help_text}", f"# TYPE awsproxy_{name} {kind}"
-
-
-def _samples(name: str, names: str, samples: Iterable[tuple[Any, float]]) -> Iterator[str]:
+def _lines(
+    name: str, names: str, samples: Iterable[tuple[Any, float]], kind: str = "", about: str = ""
+) -> Iterator[str]:  # fmt: skip
     """Yield a line for each sample: the values of the labels with these names, and its own."""
+    if kind:
+        yield from (f"# HELP awsproxy_{name} {about}", f"# TYPE awsproxy_{name} {kind}")
     for labels, value in samples:
         pairs = zip(names.split(), labels)
         text = ",".join(f'{label}="{str(it).translate(_ESCAPES)}"' for label, it in pairs)
