@@ -6032,7 +6032,6 @@ class Exchange:
 
     verified: Optional[Verified] = None  # None before the signature is checked
     call: Optional[Call] = None  # None before the operation is known
-    target: Optional[Target] = None  # chosen by Proxy
     outcome: Optional[Outcome] = None  # ends the plot of Proxy.begin
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
@@ -6286,14 +6285,13 @@ class AccessLog(Hook):
             "reason": exchange.reason.replace(" ", "-") or "-"
         }  # fmt: skip
         if self._form == "json":
-            seconds = max(0.0, call.upstream_seconds) if call else 0.0
-            fields["client"] = call.caller.name if call else "-"
-            fields["region"] = call.region if call else claim(request)[1].region or "-"
-            fields["upstream_ms"] = round(seconds * 1000, 2)
-            fields["request_bytes"] = exchange.request_bytes
-            fields["reply_bytes"] = exchange.reply_bytes
-            fields["attempt"] = exchange.attempt
-            fields["user_agent"] = request.header("user-agent") or "-"
+            fields |= {
+                "client": call.caller.name if call else "-",
+                "region": call.region if call else claim(request)[1].region or "-",
+                "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
+                "request_bytes": exchange.request_bytes, "reply_bytes": exchange.reply_bytes,
+                "attempt": exchange.attempt, "user_agent": request.header("user-agent") or "-"
+            }  # fmt: skip
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
@@ -6331,9 +6329,8 @@ def _one_word(value: Any) -> str:
 
 def _cut(value: Any) -> Any:
     """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
-    if not isinstance(value, str):
-        return value
-    return value[: MAX_SHOWN if _is_plain(value[:MAX_SHOWN]) else MAX_SHOWN // 8]
+    most = MAX_SHOWN if _is_plain(str(value)[:MAX_SHOWN]) else MAX_SHOWN // 8
+    return value[:most] if isinstance(value, str) else value
 
 
 def open_log(path: str) -> Any:
@@ -6575,16 +6572,15 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]  # returns the visibility timeout of a call's queue
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 Put = Callable[[str, bytes, float], bytes]
-_QueueKey = tuple[str, str]  # region, account/name
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
 _XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
 
 
 class _Hold(NamedTuple):
-    queue: _QueueKey
+    queue: str  # region/account/name
     until: float  # infinity while the timeout is unknown
     since: float  # on the monotonic clock
 
@@ -6606,17 +6602,18 @@ class InFlight(Hook):
         self._run = run
         self._clock = clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, tuple[str, _QueueKey]] = OrderedDict()  # by handle
+        self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
         self._held: dict[str, _Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: dict[_QueueKey, tuple[int, float]] = {}  # a timeout and its time
+        self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are held, by queue."""
         with self._lock:
             self._expire()
-            return dict(collections.Counter(hold.queue[1] for hold in self._held.values()))
+            queues_held = (hold.queue.partition("/")[2] for hold in self._held.values())
+            return dict(collections.Counter(queues_held))
 
     @property
     def total(self) -> int:
@@ -6626,17 +6623,10 @@ class InFlight(Hook):
             return len(self._held)
 
     def forget(self, name: str = "") -> None:
-        """Forget all messages, or only the messages in queues of one name."""
+        """Forget all messages, or only those in queues whose region/account/name ends so."""
         with self._lock:
             held = self._held.items() if name else ()
-            self._held = {key: it for key, it in held if not it.queue[1].endswith(f"/{name}")}
-
-    @property
-    def longest(self) -> float:
-        """Return how many seconds the longest hold has left, 0 if no message is held."""
-        with self._lock:
-            ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
-            return max(ends, default=self._clock()) - self._clock()
+            self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
 
     def observe(self, exchange: Exchange) -> None:
         """Count the messages of an answered call."""
@@ -6651,7 +6641,7 @@ class InFlight(Hook):
         operation, given = call.operation, call.input
         url: str = given.get("QueueUrl") or call.request.path
         *_, account, name = ("", *url.rstrip("/").split("/"))
-        queue = call.region, f"{account or call.caller.account_id}/{name}"
+        queue = f"{call.region}/{account or call.caller.account_id}/{name}"
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
@@ -6662,10 +6652,9 @@ class InFlight(Hook):
         else:
             self._timeouts.pop(queue, None)
             if operation != "SetQueueAttributes":
-                with self._lock:
-                    self._held = {m: it for m, it in self._held.items() if it.queue != queue}
+                self.forget(queue)
 
-    def _take(self, call: Call, queue: _QueueKey, timeout: Optional[int], reply: Reply) -> None:
+    def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
         ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
         if not ids:
             return
@@ -6685,12 +6674,12 @@ class InFlight(Hook):
         if timeout is None:
             self._run(functools.partial(self._learn, call, queue, now, ids))
 
-    def _learn(self, call: Call, queue: _QueueKey, taken: float, ids: Sequence[str]) -> None:
+    def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[str]) -> None:
         """Ask for the visibility timeout of messages that were received at `taken`."""
         try:
-            timeout = self._ask(call, queue[1])
+            timeout = self._ask(call, queue)
         except Exception as error:
-            log.warning("the timeout of %s is not known, assuming 30 s: %s", queue[1], error)
+            log.warning("the timeout of %s is not known, assuming 30 s: %s", queue, error)
             timeout = 30  # the default of SQS
         with self._lock:
             self._timeouts[queue] = (timeout, self._clock())
@@ -6701,7 +6690,7 @@ class InFlight(Hook):
                 if hold and hold.queue == queue and hold.until == math.inf:
                     self._hold(message_id, queue, taken + timeout)
 
-    def _hold(self, message_id: str, queue: _QueueKey, until: float) -> None:
+    def _hold(self, message_id: str, queue: str, until: float) -> None:
         self._held[message_id] = _Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
@@ -6713,9 +6702,9 @@ class InFlight(Hook):
         with self._lock:
             for entry in entries:
                 handle = _digest(entry["ReceiptHandle"])
-                message_id, queue = self._messages.get(handle, ("", None))
+                message_id, queue = self._messages.get(handle, ("", ""))
                 hold = self._held.get(message_id)
-                if queue is None or (hold and hold.queue != queue):
+                if not queue or (hold and hold.queue != queue):
                     continue
                 timeout = entry.get("VisibilityTimeout")
                 if timeout:
@@ -6801,7 +6790,10 @@ class TaskProtection(InFlight):
         """Ask for protection, renew it or give it back, if necessary."""
         with self._agent:
             now, busy = self._clock(), self.total > 0
-            minutes = min(max(self.MINUTES, math.ceil(self.longest / 60) * 2), 2880)
+            with self._lock:
+                ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
+            longest = max(ends, default=now) - now
+            minutes = min(max(self.MINUTES, math.ceil(longest / 60) * 2), 2880)
             due = busy and self._protected_until - now < minutes * 30
             if now < self._not_before or not (due or (self._protected_until and not busy)):
                 return
@@ -7500,7 +7492,6 @@ class Pending:
         self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy = proxy
         self._exchange = exchange
-        self._upstream: Any = exchange.target
         self._act = act
         self._attempt: Any = attempt
 
@@ -7516,7 +7507,7 @@ class Pending:
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
         try:
-            result = self._upstream.arrived(self._attempt)
+            result = self._attempt.call.route.target.arrived(self._attempt)
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
         if isinstance(result, Reply):
@@ -7541,7 +7532,7 @@ class Pending:
     def cut_short(self) -> tuple[Reply, Callable[[], None]]:
         """Return an answer without messages, and a function that puts later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
-        put_back = self._upstream.let_go(self._attempt)
+        put_back = call.route.target.let_go(self._attempt)
         return self._proxy.observed(self._exchange, no_messages(call, request_id)), put_back
 
     def give_up(self, why: str = "it took too long") -> Reply:
@@ -7770,12 +7761,12 @@ class Proxy:
         if isinstance(call.route.target, Deny):
             other = self._other_target(call.service)
             call.advice = route_flag(call.action[:MAX_SHOWN], other)
-        exchange.target = call.route.target
 
     def _act(self, exchange: Exchange) -> None:
         """Let the target answer if it need not wait."""
-        call, target = exchange.call, exchange.target
-        assert call and target
+        call = exchange.call
+        assert call and call.route
+        target = call.route.target
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
             exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return

@@ -14882,7 +14882,7 @@ class InFlightTest(LedgerCase):
         self.assertEqual(self.asked, [])
         caller.receive(url)
         caller.receive(url)
-        self.assertEqual(self.asked, ["000000000000/jobs"])
+        self.assertEqual(self.asked, ["us-east-1/000000000000/jobs"])
         caller.clock.now += 11
         self.assertEqual(self.ledger.total, 2)
         caller("SetQueueAttributes", QueueUrl=url, Attributes={"VisibilityTimeout": "5"})
