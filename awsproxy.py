@@ -7181,9 +7181,7 @@ IAM_ACTIONS = pairs(f"""
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
 """)
 # In these services, BatchX needs the action X.
-_BATCHES = re.compile(
-    "(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]{1,100})"
-)
+_BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 
 
 def _actions(table: str) -> Sequence[str]:
@@ -7232,13 +7230,8 @@ BEARER_SERVICES = frozenset({"account-access", "agent-registry", "bedrock", "cod
 
 def glob_matches(pattern: str, text: str) -> bool:
     """Return whether the pattern matches all of the text; `*` is any text, `?` one character."""
-    return _glob(pattern).match(text) is not None
-
-
-@functools.lru_cache(maxsize=1024)
-def _glob(pattern: str) -> re.Pattern[str]:
-    """Return a regex that takes linear time: fnmatch lets no `*` backtrack."""
-    return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
+    # It takes linear time: fnmatch lets no `*` backtrack.  It keeps the last regexes.
+    return fnmatch.fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
 def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
@@ -7263,7 +7256,8 @@ def _folded(action: str) -> str:
 
 def passes_unsigned(action: str) -> bool:
     """Return whether AWS may answer an action without Signature Version 4."""
-    is_bearer = action.partition(":")[0].lower() in BEARER_SERVICES
+    is_exact = not set("*?") & set(action)
+    is_bearer = action.partition(":")[0].lower() in BEARER_SERVICES and is_exact
     return is_bearer or _folded(action) in UNSIGNED_ACTIONS
 
 
@@ -7594,10 +7588,9 @@ class Proxy:
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target, self._act)
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
-        upstreams = [route for route in self._routes if isinstance(route.target, Upstream)]
-        exact = [_folded(r.pattern) for r in upstreams if not set("*?") & set(r.pattern)]
+        patterns = [_folded(r.pattern) for r in self._routes if isinstance(r.target, Upstream)]
         # Actions that a route names exactly and AWS may answer without a signature.
-        self._open = [action for action in exact if passes_unsigned(action)]
+        self._open = [pattern for pattern in patterns if passes_unsigned(pattern)]
 
     @property
     def clients(self) -> Clients:
@@ -7662,13 +7655,12 @@ class Proxy:
         except ServiceError as error:
             if error.reason not in ("unsigned", "scheme"):
                 return ""
-        target = AWS_JSON["1.0"].service(request)
-        path = "" if target else request.method.lower()
+        target, path = AWS_JSON["1.0"].service(request), request.method.lower()
         with contextlib.suppress(ServiceError):  # the path has several readings
-            path += "" if target else rest_meaning(request).path
+            path += rest_meaning(request).path
         for service, _, operation in (action.partition(":") for action in self._open):
             by_form = service == "sts" and path == "post/" and _media_type(request) in ("", _FORM)
-            is_meant = service == target or operation == path or by_form
+            is_meant = service == target if target else operation == path or by_form
             if is_meant and (service in BEARER_SERVICES) == ("authorization" in request.fields):
                 return service
         return ""
@@ -7750,17 +7742,23 @@ class Proxy:
         """Find out what answers the call."""
         call = exchange.call
         assert call
-        call.route = self._route(call.action)
+        route = call.route = self._route(call.action)
         if exchange.unsigned:
-            self._pass_unsigned(exchange, call)
+            preflight = is_preflight(exchange.request)
+            exact = route and route.names_exactly(call.action) and passes_unsigned(call.action)
+            if not (route and isinstance(route.target, Upstream) and (preflight or exact)):
+                exchange.call = None
+                raise refusal("unsigned", exchange.request)
+            call.unsigned = True
+            if preflight:
+                call.operation = exchange.request.method  # hooks see it, and the upstream gets it
         for path in call.other_paths:
-            if self._route(f"{call.service}:{call.operation}{path}") != call.route:
+            if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
-        if call.route is None:
+        if route is None:
             raise ServiceError("AccessDenied", self._no_route(call.action))
-        if isinstance(call.route.target, Deny):
-            other = self._other_target(call.service)
-            call.advice = route_flag(call.action[:MAX_SHOWN], other)
+        if isinstance(route.target, Deny):
+            call.advice = self._flag(call.action)
 
     def _act(self, exchange: Exchange) -> None:
         """Let the target answer if it need not wait."""
@@ -7867,19 +7865,6 @@ class Proxy:
                 log.exception("a hook's observe failed")
         return reply
 
-    def _pass_unsigned(self, exchange: Exchange, call: Call) -> None:
-        """Mark a call that may go upstream unsigned.  Raise ServiceError if it may not."""
-        request, route = exchange.request, call.route
-        may_pass = route is not None and isinstance(route.target, Upstream)
-        if is_preflight(request):
-            call.operation = request.method  # hooks see it, and the upstream gets it
-        elif may_pass and route:
-            may_pass = route.names_exactly(call.action) and passes_unsigned(call.action)
-        if not may_pass:
-            exchange.call = None
-            raise refusal("unsigned", request, "")
-        call.unsigned = True
-
     def visibility_timeout(self, call: Call, queue: str) -> int:
         """Return the visibility timeout of a call's queue, in seconds, as its target answers."""
         url = call.input.get("QueueUrl") or call.request.path
@@ -7908,19 +7893,19 @@ class Proxy:
                 return route
         return None
 
-    def _other_target(self, service: str) -> str:
+    def _flag(self, action: str) -> str:
         names = [getattr(route.target, "name", "") for route in self._routes]
-        if service == "sqs" and "embedded" in names:
-            return "embedded"
-        return next((name for name in names if name.startswith("http")), "aws")
+        target = next((name for name in names if name.startswith("http")), "aws")
+        if action.startswith("sqs:") and "embedded" in names:
+            target = "embedded"
+        return route_flag(action[:MAX_SHOWN], target)
 
     def _no_route(self, action: str) -> str:
-        target, shown = self._other_target(action.partition(":")[0]), action[:MAX_SHOWN]
-        flags = route_flag(shown, target)
+        flags, shown = self._flag(action), action[:MAX_SHOWN]
         routes = tuple((r.pattern, getattr(r.target, "name", "")) for r in self._routes)
         if routes == DEFAULT_ROUTES:
             flags = f"{route_flag(*DEFAULT_ROUTES[0])} {flags}"  # a flag alone would replace it
-        if target == "aws" and has_demo_key(self.clients):
+        if flags.endswith("=aws'") and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
             why = f"This proxy refused {shown}: the answer holds AWS credentials, so a route must"
