@@ -6508,8 +6508,7 @@ class Metrics(Hook):
     @property
     def total(self) -> int:
         """Return how many requests were answered."""
-        with self._lock:
-            return sum(row[0] for row in self._rows.values())
+        return sum(self._times["request"])
 
     def text(self) -> str:
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
@@ -6792,8 +6791,8 @@ class TaskProtection(InFlight):
             now, busy = self._clock(), self.total > 0
             with self._lock:
                 ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
-            longest = max(ends, default=now) - now
-            minutes = min(max(self.MINUTES, math.ceil(longest / 60) * 2), 2880)
+            longest = math.ceil((max(ends, default=now) - now) / 60)  # minutes
+            minutes = min(max(self.MINUTES, longest * 2), 2880)
             due = busy and self._protected_until - now < minutes * 30
             if now < self._not_before or not (due or (self._protected_until and not busy)):
                 return
@@ -7109,11 +7108,9 @@ class Embedded:
         if call.action == "sts:GetCallerIdentity":
             return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
         if call.service != "sqs":
-            message = f"{call.action} is routed to 'embedded', which answers only Amazon SQS."
-            raise ServiceError("AccessDenied", message)
+            raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
-            message = "The embedded queues do not speak RPC v2; call in AWS JSON or AWS Query."
-            raise ServiceError("InvalidAction", message)
+            raise ServiceError("InvalidAction", "No RPC v2 here: call in AWS JSON or AWS Query.")
         if call.operation not in OPERATIONS:
             raise _invalid_action(call.operation, OPERATIONS)
         try:
@@ -7435,36 +7432,6 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     return any_address or address.is_loopback or name in hosts
 
 
-@dataclass
-class Admin:
-    """Replaces the Proxy on the --admin port, which serves only the `/_awsproxy/` paths."""
-
-    status: Status
-    hosts: frozenset[str] = frozenset()
-    max_body = 0
-
-    def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
-        """Return the replies."""
-        return [self.handle(request) for request in requests]
-
-    def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
-        """Return the reply, or the refusal."""
-        if not refused and request.method not in METHODS:
-            refused = not_implemented(request.method)
-        if refused:
-            return REST.error(request, refused, random_id())
-        # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
-        return self.status.reply_to(request, self.hosts, any_address=True)
-
-    def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return None: the head is never refused."""
-        return None
-
-    def longest_body(self, head: Head) -> int:
-        """Return 0."""
-        return self.max_body
-
-
 # [8.4] Hooks, and calls that wait
 def _method_of(hook: Any, name: str) -> Any:
     is_inherited = getattr(type(hook), name, None) is getattr(Hook, name)
@@ -7717,9 +7684,8 @@ class Proxy:
     def _verify(self, exchange: Exchange) -> None:
         """Find out who the caller is."""
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
-        exchange.verified = (
-            verify_body(exchange.request, proven, spool) if proven else self._unverified(exchange)
-        )
+        verified = verify_body(exchange.request, proven, spool) if proven else None
+        exchange.verified = verified or self._unverified(exchange)
 
     def _find_call(self, exchange: Exchange) -> None:
         """Find out what the caller wants."""
@@ -7964,9 +7930,29 @@ class Proxy:
             file.seek(0)  # it writes the rest
         except OSError as error:
             log.warning("cannot write a long body to a temporary file: %s", error)
-            message = "The proxy cannot store this body."
-            raise ServiceError("ServiceUnavailable", message) from error
+            raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
         return file, digest.hexdigest()
+
+
+class Admin(Proxy):
+    """Answers on the --admin port, which serves only the `/_awsproxy/` paths."""
+
+    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
+        super().__init__({}, hosts=hosts, max_body=0)
+        self._serves = status
+
+    def _check_head(self, exchange: Exchange) -> None:
+        if exchange.request.method not in METHODS:
+            raise not_implemented(exchange.request.method)
+
+    def _own_path(self, exchange: Exchange) -> None:
+        self._check_head(exchange)
+        # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+        exchange.outcome = self._serves.reply_to(exchange.request, self.hosts, any_address=True)
+
+    def longest_body(self, head: Head) -> int:
+        """Return 0."""
+        return self.max_body
 
 
 SPOOLED_IN_MEMORY = 262144
