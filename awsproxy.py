@@ -7913,24 +7913,22 @@ class Proxy:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         gathered = body if isinstance(body, io.BytesIO) else None  # by the server
         data = gathered.getvalue() if gathered else Stream(body.read).read(SPOOLED_IN_MEMORY)
-        if gathered or len(data) < SPOOLED_IN_MEMORY:
-            if len(data) > self.max_body:
-                raise too_large(self.max_body)
-            return gathered or io.BytesIO(data), hashlib.sha256(data).hexdigest()
-        digest, size = hashlib.sha256(), 0
-        try:
-            file = exchange.spooled = tempfile.TemporaryFile()
-            while data:
-                size += len(data)
-                if size > self.max_body:
-                    raise too_large(self.max_body)
-                digest.update(data)
-                file.write(data)
-                data = body.read(65536)
-            file.seek(0)  # it writes the rest
-        except OSError as error:
-            log.warning("cannot write a long body to a temporary file: %s", error)
-            raise ServiceError("ServiceUnavailable", "The proxy cannot store this body.") from error
+        digest, size = hashlib.sha256(data), len(data)
+        file: BinaryIO = gathered or io.BytesIO(data)
+        if not gathered and size == SPOOLED_IN_MEMORY:
+            try:
+                file = exchange.spooled = tempfile.TemporaryFile()
+                while data and size <= self.max_body:
+                    file.write(data)
+                    data = body.read(65536)
+                    digest.update(data)
+                    size += len(data)
+                file.seek(0)  # it writes the rest
+            except OSError as error:
+                log.warning("cannot write a long body to a temporary file: %s", error)
+                raise ServiceError("ServiceUnavailable", "The body cannot be stored.") from error
+        if size > self.max_body:
+            raise too_large(self.max_body)
         return file, digest.hexdigest()
 
 
