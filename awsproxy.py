@@ -6297,24 +6297,19 @@ class AccessLog(Hook):
             line = " ".join(map(str, fields.values()))
             if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
                 line = " ".join(map(_one_word, fields.values()))
-        else:
-            line = _columns(fields, self._form == "colours")
+        else:  # in columns, for a person
+            words = {name: _one_word(value) for name, value in fields.items()}
+            status = words["status"]
+            if self._form == "colours":
+                status = f"\033[{_COLOURS.get(exchange.status // 100, 0)}m{status}\033[0m"
+            line = f"{words['time'][11:23]}  {status} {fields['ms']:>8.1f} ms  {words['peer']:<9}"
+            line += f"  {words['key']:<16}  {words['action']:<32}  {words['target']:<8}"
+            faults = [words[name] for name in ("error", "reason") if words[name] != "-"]
+            line = f"{line}  {': '.join(faults)}".rstrip()
         self._stream.write(line + "\n")
 
 
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
-
-
-def _columns(fields: Mapping[str, Any], coloured: bool) -> str:
-    """Return a line for a person, in columns."""
-    words = {name: _one_word(value) for name, value in fields.items()}
-    status = words["status"]
-    if coloured:
-        status = f"\033[{_COLOURS.get(fields['status'] // 100, 0)}m{status}\033[0m"
-    line = f"{words['time'][11:23]}  {status} {fields['ms']:>8.1f} ms  {words['peer']:<9}"
-    line += f"  {words['key']:<16}  {words['action']:<32}  {words['target']:<8}"
-    faults = [words[name] for name in ("error", "reason") if words[name] != "-"]
-    return f"{line}  {': '.join(faults)}".rstrip()
 
 
 def _is_plain(text: str) -> bool:
@@ -6520,8 +6515,7 @@ class Metrics(Hook):
                 *_, status, code, attempt = key
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
-                totals[("in",)] += came
-                totals[("out",)] += went
+                totals.update({("in",): came, ("out",): went})
                 if code in self.THROTTLES or status == 429:
                     throttles[()] += count
             for name, names, about, counts in (
@@ -7133,12 +7127,6 @@ STS_MODEL = Model(operations(Embedded, {}, f"{_IDENTITY} -> Arn UserId Account")
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
-def route_flag(pattern: str, target: str) -> str:
-    """Return a --route flag with shell quotes."""
-    quoted = shlex.quote(f"{pattern}={target}")
-    return f"--route {quoted}" if quoted[0] == "'" else f"--route '{quoted}'"
-
-
 class Deny:
     """Refuses each call, as an IAM policy does."""
 
@@ -7190,23 +7178,21 @@ def _actions(table: str) -> Sequence[str]:
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""
-    account-access GET/access/credentials; awsssoportal GET/federation/credentials;
-    cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
-    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs;
-    cognito-identity GetCredentialsForIdentity GetOpenIdToken*;
-    datazone GET/v2/domains/*/connections/* GET/v2/domains/*/environments/*/credentials;
-    deadline GET/2023-10-12/farms/*-roles; eks-auth POST/clusters/*/assume-role-for-pod-identity;
-    finspace-api GET/credentials/programmatic POST/datasets/*/dataviewsv2/*/external-access-details
-    POST/workingLocationV1; gamelift CreateBuild GetComputeAccess RequestUploadCredentials;
-    iam CreateAccessKey CreateServiceSpecificCredential ResetServiceSpecificCredential;
-    iot POST/keys-and-certificate POST/provisioning-templates/*/provisioning-claim;
-    lakeformation POST/AssumeDecoratedRoleWithSAML POST/GetTemporary*;
-    license-manager CreateToken GetAccessToken; s3express CreateSession; signin POST/v1/token;
-    lightsail CreateBucketAccessKey GetBucketAccessKeys; s3 CreateSession
-    GET/v20180820/accessgrantsinstance/dataaccess;
-    ssm CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo*
-    GetDelegatedAccessToken GetFederationToken GetScopedCredentials GetSessionToken
-    GetWebIdentityToken
+    account-access GET/access/credentials; awsssoportal GET/federation/credentials; cloudwatch
+    GetSpaceCredentialsForOrganization GetSpaceDataAccess; codepipeline GetJobDetails
+    GetThirdPartyJobDetails PollForJobs; cognito-identity GetCredentialsForIdentity
+    GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
+    GET/v2/domains/*/environments/*/credentials; deadline GET/2023-10-12/farms/*-roles; eks-auth
+    POST/clusters/*/assume-role-for-pod-identity; finspace-api GET/credentials/programmatic
+    POST/datasets/*/dataviewsv2/*/external-access-details POST/workingLocationV1; gamelift
+    CreateBuild GetComputeAccess RequestUploadCredentials; iam CreateAccessKey
+    CreateServiceSpecificCredential ResetServiceSpecificCredential; iot POST/keys-and-certificate
+    POST/provisioning-templates/*/provisioning-claim; lakeformation
+    POST/AssumeDecoratedRoleWithSAML POST/GetTemporary*; license-manager CreateToken
+    GetAccessToken; s3express CreateSession; signin POST/v1/token; lightsail CreateBucketAccessKey
+    GetBucketAccessKeys; s3 CreateSession GET/v20180820/accessgrantsinstance/dataaccess; ssm
+    CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo* GetDelegatedAccessToken
+    GetFederationToken GetScopedCredentials GetSessionToken GetWebIdentityToken
 """)
 # Actions that AWS answers without a signature, as the SDKs' service models say.
 UNSIGNED_ACTIONS = frozenset(_actions("""
@@ -7307,10 +7293,8 @@ def sqs_call(
     operation: str, document: dict[str, Any], region: str, caller: Client, host: str = "localhost"
 ) -> Call:
     """Return a call to Amazon SQS that the proxy makes itself."""
-    request = sqs_request(host, operation, document)
-    call = Call(request, AWS_JSON["1.0"], "sqs", operation, region, caller, request.body)
-    call.encoded = document
-    return call
+    request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
+    return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
 
 
 @dataclass
@@ -7759,10 +7743,8 @@ class Proxy:
         self._observers = [it.observe for it in reversed(found) if it.observe]
 
     def _hooked(self, call: Call, hooks: Sequence[HookMethods], act: Callable[[], Reply]) -> Reply:
-        reply = None
-        for hook in hooks:
-            if hook.before and reply is None:
-                reply = self._bounded(Reply, hook.before, call)
+        answers = (self._bounded(Reply, it.before, call) for it in hooks if it.before)
+        reply = next(filter(None, answers), None)
         if reply is None:
             call.changed = call.is_read and call.wire.input(call) != call.input
             bounded = functools.partial(self._bounded, Request)
@@ -7864,18 +7846,18 @@ class Proxy:
         target = next((name for name in names if name.startswith("http")), "aws")
         if action.startswith("sqs:") and "embedded" in names:
             target = "embedded"
-        return route_flag(action[:MAX_SHOWN], target)
+        quoted = shlex.quote(f"{action[:MAX_SHOWN]}={target}")
+        return f"--route {quoted}" if quoted[0] == "'" else f"--route '{quoted}'"
 
     def _no_route(self, action: str) -> str:
         flags, shown = self._flag(action), action[:MAX_SHOWN]
         routes = tuple((r.pattern, getattr(r.target, "name", "")) for r in self._routes)
         if routes == DEFAULT_ROUTES:
-            flags = f"{route_flag(*DEFAULT_ROUTES[0])} {flags}"  # a flag alone would replace it
+            flags = f"--route 'sqs:*=embedded' {flags}"  # a flag alone would replace it
         if flags.endswith("=aws'") and has_demo_key(self.clients):
             flags += " --clients FILE"
         if hands_out_credentials(action) and any(route.matches(action) for route in self._routes):
-            why = f"This proxy refused {shown}: the answer holds AWS credentials, so a route must"
-            return f"{why} name the action exactly, without wildcards. To allow it: {flags}"
+            return f"This proxy refused {shown}: only an exact route returns credentials: {flags}"
         return f"This proxy refused the call: no route answers {shown}. Add: {flags}"
 
     def _unverified_scope(self, request: Request) -> CredentialScope:
