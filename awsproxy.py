@@ -6785,15 +6785,12 @@ class TaskProtection(InFlight):
             now, busy = self._clock(), self.total > 0
             with self._lock:
                 ends = [hold.until for hold in self._held.values() if hold.until < math.inf]
-            longest = math.ceil((max(ends, default=now) - now) / 60)  # minutes
-            minutes = min(max(self.MINUTES, longest * 2), 2880)
+            minutes = min(max(self.MINUTES, math.ceil((max(ends, default=now) - now) / 30)), 2880)
             due = busy and self._protected_until - now < minutes * 30
             if now < self._not_before or not (due or (self._protected_until and not busy)):
                 return
-            wanted: dict[str, Any] = {"ProtectionEnabled": busy}
-            if busy:
-                wanted["ExpiresInMinutes"] = minutes
-            else:  # the next receive must wait, and ask again
+            wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
+            if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
             try:
                 answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
@@ -7239,8 +7236,7 @@ def _folded(action: str) -> str:
 
 def passes_unsigned(action: str) -> bool:
     """Return whether AWS may answer an action without Signature Version 4."""
-    is_exact = not set("*?") & set(action)
-    is_bearer = action.partition(":")[0].lower() in BEARER_SERVICES and is_exact
+    is_bearer = action.partition(":")[0].lower() in BEARER_SERVICES and not set("*?") & set(action)
     return is_bearer or _folded(action) in UNSIGNED_ACTIONS
 
 
@@ -7800,8 +7796,7 @@ class Proxy:
             exchange.error = error_code(reply)
         exchange.seconds = time.monotonic() - exchange.began
         if exchange.call and exchange.call.ignored:
-            action, names = exchange.call.action, exchange.call.ignored
-            log.warning("%s has no parameters %r; ignoring them", action, names)
+            log.warning("%s has no parameters %r: ignored", exchange.action, exchange.call.ignored)
         exchange.reply_bytes = len(reply.body) if isinstance(reply.body, bytes) else 0
         if exchange.spooled:
             with contextlib.suppress(OSError):  # the disk is full; `_spool` logged it
@@ -7889,7 +7884,8 @@ class Proxy:
     def longest_body(self, head: Head) -> int:
         """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
         request = Request(head.method, head.target, head.headers, io.BytesIO())
-        return sys.maxsize if claim(request)[1].service in S3_FAMILY else self.max_body
+        streams = claim(request)[1].service in S3_FAMILY and self.max_body > 0  # it is 0 in Admin
+        return sys.maxsize if streams else self.max_body
 
     def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
@@ -7922,17 +7918,11 @@ class Admin(Proxy):
         self._serves = status
 
     def _check_head(self, exchange: Exchange) -> None:
-        if exchange.request.method not in METHODS:
-            raise not_implemented(exchange.request.method)
+        """Refuse no head: nobody signs these requests."""
 
     def _own_path(self, exchange: Exchange) -> None:
-        self._check_head(exchange)
         # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
         exchange.outcome = self._serves.reply_to(exchange.request, self.hosts, any_address=True)
-
-    def longest_body(self, head: Head) -> int:
-        """Return 0."""
-        return self.max_body
 
 
 SPOOLED_IN_MEMORY = 262144
@@ -7955,8 +7945,7 @@ def fault_of_reply(reply: Reply) -> str:
         line = f"{name}:{value}" if is_text else ""
         if not _FIELD_LINE.fullmatch(line) or max(line) > "\xff":
             return f"a Reply with the header {(name, value)!r:.80}"
-    other = isinstance(body, (str, bytearray, memoryview, Mapping))
-    if other or not isinstance(body, (bytes, Iterable)):
+    if isinstance(body, (str, bytearray, memoryview, Mapping)) or not isinstance(body, Iterable):
         return f"a Reply with a body of type {type(body).__name__}"
     return ""
 
