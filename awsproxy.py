@@ -6726,9 +6726,8 @@ def _digest(handle: str) -> bytes:
 
 
 # [7.7] Protection of an ECS task
-def _put(url: str, body: bytes, timeout: float) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    return fetch(url, headers, data=body, method="PUT", timeout=timeout)
+def _put(url: str, body: bytes, wait: float) -> bytes:
+    return fetch(url, {"Content-Type": "application/json"}, data=body, method="PUT", timeout=wait)
 
 
 class TaskProtection(InFlight):
@@ -7156,9 +7155,8 @@ _WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:Con
 IAM_ACTIONS = pairs(f"""
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems={_WRITES}
-    kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo sns:publishbatch=sns:Publish
-    secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
+    dynamodb:transactwriteitems={_WRITES} kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo
+    sns:publishbatch=sns:Publish secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
 """)
@@ -7424,9 +7422,7 @@ class Pending:
     The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
     calls `wait`, which may block."""
 
-    def __init__(
-        self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[tuple[Attempt, bytes]]
-    ) -> None:
+    def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
         attempt, self._data = begun or (None, b"")
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
@@ -7478,15 +7474,13 @@ class Pending:
 
     def give_up(self, why: str = "it took too long") -> Reply:
         """Close the connection, and return the refusal of the call."""
-        connection = self._attempt.connection
-        log.warning("upstream: no answer from %s: %s", connection.endpoint.origin, why)
+        call, connection = self._attempt.call, self._attempt.connection
         connection.close()
-        message = "The upstream of this proxy did not answer in time."
-        again = is_repeatable(self._attempt.call)
-        error = ServiceError("ServiceUnavailable", message) if again else outcome_unknown()
-        return self._proxy.refuse(self._exchange, error)
+        error = UpstreamError(f"no answer from {connection.endpoint.origin}: {why}")
+        return self._proxy.refuse(self._exchange, call.route.target._given_up(call, error))
 
 
+Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it must send
 Outcome = Union[Reply, Pending]
 
 
@@ -7857,12 +7851,10 @@ class Proxy:
 
     def _unverified_scope(self, request: Request) -> CredentialScope:
         """Return the scope that a request names, or that its Host or `sign_as` supplies."""
-        scope = claim(request)[1]
-        of_host = service_of_host(request.header("host") or "")
-        of_target = AWS_JSON["1.0"].service(request)
-        services = (of_target, scope.service, self._sign_as[0], of_host[0], "sqs")
-        regions = (scope.region, self._sign_as[1], of_host[1], *self._regions, "us-east-1")
-        return CredentialScope("", next(filter(None, regions)), next(filter(None, services)))
+        scope, of_host = claim(request)[1], service_of_host(request.header("host") or "")
+        service = AWS_JSON["1.0"].service(request) or scope.service or self._sign_as[0]
+        region = scope.region or self._sign_as[1] or of_host[1] or (*self._regions, "us-east-1")[0]
+        return CredentialScope("", region, service or of_host[0] or "sqs")
 
     def _unverified(self, exchange: Exchange) -> Verified:
         request, name = exchange.request, exchange.service
