@@ -6605,8 +6605,7 @@ class InFlight(Hook):
         """Return how many messages are held, by queue."""
         with self._lock:
             self._expire()
-            queues_held = (hold.queue.partition("/")[2] for hold in self._held.values())
-            return dict(collections.Counter(queues_held))
+            return dict(collections.Counter(h.queue.split("/", 1)[1] for h in self._held.values()))
 
     @property
     def total(self) -> int:
@@ -6793,8 +6792,7 @@ class TaskProtection(InFlight):
                 self._protected_until = min(self._protected_until, now)
             try:
                 answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
-                failure = answer.get("failure") or answer.get("error")
-                if failure:
+                if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
                 pause = next(self._pauses, self.BACKOFF[-1])
@@ -7147,8 +7145,7 @@ IAM_PREFIXES = pairs("""
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
-    partnercentral-selling=partnercentral tagging=tag
-""")
+    partnercentral-selling=partnercentral tagging=tag""")
 _PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
 _WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem"
 # The actions that IAM asks for, if no action has the operation's name.
@@ -7158,8 +7155,7 @@ IAM_ACTIONS = pairs(f"""
     dynamodb:transactwriteitems={_WRITES} kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo
     sns:publishbatch=sns:Publish secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
     sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
-    sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage
-""")
+    sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 
@@ -7187,8 +7183,7 @@ CREDENTIAL_ACTIONS = _actions("""
     GetAccessToken; s3express CreateSession; signin POST/v1/token; lightsail CreateBucketAccessKey
     GetBucketAccessKeys; s3 CreateSession GET/v20180820/accessgrantsinstance/dataaccess; ssm
     CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo* GetDelegatedAccessToken
-    GetFederationToken GetScopedCredentials GetSessionToken GetWebIdentityToken
-""")
+    GetFederationToken GetScopedCredentials GetSessionToken GetWebIdentityToken""")
 # Actions that AWS answers without a signature, as the SDKs' service models say.
 UNSIGNED_ACTIONS = frozenset(_actions("""
     awsssoportal get/federation/credentials get/assignment/accounts get/assignment/roles
@@ -7264,8 +7259,7 @@ class Route(NamedTuple):
 
     def names_exactly(self, action: str) -> bool:
         """Return whether the pattern has no wildcard and is the action with its whole path."""
-        pattern = _folded(self.pattern)
-        names, _ = names_of(action)
+        pattern, names = _folded(self.pattern), names_of(action)[0]
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
 
@@ -7278,14 +7272,12 @@ def create_queues(sqs: Sqs, names: Iterable[str], region: str, account: str) -> 
         attributes = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
         given = {"QueueName": name, "Attributes": attributes}
         try:
-            sqs.perform(sqs_call("CreateQueue", given, region, owner))
+            sqs.perform(sqs_call("localhost", "CreateQueue", given, region, owner))
         except ServiceError as error:
             raise ValueError(f"--queue {name}: {error.message}") from error
 
 
-def sqs_call(
-    operation: str, document: dict[str, Any], region: str, caller: Client, host: str = "localhost"
-) -> Call:
+def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
     """Return a call to Amazon SQS that the proxy makes itself."""
     request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
     return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
@@ -7456,11 +7448,8 @@ class Pending:
 
     def wait(self) -> Reply:
         """Wait for the reply."""
-        while self.socket:
-            arrived = self._attempt.connection.has_arrived(self.timeout)
-            outcome = self.proceed() if arrived else self.give_up()
-            if isinstance(outcome, Reply):
-                return outcome
+        if self.socket:  # the call was sent
+            self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
@@ -7784,8 +7773,7 @@ class Proxy:
 
     def observed(self, exchange: Exchange, reply: Reply) -> Reply:
         """Show the reply to the observing hooks, and return it."""
-        exchange.reply = reply
-        exchange.status = reply.status
+        exchange.reply, exchange.status = reply, reply.status
         if reply.status >= 400 and exchange.error == "-":
             exchange.error = error_code(reply)
         exchange.seconds = time.monotonic() - exchange.began
@@ -7808,7 +7796,7 @@ class Proxy:
         url = call.base_url + url if url.startswith("/") else url
         document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
         host = call.request.header("host") or "localhost"
-        asked = sqs_call("GetQueueAttributes", document, call.region, call.caller, host)
+        asked = sqs_call(host, "GetQueueAttributes", document, call.region, call.caller)
         asked.base_url, asked.route = call.base_url, self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
