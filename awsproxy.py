@@ -6129,8 +6129,7 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
         raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
 
 
-HOOK_METHODS = ("before", "rewrite", "after", "observe")
-# The functions of a hook, None for what it has not; `concerns` is no hook on its own.
+# The functions of a hook, None for what it has not.  The last one is no hook on its own.
 HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
@@ -6182,7 +6181,7 @@ def _read_hook(path: str) -> ModuleType:
         raise
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    known = HookMethods._fields
+    known, moments = HookMethods._fields, HookMethods._fields[:-1]
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__
         if own and inspect.isfunction(value) and name not in known and name[0] != "_":
@@ -6190,8 +6189,8 @@ def _read_hook(path: str) -> ModuleType:
             raise ValueError(f"{name} is no moment of a hook{meant} (a _ makes it private)")
         if name in known and not callable(value):
             raise ValueError(f"{name} is no function")
-    if not any(hasattr(module, moment) for moment in HOOK_METHODS):
-        raise ValueError(f"it has none of {', '.join(HOOK_METHODS)}")
+    if not any(hasattr(module, moment) for moment in moments):
+        raise ValueError(f"it has none of {', '.join(moments)}")
     return module
 
 
@@ -6545,9 +6544,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
-def _lines(
-    name: str, names: str, samples: Iterable[tuple[Any, float]], kind: str = "", about: str = ""
-) -> Iterator[str]:  # fmt: skip
+def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "") -> Iterator[str]:
     """Yield a line for each sample: the values of the labels with these names, and its own."""
     if kind:
         yield from (f"# HELP awsproxy_{name} {about}", f"# TYPE awsproxy_{name} {kind}")
