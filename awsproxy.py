@@ -112,6 +112,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -4697,43 +4698,63 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: a redirection would take our tokens along."""
+
+
 def fetch(
-    url: str, headers: Mapping[str, str], data: bytes = b"", method: str = "", timeout: float = 5
-) -> bytes:
+    url: str, headers: Mapping[str, str], data: Optional[bytes] = None, method: str = "",
+    timeout: float = 5
+) -> bytes:  # fmt: skip
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    It follows no redirection, which would take our tokens along."""
-    until, (endpoint, target) = time.monotonic() + timeout, split_url(url)
-    about = {"Connection": "close", "Content-Length": str(len(data))}
-    lines = {"Host": endpoint.authority, **headers, **about}
-    method = method or ("POST" if data else "GET")
-    request = Request(method, target, tuple(lines.items()), io.BytesIO())
+    Requests to link-local and loopback addresses bypass the proxies of the environment."""
+    host = split_url(url).host
+    outcome: queues.SimpleQueue[Union[tuple[int, bytes], Exception]] = queues.SimpleQueue()
+
+    def _ask() -> None:
+        try:
+            near = is_link_local(host) or is_loopback(host)
+            proxies = urllib.request.ProxyHandler({} if near else None)
+            tls = urllib.request.HTTPSHandler(context=tls_context())
+            opener = urllib.request.build_opener(proxies, tls, _NoRedirect)
+            request = urllib.request.Request(url, data, dict(headers), method=method or None)
+            try:
+                with opener.open(request, timeout=timeout) as answer:
+                    outcome.put((answer.status, answer.read(1048576)))
+            except urllib.error.HTTPError as error:
+                with error:
+                    outcome.put((error.code, error.read(65536)))
+        except Exception as error:
+            outcome.put(error)
+
+    # In a thread: the timeout of a socket starts again with each byte.
+    threading.Thread(target=_ask, daemon=True).start()
     try:
-        sent = encode_head(request) + data
-        with contextlib.closing(Connection(endpoint, timeout, timeout)) as connection:
-            connection.timeout = max(0.0, until - time.monotonic())
-            connection.send_until_answered(sent)
-            head, _, blocks = connection.receive(method)
-            body = connection.read_whole(blocks, 1048576)
-    except UpstreamError as error:
-        raise NoKeys(str(error), passing=True) from error
-    except ValueError as error:  # its text may quote a token
-        raise NoKeys(f"{endpoint.host} could not be asked: {type(error).__name__}") from error
-    if head.status < 300:
+        found = outcome.get(timeout=timeout)
+    except queues.Empty as late:
+        raise NoKeys(f"{host} took longer than {timeout} s", passing=True) from late
+    if isinstance(found, OSError):
+        raise NoKeys(f"{host} did not answer: {getattr(found, 'reason', found)}", passing=True)
+    if isinstance(found, Exception):  # its text may quote a token
+        raise NoKeys(f"{host} could not be asked: {type(found).__name__}")
+    status, body = found
+    if status < 300:
         return body
     text = body.decode("latin-1")
-    passing = head.status >= 500 or head.status == 429 or bool(_PASSING.search(text))
+    passing = status >= 500 or status == 429 or bool(_PASSING.search(text))
     told = "".join(f": {''.join(message)}" for message in _MESSAGE.findall(text)[:1])
-    raise NoKeys(f"{endpoint.host} answered {head.status}{told}", passing)
+    raise NoKeys(f"{host} answered {status}{told}", passing)
 
 
-def split_url(url: str) -> tuple[Endpoint, str]:
-    """Return the endpoint and the target of an http or https URL.  Raise NoKeys for another."""
+def split_url(url: str) -> Endpoint:
+    """Return the endpoint of an http or https URL.  Raise NoKeys for another."""
     with contextlib.suppress(ValueError):
-        scheme, _, path, query, _ = parts = urllib.parse.urlsplit(url)
-        if parts.hostname and scheme in DEFAULT_PORTS:
-            endpoint = Endpoint(scheme, parts.hostname, parts.port or DEFAULT_PORTS[scheme])
-            return endpoint, (path or "/") + (query and f"?{query}")
+        parts = urllib.parse.urlsplit(url)
+        if parts.hostname and parts.scheme in DEFAULT_PORTS:
+            port = parts.port or DEFAULT_PORTS[parts.scheme]
+            return Endpoint(parts.scheme, parts.hostname, port)
     raise NoKeys(f"{url[:80]!r} is no http or https URL")
 
 
@@ -4851,7 +4872,7 @@ class CredentialChain:
         url = f"http://169.254.170.2{relative}" if relative else full
         if not url:
             raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
-        scheme, host, *_ = split_url(url)[0]
+        scheme, host = split_url(url)[:2]
         if scheme == "http" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
         path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
