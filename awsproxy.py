@@ -84,7 +84,6 @@ import heapq
 import hmac
 import html
 import http.client
-import http.server
 import importlib.util
 import inspect
 import io
@@ -7963,11 +7962,7 @@ MIN_BODY_RATE = 1024  # bytes a second, the slowest average of a longer body
 SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
-
-
-@functools.lru_cache(maxsize=4)
-def _http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+_http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 def read_certificate(path: str, key: str = "") -> ssl.SSLContext:
@@ -7987,26 +7982,23 @@ def _refuse_to_ask() -> str:
 class PeerConnection:
     """A connection, its unread bytes, its deadline, and the head of the request in progress."""
 
-    head: Head
+    head = Head("GET", "/", "1.0", (), {})
+    buffer = b""
+    parked = False  # whether it is registered with the selector
+    pending: Optional[Pending] = None  # the call that waits for an upstream
+    scanned = 0  # bytes of the buffer without the end of a head
+    found: Optional[tuple[int, int]] = None  # the ends of the head and its body
+    lingering = False  # whether to drop what arrives
+    used = False  # whether it has sent a complete request
+    writing = False  # whether the client reads an answer slowly
+    deadline = 0.0
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
-        self.server = server
-        self.socket = sock
-        self.peer = peer
-        self.buffer = b""
-        self.parked = False  # whether it is registered with the selector
-        self.queued = False  # whether the loop will look for a request in the buffer
-        self.pending: Optional[Pending] = None  # the call that waits for an upstream
-        self.scanned = 0  # bytes of the buffer without the end of a head
-        self.found: Optional[tuple[int, int]] = None  # the ends of the head and its body
-        self.lingering = False  # whether to drop what arrives
-        self.used = False  # whether it has sent a complete request
-        self.writing = False  # whether the client reads an answer slowly
-        self.deadline = 0.0
+        self.server, self.socket, self.peer = server, sock, peer
 
     def readable(self) -> None:
         """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
-        if self.queued or not self.parked:  # it waits for `_answer`, or a worker owns it
+        if self in self.server.queue or not self.parked:  # or a worker owns it
             return
         if self.pending:
             self.server.interrupted(self, self.pending)
@@ -8018,38 +8010,30 @@ class PeerConnection:
         except OSError as error:  # or TLS must send, and the client does not read
             if getattr(error, "reason", "") == "HTTP_REQUEST":
                 message = "This port speaks TLS: the URL must begin with https."
-                answer = self.server.refusal(ServiceError("BadRequest", message), self.peer)
-                self._send_last(functools.partial(socket.socket.send, self.socket), answer)
+                self._refuse(ServiceError("BadRequest", message), past_tls=True)
                 return
             data = b""
         if not data:
             self.close()
-            return
-        if self.lingering:
+        if not data or self.lingering:
             return
         if not self.buffer and data != b"\r\n":  # the first byte of a request
             self.deadline = time.monotonic() + self.server.timeout_seconds
         self.buffer += data
         if self.found is None or len(self.buffer) >= self.found[1]:
-            self.server.queue(self)
+            self.server.queue[self] = None
         self.server.limit_held(len(data))
 
     def next_request(self) -> Optional[Request]:
         """Return the next request in the buffer, or None."""
-        self.queued = False
-        found = self.found or self._find_head()
-        if found is None:
+        self.found = found = self.found or self._find_head()
+        if found is None or len(self.buffer) < found[1]:
             return None
         end, beyond = found
-        buffer = self.buffer
-        if len(buffer) < beyond:
-            self.found = found
-            return None
-        self.found, self.used = None, True
-        self.buffer = buffer[beyond:]
+        body = io.BytesIO(self.buffer[end:beyond])
+        self.found, self.used, self.buffer = None, True, self.buffer[beyond:]
         if self.buffer:
             self.deadline = time.monotonic() + self.server.timeout_seconds
-        body = io.BytesIO(buffer[end:beyond])
         return self.head.request(body, self.peer, self.abandoned)
 
     def _find_head(self) -> Optional[tuple[int, int]]:
@@ -8057,8 +8041,7 @@ class PeerConnection:
 
         None if it is incomplete or refused, or if a worker is to read the body."""
         if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
-            message = "%s sent TLS to this plain port: call http://, or start with --tls-cert"
-            log.warning(message, self.peer)
+            log.warning("%s sent TLS to this plain port: use http:// or add --tls-cert", self.peer)
             self.close()
             return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
@@ -8082,10 +8065,9 @@ class PeerConnection:
         beyond = end + (length or 0)
         if waits or len(buffer) < beyond:
             # Nothing is kept for somebody who will be refused anyway, and no thread waits.
+            proxy, longest = self.server.proxy, self.server.proxy.longest_body(head)
             alone = head.request(io.BytesIO(), self.peer, self.abandoned)
-            longest = self.server.proxy.longest_body(head)
-            too_long = beyond - end > longest
-            refused = too_large(longest) if too_long else self.server.proxy.judge(alone)
+            refused = too_large(longest) if beyond - end > longest else proxy.judge(alone)
             if refused:
                 self._refuse(refused)
                 return None
@@ -8095,15 +8077,17 @@ class PeerConnection:
             return None
         return end, beyond
 
-    def _refuse(self, refused: ServiceError) -> None:
+    def refusal(self, error: ServiceError) -> bytes:
+        """Return the answer that refuses a request, and ends the connection."""
         request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
-        reply = self.server.proxy.handle(request, refused)
-        self._send_last(self.socket.send, self._encoded(reply, close=True))
+        return self._encoded(self.server.proxy.handle(request, error), close=True)
 
-    def _send_last(self, send: Callable[[bytes], int], data: bytes) -> None:
-        """Send a short answer, and linger."""
+    def _refuse(self, error: ServiceError, past_tls: bool = False) -> None:
+        """Send a refusal, and linger."""
+        data, sock = self.refusal(error), self.socket
         with contextlib.suppress(OSError):
-            if send(data) == len(data):
+            sent = socket.socket.send(sock, data) if past_tls else sock.send(data)
+            if sent == len(data):
                 self._linger()
                 self.server.park(self)
                 return
@@ -8136,8 +8120,9 @@ class PeerConnection:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             reads = isinstance(error, ssl.SSLWantReadError)
             event = selectors.EVENT_READ if reads else selectors.EVENT_WRITE
-            self.writing, self.deadline = True, time.monotonic() + self.server.timeout_seconds
-            self.server.listen_to(self, event, functools.partial(self._send, data, close, sent))
+            self.writing = True
+            self.server.unpark(self)
+            self.server.park(self, event, functools.partial(self._send, data, close, sent))
             return
         except OSError:
             close = True
@@ -8146,7 +8131,8 @@ class PeerConnection:
             return
         if self.writing:
             self.writing = False
-            self.server.listen_to(self, selectors.EVENT_READ, self.readable)
+            self.server.unpark(self)
+            self.server.park(self)
         self.resume()
 
     def resume(self) -> None:
@@ -8154,12 +8140,14 @@ class PeerConnection:
         if isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
             self.readable()  # the selector does not see decrypted bytes
         elif self.buffer:
-            self.server.queue(self)
+            self.server.queue[self] = None
 
     def close(self) -> None:
         """Close the connection and forget it."""
-        self.server.forget(self)
-        self.buffer = b""  # the server's queue may still have the connection
+        self.server.unpark(self)
+        self.server.connections.discard(self)
+        self.server.queue.pop(self, None)
+        self.buffer = b""  # `limit_held` still refers to the connection
         self.hang_up()
 
     def hang_up(self) -> None:
@@ -8181,13 +8169,10 @@ class PeerConnection:
         head = self.head
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
-        longest = self.server.proxy.longest_body(head)
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(head) else None
-        body: Union[LengthBody, ChunkedBody]
-        if length is None:
-            body = ChunkedBody(source, longest, begin)
-        else:
+        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(head), begin)
+        if length is not None:
             body = LengthBody(source, length, begin)
         request = head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request)
@@ -8264,13 +8249,13 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(http.server.HTTPServer):
+class Server(socketserver.BaseServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    request_queue_size = 1024
+    server_address: tuple[Any, ...]
 
     def __init__(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
@@ -8278,22 +8263,19 @@ class Server(http.server.HTTPServer):
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
     ) -> None:  # fmt: skip
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
         self.proxy = proxy
         self.timeout_seconds = timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections = max_connections
-        self._reuse_port = reuse_port
         self._certificate = certificate
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
-        self._regular = (self._check_deadlines, self._listen_again, every_half_second)
+        self._regular = (self._check_deadlines, every_half_second)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
-        self._connections: set[PeerConnection] = set()
-        self._queue: collections.deque[PeerConnection] = collections.deque()  # may hold a request
+        self.connections: set[PeerConnection] = set()  # that are open
+        self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
         self._heard: list[Pending] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
@@ -8304,23 +8286,22 @@ class Server(http.server.HTTPServer):
         self._stopping = self._closed = False
         self._stopped = threading.Event()
         self._stopped.set()
-        super().__init__(address, http.server.BaseHTTPRequestHandler)  # which is never used
+        v6 = ":" in address[0]
+        self.socket = socket.create_server(
+            address, family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
+            reuse_port=reuse_port, dualstack_ipv6=v6,
+        )  # fmt: skip
+        super().__init__(self.socket.getsockname(), socketserver.BaseRequestHandler)
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
             self._selector.register(listening, selectors.EVENT_READ, act)
-
-    def server_bind(self) -> None:
-        """Bind without a look-up of the host's name."""
-        if self._reuse_port:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        super(http.server.HTTPServer, self).server_bind()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `shutdown`."""
         self._stopped.clear()
         tick = time.monotonic() + poll_interval
         while not self._stopping:
-            wait = 0.0 if self._queue else max(0.0, tick - time.monotonic())
+            wait = 0.0 if self.queue else max(0.0, tick - time.monotonic())
             ready = self._selector.select(wait)
             looked = time.monotonic()
             for start in range(0, len(ready) or 1, AT_ONCE):
@@ -8346,11 +8327,11 @@ class Server(http.server.HTTPServer):
         if self._arrived < MAX_HELD // 8:
             return
         self._arrived = 0
-        held = sum(len(c.buffer) for c in self._connections)
+        held = sum(len(c.buffer) for c in self.connections)
         if held <= MAX_HELD:
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
-        waiting = [c for c in self._connections if c.parked and not c.pending]
+        waiting = [c for c in self.connections if c.parked and not c.pending]
         for connection in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
             if held <= MAX_HELD * 3 // 4:
                 break
@@ -8365,29 +8346,20 @@ class Server(http.server.HTTPServer):
         for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
             if outcome is not None:
                 self._settle(pending, outcome)
-        found: list[tuple[PeerConnection, Request]] = []
-        for _ in range(min(len(self._queue), AT_ONCE)):
-            connection = self._queue.popleft()
-            if connection not in self._connections:
-                continue  # it was closed
+        found: dict[PeerConnection, Request] = {}
+        for _ in range(min(len(self.queue), AT_ONCE)):
+            connection, _ = self.queue.popitem(last=False)
             request = self._guarded(connection.next_request, connection.socket)
             if request:
-                found.append((connection, request))
+                found[connection] = request
         replies, self._replies = self._replies, []
-        outcomes = self._guarded(self.proxy.begin, None, [request for _, request in found])
+        outcomes = self._guarded(self.proxy.begin, None, list(found.values()))
         if outcomes is None:  # the proxy failed
-            for connection, _ in found:
+            for connection in found:
                 connection.close()
-            outcomes = ()
-        replies += [(connection, outcome) for (connection, _), outcome in zip(found, outcomes)]
+        replies += zip(found, outcomes or ())
         for connection, outcome in replies:
             self._guarded(connection.send_outcome, connection.socket, outcome)
-
-    def queue(self, connection: PeerConnection) -> None:
-        """Add a connection to the queue of those whose buffers may hold a request."""
-        if not connection.queued:
-            connection.queued = True
-            self._queue.append(connection)
 
     def _guarded(self, act: Callable[..., Any], sock: Any = None, *given: Any) -> Any:
         """Return the result of `act`; log an exception and close the connection."""
@@ -8395,7 +8367,7 @@ class Server(http.server.HTTPServer):
             return act(*given)
         except Exception:
             log.exception("a connection failed")
-            for connection in [c for c in self._connections if c.socket is sock]:
+            for connection in [c for c in self.connections if c.socket is sock]:
                 connection.close()
             return None
 
@@ -8416,11 +8388,11 @@ class Server(http.server.HTTPServer):
 
     def server_close(self) -> None:
         """Close the listener and all connections."""
-        super().server_close()
+        self.socket.close()
         self._closed = True
         while self._pending:
             self._pending.popitem()[0].give_up()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             if connection.parked or connection.pending:
                 connection.close()
             else:  # a worker owns it: after a close, it would continue without TLS
@@ -8435,8 +8407,8 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = any(c.writing or c.lingering or not c.parked for c in self._connections)
-        return not (busy or self._pending or self._queue or self._replies)
+        busy = any(c.writing or c.lingering or not c.parked for c in self.connections)
+        return not (busy or self._pending or self.queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
@@ -8459,14 +8431,9 @@ class Server(http.server.HTTPServer):
         self._workers.run(put_back)
 
     @property
-    def connections(self) -> int:
-        """Return how many connections are open."""
-        return len(self._connections)
-
-    @property
     def calls(self) -> int:
         """Return how many calls wait for an upstream, a message or a hook."""
-        return sum(not c.parked or c.pending is not None for c in list(self._connections))
+        return sum(not c.parked or c.pending is not None for c in list(self.connections))
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -8480,7 +8447,7 @@ class Server(http.server.HTTPServer):
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            if len(self._connections) >= self._max_connections and not self._make_room():
+            if len(self.connections) >= self._max_connections and not self._make_room():
                 self._refuse(sock, address[0])
                 continue
             try:
@@ -8490,7 +8457,8 @@ class Server(http.server.HTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        waiting = [c for c in self._connections if c.parked and not (c.pending or c.queued)]
+        parked = [c for c in self.connections if c.parked and not c.pending]
+        waiting = [c for c in parked if c not in self.queue]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for connection in waiting[: len(waiting) // 100 + 1]:
             connection.close()
@@ -8505,16 +8473,12 @@ class Server(http.server.HTTPServer):
             sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = PeerConnection(self, sock, peer)
         self.park(connection)
-        self._connections.add(connection)
-
-    def _listen_again(self) -> None:
-        if self.socket not in self._selector.get_map():
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self.connections.add(connection)
 
     def _refuse(self, sock: socket.socket, peer: str) -> None:
         """Refuse a connection; with TLS, only close it."""
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
-        answer = self.refusal(error, peer)
+        answer = PeerConnection(self, sock, peer).refusal(error)
         sock.setblocking(False)
         with sock, contextlib.suppress(OSError):
             if not self._certificate:
@@ -8522,29 +8486,17 @@ class Server(http.server.HTTPServer):
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(65536)  # unread bytes would turn the end into a reset
 
-    def refusal(self, error: ServiceError, peer: str) -> bytes:
-        """Return the answer for a connection from which nothing was read."""
-        reply = self.proxy.handle(Request("GET", "/", (), io.BytesIO(), peer), error)
-        return encode_reply(reply, _http_date(int(time.time())), True)
-
-    def listen_to(self, connection: PeerConnection, events: int, act: Callable[[], None]) -> None:
-        """Make the loop call `act` when the connection is ready for the events."""
-        self._selector.modify(connection.socket, events, act)
-
-    def park(self, connection: PeerConnection) -> None:
-        """Make the loop wait for the next bytes of the connection."""
+    def park(
+        self, connection: PeerConnection, event: int = selectors.EVENT_READ,
+        act: Optional[Callable[[], None]] = None,
+    ) -> None:  # fmt: skip
+        """Make the loop wait for the next bytes of the connection, or call `act` on the event."""
         seconds = SECONDS_LINGERING if connection.lingering else self.timeout_seconds
         connection.deadline = time.monotonic() + seconds
         if not connection.parked:
             connection.parked = True
             connection.socket.setblocking(False)
-            act = connection.readable
-            self._selector.register(connection.socket, selectors.EVENT_READ, act)
-
-    def forget(self, connection: PeerConnection) -> None:
-        """Forget a closed connection."""
-        self._connections.discard(connection)
-        self.unpark(connection)
+            self._selector.register(connection.socket, event, act or connection.readable)
 
     def unpark(self, connection: PeerConnection) -> None:
         """Make the loop stop waiting for the connection."""
@@ -8556,8 +8508,10 @@ class Server(http.server.HTTPServer):
         now = time.monotonic()
         for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
             self._settle(pending, pending.give_up())
-        for connection in [c for c in self._connections if c.deadline < now and c.parked]:
+        for connection in [c for c in self.connections if c.deadline < now and c.parked]:
             connection.close()
+        if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
         """Make the loop wait for the answer of an upstream."""
@@ -8571,7 +8525,7 @@ class Server(http.server.HTTPServer):
         with contextlib.suppress(KeyError, ValueError):  # it is closed
             self._selector.unregister(sock)
         connection.pending = None
-        if connection in self._connections:
+        if connection in self.connections:
             self.park(connection)
             self._replies.append((connection, outcome))
 
@@ -8587,10 +8541,9 @@ class Server(http.server.HTTPServer):
     def _do(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         goes_on = False
         try:
-            connection.socket.settimeout(self.timeout_seconds)
-            goes_on = act()
-        except OSError:
-            pass  # the client was silent for too long, or is gone
+            with contextlib.suppress(OSError):  # the client was silent for too long, or is gone
+                connection.socket.settimeout(self.timeout_seconds)
+                goes_on = act()
         except Exception:
             log.exception("a connection failed")
         finally:  # the body of a hook's Reply may raise anything
@@ -8605,7 +8558,7 @@ class Server(http.server.HTTPServer):
         while self._returned:
             connection = self._returned.popleft()
             if connection.socket.fileno() < 0:
-                self._connections.discard(connection)
+                self.connections.discard(connection)
             else:
                 self._guarded(self.park, connection.socket, connection)
                 self._guarded(connection.resume, connection.socket)
@@ -8902,7 +8855,7 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
         gauge("loop_lag_seconds", lag, server.take_lag)
         dropped = "Log lines that could not be written, or not soon enough."
         gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
-        gauge("connections", "Open connections.", lambda: server.connections)
+        gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
         left = "Time until the first credentials for forwarding expire."
