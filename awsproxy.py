@@ -7962,6 +7962,7 @@ MIN_BODY_RATE = 1024  # bytes a second, the slowest average of a longer body
 SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
+_READ = selectors.EVENT_READ
 _http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
@@ -8119,7 +8120,7 @@ class PeerConnection:
                 sent += self.socket.send(data[sent : sent + AT_A_TIME])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             reads = isinstance(error, ssl.SSLWantReadError)
-            event = selectors.EVENT_READ if reads else selectors.EVENT_WRITE
+            event = _READ if reads else selectors.EVENT_WRITE
             self.writing = True
             self.server.unpark(self)
             self.server.park(self, event, functools.partial(self._send, data, close, sent))
@@ -8207,13 +8208,12 @@ class PeerConnection:
         chunked = not measured and self.head.version == "1.1"
         header = "Transfer-Encoding: chunked" if chunked else ""
         head_only = self.head.method == "HEAD"
-        blocks = () if head_only else filter(None, reply.body)  # an empty chunk is the last one
+        # An empty chunk is the last one.
+        blocks = () if head_only else itertools.chain(filter(None, reply.body), [b""])
         try:
             self._send_all(self._encoded(reply._replace(body=b""), close, header))
             for block in blocks:
                 self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
-            if chunked and not head_only:
-                self._send_all(b"0\r\n\r\n")
         except (OSError, ServiceError) as error:
             log.warning("an answer to %s is incomplete: %s", self.peer, error)
             if not chunked and not measured:  # a normal end would look like the end of the body
@@ -8283,7 +8283,7 @@ class Server(socketserver.BaseServer):
         self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
-        self._stopping = self._closed = False
+        self._stopping = False
         self._stopped = threading.Event()
         self._stopped.set()
         v6 = ":" in address[0]
@@ -8294,7 +8294,7 @@ class Server(socketserver.BaseServer):
         super().__init__(self.socket.getsockname(), socketserver.BaseRequestHandler)
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
-            self._selector.register(listening, selectors.EVENT_READ, act)
+            self._selector.register(listening, _READ, act)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `shutdown`."""
@@ -8326,8 +8326,7 @@ class Server(socketserver.BaseServer):
         self._arrived += size
         if self._arrived < MAX_HELD // 8:
             return
-        self._arrived = 0
-        held = sum(len(c.buffer) for c in self.connections)
+        self._arrived, held = 0, sum(len(c.buffer) for c in self.connections)
         if held <= MAX_HELD:
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
@@ -8389,7 +8388,6 @@ class Server(socketserver.BaseServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         self.socket.close()
-        self._closed = True
         while self._pending:
             self._pending.popitem()[0].give_up()
         for connection in list(self.connections):
@@ -8447,18 +8445,15 @@ class Server(socketserver.BaseServer):
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
                 return
-            if len(self.connections) >= self._max_connections and not self._make_room():
-                self._refuse(sock, address[0])
-                continue
+            full = len(self.connections) >= self._max_connections and not self._make_room()
             try:
-                self._welcome(sock, address[0])
+                (self._refuse if full else self._welcome)(sock, address[0])
             except (OSError, ValueError):  # the client is gone
                 sock.close()
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        parked = [c for c in self.connections if c.parked and not c.pending]
-        waiting = [c for c in parked if c not in self.queue]
+        waiting = [c for c in self.connections if c.parked and not (c.pending or c in self.queue)]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for connection in waiting[: len(waiting) // 100 + 1]:
             connection.close()
@@ -8480,16 +8475,13 @@ class Server(socketserver.BaseServer):
         error = ServiceError("ServiceUnavailable", "The proxy has too many connections.")
         answer = PeerConnection(self, sock, peer).refusal(error)
         sock.setblocking(False)
-        with sock, contextlib.suppress(OSError):
+        with sock:
             if not self._certificate:
                 sock.send(answer)
                 sock.shutdown(socket.SHUT_WR)
                 sock.recv(65536)  # unread bytes would turn the end into a reset
 
-    def park(
-        self, connection: PeerConnection, event: int = selectors.EVENT_READ,
-        act: Optional[Callable[[], None]] = None,
-    ) -> None:  # fmt: skip
+    def park(self, connection: PeerConnection, event: int = _READ, act: Any = None) -> None:
         """Make the loop wait for the next bytes of the connection, or call `act` on the event."""
         seconds = SECONDS_LINGERING if connection.lingering else self.timeout_seconds
         connection.deadline = time.monotonic() + seconds
@@ -8511,14 +8503,13 @@ class Server(socketserver.BaseServer):
         for connection in [c for c in self.connections if c.deadline < now and c.parked]:
             connection.close()
         if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self._selector.register(self.socket, _READ, self._accept)
 
     def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
         """Make the loop wait for the answer of an upstream."""
         connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
         self._pending[pending] = (sock, connection)
-        act = functools.partial(self._heard.append, pending)
-        self._selector.register(sock, selectors.EVENT_READ, act)
+        self._selector.register(sock, _READ, functools.partial(self._heard.append, pending))
 
     def _settle(self, pending: Pending, outcome: Outcome) -> None:
         sock, connection = self._pending.pop(pending)
@@ -8547,7 +8538,7 @@ class Server(socketserver.BaseServer):
         except Exception:
             log.exception("a connection failed")
         finally:  # the body of a hook's Reply may raise anything
-            if not goes_on or self._closed:
+            if not goes_on or self.socket.fileno() < 0:  # the server is closed
                 connection.hang_up()
             self._returned.append(connection)
             self.wake()
@@ -8647,10 +8638,15 @@ def _client(text: str) -> Client:
     return Client(key, key, secret)
 
 
-def _account_id(text: str) -> str:
-    if not _ACCOUNT_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 12 digits")
-    return text
+def _matching(pattern: str, form: str) -> Callable[[str], Any]:
+    def match(text: str) -> Any:
+        """Return the text, or its groups, or raise ArgumentTypeError."""
+        found = re.fullmatch(pattern, text)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        return found.groups() or text
+
+    return match
 
 
 def _public_url(text: str) -> str:
@@ -8677,20 +8673,11 @@ def _target_name(text: str) -> str:
     return text
 
 
-def _sign_as(text: str) -> tuple[str, str]:
-    service, slash, region = text.partition("/")
-    if not slash or not _SCOPE_NAME.fullmatch(service) or not _SCOPE_NAME.fullmatch(region):
-        raise argparse.ArgumentTypeError(f"{text!r} is not SERVICE/REGION, as in sqs/us-east-1")
-    return service, region
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
+_account_id = _matching(_ACCOUNT_ID.pattern, "12 digits")
+_address = _matching(r"\[?(.+?)\]?:([0-9]{1,5})", "HOST:PORT")
+_scope = _matching(f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})", "SERVICE/REGION")
+_FILE: Any = {"default": "", "metavar": "FILE"}
+_MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
 examples:
   python awsproxy.py --port 8081                       use the demo client, dummykey
@@ -8715,69 +8702,58 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
     add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
-    add("--tls-cert", default="", metavar="FILE",
-        help="use TLS with this certificate and chain (PEM), read again on change")  # fmt: skip
-    add("--tls-key", default="", metavar="FILE", help="its private key, if in another file")
+    add("--tls-cert", **_FILE, help="TLS certificate and chain (PEM), read again on change")
+    add("--tls-key", **_FILE, help="its private key, if in another file")
     add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
         help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
         help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
-    add("--host-name", action="append", default=[], metavar="NAME",
-        help="a name of this proxy, repeatable; an S3 bucket may precede it in Host")  # fmt: skip
-    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, metavar="BYTES",
-        help="longest request body")  # fmt: skip
+    add("--host-name", **_MANY, help="a name of this proxy, repeatable; S3 buckets may precede it")
+    add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, help="most bytes of a body")
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
         help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
         help="close a connection that is silent for so long")  # fmt: skip
     add = parser.add_argument_group("who may call").add_argument
-    add("--clients", default="", metavar="FILE",
-        help="keys that callers sign with, a section each as in ~/.aws/credentials; read again"
-        " on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
-    add("--client", action="append", default=[], type=_client, metavar="KEY:SECRET",
+    add("--clients", **_FILE, help="keys that callers sign with, as in ~/.aws/credentials; read"
+        " again on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
+    add("--client", **_MANY, type=_client, metavar="KEY:SECRET",
         help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
     add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
-    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS",
-        help="how much a caller's clock may differ (default: 900; 300 for kms, lambda,"
-        " monitoring and route53, as on AWS)")  # fmt: skip
-    add("--region", action="append", default=[],
-        help="a region that calls may be signed for, repeatable (default: any)")  # fmt: skip
+    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS", help="how much clocks may"
+        " differ (default: 900; as on AWS, 300 for kms, lambda, monitoring, route53)")  # fmt: skip
+    add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
     _add_answers(parser)
     return parser
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what answers").add_argument
-    add("--route", action="append", default=[], type=_route, metavar="PATTERN=TARGET",
+    add("--route", **_MANY, type=_route, metavar="PATTERN=TARGET",
         help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
         " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
         " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
         metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
-    add("--hook", action="append", default=[], metavar="FILE",
-        help="a .py file with before, rewrite, after, observe, concerns; repeatable")  # fmt: skip
+    add("--hook", **_MANY, help="a .py with before, rewrite, after, observe, concerns; repeatable")
     add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
-    add("--sign-as", type=_sign_as, default=("", ""), metavar="SERVICE/REGION",
+    add("--sign-as", type=_scope, default=("", ""), metavar="SERVICE/REGION",
         help="with --no-verify: service and region if the Host names none")  # fmt: skip
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
-    add("--account-id", metavar="ID", type=_account_id, default="000000000000",
-        help="account that owns the queues")  # fmt: skip
-    add("--queue", action="append", default=[], metavar="NAME",
-        help="create this queue at the start, repeatable; NAME.fifo is a FIFO queue")  # fmt: skip
+    add("--account-id", type=_account_id, default="000000000000", help="owner of the queues")
+    add("--queue", **_MANY, help="a queue to create at the start, repeatable; X.fifo is FIFO")
     add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
-    add("--log-file", default="", metavar="FILE", help="file for log lines; SIGHUP reopens it")
+    add("--log-file", **_FILE, help="file for log lines; SIGHUP reopens it")
     add("--quiet", action="store_true", help="print no line for each call")
-    add("--explain", action="store_true",
-        help="print each call with all steps of its signature")  # fmt: skip
+    add("--explain", action="store_true", help="print each call with all steps of its signature")
     add("--inspect", action="store_true", help="serve a page at /_awsproxy/ that shows each call")
-    add("--check", metavar="FILE",
-        help="explain the signature of one request, as text or as `curl -v` shows it (- is"
-        " standard input), and exit with 0 if it is right, otherwise 1")  # fmt: skip
+    add("--check", metavar="FILE", help="explain the signature of one request, as text or as"
+        " `curl -v` shows it (- is stdin), and exit with 0 if it is right, else 1")  # fmt: skip
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
 
@@ -8791,7 +8767,7 @@ class UsageError(Exception):
 def _usage_errors(prefix: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # the last one is of a port
         raise UsageError(f"{prefix}{error}") from error
 
 
@@ -8801,7 +8777,12 @@ class Program:
     def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
         self._options = options
         self._console = console
-        self._certificate = self._read_certificate()
+        path, key = options.tls_cert, options.tls_key
+        if key and not path:
+            raise UsageError("--tls-key needs --tls-cert")
+        with _usage_errors(f"the certificate in {path}{key and f' and {key}'} cannot be used: "):
+            read = functools.partial(read_certificate, key=key)
+            self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
@@ -8812,19 +8793,24 @@ class Program:
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
-        path = options.clients
-        with _usage_errors(path and f"the clients file {path} cannot be used: "):
-            self._clients = Watched(self._read_clients, path)
-        if options.reuse_port:
-            check_sharing(options, routes)
-        warn_of_routes(options.route)
-        self._check_upstream_keys()
-        self._in_flight = self._build_in_flight()
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
         if options.queue and not sqs:
             raise UsageError("--queue needs a route to 'embedded'")
+        if options.reuse_port and sqs:
+            raise UsageError("--reuse-port cannot share embedded queues; forward with --upstream")
+        if options.reuse_port and options.task_protection:
+            raise UsageError("--reuse-port and --task-protection: each process has its own counts")
+        path = options.clients
+        with _usage_errors(path and f"the clients file {path} cannot be used: "):
+            self._clients = Watched(
+                lambda path: self._check_clients(all_clients(path, options.client)), path
+            )
+        with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
+            tls_context()
+        self._in_flight = self._build_in_flight()
         with _usage_errors(""):
-            self._create_queues()
+            self._check_clients(self._clients.value, CredentialCache.get)
+            self._reset("")
         inspector = Inspector() if options.inspect else None
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
         self.proxy = Proxy(
@@ -8850,66 +8836,41 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
 
     def _add_gauges(self) -> None:
         """Add the metrics that a scrape reads on demand."""
-        gauge, server = self._metrics.gauge, self.server
-        lag = "Longest delay of the event loop since the last scrape."
-        gauge("loop_lag_seconds", lag, server.take_lag)
+        gauge, server, keys = self._metrics.gauge, self.server, self._keyring
+        gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
         dropped = "Log lines that could not be written, or not soon enough."
         gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
-        left = "Time until the first credentials for forwarding expire."
-        gauge("credentials_seconds", left, self._keyring.seconds_left)
+        gauge("credentials_seconds", "Time until the first credentials expire.", keys.seconds_left)
 
-    def _read_clients(self, path: str) -> Clients:
-        clients = all_clients(path, self._options.client)
-        self._check_clients(clients)
-        return clients
-
-    def _check_clients(self, clients: Clients) -> None:
-        """Raise ValueError if the clients must not reach the upstreams of the routes."""
+    def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
+        """Return the clients; ValueError if they must not reach the upstreams of the routes."""
+        fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
         to_aws = any(upstream.is_aws for upstream in self._upstreams)
         verified = not self._options.no_verify
         if has_demo_key(clients) and (self._is_public or (to_aws and verified)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
-            hint = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
-            raise ValueError(f"the key dummykey is public, and {why}: {hint}")
-        for client in itertools.chain(*clients.values()) if self._upstreams else ():
-            check_not_shared(self._keyring.of(client).ready(), clients)
-
-    def _check_upstream_keys(self) -> None:
-        """Log each client without keys to forward with; raise UsageError for shared keys."""
-        with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
-            tls_context()
-        clients = self._clients.value
-        named = {client.name: client for client in itertools.chain(*clients.values())}
-        for client in named.values() if self._upstreams else ():
+            raise ValueError(f"the key dummykey is public, and {why}: {fix}")
+        each = itertools.chain(*clients.values()) if self._upstreams else ()
+        for name, cache in dict.fromkeys((it.name, self._keyring.of(it)) for it in each):
             try:
-                with _usage_errors(""):
-                    check_not_shared(self._keyring.of(client).get(), clients)
+                own = keys_of(cache)
             except NoKeys as reason:
-                log.warning("no credentials to forward calls of [%s]: %s", client.name, reason)
+                log.warning("no credentials to forward calls of [%s]: %s", name, reason)
+                continue
+            if own and (key := own.access_key_id) in clients:
+                raise ValueError(f"{key} is a client's and also the one to forward with: {fix}")
+        return clients
 
     def _reset(self, name: str) -> int:
         """Drop all queues and create the queues of the flags, or empty the queues of one name."""
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
-        if not name:
-            self._create_queues()
+        options, region = self._options, (*self._options.region, "us-east-1")[0]
+        create_queues(self._sqs, options.queue if not name else (), region, options.account_id)
         return count
-
-    def _create_queues(self) -> None:
-        options = self._options
-        region = (*options.region, "us-east-1")[0]
-        create_queues(self._sqs, options.queue, region, options.account_id)
-
-    def _read_certificate(self) -> Optional[Watched]:
-        path, key = self._options.tls_cert, self._options.tls_key
-        if key and not path:
-            raise UsageError("--tls-key needs --tls-cert")
-        with _usage_errors(f"the certificate in {path}{key and f' and {key}'} cannot be used: "):
-            read = functools.partial(read_certificate, key=key)
-            return Watched(read, path, key) if path else None
 
     def _read_hooks(self) -> list[Any]:
         path, quiet = self._options.log_file, self._options.quiet
@@ -8922,8 +8883,7 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
             form = "colours" if writer.in_colour else "columns"
         hooks: list[Any] = [AccessLog(writer, form) for writer in self._writers]
         if self._options.explain and self._console:
-            form = "colours" if self._console.in_colour else "text"
-            hooks.append(Explainer(self._console, form))
+            hooks += [Explainer(self._console, "colours" if self._console.in_colour else "text")]
         for path in self._options.hook:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
@@ -8933,9 +8893,8 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
         agent, wanted = os.environ.get("ECS_AGENT_URI", ""), self._options.task_protection
         if wanted and not agent:
             log.warning("--task-protection has no effect: ECS_AGENT_URI is not set")
-        protect = functools.partial(TaskProtection, agent)
-        kind: Callable[[Ask, Run], InFlight] = protect if wanted and agent else InFlight
-        return kind(lambda *about: self.proxy.visibility_timeout(*about), Workers().run)
+        ask, run = lambda *about: self.proxy.visibility_timeout(*about), Workers().run
+        return TaskProtection(agent, ask, run) if wanted and agent else InFlight(ask, run)
 
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
@@ -8947,12 +8906,11 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
-    def _listen(
-        self, address: tuple[str, int], proxy: Union[Proxy, Admin], flags: str, **how: Any
-    ) -> Server:
+    def _listen(self, address: Any, proxy: Any, flags: str, **how: Any) -> Server:
+        host, port = address
         hint = f"choose others with {flags} (0 picks a free one)"
-        with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
-            return Server(address, proxy, timeout=self._options.timeout, **how)
+        with _usage_errors(f"cannot listen on {host} port {port}, {hint}: "):
+            return Server((host, int(port)), proxy, timeout=self._options.timeout, **how)
 
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
@@ -9027,8 +8985,7 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
 
     def _introduce(self, url: str) -> None:
         """Print what answers which clients, and a command to try."""
-        given = given_routes(self._options)
-        routes = ", ".join(f"{pattern} -> {target}" for pattern, target in given[:4])
+        routes = ", ".join(map(" -> ".join, given_routes(self._options)[:4]))
         clients = itertools.chain(*self._clients.value.values())
         names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
         self._tell(f"answers {routes}; clients: {names:.200}")
@@ -9138,13 +9095,17 @@ def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
 def build_routes(
     options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
 ) -> Sequence[Route]:
-    """Return the routes that the flags ask for."""
+    """Return the routes that the flags ask for; log patterns that match no known action."""
     targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     given = given_routes(options)
-    for _, name in given:
+    for pattern, name in given:
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
+        nearest = nearest_pattern(pattern)
+        if nearest is not None:
+            meant = f"; did you mean '{nearest}'?" if nearest else ""
+            log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
     return [Route(pattern, targets[name]) for pattern, name in given]
 
 
@@ -9156,41 +9117,13 @@ def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     endless = resource.RLIM_INFINITY
-    if soft == endless or soft >= wanted:
-        return wanted
     more = wanted if hard == endless else min(wanted, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-    except (OSError, ValueError):  # the system has a lower limit
-        return soft
+    if soft != endless and soft < more:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        except (OSError, ValueError):  # the system has a lower limit
+            return soft
     return more
-
-
-def check_sharing(options: argparse.Namespace, routes: Sequence[Route]) -> None:
-    """Raise UsageError if processes cannot share a port, because each has its own messages."""
-    if not hasattr(socket, "SO_REUSEPORT"):
-        raise UsageError("this system does not support --reuse-port")
-    if any(isinstance(route.target, Embedded) for route in routes):
-        message = "--reuse-port with an embedded route: each process would have its own queues"
-        raise UsageError(f"{message}; forward with --upstream")
-    if options.task_protection:
-        raise UsageError("--reuse-port with --task-protection: each process has its own counts")
-
-
-def check_not_shared(keys: Optional[Credentials], clients: Clients) -> None:
-    """Raise ValueError if a client signs with the key that its calls are forwarded with."""
-    if keys and keys.access_key_id in clients:
-        fault = f"the key {keys.access_key_id} is a client's and also the one to forward with"
-        raise ValueError(f"{fault}; give the clients their own keys with --clients")
-
-
-def warn_of_routes(routes: Sequence[tuple[str, str]]) -> None:
-    """Log a warning for each pattern that matches no known action."""
-    for pattern, _ in routes:
-        nearest = nearest_pattern(pattern)
-        if nearest is not None:
-            meant = f"; did you mean '{nearest}'?" if nearest else ""
-            log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
 
 
 _REST = {"rest-json", "rest-xml"}
@@ -9205,22 +9138,20 @@ def nearest_pattern(pattern: str) -> Optional[str]:
     if set(pattern) == {"*"}:
         return None
     prefix, colon, operation = pattern.lower().partition(":")
-    services = [name for name in _KNOWN_NAMES if glob_matches(prefix, name)]
-    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
-        known = _known_operations(service)
-        if prefix in known:
-            return f"{service}:{known[prefix]}"
-    if not services or not colon:
-        close = difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5)
-        nearest = f"{close[0]}:{operation or '*'}" if close else ""
-        return nearest or (None if colon else "")  # most services of REST are not known here
+    services = [name for name in _KNOWN_NAMES if colon and glob_matches(prefix, name)]
     if any(_can_match(service, operation) for service in services):
         return None
-    service, known = services[0], _known_operations(services[0])
-    for nearest in difflib.get_close_matches(operation, known, 1, 0.5):
-        return f"{_KNOWN_NAMES[service]}:{known[nearest]}"
-    is_rest = not known and SPEAKS.get(service, REST_JSON) & _REST
-    return f"{_KNOWN_NAMES[service]}:{'POST/path' if is_rest else '*'}"
+    if services:
+        service, known = services[0], _known_operations(services[0])
+        other = "*" if known or not SPEAKS.get(service, REST_JSON) & _REST else "POST/path"
+        close = difflib.get_close_matches(operation, known, 1, 0.5)
+        return f"{_KNOWN_NAMES[service]}:{known[close[0]] if close else other}"
+    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
+        if prefix in (known := _known_operations(service)):
+            return f"{service}:{known[prefix]}"
+    for service in difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5):
+        return f"{service}:{operation or '*'}"
+    return None if colon else ""  # most services of REST are not known here
 
 
 def _known_operations(service: str) -> Mapping[str, str]:
