@@ -8167,15 +8167,14 @@ class PeerConnection:
 
     def _converse(self, length: Optional[int]) -> bool:
         """Answer a request while its body arrives."""
-        head = self.head
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
-        begin = proceed if expects_continue(head) else None
-        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(head), begin)
+        begin = proceed if expects_continue(self.head) else None
+        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(self.head), begin)
         if length is not None:
             body = LengthBody(source, length, begin)
-        request = head.request(body, self.peer, self.abandoned)
+        request = self.head.request(body, self.peer, self.abandoned)
         reply = self.server.proxy.handle(request)
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
@@ -8614,9 +8613,7 @@ class _Parser(argparse.ArgumentParser):
         """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of a file of flags."""
-        return shlex.split(arg_line, comments=True)
+    convert_arg_line_to_args = staticmethod(functools.partial(shlex.split, comments=True))
 
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
@@ -9127,10 +9124,8 @@ def raise_file_limit(wanted: int) -> int:
 
 
 _REST = {"rest-json", "rest-xml"}
-_NAMES_OF_IAM = ",".join(IAM_PREFIXES.values()).split(",")
-_KNOWN_NAMES = {
-    name.lower(): name for name in (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *_NAMES_OF_IAM)
-}
+_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
+_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
