@@ -8670,9 +8670,14 @@ def _target_name(text: str) -> str:
     return text
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, port = _matching(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT")(text)
+    return host, _number(int, 0, 65535)(port)
+
+
 _account_id = _matching(_ACCOUNT_ID.pattern, "12 digits")
-_address = _matching(r"\[?(.+?)\]?:([0-9]{1,5})", "HOST:PORT")
-_scope = _matching(f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})", "SERVICE/REGION")
+_NAME = _SCOPE_NAME.pattern
+_scope = _matching(f"({_NAME})/({_NAME})", "SERVICE/REGION, as in sqs/us-east-1")
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
@@ -8764,7 +8769,7 @@ class UsageError(Exception):
 def _usage_errors(prefix: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, OverflowError) as error:  # the last one is of a port
+    except (OSError, ValueError) as error:
         raise UsageError(f"{prefix}{error}") from error
 
 
@@ -8903,11 +8908,10 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
-    def _listen(self, address: Any, proxy: Any, flags: str, **how: Any) -> Server:
-        host, port = address
+    def _listen(self, address: tuple[str, int], proxy: Any, flags: str, **how: Any) -> Server:
         hint = f"choose others with {flags} (0 picks a free one)"
-        with _usage_errors(f"cannot listen on {host} port {port}, {hint}: "):
-            return Server((host, int(port)), proxy, timeout=self._options.timeout, **how)
+        with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
+            return Server(address, proxy, timeout=self._options.timeout, **how)
 
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
