@@ -84,6 +84,7 @@ import heapq
 import hmac
 import html
 import http.client
+import http.server
 import importlib.util
 import inspect
 import io
@@ -4304,11 +4305,11 @@ _SPELLED = pairs("""
     Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
     Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
 """)
-_NAMES = {
+_QUERY_NAMES = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
     for op in OPERATIONS
 }
-SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _NAMES, frozenset({"CreateQueue", "ListQueues"}))
+SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _QUERY_NAMES, frozenset({"CreateQueue", "ListQueues"}))
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
@@ -8248,7 +8249,7 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(socketserver.BaseServer):
+class Server(http.server.HTTPServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
@@ -8285,12 +8286,14 @@ class Server(socketserver.BaseServer):
         self._stopping = False
         self._stopped = threading.Event()
         self._stopped.set()
+        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+        self.socket.close()  # it is not of the right family, nor bound
         v6 = ":" in address[0]
         self.socket = socket.create_server(
             address, family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
             reuse_port=reuse_port, dualstack_ipv6=v6,
         )  # fmt: skip
-        super().__init__(self.socket.getsockname(), socketserver.BaseRequestHandler)
+        self.server_address = self.socket.getsockname()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
             self._selector.register(listening, _READ, act)
