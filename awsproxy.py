@@ -4063,10 +4063,9 @@ class Sqs:
             refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
-            attempts = _recent(queue.attempts, now)
-            attempts[attempt] = (now, messages[0].hidden_until, messages)
-            if len(attempts) > MAX_ATTEMPTS:
-                attempts.popitem(last=False)
+            queue.attempts[attempt] = (now, messages[0].hidden_until, messages)
+            if len(queue.attempts) > MAX_ATTEMPTS:
+                queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
