@@ -20,7 +20,7 @@ memory, or signs the call again with the real credentials and forwards it.
     socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
 
 Read these first: [3.1] to [3.5] are Signature Version 4 in reading order, some 600 lines.  Then
-[8.5], the steps of each call.
+[8.6], the steps of each call.
 
 Contents.  Each chapter uses only earlier ones.  Chapters 1 to 4 are pure: bytes in, bytes out, the
 time is an argument.  README documents the names in `__all__`, which stay; all others may change.
@@ -42,11 +42,11 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
         [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
         [7.7] Protection of an ECS task  [7.8] The inspector
-    8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own
-        [8.4] Hooks, and calls that wait  [8.5] The proxy
+    8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own  [8.4] The store
+        [8.5] Hooks, and calls that wait  [8.6] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
     10 Command line: [10.1] The file of clients  [10.2] Flags  [10.3] The program
-        [10.4] A saved request  [10.5] Routes of the flags
+        [10.4] In a test process  [10.5] A saved request  [10.6] Routes of the flags
 
 The life of a request, function by function:
 
@@ -54,8 +54,8 @@ The life of a request, function by function:
         Proxy.begin, parse_authorization, wire_protocol, Proxy._verify, verify_head, verify_body,
         canonical_parts, string_to_sign, signature, Proxy._find_call, AwsJson.meaning,
         Proxy._find_target, Proxy._act
-    then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy.observed,
-        Metrics.observe, PeerConnection.send_outcome, encode_reply
+    then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy._save,
+        Proxy.observed, Metrics.observe, PeerConnection.send_outcome, encode_reply
     or, if forwarded: Upstream.begin, sign, Pending.send, Server.wait, Pending.proceed,
         Upstream.arrived, Proxy.observed, PeerConnection.send_outcome, encode_reply
     or, for a long poll: Embedded.answer, Sqs.receive_message, Pending, Server.work, Pending.wait,
@@ -104,6 +104,7 @@ import selectors
 import shlex
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -122,12 +123,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 from urllib.parse import quote, unquote_to_bytes
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
 __all__ = [
-    "DEMO_CLIENTS", "Client", "Hook", "Proxy", "Reply",
-    "Request", "Route", "Server", "ServiceError", "Sqs", "main",
+    "DEMO_CLIENTS", "Client", "Hook", "MovableClock", "Proxy", "Reply", "Request", "Route",
+    "Server", "ServiceError", "Sqs", "Store", "main", "running",
 ]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
@@ -3283,12 +3285,60 @@ class Message:
     first_received: float = 0.0
     last_received: float = 0.0
     hidden_until: float = 0.0  # 0 while it is visible
+    is_saved: bool = False  # whether a store has it, in its present queue
+
+
+class Changes:
+    """What has changed since a store saved the queues."""
+
+    def __init__(self) -> None:
+        self.messages: dict[tuple[int, str], tuple[Queue, Message]] = {}  # by serial and id
+        self.queues: set[Queue] = set()  # whose settings, tags or tasks have changed
+        self.memory: dict[tuple[int, str], tuple[float, str]] = {}  # by serial and key
+        self.cleared: set[int] = set()  # the serials of queues that lost all messages
+
+    def __bool__(self) -> bool:
+        return bool(self.messages or self.queues or self.memory or self.cleared)
+
+    def take(self, queues: Mapping[str, Queue]) -> Sequence[tuple[str, Sequence[tuple[Any, ...]]]]:
+        """Return the statements of SQL that save the changes, with their rows; forget both."""
+        new, changed, gone = [], [], []
+        for (serial, message_id), (queue, it) in self.messages.items():
+            state = (it.received, it.received_before, it.first_received, it.last_received)
+            if queue.messages.get(message_id) is not it:
+                gone.append((serial, message_id))
+            elif it.is_saved:
+                changed.append((*state, it.hidden_until, serial, message_id))
+            else:
+                it.is_saved = True
+                more = _to_json(it.attributes) if it.attributes else b""
+                fixed = (it.sent, _to_json(it.system), it.body, more)
+                new.append((serial, message_id, *state, it.hidden_until, *fixed))
+        there = [it for it in self.queues if queues.get(it.arn) is it]
+        ended = [(it.serial,) for it in self.queues.difference(there)]
+        emptied = [*ended, *((serial,) for serial in self.cleared)]
+        memory = [(*key, *kept) for key, kept in self.memory.items()]
+        taken = (
+            ("delete from queues where serial = ?", ended),
+            ("delete from messages where serial = ?", emptied),
+            ("delete from memory where serial = ?", emptied),
+            ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
+            ("delete from messages where serial = ? and id = ?", gone),
+            ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
+             " where serial = ? and id = ?", changed),
+            (f"insert into messages values (null{', ?' * 11})", new),
+            ("replace into memory values (?, ?, ?, ?)", memory),
+        )  # fmt: skip
+        for held in (self.messages, self.queues, self.memory, self.cleared):
+            held.clear()
+        return [(statement, rows) for statement, rows in taken if rows]
 
 
 class Queue:
     """A standard queue.  Operations on a message are O(log n) or better in their number."""
 
     fifo = False
+    changes: Optional[Changes] = None  # for a store
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
@@ -3335,6 +3385,7 @@ class Queue:
     def add(self, message: Message, delay: int = 0) -> None:
         """Add a message, hidden for its delay."""
         self.messages[message.message_id] = message
+        message.is_saved = False
         heapq.heappush(self._by_age, (message.sent, message.message_id))
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
@@ -3345,6 +3396,8 @@ class Queue:
         """Hide a message until that time; 0 shows it, behind the other visible messages."""
         change = bool(until) - bool(message.hidden_until)
         message.hidden_until = until
+        if self.changes is not None:
+            self.changes.messages[self.serial, message.message_id] = (self, message)
         if message.received:
             self.in_flight += change
         else:
@@ -3370,6 +3423,20 @@ class Queue:
         for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
             held.clear()
         self.delayed = self.in_flight = 0
+        if self.changes is not None:
+            self.changes.cleared.add(self.serial)
+
+    def saved_form(self) -> tuple[int, str, bytes]:
+        """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
+        times = {"created": self.created, "modified": self.modified, "purged": self.purged}
+        tasks = [dataclasses.asdict(task) for task in self.tasks]
+        more = {"settings": self.settings, "tags": self.tags, "tasks": tasks, **times}
+        return self.serial, self.arn, json.dumps(more).encode()
+
+    def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
+        """Note a send or an attempt, which must survive a restart."""
+        if self.changes is not None:
+            self.changes.memory[self.serial, json.dumps(key)] = (at, json.dumps((at, *kept)))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3437,7 +3504,18 @@ class FifoQueue(Queue):
         group = system["MessageGroupId"] if self._scoped_to_group else ""
         key = group, system["MessageDeduplicationId"]
         first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
+        if first is sent:
+            self.remember(sent[0], key, *sent[1:])
         return first
+
+    def recall(self, key: str, kept: str) -> None:
+        """Take up what `remember` noted."""
+        names, (at, first, second) = json.loads(key), json.loads(kept)
+        if len(names) > 1:  # a send: its group and deduplication id
+            self._sent[names[0], names[1]] = (at, first, second)
+        else:
+            received = [self.messages[it] for it in second if it in self.messages]
+            self.attempts[names[0]] = (at, first, received)
 
     def clear(self) -> None:
         super().clear()
@@ -3756,18 +3834,52 @@ class Sqs:
         self._secret = secret or os.urandom(32)  # authenticates receipt handles
         self._wait = wait
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
         self._draining = False
         self._serials = itertools.count(1)
+        self.changes: Optional[Changes] = None  # for a store
+        self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
+        self.is_failing = False  # whether the last commit failed
 
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
-        with self._lock:
+        if self.is_failing:
+            self.commit()  # before the disk takes what is there, nothing is added
+        with self.lock:
             self._move_messages()
-            return OPERATIONS[call.operation].method(self, call)
+            output = OPERATIONS[call.operation].method(self, call)
+            if self.changes is not None and call.operation in _CHANGE_QUEUES:
+                self.changes.queues.add(self._found_last)
+            return output
+
+    def restore(self, serial: int, arn: str, more: str) -> Queue:
+        """Add a queue that a store has kept, without its messages."""
+        kept = json.loads(more)
+        kind = FifoQueue if kept["settings"].get("FifoQueue") else Queue
+        queue = self._queues[arn] = kind(
+            arn, serial, kept["settings"], kept["modified"], self.lock
+        )
+        queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
+        queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
+        self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
+        return queue
+
+    def keep(
+        self, changes: Changes, commit: Callable[[], None], secret: bytes, start: int
+    ) -> None:
+        """Let a store see all changes from now on."""
+        self.changes, self.commit, self._secret = changes, commit, secret
+        self._serials = itertools.count(start)
+        for queue in self._queues.values():
+            queue.changes = changes
+
+    def rows(self) -> Sequence[tuple[str, Sequence[tuple[Any, ...]]]]:
+        """Return the statements that save all changes, and forget the changes."""
+        with self.lock:
+            return self.changes.take(self._queues) if self.changes else ()
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
@@ -3776,14 +3888,14 @@ class Sqs:
 
     def wake(self) -> None:
         """Make all calls that wait for messages look at their queue again."""
-        with self._lock:
+        with self.lock:
             for queue in self._queues.values():
                 queue.changed.notify_all()
 
     def overview(self, limit: int = 10000) -> Sequence[Members]:
         """Return the first queues with their counts, attributes and tags."""
         described = []
-        with self._lock:
+        with self.lock:
             for arn in heapq.nsmallest(limit, self._queues):
                 now, queue = self._clock(), self._queues[arn]
                 queue.advance(now)
@@ -3797,14 +3909,39 @@ class Sqs:
                 })  # fmt: skip
         return described
 
+    def look(self, region: str, account: str, name: str, limit: int = 1000) -> list[Members]:
+        """Return the first messages of a queue and their states; ServiceError for no queue.
+
+        Without a region, take the first one that has the queue.  Nothing changes."""
+        ending, found = f":{region}:{account}:{name}" if region else f":{account}:{name}", []
+        hidden_groups = set()
+        with self.lock:
+            queue = next((it for arn, it in self._queues.items() if arn.endswith(ending)), None)
+            if queue is None:
+                raise sqs_refusal("no queue")
+            queue.advance(self._clock())
+            for message in itertools.islice(queue.messages.values(), limit):
+                # A message of a FIFO queue is blocked behind a hidden one of its group.
+                group, state = message.system.get("MessageGroupId"), "visible"
+                if message.hidden_until:
+                    state = "in flight" if message.received else "delayed"
+                    hidden_groups.add(group)
+                elif queue.fifo and group in hidden_groups:
+                    state = "blocked"
+                every = {"AttributeNames": ["All"], "MessageAttributeNames": ["All"]}
+                found.append({"State": state, **self._message_output(queue, message, every)})
+        return [{k: v for k, v in it.items() if k != "ReceiptHandle"} for it in found]
+
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
-        with self._lock:
+        with self.lock:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
                 queue.changed.notify_all()
             if not name:
+                if self.changes is not None:
+                    self.changes.queues.update(chosen)
                 for held in (self._queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
@@ -3825,6 +3962,7 @@ class Sqs:
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
         queue.advance(self._clock())
+        self._found_last = queue
         return queue
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
@@ -3842,10 +3980,10 @@ class Sqs:
         refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
         defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
-        queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self._lock)
+        queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self.lock)
         self._check_redrive(queue, settings)
-        queue.tags = dict(call.input.get("tags", {}))
-        self._queues[arn] = queue
+        queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
+        self._queues[arn] = self._found_last = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
@@ -4063,7 +4201,9 @@ class Sqs:
             refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
-            queue.attempts[attempt] = (now, messages[0].hidden_until, messages)
+            until, ids = messages[0].hidden_until, [it.message_id for it in messages]
+            queue.attempts[attempt] = (now, until, messages)
+            queue.remember(now, [attempt], until, ids)
             if len(queue.attempts) > MAX_ATTEMPTS:
                 queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
@@ -4234,6 +4374,8 @@ class Sqs:
         """Move the messages of a task that should have moved by now, and return its status."""
         source = self._queues[task.given["SourceArn"]]
         source.advance(now)
+        if self.changes is not None:
+            self.changes.queues.add(source)
         while task.moved < task.to_move and source.pick(1):
             if task.next_move() > now + 0.000001:  # a float may be short
                 return "RUNNING"
@@ -4293,6 +4435,10 @@ _OPERATIONS = f"""
     UntagQueue QueueUrl TagKeys*:list
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
+_CHANGE_QUEUES = frozenset(  # and not only their messages
+    "AddPermission CancelMessageMoveTask CreateQueue DeleteQueue PurgeQueue RemovePermission"
+    " SetQueueAttributes StartMessageMoveTask TagQueue UntagQueue".split()
+)
 
 _SPELLED = pairs("""
     AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
@@ -4308,7 +4454,9 @@ _QUERY_NAMES = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
     for op in OPERATIONS
 }
-SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _QUERY_NAMES, frozenset({"CreateQueue", "ListQueues"}))
+SQS_MODEL = MODELS["sqs"] = Model(
+    OPERATIONS, _QUERY_NAMES, frozenset({"CreateQueue", "ListQueues"})
+)
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
@@ -6053,6 +6201,7 @@ class Exchange:
     verified: Optional[Verified] = None  # None before the signature is checked
     call: Optional[Call] = None  # None before the operation is known
     outcome: Optional[Outcome] = None  # ends the plot of Proxy.begin
+    unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = 0
@@ -7064,7 +7213,7 @@ async function send() {
     [make("h3", title), make("pre", text)]);
   const { headers, body } = made;
   const answer = await fetch(made.target, { method: "POST", headers, body });
-  const text = await answer.text(), cause = text.match(/(Your signer|The signer's clock)[^\n<]*/);
+  const text = await answer.text(), cause = text.match(/Your (signer|clock)[^\n<]*/);
   const verdict = answer.ok ? "The signature is right." : cause ? cause[0] : "Refused.";
   $("result").className = answer.ok ? "good" : "bad";
   $("result").textContent = `${answer.status} ${verdict}`;
@@ -7282,16 +7431,65 @@ class Route(NamedTuple):
 
 
 # [8.3] Paths of our own
-def create_queues(sqs: Sqs, names: Iterable[str], region: str, account: str) -> None:
-    """Create queues; NAME.fifo is a FIFO queue.  Raise ValueError for a wrong name."""
-    owner = Client("", "", "", account_id=account)
-    for name in names:
-        attributes = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
-        given = {"QueueName": name, "Attributes": attributes}
+_OF_A_QUEUE = ("region", "account", "dead_letter", "tags")  # keys that are no attributes
+
+
+def read_queues(path: str) -> Mapping[str, Section]:
+    """Return the queues that a file declares, a section each.  Raise OSError or ValueError."""
+    parser = configparser.RawConfigParser(default_section="")
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    try:
+        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+    except configparser.Error as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    for name in parser.sections():
+        given = parser[name]
+        for key in set(given).difference(SETTINGS, _OF_A_QUEUE):
+            meant = did_you_mean(key, (*SETTINGS, *_OF_A_QUEUE))
+            raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
+        if not re.fullmatch("([0-9]{12})?", given.get("account", "")):
+            raise ValueError(f"[{name}] account must be 12 digits")
+        if not re.fullmatch("([^:]+:[0-9]+)?", given.get("dead_letter", "")):
+            raise ValueError(f"[{name}] dead_letter must be NAME:COUNT, as in failed:5")
+    return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
+    """Create queues, or change those that exist.  Raise ValueError with the name of a wrong one.
+
+    NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
+
+    def _perform(name: str, operation: str, may_exist: bool = False, **given: Any) -> bool:
+        given_region, owner = declared[name].get("region"), declared[name].get("account")
+        caller = Client("", "", "", account_id=owner or account)
+        document = {"QueueUrl": name, **given}
         try:
-            sqs.perform(sqs_call("localhost", "CreateQueue", given, region, owner))
+            sqs.perform(sqs_call("localhost", operation, document, given_region or region, caller))
         except ServiceError as error:
-            raise ValueError(f"--queue {name}: {error.message}") from error
+            if not (may_exist and error.code == "QueueNameExists"):
+                raise ValueError(f"[{name}] {error.message}") from error
+        else:
+            return True
+        return False
+
+    for name, given in declared.items():
+        attributes = {key: value for key, value in given.items() if key not in _OF_A_QUEUE}
+        fifo = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
+        if not _perform(
+            name, "CreateQueue", True, QueueName=name, Attributes={**attributes, **fifo}
+        ):
+            _perform(name, "SetQueueAttributes", Attributes=attributes)
+        tags = re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.get("tags", ""))
+        _perform(name, "TagQueue", Tags=dict(tags))
+    for name, given in declared.items():
+        if given.get("dead_letter"):
+            target, _, count = given["dead_letter"].rpartition(":")
+            place = f"{given.get('region') or region}:{given.get('account') or account}"
+            policy = {
+                "deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}",
+                "maxReceiveCount": count,
+            }
+            _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
 
 
 def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
@@ -7305,6 +7503,7 @@ class Status:
     """Serves the paths under `/_awsproxy/`; no bucket has such a name."""
 
     PREFIX = "/_awsproxy/"
+    LOCALSTACK = "/_aws/sqs/messages"  # where LocalStack shows messages
 
     metrics: Metrics
     in_flight: Optional[InFlight] = None
@@ -7319,6 +7518,8 @@ class Status:
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
+            if self.sqs and request.path.startswith(self.LOCALSTACK):
+                return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
             return self._answer(request)
         except ServiceError as error:
             return REST.error(request, error, random_id())
@@ -7327,7 +7528,8 @@ class Status:
             return _status_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        given, after = (_query_values(request, name) for name in (b"queue", b"after"))
+        given = _query_values(request, b"queue")
+        after, limit = (_number_in(request, name) for name in (b"after", b"limit"))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
@@ -7346,14 +7548,16 @@ class Status:
             return _status_json({"queues": self.reset("".join(given))})
         if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
+        if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
+            _, region, account, name = page.split("/")
+            return _status_json(self.sqs.look(region, account, name, min(limit or 100, 1000)))
         if page == "calls" and self.inspector:
-            number = int(after[0]) if after and _INDEX.fullmatch(after[0]) else 0
-            return _status_reply(200, self.inspector.since(number), "application/json")
+            return _status_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
             return _status_reply(
                 200, PAGE, "text/html", ("Content-Security-Policy", page_policy())
             )
-        names = "health, ready, metrics, in-flight, queues and reset"
+        names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
 
@@ -7362,6 +7566,55 @@ def _status_reply(
 ) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
+
+
+def _number_in(request: Request, name: bytes) -> int:
+    given = "".join(_query_values(request, name))
+    return int(given) if _INDEX.fullmatch(given) else 0
+
+
+def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
+    """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
+    names = (b"QueueUrl", b"ShowInvisible", b"ShowDelayed")
+    url, *shown = ("".join(_query_values(request, name)) for name in names)
+    invisible, delayed = (it.lower() in ("true", "1") for it in shown)
+    parts = urllib.parse.urlsplit(url or path)
+    *_, region, account, name = ["", "", "", *parts.path.split("/")]
+    region = (
+        region or service_of_host(parts.netloc.replace("localhost.localstack.cloud", "api.aws"))[1]
+    )
+    messages, states = (
+        [],
+        ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed,
+    )
+    try:
+        found = sqs.look(region, account, name)
+    except ServiceError as error:
+        return AWS_QUERY.error(request, error, random_id())
+    for message in (it for state in states for it in found if it["State"] == state):
+        attributes = {**message["Attributes"], "SenderId": account}
+        if invisible:
+            attributes["IsVisible"] = str(message["State"] != "in flight").lower()
+        if delayed:
+            attributes["IsDelayed"] = str(message["State"] == "delayed").lower()
+        more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
+        messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
+    output = {"Messages": messages} if messages else {}
+    call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
+    reply = AWS_QUERY.output(call, SQS_MODEL, output, random_id())
+    if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
+        return reply
+    root = ElementTree.fromstring(reply.body)
+    return _status_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
+
+
+def _json_of_xml(element: ElementTree.Element) -> Any:
+    """Return the text of an element or its children; only repeated children are a list."""
+    children: dict[str, list[Any]] = {}
+    for child in element:
+        children.setdefault(child.tag.rpartition("}")[2], []).append(_json_of_xml(child))
+    single = {name: it if len(it) > 1 else it[0] for name, it in children.items()}
+    return single or element.text
 
 
 def _status_json(document: Any) -> Reply:
@@ -7419,7 +7672,119 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     return any_address or address.is_loopback or name in hosts
 
 
-# [8.4] Hooks, and calls that wait
+# [8.4] The store
+_SCHEMA = """
+    create table about (name text primary key, value blob);
+    create table queues (serial integer primary key, arn text, more text);
+    create table messages (n integer primary key, serial integer, id text, received integer,
+        before integer, first real, last real, hidden real, sent real, system text, body text,
+        attributes text, unique (serial, id));
+    create table memory (serial integer, key text, at real, kept text,
+        primary key (serial, key)) without rowid;
+    pragma application_id = 1635218553;
+    pragma user_version = 1;
+"""
+_OUR_FILE = (1635218553, 1)  # "awpy", and the version of the schema
+_COLUMNS = "id, body, attributes, system, sent, received, before, first, last"  # of a Message
+
+
+class Store:
+    """Keeps the queues of an Sqs in a SQLite file.
+
+    One commit saves the changes of all calls that the loop answers together, and no reply to them
+    leaves before it.  A process that is killed loses nothing that it has acknowledged."""
+
+    def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
+        """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
+        self._sqs, self._changes, self._lock = sqs, Changes(), threading.Lock()
+        self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
+        self._cleaned = 0.0
+        try:
+            self._database = sqlite3.connect(
+                path, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            self._open(full)
+            with sqs.lock:
+                self._load()
+        except sqlite3.Error as error:
+            fault = f"it is damaged, or no store: {error}"
+            fault = "another process uses it" if "locked" in str(error) else fault
+            raise ValueError(fault) from error
+
+    def _open(self, full: bool) -> None:
+        ask = self._database.execute
+        ask("pragma locking_mode = exclusive")
+        mark = tuple(
+            ask(f"pragma {it}").fetchone()[0] for it in ("application_id", "user_version")
+        )
+        is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
+        if not is_new and mark != _OUR_FILE:
+            raise ValueError(f"it is no store of this version of awsproxy (its mark is {mark})")
+        ask("pragma journal_mode = wal")
+        ask(f"pragma synchronous = {'full' if full else 'normal'}")
+        ask("begin exclusive")
+        if is_new:
+            for statement in _SCHEMA.split(";")[:-1]:
+                ask(statement)
+            ask("insert into about values ('secret', ?), ('starts', 0)", (os.urandom(32),))
+        ask("update about set value = value + 1 where name = 'starts'")
+        ask("commit")
+
+    def _load(self) -> None:
+        ask, told, sqs = self._database.execute, time.monotonic(), self._sqs
+        about = dict(ask("select name, value from about"))
+        queues = {row[0]: sqs.restore(*row) for row in ask("select serial, arn, more from queues")}
+        total = ask("select count(*) from messages").fetchone()[0]
+        rows = ask(f"select serial, hidden, {_COLUMNS} from messages order by n")
+        for number, (serial, until, message_id, body, more, system, *state) in enumerate(rows):
+            attributes = _from_json(_SHAPES["attributes"], json.loads(more)) if more else {}
+            message = Message(message_id, body, attributes, json.loads(system), *state)
+            queues[serial].add(message)
+            if until:
+                queues[serial].hide(message, until)
+            message.is_saved = True
+            if number % 1024 == 0 and time.monotonic() > told + 2:
+                told = time.monotonic()
+                log.warning("the store: %d of %d messages are read", number, total)
+        for serial, key, kept in ask("select serial, key, kept from memory order by at"):
+            queue = queues[serial]
+            if isinstance(queue, FifoQueue):
+                queue.recall(key, kept)
+        sqs.keep(self._changes, self.commit, about["secret"], about["starts"] * 10**12)
+
+    def commit(self) -> None:
+        """Save all changes.  Raise ServiceError ServiceUnavailable if the disk takes none."""
+        if not (self._changes or self._unsaved or self._lock.locked()):
+            return
+        with self._lock:
+            self._unsaved += self._sqs.rows()
+            old = steady_time() - SECONDS_DEDUPLICATED
+            if self._cleaned < old:
+                self._cleaned = steady_time()
+                self._unsaved.append(("delete from memory where at < ?", [(old,)]))
+            try:
+                self._database.execute("begin")
+                for statement, rows in self._unsaved:
+                    self._database.executemany(statement, rows)
+                self._database.execute("commit")
+            except sqlite3.Error as error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.execute("rollback")
+                if not self._sqs.is_failing:
+                    log.error("the store cannot be written: %s", error)
+                self._sqs.is_failing = True
+                message = "The proxy cannot save this call."
+                raise ServiceError("ServiceUnavailable", message) from error
+            self._unsaved.clear()
+            self._sqs.is_failing = False
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+
+# [8.5] Hooks, and calls that wait
 def _method_of(hook: Any, name: str) -> Any:
     is_inherited = getattr(type(hook), name, None) is getattr(Hook, name)
     return None if is_inherited else getattr(hook, name, None)
@@ -7468,7 +7833,9 @@ class Pending:
         if self.socket:  # the call was sent
             self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
-            return self._proxy.observed(self._exchange, self._act())
+            reply = self._act()
+            self._proxy.sqs.commit()
+            return self._proxy.observed(self._exchange, reply)
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
@@ -7490,7 +7857,7 @@ Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it 
 Outcome = Union[Reply, Pending]
 
 
-# [8.5] The proxy
+# [8.6] The proxy
 class Proxy:
     """Answers requests: it verifies the caller, finds the operation, and returns the reply.
 
@@ -7516,7 +7883,8 @@ class Proxy:
         self._account_id = account_id
         self._verified = verified
         self.clients = clients
-        embedded = Embedded(sqs or Sqs(steady_time if clock is time.time else clock))
+        self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
+        embedded = Embedded(self.sqs)
         default = [Route(pattern, embedded) for pattern, _ in DEFAULT_ROUTES]
         self._routes = default if routes is None else routes
         public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
@@ -7573,6 +7941,9 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
+        unsaved = [exchange for exchange in exchanges if exchange.unsaved]
+        if unsaved:
+            self._save(unsaved)
         outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
         for outcome in outcomes:
             if isinstance(outcome, Pending):
@@ -7615,7 +7986,8 @@ class Proxy:
     def _own_path(self, exchange: Exchange) -> None:
         """Answer a path of our own."""
         request, status = exchange.request, self._status
-        if status and request.target.startswith(Status.PREFIX) and is_loopback(request.peer):
+        own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
+        if status and own and is_loopback(request.peer):
             exchange.outcome = status.reply_to(request, self.hosts)
 
     def _may_search(self) -> bool:
@@ -7694,7 +8066,7 @@ class Proxy:
             exact = route and route.names_exactly(call.action) and passes_unsigned(call.action)
             if not (route and isinstance(route.target, Upstream) and (preflight or exact)):
                 exchange.call = None
-                raise refusal("unsigned", exchange.request)
+                raise refusal("unsigned", exchange.request, "")
             call.unsigned = True
             if preflight:
                 call.operation = exchange.request.method  # hooks see it, and the upstream gets it
@@ -7722,11 +8094,24 @@ class Proxy:
         elif not target.may_block:
             try:
                 call.may_wait = False
-                exchange.outcome = self.observed(exchange, act())
+                exchange.unsaved = act()
                 return
             except WouldWait:
                 call.may_wait = True
         exchange.outcome = Pending(self, exchange, act, begun)
+
+    def _save(self, exchanges: Sequence[Exchange]) -> None:
+        """Let replies leave, after the store has saved their calls."""
+        failure = None
+        try:
+            self.sqs.commit()
+        except ServiceError as error:
+            failure = error
+        for exchange in exchanges:
+            if failure:
+                exchange.outcome = self.refuse(exchange, failure)
+            elif exchange.unsaved:
+                exchange.outcome = self.observed(exchange, exchange.unsaved)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
@@ -8749,6 +9134,12 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", type=_account_id, default="000000000000", help="owner of the queues")
     add("--queue", **_MANY, help="a queue to create at the start, repeatable; X.fifo is FIFO")
+    add("--queues", **_FILE, help="create the queues of this INI file, a section each: attributes"
+        " as in the API, dead_letter = NAME:COUNT, region, account, tags; read again on change"
+    )  # fmt: skip
+    add("--store", **_FILE, help="keep the queues in this SQLite file")
+    add("--store-sync", choices=("normal", "full"), default="normal",
+        help="full: what was acknowledged survives a loss of power, too")  # fmt: skip
     add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
@@ -8791,15 +9182,21 @@ class Program:
         self._drain_until = math.inf
         self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
-        self._sqs = Sqs(cooldown=options.cooldown)
+        self._sqs, self._store = Sqs(cooldown=options.cooldown), None
         self._metrics = Metrics()
         self._keyring = Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
         sqs = self._sqs if any(isinstance(it.target, Embedded) for it in routes) else None
-        if options.queue and not sqs:
-            raise UsageError("--queue needs a route to 'embedded'")
+        for name in ("queue", "queues", "store"):
+            if getattr(options, name) and not sqs:
+                raise UsageError(f"--{name} needs a route to 'embedded'")
+        with _usage_errors(f"--queues {options.queues}: "):
+            self._queues = Watched(read_queues, options.queues) if options.queues else None
+        with _usage_errors(f"--store {options.store}: "):
+            if options.store:
+                self._store = Store(options.store, self._sqs, options.store_sync == "full")
         if options.reuse_port and sqs:
             raise UsageError("--reuse-port cannot share embedded queues; forward with --upstream")
         if options.reuse_port and options.task_protection:
@@ -8814,15 +9211,15 @@ class Program:
         self._in_flight = self._build_in_flight()
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
-            self._reset("")
+            self._create_queues()
         inspector = Inspector() if options.inspect else None
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
+        hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(
             self._clients.value, routes=routes, verified=not options.no_verify,
             sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
             account_id=options.account_id, public_url=options.public_url or "",
-            scheme=self._scheme, max_body=options.max_body,
-hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()],
+            scheme=self._scheme, max_body=options.max_body, sqs=self._sqs, hooks=hooks,
             status=None if options.admin else self._status, hook_seconds=options.timeout,
             hosts=(options.admin[0] if options.admin else "", *options.host_name)
         )  # fmt: skip
@@ -8872,9 +9269,15 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
         """Drop all queues and create the queues of the flags, or empty the queues of one name."""
         count = self._sqs.reset(name)
         self._in_flight.forget(name)
-        options, region = self._options, (*self._options.region, "us-east-1")[0]
-        create_queues(self._sqs, options.queue if not name else (), region, options.account_id)
+        if not name:
+            self._create_queues()
         return count
+
+    def _create_queues(self) -> None:
+        options, declared = self._options, self._queues.value if self._queues else {}
+        queues = {**{name: {} for name in options.queue}, **declared}
+        create_queues(self._sqs, queues, (*options.region, "us-east-1")[0], options.account_id)
+        self._sqs.commit()
 
     def _read_hooks(self) -> list[Any]:
         path, quiet = self._options.log_file, self._options.quiet
@@ -8923,6 +9326,11 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
             signing_key.cache_clear()
         if self._certificate:
             self._certificate.refresh()
+        if self._queues and self._queues.refresh():
+            try:
+                self._create_queues()
+            except (ValueError, ServiceError) as error:
+                log.error("--queues %s: %s", self._options.queues, error)
         if isinstance(self._in_flight, TaskProtection):
             self._in_flight.tend_later()
         if self._drain_until < math.inf:
@@ -8969,6 +9377,8 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
+        if self._store:
+            self._store.close()
         self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
         for writer in self._writers:
             writer.close()
@@ -9013,7 +9423,51 @@ hooks=[self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_h
                     writer.reopen()
 
 
-# [10.4] A saved request
+# [10.4] In a test process
+class MovableClock:
+    """The system's clock, which a test can move ahead."""
+
+    ahead = 0.0  # seconds
+    wake: Callable[[], None] = staticmethod(lambda: None)  # `running` sets it
+
+    def __call__(self) -> float:
+        """Return seconds since 1970."""
+        return steady_time() + self.ahead
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass for the queues that use this clock."""
+        self.ahead += seconds
+        self.wake()
+
+
+@contextlib.contextmanager
+def running(
+    queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
+    clients: Clients = DEMO_CLIENTS, **options: Any
+) -> Iterator[str]:  # fmt: skip
+    """Run a server in a thread, for tests, and yield its URL; stop all at the end.
+
+    queues: names of queues in us-east-1
+    clock: the time of the queues
+    options: more arguments of Proxy"""
+    sqs = Sqs(clock or steady_time)
+    if clock:
+        clock.wake = sqs.wake
+    account = options.get("account_id", "000000000000")
+    create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
+    proxy = Proxy(clients, sqs=sqs, status=Status(Metrics(), None, sqs, sqs.reset), **options)
+    with Server(("127.0.0.1", port), proxy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            sqs.drain()
+            server.stop()
+            thread.join()
+
+
+# [10.5] A saved request
 def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
@@ -9088,7 +9542,7 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# [10.5] Routes of the flags
+# [10.6] Routes of the flags
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
     upstream = [("*", options.upstream)] if options.upstream else []
