@@ -7327,8 +7327,8 @@ _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions)
 
 
 def _actions(table: str) -> Sequence[str]:
-    """Return the actions of a table that is written as `service operation ...; service ...`."""
-    rows = [row.split() for row in table.split(";")]
+    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
+    rows = [row.split() for row in table.lower().split(";")]
     return [f"{service}:{operation}" for service, *operations in rows for operation in operations]
 
 
@@ -7402,7 +7402,7 @@ def passes_unsigned(action: str) -> bool:
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
     names = [name.lower() for name in names_of(action)[0]]
-    return any(glob_matches(row.lower(), name) for row in CREDENTIAL_ACTIONS for name in names)
+    return any(glob_matches(row, name) for row in CREDENTIAL_ACTIONS for name in names)
 
 
 class Route(NamedTuple):
