@@ -93,6 +93,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import queue as queues
@@ -3294,44 +3295,11 @@ class Changes:
     def __init__(self) -> None:
         self.messages: dict[tuple[int, str], tuple[Queue, Message]] = {}  # by serial and id
         self.queues: set[Queue] = set()  # whose settings, tags or tasks have changed
-        self.memory: dict[tuple[int, str], tuple[float, str]] = {}  # by serial and key
+        self.memory: dict[tuple[int, str], tuple[Any, ...]] = {}  # rows by serial and key
         self.cleared: set[int] = set()  # the serials of queues that lost all messages
 
     def __bool__(self) -> bool:
         return bool(self.messages or self.queues or self.memory or self.cleared)
-
-    def take(self, queues: Mapping[str, Queue]) -> Sequence[tuple[str, Sequence[tuple[Any, ...]]]]:
-        """Return the statements of SQL that save the changes, with their rows; forget both."""
-        new, changed, gone = [], [], []
-        for (serial, message_id), (queue, it) in self.messages.items():
-            state = (it.received, it.received_before, it.first_received, it.last_received)
-            if queue.messages.get(message_id) is not it:
-                gone.append((serial, message_id))
-            elif it.is_saved:
-                changed.append((*state, it.hidden_until, serial, message_id))
-            else:
-                it.is_saved = True
-                more = _to_json(it.attributes) if it.attributes else b""
-                fixed = (it.sent, _to_json(it.system), it.body, more)
-                new.append((serial, message_id, *state, it.hidden_until, *fixed))
-        there = [it for it in self.queues if queues.get(it.arn) is it]
-        ended = [(it.serial,) for it in self.queues.difference(there)]
-        emptied = [*ended, *((serial,) for serial in self.cleared)]
-        memory = [(*key, *kept) for key, kept in self.memory.items()]
-        taken = (
-            ("delete from queues where serial = ?", ended),
-            ("delete from messages where serial = ?", emptied),
-            ("delete from memory where serial = ?", emptied),
-            ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
-            ("delete from messages where serial = ? and id = ?", gone),
-            ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
-             " where serial = ? and id = ?", changed),
-            (f"insert into messages values (null{', ?' * 11})", new),
-            ("replace into memory values (?, ?, ?, ?)", memory),
-        )  # fmt: skip
-        for held in (self.messages, self.queues, self.memory, self.cleared):
-            held.clear()
-        return [(statement, rows) for statement, rows in taken if rows]
 
 
 class Queue:
@@ -3436,7 +3404,8 @@ class Queue:
     def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
         """Note a send or an attempt, which must survive a restart."""
         if self.changes is not None:
-            self.changes.memory[self.serial, json.dumps(key)] = (at, json.dumps((at, *kept)))
+            about = self.serial, json.dumps(key)
+            self.changes.memory[about] = (*about, at, json.dumps((at, *kept)))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3876,10 +3845,9 @@ class Sqs:
         for queue in self._queues.values():
             queue.changes = changes
 
-    def rows(self) -> Sequence[tuple[str, Sequence[tuple[Any, ...]]]]:
-        """Return the statements that save all changes, and forget the changes."""
-        with self.lock:
-            return self.changes.take(self._queues) if self.changes else ()
+    def has(self, queue: Queue) -> bool:
+        """Return whether a queue was not deleted."""
+        return self._queues.get(queue.arn) is queue
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
@@ -4191,7 +4159,7 @@ class Sqs:
             self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
-            refuse_if(self._queues.get(queue.arn) is not queue, "no queue")
+            refuse_if(not self.has(queue), "no queue")
             queue.advance(now)
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
@@ -6623,11 +6591,11 @@ class Metrics(Hook):
         self._targets = Counts()  # by route and host
         self._sums = {"request": 0.0, "upstream": 0.0}  # of seconds
         self._times = {name: [0] * (len(self.BOUNDS) + 1) for name in self._sums}  # by bound
-        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._gauges: dict[str, tuple[str, str, Callable[[], Any]]] = {}
 
-    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Add a gauge; `read` returns its value."""
-        self._gauges[name] = (help_text, read)
+    def gauge(self, name: str, help_text: str, read: Callable[[], Any], labels: str = "") -> None:
+        """Add a gauge; `read` returns its value or, with labels, values by those of the labels."""
+        self._gauges[name] = (help_text, labels, read)
 
     def observe(self, exchange: Exchange) -> None:
         """Count one exchange."""
@@ -6702,8 +6670,9 @@ class Metrics(Hook):
                 page += _lines(f"{name}_seconds_bucket", "le", buckets)
                 page += _lines(f"{name}_seconds_sum", "", [((), self._sums[name])])
                 page += _lines(f"{name}_seconds_count", "", [((), sum(counted))])
-        for name, (about, read) in self._gauges.items():
-            page += _lines(name, "", [((), read())], "gauge", about)
+        for name, (about, labels, read) in self._gauges.items():
+            values = read() if labels else {(): read()}
+            page += _lines(name, labels, values.items(), "gauge", about)
         copy, about = (__version__, file_sha256()[:12]), "Which copy of the file this is."
         page += _lines("build_info", "version sha256", [(copy, 1)], "gauge", about)
         return "\n".join(page) + "\n"
@@ -7024,13 +6993,13 @@ class Inspector(Hook):
 
 
 @functools.lru_cache(maxsize=1)
-def page_policy() -> str:
-    """Return the Content-Security-Policy that allows only the page's own script and style."""
+def page_policy() -> tuple[str, str]:
+    """Return the header that allows only the page's own script and style."""
     inline = re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)
     style, script = (_base64_text(hashlib.sha256(text.encode()).digest()) for text in inline)
     allowed = f"script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'"
     none = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"{none}; img-src data:; {allowed}"
+    return "Content-Security-Policy", f"{none}; img-src data:; {allowed}"
 
 
 PAGE = r"""<!doctype html>
@@ -7459,36 +7428,31 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
 
     NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
 
-    def _perform(name: str, operation: str, may_exist: bool = False, **given: Any) -> bool:
-        given_region, owner = declared[name].get("region"), declared[name].get("account")
-        caller = Client("", "", "", account_id=owner or account)
-        document = {"QueueUrl": name, **given}
+    def _perform(name: str, operation: str, **given: Any) -> bool:
+        place = declared[name].get("region") or region
+        owner = Client("", "", "", account_id=declared[name].get("account") or account)
         try:
-            sqs.perform(sqs_call("localhost", operation, document, given_region or region, caller))
+            sqs.perform(
+                sqs_call("localhost", operation, {"QueueUrl": name, **given}, place, owner)
+            )
         except ServiceError as error:
-            if not (may_exist and error.code == "QueueNameExists"):
+            if error.code != "QueueNameExists":
                 raise ValueError(f"[{name}] {error.message}") from error
-        else:
-            return True
-        return False
+            return False
+        return True
 
     for name, given in declared.items():
         attributes = {key: value for key, value in given.items() if key not in _OF_A_QUEUE}
-        fifo = {"FifoQueue": "true"} if name.endswith(".fifo") else {}
-        if not _perform(
-            name, "CreateQueue", True, QueueName=name, Attributes={**attributes, **fifo}
-        ):
+        new = {**attributes, "FifoQueue": "true"} if name.endswith(".fifo") else attributes
+        if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
             _perform(name, "SetQueueAttributes", Attributes=attributes)
         tags = re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.get("tags", ""))
         _perform(name, "TagQueue", Tags=dict(tags))
     for name, given in declared.items():
-        if given.get("dead_letter"):
-            target, _, count = given["dead_letter"].rpartition(":")
-            place = f"{given.get('region') or region}:{given.get('account') or account}"
-            policy = {
-                "deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}",
-                "maxReceiveCount": count,
-            }
+        target, _, count = given.get("dead_letter", "").rpartition(":")
+        place = f"{given.get('region') or region}:{given.get('account') or account}"
+        policy = {"deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}", "maxReceiveCount": count}
+        if target:
             _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
 
 
@@ -7554,9 +7518,7 @@ class Status:
         if page == "calls" and self.inspector:
             return _status_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
-            return _status_reply(
-                200, PAGE, "text/html", ("Content-Security-Policy", page_policy())
-            )
+            return _status_reply(200, PAGE, "text/html", page_policy())
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
         return _status_reply(404, f"the paths are {names}\n")
 
@@ -7580,13 +7542,9 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
     invisible, delayed = (it.lower() in ("true", "1") for it in shown)
     parts = urllib.parse.urlsplit(url or path)
     *_, region, account, name = ["", "", "", *parts.path.split("/")]
-    region = (
-        region or service_of_host(parts.netloc.replace("localhost.localstack.cloud", "api.aws"))[1]
-    )
-    messages, states = (
-        [],
-        ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed,
-    )
+    host = parts.netloc.replace("localhost.localstack.cloud", "api.aws")
+    region, messages = region or service_of_host(host)[1], []
+    states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
     try:
         found = sqs.look(region, account, name)
     except ServiceError as error:
@@ -7714,9 +7672,8 @@ class Store:
     def _open(self, full: bool) -> None:
         ask = self._database.execute
         ask("pragma locking_mode = exclusive")
-        mark = tuple(
-            ask(f"pragma {it}").fetchone()[0] for it in ("application_id", "user_version")
-        )
+        names = ("application_id", "user_version")
+        mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
         is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
         if not is_new and mark != _OUR_FILE:
             raise ValueError(f"it is no store of this version of awsproxy (its mark is {mark})")
@@ -7757,7 +7714,8 @@ class Store:
         if not (self._changes or self._unsaved or self._lock.locked()):
             return
         with self._lock:
-            self._unsaved += self._sqs.rows()
+            with self._sqs.lock:
+                self._unsaved += self._statements()
             old = steady_time() - SECONDS_DEDUPLICATED
             if self._cleaned < old:
                 self._cleaned = steady_time()
@@ -7773,10 +7731,41 @@ class Store:
                 if not self._sqs.is_failing:
                     log.error("the store cannot be written: %s", error)
                 self._sqs.is_failing = True
-                message = "The proxy cannot save this call."
-                raise ServiceError("ServiceUnavailable", message) from error
+                raise ServiceError("ServiceUnavailable", "The call cannot be saved.") from error
             self._unsaved.clear()
             self._sqs.is_failing = False
+
+    def _statements(self) -> list[tuple[str, Sequence[tuple[Any, ...]]]]:
+        """Return the statements that save the changes, with their rows; forget the changes."""
+        new, changed, gone, changes = [], [], [], self._changes
+        for (serial, message_id), (queue, it) in changes.messages.items():
+            state = (it.received, it.received_before, it.first_received, it.last_received)
+            if queue.messages.get(message_id) is not it:
+                gone.append((serial, message_id))
+            elif it.is_saved:
+                changed.append((*state, it.hidden_until, serial, message_id))
+            else:
+                it.is_saved = True
+                more = _to_json(it.attributes) if it.attributes else b""
+                fixed = (it.sent, _to_json(it.system), it.body, more)
+                new.append((serial, message_id, *state, it.hidden_until, *fixed))
+        there = set(filter(self._sqs.has, changes.queues))
+        ended = [(it.serial,) for it in changes.queues - there]
+        emptied = [*ended, *((serial,) for serial in changes.cleared)]
+        taken = (
+            ("delete from queues where serial = ?", ended),
+            ("delete from messages where serial = ?", emptied),
+            ("delete from memory where serial = ?", emptied),
+            ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
+            ("delete from messages where serial = ? and id = ?", gone),
+            ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
+             " where serial = ? and id = ?", changed),
+            (f"insert into messages values (null{', ?' * 11})", new),
+            ("replace into memory values (?, ?, ?, ?)", list(changes.memory.values())),
+        )  # fmt: skip
+        for held in (changes.messages, changes.queues, changes.memory, changes.cleared):
+            held.clear()
+        return [(statement, rows) for statement, rows in taken if rows]
 
     def close(self) -> None:
         """Close the file."""
@@ -9244,6 +9233,14 @@ class Program:
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
+        of, every = ("visible", "in_flight", "delayed"), self._sqs.overview
+        place, most = operator.itemgetter("region", "account", "name"), 200  # queues
+        gauge("queue_messages", "Messages in memory.",
+            lambda: {(*place(it), name): it[name] for it in every(most) for name in of},
+            "region account queue state")  # fmt: skip
+        gauge("queue_oldest_seconds", "Age of the oldest message in memory.",
+            lambda: {place(it): it["oldest_seconds"] for it in every(most)},
+            "region account queue")  # fmt: skip
         gauge("credentials_seconds", "Time until the first credentials expire.", keys.seconds_left)
 
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:

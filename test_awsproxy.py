@@ -15100,6 +15100,20 @@ class LookIntoQueuesTest(unittest.TestCase):
         self.assertEqual(message["Attributes"]["ApproximateReceiveCount"], "1")
         self.assertNotIn("ReceiptHandle", message)
 
+    def test_the_metrics_of_a_program(self):
+        program = Program(self.addCleanup, "--quiet", "--queue", "jobs")
+        caller = program.caller()
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        for delay in (0, 0, 9):
+            caller.enqueue(url, "a", DelaySeconds=delay)
+        caller.receive(url)
+        text = own_path(program.address, "/_awsproxy/metrics")[1].decode()
+        place = 'region="us-east-1",account="000000000000",queue="jobs"'
+        for state, count in (("visible", 1), ("in_flight", 1), ("delayed", 1)):
+            line = f'awsproxy_queue_messages{{{place},state="{state}"}} {count}'
+            self.assertIn(line, text.splitlines())
+        self.assertRegex(text, rf"awsproxy_queue_oldest_seconds\{{{place}\}} 0\.")
+
     def test_messages_of_a_group_are_blocked(self):
         url = self.caller.queue("a.fifo", FifoQueue="true", ContentBasedDeduplication="true")
         for text, group in (("a", "g"), ("b", "g"), ("c", "h")):
