@@ -23634,12 +23634,13 @@ def bench(argv):
         Threads(("127.0.0.1", int(argv[2])), globals()[argv[0]]).serve_forever()
     until = time.perf_counter() + options("bench", argv).seconds
     servers, rows, runs = [], [], {}
+    folder = tempfile.TemporaryDirectory()
     try:
         for name in ("Nothing", "Bare", "Plain"):
             servers.append(start(__file__, "bench", name))
-        for flags in ((), ("--quiet",)):
+        for flags in ((), ("--quiet",), ("--quiet", "--store", f"{folder.name}/queues.db")):
             servers.append(start(awsproxy.__file__, *flags))
-        nothing, bare, plain, logged, quiet = servers
+        nothing, bare, plain, logged, quiet, stored = servers
         os.environ.update(AWS_ACCESS_KEY_ID="AKIDEXAMPLE", AWS_SECRET_ACCESS_KEY="example")
         sink = start(__file__, "bench", "Sink")
         servers.append(sink)
@@ -23652,7 +23653,7 @@ def bench(argv):
         lists, pairs = prepared("ListQueues"), receive_and_delete(jobs)
         sends = prepared("SendMessage", QueueUrl=jobs, MessageBody="m" * 1024)
         rows = [("nothing", nothing, lists), ("bare", bare, lists), ("plain", plain, lists)]
-        for told, server in (("", quiet), (", logged", logged)):
+        for told, server in (("", quiet), (", logged", logged), (", stored", stored)):
             for name in ("jobs", "waiting"):
                 drive(server[1], 1, prepared("CreateQueue", 2, QueueName=name), calls=1)
             rows.append((f"ListQueues{told}", server, lists))
@@ -23678,6 +23679,7 @@ def bench(argv):
         for process, *_ in servers:
             process.terminate()
             process.wait()
+        folder.cleanup()
     rate = {key: max(done / took for done, took, _ in runs[key]) for key in runs}
     cost = {key: min(1e6 * used / done for done, _, used in runs[key]) for key in runs}
     told = f"{'calls/s':>8}{'/bare':>6}{'CPU us':>8}{'/bare':>6}  "
