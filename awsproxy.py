@@ -9268,6 +9268,7 @@ class Program:
         self._in_flight.forget(name)
         if not name:
             self._create_queues()
+        self._sqs.commit()
         return count
 
     def _create_queues(self) -> None:

@@ -15056,7 +15056,7 @@ class StoreTest(unittest.TestCase):
 
     def test_the_checker_of_crashes_sees_a_lost_message(self):
         world = CrashWorld(self.addCleanup, self.folder, 7)
-        world.run(1, 0.3)
+        world.run(1, 0.2)
         world.sent["never sent"] = None
         key = next(iter(world.received))
         world.deleted[key].append((0.0, 0.0, None))
@@ -24252,7 +24252,7 @@ class CrashWorld:
     visibility timeout.
     """
 
-    VISIBLE_AFTER = 2  # seconds
+    VISIBLE_AFTER, HIDDEN = 1, 2  # seconds: the visibility timeout, and a longer one
     GROUPS = ("a", "b", "c")
 
     def __init__(self, cleanup, folder, seed, flags=()):
@@ -24327,7 +24327,7 @@ class CrashWorld:
             if more or chosen < 0.6:
                 self.note(client, self.deleted[message["MessageId"]], "DeleteMessage", about)
             elif chosen < 0.85:
-                about["VisibilityTimeout"] = 0 if chosen < 0.75 else 4
+                about["VisibilityTimeout"] = 0 if chosen < 0.75 else self.HIDDEN
                 notes = self.changed[message["MessageId"]]
                 self.note(client, notes, "ChangeMessageVisibility", about)
         return messages
@@ -24352,7 +24352,7 @@ class CrashWorld:
             client.join(DEADLINE)
         client, quiet_since = CrashClient(self, None), time.monotonic()
         self.drained = set()
-        while time.monotonic() < quiet_since + 4.5:  # the longest visibility timeout
+        while time.monotonic() < quiet_since + self.HIDDEN + 0.3:
             for url in (self.url, self.fifo):
                 found = self.receive(client, url, VisibilityTimeout=600)
                 self.drained.update(message["MessageId"] for message in found)
