@@ -15032,6 +15032,20 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(program.end()[0], 0)
         self.assertFalse(os.path.exists(f"{folder}/queues.db-wal"))
 
+    def test_a_reset_is_kept(self):
+        flags = ("--quiet", "--store", self.path, "--queue", "jobs")
+        program = Program(self.addCleanup, *flags)
+        caller = program.caller()
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        caller.enqueue(url, "a")
+        status, body = own_path(program.address, "/_awsproxy/reset?queue=jobs", "POST")
+        self.assertEqual((status, json.loads(body)), (200, {"queues": 1}))
+        program.process.kill()
+        program.stop()
+        again = Program(self.addCleanup, *flags).caller()
+        self.assertEqual(again.bodies(url), [])
+        self.assertEqual(len(again("ListQueues")["QueueUrls"]), 1)
+
     def test_a_program_says_what_is_wrong_with_its_store(self):
         taken = self.open()
         self.assertTrue(taken)
