@@ -2603,8 +2603,9 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation:
-            unknown = document.keys() - operation.input.members if type(document) is dict else ()
-            call.ignored = _shown_names(unknown)
+            members = operation.input.members.keys()
+            if type(document) is dict and not document.keys() <= members:
+                call.ignored = _shown_names(document.keys() - members)
             return dict(_from_json(operation.input, document))
         return dict(copy.deepcopy(_expect(dict, document, "a structure")))
 
@@ -3812,6 +3813,7 @@ class Sqs:
         self.changes: Optional[Changes] = None  # for a store
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
         self.is_failing = False  # whether the last commit failed
+        self._found_last: Optional[Queue] = None
 
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
@@ -3820,7 +3822,7 @@ class Sqs:
         with self.lock:
             self._move_messages()
             output = OPERATIONS[call.operation].method(self, call)
-            if self.changes is not None and call.operation in _CHANGE_QUEUES:
+            if self.changes is not None and self._found_last and call.operation in _CHANGE_QUEUES:
                 self.changes.queues.add(self._found_last)
             return output
 
