@@ -4815,9 +4815,12 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: a redirection would take our tokens along."""
+class _AsItIs(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Return any answer: an error may tell why, a redirection would take our tokens along."""
+        return response
+
+    https_response = http_response
 
 
 def fetch(
@@ -4827,7 +4830,7 @@ def fetch(
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
     Requests to link-local and loopback addresses bypass the proxies of the environment."""
-    host = split_url(url).host
+    _, host = split_url(url)
     outcome: queues.SimpleQueue[Union[tuple[int, bytes], Exception]] = queues.SimpleQueue()
 
     def _ask() -> None:
@@ -4835,14 +4838,10 @@ def fetch(
             near = is_link_local(host) or is_loopback(host)
             proxies = urllib.request.ProxyHandler({} if near else None)
             tls = urllib.request.HTTPSHandler(context=tls_context())
-            opener = urllib.request.build_opener(proxies, tls, _NoRedirect)
+            opener = urllib.request.build_opener(proxies, tls, _AsItIs)
             request = urllib.request.Request(url, data, dict(headers), method=method or None)
-            try:
-                with opener.open(request, timeout=timeout) as answer:
-                    outcome.put((answer.status, answer.read(1048576)))
-            except urllib.error.HTTPError as error:
-                with error:
-                    outcome.put((error.code, error.read(65536)))
+            with opener.open(request, timeout=timeout) as answer:
+                outcome.put((answer.status, answer.read(1048576)))
         except Exception as error:
             outcome.put(error)
 
@@ -4865,13 +4864,12 @@ def fetch(
     raise NoKeys(f"{host} answered {status}{told}", passing)
 
 
-def split_url(url: str) -> Endpoint:
-    """Return the endpoint of an http or https URL.  Raise NoKeys for another."""
+def split_url(url: str) -> tuple[str, str]:
+    """Return the scheme and the host of an http or https URL.  Raise NoKeys for another."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.hostname and parts.scheme in DEFAULT_PORTS:
-            port = parts.port or DEFAULT_PORTS[parts.scheme]
-            return Endpoint(parts.scheme, parts.hostname, port)
+            return parts.scheme, parts.hostname
     raise NoKeys(f"{url[:80]!r} is no http or https URL")
 
 
@@ -4942,7 +4940,7 @@ class CredentialChain:
         sources: list[tuple[str, Callable[[], Credentials]]] = [
             ("environment", self._from_environment),
             ("web identity", self._from_web_identity),
-            (f"profile {self.profile}", self._from_profile),
+            (f"profile {self.profile}", lambda: self._from_profile(self.profile)),
             ("container", self._from_container),
             ("EC2 metadata", self._from_metadata),
         ]
@@ -4989,7 +4987,7 @@ class CredentialChain:
         url = f"http://169.254.170.2{relative}" if relative else full
         if not url:
             raise NotSetUp("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI and _FULL_URI are not set")
-        scheme, host = split_url(url)[:2]
+        scheme, host = split_url(url)
         if scheme == "http" and host not in _CONTAINER_HOSTS and not is_loopback(host):
             raise NoKeys(f"{host} is neither https nor an address of a container's host")
         path = self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
@@ -5038,13 +5036,12 @@ class CredentialChain:
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
-        credentials = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+        own = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials").get(profile, {})
         settings: dict[str, str] = {}
         # [profile default] has the last word over [default].
         for section in sorted(config, key="default".__ne__):
             if _profile_of(section) == profile:
                 settings.update(config[section])
-        own = credentials.get(profile, {})
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
             for name in _KEY_SETTINGS:
@@ -5063,8 +5060,7 @@ class CredentialChain:
             return self._section(self.profile)
         return {}
 
-    def _from_profile(self, profile: str = "", visited: tuple[str, ...] = ()) -> Credentials:
-        profile = profile or self.profile
+    def _from_profile(self, profile: str, visited: tuple[str, ...] = ()) -> Credentials:
         settings = self._section(profile)
         role, account = settings.get("role_arn"), settings.get("sso_account_id")
         keys = settings.get("aws_access_key_id") and settings.get("aws_secret_access_key")
@@ -5078,8 +5074,7 @@ class CredentialChain:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
                 remedy = "credential_process = aws configure export-credentials --format process"
-                fault = "its role needs a code (mfa_serial), which the proxy cannot ask for"
-                raise NoKeys(f"{fault}; {remedy}")
+                raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
             return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
             return self._from_sso(settings)
@@ -5116,8 +5111,7 @@ class CredentialChain:
         except NoKeys as error:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
-        told = "the SSO portal's answer holds no credentials"
-        with _no_keys(told, KeyError, TypeError):
+        with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
             keys = _document(answer)["roleCredentials"]
             found = _credentials(*(keys[name] for name in _MEMBERS))
             return found._replace(expires=keys["expiration"] / 1000)
@@ -5254,8 +5248,7 @@ def session_name(name: Optional[str]) -> str:
 
 def _read_text(path: str) -> str:
     with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            return file.read().strip()
+        return pathlib.Path(os.path.expanduser(path)).read_text("utf-8").strip()
 
 
 def _profile_of(section: str) -> str:
@@ -5309,9 +5302,6 @@ class CredentialCache:
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        found = self.ready()
-        if found:
-            return found
         now = self.clock()
         valid = self._valid(now)
         if not self._lock.acquire(blocking=not valid) and valid:
@@ -5550,9 +5540,8 @@ class Connection:
         """Return the head, length and blocks of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
-            head = parse_response_head(read_head(source))
-            while head.status < 200:
-                head = parse_response_head(read_head(source))
+            while (head := parse_response_head(read_head(source))).status < 200:
+                pass
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
@@ -5694,12 +5683,6 @@ def error_code(reply: Reply) -> str:
             return code
     found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
     return (found[1] or found[2]).decode() if found else "-"
-
-
-def outcome_unknown() -> ServiceError:
-    """Return the refusal of a call that may have run; no SDK retries it."""
-    message = "The proxy lost the upstream's answer. The call may have run:"
-    return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
 
 def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str, str]]:
@@ -5917,7 +5900,6 @@ class Upstream:
                 headers = _without(headers, "x-amz-target")
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
-        length: Optional[int]
         if isinstance(body, AwsChunkedBody):
             plain = not body.signed and not body.announced
             length = body.length if plain else aws_chunked_length(body)
@@ -5977,29 +5959,24 @@ class Upstream:
 
     def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        if not attempt.begun:
-            attempt.keys = self._keys(attempt.call)
         reply = self._exchange(attempt)
         if self._may_renew(attempt, reply) and isinstance(attempt.request.body, io.IOBase):
-            attempt.keys, attempt.begun = self._keys(attempt.call), False
+            attempt.begun = False
             reply = self._exchange(attempt)
             self._may_renew(attempt, reply)
         return reply
-
-    def _keys(self, call: Call) -> Credentials:
-        try:
-            return NOBODY if call.unsigned else self.credentials(call.caller).get()
-        except NoKeys as reason:
-            code = "ServiceUnavailable" if reason.passing else "AccessDenied"
-            why = _PRIVATE.sub("...", str(reason))[:500]
-            raise ServiceError(code, f"The proxy has no keys to sign with: {why}") from reason
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, body = attempt.call, attempt.request.body
         if not attempt.begun:
             try:
+                attempt.keys = NOBODY if call.unsigned else self.credentials(call.caller).get()
                 attempt.connection = self.pool.take(attempt.endpoint, fresh)
+            except NoKeys as reason:
+                code = "ServiceUnavailable" if reason.passing else "AccessDenied"
+                why = _PRIVATE.sub("...", str(reason))[:500]
+                raise ServiceError(code, f"The proxy has no keys to sign with: {why}") from reason
             except UpstreamError as error:
                 raise self._given_up(call, error, unread=True) from error
             self.pool.allow(attempt.connection, call)
@@ -6029,15 +6006,15 @@ class Upstream:
         log.warning("upstream: %s", error)
         if unread or is_repeatable(call):
             return ServiceError("ServiceUnavailable", "The upstream of this proxy is unavailable.")
-        return outcome_unknown()
+        message = "The proxy lost the upstream's answer. The call may have run:"
+        return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
     def _signed(self, attempt: Attempt) -> tuple[Request, Authorization]:
         call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
             return request, _NO_AUTHORIZATION
         amz_date = iso_basic(self.clock())
-        region = attempt.endpoint.region or call.region
-        scope = CredentialScope(amz_date[:8], region, call.service)
+        scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
         payload_hash, declares = attempt.payload_hash, attempt.declares
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
         attempt.mask = Mask(claimed.signature, keys.session_token)
@@ -6101,9 +6078,7 @@ class Upstream:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            for block in map(attempt.mask.next, raw):
-                if block:
-                    yield block
+            yield from filter(None, map(attempt.mask.next, raw))
             complete = True
             if attempt.mask.held:
                 yield attempt.mask.held
