@@ -114,7 +114,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -4746,9 +4745,8 @@ _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
 _SERVICES_BY_PREFIX = {
     prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items()
-    for prefix, _ in rows
-}
+    for service, rows in ENDPOINT_PREFIXES.items() for prefix, _ in rows
+}  # fmt: skip
 
 
 def is_aws_host(host: str) -> bool:
@@ -4938,12 +4936,10 @@ class CredentialChain:
     def find(self) -> Credentials:
         """Return credentials.  Raise NoKeys with the sources that were tried and their reasons."""
         sources: list[tuple[str, Callable[[], Credentials]]] = [
-            ("environment", self._from_environment),
-            ("web identity", self._from_web_identity),
+            ("environment", self._from_environment), ("web identity", self._from_web_identity),
             (f"profile {self.profile}", lambda: self._from_profile(self.profile)),
-            ("container", self._from_container),
-            ("EC2 metadata", self._from_metadata),
-        ]
+            ("container", self._from_container), ("EC2 metadata", self._from_metadata),
+        ]  # fmt: skip
         settings = self._settings()
         if self.chosen:
             sources = sources[2:3]
@@ -5088,10 +5084,9 @@ class CredentialChain:
 
     def _source_of(self, settings: Section, visited: tuple[str, ...]) -> Credentials:
         source = {
-            "Environment": self._from_environment,
-            "EcsContainer": self._from_container,
+            "Environment": self._from_environment, "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
-        }.get(settings.get("credential_source", ""))
+        }.get(settings.get("credential_source", ""))  # fmt: skip
         with _no_keys("%s"):  # not NotSetUp: the role chooses this source
             if settings.get("source_profile"):
                 return self._from_profile(settings["source_profile"], visited)
@@ -5105,7 +5100,8 @@ class CredentialChain:
         region = settings.get("sso_region") or self.region()
         role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
         query = urllib.parse.urlencode({"role_name": role, "account_id": account})
-        url = f"{self._endpoint('awsssoportal', region).origin}/federation/credentials?{query}"
+        portal = endpoint_for("awsssoportal", region, variants=self.variants)
+        url = f"{portal.origin}/federation/credentials?{query}"
         try:
             answer = self.fetch(url, {"x-amz-sso_bearer_token": token})
         except NoKeys as error:
@@ -5147,7 +5143,7 @@ class CredentialChain:
         if _expiry(cached["registrationExpiresAt"]) <= self.clock():
             raise NoKeys("the registration of its client has expired")
         region = settings.get("sso_region") or self.region()
-        url = f"{self._endpoint('sso-oauth', region).origin}/token"
+        url = endpoint_for("sso-oauth", region, variants=self.variants).origin + "/token"
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
         answer = _document(self.fetch(url, headers, data=body))
@@ -5157,12 +5153,10 @@ class CredentialChain:
         if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
             raise NoKeys("the answer of SSO holds no token")
         new = {
-            "startUrl": settings.get("sso_start_url", ""),
-            "region": region,
             **{name: cached[name] for name in names if name != "refreshToken"},
-            "accessToken": token,
+            "startUrl": settings.get("sso_start_url", ""), "region": region, "accessToken": token,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
-        }
+        }  # fmt: skip
         if answer.get("refreshToken"):
             new["refreshToken"] = answer["refreshToken"]
         temporary = ""
@@ -5203,9 +5197,6 @@ class CredentialChain:
         )
         return fips.lower() == "true", dualstack.lower() == "true"
 
-    def _endpoint(self, service: str, region: str) -> Endpoint:
-        return endpoint_for(service, region, variants=self.variants)
-
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
         named = self.environ.get("AWS_REGION") or self.environ.get("AWS_DEFAULT_REGION")
@@ -5223,7 +5214,7 @@ class CredentialChain:
 
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
-        endpoint = self._endpoint("sts", region)
+        endpoint = endpoint_for("sts", region, variants=self.variants)
         fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
         form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
         body = urllib.parse.urlencode(form).encode()
@@ -5287,7 +5278,7 @@ class CredentialCache:
     sleep: Callable[[float], None] = time.sleep
     variants: Variants = (False, False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _current: Optional[Credentials] = field(default=None, init=False)
+    _current: Credentials = field(default=Credentials("", "", expires=math.nan), init=False)
     _renew_at: float = field(default=-math.inf, init=False)
     _next_try: float = field(default=-math.inf, init=False)
     _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
@@ -5296,25 +5287,21 @@ class CredentialCache:
         """Return credentials if they need no renewal, and so no waiting."""
         return self._current if self.clock() < self._renew_at else None
 
-    def _valid(self, now: float) -> Optional[Credentials]:
-        current = self._current
-        return current if current and current.expires > now else None
-
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
         now = self.clock()
-        valid = self._valid(now)
-        if not self._lock.acquire(blocking=not valid) and valid:
-            return valid  # somebody is renewing them
+        valid = self._current.expires > now
+        if not self._lock.acquire(blocking=not valid):
+            return self._current  # somebody is renewing them
         try:
             return self.ready() or self._renew(now)
         finally:
             self._lock.release()
 
     def _renew(self, now: float) -> Credentials:
-        valid = self._valid(now)
+        valid = self._current.expires > now
         if now < self._next_try and valid:
-            return valid
+            return self._current
         if now < self._next_try and self._failure:
             raise NoKeys(*self._failure)
         self._next_try = now + self.RETRY
@@ -5336,7 +5323,7 @@ class CredentialCache:
                     self._next_try = now + 1
                 log.warning("credentials not renewed: %s", reason)
                 if valid:
-                    return valid
+                    return self._current
                 raise
 
     def expire(self, refused: Credentials) -> bool:
@@ -5348,8 +5335,8 @@ class CredentialCache:
 
     @property
     def seconds_left(self) -> float:
-        """The seconds until the present credentials expire."""
-        return self._current.expires - self.clock() if self._current else math.nan
+        """The seconds until the present credentials expire, not a number if there are none."""
+        return self._current.expires - self.clock()
 
 
 @dataclass(eq=False, repr=False)
@@ -5452,9 +5439,9 @@ class UpstreamError(Exception):
 class Connection:
     """A kept connection to an upstream, for one exchange at a time."""
 
-    def __init__(self, endpoint: Endpoint, connect_timeout: float, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, connect_timeout: float) -> None:
         self.endpoint = endpoint
-        self.timeout = timeout
+        self.timeout = math.inf  # of an exchange: see `Pool.allow`
         self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.heard = False  # whether any byte of an answer has arrived
@@ -5468,7 +5455,6 @@ class Connection:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = self._client.sock
         keep_alive(self.socket)
-        self.socket.settimeout(timeout)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
         self._arrival.register(self.socket, select.POLLIN)
@@ -5618,7 +5604,7 @@ class Pool:
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a kept connection, or a new one."""
         kept = None if fresh else self.idle(endpoint)
-        return kept or Connection(endpoint, self._connect_timeout, self._timeout)
+        return kept or Connection(endpoint, self._connect_timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
         """Set how long the answer to a call may take, and when nobody waits for it."""
@@ -5657,7 +5643,6 @@ _mismatch = re.compile("(Incomplete|Invalid)Signature(Exception)?|SignatureDoesN
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
-_READ_ONLY = ("Get", "List", "Describe", "BatchGet", "Head")
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
@@ -5669,8 +5654,7 @@ _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
-    rb"<Code>([A-Za-z0-9._-]{1,128})<"
-    rb'|"(?:__type|code|Code)" *: *"(?:[^"#]*#)?([A-Za-z0-9._-]{1,128})"'
+    rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"'
 )
 
 
@@ -5693,7 +5677,7 @@ def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
     # In the query protocol, a GET can send messages.
     idempotent = call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
-    return idempotent or call.operation.startswith(_READ_ONLY)
+    return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
