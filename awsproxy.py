@@ -1915,7 +1915,7 @@ CHECKSUM_LENGTHS = {  # in base64
 }  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 # minio-go ends a trailer with LF CR LF.
-_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*")
+_TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
 _LAST = (b"\r\n", b"")  # some clients leave the very last line out
 
 
@@ -1987,15 +1987,13 @@ def _chunks(
 
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
-    rest = stream.read(65536)
-    match = _TRAILERS.match(rest)
-    end = match.end() if match else 0
-    lines = [line.partition(":") for line in rest[:end].decode("ascii").splitlines() if line]
+    _, block, rest = _TRAILERS.split(stream.read(65536), 1)
+    lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
     found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
     trailers.update(found)
-    if len(trailers) < len(found) or not all(trailers.values()) or rest[end:][:2] not in _LAST:
+    if len(trailers) < len(found) or not all(trailers.values()) or rest[:2] not in _LAST:
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
-    if rest[end:] not in _LAST or stream.read(1):
+    if rest not in _LAST or stream.read(1):
         raise ServiceError("BadRequest", "Something follows the last chunk.")
     is_signed = may_be_signed and found and found[-1][0] == "x-amz-trailer-signature"
     return trailers.popitem()[1].encode() if is_signed else b""
@@ -2318,7 +2316,6 @@ TARGET_SERVICES = pairs("""
     AWSCognitoIdentityProviderService=cognito-idp
 """)
 _OLD_TARGET = "AmazonSQSv20121105."
-_IN_JSON = ("sqs", "sts")  # whose answers in AWS Query may be JSON
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2339,7 +2336,6 @@ _NO_INPUT = frozenset(
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_XML_ENTITIES = {'"': "&quot;", "\r": "&#xD;"}
 _KINDS = pairs(
     "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
 )
@@ -2387,7 +2383,7 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
         accepted, wanted = request.header("accept") or "", _query_values(request, b"ContentType")
         is_json = "application/json" in accepted or "JSON" in wanted
-        return AWS_QUERY_JSON if is_json and service in _IN_JSON else AWS_QUERY
+        return AWS_QUERY_JSON if is_json and service in ("sqs", "sts") else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
@@ -2597,16 +2593,16 @@ class AwsJson(WireProtocol):
             raise ServiceError("SerializationException", f"Body is not JSON: {error}.") from error
 
     def input(self, call: Call) -> dict[str, Any]:
-        document = call.encoded
-        if document is None:
+        if call.encoded is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
+        document: dict[str, Any] = _expect(dict, call.encoded, "a structure")
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
-        if operation:
-            members = operation.input.members.keys()
-            if type(document) is dict and not document.keys() <= members:
-                call.ignored = _shown_names(document.keys() - members)
-            return dict(_from_json(operation.input, document))
-        return dict(copy.deepcopy(_expect(dict, document, "a structure")))
+        if operation is None:
+            return copy.deepcopy(document)
+        members = operation.input.members.keys()
+        if not document.keys() <= members:
+            call.ignored = _shown_names(document.keys() - members)
+        return dict(_from_json(operation.input, document))
 
     def reencode(self, call: Call) -> bytes:
         known = self.input(call)
@@ -2618,20 +2614,19 @@ class AwsJson(WireProtocol):
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = _to_json({"__type": shape, "message": error.message})
-        if (self.service(request) or claim(request)[1].service) in _QUERY_COMPATIBLE:
-            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
+        if (self.service(request) or claim(request)[1].service) in ("sqs", "monitoring", ""):
+            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")  # as in AWS Query
             return self._reply(status, request_id, document, query_error)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
-_QUERY_COMPATIBLE = ("sqs", "monitoring", "")  # which spoke AWS Query first
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
 SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
 
-def _short_integer(digits: str) -> int:
+def _short_int(digits: str) -> int:
     if len(digits) > 20:  # the time of a conversion grows with the square of the digits
         raise ValueError("a number is too long")
     return int(digits)
@@ -2639,15 +2634,13 @@ def _short_integer(digits: str) -> int:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
-    if len(members) < len(pairs):
-        # Readers choose different ones (RFC 8259, 4).
+    if len(members) < len(pairs):  # readers choose different ones (RFC 8259, 4)
         raise ValueError("an object has one key twice")
     return members
 
 
-_JSON = json.JSONDecoder(  # int() raises ValueError: NaN and Infinity are not JSON (RFC 8259, 6)
-    parse_constant=int, parse_int=_short_integer, object_pairs_hook=_each_once
-)
+# NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
+_JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
 _SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
@@ -2667,7 +2660,6 @@ def _base64_text(value: bytes) -> str:
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
-
 # JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
 _encoder: Any = json.encoder
 _ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
@@ -2726,9 +2718,6 @@ class AwsQuery(WireProtocol):
 
     content_type = "text/xml"
     reads_action = True
-
-    def __init__(self, reads_target: bool = False) -> None:
-        self.reads_target = reads_target
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         content = _content(request, body)
@@ -2859,7 +2848,8 @@ class AwsQueryJson(AwsQuery):
 
 
 AWS_QUERY = AwsQuery()
-AWS_QUERY_TARGET = AwsQuery(reads_target=True)
+AWS_QUERY_TARGET = AwsQuery()
+AWS_QUERY_TARGET.reads_target = True
 AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
@@ -2917,8 +2907,11 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     """Return a value with the names of AWS Query, where a map is a list of pairs."""
     if isinstance(value, list):
         return [_spelled(item, names, in_json) for item in value]
+    if isinstance(value, bytes):
+        return _base64_text(value)
     if not isinstance(value, dict):
-        return value
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        return value if in_json else text
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -2932,17 +2925,11 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
 def _to_form(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield the form fields of a value that `_spelled` returned."""
     if not isinstance(value, (dict, list)):
-        yield name, _plain_text(value)
+        yield name, value
         return
     items: Iterable[Any] = value.items() if isinstance(value, dict) else enumerate(value, 1)
     for key, item in items:
         yield from _to_form(item, f"{name}.{key}" if name else key)
-
-
-def _plain_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return _base64_text(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _xml(element: str, value: Any, attributes: str = "") -> str:
@@ -2950,7 +2937,7 @@ def _xml(element: str, value: Any, attributes: str = "") -> str:
     if isinstance(value, list):
         return "".join([_xml(element, item) for item in value])
     if not isinstance(value, dict):
-        text = escape(_NOT_XML.sub("\ufffd", _plain_text(value)), _XML_ENTITIES)
+        text = escape(_NOT_XML.sub("\ufffd", value), {'"': "&quot;", "\r": "&#xD;"})
         return f"<{element}>{text}</{element}>"
     members = "".join([_xml(name, item) for name, item in value.items()])
     return f"<{element}{attributes}>{members}</{element}>" if value else f"<{element}/>"
@@ -2990,27 +2977,19 @@ _S3_TABLE = """
     object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
         DELETE=AbortMultipartUpload: uploadId
 """
-
-
-def _s3_actions(table: str) -> Iterator[tuple[tuple[str, str, str], str]]:
-    for line in table.strip().splitlines():
-        level, methods, subresources = line.split(":")
-        for method, action in pairs(methods).items():
-            for word in subresources.split():
-                subresource, _, noun = word.strip("-").partition("=")
-                yield (level.strip(), subresource, method), action.replace("*", noun)
-
-
-S3_ACTIONS = dict(_s3_actions(_S3_TABLE))  # by level, sub-resource and method
+S3_ACTIONS = {  # by level, sub-resource and method
+    (level, subresource.strip("-"), method): action.replace("*", noun)
+    for level, methods, words in re.findall(r"(\w+): (.*): (.*)", _S3_TABLE)
+    for method, action in pairs(methods).items()
+    for subresource, _, noun in [word.partition("=") for word in words.split()]
+}
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
 # With a versionId, these have another action: GetObject becomes GetObjectVersion.
-_OF_VERSIONS = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
-_S3_VERSIONED = {action for action in S3_ACTIONS.values() if re.fullmatch(_OF_VERSIONS, action)}
+_S3_VERSIONED = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
-_PLAIN_IN_PATH = "!$&'()*+,;=:@~"
 
 
 def host_name(host: str) -> str:
@@ -3061,7 +3040,7 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     if action is None:  # take the strongest action of the method at that level
         method = _S3_LIKE.get(request.method, request.method)
         action = S3_ACTIONS.get((level, "", method), "PutObject")
-    if action in _S3_VERSIONED and level == "object" and "versionId" in parameters:
+    if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
@@ -3078,8 +3057,8 @@ def rest_meaning(request: Request) -> Meaning:
         return Meaning(request.method, path=path)
     if BROKEN_ESCAPE.search(path):
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
-    segments = [urllib.parse.unquote_to_bytes(part) for part in path.encode("latin-1").split(b"/")]
-    plain = "/".join(urllib.parse.quote(segment, safe=_PLAIN_IN_PATH) for segment in segments)
+    segments = map(unquote_to_bytes, path.encode("latin-1").split(b"/"))
+    plain = "/".join(quote(segment, safe="!$&'()*+,;=:@~") for segment in segments)
     # Some servers decode %2F, and some drop the parameters after a semicolon.
     others = {plain.replace("%2F", "/"), re.sub(";[^/]*", "", plain)} - {plain}
     for spelled in (plain, *others):
@@ -3106,25 +3085,24 @@ class Rest(WireProtocol):
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if service not in S3_FAMILY:
-            return rest_meaning(request)._replace(encoded=body)
+            return rest_meaning(request)
         bucket = bucket_of_host(request.header("host") or "", hosts)
         if service in ("s3", "s3express"):
-            return s3_meaning(request, service, bucket)._replace(encoded=body)
+            return s3_meaning(request, service, bucket)
         path = canonical_path(request.path, normalize=False)  # any text is an object key
-        return Meaning(request.method, body, path, bucket=bucket)
+        return Meaning(request.method, path=path, bucket=bucket)
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         if self.form == "json":
             kind, document = shape.rpartition("#")[2], _to_json({"message": error.message})
             return self._reply(status, request_id, document, ("x-amzn-ErrorType", kind))
-        fault = {"Code": code, "Message": error.message}
         if self.form == "xml":
-            fault = {"Type": _side(status), **fault}
+            fault = {"Type": _side(status), "Code": code, "Message": error.message}
             xml = _xml("ErrorResponse", {"Error": fault, "RequestId": request_id})
         else:
             place = {"Resource": request.path[:1024], "RequestId": request_id, "HostId": ""}
-            xml = _xml("Error", {**fault, **error.detail, **place})
+            xml = _xml("Error", {"Code": code, "Message": error.message, **error.detail, **place})
         document = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode("utf-8", "replace")
         return self._reply(status, request_id, document, ("x-amz-request-id", request_id))
 
@@ -3149,10 +3127,8 @@ class RpcV2(WireProtocol):
         match = _RPC_PATH.fullmatch(request.path)
         if request.fields.get("smithy-protocol") != [self.protocol]:
             raise ambiguous(self, "Smithy-Protocol is not rpc-v2-cbor or rpc-v2-json")
-        if not match or request.target.endswith("/") or request.method != "POST":
-            raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME")
-        if "?" in request.target:
-            raise ambiguous(self, "RPC v2 has no query string")
+        if not match or request.method != "POST" or request.target != request.path.rstrip("/"):
+            raise ambiguous(self, "RPC v2 is a POST to /service/NAME/operation/NAME alone")
         if _media_type(request) not in ("", self.content_type):
             raise ambiguous(self, f"the Content-Type of {self.protocol} is {self.content_type}")
         return Meaning(_operation_name(match[1]))
@@ -3163,8 +3139,7 @@ class RpcV2(WireProtocol):
         body = _to_json(document)
         if self.protocol == "rpc-v2-cbor":  # a map of two texts (RFC 8949, 3.1: types 5 and 3)
             texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
-            parts = [b"\x7a" + len(text).to_bytes(4, "big") + text for text in texts]
-            body = b"".join((b"\xa2", *parts))
+            body = b"\xa2" + b"".join(b"\x7a" + len(it).to_bytes(4, "big") + it for it in texts)
         query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
         protocol = ("Smithy-Protocol", self.protocol)
         return self._reply(status, request_id, body, protocol, query_error)
