@@ -2452,9 +2452,8 @@ class WireProtocol:
 
     def named(self, request: Request) -> str:
         """Return the operation that the head names, "" if the body does; for the log."""
-        target = request.header("x-amz-target") if self.reads_target else None
-        action = next(iter(_query_values(request, b"Action")), "")
-        return target.rpartition(".")[2] if target else action
+        target = (request.header("x-amz-target") or "") if self.reads_target else ""
+        return target.rpartition(".")[2] or "".join(_query_values(request, b"Action")[:1])
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         """Return the operation; ServiceError if the request names none, or could name two."""
@@ -2614,8 +2613,9 @@ class AwsJson(WireProtocol):
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         status, code, shape = self.fault(request, error)
         document = _to_json({"__type": shape, "message": error.message})
+        # These services spoke AWS Query first.
         if (self.service(request) or claim(request)[1].service) in ("sqs", "monitoring", ""):
-            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")  # as in AWS Query
+            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
             return self._reply(status, request_id, document, query_error)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
@@ -2723,7 +2723,21 @@ class AwsQuery(WireProtocol):
         content = _content(request, body)
         if request.method not in ("GET", "HEAD", "POST") or (content and request.method != "POST"):
             raise ambiguous(self, "a call in AWS Query is a POST, or a GET without a body")
-        fields = self._fields(request, content)
+        try:
+            pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
+            if content and _media_type(request) not in ("", _FORM):
+                raise ValueError("not a form")
+            if content:
+                text, most = content.decode("utf-8"), MAX_FORM_FIELDS
+                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
+        except ValueError as error:
+            raise ServiceError("SerializationException", "The form is malformed.") from error
+        if sum(name.lower() == "action" for name, _ in pairs) > 1:
+            raise ambiguous(self, "Action is given twice")
+        fields: dict[str, str] = {}
+        for name, value in pairs:
+            if fields.setdefault(name, value) != value:
+                raise ServiceError("MalformedQueryString", f"{name[:80]} is given two values.")
         if "Action" not in fields:
             code = "UnknownOperation" if service == "sqs" else "MissingAction"
             raise ServiceError(code, "The request names no Action.")
@@ -2736,25 +2750,6 @@ class AwsQuery(WireProtocol):
             check_queue_path(self, request, fields.get("QueueUrl", ""))
         return Meaning(name, fields)
 
-    def _fields(self, request: Request, body: bytes) -> dict[str, str]:
-        """Return the fields of query string and body; refuse one name with two values."""
-        try:
-            pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
-            if body and _media_type(request) not in ("", _FORM):
-                raise ValueError("not a form")
-            if body:
-                text, most = body.decode("utf-8"), MAX_FORM_FIELDS
-                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
-        except ValueError as error:
-            raise ServiceError("SerializationException", "The form is malformed.") from error
-        if sum(name.lower() == "action" for name, _ in pairs) > 1:
-            raise ambiguous(self, "Action is given twice")
-        fields: dict[str, str] = {}
-        for name, value in pairs:
-            if fields.setdefault(name, value) != value:
-                raise ServiceError("MalformedQueryString", f"{name[:80]} is given two values.")
-        return fields
-
     def input(self, call: Call) -> dict[str, Any]:
         fields: dict[str, str] = dict(call.encoded)
         model = MODELS.get(call.service, _NO_MODEL)
@@ -2766,7 +2761,15 @@ class AwsQuery(WireProtocol):
                 raise _invalid_action(call.operation)
             fields.setdefault("QueueUrl", call.request.path)
         names, shape = model.query_names[call.operation], operation.input
-        tree, nodes = _form_tree(fields)
+        tree: dict[str, Any] = {}  # `Tag.1.Key` as nested maps; a map has its own value under "."
+        nodes: dict[str, Any] = {}  # the map of each field, by the name of the field
+        for name, value in fields.items():
+            parts = name.split(".")
+            if len(parts) <= MAX_FORM_DEPTH:  # no input is deeper
+                nodes[name] = tree
+                for part in parts:
+                    nodes[name] = nodes[name].setdefault(part, {})
+                nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
         ignored = []
@@ -2823,8 +2826,7 @@ class AwsQuery(WireProtocol):
 
 
 def _shown_names(names: Iterable[str]) -> Sequence[str]:
-    shown = itertools.islice(names, MAX_IGNORED)
-    return [name if _PARAMETER.fullmatch(name) else "..." for name in shown]
+    return [n if _PARAMETER.fullmatch(n) else "..." for n in itertools.islice(names, MAX_IGNORED)]
 
 
 class AwsQueryJson(AwsQuery):
@@ -2853,23 +2855,6 @@ AWS_QUERY_TARGET.reads_target = True
 AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
-
-
-def _form_tree(fields: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return fields such as `Tag.1.Key` as nested maps, and the map of each field by its name.
-
-    The value of a field is in its map, under "."."""
-    root: dict[str, Any] = {}
-    nodes: dict[str, Any] = {}
-    for name, value in fields.items():
-        parts = name.split(".")
-        if len(parts) > MAX_FORM_DEPTH:
-            continue  # no input is so deep
-        nodes[name] = root
-        for part in parts:
-            nodes[name] = nodes[name].setdefault(part, {})
-        nodes[name]["."] = value
-    return root, nodes
 
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
