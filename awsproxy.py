@@ -1501,8 +1501,7 @@ MISTAKES = r"""
     scope | /aws4_request | - | derived the key without the last step, aws4_request
     scope | aws4_request | aws4request | derived the key with aws4request, not aws4_request
     scope | ^([^/]+)/([^/]+) | \2/\1 | derived the key with the region before the date
-    scope | ^([^/]+)/([^/]+)/([^/]+) | \1/\3/\2 | derived the key with the service before \
-        the region
+    scope | ([^/]+)/([^/]+)/([^/]+) | \1/\3/\2 | derived the key with the service before the region
     scope | ^([^/]+)/([^/]+)/([^/]+) | \3/\2/\1 | derived the key in the wrong order: it is date, \
         region, service, aws4_request
     scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
@@ -1526,11 +1525,9 @@ MISTAKES = r"""
     text | \n | \\n | wrote a backslash and n for each newline of the string to sign
     method | .+ | <method> | signed the method in lower case
     method | .+ | - | left out the method
-    path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl does from \
-        8.14 on
+    path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl since 8.14
     path | .+ | <path once> | encoded the path once, not twice
-    path | .+ | <path again> | encoded the path once too often (Amazon S3 wants it once, others \
-        twice)
+    path | .+ | <path again> | encoded the path once too often (S3 wants it once, others twice)
     path | .+ | <path decoded> | did not percent-encode the path
     path | .+ | <path resolved> | resolved dots and empty segments of the path, which S3 keeps
     path | .+ | <target> | signed the query as a part of the path
@@ -1557,25 +1554,20 @@ MISTAKES = r"""
         name=value with both percent-encoded, or take curl 8.19 or newer
     query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
     query | .+ | <query in order> | did not sort the query
-    query | .+ | <query with plus> | signed a '+' in the query as %2B, but a '+' stands for a \
-        blank: write %20 or %2B
+    query | .+ | <query plus> | signed '+' in the query as %2B, but it is a blank: write %20 or %2B
     query | .+ | <query again> | percent-encoded the query twice
     query | .+ | <query decoded> | did not percent-encode the query
     query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
     query | .+ | <query by case> | sorted the query without regard to case
     query | ^ | ? | began the query with ?
     query | .+ | <query and signature> | signed X-Amz-Signature, too: it is not in the query yet
-    headers | (?m)^(host:.*?):[0-9]+$ | \1 | signed the Host without its port, as curl before \
-        7.86 does
-    headers | (?m)^host:.*$ | host:<forwarded> | signed the Host that X-Forwarded-Host names, and \
-        a reverse proxy changed Host: set 'proxy_set_header Host $http_host;' in nginx, or start \
-        awsproxy with --public-url
-    headers | (?m)^host:.*$ | host:<service>.<region>.amazonaws.com | signed the Host of AWS: \
-        sign the host that you call
+    headers | (?m)^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
+    headers | (?m)^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a \
+        reverse proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
+    headers | (?m)^host:.* | host:<AWS> | signed the Host of AWS: sign the host that you call
     headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
     headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
-    headers | (?m)^host:.*$ | host:<service>.amazonaws.com | signed the global Host of AWS: \
-        sign the host that you call
+    headers | (?m)^host:.* | host:<global> | signed AWS's global Host: sign the host that you call
     headers | \n\Z | - | left out the blank line after the canonical headers
     headers | \n | - | joined the canonical headers without newlines
     headers | \Z | \n | wrote a newline too many after the canonical headers
@@ -1604,8 +1596,7 @@ MISTAKES = r"""
     names | .+ | <names in case> | did not write the line of signed headers in lower case
     names | .+ | <names in order> | did not sort the line of signed headers
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
-    payload | .+ | <empty> | signed the hash of an empty body (curl's -T and -F do: use \
-        --data-binary)
+    payload | .+ | <empty> | signed the hash of an empty body (curl -T and -F: use --data-binary)
     payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
     payload | .+ | - | left out the last line, the body's hash
     payload | .+ | <upper hash> | wrote the body's hash in upper case
@@ -1624,14 +1615,15 @@ MISTAKES = r"""
     payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
     payload | \Z | \n | ended the canonical request with a newline
     joint | \n | \r\n | ended the lines of the canonical request with CR LF
-    joint | \n | \\n | wrote a backslash and n for each newline of the canonical \
-        request
+    joint | \n | \\n | wrote a backslash and n for each newline of the canonical request
     joint | \n | - | joined the lines of the canonical request without newlines
 """
 MAX_CANDIDATES = 3600  # for one signature: some 15 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
-_ROWS = [row.strip().split(" | ") for row in MISTAKES.replace("\\\n", "").splitlines() if row]
-_SERVICES = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split()
+_ROWS = [row[4:].split(" | ") for row in MISTAKES.replace("\\\n        ", "").splitlines()[1:]]
+_NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
+Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
+Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
 
 
 def _texts(
@@ -1644,36 +1636,32 @@ def _texts(
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
-
-    def sha256(data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()
-
-    hashed = sha256(body)
+    hashed, text = hashlib.sha256(body).hexdigest(), body.decode("latin-1")
     date, scope = claimed.amz_date, claimed.scope
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     texts = {
         "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "day": date[:8],
-        "scope": str(scope), "region": scope.region, "service": scope.service,
+        "date": date, "day": date[:8], "scope": str(scope), "region": scope.region,
+        "service": scope.service, "AWS": f"{scope.service}.{scope.region}.amazonaws.com",
+        "global": f"{scope.service}.amazonaws.com", "host": request.header("host") or "",
         "extended": re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", date),
         "method": request.method.lower(), "target": request.target,
         "path as sent": path, "path once": quote(unquote(path)), "path decoded": unquote(path),
+        "path again": quote(parts[1]), "path as one": quote(parts[1], "%"),
+        "path of JavaScript": re.sub("%(25)?(2[1789A])", lambda m: unquote(f"%{m[2]}"), parts[1]),
+        "path in lower case": re.sub("%..", lambda match: match[0].lower(), parts[1]),
+        "path with dots": quote(path), "query again": quote(parts[2], "=&"),
         "query as sent": "&".join(raw), "query sorted": "&".join(sorted(raw)),
         "query in order": "&".join(f"{name}={value}" for name, value in pairs),
-        "query with plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
-        "path again": quote(parts[1]), "query again": quote(parts[2], "=&"),
+        "query plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
         "query of JavaScript": re.sub("%2[1789A]", lambda match: unquote(match[0]), parts[2]),
-        "path of JavaScript": re.sub("%(25)?(2[1789A])", lambda m: unquote(f"%{m[2]}"), parts[1]),
-        "path as one": quote(parts[1], "%"), "path with dots": quote(path),
-        "path in lower case": re.sub("%..", lambda match: match[0].lower(), parts[1]),
         "query in lower case": re.sub("%..", lambda match: match[0].lower(), parts[2]),
         "query decoded": "&".join(f"{unquote(n)}={unquote(v)}" for n, v in sorted(pairs)),
         "query by case": "&".join(sorted((f"{n}={v}" for n, v in pairs), key=str.lower)),
         "query and signature": "&".join(sorted([*parts[2].split("&"), "X-Amz-Signature="])),
-        "host": request.header("host") or "", "every name": ";".join(n for n, _ in unlisted),
+        "every name": ";".join(n for n, _ in unlisted), "headers in lower case": parts[3].lower(),
         "every header": "".join(f"{n}:{v}\n" for n, v in unlisted),
-        "headers in lower case": parts[3].lower(),
         "characters": str(len(body.decode("utf-8", "replace"))),
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
         "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
@@ -1681,32 +1669,26 @@ def _texts(
         "names in order": ";".join(n.lower() for n, _ in sent),
         "names in case": ";".join(n for n, _ in by_name),
         "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
-        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
-        "body stripped": sha256(body.rstrip(b"\r\n")), "body and newline": sha256(body + b"\n"),
-        "body with LF": sha256(body.replace(b"\r\n", b"\n")),
-        "body with CR LF": sha256(re.sub(rb"\r?\n", b"\r\n", body)),
-        "body as string": sha256(json.dumps(body.decode("latin-1")).encode()),
-        "hash of hash": sha256(hashed.encode()),
+        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": text,
         "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
     }  # fmt: skip
     with contextlib.suppress(ServiceError):  # the path leads above its root
         texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
+    to_hash = {
+        "body stripped": text.rstrip("\r\n"), "body and newline": f"{text}\n",
+        "body with LF": text.replace("\r\n", "\n"), "hash of hash": hashed,
+        "body with CR LF": re.sub("\r?\n", "\r\n", text), "body as string": json.dumps(text),
+    }  # fmt: skip
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
-        document = json.loads(body)
-        tight: dict[str, Any] = {"separators": (",", ":")}
-        for name, form in {
-            "compact": tight, "spaced": {}, "indented": {"indent": 2},
-            "sorted": {"sort_keys": True}, "sorted, compact": {**tight, "sort_keys": True},
-        }.items():  # fmt: skip
-            texts[f"JSON {name}"] = sha256(json.dumps(document, **form).encode())
+        dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
+        to_hash["JSON compact"] = dumps(separators=tight)
+        to_hash["JSON spaced"] = dumps()
+        to_hash["JSON sorted"] = dumps(sort_keys=True)
+        to_hash["JSON sorted, compact"] = dumps(sort_keys=True, separators=tight)
+        to_hash["JSON indented"] = dumps(indent=2)
+    for name, line in to_hash.items():
+        texts[name] = hashlib.sha256(line.encode("latin-1")).hexdigest()
     return texts
-
-
-Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
-Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
-
-
-_NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
 
 
 def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
@@ -1716,7 +1698,7 @@ def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
         if all(name in texts for name in _NAME_OF_TEXT.findall(written)):  # or it is no JSON
             written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
             written = "" if written == "-" else written
-            yield _FIELDS.index(place), pattern, written, " ".join(words.split())
+            yield _FIELDS.index(place), pattern, written, words
 
 
 def _families(claimed: Authorization) -> Iterator[Mistake]:
@@ -1729,7 +1711,7 @@ def _families(claimed: Authorization) -> Iterator[Mistake]:
     for other in (*REGIONS, "aws-global"):
         words = f"derived the key for the region {other}, and its scope says {region}"
         yield 8, ".+", f"{date}/{other}/{service}/{end}", words
-    for other in _SERVICES:
+    for other in "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split():
         words = f"derived the key for the service {other}, and its scope says {service}"
         yield 8, ".+", f"{date}/{region}/{other}/{end}", words
     for seconds in (-1, 1, *range(-50400, 50401, 1800)):
@@ -1777,11 +1759,19 @@ def find_cause(
     text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
     base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
     singles = _mistakes(_texts(request, claimed, secret, parts, body))
-    signer = BrokenSigner(claimed.signature)
+    wanted = bytes.fromhex(claimed.signature)
+    key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
     for draft, words in _drafts(base, singles, _families(claimed)):
-        if signer.gives(draft):
-            proof = Proof(draft[:6], signer.string_to_sign(draft), claimed.signature)
-            return f"Your signer {words}.", proof
+        *lines, text, first_key, steps, joint = draft
+        digest = hash_of(joint, *lines)
+        if "@@" in text or "#" in text:
+            text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
+        signed = text.replace("@", digest).encode("latin-1", "replace")
+        by, of = key_of(first_key, steps), signed
+        if steps.startswith(("all swapped:", "last swapped:")):
+            by, of = of, by
+        if hmac.digest(by, of, "sha256") == wanted:
+            return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     return (
         "No usual mistake of a signer gives this signature: the secret is probably another one."
         " Check for another profile, another key's secret, and blanks in the secret."
@@ -1789,32 +1779,8 @@ def find_cause(
     ), None
 
 
-class BrokenSigner:
-    """Signs drafts, to find the one that has a signature."""
-
-    def __init__(self, wanted: str) -> None:
-        self._wanted = bytes.fromhex(wanted)
-        self._key = functools.lru_cache(maxsize=None)(_broken_key)
-        self._hash = functools.lru_cache(maxsize=None)(_broken_hash)
-
-    def gives(self, draft: Draft) -> bool:
-        """Return whether the signature of a draft is the wanted one."""
-        key, text = self._key(*draft[7:9]), self.string_to_sign(draft)
-        is_swapped = draft[8].startswith(("all swapped:", "last swapped:"))
-        by, of = (text, key) if is_swapped else (key, text)
-        return hmac.digest(by, of, "sha256") == self._wanted
-
-    def string_to_sign(self, draft: Draft) -> bytes:
-        """Return the text of a draft with its hash."""
-        digest, text = self._hash(*draft[:6], draft[9]), draft[6]
-        if "@@" in text or "#" in text:
-            text = text.replace("@@", digest.upper()).replace("#", "\n".join(draft[:6]))
-        return text.replace("@", digest).encode("latin-1", "replace")
-
-
-def _broken_hash(*lines: str) -> str:
-    *parts, joint = lines
-    canonical = "\n".join(parts).replace("\n", joint)
+def _broken_hash(joint: str, *lines: str) -> str:
+    canonical = "\n".join(lines).replace("\n", joint)
     return hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
 
 
