@@ -6376,7 +6376,7 @@ def explain(exchange: Exchange) -> Sequence[Step]:
         body += f", SHA-256 {verified.payload_hash}"
     steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
     if proof:
-        steps += _explained_signature(authorization_of(exchange.request), proof)
+        steps += _explained_signature(exchange.request, proof)
     verdict = "no signature was checked"
     if refused:
         verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
@@ -6407,7 +6407,8 @@ def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
     return [("", line) for line in lines]
 
 
-def _explained_signature(claimed: Authorization, proof: Proof) -> Sequence[Step]:
+def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
+    claimed = authorization_of(request)
     method, path, query, headers, names, payload = proof.parts
     canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
     lines = headers.removesuffix("\n").split("\n")
@@ -6836,42 +6837,34 @@ class Inspector(Hook):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: collections.deque[tuple[int, str]] = collections.deque(maxlen=self.MOST)
-        self._number = 0
 
     def observe(self, exchange: Exchange) -> None:
         """Keep one call."""
-        refused, call = exchange.refused, exchange.call
-        seconds = max(0.0, call.upstream_seconds) if call else 0.0
-        theirs: Sequence[Step] = ()
-        steps = [*explain(exchange), *self._bodies(exchange)]
-        if seconds:
-            steps.append(("upstream", [("", f"answered in {seconds * 1000:.1f} ms")]))
-        if refused and refused.theirs:
-            claimed = authorization_of(exchange.request)
-            theirs = _explained_signature(claimed, refused.theirs)[:2]
-        kept = {
-            "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
-            "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
-            "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
-            "steps": steps, "theirs": theirs,
-        }  # fmt: skip
-        with self._lock:
-            self._number += 1
-            text = json.dumps({**kept, "number": self._number})
-            if len(text) > self.MOST_TEXT:
-                long = {"steps": [("too long to be kept", ())], "theirs": ()}
-                text = json.dumps({**kept, "number": self._number, **long})
-            self._calls.append((self._number, text))
-
-    def _bodies(self, exchange: Exchange) -> Iterator[Step]:
-        """Yield the bodies of a call of the demo client, whose secret is public."""
-        verified, reply = exchange.verified, exchange.reply
+        call, verified, reply = exchange.call, exchange.verified, exchange.reply
+        theirs, steps = exchange.refused and exchange.refused.theirs, [*explain(exchange)]
         if verified and verified.client.secret_access_key == _DEMO.secret_access_key:
+            # The secret of the demo client is public, so its bodies may be shown.
             sent = verified.body.getvalue() if isinstance(verified.body, io.BytesIO) else b""
             answered = reply.body if reply and isinstance(reply.body, bytes) else b""
             for title, body in (("request body", sent), ("reply body", answered)):
                 text = body[: self.MOST_BODY].decode("utf-8", "replace")
-                yield title, [("", line) for line in text.splitlines()]
+                steps.append((title, [("", line) for line in text.splitlines()]))
+        if call and call.upstream_seconds > 0:
+            took = f"answered in {call.upstream_seconds * 1000:.1f} ms"
+            steps.append(("upstream", [("", took)]))
+        kept = {
+            "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
+            "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
+            "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
+            "steps": steps,
+            "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
+        }  # fmt: skip
+        with self._lock:
+            kept["number"] = number = self._calls[-1][0] + 1 if self._calls else 1
+            text = json.dumps(kept)
+            if len(text) > self.MOST_TEXT:
+                text = json.dumps({**kept, "steps": [("too long to be kept", ())], "theirs": ()})
+            self._calls.append((number, text))
 
     def since(self, number: int) -> str:
         """Return the calls after a number, the oldest first, as a JSON list."""
