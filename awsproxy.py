@@ -358,8 +358,6 @@ _FAULTS = f"""
     403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
     404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
 """
-
-
 ERRORS: Mapping[str, Fault] = {
     name: Fault(int(status), code.replace("*", name), shape.replace("*", name))
     for status, code, shape, *names in map(str.split, _FAULTS.strip().splitlines())
@@ -407,10 +405,7 @@ _FIELD_LINES = re.compile(rf"(?:{_TOKEN}:[^\0-\x08\n-\x1f\x7f]*\r\n)*")
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 _DIGITS = re.compile("[0-9]{1,18}")
 BARE_LF = re.compile(rb"(?<!\r)\n")
-_CHUNKED = re.compile("(?ai:chunked)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
-_REFUSED_FIELDS = re.compile("^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", re.MULTILINE)
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
@@ -425,14 +420,14 @@ _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that a
 )
 
 
-def _field_fault(block: str) -> str:
-    line = next(line for line in block.split(CRLF) if not _FIELD_LINE.fullmatch(line))
-    return next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(line))
-
-
-def _split_fields(block: str) -> Headers:
-    lines = [line.partition(":") for line in block.split(CRLF)[:-1]]
-    return tuple([(name, value.strip(" \t")) for name, _, value in lines])
+def _parse_fields(block: str) -> Headers:
+    lines = block.split(CRLF)
+    if not _FIELD_LINES.fullmatch(block):
+        wrong = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
+        fault = next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(wrong))
+        raise ValueError(f"contains {fault}")  # no value, which may repeat a secret
+    fields = [line.partition(":") for line in lines[:-1]]
+    return tuple([(name, value.strip(" \t")) for name, _, value in fields])
 
 
 class Head(NamedTuple):
@@ -471,9 +466,10 @@ def parse_head(raw: bytes) -> Head:
         raise not_implemented(method)
     if not target.startswith("/") or "#" in target:
         raise ServiceError("BadRequest", "The target must be a path, with or without a query.")
-    if not _FIELD_LINES.fullmatch(block):
-        raise ServiceError("BadRequest", f"The request head contains {_field_fault(block)}.")
-    headers = _split_fields(block)
+    try:
+        headers = _parse_fields(block)
+    except ValueError as error:
+        raise ServiceError("BadRequest", f"The request head {error}.") from error
     fields: Fields = {name.lower(): [value] for name, value in headers}
     if len(fields) < len(headers):
         fields = fields_of(headers)  # a name is repeated
@@ -495,8 +491,8 @@ def not_implemented(method: str) -> ServiceError:
 def salvage_head(raw: bytes) -> Head:
     """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
-    line = _REFUSED_LINE.match(text)
-    headers = tuple(_REFUSED_FIELDS.findall(text)[:MAX_HEADERS])
+    line = re.match(rf"({_TOKEN}) (/[^\0- \x7f]*)?", text)
+    headers = tuple(re.findall("(?m)^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", text)[:MAX_HEADERS])
     method, target = (line[1], line[2] or "/") if line else ("", "/")
     return Head(method, target, "1.0", headers, fields_of(headers))
 
@@ -527,7 +523,7 @@ def body_framing(head: Head) -> Optional[int]:
 
 def _framing(fields: Fields, undeclared: int) -> Optional[int]:
     if codings := fields.get("transfer-encoding"):
-        if len(codings) > 1 or not _CHUNKED.fullmatch(codings[0]):
+        if len(codings) > 1 or codings[0].lower() != "chunked":
             raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
     lengths = fields.get("content-length")
@@ -689,9 +685,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    if not _FIELD_LINES.fullmatch(block):
-        raise ValueError(f"it has {_field_fault(block)}")  # no value, which may repeat a secret
-    headers = _split_fields(block)
+    headers = _parse_fields(block)
     keeps = match[1] == "1"
     for name, value in headers:
         if name.lower() == "connection":
@@ -715,9 +709,8 @@ def _encode_lines(lines: Sequence[str]) -> bytes:
 
 def encode_head(request: Request) -> bytes:
     """Return the bytes of a request's head; ValueError for a line break or NUL in a line."""
-    lines = [f"{request.method} {request.target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in request.headers]
-    return _encode_lines(lines)
+    fields = [f"{name}: {value}" for name, value in request.headers]
+    return _encode_lines([f"{request.method} {request.target} HTTP/1.1", *fields])
 
 
 def encode_reply(
@@ -827,7 +820,7 @@ def parse_authorization(request: Request) -> Authorization:
         name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
         raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
-    presigned = not names.isdisjoint(_PRESIGNED_MARKS)
+    presigned = not names.isdisjoint({b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature"})
     if len(headers) + presigned > 1:
         raise refusal("several", request)
     if presigned:
@@ -851,14 +844,14 @@ def _version_2(request: Request) -> ServiceError:
 
 def _parse_header(request: Request, header: str) -> Authorization:
     claims, made = _usual_claims.get(header[:-64]), header[-64:]
-    amz_date = request.fields.get("x-amz-date", ())
-    if not claims or len(amz_date) != 1 or not _SHA256_HEX.fullmatch(made):
-        return _parse_unusual_header(request, header)
+    amz_date = _single(request, "x-amz-date")
+    if not claims or amz_date is None or not _SHA256_HEX.fullmatch(made):
+        claims, made, amz_date = _parse_unusual(request, header, amz_date)
     token = _single(request, "x-amz-security-token")
-    return Authorization(*claims, made, amz_date[0], session_token=token)
+    return Authorization(*claims, made, amz_date, session_token=token)
 
 
-def _parse_unusual_header(request: Request, header: str) -> Authorization:
+def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[_Claims, str, str]:
     reason = "header parameter"
     scheme, _, rest = header.partition(" ")
     if scheme == "AWS":
@@ -880,13 +873,12 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
     faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
     if faults and "," not in rest and " " in rest.strip():
         faults.append("Separate the parameters with commas.")
-    amz_date = _single(request, "x-amz-date")
-    if amz_date is None:
-        amz_date = _date_header(request)
-    if amz_date is None:
+    if date is None:
+        date = _date_header(request)
+    if date is None:
         reason = "header parameter" if faults else "no date"
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
-    if amz_date is None or faults:
+    if date is None or faults:
         raise refusal(reason, request, " ".join(faults))
     made = given["Signature"]
     claims = _parse_claims(request, "header", *map(given.__getitem__, _PARAMETERS))
@@ -894,8 +886,7 @@ def _parse_unusual_header(request: Request, header: str) -> Authorization:
         if len(_usual_claims) >= 256:
             _usual_claims.clear()
         _usual_claims[header[:-64]] = claims
-    token = _single(request, "x-amz-security-token")
-    return Authorization(*claims, made, amz_date, session_token=token)
+    return claims, made, date
 
 
 def _parse_claims(request: Request, place: str, credential: str, made: str, names: str) -> _Claims:
@@ -917,9 +908,10 @@ def _parse_claims(request: Request, place: str, credential: str, made: str, name
 
 
 def _single(request: Request, name: str) -> Optional[str]:
-    if len(request.fields.get(name, ())) > 1:
+    value, *more = request.fields.get(name, (None,))
+    if more:
         raise refusal("header parameter", request, f"'{name}' must be given once.")
-    return request.header(name)
+    return value
 
 
 def _date_header(request: Request) -> Optional[str]:
@@ -1259,11 +1251,10 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    if profile.declared_payload and value.startswith("STREAMING-") and "-ECDSA-" in value:
-        raise refusal("streaming", request, value[:60])
     streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
     if not profile.declared_payload or value not in streaming:
-        raise refusal("payload", request, value[:60])
+        version_4a = profile.declared_payload and re.match("STREAMING.*-ECDSA-", value)
+        raise refusal("streaming" if version_4a else "payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
         raise refusal("stream", request)
     return value
@@ -1324,8 +1315,7 @@ _REFUSALS = """
     form post [MissingAuthenticationToken AccessDenied]: This is a browser's form POST, signed in \
         its form fields, which awsproxy does not verify. Upload with a presigned PUT (boto3: \
         generate_presigned_url) instead.
-    several [InvalidArgument]: Only one auth mechanism allowed: one Authorization header, or \
-        X-Amz-* query parameters.
+    several [InvalidArgument]: Only one auth mechanism allowed: a header or query parameters.
     version 2 [IncompleteSignature InvalidRequest]: The authorization mechanism you have provided \
         is not supported: it is Signature Version 2. Please use AWS4-HMAC-SHA256 (boto3: \
         Config(signature_version="s3v4")).
@@ -1371,8 +1361,7 @@ _REFUSALS = """
         with TLS. | x-amz-content-sha256 must be UNSIGNED-PAYLOAD, \
         STREAMING-UNSIGNED-PAYLOAD-TRAILER, STREAMING-AWS4-HMAC-SHA256-PAYLOAD, \
         STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a valid sha256 value.
-    streaming [NotImplemented]: A body in chunks signed with Signature Version 4A ({}) is not \
-        implemented; use AWS4-HMAC-SHA256.
+    streaming [NotImplemented]: Signature Version 4A ({}) is not implemented; use AWS4-HMAC-SHA256.
     stream [InvalidRequest]: The value of x-amz-content-sha256 header is invalid.
     body [XAmzContentSHA256Mismatch]: The provided 'x-amz-content-sha256' header does not match \
         what was computed. (The body that arrived has the SHA-256 {}.)
@@ -1393,8 +1382,6 @@ REFUSALS["version 2 of s3"] = ("InvalidRequest", "InvalidRequest", *REFUSALS["ve
 Claim = tuple[str, CredentialScope]  # an access key id, and what it signs for
 # Bounded, since anybody may send anything here.
 _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\s]{0,64})/")
-_CLAIM_IN_HEADER = re.compile("Credential=([^,]{0,300})")
-_CLAIM_IN_QUERY = re.compile("[?&](?i:x-amz-credential)=([^&]{0,600})")
 
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
@@ -1422,9 +1409,9 @@ def claim(request: Request) -> Claim:
 
 def _salvaged_claim(request: Request) -> Claim:
     if header := request.header("authorization"):
-        texts = _CLAIM_IN_HEADER.findall(header)
+        texts = re.findall("Credential=([^,]{0,300})", header)
     else:
-        found = _CLAIM_IN_QUERY.findall(request.target)
+        found = re.findall("[?&](?i:x-amz-credential)=([^&]{0,600})", request.target)
         texts = [urllib.parse.unquote(text, "latin-1") for text in found]
     for match in filter(None, map(_CLAIM.match, texts)):
         return match[1], CredentialScope(match[2], match[3], match[4])
@@ -1436,7 +1423,6 @@ _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
     for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
 }
-_PRESIGNED_MARKS = (b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature")
 # Some readers look at the raw query string and some at the decoded one; no client escapes these.
 _ESCAPED_NAME = re.compile(
     "(?i)[?&](?=[^=&%]{0,40}%)"
@@ -3113,9 +3099,7 @@ MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has
 SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creating it again
 MAX_IN_FLIGHT = 120000
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
-MAX_ATTRIBUTES = 10
 MAX_POLICY_DEPTH = 32
-MAX_BATCH = 10
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
@@ -3159,7 +3143,7 @@ _SQS_REFUSALS = """
     in flight [OverLimit]: Too many messages are in flight.
     handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
     no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
-    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are {}. You \
+    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are 10. You \
         have sent {}.
     entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
         hyphens and underscores. It can be at most 80 letters long.
@@ -3608,7 +3592,7 @@ def _md5(text: str) -> str:
 
 
 def _check_attributes(attributes: Attributes) -> None:
-    refuse_if(len(attributes) > MAX_ATTRIBUTES, "attributes", len(attributes))
+    refuse_if(len(attributes) > 10, "attributes", len(attributes))
     for name, attribute in attributes.items():
         lists = attribute.get("StringListValues") or attribute.get("BinaryListValues")
         refuse_if(lists, "list values", name)
@@ -3653,8 +3637,7 @@ def _check_fifo(call: Call, queue: Queue, entry: Members) -> None:
     _check_id(entry, "MessageDeduplicationId")
     given = entry.get("MessageDeduplicationId")
     reason = "The request includes a parameter that is not valid for this queue type."
-    if not queue.fifo and given is not None:
-        raise sqs_refusal("value", given, "MessageDeduplicationId", reason)
+    refuse_if(given and not queue.fifo, "value", given, "MessageDeduplicationId", reason)
     if queue.fifo and "MessageGroupId" not in entry:
         missing = sqs_refusal("missing", "MessageGroupId")
         raise missing if entry is call.input else sqs_refusal("invalid", missing.message)
@@ -3690,7 +3673,7 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
             return act(sqs, call, queue, call.input)
         entries, output = call.input["Entries"], collections.defaultdict(list)
         refuse_if(not entries, "no entries", call.operation)
-        refuse_if(len(entries) > MAX_BATCH, "entries", MAX_BATCH, len(entries))
+        refuse_if(len(entries) > 10, "entries", len(entries))
         ids = [entry["Id"] for entry in entries]
         refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
         for index, repeated in enumerate(ids):
@@ -3909,11 +3892,12 @@ class Sqs:
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
         most = _in_range(call.input, "MaxResults", 1000, 1, 1000)
-        token, prefix = call.input.get("NextToken"), _arn(call, call.caller.account_id)
+        token, start = call.input.get("NextToken"), call.input.get("QueueNamePrefix", "")
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
             raise sqs_refusal("token") from error
+        prefix = _arn(call, call.caller.account_id, start)
         left = sorted(it.name for it in queues if it.arn.startswith(prefix) and it.name > after)
         page = [f"{call.base_url}/{call.caller.account_id}/{name}" for name in left[:most]]
         output: dict[str, Any] = {member: page} if page else {}
@@ -3922,9 +3906,7 @@ class Sqs:
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
-        prefix = call.input.get("QueueNamePrefix", "")
-        queues = [queue for queue in self._queues.values() if queue.name.startswith(prefix)]
-        return self._page(call, "QueueUrls", queues)
+        return self._page(call, "QueueUrls", self._queues.values())
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
         return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
@@ -4125,9 +4107,8 @@ class Sqs:
                     message.last_received = now
                     queue.hide(message, now + timeout)
                     taken.append(message)
-        if not timeout:
-            for message in taken:
-                queue.hide(message, 0.0)
+        for message in () if timeout else taken:
+            queue.hide(message, 0.0)
         for message in dead:
             assert target
             message.system = {**message.system, "DeadLetterQueueSourceArn": queue.arn}
@@ -4163,15 +4144,10 @@ class Sqs:
             shown = {k: v for k, v in system.items() if k in asked or "All" in asked}
             if shown:
                 output["Attributes"] = shown
-        names = given.get("MessageAttributeNames", ())
-        chosen = {
-            name: attribute
-            for name, attribute in message.attributes.items()
-            if any(
-                it in (name, "All", "*") or (it[-2:] == ".*" and name.startswith(it[:-2]))
-                for it in names
-            )
-        }
+        names, them = given.get("MessageAttributeNames", ()), message.attributes
+        every = "All" in names or "*" in names
+        starts = tuple([it[:-2] for it in names if it[-2:] == ".*"])
+        chosen = {k: v for k, v in them.items() if every or k in names or k.startswith(starts)}
         if chosen:
             output["MD5OfMessageAttributes"] = attributes_md5(chosen)
             output["MessageAttributes"] = chosen
@@ -4219,8 +4195,7 @@ class Sqs:
         given, now = call.input, self._clock()
         source = self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
-            message = "The source and the destination must be queues of the same type."
-            raise sqs_refusal("invalid", message)
+            raise sqs_refusal("invalid", "Source and destination must be of the same queue type.")
         _in_range(given, "MaxNumberOfMessagesPerSecond", 1, 1, MAX_MOVES_PER_SECOND)
         refuse_if(not self._sources_of(source), "no dead letters")
         refuse_if(source.arn in self._running, "running")
@@ -4345,20 +4320,17 @@ _SPELLED = pairs("""
     Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
     Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
 """)
-_QUERY_NAMES = {
+_IN_QUERY = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
     for op in OPERATIONS
 }
-SQS_MODEL = MODELS["sqs"] = Model(
-    OPERATIONS, _QUERY_NAMES, frozenset({"CreateQueue", "ListQueues"})
-)
+SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _IN_QUERY, frozenset({"CreateQueue", "ListQueues"}))
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
 _URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
 _URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of a document that makes no sense
-_ORIGIN = re.compile("https?://[^/]*")
 _XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
@@ -4404,7 +4376,7 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     if not _is_json(reply):
         base = call.base_url.encode()
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
-    ours = functools.partial(_ORIGIN.sub, call.base_url, count=1)
+    ours = functools.partial(re.sub, "https?://[^/]*", call.base_url, count=1)
     with contextlib.suppress(*_MALFORMED):
         document = read_json(reply.body.decode("utf-8"))
         for member in _URL_MEMBERS.intersection(document):
