@@ -406,6 +406,7 @@ _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:
 _DIGITS = re.compile("[0-9]{1,18}")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
+_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 _FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
@@ -491,7 +492,7 @@ def not_implemented(method: str) -> ServiceError:
 def salvage_head(raw: bytes) -> Head:
     """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
-    line = re.match(rf"({_TOKEN}) (/[^\0- \x7f]*)?", text)
+    line = _REFUSED_LINE.match(text)
     headers = tuple(re.findall("(?m)^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", text)[:MAX_HEADERS])
     method, target = (line[1], line[2] or "/") if line else ("", "/")
     return Head(method, target, "1.0", headers, fields_of(headers))
