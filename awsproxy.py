@@ -325,43 +325,37 @@ class Fault(NamedTuple):
 
 _CORAL = "com.amazon.coral.service#"
 _SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
-# A line: the status, the code in XML, the type in JSON, and the errors; * is the error's name.
-# Sources: the SQS service model; "Common Error Types" of the API references; "Error responses"
-# of Amazon S3; recorded answers.  No model has names for errors of HTTP framing.
+# A line: the code in XML, the type in JSON, and the errors; * is the error's name.  The status is
+# 400 unless another follows the name.  Sources: the SQS service model; "Common Error Types" of the
+# API references; "Error responses" of Amazon S3; recorded answers.  No model has names for errors
+# of HTTP framing.
 _FAULTS = f"""
-    400 * {_CORAL}*Exception AuthorizationHeaderMalformed AuthorizationQueryParametersError \
-        BadDigest BadRequest IncompleteBody IncompleteSignature InvalidArgument \
+    * {_CORAL}*Exception AccessDenied:403 AuthFailure:401 AuthorizationHeaderMalformed \
+        AuthorizationQueryParametersError BadDigest BadRequest ExpectationFailed:417 \
+        IncompleteBody IncompleteSignature InvalidAccessKeyId:403 InvalidArgument \
         InvalidParameterValue InvalidRequest InvalidToken InvalidURI MalformedQueryString \
-        MalformedTrailerError MissingAction OutcomeUnknown RequestTimeout XAmzContentSHA256Mismatch
-    400 * {_CORAL}UnknownOperationException InvalidAction
-    400 * {_CORAL}MissingRequiredParameterException MissingParameter
-    400 MalformedInput {_CORAL}* SerializationException
-    401 * {_CORAL}*Exception AuthFailure
-    403 * {_CORAL}*Exception AccessDenied InvalidAccessKeyId MissingAuthenticationToken \
-        RequestTimeTooSkewed
-    403 * {_CORAL}UnrecognizedClientException InvalidClientTokenId
-    403 * {_CORAL}InvalidSignatureException SignatureDoesNotMatch
-    404 * {_CORAL}UnknownOperationException UnknownOperation
-    411 * {_CORAL}*Exception MissingContentLength
-    413 * {_CORAL}*Exception RequestEntityTooLarge
-    417 * {_CORAL}*Exception ExpectationFailed
-    431 * {_CORAL}*Exception RequestHeaderFieldsTooLarge
-    500 * {_CORAL}* InternalFailure
-    501 * {_CORAL}*Exception NotImplemented
-    503 * {_CORAL}* ServiceUnavailable
-    400 * {_SQS}* InvalidAttributeName InvalidAttributeValue InvalidMessageContents
-    400 {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
-    400 QueueAlreadyExists {_SQS}* QueueNameExists
-    400 {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
-        InvalidBatchEntryId QueueDeletedRecently TooManyEntriesInBatchRequest UnsupportedOperation
-    403 * {_SQS}* OverLimit
-    403 {_LEGACY}* {_SQS}* PurgeQueueInProgress
-    404 * {_SQS}* ReceiptHandleIsInvalid ResourceNotFoundException
+        MalformedTrailerError MissingAction MissingAuthenticationToken:403 \
+        MissingContentLength:411 NotImplemented:501 OutcomeUnknown RequestEntityTooLarge:413 \
+        RequestHeaderFieldsTooLarge:431 RequestTimeTooSkewed:403 RequestTimeout \
+        XAmzContentSHA256Mismatch
+    * {_CORAL}* InternalFailure:500 ServiceUnavailable:503
+    * {_CORAL}UnknownOperationException InvalidAction UnknownOperation:404
+    * {_CORAL}MissingRequiredParameterException MissingParameter
+    * {_CORAL}UnrecognizedClientException InvalidClientTokenId:403
+    * {_CORAL}InvalidSignatureException SignatureDoesNotMatch:403
+    MalformedInput {_CORAL}* SerializationException
+    * {_SQS}* InvalidAttributeName InvalidAttributeValue InvalidMessageContents OverLimit:403 \
+        ReceiptHandleIsInvalid:404 ResourceNotFoundException:404
+    {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
+    QueueAlreadyExists {_SQS}* QueueNameExists
+    {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
+        InvalidBatchEntryId PurgeQueueInProgress:403 QueueDeletedRecently \
+        TooManyEntriesInBatchRequest UnsupportedOperation
 """
 ERRORS: Mapping[str, Fault] = {
-    name: Fault(int(status), code.replace("*", name), shape.replace("*", name))
-    for status, code, shape, *names in map(str.split, _FAULTS.strip().splitlines())
-    for name in names
+    name: Fault(int(status or 400), code.replace("*", name), shape.replace("*", name))
+    for code, shape, *errors in map(str.split, _FAULTS.strip().splitlines())
+    for name, _, status in (error.partition(":") for error in errors)
 }
 
 
@@ -1313,9 +1307,8 @@ def _check_hash(request: Request, declared: str, computed: str) -> None:
 # own where known, since people search for it.  The default code is SignatureDoesNotMatch.
 _REFUSALS = """
     unsigned [MissingAuthenticationToken AccessDenied]: Request is missing Authentication Token{}
-    form post [MissingAuthenticationToken AccessDenied]: This is a browser's form POST, signed in \
-        its form fields, which awsproxy does not verify. Upload with a presigned PUT (boto3: \
-        generate_presigned_url) instead.
+    form post [MissingAuthenticationToken AccessDenied]: awsproxy verifies no browser form POST. \
+        Upload with a presigned PUT (boto3: generate_presigned_url) instead.
     several [InvalidArgument]: Only one auth mechanism allowed: a header or query parameters.
     version 2 [IncompleteSignature InvalidRequest]: The authorization mechanism you have provided \
         is not supported: it is Signature Version 2. Please use AWS4-HMAC-SHA256 (boto3: \
@@ -4064,9 +4057,8 @@ class Sqs:
                 break
             if not call.may_wait:
                 raise WouldWait
-            moves = [task.next_move() for task in self._running.values()]
-            changes = [queue.next_change(deadline), *moves]
-            self._wait(queue.changed, min(min(changes) - now, MAX_WAIT))
+            due = [queue.next_change(deadline), *(it.next_move() for it in self._running.values())]
+            self._wait(queue.changed, min(min(due) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
             refuse_if(not self.has(queue), "no queue")
@@ -4092,11 +4084,8 @@ class Sqs:
         target = self._queues.get(policy.get("deadLetterTargetArn", ""))
         taken: list[Message] = []
         dead: list[Message] = []
-        while len(taken) < limit:
-            room = limit if queue.fifo else max(0, MAX_IN_FLIGHT - queue.in_flight)
-            picked = queue.pick(min(limit - len(taken), room))
-            if not picked:
-                break
+        most = limit if queue.fifo else min(limit, MAX_IN_FLIGHT - queue.in_flight)
+        while len(taken) < most and (picked := queue.pick(most - len(taken))):
             for message in picked:
                 times = message.received - message.received_before
                 if target and times >= policy["maxReceiveCount"]:
@@ -4193,17 +4182,15 @@ class Sqs:
     change_message_visibility_batch = change_message_visibility
 
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
-        given, now = call.input, self._clock()
-        source = self._arn_of(call, "SourceArn")
+        given, source = call.input, self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
             raise sqs_refusal("invalid", "Source and destination must be of the same queue type.")
         _in_range(given, "MaxNumberOfMessagesPerSecond", 1, 1, MAX_MOVES_PER_SECOND)
         refuse_if(not self._sources_of(source), "no dead letters")
         refuse_if(source.arn in self._running, "running")
         handle = _base64_text(_to_json({"taskId": self._new_id(), "sourceArn": source.arn}))
-        task = MoveTask(given, handle, source.visible, now)
+        task = self._running[source.arn] = MoveTask(given, handle, source.visible, self._clock())
         source.tasks.appendleft(task)
-        self._running[source.arn] = task
         self._move_messages()
         self.wake()  # the waiters must wake up earlier
         return {"TaskHandle": handle}
