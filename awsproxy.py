@@ -6188,10 +6188,10 @@ class LineWriter:
     MOST = 5000  # lines that wait; more are dropped and counted
     PAUSE = 0.02  # seconds in which lines are gathered for one write
 
-    def __init__(self, stream: Any, open_again: Optional[Callable[[], Any]] = None) -> None:
+    def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
         self._stream = stream
-        self._open_again = open_again
+        self._path = path
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         # Lines, and functions to call when the lines before them are written.
@@ -6207,9 +6207,9 @@ class LineWriter:
             self.dropped += 1
 
     def reopen(self) -> None:
-        """Open the stream again soon, because the log file was moved."""
-        if self._open_again:
-            self._lines.put(functools.partial(self._open, self._open_again))
+        """Open the log file again soon, because it was moved."""
+        if self._path:
+            self._lines.put(self._open)
 
     def close(self, timeout: float = 1.0) -> None:
         """Wait until all lines are written, up to `timeout` seconds."""
@@ -6235,9 +6235,9 @@ class LineWriter:
                 if not isinstance(act, str):
                     act()
 
-    def _open(self, open_again: Callable[[], Any]) -> None:
+    def _open(self) -> None:
         try:
-            old, self._stream = self._stream, open_again()
+            old, self._stream = self._stream, open_log(self._path)
         except OSError as error:
             log.error("the log file cannot be opened again, keeping the old one: %s", error)
             return
@@ -6425,10 +6425,8 @@ class Metrics(Hook):
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
     BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-    THROTTLES = frozenset(
-        "OverLimit RequestLimitExceeded RequestThrottled SlowDown Throttling"
-        " ThrottlingException TooManyRequestsException".split()
-    )
+    THROTTLES = frozenset("OverLimit RequestLimitExceeded RequestThrottled SlowDown Throttling"
+        " ThrottlingException TooManyRequestsException".split())  # fmt: skip
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6568,10 +6566,9 @@ class InFlight(Hook):
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
-    NOTED = frozenset(
-        "ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage DeleteMessageBatch"
-        " DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
-    )
+    NOTED = frozenset("ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage"
+        " DeleteMessageBatch DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
+    )  # fmt: skip
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask = ask
@@ -7614,11 +7611,6 @@ class Store:
 
 
 # [8.5] Hooks, and calls that wait
-def _method_of(hook: Any, name: str) -> Any:
-    is_inherited = getattr(type(hook), name, None) is getattr(Hook, name)
-    return None if is_inherited else getattr(hook, name, None)
-
-
 class Pending:
     """A call that waits for its reply.
 
@@ -7698,6 +7690,8 @@ class Proxy:
     hooks: objects, modules or HookFiles with methods of Hook
     hosts: further names of the proxy"""
 
+    _any_address = False  # whether all clients may see our own paths, and nothing else
+
     def __init__(
         self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
         sign_as: tuple[str, str] = ("", ""), clock_skew: Optional[int] = None,
@@ -7713,8 +7707,7 @@ class Proxy:
         self._verified = verified
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
-        embedded = Embedded(self.sqs)
-        default = [Route(pattern, embedded) for pattern, _ in DEFAULT_ROUTES]
+        default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
         self._routes = default if routes is None else routes
         public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
         self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
@@ -7816,8 +7809,8 @@ class Proxy:
         """Answer a path of our own."""
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
-        if status and own and is_loopback(request.peer):
-            exchange.outcome = status.reply_to(request, self.hosts)
+        if status and (self._any_address or (own and is_loopback(request.peer))):
+            exchange.outcome = status.reply_to(request, self.hosts, self._any_address)
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
@@ -7944,11 +7937,14 @@ class Proxy:
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
+        names, found = HookMethods._fields, []
         for hook in self._hooks:
             if isinstance(hook, Watched):
                 hook.refresh()
-        hooks = [h.value if isinstance(h, Watched) else h for h in self._hooks]
-        found = [HookMethods(*(_method_of(h, n) for n in HookMethods._fields)) for h in hooks]
+                hook = hook.value
+            own = [n for n in names if getattr(type(hook), n, None) is not getattr(Hook, n)]
+            methods = [getattr(hook, n, None) if n in own else None for n in names]
+            found.append(HookMethods(*methods))
         self._methods = [it for it in found if it.before or it.rewrite or it.after]
         self._observers = [it.observe for it in reversed(found) if it.observe]
 
@@ -8124,16 +8120,13 @@ class Proxy:
 class Admin(Proxy):
     """Answers on the --admin port, which serves only the `/_awsproxy/` paths."""
 
+    _any_address = True  # Kubernetes probes use the pod's.  DNS rebinding needs a name.
+
     def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        super().__init__({}, hosts=hosts, max_body=0)
-        self._serves = status
+        super().__init__({}, hosts=hosts, max_body=0, status=status)
 
     def _check_head(self, exchange: Exchange) -> None:
         """Refuse no head: nobody signs these requests."""
-
-    def _own_path(self, exchange: Exchange) -> None:
-        # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
-        exchange.outcome = self._serves.reply_to(exchange.request, self.hosts, any_address=True)
 
 
 SPOOLED_IN_MEMORY = 262144
@@ -8388,8 +8381,7 @@ class PeerConnection:
         body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(self.head), begin)
         if length is not None:
             body = LengthBody(source, length, begin)
-        request = self.head.request(body, self.peer, self.abandoned)
-        reply = self.server.proxy.handle(request)
+        reply = self.server.proxy.handle(self.head.request(body, self.peer, self.abandoned))
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
         if body.unread:
@@ -8420,12 +8412,10 @@ class PeerConnection:
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
         chunked = not measured and self.head.version == "1.1"
         header = "Transfer-Encoding: chunked" if chunked else ""
-        head_only = self.head.method == "HEAD"
-        # An empty chunk is the last one.
-        blocks = () if head_only else itertools.chain(filter(None, reply.body), [b""])
+        blocks = itertools.chain(filter(None, reply.body), [b""])  # an empty chunk is the last one
         try:
             self._send_all(self._encoded(reply._replace(body=b""), close, header))
-            for block in blocks:
+            for block in () if self.head.method == "HEAD" else blocks:
                 self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
         except (OSError, ServiceError) as error:
             log.warning("an answer to %s is incomplete: %s", self.peer, error)
@@ -8484,7 +8474,7 @@ class Server(http.server.HTTPServer):
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
-        self._regular = (self._check_deadlines, every_half_second)
+        self._regular = (self._check_deadlines, every_half_second, self._answer)
         self._workers = Workers()
         self._selector = selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
@@ -8527,7 +8517,6 @@ class Server(http.server.HTTPServer):
                 tick = time.monotonic() + poll_interval
                 for act in self._regular:
                     self._guarded(act)
-                self._guarded(self._answer)
             self._longest_lag = max(self._longest_lag, time.monotonic() - looked)
         self._stopped.set()
 
@@ -8776,10 +8765,9 @@ class Server(http.server.HTTPServer):
 # [10.1] The file of clients
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
-_CLIENT_KEYS = (  # in the order of the fields of Client
-    "aws_access_key_id aws_secret_access_key aws_session_token aws_account_id upstream_profile"
-    " upstream_role_arn".split()
-)
+_CLIENT_KEYS = [  # in the order of the fields of Client
+    "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
+    "upstream_profile", "upstream_role_arn"]  # fmt: skip
 
 
 def read_clients(path: str) -> Clients:
@@ -8998,9 +8986,9 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
-    def __init__(self, options: argparse.Namespace, console: Optional[LineWriter] = None) -> None:
+    def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
         self._options = options
-        self._console = console
+        self._console = self._writer = console
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -9032,9 +9020,7 @@ class Program:
             raise UsageError("--reuse-port and --task-protection: each process has its own counts")
         path = options.clients
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
-            self._clients = Watched(
-                lambda path: self._check_clients(all_clients(path, options.client)), path
-            )
+            self._clients = Watched(lambda _: self._check_clients(all_clients(options)), path)
         with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
             tls_context()
         self._in_flight = self._build_in_flight()
@@ -9069,7 +9055,7 @@ class Program:
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
         gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
         dropped = "Log lines that could not be written, or not soon enough."
-        gauge("log_lines_dropped", dropped, lambda: sum(w.dropped for w in self._writers))
+        gauge("log_lines_dropped", dropped, lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
@@ -9118,18 +9104,16 @@ class Program:
         self._sqs.commit()
 
     def _read_hooks(self) -> list[Any]:
-        path, quiet = self._options.log_file, self._options.quiet
+        options, path, form = self._options, self._options.log_file, self._options.log_format
         with _usage_errors(f"the file {path} cannot be used: "):
-            open_again = functools.partial(open_log, path)
-            writer = LineWriter(open_again(), open_again) if path and not quiet else self._console
-        self._writers = [writer] if writer and not quiet else []
-        form = self._options.log_format
-        if form == "text" and writer and writer.is_terminal:
-            form = "colours" if writer.in_colour else "columns"
-        hooks: list[Any] = [AccessLog(writer, form) for writer in self._writers]
-        if self._options.explain and self._console:
+            if path and not options.quiet:
+                self._writer = LineWriter(open_log(path), path)
+        if form == "text" and self._writer.is_terminal:
+            form = "colours" if self._writer.in_colour else "columns"
+        hooks: list[Any] = [] if options.quiet else [AccessLog(self._writer, form)]
+        if options.explain:
             hooks += [Explainer(self._console, "colours" if self._console.in_colour else "text")]
-        for path in self._options.hook:
+        for path in options.hook:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
         return hooks
@@ -9218,20 +9202,18 @@ class Program:
         if self._store:
             self._store.close()
         self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
-        for writer in self._writers:
-            writer.close()
+        self._writer.close()
         return 0
 
     def _announce(self, what: str, host: str, server: Server) -> str:
         port = server.server_address[1]
         address = f"://[{host}]:{port}" if ":" in host else f"://{host}:{port}"
-        if self._console:
-            self._console.write(f"{what}{address}\n")
+        self._console.write(f"{what}{address}\n")
         return address
 
     def _tell(self, line: str) -> None:
         """Print a line for a person, so only on a terminal."""
-        if self._console and self._console.is_terminal:
+        if self._console.is_terminal:
             self._console.write(f"{line}\n")
 
     def _introduce(self, url: str) -> None:
@@ -9257,8 +9239,7 @@ class Program:
             if self._signals.popleft() in (signal.SIGINT, signal.SIGTERM):
                 self.end()
             else:
-                for writer in self._writers:
-                    writer.reopen()
+                self._writer.reopen()
 
 
 # [10.4] In a test process
@@ -9324,10 +9305,10 @@ def read_request(data: bytes) -> Request:
     return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
 
 
-def all_clients(path: str, more: Sequence[Client]) -> Clients:
+def all_clients(options: argparse.Namespace) -> Clients:
     """Return the clients of --clients and --client, or the demo client without both flags."""
-    clients = dict(read_clients(path)) if path else {}
-    for client in more:
+    clients = dict(read_clients(options.clients)) if options.clients else {}
+    for client in options.client:
         clients[client.access_key_id] = [*clients.get(client.access_key_id, ()), client]
     return clients or DEMO_CLIENTS
 
@@ -9335,7 +9316,7 @@ def all_clients(path: str, more: Sequence[Client]) -> Clients:
 def check_file(path: str, options: argparse.Namespace) -> int:
     """Print the explanation of a saved request, checked at its own date; return 0 or 1."""
     with _usage_errors(f"--check {path}: "):
-        clients = all_clients(options.clients, options.client)
+        clients = all_clients(options)
         data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
         request = read_request(data)
     now = time.time()
@@ -9355,9 +9336,8 @@ def _counted(number: int, noun: str) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
     options = build_parser().parse_args(argv)
-    writer = LineWriter(sys.stderr) if sys.stderr else None
-    stream: Any = writer or io.StringIO()
-    logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=stream)
+    writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # it is None if it was closed
+    logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=writer)
     try:
         if options.check:
             return check_file(options.check, options)
@@ -9368,8 +9348,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"awsproxy: {error}", file=sys.stderr)
         return 2
     finally:
-        if writer:
-            writer.close()
+        writer.close()
 
 
 def release_memory() -> None:

@@ -16132,26 +16132,20 @@ class LineWriterTest(unittest.TestCase):
 
     def test_reopened_stream_gets_the_lines_to_come(self):
         other = self.Stream()
-        stream, writer = self.start(lambda: other)
+        stream, writer = self.start("log")
         writer.write("a\n")
-        writer.reopen()
-        wait_until(lambda: stream.closed)
+        with mock.patch("awsproxy.open_log", lambda path: other):
+            writer.reopen()
+            wait_until(lambda: stream.closed)
         self.assertEqual(stream.text, "a\n")
         writer.write("b\n")
         writer.close(DEADLINE)
         self.assertEqual(other.text, "b\n")
 
     def test_stream_that_cannot_be_reopened_stays(self):
-        tried = threading.Event()
-
-        def open_again():
-            tried.set()
-            raise PermissionError(errno.EACCES, "no")
-
-        stream, writer = self.start(open_again)
+        stream, writer = self.start("/nowhere/log")
         with self.assertLogs("awsproxy", "ERROR") as logs:
             writer.reopen()
-            wait_until(tried.is_set)
             writer.write("a\n")
             writer.close(DEADLINE)
         self.assertEqual(len(logs.output), 1)
@@ -16164,9 +16158,7 @@ class FullLogDiskTest(unittest.TestCase):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         path = os.path.join(directory.name, "log")
-        writer = awsproxy.LineWriter(
-            awsproxy.open_log("/dev/full"), lambda: awsproxy.open_log(path)
-        )
+        writer = awsproxy.LineWriter(awsproxy.open_log("/dev/full"), path)
         writer.write("lost\n")
         writer.close()
         self.assertEqual(writer.dropped, 1)
