@@ -6318,9 +6318,9 @@ def open_log(path: str) -> Any:
 
 # [7.4] Explanations
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
-_TOKEN = "x-amz-(?:security|s3session)-token"
+_TOKEN_NAME = "x-amz-(?:security|s3session)-token"
 _SECRET = re.compile(  # a header, or a parameter of a query
-    f"(?is)^((?:cookie|{_TOKEN}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKEN}=)[^&]*"
+    f"(?is)^((?:cookie|{_TOKEN_NAME}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKEN_NAME}=)[^&]*"
 )
 _SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
 MAX_EXPLANATION = 16384  # characters
