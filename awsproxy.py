@@ -1534,7 +1534,8 @@ MISTAKES = r"""
         name=value with both percent-encoded, or take curl 8.19 or newer
     query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
     query | .+ | <query in order> | did not sort the query
-    query | .+ | <query plus> | signed '+' in the query as %2B, but it is a blank: write %20 or %2B
+    query | .+ | <query plus> | signed a '+' in the query as %2B: a '+' is a blank, write \
+        %20 or %2B
     query | .+ | <query again> | percent-encoded the query twice
     query | .+ | <query decoded> | did not percent-encode the query
     query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
@@ -1933,7 +1934,9 @@ def _chunks(
 
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
-    _, block, rest = _TRAILERS.split(stream.read(65536), 1)
+    data = stream.read(65536)
+    match = _TRAILERS.match(data)
+    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
     lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
     found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
     trailers.update(found)
@@ -6318,9 +6321,9 @@ def open_log(path: str) -> Any:
 
 # [7.4] Explanations
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
-_TOKEN_NAME = "x-amz-(?:security|s3session)-token"
+_TOKENS = "x-amz-(?:security|s3session)-token"
 _SECRET = re.compile(  # a header, or a parameter of a query
-    f"(?is)^((?:cookie|{_TOKEN_NAME}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKEN_NAME}=)[^&]*"
+    f"(?is)^((?:cookie|{_TOKENS}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKENS}=)[^&]*"
 )
 _SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
 MAX_EXPLANATION = 16384  # characters
