@@ -6005,12 +6005,11 @@ class Workers:
         while True:
             try:
                 task = self._tasks.get(timeout=self.IDLE_SECONDS)
+                task()
+                self._idle.release()
             except queues.Empty:
                 if self._idle.acquire(blocking=False):  # no task waits for this thread
                     return
-                continue
-            task()
-            self._idle.release()
 
 
 class Exchange:
@@ -6057,10 +6056,9 @@ class Exchange:
     @property
     def answered_by(self) -> str:
         """The host that a call was sent to, or what answered it here."""
-        call = self.call
-        if not call or not call.route:
+        if not self.call or not self.call.route:
             return "-"
-        return call.upstream_host[:MAX_SHOWN] or getattr(call.route.target, "name", "-")
+        return self.call.upstream_host[:MAX_SHOWN] or getattr(self.call.route.target, "name", "-")
 
     @property
     def request_bytes(self) -> int:
@@ -6268,16 +6266,15 @@ class AccessLog(Hook):
             "route": call.route.pattern if call and call.route else "-",
             "target": exchange.answered_by,
             "upstream_request_id": (call and call.upstream_id) or "-",
-            "reason": exchange.reason.replace(" ", "-") or "-"
-        }  # fmt: skip
+            "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
             fields |= {
                 "client": call.caller.name if call else "-",
                 "region": call.region if call else claim(request)[1].region or "-",
                 "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
                 "request_bytes": exchange.request_bytes, "reply_bytes": exchange.reply_bytes,
-                "attempt": exchange.attempt, "user_agent": request.header("user-agent") or "-"
-            }  # fmt: skip
+                "attempt": exchange.attempt,
+                "user_agent": request.header("user-agent") or "-"}  # fmt: skip
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
@@ -7851,10 +7848,9 @@ class Proxy:
         if self._verified and not exchange.unsigned:
             proven = verify_head(
                 request, self._clients, exchange.started, wire.service(request), self._regions,
-                self._clock_skew, wire.must_be_signed,
+                self._clock_skew, wire.must_be_signed, other_host=self._public_host,
                 private=self._scheme == "https" or is_loopback(request.peer),
-                other_host=self._public_host, may_search=self._may_search
-            )  # fmt: skip
+                may_search=self._may_search)  # fmt: skip
         check_one_reading(request, wire, exchange.service)
         return proven
 
@@ -7878,8 +7874,7 @@ class Proxy:
             request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
             found.client, found.body, found.payload_hash, found.presigned, base_url,
             meaning.encoded, exchange.began, meaning.path, found.signed_headers, meaning.bucket,
-            meaning.other_paths,
-        )  # fmt: skip
+            meaning.other_paths)  # fmt: skip
 
     def _find_target(self, exchange: Exchange) -> None:
         """Find out what answers the call."""
@@ -8495,10 +8490,8 @@ class Server(http.server.HTTPServer):
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()  # it is not of the right family, nor bound
         v6 = ":" in address[0]
-        self.socket = socket.create_server(
-            address, family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
-            reuse_port=reuse_port, dualstack_ipv6=v6,
-        )  # fmt: skip
+        self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
+            family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
         self.server_address = self.socket.getsockname()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
@@ -8954,9 +8947,8 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", type=_account_id, default="000000000000", help="owner of the queues")
     add("--queue", **_MANY, help="a queue to create at the start, repeatable; X.fifo is FIFO")
-    add("--queues", **_FILE, help="create the queues of this INI file, a section each: attributes"
-        " as in the API, dead_letter = NAME:COUNT, region, account, tags; read again on change"
-    )  # fmt: skip
+    add("--queues", **_FILE, help="queues to create, an INI section each: attributes as in the API"
+        ", dead_letter = NAME:COUNT, region, account, tags; read again on change")  # fmt: skip
     add("--store", **_FILE, help="keep the queues in this SQLite file")
     add("--store-sync", choices=("normal", "full"), default="normal",
         help="full: what was acknowledged survives a loss of power, too")  # fmt: skip
@@ -9034,19 +9026,17 @@ class Program:
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(
-            self._clients.value, routes=routes, verified=not options.no_verify,
+            self._clients.value, routes=routes, verified=not options.no_verify, hooks=hooks,
             sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
-            account_id=options.account_id, public_url=options.public_url or "",
-            scheme=self._scheme, max_body=options.max_body, sqs=self._sqs, hooks=hooks,
-            status=None if options.admin else self._status, hook_seconds=options.timeout,
-            hosts=(options.admin[0] if options.admin else "", *options.host_name)
-        )  # fmt: skip
+            account_id=options.account_id, public_url=options.public_url or "", sqs=self._sqs,
+            scheme=self._scheme, max_body=options.max_body, hook_seconds=options.timeout,
+            status=None if options.admin else self._status,
+            hosts=(options.admin[0] if options.admin else "", *options.host_name))  # fmt: skip
         self.server = self._listen(
             (options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
             when_woken=self._take_signals, certificate=self._certificate,
-            reuse_port=options.reuse_port
-        )  # fmt: skip
+            reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
             admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
@@ -9196,7 +9186,14 @@ class Program:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
         address = self._announce(f"listening on {self._scheme}", options.host, self.server)
-        self._introduce(f"{self._scheme}{address}")
+        routes = ", ".join(map(" -> ".join, given_routes(options)[:4]))
+        clients = itertools.chain(*self._clients.value.values())
+        names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
+        self._tell(f"answers {routes}; clients: {names:.200}")
+        keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
+        trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
+        self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
+            f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
         release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
@@ -9218,19 +9215,6 @@ class Program:
         """Print a line for a person, so only on a terminal."""
         if self._console.is_terminal:
             self._console.write(f"{line}\n")
-
-    def _introduce(self, url: str) -> None:
-        """Print what answers which clients, and a command to try."""
-        routes = ", ".join(map(" -> ".join, given_routes(self._options)[:4]))
-        clients = itertools.chain(*self._clients.value.values())
-        names = ", ".join(dict.fromkeys(f"{it.name} (key {it.access_key_id})" for it in clients))
-        self._tell(f"answers {routes}; clients: {names:.200}")
-        keys = "dummykey:dummysecret" if has_demo_key(self.proxy.clients) else "KEY:SECRET"
-        trust = f" --cacert {shlex.quote(self._options.tls_cert)}" if self._certificate else ""
-        self._tell(
-            f"try: curl {url}{trust} --aws-sigv4 aws:amz:us-east-1:sqs --user {keys}"
-            " -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{}'"
-        )
 
     def _note_signal(self, number: int, _: object) -> None:
         """Let the event loop handle the signal: a signal handler must not wait or fail."""
