@@ -6510,9 +6510,8 @@ class Metrics(Hook):
             ):
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
-                about = f"How long the {name} took."
                 buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(counted))
-                page += _lines(f"{name}_seconds", "", (), "histogram", about)
+                page += _lines(f"{name}_seconds", "", (), "histogram", f"Time the {name} took.")
                 page += _lines(f"{name}_seconds_bucket", "le", buckets)
                 page += _lines(f"{name}_seconds_sum", "", [((), self._sums[name])])
                 page += _lines(f"{name}_seconds_count", "", [((), sum(counted))])
@@ -7132,10 +7131,10 @@ IAM_ACTIONS = pairs(f"""
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 
 
-def _actions(table: str) -> Sequence[str]:
+def _actions(table: str) -> set[str]:
     """Return the actions of a table, `service operation ...; service ...`, in lower case."""
     rows = [row.split() for row in table.lower().split(";")]
-    return [f"{service}:{operation}" for service, *operations in rows for operation in operations]
+    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
 
 
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
@@ -7157,7 +7156,7 @@ CREDENTIAL_ACTIONS = _actions("""
     CreateActivation GetAccessToken; sso-oauth POST/token; sts AssumeRo* GetDelegatedAccessToken
     GetFederationToken GetScopedCredentials GetSessionToken GetWebIdentityToken""")
 # Actions that AWS answers without a signature, as the SDKs' service models say.
-UNSIGNED_ACTIONS = frozenset(_actions("""
+UNSIGNED_ACTIONS = _actions("""
     awsssoportal get/federation/credentials get/assignment/accounts get/assignment/roles
     post/logout; cognito-identity getcredentialsforidentity getid getopenidtoken unlinkidentity;
     cognito-idp associatesoftwaretoken changepassword completewebauthnregistration confirmdevice
@@ -7168,8 +7167,7 @@ UNSIGNED_ACTIONS = frozenset(_actions("""
     revoketoken revokeusersession setusermfapreference setusersettings signup
     startwebauthnregistration updateautheventfeedback updatedevicestatus updateuserattributes
     verifysoftwaretoken verifyuserattribute; signin post/v1/token; sso-oauth post/client/register
-    post/device_authorization post/token; sts assumerolewithsaml assumerolewithwebidentity
-"""))  # fmt: skip
+    post/device_authorization post/token; sts assumerolewithsaml assumerolewithwebidentity""")
 BEARER_SERVICES = frozenset({"account-access", "agent-registry", "bedrock", "codecatalyst"})
 
 
@@ -7182,10 +7180,8 @@ def glob_matches(pattern: str, text: str) -> bool:
 def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
     """Return the folded names of an action, and the actions that IAM needs instead."""
     service, _, operation = _folded(action).partition(":")
-    names = [operation]
-    method = operation.partition("/")[0]
-    if method != operation:
-        names = [operation.rstrip("/"), operation.rstrip("/") + "/", method]
+    method, slash, _ = operation.partition("/")
+    names = [operation.rstrip("/"), operation.rstrip("/") + "/", method] if slash else [operation]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
     batch = _BATCHES.fullmatch(action.lower())
     of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
@@ -8173,16 +8169,16 @@ _http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.format
 
 def read_certificate(path: str, key: str = "") -> ssl.SSLContext:
     """Return the SSL context of a PEM file with chain and key, or of two; OSError, ValueError."""
+
+    def _refuse_to_ask() -> str:
+        raise ValueError("its key is encrypted; the proxy cannot ask for the password")
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     context.load_cert_chain(path, key or None, _refuse_to_ask)
     return context
-
-
-def _refuse_to_ask() -> str:
-    raise ValueError("its key is encrypted; the proxy cannot ask for the password")
 
 
 class PeerConnection:
@@ -8324,8 +8320,7 @@ class PeerConnection:
             while sent < len(data):
                 sent += self.socket.send(data[sent : sent + AT_A_TIME])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            reads = isinstance(error, ssl.SSLWantReadError)
-            event = _READ if reads else selectors.EVENT_WRITE
+            event = _READ if isinstance(error, ssl.SSLWantReadError) else selectors.EVENT_WRITE
             self.writing = True
             self.server.unpark(self)
             self.server.park(self, event, functools.partial(self._send, data, close, sent))
@@ -8408,16 +8403,15 @@ class PeerConnection:
             self._send_all(self._encoded(reply, close))
             return not close
         measured = any(name.lower() == "content-length" for name, _ in reply.headers)
-        chunked = not measured and self.head.version == "1.1"
-        header = "Transfer-Encoding: chunked" if chunked else ""
+        coding = "" if measured or self.head.version != "1.1" else "Transfer-Encoding: chunked"
         blocks = itertools.chain(filter(None, reply.body), [b""])  # an empty chunk is the last one
         try:
-            self._send_all(self._encoded(reply._replace(body=b""), close, header))
+            self._send_all(self._encoded(reply._replace(body=b""), close, coding))
             for block in () if self.head.method == "HEAD" else blocks:
-                self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
+                self._send_all(b"%x\r\n%b\r\n" % (len(block), block) if coding else block)
         except (OSError, ServiceError) as error:
             log.warning("an answer to %s is incomplete: %s", self.peer, error)
-            if not chunked and not measured:  # a normal end would look like the end of the body
+            if not coding and not measured:  # a normal end would look like the end of the body
                 abort = struct.pack("ii", 1, 0)
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
             self.socket.close()
@@ -8818,7 +8812,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number, or raise ArgumentTypeError if it is out of range."""
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -8837,7 +8830,6 @@ def _client(text: str) -> Client:
 
 def _matching(pattern: str, form: str) -> Callable[[str], Any]:
     def match(text: str) -> Any:
-        """Return the text, or its groups, or raise ArgumentTypeError."""
         found = re.fullmatch(pattern, text)
         if not found:
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
@@ -8893,13 +8885,9 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(
-        prog="awsproxy",
-        fromfile_prefix_chars="@",
-        formatter_class=_Formatter,
+        prog="awsproxy", fromfile_prefix_chars="@", formatter_class=_Formatter, epilog=_EXAMPLES,
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
-        " sign the call again and forward it to AWS.",
-        epilog=_EXAMPLES,
-    )
+        " sign the call again and forward it to AWS.")  # fmt: skip
     add = parser.add_argument_group("where to listen").add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
@@ -9047,8 +9035,7 @@ class Program:
         """Add the metrics that a scrape reads on demand."""
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
         gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
-        dropped = "Log lines that could not be written, or not soon enough."
-        gauge("log_lines_dropped", dropped, lambda: self._writer.dropped)
+        gauge("log_lines_dropped", "Log lines that were lost.", lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
         gauge("in_flight", "Messages in flight.", lambda: self._in_flight.total)
