@@ -24294,6 +24294,7 @@ class CrashWorld:
         client.ask("SendMessage", QueueUrl=self.url, MessageBody=body)
         with self.lock:
             self.sent[body] = None
+        time.sleep(0.004)  # so that receivers keep up
 
     def send_fifo(self, group, numbers, client):
         """Send until it is acknowledged: the repeated sends must be dropped."""
