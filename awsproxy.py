@@ -1505,9 +1505,10 @@ MISTAKES = r"""
     text | \n | \\n | wrote a backslash and n for each newline of the string to sign
     method | .+ | <method> | signed the method in lower case
     method | .+ | - | left out the method
+    path | .+ | <path again> | encoded the path once too often (S3 wants it once, others twice)
+    path | .+ | <path with dots> | did not resolve the dots and empty segments of the path
     path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl since 8.14
     path | .+ | <path once> | encoded the path once, not twice
-    path | .+ | <path again> | encoded the path once too often (S3 wants it once, others twice)
     path | .+ | <path decoded> | did not percent-encode the path
     path | .+ | <path resolved> | resolved dots and empty segments of the path, which S3 keeps
     path | .+ | <target> | signed the query as a part of the path
@@ -1517,7 +1518,6 @@ MISTAKES = r"""
     path | ^/ | - | left out the path's first slash
     path | %(?:25)?20 | + | wrote a blank in the path as +
     path | ~ | %7E | encoded the ~ of the path
-    path | .+ | <path with dots> | did not resolve the dots and empty segments of the path
     path | .+ | <path of JavaScript> | did not encode !'()* in the path, as encodeURIComponent
     path | .+ | <path as one> | percent-encoded the slashes of the path
     path | .+ | <path in lower case> | wrote the path's percent-encoding in lower case
@@ -1594,12 +1594,38 @@ MISTAKES = r"""
     payload | .+ | <JSON sorted> | hashed other JSON than it sent: sorted
     payload | .+ | <JSON sorted, compact> | hashed other JSON than it sent: sorted, without blanks
     payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
+    scope | ^ | decoded: | decoded the secret as base64: take its characters
+    scope | ^ | base64: | handed the steps of the key's derivation on in base64: hand on the bytes
+    scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
+    scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
+    text | <date> | <milliseconds> | wrote the time into the string to sign with milliseconds
+    text | @ | (stdin)=<blank>@ | left openssl's '(stdin)= ' before the canonical request's hash
+    text | @ | SHA2-256(stdin)=<blank>@ | left openssl's 'SHA2-256(stdin)= ' before the hash
+    text | @ | @<blank><blank>- | left sha256sum's '-' after the hash of the canonical request
+    method | POST | GET | signed the method GET
+    path | (?<=.)/ | %2F | percent-encoded the inner slashes of the path
+    path | ^/[^/]+(?=/) | - | left out the path's first segment, as if it were a stage or bucket
+    path | ^ | /<bucket> | began the path with the bucket, which the Host names already
+    query | \A\Z | <cut> | left out the line of the empty query: keep it, empty
+    query | .+ | <query without repeats> | signed only the last parameter of each name
+    query | &X-Amz-Security-Token=[^&]* | - | added X-Amz-Security-Token after signing: sign it
+    headers | (?m)^host:(.*)$ | host:https://\1 | signed the Host with https:// before it
+    headers | (?m)^host:(.*)$ | host:http://\1 | signed the Host with http:// before it
+    payload | .+ | <cut> | left out the last line, the body's hash, and the newline before it
+    payload | .+ | <JSON compact in UTF8> | hashed other JSON than it sent: without blanks or \u
+    payload | .+ | <JSON spaced in UTF8> | hashed other JSON than it sent: with blanks, without \u
+    payload | .+ | <JSON indented in UTF8> | hashed other JSON than it sent: indented, without \u
+    payload | .+ | <JSON of Go> | hashed other JSON than it sent: with \u0026 for &, as in Go
+    payload | .+ | <JSON of PHP> | hashed other JSON than it sent: with \/ for /, as in PHP
+    payload | .+ | <form with plus> | hashed the body with + for each %20
+    payload | .+ | <form without plus> | hashed the body with %20 for each +
+    payload | .+ | <no JSON> | hashed {} and sent no body
     payload | \Z | \n | ended the canonical request with a newline
     joint | \n | \r\n | ended the lines of the canonical request with CR LF
     joint | \n | \\n | wrote a backslash and n for each newline of the canonical request
     joint | \n | - | joined the lines of the canonical request without newlines
 """
-MAX_CANDIDATES = 3600  # for one signature: some 15 ms
+MAX_CANDIDATES = 4500  # pairs for one signature: some 18 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _ROWS = [row[4:].split(" | ") for row in MISTAKES.replace("\\\n        ", "").splitlines()[1:]]
 _NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
@@ -1617,7 +1643,9 @@ def _texts(
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
-    hashed, text = hashlib.sha256(body).hexdigest(), body.decode("latin-1")
+    # If the body streams or is long, only its hash is known.
+    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
+    text = body.decode("latin-1")
     date, scope = claimed.amz_date, claimed.scope
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
@@ -1627,6 +1655,9 @@ def _texts(
         "service": scope.service, "AWS": f"{scope.service}.{scope.region}.amazonaws.com",
         "global": f"{scope.service}.amazonaws.com", "host": request.header("host") or "",
         "extended": re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", date),
+        "milliseconds": re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5.000Z", date),
+        "bucket": (request.header("host") or "").partition(".")[0], "cut": "\b",
+        "query without repeats": "&".join(f"{n}={v}" for n, v in sorted(dict(pairs).items())),
         "method": request.method.lower(), "target": request.target,
         "path as sent": path, "path once": quote(unquote(path)), "path decoded": unquote(path),
         "path again": quote(parts[1]), "path as one": quote(parts[1], "%"),
@@ -1659,7 +1690,10 @@ def _texts(
         "body stripped": text.rstrip("\r\n"), "body and newline": f"{text}\n",
         "body with LF": text.replace("\r\n", "\n"), "hash of hash": hashed,
         "body with CR LF": re.sub("\r?\n", "\r\n", text), "body as string": json.dumps(text),
+        "form with plus": text.replace("%20", "+"), "form without plus": text.replace("+", "%20"),
     }  # fmt: skip
+    if parts[5] == EMPTY_SHA256:
+        to_hash["no JSON"] = "{}"
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
         to_hash["JSON compact"] = dumps(separators=tight)
@@ -1667,8 +1701,16 @@ def _texts(
         to_hash["JSON sorted"] = dumps(sort_keys=True)
         to_hash["JSON sorted, compact"] = dumps(sort_keys=True, separators=tight)
         to_hash["JSON indented"] = dumps(indent=2)
+        to_hash["JSON of PHP"] = to_hash["JSON compact"].replace("/", r"\/")
+        plain = functools.partial(dumps, ensure_ascii=False)
+        to_hash["JSON of Go"] = re.sub(
+            "[<>&]", lambda it: f"\\u{ord(it[0]):04x}", plain(separators=tight)
+        )
+        to_hash["JSON compact in UTF8"] = plain(separators=tight)
+        to_hash["JSON spaced in UTF8"], to_hash["JSON indented in UTF8"] = plain(), plain(indent=2)
     for name, line in to_hash.items():
-        texts[name] = hashlib.sha256(line.encode("latin-1")).hexdigest()
+        coding = "utf-8" if name.startswith("JSON") else "latin-1"
+        texts[name] = hashlib.sha256(line.encode(coding)).hexdigest()
     return texts
 
 
@@ -1682,7 +1724,7 @@ def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
             yield _FIELDS.index(place), pattern, written, words
 
 
-def _families(claimed: Authorization) -> Iterator[Mistake]:
+def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
     """Yield mistakes of which there are many; they are not paired with others."""
     date, region, service, end = claimed.scope
     for method in sorted(METHODS):
@@ -1692,13 +1734,28 @@ def _families(claimed: Authorization) -> Iterator[Mistake]:
     for other in (*REGIONS, "aws-global"):
         words = f"derived the key for the region {other}, and its scope says {region}"
         yield 8, ".+", f"{date}/{other}/{service}/{end}", words
-    for other in "sqs s3 sns sts iam ec2 lambda dynamodb execute-api kinesis es".split():
+    for (
+        other
+    ) in "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es".split():
         words = f"derived the key for the service {other}, and its scope says {service}"
         yield 8, ".+", f"{date}/{region}/{other}/{end}", words
-    for seconds in (-1, 1, *range(-50400, 50401, 1800)):
+    lines, parameters = parts[3].splitlines(keepends=True), parts[2].split("&")
+    for order in itertools.permutations(lines) if len(lines) <= 4 else ():
+        yield (
+            3,
+            "(?s).+",
+            "".join(order).replace("\\", r"\\"),
+            "did not sort the canonical headers",
+        )
+    for added in parameters[:32]:
+        rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
+        yield 2, ".+", rest, f"added {added.partition('=')[0]} to the query after signing"
+    for seconds in (-3, -2, -1, 1, 2, 3, *range(-50400, 50401, 1800)):
         there = iso_basic(epoch(claimed.amz_date) + seconds)
-        words = f"wrote a time into the string to sign that is {seconds / 3600:+.4g} hours off"
+        off = f"{seconds / 3600:+g} hours off" if abs(seconds) > 3 else f"{seconds:+} s off"
+        words = f"wrote a time into the string to sign that is {off}"
         yield 6, claimed.amz_date, there, f"{words}: write the UTC of X-Amz-Date"
+        yield 3, claimed.amz_date, there, f"signed another X-Amz-Date than it sent, {off}"
         if there[:8] != date:
             words = f"derived the key for {there[:8]}, and its scope says {date}"
             yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
@@ -1715,7 +1772,8 @@ def _drafts(
             yield draft, mistake[3]
     for mistake in families:
         yield _with(base, mistake), mistake[3]
-    pairs = itertools.combinations(found.items(), 2)
+    every = itertools.combinations(found.items(), 2)
+    pairs = (it for it in every if it[0][1][:2] != it[1][1][:2])  # they replace the same text
     for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
         at, words = second[0], f"{first[3]}, and it {second[3]}"
         if first[0] == at:  # their order counts
@@ -1742,7 +1800,7 @@ def find_cause(
     singles = _mistakes(_texts(request, claimed, secret, parts, body))
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
-    for draft, words in _drafts(base, singles, _families(claimed)):
+    for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
         digest = hash_of(joint, *lines)
         if "@@" in text or "#" in text:
@@ -1753,15 +1811,16 @@ def find_cause(
             by, of = of, by
         if hmac.digest(by, of, "sha256") == wanted:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
+    arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
         "No usual mistake of a signer gives this signature: the secret is probably another one."
-        " Check for another profile, another key's secret, and blanks in the secret."
-        f" Compare the body, too: {sent} bytes arrived."
+        " Check for another profile, another key's secret, and blanks in the secret. Otherwise"
+        f" compare the canonical request, and the hash of the body{arrived}, with your own."
     ), None
 
 
 def _broken_hash(joint: str, *lines: str) -> str:
-    canonical = "\n".join(lines).replace("\n", joint)
+    canonical = "\n".join(lines).replace("\n\b", "").replace("\n", joint)
     return hashlib.sha256(canonical.encode("latin-1", "replace")).hexdigest()
 
 
@@ -1769,9 +1828,15 @@ def _broken_key(secret: str, scope: str) -> bytes:
     """Return a signing key; the words before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
+    if how == "decoded":
+        with contextlib.suppress(ValueError):  # it is no base64
+            key = b"AWS4" + base64.b64decode(key[4:] + b"===")
     for part in rest.encode().split(b"/"):
         by, of = (part, key) if how in ("swapped", "all swapped") else (key, part)
-        key = hmac.digest(by, of, "sha256")
+        key = (
+            hashlib.sha256(by + of).digest() if how == "hashed" else hmac.digest(by, of, "sha256")
+        )
+        key = base64.b64encode(key) if how == "base64" else key
         key = key.hex().encode() if how == "hex" else key
     return key.hex().encode() if how == "last hex" else key
 

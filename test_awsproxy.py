@@ -3654,6 +3654,54 @@ BROKEN_SIGNERS = [
         target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2", secret=lambda v: v[4:])),
     ("backslash.*string to sign, and it .*backslash", JSON_TRIAL._replace(
         whole=replaced("\n", "\\n"), text=replaced("\n", "\\n"))),
+    ("base64: take its characters", JSON_TRIAL._replace(
+        secret=lambda v: base64.b64decode(v[4:] + "===").decode("latin-1"),
+        key=lambda k, steps: chained(b"AWS4" + k.decode().encode("latin-1"), steps))),
+    ("on in base64", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
+        lambda k, it: base64.b64encode(hmac_sha256(k, it.encode())), steps, k))),
+    ("SHA-256 of key and message", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
+        lambda k, it: hashlib.sha256(k + it.encode()).digest(), steps, k))),
+    ("AWS4.*region us-east-1|region us-east-1.*AWS4", JSON_TRIAL._replace(
+        secret=lambda v: v[4:], steps=lambda s: [s[0], "us-east-1", *s[2:]])),
+    ("with milliseconds", JSON_TRIAL._replace(
+        text=replaced(TRIAL_DATE, "2026-03-01T14:30:00.000Z"))),
+    (r"'\(stdin\)= ' before the canonical", JSON_TRIAL._replace(
+        digest=lambda v: f"(stdin)= {sha256(v)}".encode())),
+    (r"'SHA2-256\(stdin\)= '", JSON_TRIAL._replace(
+        digest=lambda v: f"SHA2-256(stdin)= {sha256(v)}".encode())),
+    ("sha256sum's", JSON_TRIAL._replace(digest=lambda v: f"{sha256(v)}  -".encode())),
+    ("method GET, and it .*AWS4|AWS4.*method GET", JSON_TRIAL._replace(
+        verb=lambda v: "GET", secret=lambda v: v[4:])),
+    ("inner slashes", API_TRIAL._replace(target="/a/b", path=lambda v: "/a%2Fb")),
+    ("first segment", API_TRIAL._replace(target="/prod/a/b", path=lambda v: "/a/b")),
+    ("began the path with the bucket", S3_TRIAL._replace(
+        host="photos.localhost:9000", target="/a.jpg", path=lambda v: "/photos/a.jpg")),
+    ("line of the empty query", JSON_TRIAL._replace(whole=lambda v: v.replace("/\n\n", "/\n", 1))),
+    ("last parameter of each name", GET_TRIAL._replace(
+        target="/?a=1&a=2&b=3", query=lambda v: "a=2&b=3")),
+    ("X-Amz-Security-Token after", URL_TRIAL._replace(
+        token="a/token", query=sub("&X-Amz-Security-Token=[^&]*", ""))),
+    ("https:// before it", JSON_TRIAL._replace(block=sub("(?m)^host:", "host:https://"))),
+    ("http:// before it", JSON_TRIAL._replace(block=sub("(?m)^host:", "host:http://"))),
+    ("and the newline before it", JSON_TRIAL._replace(whole=lambda v: v.rpartition("\n")[0])),
+    (r"without blanks or \\u", JSON_TRIAL._replace(
+        body='{"a": "\xe4"}'.encode(), hashed=rejson(ensure_ascii=False, separators=(",", ":")))),
+    (r"with blanks, without \\u", JSON_TRIAL._replace(
+        body='{"a":"\xe4"}'.encode(), hashed=rejson(ensure_ascii=False))),
+    (r"indented, without \\u", JSON_TRIAL._replace(
+        body='{"a":"\u20ac"}'.encode(), hashed=rejson(ensure_ascii=False, indent=2))),
+    ("as in Go", JSON_TRIAL._replace(body=b'{"a":"b&c<"}', hashed=hashing(
+        lambda b: b.replace(b"&", rb"\u0026").replace(b"<", rb"\u003c")))),
+    ("as in PHP", JSON_TRIAL._replace(body=b'{"a":"b/c"}', hashed=hashing(
+        lambda b: b.replace(b"/", rb"\/")))),
+    (r"with \+ for each %20", FORM_TRIAL._replace(
+        body=b"Action=a%20b", hashed=hashing(lambda b: b.replace(b"%20", b"+")))),
+    (r"with %20 for each \+", FORM_TRIAL._replace(
+        body=b"Action=a+b", hashed=hashing(lambda b: b.replace(b"+", b"%20")))),
+    ("hashed {} and sent no body", GET_TRIAL._replace(hashed=lambda b: sha256(b"{}"))),
+    (r"X-Amz-Date than it sent, \+1 s", JSON_TRIAL._replace(
+        block=replaced("T143000Z", "T143001Z"))),
+    ("added b to the query after", GET_TRIAL._replace(target="/?a=1&b=2", query=lambda v: "a=1")),
 ]  # fmt: skip
 
 
@@ -3722,7 +3770,7 @@ class HintTest(VerifyCase):
 class DetectiveTest(unittest.TestCase):
     def cause(self, trial):
         """Return the cause that a refusal names for a broken signer."""
-        client = Client("trial", TRIAL_KEY, TRIAL_SECRET)
+        client = Client("trial", TRIAL_KEY, TRIAL_SECRET, trial.token)
         now = awsproxy.epoch(TRIAL_DATE) + 5
         with self.assertRaises(ServiceError) as caught:
             verify(signed_by(trial), {TRIAL_KEY: [client]}, now)
