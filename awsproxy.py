@@ -1645,7 +1645,6 @@ def _texts(
     by_name = sorted(sent, key=lambda header: header[0].lower())
     # If the body streams or is long, only its hash is known.
     hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
-    text = body.decode("latin-1")
     date, scope = claimed.amz_date, claimed.scope
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
@@ -1681,37 +1680,42 @@ def _texts(
         "names in order": ";".join(n.lower() for n, _ in sent),
         "names in case": ";".join(n for n, _ in by_name),
         "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
-        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": text,
+        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
         "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
     }  # fmt: skip
     with contextlib.suppress(ServiceError):  # the path leads above its root
         texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
-    to_hash = {
-        "body stripped": text.rstrip("\r\n"), "body and newline": f"{text}\n",
-        "body with LF": text.replace("\r\n", "\n"), "hash of hash": hashed,
-        "body with CR LF": re.sub("\r?\n", "\r\n", text), "body as string": json.dumps(text),
-        "form with plus": text.replace("%20", "+"), "form without plus": text.replace("+", "%20"),
+    for name, other in _other_bodies(body, hashed).items():
+        texts[name] = hashlib.sha256(other).hexdigest()
+    return texts
+
+
+def _other_bodies(body: bytes, hashed: str) -> Mapping[str, bytes]:
+    """Return what signers hash in place of the body."""
+    others = {
+        "body stripped": body.rstrip(b"\r\n"), "body and newline": body + b"\n",
+        "body with LF": body.replace(b"\r\n", b"\n"), "hash of hash": hashed.encode(),
+        "body with CR LF": re.sub(rb"\r?\n", b"\r\n", body),
+        "body as string": json.dumps(body.decode("latin-1")).encode(),
+        "form with plus": body.replace(b"%20", b"+"),
+        "form without plus": body.replace(b"+", b"%20"),
     }  # fmt: skip
-    if parts[5] == EMPTY_SHA256:
-        to_hash["no JSON"] = "{}"
+    if hashed == EMPTY_SHA256:
+        others["no JSON"] = b"{}"
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
-        to_hash["JSON compact"] = dumps(separators=tight)
-        to_hash["JSON spaced"] = dumps()
-        to_hash["JSON sorted"] = dumps(sort_keys=True)
-        to_hash["JSON sorted, compact"] = dumps(sort_keys=True, separators=tight)
-        to_hash["JSON indented"] = dumps(indent=2)
-        to_hash["JSON of PHP"] = to_hash["JSON compact"].replace("/", r"\/")
-        plain = functools.partial(dumps, ensure_ascii=False)
-        to_hash["JSON of Go"] = re.sub(
-            "[<>&]", lambda it: f"\\u{ord(it[0]):04x}", plain(separators=tight)
-        )
-        to_hash["JSON compact in UTF8"] = plain(separators=tight)
-        to_hash["JSON spaced in UTF8"], to_hash["JSON indented in UTF8"] = plain(), plain(indent=2)
-    for name, line in to_hash.items():
-        coding = "utf-8" if name.startswith("JSON") else "latin-1"
-        texts[name] = hashlib.sha256(line.encode(coding)).hexdigest()
-    return texts
+        plain, compact = functools.partial(dumps, ensure_ascii=False), dumps(separators=tight)
+        packed = plain(separators=tight)
+        forms = {
+            "compact": compact, "spaced": dumps(), "indented": dumps(indent=2),
+            "sorted": dumps(sort_keys=True), "of PHP": compact.replace("/", r"\/"),
+            "sorted, compact": dumps(sort_keys=True, separators=tight),
+            "of Go": re.sub("[<>&]", lambda it: f"\\u{ord(it[0]):04x}", packed),
+            "compact in UTF8": packed, "spaced in UTF8": plain(),
+            "indented in UTF8": plain(indent=2),
+        }  # fmt: skip
+        others.update((f"JSON {name}", form.encode()) for name, form in forms.items())
+    return others
 
 
 def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
@@ -3258,11 +3262,11 @@ class Message:
     first_received: float = 0.0
     last_received: float = 0.0
     hidden_until: float = 0.0  # 0 while it is visible
-    is_saved: bool = False  # whether a store has it, in its present queue
+    is_saved: bool = False  # whether a store has the message in its present queue
 
 
 class Changes:
-    """What has changed since a store saved the queues."""
+    """The changes since a store last saved the queues."""
 
     def __init__(self) -> None:
         self.messages: dict[tuple[int, str], tuple[Queue, Message]] = {}  # by serial and id
@@ -3788,7 +3792,7 @@ class Sqs:
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
         if self.is_failing:
-            self.commit()  # before the disk takes what is there, nothing is added
+            self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
             output = OPERATIONS[call.operation].method(self, call)
@@ -3861,7 +3865,7 @@ class Sqs:
                 raise sqs_refusal("no queue")
             queue.advance(self._clock())
             for message in itertools.islice(queue.messages.values(), limit):
-                # A message of a FIFO queue is blocked behind a hidden one of its group.
+                # A hidden message of a FIFO queue blocks the later messages in its group.
                 group, state = message.system.get("MessageGroupId"), "visible"
                 if message.hidden_until:
                     state = "in flight" if message.received else "delayed"
@@ -6505,7 +6509,7 @@ class Metrics(Hook):
         self._gauges: dict[str, tuple[str, str, Callable[[], Any]]] = {}
 
     def gauge(self, name: str, help_text: str, read: Callable[[], Any], labels: str = "") -> None:
-        """Add a gauge; `read` returns its value or, with labels, values by those of the labels."""
+        """Add a gauge; `read` returns its value, or with labels a map from labels to values."""
         self._gauges[name] = (help_text, labels, read)
 
     def observe(self, exchange: Exchange) -> None:
@@ -7322,7 +7326,7 @@ def read_queues(path: str) -> Mapping[str, Section]:
 
 
 def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
-    """Create queues, or change those that exist.  Raise ValueError with the name of a wrong one.
+    """Create queues, or change existing ones.  Raise ValueError with the name of a wrong one.
 
     NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
 
@@ -9034,6 +9038,9 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
+    _drain_until = math.inf
+    _is_public = False  # whether it listens on more than loopback
+
     def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
         self._options = options
         self._console = self._writer = console
@@ -9044,8 +9051,6 @@ class Program:
             read = functools.partial(read_certificate, key=key)
             self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
-        self._drain_until = math.inf
-        self._is_public = False  # whether it listens on more than loopback
         self._signals: collections.deque[int] = collections.deque()
         self._sqs, self._store = Sqs(cooldown=options.cooldown), None
         self._metrics = Metrics()
