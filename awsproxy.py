@@ -1534,8 +1534,7 @@ MISTAKES = r"""
         name=value with both percent-encoded, or take curl 8.19 or newer
     query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
     query | .+ | <query in order> | did not sort the query
-    query | .+ | <query plus> | signed a '+' in the query as %2B: a '+' is a blank, write \
-        %20 or %2B
+    query | .+ | <query plus> | signed a '+' in the query as %2B: it is a blank, write %20 or %2B
     query | .+ | <query again> | percent-encoded the query twice
     query | .+ | <query decoded> | did not percent-encode the query
     query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
@@ -1565,8 +1564,7 @@ MISTAKES = r"""
     headers | (?s).+ | - | left out the canonical headers
     headers | (?m)^content-length:.*$ | content-length:<characters> | signed the number of \
         characters as Content-Length: send and sign the number of bytes
-    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | signed an X-Amz-Content-Sha256 of an \
-        empty body, and sent another
+    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
     headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
     headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
     names | ; | , | joined the signed headers with commas
@@ -1743,14 +1741,7 @@ def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]
     ) in "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es".split():
         words = f"derived the key for the service {other}, and its scope says {service}"
         yield 8, ".+", f"{date}/{region}/{other}/{end}", words
-    lines, parameters = parts[3].splitlines(keepends=True), parts[2].split("&")
-    for order in itertools.permutations(lines) if len(lines) <= 4 else ():
-        yield (
-            3,
-            "(?s).+",
-            "".join(order).replace("\\", r"\\"),
-            "did not sort the canonical headers",
-        )
+    parameters = parts[2].split("&")
     for added in parameters[:32]:
         rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
         yield 2, ".+", rest, f"added {added.partition('=')[0]} to the query after signing"
@@ -3164,6 +3155,7 @@ SECONDS_DEDUPLICATED = 300
 MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
 SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creating it again
 MAX_IN_FLIGHT = 120000
+MAX_LOOK = 4194304  # characters of the bodies that a look into a queue returns
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
 MAX_POLICY_DEPTH = 32
 MAX_BATCH_BYTES = 1048576
@@ -3330,6 +3322,8 @@ class Queue:
         """Add a message, hidden for its delay."""
         self.messages[message.message_id] = message
         message.is_saved = False
+        if self.changes is not None:  # a message that comes back takes the last place
+            self.changes.messages.pop((self.serial, message.message_id), None)
         heapq.heappush(self._by_age, (message.sent, message.message_id))
         if len(self._by_age) > 2 * len(self.messages) + 64:
             self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
@@ -3369,12 +3363,15 @@ class Queue:
         self.delayed = self.in_flight = 0
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
+            for key in [key for key in self.changes.memory if key[0] == self.serial]:
+                del self.changes.memory[key]
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
         times = {"created": self.created, "modified": self.modified, "purged": self.purged}
         tasks = [dataclasses.asdict(task) for task in self.tasks]
         more = {"settings": self.settings, "tags": self.tags, "tasks": tasks, **times}
+        more["scoped"] = getattr(self, "scoped_to_group", False)
         return self.serial, self.arn, json.dumps(more).encode()
 
     def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
@@ -3440,13 +3437,13 @@ class FifoQueue(Queue):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         # Fixed when the queue is created: AWS accepts a later change and ignores it.
-        self._scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
+        self.scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
         self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
         self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
 
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
-        group = system["MessageGroupId"] if self._scoped_to_group else ""
+        group = system["MessageGroupId"] if self.scoped_to_group else ""
         key = group, system["MessageDeduplicationId"]
         first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
         if first is sent:
@@ -3460,7 +3457,8 @@ class FifoQueue(Queue):
             self._sent[names[0], names[1]] = (at, first, second)
         else:
             received = [self.messages[it] for it in second if it in self.messages]
-            self.attempts[names[0]] = (at, first, received)
+            if len(received) == len(second):  # none was deleted
+                self.attempts[names[0]] = (at, first, received)
 
     def clear(self) -> None:
         super().clear()
@@ -3775,7 +3773,7 @@ class Sqs:
     ) -> None:  # fmt: skip
         self._clock = clock
         self._new_id = new_id
-        self._secret = secret or os.urandom(32)  # authenticates receipt handles
+        self.secret = secret or os.urandom(32)  # authenticates receipt handles
         self._wait = wait
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
@@ -3783,7 +3781,7 @@ class Sqs:
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
         self._draining = False
-        self._serials = itertools.count(1)
+        self.serials = itertools.count(1)
         self.changes: Optional[Changes] = None  # for a store
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
         self.is_failing = False  # whether the last commit failed
@@ -3809,17 +3807,10 @@ class Sqs:
         )
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
+        if isinstance(queue, FifoQueue):
+            queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
-
-    def keep(
-        self, changes: Changes, commit: Callable[[], None], secret: bytes, start: int
-    ) -> None:
-        """Let a store see all changes from now on."""
-        self.changes, self.commit, self._secret = changes, commit, secret
-        self._serials = itertools.count(start)
-        for queue in self._queues.values():
-            queue.changes = changes
 
     def has(self, queue: Queue) -> bool:
         """Return whether a queue was not deleted."""
@@ -3857,21 +3848,24 @@ class Sqs:
         """Return the first messages of a queue and their states; ServiceError for no queue.
 
         Without a region, take the first one that has the queue.  Nothing changes."""
-        ending, found = f":{region}:{account}:{name}" if region else f":{account}:{name}", []
-        hidden_groups = set()
+        ending = f":{region}:{account}:{name}" if region else f":{account}:{name}"
+        found: list[Members] = []
+        hidden_groups, room = set(), MAX_LOOK
         with self.lock:
             queue = next((it for arn, it in self._queues.items() if arn.endswith(ending)), None)
             if queue is None:
                 raise sqs_refusal("no queue")
             queue.advance(self._clock())
             for message in itertools.islice(queue.messages.values(), limit):
+                room -= len(message.body)
+                if room < 0 and found:
+                    break
                 # A hidden message of a FIFO queue blocks the later messages in its group.
-                group, state = message.system.get("MessageGroupId"), "visible"
+                group = message.system.get("MessageGroupId") if queue.fifo else None
+                state = "blocked" if group in hidden_groups else "visible"
                 if message.hidden_until:
                     state = "in flight" if message.received else "delayed"
-                    hidden_groups.add(group)
-                elif queue.fifo and group in hidden_groups:
-                    state = "blocked"
+                    hidden_groups.add(group or message.message_id)
                 every = {"AttributeNames": ["All"], "MessageAttributeNames": ["All"]}
                 found.append({"State": state, **self._message_output(queue, message, every)})
         return [{k: v for k, v in it.items() if k != "ReceiptHandle"} for it in found]
@@ -3924,7 +3918,7 @@ class Sqs:
         refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
         defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
         kind = FifoQueue if fifo else Queue
-        queue = kind(arn, next(self._serials), {**defaults, **settings}, now, self.lock)
+        queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
         self._check_redrive(queue, settings)
         queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
         self._queues[arn] = self._found_last = queue
@@ -4012,6 +4006,7 @@ class Sqs:
     def delete_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
         del self._queues[queue.arn]
+        queue.clear()  # a store must not save what the queue holds
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
         self._deleted = {**recent, queue.arn: now}
@@ -4104,7 +4099,7 @@ class Sqs:
         if isinstance(queue, FifoQueue):
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
-            kept["SequenceNumber"] = f"{next(self._serials):020d}"
+            kept["SequenceNumber"] = f"{next(self.serials):020d}"
             first = queue.first_sent(kept, (now, new_id, kept["SequenceNumber"]))
             _, output["MessageId"], output["SequenceNumber"] = first
         if output["MessageId"] == new_id:
@@ -4191,7 +4186,7 @@ class Sqs:
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
-        handle = hmac.digest(self._secret, text, "sha256")[:12] + text
+        handle = hmac.digest(self.secret, text, "sha256")[:12] + text
         output: dict[str, Any] = {
             "MessageId": message.message_id, "ReceiptHandle": "AQEB" + _base64_text(handle),
             "MD5OfBody": _md5(message.body), "Body": message.body
@@ -4219,7 +4214,7 @@ class Sqs:
         """Return the message of a handle, or None, and whether its receive still holds it."""
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
-        genuine = hmac.compare_digest(hmac.digest(self._secret, text, "sha256")[:12], raw[:12])
+        genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
         serial, _, rest = text.decode("latin-1").partition(":")
         if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
             raise sqs_refusal("handle", handle)
@@ -4316,7 +4311,7 @@ class Sqs:
             if target is None:
                 return "FAILED"
             if target.fifo:
-                system["SequenceNumber"] = f"{next(self._serials):020d}"
+                system["SequenceNumber"] = f"{next(self.serials):020d}"
             source.remove(dead)
             # A new message with a new id ("Configure a dead-letter queue redrive").
             target.add(Message(self._new_id(), dead.body, dead.attributes, system, now))
@@ -6064,6 +6059,12 @@ class Workers:
         self._tasks: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
         self._idle = threading.Semaphore(0)  # counts the threads that no task is meant for
 
+    def end(self) -> None:
+        """End the idle threads now, and the others after their tasks."""
+        self.IDLE_SECONDS = 0
+        while self._idle.acquire(blocking=False):
+            self._tasks.put(sys.exit)
+
     def run(self, task: Callable[[], None]) -> None:
         """Run the task in a thread; RuntimeError if the system has no more threads."""
         if not self._idle.acquire(blocking=False):
@@ -6387,11 +6388,12 @@ def open_log(path: str) -> Any:
 
 # [7.4] Explanations
 Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their labels
-_TOKENS = "x-amz-(?:security|s3session)-token"
 _SECRET = re.compile(  # a header, or a parameter of a query
-    f"(?is)^((?:cookie|{_TOKENS}|authorization(?!: (?-i:{ALGORITHM}))): ?).*|({_TOKENS}=)[^&]*"
+    rf"(?is)^((?:cookie2?|proxy-authorization|[\w-]{{0,99}}(?:token|customer-key)"
+    rf"|authorization(?!: (?-i:{ALGORITHM}) )): ?).*"
+    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*"
 )
-_SIGNATURE_SHOWN = re.compile("(Signature=[0-9A-Fa-f]{12})[^&,]*")
+_SIGNATURE_SHOWN = re.compile("(?i)(Signature=[^&, ]{12})[^&, ]*")
 MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
 
@@ -7142,7 +7144,10 @@ class Embedded:
         if call.operation not in OPERATIONS:
             raise _invalid_action(call.operation, OPERATIONS)
         try:
-            return call.wire.output(call, SQS_MODEL, self._sqs.perform(call), request_id)
+            output = self._sqs.perform(call)
+            if call.may_wait:  # in a worker; the loop commits the calls of a turn together
+                self._sqs.commit()
+            return call.wire.output(call, SQS_MODEL, output, request_id)
         except ServiceError as error:
             members = OPERATIONS[call.operation].input.members
             for name in call.ignored[:1]:
@@ -7302,7 +7307,12 @@ class Route(NamedTuple):
 
 
 # [8.3] Paths of our own
-_OF_A_QUEUE = ("region", "account", "dead_letter", "tags")  # keys that are no attributes
+_FORMS = {  # of the keys that are no attributes
+    "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
+    "account": ("([0-9]{12})?", "12 digits"),
+    "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
+    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
+}
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -7315,13 +7325,12 @@ def read_queues(path: str) -> Mapping[str, Section]:
         raise ValueError(" ".join(str(error).split())) from error
     for name in parser.sections():
         given = parser[name]
-        for key in set(given).difference(SETTINGS, _OF_A_QUEUE):
-            meant = did_you_mean(key, (*SETTINGS, *_OF_A_QUEUE))
+        for key in set(given).difference(SETTINGS, _FORMS):
+            meant = did_you_mean(key, (*SETTINGS, *_FORMS))
             raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
-        if not re.fullmatch("([0-9]{12})?", given.get("account", "")):
-            raise ValueError(f"[{name}] account must be 12 digits")
-        if not re.fullmatch("([^:]+:[0-9]+)?", given.get("dead_letter", "")):
-            raise ValueError(f"[{name}] dead_letter must be NAME:COUNT, as in failed:5")
+        for key, (form, wanted) in _FORMS.items():
+            if not re.fullmatch(form, given.get(key, "")):
+                raise ValueError(f"[{name}] {key} must be {wanted}")
     return {name: dict(parser[name]) for name in parser.sections()}
 
 
@@ -7339,12 +7348,12 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
             )
         except ServiceError as error:
             if error.code != "QueueNameExists":
-                raise ValueError(f"[{name}] {error.message}") from error
+                raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
             return False
         return True
 
     for name, given in declared.items():
-        attributes = {key: value for key, value in given.items() if key not in _OF_A_QUEUE}
+        attributes = {key: value for key, value in given.items() if key not in _FORMS}
         new = {**attributes, "FifoQueue": "true"} if name.endswith(".fifo") else attributes
         if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
             _perform(name, "SetQueueAttributes", Attributes=attributes)
@@ -7395,7 +7404,8 @@ class Status:
 
     def _answer(self, request: Request) -> Reply:
         given = _query_values(request, b"queue")
-        after, limit = (_number_in(request, name) for name in (b"after", b"limit"))
+        numbers = dict(re.findall("[?&](after|limit)=([0-9]{1,9})", request.target))
+        after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
@@ -7416,7 +7426,7 @@ class Status:
             return _status_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
             _, region, account, name = page.split("/")
-            return _status_json(self.sqs.look(region, account, name, min(limit or 100, 1000)))
+            return _status_json(self.sqs.look(region, account, name, min(limit, 1000)))
         if page == "calls" and self.inspector:
             return _status_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
@@ -7432,19 +7442,14 @@ def _status_reply(
     return Reply(status, headers, text.encode("utf-8"))
 
 
-def _number_in(request: Request, name: bytes) -> int:
-    given = "".join(_query_values(request, name))
-    return int(given) if _INDEX.fullmatch(given) else 0
-
-
 def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
     """Return messages as LocalStack does ("SQS", "Developer endpoints", LocalStack docs)."""
     names = (b"QueueUrl", b"ShowInvisible", b"ShowDelayed")
     url, *shown = ("".join(_query_values(request, name)) for name in names)
     invisible, delayed = (it.lower() in ("true", "1") for it in shown)
-    parts = urllib.parse.urlsplit(url or path)
-    *_, region, account, name = ["", "", "", *parts.path.split("/")]
-    host = parts.netloc.replace("localhost.localstack.cloud", "api.aws")
+    host, *segments = (url or path).rpartition("://")[2].split("/")
+    *_, region, account, name = ["", "", "", *segments]
+    host = host.replace("localhost.localstack.cloud", "api.aws")
     region, messages = region or service_of_host(host)[1], []
     states = ("in flight", "blocked") * invisible + ("visible",) + ("delayed",) * delayed
     try:
@@ -7566,8 +7571,9 @@ class Store:
             self._open(full)
             with sqs.lock:
                 self._load()
-        except sqlite3.Error as error:
-            fault = f"it is damaged, or no store: {error}"
+            self._database.execute("commit")  # now: a damaged file is not changed
+        except (sqlite3.Error, ValueError, LookupError, TypeError, ServiceError) as error:
+            fault = f"it is damaged, or no store: {' '.join(str(error).split())[:200]}"
             fault = "another process uses it" if "locked" in str(error) else fault
             raise ValueError(fault) from error
 
@@ -7577,17 +7583,14 @@ class Store:
         names = ("application_id", "user_version")
         mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
         is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
-        if not is_new and mark != _OUR_FILE:
-            raise ValueError(f"it is no store of this version of awsproxy (its mark is {mark})")
-        ask("pragma journal_mode = wal")
-        ask(f"pragma synchronous = {'full' if full else 'normal'}")
-        ask("begin exclusive")
+        if mark != ((0, 0) if is_new else _OUR_FILE):
+            raise ValueError(f"of another program or version (its mark is {mark})")
+        how = ("pragma journal_mode = wal", f"pragma synchronous = {'full' if full else 'normal'}")
+        for statement in (*how, "begin exclusive", *(_SCHEMA.split(";")[:-1] if is_new else ())):
+            ask(statement)
         if is_new:
-            for statement in _SCHEMA.split(";")[:-1]:
-                ask(statement)
             ask("insert into about values ('secret', ?), ('starts', 0)", (os.urandom(32),))
         ask("update about set value = value + 1 where name = 'starts'")
-        ask("commit")
 
     def _load(self) -> None:
         ask, told, sqs = self._database.execute, time.monotonic(), self._sqs
@@ -7600,7 +7603,7 @@ class Store:
             message = Message(message_id, body, attributes, json.loads(system), *state)
             queues[serial].add(message)
             if until:
-                queues[serial].hide(message, until)
+                queues[serial].hide(message, float(until))
             message.is_saved = True
             if number % 1024 == 0 and time.monotonic() > told + 2:
                 told = time.monotonic()
@@ -7609,11 +7612,14 @@ class Store:
             queue = queues[serial]
             if isinstance(queue, FifoQueue):
                 queue.recall(key, kept)
-        sqs.keep(self._changes, self.commit, about["secret"], about["starts"] * 10**12)
+        for queue in queues.values():
+            queue.changes = self._changes
+        sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]
+        sqs.serials = itertools.count(about["starts"] * 10**12)
 
     def commit(self) -> None:
         """Save all changes.  Raise ServiceError ServiceUnavailable if the disk takes none."""
-        if not (self._changes or self._unsaved or self._lock.locked()):
+        if not (self._changes or self._lock.locked() or self._unsaved):
             return
         with self._lock:
             with self._sqs.lock:
@@ -7662,7 +7668,7 @@ class Store:
             ("delete from messages where serial = ? and id = ?", gone),
             ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
              " where serial = ? and id = ?", changed),
-            (f"insert into messages values (null{', ?' * 11})", new),
+            (f"replace into messages values (null{', ?' * 11})", new),
             ("replace into memory values (?, ?, ?, ?)", list(changes.memory.values())),
         )  # fmt: skip
         for held in (changes.messages, changes.queues, changes.memory, changes.cleared):
@@ -7719,9 +7725,7 @@ class Pending:
         if self.socket:  # the call was sent
             self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
-            reply = self._act()
-            self._proxy.sqs.commit()
-            return self._proxy.observed(self._exchange, reply)
+            return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
@@ -8527,6 +8531,12 @@ class Server(http.server.HTTPServer):
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
     ) -> None:  # fmt: skip
+        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+        self.socket.close()  # it is not of the right family, nor bound
+        v6 = ":" in address[0]
+        self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
+            family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
+        self.server_address = self.socket.getsockname()
         self.proxy = proxy
         self.timeout_seconds = timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
@@ -8550,12 +8560,6 @@ class Server(http.server.HTTPServer):
         self._stopping = False
         self._stopped = threading.Event()
         self._stopped.set()
-        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-        self.socket.close()  # it is not of the right family, nor bound
-        v6 = ":" in address[0]
-        self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
-            family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
-        self.server_address = self.socket.getsockname()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
             self._selector.register(listening, _READ, act)
@@ -8661,6 +8665,7 @@ class Server(http.server.HTTPServer):
                     socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
         while self._returned:
             self._returned.popleft().hang_up()
+        self._workers.end()
         self._selector.close()
         self._wake.close()
         self._woken.close()
@@ -9031,7 +9036,7 @@ class UsageError(Exception):
 def _usage_errors(prefix: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ServiceError) as error:
         raise UsageError(f"{prefix}{error}") from error
 
 
@@ -9198,7 +9203,7 @@ class Program:
             signing_key.cache_clear()
         if self._certificate:
             self._certificate.refresh()
-        if self._queues and self._queues.refresh():
+        if self._queues and not self._sqs.is_failing and self._queues.refresh():
             try:
                 self._create_queues()
             except (ValueError, ServiceError) as error:
@@ -9308,11 +9313,9 @@ def running(
     queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
     clients: Clients = DEMO_CLIENTS, **options: Any
 ) -> Iterator[str]:  # fmt: skip
-    """Run a server in a thread, for tests, and yield its URL; stop all at the end.
+    """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
-    queues: names of queues in us-east-1
-    clock: the time of the queues
-    options: more arguments of Proxy"""
+    `clock` is the time of the queues; `options` are more arguments of Proxy."""
     sqs = Sqs(clock or steady_time)
     if clock:
         clock.wake = sqs.wake

@@ -3631,7 +3631,7 @@ BROKEN_SIGNERS = [
     ("number of characters", JSON_TRIAL._replace(
         headers=(("Content-Type", "application/json"), ("Content-Length", "27")),
         body='{"QueueName": "k\xe4se-queue"}'.encode(), after=with_header("Content-Length", "28"))),
-    ("X-Amz-Content-Sha256 of an", JSON_TRIAL._replace(
+    ("another X-Amz-Content-Sha256", JSON_TRIAL._replace(
         declares=True, block=sub("(x-amz-content-sha256:).*", rf"\g<1>{EMPTY}"))),
     ("blanks into the line", JSON_TRIAL._replace(names=replaced(";", "; "))),
     ("line of signed headers with ;", JSON_TRIAL._replace(names=lambda v: v + ";")),
@@ -14822,6 +14822,24 @@ class InspectorTest(unittest.TestCase):
         for secret in ("aSessionTokenThatIsLong", "aCookie", "Bearer b", TRIAL_SECRET):
             self.assertNotIn(secret, text)
 
+    def test_secrets_in_disguise_are_not_shown(self):
+        secret = "5ecre7" * 4
+        for name in (
+            "X-Amz-SSO_Bearer_Token", "Proxy-Authorization", "Cookie2", "X-Aws-Ec2-Metadata-Token",
+            "X-Amz-Server-Side-Encryption-Customer-Key",
+        ):  # fmt: skip
+            self.get("/", (("Host", "localhost"), (name, secret)))
+        for query in (
+            f"X-Amz-Security%2DToken={secret}", f"X-Amz-Signature=%35{secret[1:]}",
+            f"x-amz-signature={secret}", f"AWSAccessKeyId=a&Signature={secret}",
+            f"WebIdentityToken={secret}", f"a=1;X-Amz-Security-Token={secret}",
+            f"SAMLAssertion={secret}",
+        ):  # fmt: skip
+            self.get(f"/?{query}")
+        self.get("/", (("Host", "localhost"), ("Authorization", f"AWS4-HMAC-SHA256\t{secret}")))
+        for call in self.calls():
+            self.assertNotIn(secret[2:], json.dumps(call["steps"][0]))
+
     def test_a_long_call_is_cut(self):
         self.send(JSON_TRIAL._replace(headers=tuple((f"X-{n}", "x" * 1000) for n in range(60))))
         (call,) = self.calls()
@@ -14999,6 +15017,91 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(sorted(again.bodies(url, MaxNumberOfMessages=10)), ["a", "b", "c"])
         self.assertEqual(again.bodies(dead), [])
 
+    def test_a_queue_that_is_deleted_in_the_turn_of_a_send_leaves_nothing(self):
+        for fifo in ({}, {"FifoQueue": "true", "ContentBasedDeduplication": "true"}):
+            for end in ("delete", "reset", "purge"):
+                with self.subTest(end, **fifo):
+                    caller = self.open(os.path.join(self.folder, f"{end}{len(fifo)}"))
+                    url = caller.queue("a.fifo" if fifo else "a", **fifo)
+                    caller.sqs.commit, commit = lambda: None, caller.sqs.commit
+                    more = {"MessageGroupId": "g"} if fifo else {}
+                    caller.enqueue(url, "x", **more)
+                    if end == "delete":
+                        caller("DeleteQueue", QueueUrl=url)
+                    elif end == "purge":
+                        caller.purge(url)
+                    else:
+                        caller.sqs.reset()
+                    commit()
+                    path = self.path
+                    self.path = os.path.join(self.folder, f"{end}{len(fifo)}")
+                    again = self.killed()
+                    self.path = path
+                    url = again.queue("a.fifo" if fifo else "a", **fifo)
+                    self.assertEqual(again.bodies(url), [])
+                    again.enqueue(url, "x", **more)
+                    self.assertEqual(again.bodies(url), ["x"])
+
+    def test_a_message_that_comes_back_to_its_queue(self):
+        caller = self.open()
+        arn = "arn:aws:sqs:us-east-1:000000000000:jobs"
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
+        url = caller.queue(VisibilityTimeout="0")
+        caller("SetQueueAttributes", QueueUrl=url, Attributes={"RedrivePolicy": policy})
+        for text in ("a", "b"):
+            caller.enqueue(url, text)
+        for _ in range(3):
+            caller.receive(url, VisibilityTimeout=0)
+        everything = {"MaxNumberOfMessages": 10, "VisibilityTimeout": 0}
+        self.assertEqual(self.killed().bodies(url, **everything), caller.bodies(url, **everything))
+
+    def test_the_scope_of_deduplication_stays_as_it_was_created(self):
+        caller = self.open()
+        url = caller.queue("a.fifo", FifoQueue="true")
+        scope = {"DeduplicationScope": "messageGroup", "FifoThroughputLimit": "perMessageGroupId"}
+        caller("SetQueueAttributes", QueueUrl=url, Attributes=scope)
+        given = {"MessageDeduplicationId": "d"}
+        first = caller.enqueue(url, "a", MessageGroupId="g", **given)
+        again = self.killed().enqueue(url, "a", MessageGroupId="h", **given)
+        self.assertEqual(again["MessageId"], first["MessageId"])
+
+    def test_a_store_with_a_wrong_row_is_refused_and_kept(self):
+        for statement in (
+            "delete from queues",
+            "update messages set system = 'x'",
+            "update queues set more = '[]'",
+            "update messages set hidden = 'soon'",
+            "delete from about",
+        ):
+            path = os.path.join(self.folder, f"wrong{len(statement)}")
+            caller = self.open(path)
+            caller.enqueue(caller.queue(), "a")
+            caller.store.close()
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute(statement)
+                database.commit()
+                database.execute("pragma wal_checkpoint(truncate)")
+            before = pathlib.Path(path).read_bytes()
+            with self.subTest(statement):
+                with self.assertRaisesRegex(ValueError, "^it is damaged, or no store") as caught:
+                    awsproxy.Store(path, Sqs())
+                self.assertNotIn("\n", str(caught.exception))
+                del caught
+                gc.collect()
+                self.assertEqual(pathlib.Path(path).read_bytes(), before)
+
+    def test_a_failing_store_refuses_no_forwarded_call(self):
+        def fail():
+            raise ServiceError("ServiceUnavailable", "full")
+
+        answered = awsproxy.Reply(200, (), b"{}")
+        target = SimpleNamespace(may_block=True, answer=lambda call, request_id: answered)
+        sqs = Sqs()
+        sqs.commit, sqs.is_failing = fail, True
+        proxy = demo_proxy(routes=[awsproxy.Route("*", target)], sqs=sqs)
+        request = ask(headers=[("X-Amz-Target", "AmazonSQS.ListQueues")])
+        self.assertEqual(proxy.handle(request).status, 200)
+
     def test_a_file_that_is_no_store_of_ours_is_refused_and_kept(self):
         foreign = os.path.join(self.folder, "foreign")
         with contextlib.closing(sqlite3.connect(foreign)) as database:
@@ -15021,8 +15124,8 @@ class StoreTest(unittest.TestCase):
         pathlib.Path(damaged).write_bytes(content)
         missing = os.path.join(self.folder, "no", "folder")
         for path, fault in (
-            (foreign, "no store of this version"),
-            (newer, "no store of this version"),
+            (foreign, "of another program or version"),
+            (newer, "of another program or version"),
             (text, "damaged, or no store: file is not a database"),
             (damaged, "damaged"),
             (missing, "unable to open"),
@@ -15184,6 +15287,16 @@ class LookIntoQueuesTest(unittest.TestCase):
         expected = [("a", "in flight"), ("b", "blocked"), ("c", "visible")]
         self.assertEqual(self.look("a.fifo"), expected)
 
+    def test_a_look_is_bounded(self):
+        url = self.caller.queue()
+        for _ in range(6):
+            self.caller.enqueue(url, "x" * 1000000)
+        self.assertEqual(len(self.look("jobs")), 4)
+
+    def test_queue_urls_that_are_none(self):
+        for url in ("http://[", "http://[/x", "//[", "", "x", "%00"):
+            self.assertEqual(self.localstack(f"?QueueUrl={url}")[0], 400, url)
+
     def test_what_is_not_there(self):
         for path in ("queues/us-east-1/000000000000/none", "queues/eu-west-1/000000000000/jobs"):
             status, body = self.get(f"/_awsproxy/{path}")
@@ -15297,6 +15410,9 @@ class QueuesFileTest(unittest.TestCase):
             ("[jobs]\ndead_letter = failed:3", r"\[jobs\] .*Dead letter target does not exist"),
             ("[jobs]\ndead_letter = failed", r"\[jobs\] dead_letter must be NAME:COUNT"),
             ("[jobs]\naccount = 1", r"\[jobs\] account must be 12 digits"),
+            ("[jobs]\nregion = eu:west", r"\[jobs\] region must be a name"),
+            ("[jobs]\ntags = team", r"\[jobs\] tags must be KEY=VALUE"),
+            ('[jobs]\nRedrivePolicy = {\n  "a": 1\n  }', r"^\[jobs\] [^\n]*Redrive[^\n]*$"),
             ("[jobs]\n[jobs]", "already exists"),
             ("jobs", "no section headers"),
         ):
@@ -15387,6 +15503,23 @@ class RunningTest(unittest.TestCase):
         with awsproxy.running(verified=False, account_id="123456789012") as url:
             with urllib.request.urlopen(f"{url}/?Action=CreateQueue&QueueName=a") as answer:
                 self.assertIn(b"/123456789012/a<", answer.read())
+
+    def test_nothing_is_left(self):
+        with self.assertRaises(ZeroDivisionError):
+            with awsproxy.running(queues=["jobs"]) as url:
+                queue = self.ask(url, "GetQueueUrl", {"QueueName": "jobs"})["QueueUrl"]
+                self.ask(url, "ReceiveMessage", {"QueueUrl": queue, "WaitTimeSeconds": 1})
+                1 / 0  # noqa: B018
+        until = time.monotonic() + DEADLINE
+        while workers := [it for it in threading.enumerate() if "_work" in repr(it)]:
+            self.assertLess(time.monotonic(), until, workers)
+            time.sleep(0.02)
+
+    def test_a_port_in_use(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            with self.assertRaises(OSError):
+                with awsproxy.running(port=taken.getsockname()[1]):
+                    pass
 
     def test_its_own_paths_are_served(self):
         with awsproxy.running(queues=["jobs"]) as url:
