@@ -7565,20 +7565,20 @@ class Store:
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._cleaned = 0.0
         try:
-            self._database = sqlite3.connect(
-                path, timeout=0, isolation_level=None, check_same_thread=False
-            )
+            self._file = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
             self._open(full)
             with sqs.lock:
                 self._load()
-            self._database.execute("commit")  # now: a damaged file is not changed
+            self._file.execute("commit")  # now: a damaged file is not changed
         except (sqlite3.Error, ValueError, LookupError, TypeError, ServiceError) as error:
             fault = f"it is damaged, or no store: {' '.join(str(error).split())[:200]}"
             fault = "another process uses it" if "locked" in str(error) else fault
+            if hasattr(self, "_file"):
+                self._file.close()
             raise ValueError(fault) from error
 
     def _open(self, full: bool) -> None:
-        ask = self._database.execute
+        ask = self._file.execute
         ask("pragma locking_mode = exclusive")
         names = ("application_id", "user_version")
         mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
@@ -7593,7 +7593,7 @@ class Store:
         ask("update about set value = value + 1 where name = 'starts'")
 
     def _load(self) -> None:
-        ask, told, sqs = self._database.execute, time.monotonic(), self._sqs
+        ask, told, sqs = self._file.execute, time.monotonic(), self._sqs
         about = dict(ask("select name, value from about"))
         queues = {row[0]: sqs.restore(*row) for row in ask("select serial, arn, more from queues")}
         total = ask("select count(*) from messages").fetchone()[0]
@@ -7629,13 +7629,13 @@ class Store:
                 self._cleaned = steady_time()
                 self._unsaved.append(("delete from memory where at < ?", [(old,)]))
             try:
-                self._database.execute("begin")
+                self._file.execute("begin")
                 for statement, rows in self._unsaved:
-                    self._database.executemany(statement, rows)
-                self._database.execute("commit")
+                    self._file.executemany(statement, rows)
+                self._file.execute("commit")
             except sqlite3.Error as error:
                 with contextlib.suppress(sqlite3.Error):
-                    self._database.execute("rollback")
+                    self._file.execute("rollback")
                 if not self._sqs.is_failing:
                     log.error("the store cannot be written: %s", error)
                 self._sqs.is_failing = True
@@ -7678,7 +7678,7 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._database.close()
+            self._file.close()
 
 
 # [8.5] Hooks, and calls that wait

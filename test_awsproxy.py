@@ -15136,6 +15136,19 @@ class StoreTest(unittest.TestCase):
             if before:
                 self.assertEqual(pathlib.Path(path).read_bytes(), before)
 
+    def test_a_refused_file_is_closed(self):
+        path = os.path.join(self.folder, "foreign")
+        with contextlib.closing(sqlite3.connect(path, 0)) as database:
+            database.execute("create table a (b)")
+        try:
+            awsproxy.Store(path, Sqs())
+        except ValueError:  # here the error keeps all that led to it alive
+            with contextlib.closing(sqlite3.connect(path, 0)) as database:
+                database.execute("insert into a values (1)")
+                database.commit()
+        else:
+            self.fail("it was opened")
+
     def test_two_processes_cannot_share_a_file(self):
         self.open()
         with self.assertRaisesRegex(ValueError, "another process uses it"):
@@ -15145,8 +15158,8 @@ class StoreTest(unittest.TestCase):
         caller = self.open()
         url = caller.queue()
         caller.enqueue(url, "kept")
-        (pages,) = caller.store._database.execute("pragma page_count").fetchone()
-        caller.store._database.execute(f"pragma max_page_count = {pages + 2}")
+        (pages,) = caller.store._file.execute("pragma page_count").fetchone()
+        caller.store._file.execute(f"pragma max_page_count = {pages + 2}")
         with self.assertLogs("awsproxy", "ERROR") as logged:
             for _ in range(3):
                 with self.assertRaises(Refused) as caught:
@@ -15157,7 +15170,7 @@ class StoreTest(unittest.TestCase):
             len(caller.sqs._queues["arn:aws:sqs:us-east-1:000000000000:jobs"].messages), 2
         )  # not one for each try
         self.assertEqual(self.killed().bodies(url, MaxNumberOfMessages=10), ["kept"])
-        caller.store._database.execute("pragma max_page_count = 100000")
+        caller.store._file.execute("pragma max_page_count = 100000")
         caller.enqueue(url, "more")
         bodies = self.killed().bodies(url, MaxNumberOfMessages=10)
         self.assertEqual([body[:4] for body in bodies], ["kept", "xxxx", "more"])
