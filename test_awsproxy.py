@@ -19258,7 +19258,7 @@ class SlowReaderTest(ProgramTest):
             with contextlib.suppress(OSError):
                 connection.sendall(asked * 400)
         health = functools.partial(own_path, program.address, "/_awsproxy/health")
-        wait_until(lambda: health()[0] == 200, 5, "no connection gave way")
+        wait_until(lambda: health()[0] == 200, 20, "no connection gave way")
         for _ in range(5):
             self.assert_alive(program)
         if os.path.exists("/proc/self/task"):
