@@ -6877,8 +6877,8 @@ class Inspector(Hook):
                 text = body[: self.MOST_BODY].decode("utf-8", "replace")
                 steps.append((title, [("", line) for line in text.splitlines()]))
         if call and call.upstream_seconds > 0:
-            took = f"answered in {call.upstream_seconds * 1000:.1f} ms"
-            steps.append(("upstream", [("", took)]))
+            took = call.upstream_seconds * 1000
+            steps.append(("upstream", [("", f"answered in {took:.1f} ms")]))
         kept = {
             "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
@@ -6894,9 +6894,10 @@ class Inspector(Hook):
             self._calls.append((number, text))
 
     def since(self, number: int) -> str:
-        """Return the calls after a number, the oldest first, as a JSON list."""
+        """Return the calls after a number (all, if it is too high), the oldest first, as JSON."""
         with self._lock:
-            return f"[{','.join(text for at, text in self._calls if at > number)}]"
+            after = number if self._calls and number <= self._calls[-1][0] else 0
+            return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
 @functools.lru_cache(maxsize=1)
@@ -7008,6 +7009,7 @@ let last = 0;
 async function update() {
   try {
     const calls = await (await fetch(`calls?after=${last}`)).json();
+    if (calls.length && calls[0].number <= last) $("calls").replaceChildren();  // it was restarted
     calls.forEach(add);
     if (calls.length) {
       last = calls.at(-1).number;
@@ -7107,7 +7109,6 @@ $("send").addEventListener("click", () => send().catch((error) => {
 }));
 update();
 </script>
-</html>
 """
 
 
@@ -7343,9 +7344,8 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
         place = declared[name].get("region") or region
         owner = Client("", "", "", account_id=declared[name].get("account") or account)
         try:
-            sqs.perform(
-                sqs_call("localhost", operation, {"QueueUrl": name, **given}, place, owner)
-            )
+            given["QueueUrl"] = name
+            sqs.perform(sqs_call("localhost", operation, given, place, owner))
         except ServiceError as error:
             if error.code != "QueueNameExists":
                 raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
@@ -7354,7 +7354,7 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
 
     for name, given in declared.items():
         attributes = {key: value for key, value in given.items() if key not in _FORMS}
-        new = {**attributes, "FifoQueue": "true"} if name.endswith(".fifo") else attributes
+        new = {"FifoQueue": "true", **attributes} if name.endswith(".fifo") else attributes
         if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
             _perform(name, "SetQueueAttributes", Attributes=attributes)
         tags = re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.get("tags", ""))
@@ -7393,7 +7393,7 @@ class Status:
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
-            if self.sqs and request.path.startswith(self.LOCALSTACK):
+            if self.sqs and f"{request.path}/".startswith(f"{self.LOCALSTACK}/"):
                 return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
             return self._answer(request)
         except ServiceError as error:

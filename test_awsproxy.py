@@ -14771,6 +14771,8 @@ class InspectorTest(unittest.TestCase):
         self.assertEqual([it["number"] for it in self.calls()], [1, 2, 3])
         self.assertEqual([it["number"] for it in self.calls(2)], [3])
         self.assertEqual(self.calls("x"), self.calls())
+        self.assertEqual(self.calls(4), self.calls())  # asked by a page of an earlier process
+        self.assertEqual(self.calls(3), [])
         for _ in range(self.inspector.MOST):
             self.send()
         numbers = [it["number"] for it in self.calls()]
@@ -15306,6 +15308,9 @@ class LookIntoQueuesTest(unittest.TestCase):
             self.caller.enqueue(url, "x" * 1000000)
         self.assertEqual(len(self.look("jobs")), 4)
 
+    def test_paths_that_only_begin_as_localstacks(self):
+        self.assertEqual(self.get("/_aws/sqs/messagesZZZ")[0], 404)
+
     def test_queue_urls_that_are_none(self):
         for url in ("http://[", "http://[/x", "//[", "", "x", "%00"):
             self.assertEqual(self.localstack(f"?QueueUrl={url}")[0], 400, url)
@@ -15421,6 +15426,7 @@ class QueuesFileTest(unittest.TestCase):
             ("[jobs]\nVisibilityTimeout = soon", r"\[jobs\] Invalid value .* VisibilityTimeout"),
             ("[a b]", r"\[a b\] Can only include"),
             ("[jobs]\ndead_letter = failed:3", r"\[jobs\] .*Dead letter target does not exist"),
+            ("[a.fifo]\nFifoQueue = false", r"\[a.fifo\] Can only include"),
             ("[jobs]\ndead_letter = failed", r"\[jobs\] dead_letter must be NAME:COUNT"),
             ("[jobs]\naccount = 1", r"\[jobs\] account must be 12 digits"),
             ("[jobs]\nregion = eu:west", r"\[jobs\] region must be a name"),
@@ -21393,6 +21399,15 @@ class ChromiumTest(unittest.TestCase):
         self.browser.run("document.querySelector('#calls summary').click()")
         opened = self.browser.wait_for("return document.querySelector('#calls h3')?.innerText")
         self.assertEqual(opened, "request")
+
+    def test_the_page_goes_on_when_the_numbers_begin_again(self):
+        self.program.caller().queue("before")
+        self.entry("sqs:CreateQueue")
+        self.browser.run("last = 1000000")  # as if the proxy had been restarted since
+        self.program.caller()("ListQueues")
+        count = "document.getElementById('calls').children.length"
+        self.browser.wait_for(f"return last < 1000000 && {count} === last")
+        self.entry("sqs:ListQueues")
 
     def test_a_bad_call_shows_its_cause_and_what_its_client_signed(self):
         host, port = self.program.address
