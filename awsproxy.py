@@ -675,8 +675,7 @@ def read_head(source: Stream) -> bytes:
 
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
-    text = raw.decode("latin-1").rstrip(CRLF) + CRLF
-    status_line, _, block = text.partition(CRLF)
+    status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
     match = _STATUS_LINE.fullmatch(status_line)
     if not match:
         raise ValueError(f"it begins with {status_line[:40]!r}")
@@ -1619,6 +1618,13 @@ MISTAKES = r"""
     payload | .+ | <form without plus> | hashed the body with %20 for each +
     payload | .+ | <no JSON> | hashed {} and sent no body
     payload | \Z | \n | ended the canonical request with a newline
+    secret | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
+    secret | ^AWS4(.*) | AWS4b'\1' | signed with b'' around the secret: decode it before AWS4
+    secret | ^AWS4 | aws4 | wrote aws4 instead of AWS4 before the secret
+    text | (?s).+ | @ | signed the hash of the canonical request, not the string to sign
+    text | (?s).+ | # | signed the canonical request, not the string to sign
+    path | ^ | https://<host> | signed the whole URL instead of the path
+    headers | (?s).+ | <headers as sent> | wrote the headers as sent: in lower case, and sorted
     joint | \n | \r\n | ended the lines of the canonical request with CR LF
     joint | \n | \\n | wrote a backslash and n for each newline of the canonical request
     joint | \n | - | joined the lines of the canonical request without newlines
@@ -1675,6 +1681,7 @@ def _texts(
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
         "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
         "headers in case": "".join(f"{n}:{v}\n" for n, v in by_name),
+        "headers as sent": "".join(f"{n}:{v}\n" for n, v in sent),
         "names in order": ";".join(n.lower() for n, _ in sent),
         "names in case": ";".join(n for n, _ in by_name),
         "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
@@ -1722,8 +1729,7 @@ def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
             pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
         if all(name in texts for name in _NAME_OF_TEXT.findall(written)):  # or it is no JSON
             written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
-            written = "" if written == "-" else written
-            yield _FIELDS.index(place), pattern, written, words
+            yield _FIELDS.index(place), pattern, "" if written == "-" else written, words
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
@@ -2677,8 +2683,7 @@ _ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
 
 
 def _to_json(document: Mapping[str, Any]) -> bytes:
-    text = "".join(_ENCODE(document, 0)) if _ENCODE else _COMPACT.encode(document)
-    return text.encode("ascii")
+    return ("".join(_ENCODE(document, 0)) if _ENCODE else _COMPACT.encode(document)).encode()
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
@@ -2988,8 +2993,7 @@ _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
 
 def host_name(host: str) -> str:
     """Return a Host in lower case, without its port and the brackets of an IPv6 address."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return name.lower()
+    return (host[1:].partition("]") if host.startswith("[") else host.partition(":"))[0].lower()
 
 
 def bucket_of_host(host: str, hosts: Hosts = ()) -> str:
@@ -4269,8 +4273,7 @@ class Sqs:
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
-        most = _in_range(call.input, "MaxResults", 1, 1, 10)
-        tasks = list(itertools.islice(source.tasks, most))
+        tasks = list(itertools.islice(source.tasks, _in_range(call.input, "MaxResults", 1, 1, 10)))
         return {"Results": [task.output() for task in tasks]} if tasks else {}
 
     def cancel_message_move_task(self, call: Call) -> Mapping[str, Any]:
@@ -4661,8 +4664,7 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     _, partition, suffix, dual_suffix, main = row
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    of_partition = GLOBAL_REGIONS.get((partition, prefix), region)
-    place = GLOBAL_REGIONS.get((region, prefix), of_partition)
+    place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
     signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
@@ -5749,8 +5751,7 @@ class Upstream:
         connection = attempt.connection
         try:
             connection.socket.settimeout(connection.timeout)
-            reply = self._reply(attempt)
-            self._release(attempt, receipt_handles(reply))
+            self._release(attempt, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
@@ -7357,8 +7358,8 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
         new = {"FifoQueue": "true", **attributes} if name.endswith(".fifo") else attributes
         if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
             _perform(name, "SetQueueAttributes", Attributes=attributes)
-        tags = re.findall(r"\s*([^=,]+?)\s*=\s*([^,]*?)\s*(?:,|$)", given.get("tags", ""))
-        _perform(name, "TagQueue", Tags=dict(tags))
+        tags = (it.partition("=") for it in given.get("tags", "").split(",") if it.strip())
+        _perform(name, "TagQueue", Tags={key.strip(): value.strip() for key, _, value in tags})
     for name, given in declared.items():
         target, _, count = given.get("dead_letter", "").rpartition(":")
         place = f"{given.get('region') or region}:{given.get('account') or account}"
@@ -8569,8 +8570,7 @@ class Server(http.server.HTTPServer):
         self._stopped.clear()
         tick = time.monotonic() + poll_interval
         while not self._stopping:
-            wait = 0.0 if self.queue else max(0.0, tick - time.monotonic())
-            ready = self._selector.select(wait)
+            ready = self._selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
             looked = time.monotonic()
             for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:

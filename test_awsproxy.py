@@ -3701,6 +3701,17 @@ BROKEN_SIGNERS = [
     ("hashed {} and sent no body", GET_TRIAL._replace(hashed=lambda b: sha256(b"{}"))),
     (r"X-Amz-Date than it sent, \+1 s", JSON_TRIAL._replace(
         block=replaced("T143000Z", "T143001Z"))),
+    ("quotes around the secret", JSON_TRIAL._replace(secret=sub("^AWS4(.*)", r"AWS4'\1'"))),
+    ("b'' around the secret", JSON_TRIAL._replace(secret=sub("^AWS4(.*)", r"AWS4b'\1'"))),
+    ("aws4 instead of AWS4", JSON_TRIAL._replace(secret=sub("^AWS4", "aws4"))),
+    ("hash of the canonical request, not", JSON_TRIAL._replace(text=lambda v: "*")),
+    ("signed the canonical request, not", JSON_TRIAL._replace(
+        digest=lambda v: v, text=lambda v: "*")),
+    ("whole URL", API_TRIAL._replace(target="/s", path=lambda v: f"https://{API_TRIAL.host}{v}")),
+    ("headers as sent", JSON_TRIAL._replace(
+        headers=(("X-Amz-Target", "A.B"), ("Content-Type", "a/b")), block=lambda v: (
+            f"Host:{JSON_TRIAL.host}\nX-Amz-Target:A.B\nContent-Type:a/b\nX-Amz-Date:{TRIAL_DATE}\n"
+        ))),
     ("added b to the query after", GET_TRIAL._replace(target="/?a=1&b=2", query=lambda v: "a=1")),
 ]  # fmt: skip
 
