@@ -24457,12 +24457,14 @@ class CrashClient(threading.Thread):
         body, begun = json.dumps(given).encode(), time.monotonic()
         kind = (("X-Amz-Target", f"AmazonSQS.{operation}"),)
         kind += (("Content-Type", "application/x-amz-json-1.0"),)
-        request = signed("POST", "/", kind, body, at=time.time())
+        request = signed("POST", "/", kind, body, at=time.time(), client=self.world.key)
         connection = http.client.HTTPConnection(*self.world.address, timeout=DEADLINE)
         with contextlib.closing(connection):
             connection.request("POST", "/", body, dict(request.headers))
             answer = connection.getresponse()
             text = answer.read()
+        if b"UnrecognizedClient" in text:
+            raise OSError("another program got the port of the killed process")
         if answer.status != 200:
             raise AssertionError(f"{operation} was answered {answer.status}: {text[:300]}")
         return begun, time.monotonic(), json.loads(text or b"{}")
@@ -24481,13 +24483,17 @@ class CrashWorld:
 
     def __init__(self, cleanup, folder, seed, flags=()):
         self.cleanup, self.chance, self.ended = cleanup, random.Random(seed), False
+        self.key = Client("crash", f"CRASH{random.randrange(10**15)}", "dummysecret")
+        pair = f"{self.key.access_key_id}:{self.key.secret_access_key}"
         self.flags = ("--quiet", "--drain-seconds", "0", *flags, "--store", f"{folder}/queues.db")
+        self.flags += ("--client", pair)
         self.lock = threading.Lock()
         self.sent = {}  # the acknowledged bodies
         self.received = collections.defaultdict(list)  # by message id: begin, end, batch, order
         self.deleted = collections.defaultdict(list)  # by message id: begin, end or infinity
         self.changed = collections.defaultdict(list)  # by message id: begin, whether, seconds
         self.bodies = {}  # by message id
+        self.behind = collections.Counter()  # messages, by queue
         self.batches = itertools.count()
         self.numbers = itertools.count()
         self.kills = 0
@@ -24510,10 +24516,7 @@ class CrashWorld:
     def send(self, client):
         body = f"jobs {next(self.numbers)}"
         client.ask("SendMessage", QueueUrl=self.url, MessageBody=body)
-        with self.lock:
-            self.sent[body] = None
-        while len(self.sent) - len(self.deleted) > 3000 and not self.ended:
-            time.sleep(0.01)  # so that receivers keep up
+        self.note_sent(body, self.url)
 
     def send_fifo(self, group, numbers, client):
         """Send until it is acknowledged: the repeated sends must be dropped."""
@@ -24522,11 +24525,17 @@ class CrashWorld:
         while not self.ended:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 client.ask("SendMessage", QueueUrl=self.fifo, MessageBody=body, **given)
-                with self.lock:
-                    self.sent[body] = None
+                self.note_sent(body, self.fifo)
                 break
             time.sleep(0.01)
-        time.sleep(0.002)
+
+    def note_sent(self, body, url):
+        """Note an acknowledged body, and wait for receivers if they are far behind."""
+        with self.lock:
+            self.sent[body] = None
+            self.behind[url] += 1
+        while self.behind[url] > 1000 and not self.ended:
+            time.sleep(0.01)
 
     def receive_fifo(self, client):
         self.receive(client, self.fifo)
@@ -24552,6 +24561,8 @@ class CrashWorld:
             chosen = client.chance.random()
             if more or chosen < 0.6:
                 self.note(client, self.deleted[message["MessageId"]], "DeleteMessage", about)
+                with self.lock:
+                    self.behind[url] -= 1
             elif chosen < 0.85:
                 about["VisibilityTimeout"] = 0 if chosen < 0.75 else self.HIDDEN
                 notes = self.changed[message["MessageId"]]
