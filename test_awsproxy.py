@@ -21328,10 +21328,12 @@ class Browser:
     """Chromium, driven by chromedriver (W3C WebDriver)."""
 
     def __init__(self, cleanup):
-        command = [CHROMIUM, "--port=0"]
+        own = tempfile.mkdtemp()  # for the files that Chromium leaves
+        cleanup(shutil.rmtree, own, ignore_errors=True)
         self._driver = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
-        )
+            [CHROMIUM, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            encoding="utf-8", env={**os.environ, "TMPDIR": own},
+        )  # fmt: skip
         cleanup(self._driver.stdout.close)
         cleanup(self._driver.wait)
         cleanup(self._driver.terminate)
