@@ -1855,7 +1855,7 @@ class CheckedBody:
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
-        self._held = memoryview(b"")  # of the latest block, what is not returned yet
+        self._held = memoryview(b"")  # the part of the latest block that is not returned yet
 
     def read(self, size: int = -1) -> bytes:
         """Return up to `size` bytes, all if negative, b"" at the end; ServiceError if wrong."""
@@ -5290,7 +5290,7 @@ class CredentialCache:
 
     @property
     def seconds_left(self) -> float:
-        """The seconds until the present credentials expire, not a number if there are none."""
+        """The seconds until the present credentials expire; without credentials, not a number."""
         return self._current.expires - self.clock()
 
 
@@ -5562,7 +5562,7 @@ class Pool:
         return kept or Connection(endpoint, self._connect_timeout)
 
     def allow(self, connection: Connection, call: Call) -> None:
-        """Set how long the answer to a call may take, and when nobody waits for it."""
+        """Set how long the answer to a call may take, and how to see that the client has left."""
         connection.timeout, connection.abandoned = self._timeout, call.request.abandoned
         if call.action == RECEIVE:  # its messages must be put back if the client has left
             connection.timeout = min(POLL_SECONDS, self._timeout)
@@ -8194,7 +8194,7 @@ class Admin(Proxy):
         super().__init__({}, hosts=hosts, max_body=0, status=status)
 
     def _check_head(self, exchange: Exchange) -> None:
-        """Refuse no head: nobody signs these requests."""
+        """Refuse no head: these requests need no signature."""
 
 
 SPOOLED_IN_MEMORY = 262144
@@ -8886,8 +8886,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        value = kind(text)
-        if not low <= value <= high:
+        """Return the number in the text; ArgumentTypeError if it is out of range."""
+        if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
@@ -8903,13 +8903,13 @@ def _client(text: str) -> Client:
 
 
 def _matching(pattern: str, form: str) -> Callable[[str], Any]:
-    def match(text: str) -> Any:
+    def _match(text: str) -> Any:
         found = re.fullmatch(pattern, text)
         if not found:
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
         return found.groups() or text
 
-    return match
+    return _match
 
 
 def _public_url(text: str) -> str:
@@ -9383,7 +9383,7 @@ def _counted(number: int, noun: str) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
     options = build_parser().parse_args(argv)
-    writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # it is None if it was closed
+    writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
     logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=writer)
     try:
         if options.check:
