@@ -15,12 +15,12 @@ memory, or signs the call again with the real credentials and forwards it.
 
 `Proxy.handle` does this with each call, and needs no socket:
 
-    socket -> Request -> verify -> Call -> before hooks -+-> Embedded | Upstream | Deny -+
-              wire:      who?      what?                 +-> a hook answers -------------+
-    socket <- Reply <----------------- after hooks <---- error, in the caller's protocol <+
+    socket -> Request -> verify -> Call -> policy -> before hooks -+-> a target answers -+
+              wire:      who?      what?   may they?               +-> a hook answers ---+
+    socket <- Reply <-------------------------- after hooks <---- error, in their protocol <+
 
 Read these first: [3.1] to [3.5] are Signature Version 4 in reading order, some 600 lines.  Then
-[8.6], the steps of each call.
+[8.10], the steps of each call.
 
 Contents.  Each chapter uses only earlier ones.  Chapters 1 to 4 are pure: bytes in, bytes out, the
 time is an argument.  README documents the names in `__all__`, which stay; all others may change.
@@ -42,8 +42,9 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
         [7.4] Explanations  [7.5] Metrics  [7.6] Messages in flight
         [7.7] Protection of an ECS task  [7.8] The inspector
-    8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Paths of our own  [8.4] The store
-        [8.5] Hooks, and calls that wait  [8.6] The proxy
+    8 The proxy: [8.1] Targets  [8.2] Routes  [8.3] Policies  [8.4] What a call needs
+        [8.5] Guard and learning  [8.6] The tape  [8.7] Paths of our own  [8.8] The store
+        [8.9] Hooks, and calls that wait  [8.10] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
     10 Command line: [10.1] The file of clients  [10.2] Flags  [10.3] The program
         [10.4] In a test process  [10.5] A saved request  [10.6] Routes of the flags
@@ -245,6 +246,7 @@ class Client(NamedTuple):
     account_id: str = ""  # "" is the account of the proxy
     upstream_profile: str = ""  # chooses the credentials of forwarded calls
     upstream_role_arn: str = ""  # the role to assume for forwarded calls
+    policy: Any = None  # a Policy, or a Watched file of one
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, {self.access_key_id!r})"
@@ -274,13 +276,16 @@ class Call:
     bucket: str = ""  # of Amazon S3, if the Host names it
     other_paths: Sequence[str] = ()  # other readings of the path, which need the same route
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
+    decision: Optional[Decision] = field(default=None, init=False)  # of the client's policy
     advice: str = field(default="", init=False)  # the flag that would allow it
     may_wait: bool = field(default=True, init=False)
     changed: bool = field(default=False, init=False)  # whether a hook has changed the input
     upstream_seconds: float = field(default=0.0, init=False)
     upstream_host: str = field(default="", init=False)  # that the call was sent to
     upstream_id: str = field(default="", init=False)  # the request id in the upstream's answer
+    upstream_key: str = field(default="", init=False)  # that it was signed with
     sent: Optional[Request] = field(default=None, init=False)  # to the upstream, signed again
+    body_hash: Optional[BodyHash] = field(default=None, init=False)  # if the call is recorded
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
@@ -5954,6 +5959,7 @@ class Upstream:
         amz_date = iso_basic(self.clock())
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
         payload_hash, declares = attempt.payload_hash, attempt.declares
+        call.upstream_key = keys.access_key_id
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
         attempt.mask = Mask(claimed.signature, keys.session_token)
         return call.sent, claimed
@@ -6339,7 +6345,15 @@ class AccessLog(Hook):
             "upstream_request_id": (call and call.upstream_id) or "-",
             "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
+            decision, verified = call and call.decision, exchange.verified
+            proof = verified.proof if verified else None
             fields |= {
+                "resource": decision.resource if decision else "-",
+                "decision": decision.verdict if decision else "-",
+                "statement": decision.statement if decision else "-",
+                "canonical_request": proof.string_to_sign[-64:].decode() if proof else "-",
+                "upstream_key": (call and call.upstream_key) or "-",
+                "upstream_role": (call and call.upstream_key and call.caller.upstream_role_arn) or "-",
                 "client": call.caller.name if call else "-",
                 "region": call.region if call else claim(request)[1].region or "-",
                 "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
@@ -7308,7 +7322,942 @@ class Route(NamedTuple):
         return not set("*?") & set(pattern) and pattern in whole
 
 
-# [8.3] Paths of our own
+# [8.3] Policies
+# No reading of a call may be allowed by mistake.  So a statement that allows matches strictly,
+# and one that denies matches loosely.  NotAction and NotResource swap the two.
+MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown resource
+MAX_CACHED = 1024  # decisions of a policy
+_ELEMENTS = frozenset("Sid Effect Action NotAction Resource NotResource".split())
+_PATTERNS = {
+    "Action": re.compile(r"\*|[A-Za-z0-9-]{1,64}:[!-~]+"),
+    "Resource": re.compile(
+        r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)"
+    ),
+}
+_OF_REST = re.compile(r"(?:\*+|get|head|put|post|delete|patch|options)(?:/.*)?")
+# The actions of calls with the path of a function (source: the service model of Lambda).
+_LAMBDA = pairs("""
+    GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
+    POST/response-streaming-invocations=InvokeFunction POST/invoke-async=InvokeAsync
+    GET/configuration=GetFunctionConfiguration PUT/configuration=UpdateFunctionConfiguration
+    PUT/code=UpdateFunctionCode GET/policy=GetPolicy POST/policy=AddPermission
+    GET/versions=ListVersionsByFunction POST/versions=PublishVersion
+    GET/aliases=ListAliases POST/aliases=CreateAlias""")
+_LAMBDA_NAMES = re.compile("|".join((*_LAMBDA.values(), "Invoke.*")).lower())
+_S3_BYPASS = "bypassgovernanceretention"  # that a header needs, and no operation
+_FUNCTION_PATH = re.compile("/20[0-9]{2}-[0-9]{2}-[0-9]{2}/functions/([^/]+)(/.*?)?/?")
+
+
+class Resource(NamedTuple):
+    """An ARN, or only its beginning if it is not `whole`."""
+
+    text: str
+    whole: bool = True
+
+    @property
+    def pattern(self) -> str:
+        """Return the narrowest pattern that matches the resource."""
+        text = self.text if self == NO_RESOURCE else _without_wildcards(self.text)
+        return text if self.whole else f"{text}*"
+
+
+UNKNOWN = Resource("", whole=False)
+NO_RESOURCE = Resource("*")  # of an action that IAM ties to no resource
+Need = tuple[str, Resource]  # an action, and a resource of it
+
+
+class Decision(NamedTuple):
+    """The answer of a policy, and the statement, action and resource that decided."""
+
+    allowed: bool
+    statement: str = ""  # its number and Sid, "" if none matched
+    action: str = ""
+    resource: str = ""
+    enforced: bool = True  # False if the call passes even so
+
+    @property
+    def verdict(self) -> str:
+        """Return allow, deny, or observe for a call that would be denied."""
+        return "allow" if self.allowed else "deny" if self.enforced else "observe"
+
+
+class Statement(NamedTuple):
+    """A statement of a policy; `not_actions` and `not_resources` negate the lists."""
+
+    label: str
+    allows: bool
+    actions: Sequence[str]
+    not_actions: bool = False
+    resources: Sequence[str] = ("*",)
+    not_resources: bool = False
+
+    def applies(self, strict: Iterable[str], loose: Iterable[str], resource: Resource) -> bool:
+        """Return whether the statement is about an action, by its names, on a resource."""
+        names = loose if self.allows == self.not_actions else strict
+        listed = any(_names(pattern, name) for pattern in self.actions for name in names)
+        if listed == self.not_actions:
+            return False
+        matches = _touches if self.allows == self.not_resources else _covers
+        return any(matches(it, resource) for it in self.resources) != self.not_resources
+
+
+def _names(pattern: str, name: str) -> bool:
+    return glob_matches(pattern, name if ":" in pattern else name.partition(":")[2])
+
+
+def _covers(pattern: str, resource: Resource) -> bool:
+    """Return whether all readings of a resource match, each `*` within its part of the ARN."""
+    parts = pattern.split(":", 5)
+    texts = resource.text.split(":", len(parts) - 1)
+    whole = resource.whole or pattern[-1] == "*"
+    return whole and len(texts) == len(parts) and all(map(glob_matches, parts, texts))
+
+
+def _touches(pattern: str, resource: Resource) -> bool:
+    """Return whether a reading of a resource may match."""
+    start, text = re.split("[*?]", pattern, maxsplit=1)[0], resource.text
+    may = text.startswith(start) or start.startswith(text)
+    return glob_matches(pattern, text) if resource.whole else may
+
+
+def iam_name(action: str) -> str:
+    """Return the name of an action in IAM.  A REST call without one keeps its path."""
+    service, _, operation = action.partition(":")
+    method, slash, path = operation.partition("/")
+    match = _FUNCTION_PATH.fullmatch(slash + path) if service == "lambda" else None
+    if match:
+        operation = _LAMBDA.get(method + (match[2] or ""), operation)
+    return f"{IAM_PREFIXES.get(service, service).partition(',')[0]}:{operation}"
+
+
+class Policy:
+    """An IAM policy without conditions: a deny wins, and what no statement allows is refused.
+
+    Sources: IAM User Guide, "Policy evaluation logic" and "IAM JSON policy elements"."""
+
+    def __init__(self, statements: Iterable[Statement]) -> None:
+        self.statements = sorted(statements, key=lambda statement: statement.allows)
+        self._known = functools.lru_cache(maxsize=MAX_CACHED)(self._decide)
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Return the policy of a JSON document.  ValueError names a statement it cannot obey."""
+        try:
+            document = json.loads(text, object_pairs_hook=_marked)
+        except RecursionError as error:
+            raise ValueError("the policy is too deeply nested") from error
+        _check_members("the policy", document, frozenset({"Version", "Id", "Statement"}))
+        if document.get("Version", "2012-10-17") not in ("2012-10-17", "2008-10-17"):
+            raise ValueError("the Version of the policy must be 2012-10-17")
+        listed = document.get("Statement")
+        listed = [listed] if isinstance(listed, dict) else listed
+        if not isinstance(listed, list):
+            raise ValueError("the policy needs a list of statements as Statement")
+        return cls(_statement(number, given) for number, given in enumerate(listed, 1))
+
+    @classmethod
+    def read(cls, path: str, more: Sequence[Statement] = ()) -> Policy:
+        """Return the policy of a file with more statements; OSError or ValueError."""
+        return cls((*more, *cls.parse(pathlib.Path(path).read_text("utf-8")).statements))
+
+    def decide(self, needs: Iterable[Need], called: str = "") -> Decision:
+        """Return the first refusal of an action on a resource, otherwise the last permission.
+
+        needs: what must be allowed, as `needs_of` returns it
+        called: the action of the call, by which a statement may deny it, too"""
+        decision = Decision(False)
+        for action, resource in needs:
+            short = len(action) + len(called) + len(resource.text) <= 2 * MAX_TEXT
+            decision = (self._known if short else self._decide)(action, resource, called)
+            if not decision.allowed:
+                break
+        return decision
+
+    def _decide(self, action: str, resource: Resource, called: str) -> Decision:
+        strict = [*map(_folded, (*names_of(action)[0], iam_name(action)))]
+        loose = [*strict, *names_of(called or action)[0], iam_name(called or action)]
+        loose = [name.lower() for name in loose]
+        decided = (it for it in self.statements if it.applies(strict, loose, resource))
+        first = next(decided, Statement("", False, ()))
+        return Decision(first.allows, first.label, iam_name(action), resource.pattern)
+
+
+def _marked(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.  If a key is repeated, add a member that no policy has."""
+    found = dict(members)
+    return found if len(found) == len(members) else {"a key twice": None, **found}
+
+
+def _check_members(owner: str, given: Any, known: Iterable[str]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{owner} is not a JSON object")
+    for key in given.keys() - known:
+        raise ValueError(f"{owner} has {key[:80]}, which this proxy does not support")
+
+
+def _statement(number: int, given: Any) -> Statement:
+    owner = f"statement {number}"
+    _check_members(owner, given, _ELEMENTS)
+    effect, sid = given.get("Effect"), given.get("Sid", "")
+    if effect not in ("Allow", "Deny"):
+        raise ValueError(f"{owner} needs Allow or Deny as Effect")
+    if not isinstance(sid, str) or not re.fullmatch("[A-Za-z0-9]{0,100}", sid):
+        raise ValueError(f"{owner} needs letters and digits as Sid")
+    actions, not_actions = _listed(owner, given, "Action")
+    allows = effect == "Allow"
+    if allows == not_actions:
+        actions = [wide.lower() for it in actions for wide in _widened(owner, it)]
+    listed = [*map(_folded, actions)], not_actions, *_listed(owner, given, "Resource")
+    return Statement(f"{number} {sid}".strip(), allows, *listed)
+
+
+def _listed(owner: str, given: Mapping[str, Any], element: str) -> tuple[Sequence[str], bool]:
+    """Return the patterns of an element or its negation, and whether it is the negation."""
+    found = [key for key in (element, f"Not{element}") if key in given]
+    if len(found) != 1:
+        raise ValueError(f"{owner} needs either {element} or Not{element}")
+    values = [given[found[0]]] if isinstance(given[found[0]], str) else given[found[0]]
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{owner} needs a text or a list of texts as {found[0]}")
+    for it in values:
+        if isinstance(it, str) and "${" in it:
+            raise ValueError(f"{owner} has a policy variable, which this proxy does not support")
+        if not isinstance(it, str) or not _PATTERNS[element].fullmatch(it) or it != it.strip():
+            raise ValueError(f"{owner} has a {found[0]} that is not understood: {it!r:.80}")
+    return values, found[0] != element
+
+
+def _widened(owner: str, pattern: str) -> Sequence[str]:
+    """Return patterns for each call that an action to deny may mean: REST calls have no names."""
+    service, _, operation = pattern.lower().partition(":")
+    if (service == "lambda" and _LAMBDA_NAMES.fullmatch(operation)) or operation == _S3_BYPASS:
+        return [pattern]
+    of_rest = pattern == "*" or _OF_REST.fullmatch(operation)
+    is_known = of_rest or (service in _KNOWN_NAMES and pattern.lower() != "iam:passrole")
+    nearest = nearest_pattern(pattern) if is_known else ""
+    if nearest is not None:
+        hint = f"; did you mean {nearest}?" if nearest else f": use {service}:* or METHOD/path"
+        raise ValueError(f"{owner} has {pattern}, which can deny no call here{hint}")
+    return [pattern] if of_rest else [pattern, f"{service}:*/*"]
+
+
+READ_ONLY = (
+    Statement("read_only", False, sorted(CREDENTIAL_ACTIONS)),
+    Statement(
+        "read_only", True, [f"{it}*" for it in ("get", "list", "describe", "head", "batchget")]
+    ),
+)
+
+
+# [8.4] What a call needs
+# A line: the service, its operations, and the members that name all their resources.  A member is
+# an ARN.  NAME:KIND may be a name, too.  Marks: @ a queue's URL, + an ARN that may be incomplete,
+# > an index of the table, # the owner's account, - no resource.
+_NAMING = """
+    sqs CreateQueue QueueName:
+    sqs GetQueueUrl QueueOwnerAWSAccountId# QueueName:
+    sqs StartMessageMoveTask|ListMessageMoveTasks SourceArn DestinationArn
+    sqs ListQueues -
+    dynamodb ((Put|Get|Update|Delete)Item|(Create|Delete|Update|Describe)Table|Query|Scan) \
+        TableName:table/ IndexName> GlobalTableSourceArn
+    dynamodb (Describe|Update)(TimeToLive|ContinuousBackups)|CreateBackup TableName:table/
+    dynamodb ListTables|DescribeLimits|DescribeEndpoints -
+    sns Publish(Batch)?|(Add|Remove)Permission|Subscribe TopicArn TargetArn PhoneNumber
+    sns [GS]etTopicAttributes|DeleteTopic|ConfirmSubscription|ListSubscriptionsByTopic TopicArn
+    sns Unsubscribe|[GS]etSubscriptionAttributes SubscriptionArn
+    sns CreateTopic Name:
+    sns ListTopics|ListSubscriptions -
+    kms (En|De)crypt|GenerateDataKey.*|(Generate|Verify)Mac|Sign|Verify|DescribeKey KeyId:key/
+    kinesis PutRecords?|DescribeStream(Summary)?|ListShards|GetShardIterator \
+        StreamName:stream/ StreamARN StreamId
+    states Start(Sync)?Execution|(Describe|Update|Delete)StateMachine stateMachineArn
+    secretsmanager (Get|Put)SecretValue|(Describe|Update|Delete|Restore)Secret SecretId+
+    sts GetCallerIdentity -
+"""
+_NAMING_ROWS = [line.split() for line in _NAMING.strip().splitlines()]
+_MEMBER = re.compile("([A-Za-z-]+)([:@+#>]?)(.*)")
+Row = Sequence[tuple[str, ...]]  # of each member: its name, mark and kind
+_AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
+_ARN = re.compile(
+    "arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:([A-Za-z0-9_./:$#+=,@-]+)"
+)
+_PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
+_QUEUE_URL = re.compile(
+    r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
+    r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
+)
+_FUNCTION = re.compile(  # function:NAME could also be the qualifier NAME of a function
+    r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?(?!function:)"
+    r"([A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
+)
+# Operations without a row: those of no one resource, and members that can name no resource.
+_NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run")
+_NO_NAME = re.compile("Action|Version|(?i:(client|client_?request|next|idempotency)_?token)")
+# Access points and the like, which stand for another bucket.
+_NO_BUCKET = re.compile(r"(?:-s3alias|--[a-z]+-s3|\.mrap)$|accesspoint|object-lambda|[^a-z0-9.-]")
+_OF_OBJECTS = re.compile("(?!(?:Get|Put)Bucket).*Object|AbortMultipart|ListMultipart")
+_S3_NAME = re.compile("x-amz-(?!date|content-sha256|security-token)|delete$")
+# An operation of S3, its header or query parameter, and the action that S3 needs then, too
+# ("Required permissions for Amazon S3 API operations").  The body of `delete` may name versions.
+_S3_NEEDS = [line.split() for line in """
+    PutObject x-amz-(acl|grant-.*) PutObjectAcl
+    PutObject x-amz-tagging PutObjectTagging
+    PutObject x-amz-object-lock-(mode|retain.*) PutObjectRetention
+    PutObject x-amz-object-lock-legal-hold PutObjectLegalHold
+    DeleteObject delete DeleteObjectVersion
+    CreateBucket x-amz-(acl|grant-.*) PutBucketAcl
+    CreateBucket x-amz-bucket-object-lock-enabled PutBucketObjectLockConfiguration
+    .* x-amz-bypass-governance-retention BypassGovernanceRetention
+""".strip().splitlines()]  # fmt: skip
+_PARTS = pairs(
+    "Get=GetItem Put=PutItem Update=UpdateItem Delete=DeleteItem ConditionCheck=ConditionCheckItem"
+)
+MAX_NEEDS = 128  # actions and resources of a call
+
+
+def needs_of(call: Call) -> Sequence[Need]:
+    """Return the actions that a call needs, each with a resource of it; at least one."""
+    finders = {"dynamodb": _of_dynamodb, "s3": _of_s3, "lambda": _of_lambda}
+    found = finders.get(call.service, _of_members)(call)
+    name = f"{call.service}:{call.operation}"
+    return *found, *((name + path, UNKNOWN) for path in call.other_paths)
+
+
+def _needing(action: str, *resources: Resource) -> Sequence[Need]:
+    needed = names_of(action)[1] or [action]
+    return tuple((name, it) for it in dict.fromkeys(resources) for name in needed)
+
+
+@functools.lru_cache(maxsize=MAX_CACHED)
+def _row(service: str, operation: str) -> Optional[Row]:
+    """Return the members that name the resources of an operation; None if they are unknown."""
+    model = OPERATIONS.get(operation) if service == "sqs" else None
+    if model and "QueueUrl" in model.input.members:
+        return (("QueueUrl", "@", ""),)
+    for name, operations, *members in _NAMING_ROWS:
+        if name == service and re.fullmatch(operations, operation):
+            return tuple(match.groups() for match in map(_MEMBER.fullmatch, members) if match)
+    return None
+
+
+def needs_key(call: Call) -> Optional[tuple[Any, ...]]:
+    """Return the values that decide what a call needs; None if others may decide it, too."""
+    row, request = _row(call.service, call.operation), call.request
+    if row is None or not isinstance(call.encoded, dict):
+        return None
+    values = [call.encoded.get(name) for name, _, _ in row]
+    if request.target != "/" and row[0][1] == "@" and _QUEUE_PATH.fullmatch(request.path):
+        values.append(request.path)
+    for it in values:
+        if it is not None and (type(it) is not str or len(it) > MAX_TEXT):
+            return None
+    return (call.service, call.operation, call.region, call.caller.account_id, *values)
+
+
+def _of_members(call: Call) -> Sequence[Need]:
+    key, row = needs_key(call), _row(call.service, call.operation)
+    if key is None or row is None:
+        named = () if row or _NEW.match(call.operation) else _arns_of(call.encoded)
+        return _needing(call.action, *(named or [UNKNOWN]))
+    service, _, region, account, *values = key
+    found = [NO_RESOURCE for name, _, _ in row if name == "-"]
+    for (_, mark, kind), value in zip((*row, ("", "@", "")), values):
+        if value is None:
+            continue
+        if mark == "#":
+            account = value
+        elif mark == ">":
+            known = _AWS_NAME.fullmatch(value) and UNKNOWN not in found
+            found += [Resource(f"{it.text}/index/{value}") if known else UNKNOWN for it in found]
+        else:
+            found.append(_named(service, region, account, mark, kind, value))
+    return _needing(call.action, *(found or [UNKNOWN]))
+
+
+def _arns_of(document: Any) -> Sequence[Resource]:
+    """Return the ARNs among the members, and UNKNOWN if others may name resources, too."""
+    found = []
+    for name, value in document.items() if isinstance(document, dict) else ():
+        for it in value if isinstance(value, list) else [value]:
+            known = isinstance(it, str) and len(it) <= MAX_TEXT and _ARN.fullmatch(it)
+            if known or not (_NO_NAME.fullmatch(name) or isinstance(it, (int, float, type(None)))):
+                found.append(Resource(it) if known else UNKNOWN)
+    return found[: MAX_NEEDS + 1] if len(found) <= MAX_NEEDS else [UNKNOWN]
+
+
+def _named(service: str, region: str, account: str, mark: str, kind: str, value: str) -> Resource:
+    """Return the resource that a member names, as its mark in _NAMING tells."""
+    name = value
+    if mark == "@":
+        url = _QUEUE_URL.fullmatch(value)
+        account, name = url.groups() if url else ("", "")
+    elif value.startswith("arn:"):
+        arn = _ARN.fullmatch(value)
+        good = arn and arn[1] == service and arn[2].startswith(kind)
+        good = good and (mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :]))
+        return Resource(value, mark != "+") if good else UNKNOWN
+    good = mark in (":", "@") and _AWS_NAME.fullmatch(name)
+    return _in_account(service, region, account, kind + name) if good else UNKNOWN
+
+
+def _in_account(service: str, region: str, account: str, name: str) -> Resource:
+    place = f"{region}:{account}"
+    arn = f"arn:{_partition(region)}:{service}:{place}:{name}"
+    return Resource(arn) if _PLACE.fullmatch(place) else UNKNOWN
+
+
+def _partition(region: str) -> str:
+    return next(row[1] for row in PARTITIONS if region.startswith(row[0]))
+
+
+def _of_dynamodb(call: Call) -> Sequence[Need]:
+    document = call.encoded if isinstance(call.encoded, dict) else {}
+    tables, parts = document.get("RequestItems"), document.get("TransactItems")
+    found: Iterable[Need] = ()
+    if call.operation in ("BatchGetItem", "BatchWriteItem") and isinstance(tables, dict):
+        found = ((call.action, _table(call, name)) for name in tables)
+    if call.operation in ("TransactGetItems", "TransactWriteItems") and isinstance(parts, list):
+        found = (it for part in parts for it in _of_part(call, part))
+    first = list(itertools.islice(found, MAX_NEEDS + 1))
+    return tuple(dict.fromkeys(first)) if 0 < len(first) <= MAX_NEEDS else _of_members(call)
+
+
+def _of_part(call: Call, part: Any) -> Iterator[Need]:
+    """Yield what a part of a transaction needs."""
+    for kind, entry in part.items() if isinstance(part, dict) and part else [("", None)]:
+        if kind in _PARTS and isinstance(entry, dict):
+            yield f"dynamodb:{_PARTS[kind]}", _table(call, entry.get("TableName"))
+        else:
+            yield from _needing(call.action, UNKNOWN)
+
+
+def _table(call: Call, name: Any) -> Resource:
+    text = name if isinstance(name, str) and len(name) <= MAX_TEXT else ""
+    return _named("dynamodb", call.region, call.caller.account_id, ":", "table/", text)
+
+
+def _of_lambda(call: Call) -> Sequence[Need]:
+    path = _FUNCTION_PATH.fullmatch(call.path)
+    qualifiers = [it.decode("latin-1") for name, it in call.request.query if name == b"Qualifier"]
+    match = _FUNCTION.fullmatch(":".join((path[1], *qualifiers))) if path else None
+    if not path or not match:
+        return _needing(call.action, UNKNOWN)
+    region, account = match[1] or call.region, match[2] or call.caller.account_id
+    names = [match[3]]
+    if not (path[2] or "").endswith("invocations"):  # others may ignore the qualifier
+        names.append(match[3].partition(":")[0])
+    found = [_in_account("lambda", region, account, f"function:{name}") for name in names]
+    return _needing(call.action, *found)
+
+
+def _of_s3(call: Call) -> Sequence[Need]:
+    path, operation = call.request.path[1:], call.operation
+    bucket, _, key = path.partition("/")
+    bucket, key = (call.bucket, path) if call.bucket else (_decoded(bucket) or "", key)
+    objects = _OF_OBJECTS.match(operation) is not None
+    resources = _in_bucket(call.region, bucket, _decoded(key), objects)
+    if call.path or operation == "ListAllMyBuckets":
+        resources = [UNKNOWN if call.path else NO_RESOURCE]
+    given = {k: v for k, v in call.request.fields.items() if _S3_NAME.match(k)}
+    for name, value in call.request.query:  # where a presigned URL has headers
+        if _S3_NAME.match(text := name.decode("latin-1").lower()):
+            given[text] = [*given.get(text, ()), value.decode("latin-1")]
+    actions = [operation]
+    for of, form, action in _S3_NEEDS if given else ():
+        if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
+            actions.append(action)
+    found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
+    for source in given.get("x-amz-copy-source", ()):
+        found += _of_source(call.region, source)
+    return tuple(dict.fromkeys(found))
+
+
+def _decoded(text: str) -> Optional[str]:
+    """Return a text without its percent-encoding, None if it is malformed or not UTF-8."""
+    try:
+        data = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
+        return None if BROKEN_ESCAPE.search(text) else data.decode("utf-8")
+    except ValueError:
+        return None
+
+
+def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> list[Resource]:
+    """Return the resources that servers may read a bucket and a key as."""
+    if not bucket or key is None or len(key) > MAX_TEXT or _NO_BUCKET.search(bucket):
+        return [UNKNOWN]
+    arn = f"arn:{_partition(region)}:s3:::{bucket}"
+    if not key:
+        return [Resource(f"{arn}/", whole=False) if objects else Resource(arn)]
+    # S3 takes `//` and `..` as they are.  Another server may normalize the path.
+    dots = re.search(r"(?:^|/)\.\.?(?:/|$)", key)
+    plain = re.sub("//+", "/", key.lstrip("/"))
+    return [Resource(f"{arn}/{key}"), UNKNOWN if dots or not plain else Resource(f"{arn}/{plain}")]
+
+
+def _of_source(region: str, source: str) -> Iterator[Need]:
+    """Yield what a copy reads; the header is percent-encoded, maybe with + for a space."""
+    path, version, _ = source.partition("?versionId=")
+    action = "s3:GetObjectVersion" if version else "s3:GetObject"
+    for spelled in {path, path.replace("+", " ")}:
+        text = "" if "?" in path else _decoded(spelled) or ""
+        bucket, _, key = text.removeprefix("/").partition("/")
+        for found in _in_bucket(region, bucket, key or None, True):
+            yield action, found
+
+
+# [8.5] Guard and learning
+MAX_LEARNED = 1000  # actions on resources of a client; then folders, twice as many
+_NO_STATEMENT = "no statement of its policy allows it"
+_WITHOUT_POLICY = Decision(True, "no policy")
+
+
+def policy_of(client: Client) -> Optional[Policy]:
+    """Return the present policy of a client, if it has one."""
+    found: Optional[Policy] = (
+        client.policy.value if isinstance(client.policy, Watched) else client.policy
+    )
+    return found
+
+
+class Guard:
+    """Checks calls against the policies of their clients, and learns what these need.
+
+    observe: log the calls that a policy refuses, and let them pass"""
+
+    def __init__(self, observe: bool = False) -> None:
+        self._observe = observe
+        self._passed: dict[tuple[Any, ...], Decision] = {}
+        # By client, and whether it was refused: the needs.
+        self._learned: dict[tuple[str, bool], dict[Need, None]] = {}
+        self._full: set[str] = set()
+
+    def check(self, call: Call) -> None:
+        """Set the decision of a call.  Raise ServiceError AccessDenied if it is a refusal."""
+        client, policy, key = call.caller, policy_of(call.caller), needs_key(call)
+        known = (policy, client.name, *key) if key and not call.other_paths else ()
+        if known in self._passed:
+            call.decision = self._passed[known]
+            return
+        needs, action = needs_of(call), call.action
+        decision = policy.decide(needs, action) if policy else _WITHOUT_POLICY
+        decision = call.decision = decision._replace(enforced=not self._observe)
+        if policy and not decision.allowed:
+            missing = [it for it in needs if not policy.decide([it], action).allowed]
+            is_new, error = self._learn(client.name, missing, True), refusal_of(client, decision)
+            if not self._observe:
+                raise error
+            if is_new:
+                log.warning("would be refused: %s", error.message)
+        self._learn(client.name, needs)
+        if known and decision.allowed:
+            if len(self._passed) >= MAX_CACHED:
+                self._passed.clear()
+            self._passed[known] = decision
+
+    def _learn(self, client: str, needs: Iterable[Need], refused: bool = False) -> bool:
+        """Note what a client has done, or may not do; return whether that is new."""
+        known = self._learned.setdefault((client, refused), {})
+        before = len(known)
+        for action, resource in needs:
+            if (action, resource) in known:
+                continue
+            if len(known) >= MAX_LEARNED:
+                resource = _folder_of(resource)
+            if len(known) < 2 * MAX_LEARNED and len(action) + len(resource.text) <= 2 * MAX_TEXT:
+                known[action, resource] = None
+            else:
+                self._full.add(client)
+        return len(known) > before
+
+    def learned(self, client: str, refused: bool = False) -> Mapping[str, Any]:
+        """Return the least policy for what a client has done, or for what was refused.
+
+        Its Id is "incomplete" if there was too much to remember."""
+        policy = _least_policy(self._learned.get((client, refused), {}))
+        return {"Id": "incomplete", **policy} if client in self._full else policy
+
+
+def _folder_of(resource: Resource) -> Resource:
+    """Return the resources that share the folder, or the kind, of a resource."""
+    *place, name = resource.text.split(":", 5)
+    folder = re.sub("[^/:]*$", "", name)
+    return Resource(":".join((*place, folder)), False) if len(place) == 5 else resource
+
+
+def _without_wildcards(text: str) -> str:
+    """Return a text in which `?` stands for what a policy would not take literally."""
+    return re.sub(r"[*?]|\$(?=\{)", "?", text)
+
+
+def _least_policy(needs: Iterable[Need]) -> Mapping[str, Any]:
+    """Return a policy with a statement for each set of actions that resources share."""
+    actions: dict[str, set[str]] = {}
+    for action, resource in list(needs):
+        actions.setdefault(resource.pattern, set()).add(_without_wildcards(iam_name(action)))
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for pattern, names in sorted(actions.items()):
+        groups.setdefault(tuple(sorted(names)), []).append(pattern)
+    statements = [
+        {"Effect": "Allow", "Action": list(names), "Resource": patterns}
+        for names, patterns in sorted(groups.items())
+    ]
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def refusal_of(client: Client, decision: Decision) -> ServiceError:
+    """Return the refusal of a call, in the words of AWS."""
+    statement, action, resource = decision[1:4]
+    who = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+    message = f"User: {who} is not authorized to perform: {action[:MAX_SHOWN]} on resource: "
+    why = f"statement {statement} of its policy denies it"
+    message += f"{resource[:MAX_SHOWN]} because {why if statement else _NO_STATEMENT}."
+    message += f" awsproxy refused this call of the client {client.name}."
+    if resource == "*" and not statement:
+        message += " The call names no resource that it knows, so only Resource * allows it."
+    error = ServiceError("AccessDenied", message)
+    error.reason = "policy"
+    return error
+
+
+# [8.6] The tape
+# A line of a tape is a JSON object: the action of a call, its region and its input, and the
+# answer.  README describes the members.  Only the last member, body_base64, may be long.
+MAX_INLINE = 49152  # bytes of a body that is kept as text; a multiple of three, for base64
+MAX_LINE = 33554432  # bytes of a line without a long body_base64
+_BASE64_MEMBER = b', "body_base64": "'
+_ENTRY = frozenset(
+    "action region input status headers output error message body body_base64".split()
+)
+# Headers of a REST call that belong to its input, and members that SDKs invent for each call.
+_REST_INPUT = re.compile(
+    "range|if-.*|x-amz-(?!date|content-sha|security-token|user-agent|sdk-|checksum|trailer"
+    "|decoded|.*customer-key$).*"
+)
+_INVENTED = re.compile("(?i)(client(_?request)?|idempotency)_?token")
+_NOT_KEPT = frozenset({"date", "set-cookie", "connection"})
+_SECRETIVE = re.compile("(?i)credential|token|password|initiateauth")  # of operations
+_SIGNED_URL = re.compile(
+    r'(?i)(X-Amz-(?:Signature|Security-Token|Credential)(?:=|%3D))[^&"\\\s<]*'
+)
+_SQS_NUMBERS = frozenset(  # of the outputs of Amazon SQS, where JSON has no text
+    "ApproximateNumberOfMessagesMoved ApproximateNumberOfMessagesToMove"
+    " MaxNumberOfMessagesPerSecond StartedTimestamp".split()
+)
+Entry = Mapping[str, Any]
+Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region and input, "" for any
+
+
+def tape_input(call: Call, digest: str) -> Mapping[str, Any]:
+    """Return what tells the calls of an action apart; `digest` is the body's SHA-256, or ""."""
+    if call.encoded is not None:
+        given: dict[str, Any] = read_json(_to_json(call.input).decode())
+        if call.service == "sqs" and "QueueUrl" in given:
+            given["QueueUrl"] = _path_of(given["QueueUrl"], call)
+        return {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
+    request, fields = call.request, call.request.fields
+    path, mark, query = strip_presigned(request.target)[0].partition("?")
+    bucket = f"/{call.bucket}" if call.bucket else ""
+    target = bucket + path + mark + "&".join(sorted(query.split("&")))
+    found: dict[str, Any] = {"method": request.method, "target": target}
+    found |= {name: ", ".join(fields[name]) for name in fields if _REST_INPUT.fullmatch(name)}
+    if "json" in fields.get("content-type", [""])[0] and isinstance(call.body, io.BytesIO):
+        with contextlib.suppress(ValueError):
+            return {**found, "body": read_json(call.body.getvalue().decode() or "{}")}
+    return {**found, "body_sha256": digest} if digest else found
+
+
+def _path_of(url: Any, call: Call) -> Any:
+    """Return the path of a queue's URL, or of each in a list."""
+    if isinstance(url, list):
+        return [_path_of(it, call) for it in url]
+    return re.sub("^https?://[^/]*", "", str(url).removeprefix(call.base_url))
+
+
+class BodyHash:
+    """The SHA-256 of a call's body, which is known when the body has been read."""
+
+    def __init__(self, call: Call) -> None:
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._stored = call.body if isinstance(call.body, io.IOBase) else None
+        if not self._stored:
+            body = call.body if isinstance(call.body, CheckedBody) else None
+            read = functools.partial(call.body.read, 65536)
+            blocks = self._noted(body._blocks if body else iter(read, b""))
+            call.body = body or CheckedBody(blocks)
+            call.body._blocks = blocks
+
+    def _noted(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        for block in blocks:
+            self._digest.update(block)
+            self._size += len(block)
+            yield block
+
+    def value(self) -> str:
+        """Return the hash in hexadecimal, "" for an empty body."""
+        if stored := self._stored:  # in memory, or in a file
+            stored.seek(0)
+            collections.deque(self._noted(iter(lambda: stored.read(65536), b"")), 0)
+            stored.seek(0)
+        return self._digest.hexdigest() if self._size else ""
+
+
+class Recorder(Hook):
+    """Appends each forwarded call and its answer to a tape, without credentials."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        open(path, "ab").close()  # raises OSError at the start, and not with the first call
+
+    def concerns(self, call: Call) -> bool:
+        """Return whether the call is forwarded, and its answer holds no credentials."""
+        secret = hands_out_credentials(call.action) or _SECRETIVE.search(call.operation)
+        forwards = call.route and isinstance(call.route.target, Upstream)
+        return bool(forwards and not secret and not call.unsigned)
+
+    def before(self, call: Call) -> None:
+        """Compute the hash of the body while it is sent."""
+        call.body_hash = BodyHash(call)
+
+    def after(self, call: Call, reply: Reply) -> Optional[Reply]:
+        """Record the answer, or return one that is recorded when it has streamed."""
+        if not isinstance(reply.body, bytes):
+            return reply._replace(body=self._streamed(call, reply, reply.body))
+        answer = _of_sqs(call, reply, reply.body) if call.service == "sqs" else {}
+        self._record(call, reply, io.BytesIO(reply.body), answer)
+        return None
+
+    def _streamed(self, call: Call, reply: Reply, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        with tempfile.SpooledTemporaryFile(MAX_INLINE) as kept:
+            for block in blocks:
+                kept.write(block)
+                yield block
+            kept.seek(0)
+            self._record(call, reply, kept, {})
+
+    def _record(self, call: Call, reply: Reply, body: Any, answer: Entry) -> None:
+        digest = call.body_hash.value() if call.body_hash else ""
+        start, text = body.read(MAX_INLINE), None
+        if not answer:
+            headers = {n: v for n, v in reply.headers if n.lower() not in _NOT_KEPT}
+            answer = {"status": reply.status, "headers": headers}
+            with contextlib.suppress(ValueError):
+                text = start.decode() if len(start) < MAX_INLINE else None
+            answer |= {} if text is None else {"body": text}
+        about = {"action": call.action, "region": call.region, "input": tape_input(call, digest)}
+        line = _SIGNED_URL.sub(r"\1masked", json.dumps({**about, **answer})).encode()
+        parts: Iterable[bytes] = (line, b"\n")
+        if text is None and "headers" in answer:
+            read = functools.partial(body.read, MAX_INLINE)
+            coded = map(base64.b64encode, itertools.chain((start,), iter(read, b"")))
+            parts = itertools.chain((line[:-1], _BASE64_MEMBER), coded, (b'"}\n',))
+        with self._lock, open(self._path, "ab") as file:
+            end = file.tell()
+            try:
+                file.writelines(parts)
+                file.flush()
+            except OSError as error:
+                log.error("the tape %s lacks a call: %s", self._path, error)
+                os.ftruncate(file.fileno(), end)
+
+
+def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
+    """Return the output or the error of Amazon SQS for each protocol; {} if it is malformed."""
+    operation, names = SQS_MODEL.operations.get(call.operation), SQS_MODEL.query_names
+    if operation is None:
+        return {}
+    try:
+        if data[:1] == b"<":
+            root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
+            found = _from_xml(root[0], names[call.operation], operation.output or ())
+            message = root.findtext(".//Message")
+        else:
+            found = read_json(data.decode() or "{}")
+            message = found.get("message") or found.get("Message")
+    except (ElementTree.ParseError, ValueError, IndexError, AttributeError):
+        return {}
+    if reply.status >= 400:
+        return {"status": reply.status, "error": error_code(reply), "message": message or ""}
+    output = {name: it for name, it in found.items() if name in (operation.output or ())}
+    urls = {name: _path_of(output[name], call) for name in _URL_MEMBERS & output.keys()}
+    return {"output": {**output, **urls}}
+
+
+def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = ()) -> Any:
+    """Return the value of an element of AWS Query, with the names of JSON."""
+    if not len(node):
+        text = node.text or ""
+        if node.tag == "SenderFault":
+            return text == "true"
+        return int(text) if node.tag in _SQS_NUMBERS else text
+    spelled = {names[it].element if it in names else it: it for it in (*names, *members)}
+    found: dict[str, Any] = {}
+    for child in node:
+        member = spelled.get(child.tag, child.tag)
+        _, key, of_value = names.get(member, ("", "", ""))
+        if key:
+            value = child.find(of_value)
+            item = {} if value is None else {child.findtext(key): _from_xml(value, names)}
+            found.setdefault(member, {}).update(item)
+        elif member in names:
+            found.setdefault(member, []).append(_from_xml(child, names))
+        else:
+            found[member] = _from_xml(child, names)
+    return found
+
+
+def read_tape(path: str) -> Tracks:
+    """Return the entries of a tape, in their order.  Raise OSError or ValueError."""
+    tracks: Tracks = {}
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            begin, line = file.tell(), file.readline(MAX_LINE)
+            if not line:
+                return tracks
+            place = {}
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                head = line.partition(_BASE64_MEMBER)[0]
+                place = {"at": begin + len(head + _BASE64_MEMBER)}
+                line = head + b"}"
+                while not file.readline(65536).endswith((b"\n", b"}")):
+                    pass
+            try:
+                entry = {**_checked(read_json(line.decode())), **place} if line.strip() else None
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if entry:
+                key = (entry["action"], entry.get("region", ""), _sorted(entry.get("input", "")))
+                tracks.setdefault(key, collections.deque()).append(entry)
+    return tracks
+
+
+def _sorted(given: Any) -> str:
+    return json.dumps(given, sort_keys=True) if given else ""
+
+
+def _checked(entry: Any) -> Entry:
+    """Return an entry of a tape; ValueError names its fault."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
+        raise ValueError('it needs an action, as in {"action": "sqs:ListQueues", "output": {}}')
+    for name in entry.keys() - _ENTRY:
+        raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
+    headers = entry.get("headers", {})
+    kinds = {"region": str, "input": dict, "output": dict, "headers": dict, "error": str}
+    for name in kinds.keys() & entry.keys():
+        if not isinstance(entry[name], kinds[name]):
+            raise ValueError(f"{name} must be {'text' if kinds[name] is str else 'an object'}")
+    if fault := fault_of_reply(Reply(entry.get("status", 200), tuple(headers.items()), b"")):
+        raise ValueError(f"it is {fault}")
+    base64.b64decode(entry.get("body_base64", ""), validate=True)
+    return entry
+
+
+class Tape:
+    """Answers from a file: the nth equal call gets the nth answer, and later ones the last."""
+
+    may_block = True  # it reads whole bodies, and the file
+
+    def __init__(self, path: str) -> None:
+        self.name = f"tape:{path}"
+        self._path = path
+        self._file = Watched(read_tape, path)
+        self._lock = threading.Lock()
+
+    def answer(self, call: Call, request_id: str) -> Reply:
+        """Return the answer of an equal call.  If the tape has none, raise ServiceError."""
+        body_hash = BodyHash(call)
+        collections.deque(iter(functools.partial(call.body.read, 65536), b""), 0)
+        given = tape_input(call, body_hash.value())
+        with self._lock:
+            self._file.refresh()
+            tracks: Tracks = self._file.value
+            places = itertools.product((call.region, ""), (_sorted(given), ""))
+            keys = [(call.action, *place) for place in places if (call.action, *place) in tracks]
+            if keys:
+                track = tracks[keys[0]]
+                return self._played(
+                    track.popleft() if len(track) > 1 else track[0], call, request_id
+                )
+        raise ServiceError("AccessDenied", f"{self.name} {_missing(call, given, tracks)}")
+
+    def _played(self, entry: Entry, call: Call, request_id: str) -> Reply:
+        status = entry.get("status", 400 if "error" in entry else 200)
+        if "error" in entry:
+            raise named_error(entry["error"], entry.get("message", ""), status)
+        if "output" in entry and isinstance(call.wire, (AwsJson, AwsQuery)):
+            model = MODELS.get(call.service) or Model({}, {call.operation: {}})
+            known = model.operations.get(call.operation)
+            output = entry["output"]
+            output = _queue_urls(output, call) if call.service == "sqs" else output
+            is_void = known and known.output is None
+            return call.wire.output(call, model, None if is_void else output, request_id)
+        body: Union[bytes, Iterator[bytes]]
+        if "at" in entry:
+            body = self._long_body(entry["at"])
+        elif "body_base64" in entry:
+            body = base64.b64decode(entry["body_base64"])
+        else:
+            given = entry.get("body", entry.get("output", ""))
+            body = (given if isinstance(given, str) else json.dumps(given)).encode()
+        defaults = {"x-amzn-RequestId": request_id, "Content-Type": call.wire.content_type}
+        headers = list(entry.get("headers", defaults).items())
+        if isinstance(body, bytes) and call.request.method != "HEAD":
+            headers = _without(headers, "content-length")
+        return Reply(status, tuple(headers), body)
+
+    def _long_body(self, at: int) -> Iterator[bytes]:
+        with open(self._path, "rb") as file:
+            file.seek(at)
+            for block in iter(functools.partial(file.read, 65536), b""):
+                coded, end, _ = block.partition(b'"')
+                yield base64.b64decode(coded)
+                if end:
+                    return
+
+
+def named_error(code: str, message: str, status: int) -> ServiceError:
+    """Return an error with any code."""
+    names = [name for name, fault in ERRORS.items() if code in (name, fault.code)]
+    error = ServiceError(names[0] if names else "AccessDenied", message)
+    error.fault = Fault(status, *(error.fault[1:] if names else (code, code)))
+    return error
+
+
+def _queue_urls(output: Entry, call: Call) -> Entry:
+    """Return an output of Amazon SQS with URLs of queues that lead to the proxy."""
+    found = dict(output)
+    for name in _URL_MEMBERS & found.keys():
+        paths = _path_of(found[name], call)
+        many = isinstance(paths, list)
+        found[name] = [call.base_url + it for it in paths] if many else call.base_url + paths
+    return found
+
+
+def _missing(call: Call, given: Entry, tracks: Iterable[tuple[str, ...]]) -> str:
+    """Return the sentences that compare a call with the nearest one of a tape."""
+    of_action = [key[1:] for key in tracks if key[0] == call.action]
+    if not of_action:
+        return f"has no {call.action}{did_you_mean(call.action, {key[0] for key in tracks})}"
+    ours, nearest = {"region": call.region, **given}, {}
+    differing: list[str] = []
+    for region, text in of_action[:1000]:
+        theirs = {"region": region or call.region, **(json.loads(text) if text else given)}
+        names = [it for it in {**theirs, **ours} if theirs.get(it) != ours.get(it)]
+        if not differing or len(names) < len(differing):
+            nearest, differing = theirs, names
+    faults = [
+        f"{name[:80]} is {_shown(nearest, name)} there and {_shown(ours, name)} in the call"
+        for name in differing[:5]
+    ]
+    return f"has {call.action}, but not with this input: {'; '.join(faults)}."
+
+
+def _shown(given: Entry, name: str) -> str:
+    return json.dumps(given[name])[:80] if name in given else "missing"
+
+
+# [8.7] Paths of our own
 _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
@@ -7386,6 +8335,7 @@ class Status:
     sqs: Optional[Sqs] = None
     reset: Optional[Callable[[str], int]] = None  # returns how many queues it has emptied
     inspector: Optional[Inspector] = None
+    guard: Optional[Guard] = None
     draining: bool = False
 
     def reply_to(
@@ -7423,6 +8373,12 @@ class Status:
             if "" in given or len(given) > 1:  # an empty variable must not drop all queues
                 return _status_reply(400, "queue must name one queue\n")
             return _status_json({"queues": self.reset("".join(given))})
+        if page == "policy" and self.guard:
+            client = _query_values(request, b"client")
+            refused = "refused" in _query_values(request, b"of")
+            if len(client) != 1:
+                return _status_reply(400, "client must name one client\n")
+            return _status_json(self.guard.learned(client[0], refused))
         if page == "queues" and self.sqs:
             return _status_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
@@ -7432,7 +8388,9 @@ class Status:
             return _status_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
             return _status_reply(200, PAGE, "text/html", page_policy())
-        names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
+        names = (
+            "health, ready, metrics, in-flight, policy, queues, queues/REGION/ACCOUNT/NAME, reset"
+        )
         return _status_reply(404, f"the paths are {names}\n")
 
 
@@ -7538,7 +8496,7 @@ def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     return any_address or address.is_loopback or name in hosts
 
 
-# [8.4] The store
+# [8.8] The store
 _SCHEMA = """
     create table about (name text primary key, value blob);
     create table queues (serial integer primary key, arn text, more text);
@@ -7682,7 +8640,7 @@ class Store:
             self._file.close()
 
 
-# [8.5] Hooks, and calls that wait
+# [8.9] Hooks, and calls that wait
 class Pending:
     """A call that waits for its reply.
 
@@ -7748,7 +8706,7 @@ Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it 
 Outcome = Union[Reply, Pending]
 
 
-# [8.6] The proxy
+# [8.10] The proxy
 class Proxy:
     """Answers requests: it verifies the caller, finds the operation, and returns the reply.
 
@@ -7758,7 +8716,8 @@ class Proxy:
     sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
-    hosts: further names of the proxy"""
+    hosts: further names of the proxy
+    guard: checks the clients' policies"""
 
     _any_address = False  # whether all clients may see our own paths, and nothing else
 
@@ -7768,8 +8727,9 @@ class Proxy:
         regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
         scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
         status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = ()
+        hook_seconds: float = 60, hosts: Iterable[str] = (), guard: Optional[Guard] = None
     ) -> None:  # fmt: skip
+        self._guard = guard or Guard()
         self.draining = False  # whether the process ends soon: calls receive no messages
         self._hook_seconds = hook_seconds
         self._workers = Workers()
@@ -7963,6 +8923,7 @@ class Proxy:
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
+        self._guard.check(call)
         if route is None:
             raise ServiceError("AccessDenied", self._no_route(call.action))
         if isinstance(route.target, Deny):
@@ -8832,6 +9793,7 @@ _ACCOUNT_ID = re.compile("[0-9]{12}")
 _CLIENT_KEYS = [  # in the order of the fields of Client
     "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
     "upstream_profile", "upstream_role_arn"]  # fmt: skip
+_OF_POLICY = ("policy", "read_only")
 
 
 def read_clients(path: str) -> Clients:
@@ -8847,12 +9809,14 @@ def read_clients(path: str) -> Clients:
     clients: dict[str, list[Client]] = {}
     for name in parser.sections():
         section = parser[name]
-        client = Client(name, *(section.get(key, "") for key in _CLIENT_KEYS))
+        values = (section.get(key, "") for key in _CLIENT_KEYS)
+        client = Client(name, *values, policy=_policy_of(path, section))
         if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
-        for word in set(section) - set(_CLIENT_KEYS):
-            if meant := did_you_mean(word, _CLIENT_KEYS, 0.9):
+        for word in set(section).difference(_CLIENT_KEYS, _OF_POLICY):
+            meant = did_you_mean(word, _CLIENT_KEYS, 0.9) or did_you_mean(word, _OF_POLICY)
+            if meant:  # to ignore the word could give the client more than was meant
                 raise ValueError(f"[{name}] has {word}{meant}")
         if client.account_id and not _ACCOUNT_ID.fullmatch(client.account_id):
             raise ValueError(f"[{name}] aws_account_id must be 12 digits")
@@ -8863,6 +9827,21 @@ def read_clients(path: str) -> Clients:
     if not clients:
         raise ValueError("the file has no section")
     return clients
+
+
+def _policy_of(path: str, section: Mapping[str, str]) -> Any:
+    """Return the policy of a section, if it has one; ValueError if it cannot be used."""
+    name, read_only = section.get("policy"), section.get("read_only", "false").lower()
+    if read_only not in ("true", "false") or name == "":
+        raise ValueError("read_only must be true or false, and policy a file")
+    statements = READ_ONLY if read_only == "true" else ()
+    if name is None:
+        return Policy(statements) if statements else None
+    file = os.path.join(os.path.dirname(path), name)
+    try:
+        return Watched(functools.partial(Policy.read, more=statements), file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy {file}: {error}") from error
 
 
 # [10.2] Flags
@@ -8927,11 +9906,13 @@ def _route(text: str) -> tuple[str, str]:
 
 
 def _target_name(text: str) -> str:
-    if text not in ("embedded", "aws", "deny"):
+    if text not in ("embedded", "aws", "deny") and not re.match("tape:.", text):
         try:
             parse_endpoint(text)
         except ValueError as error:
-            message = f"{error}; a target is 'embedded', 'aws', 'deny' or http(s)://host[:port]"
+            message = (
+                f"{error}; a target is embedded, aws, deny, tape:FILE or http(s)://host[:port]"
+            )
             raise argparse.ArgumentTypeError(message) from error
     return text
 
@@ -8987,6 +9968,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
     add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS", help="how much clocks may"
         " differ (default: 900; as on AWS, 300 for kms, lambda, monitoring, route53)")  # fmt: skip
+    add("--policy-mode", choices=("enforce", "observe"), default="enforce",
+        help="observe: log the calls that a policy refuses, and let them pass")  # fmt: skip
     add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
     _add_answers(parser)
     return parser
@@ -8996,11 +9979,13 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what answers").add_argument
     add("--route", **_MANY, type=_route, metavar="PATTERN=TARGET",
         help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
-        " their target: embedded (SQS in memory), aws, http(s)://host[:port] or deny; the first"
+        " their target: embedded (SQS in memory), aws, http(s)://host[:port], tape:FILE (recorded"
+        " or canned answers) or deny; the first"
         " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
         metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
+    add("--record", **_FILE, help="append forwarded calls and their answers to a tape")
     add("--hook", **_MANY, help="a .py with before, rewrite, after, observe, concerns; repeatable")
     add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
@@ -9086,7 +10071,8 @@ class Program:
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
         inspector = Inspector() if options.inspect else None
-        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
+        guard = Guard(options.policy_mode == "observe")
+        self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(
             self._clients.value, routes=routes, verified=not options.no_verify, hooks=hooks,
@@ -9094,7 +10080,8 @@ class Program:
             account_id=options.account_id, public_url=options.public_url or "", sqs=self._sqs,
             scheme=self._scheme, max_body=options.max_body, hook_seconds=options.timeout,
             status=None if options.admin else self._status,
-            hosts=(options.admin[0] if options.admin else "", *options.host_name))  # fmt: skip
+            hosts=(options.admin[0] if options.admin else "", *options.host_name),
+            guard=guard)  # fmt: skip
         self.server = self._listen(
             (options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
@@ -9171,6 +10158,9 @@ class Program:
         for path in options.hook:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
+        with _usage_errors(f"the tape {options.record} cannot be used: "):
+            if options.record:
+                hooks.append(Recorder(options.record))
         return hooks
 
     def _build_in_flight(self) -> InFlight:
@@ -9198,6 +10188,9 @@ class Program:
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
+        for client in itertools.chain(*self.proxy.clients.values()):
+            if isinstance(client.policy, Watched):
+                client.policy.refresh()
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
             signing_key.cache_clear()
@@ -9321,7 +10314,9 @@ def running(
         clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
-    proxy = Proxy(clients, sqs=sqs, status=Status(Metrics(), None, sqs, sqs.reset), **options)
+    guard = options.setdefault("guard", Guard())
+    status = Status(Metrics(), None, sqs, sqs.reset, guard=guard)
+    proxy = Proxy(clients, sqs=sqs, status=status, **options)
     with Server(("127.0.0.1", port), proxy) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -9420,7 +10415,10 @@ def build_routes(
     targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     given = given_routes(options)
     for pattern, name in given:
-        if name not in targets:
+        if name.startswith("tape:"):
+            with _usage_errors(f"the tape {name[5:]} cannot be used: "):
+                targets[name] = targets.get(name) or Tape(name[5:])
+        elif name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
         nearest = nearest_pattern(pattern)

@@ -17330,6 +17330,1056 @@ class DenialTest(MeaningCase):
                 self.assertEqual(again.status, 200, message)
 
 
+# ---- Policies ----
+
+TEAM_ACCOUNT = "111122223333"
+TEAM = Client("team", "AKIDTEAM", "secret", "", TEAM_ACCOUNT)
+SQS_ARN = f"arn:aws:sqs:us-east-1:{TEAM_ACCOUNT}"
+TABLE_ARN = f"arn:aws:dynamodb:us-east-1:{TEAM_ACCOUNT}:table"
+SNS_ARN = f"arn:aws:sns:us-east-1:{TEAM_ACCOUNT}"
+LAMBDA_ARN = f"arn:aws:lambda:us-east-1:{TEAM_ACCOUNT}:function"
+
+
+def statement_of(effect, actions, resources="*", **more):
+    """Return a statement; "!" in front of a list negates it."""
+    found = {"Effect": effect, **more}
+    for element, value in (("Action", actions), ("Resource", resources)):
+        negated = value.startswith("!")
+        found[f"Not{element}" if negated else element] = value.lstrip("!").split()
+    return found
+
+
+def policy_text(*statements):
+    """Return the JSON text of a policy."""
+    return json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+
+
+def allowing(actions, resources="*", **more):
+    """Return a statement that allows."""
+    return statement_of("Allow", actions, resources, **more)
+
+
+def denying(actions, resources="*", **more):
+    """Return a statement that denies."""
+    return statement_of("Deny", actions, resources, **more)
+
+
+class Guarded(Proxy):
+    """A proxy whose only client has the policy; `calls` are those that reached the target."""
+
+    def __init__(self, policy, observe=False, **how):
+        self.guard, answering = awsproxy.Guard(observe), Answering()
+        self.calls = answering.calls
+        clients = {TEAM.access_key_id: [TEAM._replace(policy=policy)]}
+        how = {"clock": lambda: EXAMPLE_TIME, "account_id": TEAM_ACCOUNT, **how}
+        super().__init__(clients, routes=[Route("*", answering)], guard=self.guard, **how)
+
+
+def signed_for(service, method="POST", target="/", headers=(), body=b"", region="us-east-1"):
+    """Return a request of the team, signed with the path that AWS would sign."""
+    body = body.encode() if isinstance(body, str) else body
+    given = list(dict(headers).items())
+    if service in S3_SERVICES:
+        given.append(("X-Amz-Content-Sha256", sha256(body)))
+    path, mark, query = target.partition("?")
+    plain = re.sub("/[^/]+/[.][.](?=/)", "", path)
+    plain = urllib.parse.quote(path, safe="/%") if service in S3_SERVICES else plain
+    how = {"client": TEAM, "service": service, "region": region}
+    headers = sign(method, plain + mark + query, given, body, **how)
+    return Request(method, target, headers, io.BytesIO(body), "127.0.0.1")
+
+
+def json_for(service, operation, document=None, target="/", prefix=None, **how):
+    """Return a signed call in AWS JSON."""
+    prefixes = {"sqs": "AmazonSQS", "dynamodb": "DynamoDB_20120810", "kms": "TrentService"}
+    prefix = prefix or prefixes.get(service, "Service")
+    headers = {
+        "X-Amz-Target": f"{prefix}.{operation}",
+        "Content-Type": "application/x-amz-json-1.0",
+    }
+    body = document if isinstance(document, (str, bytes)) else json.dumps(document or {})
+    return signed_for(service, "POST", target, headers, body, **how)
+
+
+def query_for(service, operation, fields=None, target="/", method="POST", **how):
+    """Return a signed call in AWS Query, with a form in the body."""
+    body = urllib.parse.urlencode({"Action": operation, **(fields or {})})
+    if method == "GET":
+        return signed_for(service, "GET", f"{target}?{body}", **how)
+    return signed_for(service, "POST", target, {FORM[0]: FORM[1]}, body, **how)
+
+
+def s3_for(method, target, host=HOST, headers=(), body=b""):
+    """Return a signed call of Amazon S3."""
+    return signed_for("s3", method, target, {"Host": host, **dict(headers)}, body)
+
+
+def needs_in(request, **how):
+    """Return the action and the pattern of each resource of a signed request."""
+    proxy = Guarded(None, **how)
+    reply = proxy.handle(request)
+    assert proxy.calls, reply
+    pairs = awsproxy.needs_of(proxy.calls[-1])
+    return [(awsproxy.iam_name(action), it.pattern) for action, it in pairs]
+
+
+# A policy, then lines of an action, a resource and the decision.
+S3_RULES = policy_text(allowing("s3:*", "arn:aws:s3:::team arn:aws:s3:::team/*"))
+DECISIONS = [
+    ("Policy evaluation logic: a request is denied by default", policy_text(), """
+        sqs:SendMessage arn:aws:sqs:us-east-1:111122223333:jobs no
+        sts:GetCallerIdentity * no
+     """),
+    ("Policy evaluation logic: an explicit allow overrides the default", policy_text(
+        allowing("sqs:SendMessage", f"{SQS_ARN}:jobs")), f"""
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        sqs:SendMessage {SQS_ARN}:other no
+        sqs:ReceiveMessage {SQS_ARN}:jobs no
+        sqs:SendMessage arn:aws:sqs:us-west-2:{TEAM_ACCOUNT}:jobs no
+        sqs:SendMessage arn:aws:sqs:us-east-1:999999999999:jobs no
+        sqs:SendMessage arn:aws-cn:sqs:us-east-1:{TEAM_ACCOUNT}:jobs no
+        sqs:SendMessage {SQS_ARN}:jobs2 no
+        sqs:SendMessage {SQS_ARN}:job no
+        sqs:SendMessage * no
+        sqs:SendMessage ? no
+     """),
+    ("Policy evaluation logic: an explicit deny overrides any allow", policy_text(
+        allowing("s3:*"), denying("s3:DeleteObject", "arn:aws:s3:::prod/*")), """
+        s3:DeleteObject arn:aws:s3:::prod/a no
+        s3:DeleteObject arn:aws:s3:::test/a yes
+        s3:GetObject arn:aws:s3:::prod/a yes
+        s3:DeleteObject ? no
+        s3:ListAllMyBuckets * yes
+     """),
+    ("Policy evaluation logic: the order of statements does not matter", policy_text(
+        denying("sqs:DeleteQueue"), allowing("sqs:*"), denying("sqs:PurgeQueue")), f"""
+        sqs:DeleteQueue {SQS_ARN}:jobs no
+        sqs:PurgeQueue {SQS_ARN}:jobs no
+        sqs:SendMessage {SQS_ARN}:jobs yes
+     """),
+    ("Policy evaluation logic: one statement of several may allow", policy_text(
+        allowing("sqs:SendMessage", f"{SQS_ARN}:a"), allowing("sqs:SendMessage", f"{SQS_ARN}:b")), f"""
+        sqs:SendMessage {SQS_ARN}:a yes
+        sqs:SendMessage {SQS_ARN}:b yes
+        sqs:SendMessage {SQS_ARN}:c no
+     """),
+    ("IAM JSON policy elements: Action: prefix and name without case", policy_text(
+        allowing("IAM:listaccesskeys SQS:sendmessage dynamodb:GETITEM")), f"""
+        iam:ListAccessKeys * yes
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        dynamodb:GetItem {TABLE_ARN}/a yes
+        dynamodb:GetItems {TABLE_ARN}/a no
+     """),
+    ("IAM JSON policy elements: Action: wildcards", policy_text(
+        allowing("iam:*AccessKey* sqs:????Message kms:*")), f"""
+        iam:CreateAccessKey * yes
+        iam:ListAccessKeys * yes
+        iam:CreateUser * no
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        sqs:ReceiveMessage {SQS_ARN}:jobs no
+        kms:Encrypt * yes
+        kmsx:Encrypt * no
+     """),
+    ("IAM JSON policy elements: Action: all services", policy_text(allowing("*")), f"""
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        ec2:RunInstances ? yes
+     """),
+    ("IAM JSON policy elements: NotAction with Allow", policy_text(
+        allowing("!s3:DeleteBucket", "arn:aws:s3:::*")), f"""
+        s3:DeleteBucket arn:aws:s3:::b no
+        s3:GetObject arn:aws:s3:::b/k yes
+        s3:ListAllMyBuckets * no
+        sqs:SendMessage {SQS_ARN}:jobs no
+     """),
+    ("IAM JSON policy elements: NotAction with Allow on all", policy_text(allowing("!iam:*")), f"""
+        iam:CreateUser * no
+        IAM:createuser * no
+        sqs:SendMessage {SQS_ARN}:jobs yes
+     """),
+    ("IAM JSON policy elements: NotAction with Deny", policy_text(
+        allowing("*"), denying("!sqs:* sts:GetCallerIdentity")), f"""
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        sts:GetCallerIdentity * yes
+        s3:GetObject arn:aws:s3:::b/k no
+     """),
+    ("IAM JSON policy elements: Resource: names with case", policy_text(
+        allowing("sqs:*", f"{SQS_ARN}:Jobs")), f"""
+        sqs:SendMessage {SQS_ARN}:Jobs yes
+        sqs:SendMessage {SQS_ARN}:jobs no
+        sqs:SendMessage {SQS_ARN}:JOBS no
+     """),
+    ("IAM JSON policy elements: Resource: * within a segment", policy_text(
+        allowing("s3:*", "arn:aws:s3:::b/*/test/*")), """
+        s3:GetObject arn:aws:s3:::b/1/test/object.jpg yes
+        s3:GetObject arn:aws:s3:::b/1/2/test/3/object.jpg yes
+        s3:GetObject arn:aws:s3:::b/1///test///object.jpg yes
+        s3:GetObject arn:aws:s3:::b//test/object.jpg yes
+        s3:GetObject arn:aws:s3:::b/1/test/ yes
+        s3:GetObject arn:aws:s3:::b/1-test/object.jpg no
+        s3:GetObject arn:aws:s3:::b/test/object.jpg no
+     """),
+    ("IAM JSON policy elements: Resource: ? is one character", policy_text(
+        allowing("sqs:*", f"{SQS_ARN}:q? {SQS_ARN}:?")), f"""
+        sqs:SendMessage {SQS_ARN}:q1 yes
+        sqs:SendMessage {SQS_ARN}:x yes
+        sqs:SendMessage {SQS_ARN}:q12 no
+        sqs:SendMessage {SQS_ARN}: no
+     """),
+    ("IAM JSON policy elements: Resource: the last * expands beyond colons", policy_text(
+        allowing("lambda:InvokeFunction", f"{LAMBDA_ARN}:f*"), allowing("sqs:*", "arn:aws:sqs:us-east-1:*")),
+     f"""
+        lambda:InvokeFunction {LAMBDA_ARN}:f yes
+        lambda:InvokeFunction {LAMBDA_ARN}:f:PROD yes
+        lambda:InvokeFunction {LAMBDA_ARN}:g no
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        sqs:SendMessage arn:aws:sqs:us-west-1:{TEAM_ACCOUNT}:jobs no
+     """),
+    ("IAM JSON policy elements: Resource: wildcards in region and account", policy_text(
+        allowing("lambda:InvokeFunction", "arn:aws:lambda:*:111122223333:function:f"),
+        allowing("sqs:*", "arn:aws:sqs:us-*-1:????22223333:*")), f"""
+        lambda:InvokeFunction {LAMBDA_ARN}:f yes
+        lambda:InvokeFunction arn:aws:lambda:eu-west-1:{TEAM_ACCOUNT}:function:f yes
+        lambda:InvokeFunction arn:aws:lambda:eu:999999999999:x:{TEAM_ACCOUNT}:function:f no
+        lambda:InvokeFunction {LAMBDA_ARN}:f:PROD no
+        sqs:SendMessage {SQS_ARN}:jobs yes
+        sqs:SendMessage arn:aws:sqs:us-east-2:{TEAM_ACCOUNT}:jobs no
+        sqs:SendMessage arn:aws:sqs:us-east-1:999999999999:jobs no
+     """),
+    ("IAM JSON policy elements: Resource: brackets and dots are no wildcards", policy_text(
+        allowing("s3:*", "arn:aws:s3:::b/[ab].txt")), """
+        s3:GetObject arn:aws:s3:::b/[ab].txt yes
+        s3:GetObject arn:aws:s3:::b/a.txt no
+        s3:GetObject arn:aws:s3:::b/[ab]xtxt no
+     """),
+    ("IAM JSON policy elements: Resource: a bucket is not its objects", S3_RULES, """
+        s3:ListBucket arn:aws:s3:::team yes
+        s3:GetObject arn:aws:s3:::team/a yes
+        s3:GetObject arn:aws:s3:::team2/a no
+        s3:ListBucket arn:aws:s3:::tea no
+     """),
+    ("IAM JSON policy elements: NotResource with Deny", policy_text(
+        allowing("s3:*"), denying("s3:*", "!arn:aws:s3:::team arn:aws:s3:::team/*")), """
+        s3:GetObject arn:aws:s3:::team/a yes
+        s3:GetObject arn:aws:s3:::other/a no
+        s3:ListAllMyBuckets * no
+        s3:GetObject ? no
+     """),
+    ("IAM JSON policy elements: NotResource with Allow", policy_text(
+        allowing("s3:*", "!arn:aws:s3:::prod arn:aws:s3:::prod/*")), """
+        s3:GetObject arn:aws:s3:::test/a yes
+        s3:GetObject arn:aws:s3:::prod/a no
+        s3:ListAllMyBuckets * yes
+        s3:GetObject ? no
+     """),
+    ("Service Authorization Reference: an action without a resource needs *", policy_text(
+        allowing("sqs:ListQueues", f"{SQS_ARN}:*"), allowing("sns:ListTopics")), """
+        sqs:ListQueues * no
+        sns:ListTopics * yes
+     """),
+    ("Service Authorization Reference: the prefix of CloudWatch", policy_text(
+        allowing("cloudwatch:PutMetricData")), """
+        monitoring:PutMetricData ? yes
+        monitoring:GetMetricData ? no
+     """),
+]  # fmt: skip
+
+
+class DecisionTest(unittest.TestCase):
+    """The table of decisions."""
+
+    def test_iams_rules_decide_each_row(self):
+        count = 0
+        for page, text, rows in DECISIONS:
+            parsed = awsproxy.Policy.parse(text)
+            for row in rows.strip().splitlines():
+                action, name, expected = row.split()
+                resource = awsproxy.UNKNOWN if name == "?" else awsproxy.Resource(name)
+                decision = parsed.decide([(action, resource)])
+                with self.subTest(page=page, row=row):
+                    self.assertEqual(expected, "yes" if decision.allowed else "no")
+                count += 1
+        self.assertGreaterEqual(count, 60)
+
+    def test_a_call_that_touches_two_resources_needs_both(self):
+        parsed = awsproxy.Policy.parse(
+            policy_text(allowing("dynamodb:*", f"{TABLE_ARN}/a"), denying("*", f"{TABLE_ARN}/c"))
+        )
+        a, b, c = (
+            ("dynamodb:GetItem", awsproxy.Resource(f"{TABLE_ARN}/{name}")) for name in "abc"
+        )
+        self.assertTrue(parsed.decide([a]).allowed)
+        self.assertFalse(parsed.decide([a, b]).allowed)
+        self.assertFalse(parsed.decide([b, a]).allowed)
+        self.assertFalse(parsed.decide([]).allowed)
+        self.assertEqual("2", parsed.decide([a, c]).statement)
+
+    def test_the_decision_names_the_number_and_the_sid_or_that_none_matched(self):
+        parsed = awsproxy.Policy.parse(
+            policy_text(allowing("*"), denying("sqs:*", Sid="NoQueues"))
+        )
+        decision = parsed.decide([("sqs:SendMessage", awsproxy.Resource(f"{SQS_ARN}:q"))])
+        self.assertEqual("2 NoQueues", decision.statement)
+        message = awsproxy.refusal_of(TEAM, decision).message
+        self.assertIn("statement 2 NoQueues of its policy denies it", message)
+        decision = awsproxy.Policy.parse(policy_text()).decide(
+            [("sqs:SendMessage", awsproxy.UNKNOWN)]
+        )
+        self.assertEqual("", decision.statement)
+        self.assertIn("no statement", awsproxy.refusal_of(TEAM, decision).message)
+
+    def test_an_arn_of_which_the_beginning_is_known_needs_a_pattern_for_all_of_it(self):
+        keys = awsproxy.Resource("arn:aws:s3:::b/", whole=False)
+        for pattern, allowed in (("b/*", 1), ("*", 1), ("b*", 1), ("b/x*", 0), ("b/?", 0)):
+            parsed = awsproxy.Policy.parse(
+                policy_text(allowing("s3:*", f"arn:aws:s3:::{pattern}"))
+            )
+            self.assertEqual(bool(allowed), parsed.decide([("s3:PutObject", keys)]).allowed)
+        for pattern, denied in (("b/x", 1), ("b", 1), ("c/*", 0), ("*x", 1)):
+            parsed = awsproxy.Policy.parse(
+                policy_text(allowing("*"), denying("s3:*", f"arn:aws:s3:::{pattern}"))
+            )
+            self.assertEqual(not denied, parsed.decide([("s3:PutObject", keys)]).allowed)
+
+    def test_a_rest_call_matches_by_its_path_and_lambdas_also_by_the_name_in_iam(self):
+        path = "lambda:POST/2015-03-31/functions/f/invocations"
+        used = [(path, awsproxy.Resource(f"{LAMBDA_ARN}:f"))]
+        for action, allowed in (
+            ("lambda:InvokeFunction", 1), ("lambda:invokefunction", 1), ("lambda:POST/*", 1),
+            ("lambda:POST", 1), (path, 1), ("lambda:GetFunction", 0), ("lambda:POST/2016*", 0),
+            (path.replace("/f/", "/F/"), 0), ("lambda:*", 1), ("lambda:Invoke*", 1),
+        ):  # fmt: skip
+            with self.subTest(action):
+                decision = awsproxy.Policy.parse(policy_text(allowing(action))).decide(used, path)
+                self.assertEqual(bool(allowed), decision.allowed)
+        for action in ("lambda:InvokeFunction", "lambda:Invoke*", "lambda:POST", "lambda:post/*"):
+            decision = awsproxy.Policy.parse(policy_text(allowing("*"), denying(action))).decide(
+                used, path
+            )
+            self.assertFalse(decision.allowed, action)
+
+    def test_a_statement_may_deny_a_batch_which_is_allowed_by_the_single_action(self):
+        used = [("sqs:SendMessage", awsproxy.Resource(f"{SQS_ARN}:q"))]
+        parsed = awsproxy.Policy.parse(
+            policy_text(allowing("sqs:*"), denying("sqs:SendMessageBatch"))
+        )
+        self.assertFalse(parsed.decide(used, "sqs:SendMessageBatch").allowed)
+        self.assertTrue(parsed.decide(used, "sqs:SendMessage").allowed)
+        parsed = awsproxy.Policy.parse(policy_text(allowing("sqs:SendMessageBatch")))
+        self.assertFalse(parsed.decide(used, "sqs:SendMessageBatch").allowed)
+
+    def test_a_rest_call_may_be_any_operation_that_a_statement_denies_by_its_name(self):
+        parsed = awsproxy.Policy.parse(policy_text(allowing("*"), denying("ses:SendEmail")))
+        rest = "ses:POST/v2/email/outbound-emails"
+        self.assertFalse(parsed.decide([(rest, awsproxy.UNKNOWN)], rest).allowed)
+        self.assertTrue(parsed.decide([("ses:GetSendQuota", awsproxy.UNKNOWN)]).allowed)
+
+    def test_a_long_name_of_a_caller_costs_no_more_than_its_length(self):
+        parsed = awsproxy.Policy.parse(
+            policy_text(allowing("s3:*", "arn:aws:s3:::" + "*a" * 20 + "b"))
+        )
+        pair = ("s3:GetObject", awsproxy.Resource("arn:aws:s3:::" + "a" * 50000))
+        began = time.monotonic()
+        self.assertFalse(parsed.decide([pair]).allowed)
+        self.assertLess(time.monotonic() - began, 2)
+
+    def test_the_cache_keeps_max_cached_decisions_none_of_a_long_text(self):
+        parsed = awsproxy.Policy.parse(policy_text(allowing("*")))
+        for index in range(awsproxy.MAX_CACHED + 50):
+            parsed.decide([("sqs:SendMessage", awsproxy.Resource(f"{SQS_ARN}:{index}"))])
+        self.assertEqual(awsproxy.MAX_CACHED, parsed._known.cache_info().currsize)
+        misses = parsed._known.cache_info().misses
+        parsed.decide([("sqs:SendMessage", awsproxy.Resource("x" * 5000))])
+        self.assertEqual(misses, parsed._known.cache_info().misses)
+
+
+GOOD = '{"Effect": "Allow", "Action": "*", "Resource": "*"}'
+AT_START = {  # the second statement, and a word of the refusal
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "Condition": {}}': "Condition",
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "Principal": "*"}': "Principal",
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "NotPrincipal": "*"}': "NotPrincipal",
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "resource": "*"}': "resource",
+    '{"Effect": "Allow", "Action": "*", "Action": "*", "Resource": "*"}': "a key twice",
+    '{"Effect": "Allow", "Action": "*", "Resource": "arn:aws:s3:::${aws:username}"}': "variable",
+    '{"Effect": "Allow", "Action": "s3:${x}", "Resource": "*"}': "variable",
+    '{"Effect": "allow", "Action": "*", "Resource": "*"}': "Effect",
+    '{"Effect": ["Allow"], "Action": "*", "Resource": "*"}': "Effect",
+    '{"Action": "*", "Resource": "*"}': "Effect",
+    '{"Effect": "Allow", "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": "*"}': "Resource",
+    '{"Effect": "Allow", "Action": "*", "NotAction": "*", "Resource": "*"}': "either Action",
+    '{"Effect": "Deny", "Action": "*", "Resource": "*", "NotResource": "*"}': "either Resource",
+    '{"Effect": "Allow", "Action": [], "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": {}, "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": 1, "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": null, "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": ["*", 1], "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": "SendMessage", "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": "s*:Get*", "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": "sqs:", "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": " sqs:*", "Resource": "*"}': "Action",
+    '{"Effect": "Allow", "Action": "sqs:*", "Resource": "jobs"}': "Resource",
+    '{"Effect": "Allow", "Action": "sqs:*", "Resource": ""}': "Resource",
+    '{"Effect": "Allow", "Action": "sqs:*", "Resource": "arn:aws:sqs:us-east-1:1"}': "Resource",
+    '{"Effect": "Allow", "Action": "sqs:*", "Resource": "arn:aws:*:::b"}': "Resource",
+    '{"Effect": "Allow", "Action": "sqs:*", "Resource": "arn:aws:s3:::"}': "Resource",
+    '{"Effect": "Deny", "Action": "s3:*", "Resource": "arn:aws:s3:::b "}': "Resource",
+    '{"Effect": "Allow", "Action": "*", "Resource": [["*"]]}': "Resource",
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "Sid": 1}': "Sid",
+    '{"Effect": "Allow", "Action": "*", "Resource": "*", "Sid": "a b"}': "Sid",
+    '{"Effect": "Deny", "Action": "dynamdb:*Item", "Resource": "*"}': "no call",
+    '{"Effect": "Deny", "Action": "s3:BypassIt", "Resource": "*"}': "no call",
+    '{"Effect": "Deny", "Action": "iam:PassRole", "Resource": "*"}': "no call",
+    '{"Effect": "Deny", "Action": "eks:DeleteCluster", "Resource": "*"}': "METHOD/path",
+    '{"Effect": "Deny", "Action": "eks:Delete*", "Resource": "*"}': "METHOD/path",
+    '{"Effect": "Deny", "Action": "lambda:DeleteEventSourceMapping", "Resource": "*"}': "POST/path",
+    '{"Effect": "Allow", "NotAction": "cloudfront:DeleteKeyGroup", "Resource": "*"}': "POST/path",
+    '"Allow"': "object",
+    "null": "object",
+}
+OF_THE_DOCUMENT = {
+    "": "",
+    "[]": "the policy",
+    "{}": "Statement",
+    '{"Statement": "x"}': "Statement",
+    '{"Statement": null}': "Statement",
+    '{"Version": "2012-10-18", "Statement": []}': "Version",
+    '{"Version": 2012, "Statement": []}': "Version",
+    '{"Version": ["2012-10-17"], "Statement": []}': "Version",
+    '{"Statement": [], "Statement": []}': "a key twice",
+    '{"statement": []}': "statement",
+    '{"Statement": []} x': "",
+    "[" * 100000: "",
+}
+
+
+class StartTest(unittest.TestCase):
+    """What is not understood is refused at start."""
+
+    def test_each_refusal_names_the_number_of_its_statement(self):
+        for given, word in AT_START.items():
+            with self.subTest(given):
+                with self.assertRaises(ValueError) as caught:
+                    awsproxy.Policy.parse(
+                        f'{{"Version": "2012-10-17", "Statement": [{GOOD}, {given}]}}'
+                    )
+                self.assertIn("statement 2", str(caught.exception))
+                self.assertIn(word, str(caught.exception))
+
+    def test_a_faulty_document_is_a_valueerror(self):
+        for given, word in OF_THE_DOCUMENT.items():
+            with self.subTest(given[:80]), self.assertRaises(ValueError) as caught:
+                awsproxy.Policy.parse(given)
+            self.assertIn(word, str(caught.exception))
+
+    def test_iams_other_forms_are_understood(self):
+        for given in (
+            f'{{"Statement": {GOOD}}}',
+            f'{{"Version": "2008-10-17", "Id": "x", "Statement": [{GOOD}]}}',
+            policy_text(allowing("*", Sid="A1")),
+            policy_text(
+                denying("lambda:InvokeFunction lambda:GET/2015-03-31/* eks:* eks:DELETE/*")
+            ),
+            policy_text(denying("s3:Delete* sqs:*Batch cloudwatch:Put* ec2:Run* bedrock:Invoke*")),
+            policy_text(allowing("sqs:*", "arn:aws:sqs:* arn:aws:sqs:us-east-1:* arn:*:s3:::b/*")),
+            policy_text(allowing("s3:*", "arn:aws:s3:::b/\u00e9*")),
+            policy_text(allowing("eks:ListClusters ses:Any")),
+        ):
+            with self.subTest(given):
+                awsproxy.Policy.parse(given)
+
+
+def lambda_for(path, method="POST", **how):
+    """Return a signed call of Lambda."""
+    return signed_for("lambda", method, path, **how)
+
+
+JOBS_AT = f"http://{HOST}/{TEAM_ACCOUNT}/jobs"
+JOBS_ARN = f"{SQS_ARN}:jobs"
+TRANSACTION = {
+    "TransactItems": [
+        {"Put": {"TableName": "a"}},
+        {"Update": {"TableName": "b"}},
+        {"Delete": {"TableName": f"{TABLE_ARN}/c"}},
+        {"ConditionCheck": {"TableName": "a"}},
+        {"Put": {"TableName": "a"}},
+    ]
+}
+COPY = {"x-amz-copy-source": "/src/a%20b?versionId=1"}
+EVERY_WRITE = ("PutItem", "UpdateItem", "DeleteItem", "ConditionCheckItem")
+STATES_ARN = f"arn:aws:states:us-east-1:{TEAM_ACCOUNT}"
+SECRET_ARN = f"arn:aws:secretsmanager:us-east-1:{TEAM_ACCOUNT}:secret:db-AbCdEf"
+ECS_ARN = f"arn:aws:ecs:us-east-1:{TEAM_ACCOUNT}"
+CFN_ARN = f"arn:aws:cloudformation:us-east-1:{TEAM_ACCOUNT}"
+KMS_ARN = f"arn:aws:kms:us-east-1:{TEAM_ACCOUNT}:key"
+RESOURCES = {
+    "SQS": [
+        (json_for("sqs", "SendMessage", {"QueueUrl": JOBS_AT}), [f"sqs:SendMessage {JOBS_ARN}"]),
+        (json_for("sqs", "SendMessage", {"QueueUrl": f"/{TEAM_ACCOUNT}/jobs"}),
+         [f"sqs:SendMessage {JOBS_ARN}"]),
+        (json_for("sqs", "SendMessage", {"QueueUrl": JOBS_AT}, f"/{TEAM_ACCOUNT}/jobs"),
+         [f"sqs:SendMessage {JOBS_ARN}"]),
+        (json_for("sqs", "SendMessageBatch", {"QueueUrl": JOBS_AT}), [f"sqs:SendMessage {JOBS_ARN}"]),
+        (json_for("sqs", "DeleteMessageBatch", {"QueueUrl": JOBS_AT}), [f"sqs:DeleteMessage {JOBS_ARN}"]),
+        (json_for("sqs", "ChangeMessageVisibilityBatch", {"QueueUrl": JOBS_AT}),
+         [f"sqs:ChangeMessageVisibility {JOBS_ARN}"]),
+        (json_for("sqs", "ReceiveMessage", {"QueueUrl": JOBS_AT + ".fifo"}, region="eu-west-1"),
+         [f"sqs:ReceiveMessage arn:aws:sqs:eu-west-1:{TEAM_ACCOUNT}:jobs.fifo"]),
+        (json_for("sqs", "GetQueueAttributes", {"QueueUrl": JOBS_AT}, region="cn-north-1"),
+         [f"sqs:GetQueueAttributes arn:aws-cn:sqs:cn-north-1:{TEAM_ACCOUNT}:jobs"]),
+        (json_for("sqs", "CreateQueue", {"QueueName": "jobs"}), [f"sqs:CreateQueue {JOBS_ARN}"]),
+        (json_for("sqs", "GetQueueUrl", {"QueueName": "jobs"}), [f"sqs:GetQueueUrl {JOBS_ARN}"]),
+        (json_for("sqs", "GetQueueUrl",
+                   {"QueueName": "j", "QueueOwnerAWSAccountId": "999999999999"}),
+         ["sqs:GetQueueUrl arn:aws:sqs:us-east-1:999999999999:j"]),
+        (json_for("sqs", "GetQueueUrl", {"QueueName": "j", "QueueOwnerAWSAccountId": "*"}),
+         ["sqs:GetQueueUrl *"]),
+        (json_for("sqs", "ListQueues"), ["sqs:ListQueues *"]),
+        (json_for("sqs", "StartMessageMoveTask",
+                   {"SourceArn": f"{SQS_ARN}:dead", "DestinationArn": JOBS_ARN}),
+         [f"sqs:StartMessageMoveTask {SQS_ARN}:dead", f"sqs:StartMessageMoveTask {JOBS_ARN}"]),
+        (json_for("sqs", "CancelMessageMoveTask", {"TaskHandle": "x"}),
+         ["sqs:CancelMessageMoveTask *"]),
+        (query_for("sqs", "SendMessage", {"QueueUrl": JOBS_AT}), [f"sqs:SendMessage {JOBS_ARN}"]),
+        (query_for("sqs", "SendMessage", {"MessageBody": "x"}, f"/{TEAM_ACCOUNT}/jobs"),
+         [f"sqs:SendMessage {JOBS_ARN}"]),
+        (query_for("sqs", "SendMessage", {"MessageBody": "x"}, f"/base/{TEAM_ACCOUNT}/jobs/"),
+         [f"sqs:SendMessage {JOBS_ARN}"]),
+        (query_for("sqs", "ReceiveMessage", {}, f"/{TEAM_ACCOUNT}/jobs", "GET"),
+         [f"sqs:ReceiveMessage {JOBS_ARN}"]),
+        (query_for("sqs", "SendMessageBatch", {"QueueUrl": JOBS_AT}), [f"sqs:SendMessage {JOBS_ARN}"]),
+        (query_for("sqs", "ReceiveMessage", {"MaxNumberOfMessages": "1"}),
+         ["sqs:ReceiveMessage *"]),
+    ],
+    "S3": [
+        (s3_for("GET", "/b/k/x"), ["s3:GetObject arn:aws:s3:::b/k/x"]),
+        (s3_for("GET", "/k/x", "b.localhost:8081"), ["s3:GetObject arn:aws:s3:::b/k/x"]),
+        (s3_for("GET", "/k/x", "B.S3.us-east-1.amazonaws.com"),
+         ["s3:GetObject arn:aws:s3:::b/k/x"]),
+        (s3_for("HEAD", "/b/k"), ["s3:GetObject arn:aws:s3:::b/k"]),
+        (s3_for("GET", "/b/k?versionId=1"), ["s3:GetObjectVersion arn:aws:s3:::b/k"]),
+        (s3_for("GET", "/b?list-type=2"), ["s3:ListBucket arn:aws:s3:::b"]),
+        (s3_for("HEAD", "/b/"), ["s3:ListBucket arn:aws:s3:::b"]),
+        (s3_for("GET", "/", "b.localhost:8081"), ["s3:ListBucket arn:aws:s3:::b"]),
+        (s3_for("GET", "/b?uploads"), ["s3:ListBucketMultipartUploads arn:aws:s3:::b"]),
+        (s3_for("GET", "/"), ["s3:ListAllMyBuckets *"]),
+        (s3_for("PUT", "/b"), ["s3:CreateBucket arn:aws:s3:::b"]),
+        (s3_for("PUT", "/b?policy"), ["s3:PutBucketPolicy arn:aws:s3:::b"]),
+        (s3_for("GET", "/b?object-lock"),
+         ["s3:GetBucketObjectLockConfiguration arn:aws:s3:::b"]),
+        (s3_for("PUT", "/b/k"), ["s3:PutObject arn:aws:s3:::b/k"]),
+        (s3_for("PUT", "/b/a%20b+c"), ["s3:PutObject arn:aws:s3:::b/a b+c"]),
+        (s3_for("PUT", "/b/%C3%A9"), ["s3:PutObject arn:aws:s3:::b/\u00e9"]),
+        (s3_for("PUT", "/b/%252F"), ["s3:PutObject arn:aws:s3:::b/%2F"]),
+        (s3_for("PUT", "/b/*"), ["s3:PutObject arn:aws:s3:::b/?"]),
+        (s3_for("PUT", "/b/k", headers={"x-amz-acl": "public-read"}),
+         ["s3:PutObject arn:aws:s3:::b/k", "s3:PutObjectAcl arn:aws:s3:::b/k"]),
+        (s3_for("PUT", "/b/k?x-amz-tagging=a"),
+         ["s3:PutObject arn:aws:s3:::b/k", "s3:PutObjectTagging arn:aws:s3:::b/k"]),
+        (s3_for("PUT", "/b/k", headers=COPY),
+         ["s3:PutObject arn:aws:s3:::b/k", "s3:GetObjectVersion arn:aws:s3:::src/a b"]),
+        (s3_for("PUT", "/b/k?partNumber=1&uploadId=x", headers={"x-amz-copy-source": "src%2Fa"}),
+         ["s3:PutObject arn:aws:s3:::b/k", "s3:GetObject arn:aws:s3:::src/a"]),
+        (s3_for("POST", "/b?delete"),
+         ["s3:DeleteObject arn:aws:s3:::b/*", "s3:DeleteObjectVersion arn:aws:s3:::b/*"]),
+        (s3_for("POST", "/b"), ["s3:PutObject arn:aws:s3:::b/*"]),
+        (s3_for("GET", "/b/a//c"),
+         ["s3:GetObject arn:aws:s3:::b/a//c", "s3:GetObject arn:aws:s3:::b/a/c"]),
+        (s3_for("GET", "/b/dir/"), ["s3:GetObject arn:aws:s3:::b/dir/"]),
+        (s3_for("GET", "/b/a/../../c"), ["s3:GetObject arn:aws:s3:::b/a/../../c", "s3:GetObject *"]),
+        (s3_for("GET", "/b-x-s3alias/k"), ["s3:GetObject *"]),
+        (s3_for("GET", "/v20180820/jobs"), ["s3:GET/v20180820/jobs *"]),
+        (signed_for("s3express", "GET", "/b/k"), ["s3express:GetObject *"]),
+    ],
+    "DynamoDB": [
+        (json_for("dynamodb", "GetItem", {"TableName": "a"}), [f"dynamodb:GetItem {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "GetItem", {"TableName": f"{TABLE_ARN}/a"}),
+         [f"dynamodb:GetItem {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "Query", {"TableName": "a", "IndexName": "i"}),
+         [f"dynamodb:Query {TABLE_ARN}/a", f"dynamodb:Query {TABLE_ARN}/a/index/i"]),
+        (json_for("dynamodb", "Query", {"TableName": "a", "IndexName": "../b"}),
+         [f"dynamodb:Query {TABLE_ARN}/a", "dynamodb:Query *"]),
+        (json_for("dynamodb", "TransactWriteItems",
+                   {"TransactItems": [{"Put": {"TableName": f"t{n}"}} for n in range(200)]}),
+         [f"dynamodb:{name} *" for name in EVERY_WRITE]),
+        (json_for("dynamodb", "PutItem", {"TableName": "a", "Item": {"x": {"S": f"{TABLE_ARN}/z"}}}),
+         [f"dynamodb:PutItem {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "BatchGetItem", {"RequestItems": {"a": {}, f"{TABLE_ARN}/b": {}}}),
+         [f"dynamodb:BatchGetItem {TABLE_ARN}/a", f"dynamodb:BatchGetItem {TABLE_ARN}/b"]),
+        (json_for("dynamodb", "BatchWriteItem", {"RequestItems": {}}),
+         ["dynamodb:BatchWriteItem *"]),
+        (json_for("dynamodb", "BatchWriteItem", {"RequestItems": ["a"]}),
+         ["dynamodb:BatchWriteItem *"]),
+        (json_for("dynamodb", "BatchGetItem",
+                   {"RequestItems": {f"t{index}": {} for index in range(200)}}),
+         ["dynamodb:BatchGetItem *"]),
+        (json_for("dynamodb", "TransactWriteItems", TRANSACTION),
+         [f"dynamodb:PutItem {TABLE_ARN}/a", f"dynamodb:UpdateItem {TABLE_ARN}/b",
+          f"dynamodb:DeleteItem {TABLE_ARN}/c", f"dynamodb:ConditionCheckItem {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "TransactGetItems", {"TransactItems": [{"Get": {"TableName": "a"}}]}),
+         [f"dynamodb:GetItem {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "TransactWriteItems", {"TransactItems": [{"New": {}}]}),
+         [f"dynamodb:{name} *" for name in EVERY_WRITE]),
+        (json_for("dynamodb", "TransactWriteItems", {"TransactItems": {"a": {}}}),
+         [f"dynamodb:{name} *" for name in EVERY_WRITE]),
+        (json_for("dynamodb", "ExecuteStatement", {"Statement": "SELECT * FROM a"}),
+         [f"dynamodb:PartiQL{verb} *" for verb in ("Select", "Insert", "Update", "Delete")]),
+        (json_for("dynamodb", "ListTables"), ["dynamodb:ListTables *"]),
+        (json_for("dynamodb", "TagResource", {"ResourceArn": f"{TABLE_ARN}/a"}),
+         [f"dynamodb:TagResource {TABLE_ARN}/a"]),
+        (json_for("dynamodb", "DescribeStream", {"StreamArn": f"{TABLE_ARN}/a/stream/2026"},
+                   prefix="DynamoDBStreams_20120810"),
+         [f"dynamodb:DescribeStream {TABLE_ARN}/a/stream/2026"]),
+        (json_for("dynamodb", "GetRecords", {"ShardIterator": f"{TABLE_ARN}/a|1"},
+                   prefix="DynamoDBStreams_20120810"), ["dynamodb:GetRecords *"]),
+        (json_for("dynamodb", "DeleteTable", {"TableName": None}), ["dynamodb:DeleteTable *"]),
+        (json_for("dynamodb", "DeleteTable", {"TableName": 1}), ["dynamodb:DeleteTable *"]),
+        (json_for("dynamodb", "DeleteTable", "[]"), ["dynamodb:DeleteTable *"]),
+    ],
+    "SNS": [
+        (query_for("sns", "Publish", {"TopicArn": f"{SNS_ARN}:t"}), [f"sns:Publish {SNS_ARN}:t"]),
+        (query_for("sns", "PublishBatch", {"TopicArn": f"{SNS_ARN}:t"}), [f"sns:Publish {SNS_ARN}:t"]),
+        (query_for("sns", "Publish", {"TargetArn": f"{SNS_ARN}:t", "TopicArn": f"{SNS_ARN}:u"}),
+         [f"sns:Publish {SNS_ARN}:u", f"sns:Publish {SNS_ARN}:t"]),
+        (query_for("sns", "Publish", {"PhoneNumber": "+15550100"}), ["sns:Publish *"]),
+        (query_for("sns", "CreateTopic", {"Name": "t.fifo"}), [f"sns:CreateTopic {SNS_ARN}:t.fifo"]),
+        (query_for("sns", "ListTopics"), ["sns:ListTopics *"]),
+        (query_for("sns", "Subscribe", {"TopicArn": f"{SNS_ARN}:t", "Endpoint": JOBS_ARN}, method="GET"),
+         [f"sns:Subscribe {SNS_ARN}:t"]),
+    ],
+    "Lambda": [
+        (lambda_for("/2015-03-31/functions/f/invocations"), [f"lambda:InvokeFunction {LAMBDA_ARN}:f"]),
+        (lambda_for("/2014-11-13/functions/f/invoke-async/"), [f"lambda:InvokeAsync {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/f/invocations?Qualifier=PROD"),
+         [f"lambda:InvokeFunction {LAMBDA_ARN}:f:PROD"]),
+        (lambda_for("/2015-03-31/functions/f:1/invocations"), [f"lambda:InvokeFunction {LAMBDA_ARN}:f:1"]),
+        (lambda_for("/2015-03-31/functions/f:%24LATEST/invocations"),
+         [f"lambda:InvokeFunction {LAMBDA_ARN}:f:$LATEST"]),
+        (lambda_for(f"/2015-03-31/functions/{LAMBDA_ARN.replace(':', '%3A')}%3Af/invocations"),
+         [f"lambda:InvokeFunction {LAMBDA_ARN}:f"]),
+        (lambda_for(f"/2015-03-31/functions/{TEAM_ACCOUNT}:function:f/invocations"),
+         [f"lambda:InvokeFunction {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/f", "DELETE"), [f"lambda:DeleteFunction {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/f/code", "PUT"), [f"lambda:UpdateFunctionCode {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/f/code?Qualifier=PROD", "PUT"),
+         [f"lambda:UpdateFunctionCode {LAMBDA_ARN}:f:PROD", f"lambda:UpdateFunctionCode {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/f/policy/sid", "DELETE"),
+         [f"lambda:DELETE/2015-03-31/functions/f/policy/sid {LAMBDA_ARN}:f"]),
+        (lambda_for("/2015-03-31/functions/", "GET"), ["lambda:GET/2015-03-31/functions/ *"]),
+        (lambda_for("/2015-03-31/functions/function:f/invocations"), ["lambda:InvokeFunction *"]),
+        (lambda_for("/2015-03-31/functions/f:1/invocations?Qualifier=2"), ["lambda:InvokeFunction *"]),
+        (lambda_for("/2015-03-31/functions/f/invocations?Qualifier=1&Qualifier=2"),
+         ["lambda:InvokeFunction *"]),
+    ],
+    "Members that are ARNs": [
+        (json_for("states", "StartExecution", {"stateMachineArn": f"{STATES_ARN}:stateMachine:m"}),
+         [f"states:StartExecution {STATES_ARN}:stateMachine:m"]),
+        (json_for("secretsmanager", "GetSecretValue", {"SecretId": SECRET_ARN}),
+         [f"secretsmanager:GetSecretValue {SECRET_ARN}*"]),
+        (json_for("secretsmanager", "GetSecretValue", {"SecretId": "db", "Other": SECRET_ARN}),
+         ["secretsmanager:GetSecretValue *"]),
+        (json_for("kms", "Encrypt", {"KeyId": f"{KMS_ARN}/1"}), [f"kms:Encrypt {KMS_ARN}/1"]),
+        (json_for("kms", "Encrypt", {"KeyId": "1-2"}), [f"kms:Encrypt {KMS_ARN}/1-2"]),
+        (json_for("kms", "Encrypt", {"KeyId": f"{KMS_ARN[:-3]}alias/a"}), ["kms:Encrypt *"]),
+        (json_for("kms", "Decrypt", {"CiphertextBlob": "x"}), ["kms:Decrypt *"]),
+        (json_for("kms", "ReEncrypt", {"DestinationKeyId": f"{KMS_ARN}/1", "CiphertextBlob": "eA=="}),
+         [f"kms:ReEncryptFrom {KMS_ARN}/1", f"kms:ReEncryptTo {KMS_ARN}/1",
+          "kms:ReEncryptFrom *", "kms:ReEncryptTo *"]),
+        (json_for("kms", "ScheduleKeyDeletion", {"KeyId": f"{KMS_ARN}/1", "PendingWindowInDays": 7}),
+         [f"kms:ScheduleKeyDeletion {KMS_ARN}/1"]),
+        (json_for("ecs", "StopTask", {"cluster": "a", "task": f"{ECS_ARN}:task/a/1"}),
+         ["ecs:StopTask *", f"ecs:StopTask {ECS_ARN}:task/a/1"]),
+        (json_for("ecs", "DescribeTasks", {"cluster": f"{ECS_ARN}:cluster/a", "tasks": [f"{ECS_ARN}:task/a/1", f"{ECS_ARN}:task/a/2"]}),
+         [f"ecs:DescribeTasks {ECS_ARN}:cluster/a", f"ecs:DescribeTasks {ECS_ARN}:task/a/1", f"ecs:DescribeTasks {ECS_ARN}:task/a/2"]),
+        (json_for("ecs", "ListTasks", {"cluster": f"{ECS_ARN}:cluster/a"}), ["ecs:ListTasks *"]),
+        (json_for("logs", "ListTagsForResource", {"resourceArn": f"arn:aws:logs:us-east-1:{TEAM_ACCOUNT}:log-group:a", "nextToken": "x"}),
+         [f"logs:ListTagsForResource arn:aws:logs:us-east-1:{TEAM_ACCOUNT}:log-group:a"]),
+        (query_for("cloudformation", "DeleteStack", {"StackName": f"{CFN_ARN}:stack/a/1", "ClientRequestToken": "t"}),
+         [f"cloudformation:DeleteStack {CFN_ARN}:stack/a/1"]),
+        (query_for("sts", "GetCallerIdentity"), ["sts:GetCallerIdentity *"]),
+        (query_for("ec2", "TerminateInstances", {"InstanceId.1": "i-1"}),
+         ["ec2:TerminateInstances *"]),
+        (json_for("monitoring", "PutMetricData", {}), ["cloudwatch:PutMetricData *"]),
+        (signed_for("eks", "GET", "/clusters/a"), ["eks:GET/clusters/a *"]),
+    ],
+}  # fmt: skip
+
+
+class ResourceTest(unittest.TestCase):
+    """The table of the actions and resources of calls."""
+
+    def test_each_call_needs_the_actions_and_resources_of_its_row(self):
+        for service, rows in RESOURCES.items():
+            for request, expected in rows:
+                with self.subTest(service=service, request=request, expected=expected):
+                    found = [" ".join(pair) for pair in needs_in(request)]
+                    self.assertEqual(expected, found)
+
+    def test_a_queues_url_may_have_a_prefix(self):
+        url = f"https://proxy.example/aws/{TEAM_ACCOUNT}/jobs"
+        found = needs_in(json_for("sqs", "SendMessage", {"QueueUrl": url}))
+        self.assertEqual([("sqs:SendMessage", JOBS_ARN)], found)
+
+    def test_each_operation_of_the_model_with_a_queueurl_has_the_queue_as_resource(self):
+        for name, operation in awsproxy.OPERATIONS.items():
+            if "QueueUrl" in operation.input.members:
+                found = needs_in(json_for("sqs", name, {"QueueUrl": JOBS_AT}))
+                self.assertEqual({JOBS_ARN}, {resource for _, resource in found}, name)
+
+
+# What the team may do; the rest is a secret of others.
+TEAM_RULES = policy_text(
+    allowing("sqs:*", f"{SQS_ARN}:team-*"),
+    allowing("s3:*", "arn:aws:s3:::team arn:aws:s3:::team/*"),
+    denying("s3:*", "arn:aws:s3:::team/secret/*"),
+    allowing("dynamodb:*", f"{TABLE_ARN}/team-*"),
+    allowing("sns:*", f"{SNS_ARN}:team-*"),
+    allowing("lambda:InvokeFunction", f"{LAMBDA_ARN}:team-*"),
+    allowing("states:* secretsmanager:* kms:*", "arn:aws:states:us-east-1:111122223333:*:team"),
+    allowing("secretsmanager:*", f"{SECRET_ARN[:-9]}team*"),
+    allowing("kms:*", f"{KMS_ARN}/team"),
+    allowing("ecs:*", f"arn:aws:ecs:us-east-1:{TEAM_ACCOUNT}:task/team"),
+)
+MY_QUEUE = f"http://{HOST}/{TEAM_ACCOUNT}/team-a"
+THEIR_QUEUE = f"http://{HOST}/{TEAM_ACCOUNT}/prod"
+THEIR_PATH = f"/{TEAM_ACCOUNT}/prod"
+MY_TABLE = {"TableName": "team-a"}
+RPC_HEADERS = {"Smithy-Protocol": "rpc-v2-cbor", "Content-Type": "application/cbor"}
+ATTACKS = {
+    "another queue": json_for("sqs", "SendMessage", {"QueueUrl": THEIR_QUEUE}),
+    "another region": json_for("sqs", "SendMessage", {"QueueUrl": MY_QUEUE}, region="eu-west-1"),
+    "another account": json_for("sqs", "SendMessage", {"QueueUrl": "http://x/999999999999/team-a"}),
+    "a dot segment": json_for("sqs", "SendMessage", {"QueueUrl": f"{MY_QUEUE}/../prod"}),
+    "a fragment": json_for("sqs", "SendMessage", {"QueueUrl": f"{THEIR_QUEUE}#/{TEAM_ACCOUNT}/team-a"}),
+    "a query": json_for("sqs", "SendMessage", {"QueueUrl": f"{THEIR_QUEUE}?x=/{TEAM_ACCOUNT}/team-a"}),
+    "an escape in a queue": json_for("sqs", "SendMessage", {"QueueUrl": f"http://x/{TEAM_ACCOUNT}/%74eam"}),
+    "a slash too many": json_for("sqs", "SendMessage", {"QueueUrl": f"{MY_QUEUE}//"}),
+    "a user in a JOBS_AT": json_for("sqs", "SendMessage", {"QueueUrl": f"http://a@b/{TEAM_ACCOUNT}/team-a"}),
+    "a name alone": json_for("sqs", "SendMessage", {"QueueUrl": "team-a"}),
+    "an empty name": json_for("sqs", "SendMessage", {"QueueUrl": f"http://x/{TEAM_ACCOUNT}/"}),
+    "a wildcard": json_for("sqs", "SendMessage", {"QueueUrl": f"http://x/{TEAM_ACCOUNT}/*"}),
+    "a wide letter": json_for("sqs", "SendMessage", {"QueueUrl": f"http://x/{TEAM_ACCOUNT}/team-\uff41"}),
+    "another case": json_for("sqs", "SendMessage", {"QueueUrl": f"http://x/{TEAM_ACCOUNT}/TEAM-a"}),
+    "a list": json_for("sqs", "SendMessage", {"QueueUrl": [MY_QUEUE]}),
+    "two keys": json_for("sqs", "SendMessage", f'{{"QueueUrl": "{MY_QUEUE}", "QueueUrl": "{THEIR_QUEUE}"}}'),
+    "a batch": json_for("sqs", "SendMessageBatch", {"QueueUrl": THEIR_QUEUE}),
+    "a path against QueueUrl": json_for("sqs", "SendMessage", {"QueueUrl": MY_QUEUE}, THEIR_PATH),
+    "a path against a form": query_for("sqs", "SendMessage", {"QueueUrl": MY_QUEUE}, THEIR_PATH),
+    "a path without QueueUrl": query_for("sqs", "SendMessage", {"MessageBody": "x"}, THEIR_PATH),
+    "a path with an escape": query_for("sqs", "SendMessage", {}, f"/{TEAM_ACCOUNT}/pro%64"),
+    "a query against a body": query_for(
+        "sqs", "SendMessage", {"QueueUrl": MY_QUEUE}, f"/?QueueUrl={urllib.parse.quote(THEIR_QUEUE)}"),
+    "an operation in RPC_HEADERS v2": signed_for("sqs", "POST", "/service/AmazonSQS/operation/SendMessage", RPC_HEADERS),
+    "the dead letters": json_for(
+        "sqs", "StartMessageMoveTask", {"SourceArn": f"{SQS_ARN}:prod", "DestinationArn": f"{SQS_ARN}:team-a"}),
+    "the destination": json_for(
+        "sqs", "StartMessageMoveTask", {"SourceArn": f"{SQS_ARN}:team-a", "DestinationArn": f"{SQS_ARN}:prod"}),
+    "an ignored member": json_for(
+        "sqs", "CancelMessageMoveTask", {"TaskHandle": "x", "QueueUrl": MY_QUEUE}),
+    "a list of queues": json_for("sqs", "ListQueues", {"QueueUrl": MY_QUEUE}),
+    "another bucket": s3_for("GET", "/prod/k"),
+    "a bucket in the Host": s3_for("GET", "/team/k", "prod.localhost:8081"),
+    "a bucket in a Host of AWS": s3_for("GET", "/team/k", "prod.s3.amazonaws.com"),
+    "a longer bucket": s3_for("GET", "/teams/k"),
+    "an escaped bucket": s3_for("GET", "/%70rod/k"),
+    "a bucket in capitals": s3_for("GET", "/TEAM/k"),
+    "an alias of a bucket": s3_for("GET", "/team-s3alias/k"),
+    "dots above the bucket": s3_for("GET", "/team/../prod/k"),
+    "escaped dots above": s3_for("GET", "/team/%2e%2e/prod/k"),
+    "escaped slashes above": s3_for("GET", "/team/..%2Fprod%2Fk"),
+    "the denied folder": s3_for("GET", "/team/secret/k"),
+    "an escape into the folder": s3_for("GET", "/team/%73ecret/k"),
+    "an escaped slash": s3_for("GET", "/team/secret%2Fk"),
+    "two slashes": s3_for("GET", "/team//secret/k"),
+    "two slashes after dots": s3_for("GET", "/team/a/../secret//k"),
+    "two slashes and a Host": s3_for("GET", "//secret/k", "team.localhost:8081"),
+    "a dot in the folder": s3_for("GET", "/team/./secret/k"),
+    "no UTF-8": s3_for("GET", "/team/%ff"),
+    "a long key": s3_for("GET", "/team/" + "k" * 1100),
+    "objects to delete": s3_for("POST", "/team?delete", body=b"<Delete/>"),
+    "a form to upload": s3_for("POST", "/team", body=b"x"),
+    "the source of a copy": s3_for("PUT", "/team/k", headers={"x-amz-copy-source": "/prod/k"}),
+    "an escaped source": s3_for("PUT", "/team/k", headers={"x-amz-copy-source": "%70rod%2Fk"}),
+    "a denied source": s3_for("PUT", "/team/k", headers={"x-amz-copy-source": "team/%73ecret/k"}),
+    "a source in the query": s3_for("PUT", "/team/k?X-Amz-Copy-Source=%2Fprod%2Fk"),
+    "an access point as source": s3_for("PUT", "/team/k", headers={
+        "x-amz-copy-source": f"arn:aws:s3:us-east-1:{TEAM_ACCOUNT}:accesspoint/team/object/k"}),
+    "all buckets": s3_for("GET", "/"),
+    "S3 Control": signed_for("s3", "GET", "/v20180820/bucket/team", {"x-amz-account-id": TEAM_ACCOUNT}),
+    "S3 Express": signed_for("s3express", "GET", "/team/k"),
+    "another table": json_for("dynamodb", "GetItem", {"TableName": "prod"}),
+    "a table above": json_for("dynamodb", "GetItem", {"TableName": f"{TABLE_ARN}/team-a/../prod"}),
+    "an ARN of another kind": json_for("dynamodb", "GetItem", {"TableName": f"{SQS_ARN}:team-a"}),
+    "a member in small letters": json_for("dynamodb", "GetItem", {"tableName": "team-a"}),
+    "an ignored ARN": json_for("dynamodb", "GetRecords", {"StreamArn": f"{TABLE_ARN}/team-a", **MY_TABLE}),
+    "one of a batch": json_for(
+        "dynamodb", "BatchGetItem", {"RequestItems": {"team-a": {}, "prod": {}}}),
+    "a batch with a decoy": json_for(
+        "dynamodb", "BatchGetItem", {"RequestItems": {"prod": {}}, **MY_TABLE}),
+    "one of a transaction": json_for("dynamodb", "TransactWriteItems", {"TransactItems": [
+        {"Put": MY_TABLE}, {"Delete": {"TableName": "prod"}}]}),
+    "two in a part": json_for("dynamodb", "TransactWriteItems", {"TransactItems": [
+        {"Put": MY_TABLE, "Delete": {"TableName": "prod"}}]}),
+    "PartiQL": json_for("dynamodb", "ExecuteStatement", {"Statement": "DELETE FROM prod", **MY_TABLE}),
+    "an operation in capitals": json_for("dynamodb", "GETITEM", {"TableName": "prod", "X": "team-a"}),
+    "another topic": query_for("sns", "Publish", {"TopicArn": f"{SNS_ARN}:prod"}),
+    "two topics": query_for("sns", "Publish", {"TopicArn": f"{SNS_ARN}:team-a", "TargetArn": f"{SNS_ARN}:prod"}),
+    "a phone": query_for("sns", "Publish", {"TopicArn": f"{SNS_ARN}:team-a", "PhoneNumber": "+1"}),
+    "another function": lambda_for("/2015-03-31/functions/prod/invocations"),
+    "another action": lambda_for("/2015-03-31/functions/team-a", "DELETE"),
+    "an escaped function": lambda_for("/2015-03-31/functions/%70rod/invocations"),
+    "a function above": lambda_for("/2015-03-31/functions/team-a/../prod/invocations"),
+    "an escaped slash in a function": lambda_for("/2015-03-31/functions/team-a%2F..%2Fprod/invocations"),
+    "a parameter in the path": lambda_for("/2015-03-31/functions/prod;team-a/invocations"),
+    "a function of another account": lambda_for("/2015-03-31/functions/999999999999:function:team-a/invocations"),
+    "a function of another region": lambda_for(
+        f"/2015-03-31/functions/arn:aws:lambda:eu-west-1:{TEAM_ACCOUNT}:function:team-a/invocations"),
+    "a decoy for a secret": json_for(
+        "secretsmanager", "GetSecretValue", {"SecretId": "prod", "Arn": f"{SECRET_ARN[:-9]}team-AbCdEf"}),
+    "an alias for a key": json_for("kms", "Encrypt", {"KeyId": "alias/team"}),
+    "a decoy next to a name": json_for(
+        "ecs", "StopTask", {"task": "prod", "x": f"arn:aws:ecs:us-east-1:{TEAM_ACCOUNT}:task/team"}),
+    "a decoy for a key": json_for("kms", "CreateKey", {"KeyId": f"{KMS_ARN}/team"}),
+}  # fmt: skip
+MINE_TOO = {
+    "my queue": json_for("sqs", "SendMessage", {"QueueUrl": MY_QUEUE}),
+    "my batch": query_for("sqs", "SendMessageBatch", {"QueueUrl": MY_QUEUE}),
+    "my path": query_for("sqs", "SendMessage", {"MessageBody": "x"}, f"/{TEAM_ACCOUNT}/team-a"),
+    "my object": s3_for("GET", "/team/k//x"),
+    "my host": s3_for("PUT", "/k", "team.s3.us-east-1.amazonaws.com"),
+    "my copy": s3_for("PUT", "/team/k", headers={"x-amz-copy-source": "team/a+b"}),
+    "my table": json_for("dynamodb", "Query", {**MY_TABLE, "IndexName": "i"}),
+    "my transaction": json_for(
+        "dynamodb", "TransactWriteItems", {"TransactItems": [{"Put": MY_TABLE}]}
+    ),
+    "my topic": query_for("sns", "PublishBatch", {"TopicArn": f"{SNS_ARN}:team-a"}),
+    "my function": lambda_for("/2015-03-31/functions/team-a:1/invocations"),
+    "my secret": json_for(
+        "secretsmanager", "GetSecretValue", {"SecretId": f"{SECRET_ARN[:-9]}team-AbCdEf"}
+    ),
+    "my key": json_for("kms", "Decrypt", {"KeyId": "team"}),
+}
+
+
+class AttackTest(unittest.TestCase):
+    """Calls that try to get around a policy, through the proxy."""
+
+    def setUp(self):
+        self.proxy = Guarded(awsproxy.Policy.parse(TEAM_RULES))
+
+    def test_each_attack_is_refused(self):
+        self.assertGreaterEqual(len(ATTACKS), 40)
+        for name, request in ATTACKS.items():
+            with self.subTest(name):
+                self.assertNotEqual(200, self.proxy.handle(request).status)
+
+    def test_with_a_policy_that_allows_all_most_attacks_would_reach_their_target(self):
+        proxy = Guarded(awsproxy.Policy.parse(policy_text(allowing("*"))))
+        reached = [
+            name for name, request in ATTACKS.items() if proxy.handle(request).status == 200
+        ]
+        self.assertGreaterEqual(len(reached), 40)
+
+    def test_what_the_policy_allows_passes(self):
+        for name, request in MINE_TOO.items():
+            with self.subTest(name):
+                reply = self.proxy.handle(request)
+                self.assertEqual(200, reply.status, reply.body)
+
+    def test_no_spelling_of_a_resource_gets_around_a_deny_next_to_an_allowance_of_all(self):
+        proxy = Guarded(awsproxy.Policy.parse(policy_text(
+            allowing("*"), denying("sqs:*", f"{SQS_ARN}:prod"), denying("s3:*", "arn:aws:s3:::prod/*"),
+            denying("dynamodb:*", f"{TABLE_ARN}/prod"), denying("lambda:InvokeFunction", f"{LAMBDA_ARN}:prod*"),
+            denying("kms:*", f"{KMS_ARN}/prod"), denying("s3:PutObjectAcl s3:BypassGovernanceRetention"),
+            denying("lambda:UpdateFunctionCode", f"{LAMBDA_ARN}:prod"),
+        )))  # fmt: skip
+        for request in (
+            json_for("sqs", "SendMessage", {"QueueUrl": "prod"}),
+            json_for("sqs", "SendMessage", {"QueueUrl": f"{THEIR_QUEUE}/"}),
+            json_for("sqs", "SendMessage", {"QueueUrl": f"{THEIR_QUEUE}//"}),
+            json_for("sqs", "SendMessage", {"QueueUrl": f"http://x//{TEAM_ACCOUNT}/prod"}),
+            json_for("sqs", "CancelMessageMoveTask", {"TaskHandle": "x"}),
+            signed_for("sqs", "POST", "/service/AmazonSQS/operation/SendMessage", RPC_HEADERS),
+            s3_for("GET", "//k", "prod.localhost:8081"),
+            s3_for("POST", "/prod?delete"),
+            s3_for("GET", "/x-s3alias/k"),
+            s3_for("GET", "/THEIR_QUEUE/k"),
+            s3_for("PUT", "/b/k", headers={"x-amz-grant-read": "x"}),
+            s3_for("PUT", "/b/k?X-Amz-ACL=public-read"),
+            json_for("dynamodb", "ExecuteStatement", {"Statement": "x"}),
+            json_for("dynamodb", "PutItem", {"TableName": "prod", "IndexName": "i"}),
+            json_for(
+                "dynamodb",
+                "BatchGetItem",
+                {
+                    "RequestItems": {
+                        **{name: {} for n in range(90) for name in (f"t{n}", f"{TABLE_ARN}/t{n}")},
+                        "prod": {},
+                    }
+                },
+            ),
+            s3_for("DELETE", "/b/k", headers={"x-amz-bypass-governance-retention": "true"}),
+            lambda_for("/2015-03-31/functions/prod/code?Qualifier=1", "PUT"),
+            json_for("kms", "Encrypt", {"KeyId": "alias/prod"}),
+            lambda_for("/2015-03-31/functions/prod:1/invocations"),
+            lambda_for("/2014-11-13/functions/prod/invocations/"),
+            lambda_for("/2015-03-31/functions/function:prod/invocations"),
+        ):
+            with self.subTest(request=request):
+                self.assertNotEqual(200, proxy.handle(request).status)
+        self.assertEqual(200, proxy.handle(s3_for("PUT", "/b/k")).status)
+
+
+class GuardTest(unittest.TestCase):
+    """The refusal, learning, observing and the file."""
+
+    def test_the_refusal_has_awss_code_the_client_the_action_the_resource_and_the_statement(self):
+        proxy = Guarded(awsproxy.Policy.parse(TEAM_RULES))
+        reply = proxy.handle(json_for("sqs", "SendMessageBatch", {"QueueUrl": THEIR_QUEUE}))
+        self.assertEqual(403, reply.status)
+        told = json.loads(reply.body)
+        self.assertIn("AccessDenied", told["__type"])
+        self.assertIn(f"user/team is not authorized to perform: sqs:SendMessage on resource: {SQS_ARN}"
+                      ":prod because no statement of its policy allows it", told["message"])  # fmt: skip
+        self.assertIn("awsproxy refused", told["message"])
+        reply = proxy.handle(s3_for("GET", "/team/secret/k"))
+        self.assertIn(b"<Code>AccessDenied</Code>", reply.body)
+        self.assertIn(b"statement 3 of its policy denies it", reply.body)
+        reply = proxy.handle(json_for("dynamodb", "ExecuteStatement", {"Statement": "x"}))
+        self.assertEqual(400, reply.status)
+        self.assertIn(b"only Resource * allows it", reply.body)
+
+    def test_in_observe_mode_a_call_passes_one_log_line_tells_and_both_documents_have_it(self):
+        proxy = Guarded(awsproxy.Policy.parse(TEAM_RULES), observe=True)
+        with self.assertLogs("awsproxy") as logged:
+            for _ in range(3):
+                request = json_for("sqs", "SendMessage", {"QueueUrl": THEIR_QUEUE})
+                self.assertEqual(200, proxy.handle(request).status)
+        self.assertEqual(1, len(logged.output))
+        self.assertIn("would be refused", logged.output[0])
+        found = proxy.guard.learned("team")
+        self.assertEqual([f"{SQS_ARN}:prod"], found["Statement"][0]["Resource"])
+        self.assertEqual(found, proxy.guard.learned("team", refused=True))
+
+    def test_the_least_policy_is_a_valid_policy_that_allows_the_same_calls_and_no_other(self):
+        learning = Guarded(None)
+        requests = [*ATTACKS.values(), *MINE_TOO.values()]
+        done = [it for it in requests if learning.handle(it).status == 200]
+        learned = learning.guard.learned("team")
+        self.assertNotIn("Id", learned)
+        self.assertEqual([], learning.guard.learned("team", refused=True)["Statement"])
+        proxy = Guarded(awsproxy.Policy.parse(json.dumps(learned)))
+        for request in done:
+            self.assertEqual(200, proxy.handle(request).status, request)
+        few = Guarded(None)
+        few.handle(json_for("sqs", "SendMessage", {"QueueUrl": MY_QUEUE}))
+        few.handle(json_for("sqs", "ReceiveMessage", {"QueueUrl": MY_QUEUE}))
+        few.handle(json_for("sqs", "ReceiveMessage", {"QueueUrl": THEIR_QUEUE}))
+        few.handle(s3_for("PUT", "/b/*${x}"))
+        self.assertEqual(
+            [
+                {
+                    "Effect": "Allow",
+                    "Action": ["s3:PutObject"],
+                    "Resource": ["arn:aws:s3:::b/??{x}"],
+                },
+                {
+                    "Effect": "Allow",
+                    "Action": ["sqs:ReceiveMessage"],
+                    "Resource": [f"{SQS_ARN}:prod"],
+                },
+                {
+                    "Effect": "Allow",
+                    "Action": ["sqs:ReceiveMessage", "sqs:SendMessage"],
+                    "Resource": [f"{SQS_ARN}:team-a"],
+                },
+            ],
+            few.guard.learned("team")["Statement"],
+        )
+
+    def test_refused_calls_are_in_the_second_document_which_allows_them_next_to_the_policy(self):
+        proxy = Guarded(awsproxy.Policy.parse(TEAM_RULES))
+        items = {"RequestItems": {"team-a": {}, "prod": {}}}
+        proxy.handle(json_for("dynamodb", "BatchGetItem", items))
+        found = proxy.guard.learned("team")
+        self.assertEqual([], found["Statement"])
+        found = proxy.guard.learned("team", refused=True)
+        self.assertEqual([f"{TABLE_ARN}/prod"], found["Statement"][0]["Resource"])
+
+    def test_many_objects_become_folders_and_then_no_more_is_remembered(self):
+        learner = awsproxy.Guard()
+        for index in range(3 * awsproxy.MAX_LEARNED):
+            key = awsproxy.Resource(f"arn:aws:s3:::b/{index % 3}/{index}")
+            learner._learn("a", [("s3:GetObject", key)])
+        found = learner.learned("a")
+        self.assertTrue("Id" not in found)
+        resources = found["Statement"][0]["Resource"]
+        self.assertLess(len(resources), awsproxy.MAX_LEARNED + 4)
+        self.assertIn("arn:aws:s3:::b/2/*", resources)
+        awsproxy.Policy.parse(json.dumps(found))
+        for index in range(3 * awsproxy.MAX_LEARNED):
+            learner._learn("a", [(f"eks:GET/clusters/{index}", awsproxy.UNKNOWN)])
+        self.assertFalse("Id" not in learner.learned("a"))
+        learner._learn("b", [("s3:GetObject", awsproxy.Resource("x" * 9999))])
+        self.assertFalse("Id" not in learner.learned("b"))
+        self.assertTrue("Id" not in learner.learned("nobody"))
+
+    def test_the_short_form_allows_what_reads_and_nothing_that_hands_out_credentials(self):
+        parsed = awsproxy.Policy(awsproxy.READ_ONLY)
+        for action, allowed in (
+            ("s3:GetObject", 1), ("s3:ListBucket", 1), ("sqs:GetQueueUrl", 1), ("iam:ListUsers", 1),
+            ("dynamodb:BatchGetItem", 1), ("ec2:DescribeInstances", 1), ("eks:GET/clusters/a", 1),
+            ("lambda:GET/2015-03-31/functions/f", 1), ("eks:HEAD/x", 1), ("kms:DescribeKey", 1),
+            ("sqs:ReceiveMessage", 0), ("s3:PutObject", 0), ("sqs:SendMessage", 0),
+            ("lambda:POST/2015-03-31/functions/a:getx/invocations", 0), ("eks:POST/x:get", 0),
+            ("sts:GetSessionToken", 0), ("sts:GetFederationToken", 0), ("sts:AssumeRole", 0),
+            ("sts:GetCallerIdentity", 1), ("s3:CreateSession", 0), ("dynamodb:PutItem", 0),
+            ("lightsail:GetBucketAccessKeys", 0), ("dynamodb:PartiQLSelect", 0),
+        ):  # fmt: skip
+            for it in (
+                awsproxy.UNKNOWN,
+                awsproxy.NO_RESOURCE,
+                awsproxy.Resource("arn:aws:s3:::b/k"),
+            ):
+                with self.subTest(action):
+                    decision = parsed.decide([(action, it)], action)
+                    self.assertEqual(bool(allowed), decision.allowed)
+        self.assertEqual(
+            "read_only", parsed.decide([("s3:GetObject", awsproxy.UNKNOWN)]).statement
+        )
+
+    def test_a_file_is_read_again_when_it_changes_a_broken_one_keeps_the_old_policy(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "team.json")
+            pair = [("sqs:ReceiveMessage", awsproxy.Resource(f"{SQS_ARN}:q"))]
+
+            def write(text):
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+
+            write(policy_text(allowing("sqs:ReceiveMessage", f"{SQS_ARN}:q")))
+            file = awsproxy.Watched(
+                lambda path: awsproxy.Policy.read(path, awsproxy.READ_ONLY), path
+            )
+            self.assertTrue(file.value.decide(pair).allowed)
+            self.assertTrue(file.value.decide([("s3:GetObject", awsproxy.UNKNOWN)]).allowed)
+            self.assertFalse(file.refresh())
+            write('{"Statement": [{"Effect": "Allow", "Condition": {}}]}')
+            with self.assertLogs("awsproxy") as logged:
+                self.assertFalse(file.refresh())
+            self.assertIn("statement 1 has Condition", logged.output[0])
+            self.assertTrue(file.value.decide(pair).allowed)
+            write(policy_text())
+            with self.assertLogs("awsproxy"):
+                self.assertTrue(file.refresh())
+            self.assertFalse(file.value.decide(pair).allowed)
+            self.assertRaises(OSError, awsproxy.Policy.read, os.path.join(folder, "none.json"))
+
+    def test_a_client_without_a_policy_may_do_all_and_the_learner_sees_it(self):
+        proxy = Guarded(None)
+        self.assertEqual(200, proxy.handle(s3_for("GET", "/b/k")).status)
+        self.assertEqual(1, len(proxy.guard.learned("team")["Statement"]))
+
+
 # ---- Credentials, methods, echoes ----
 
 
