@@ -7925,9 +7925,9 @@ def refusal_of(client: Client, decision: Decision) -> ServiceError:
 MAX_INLINE = 49152  # bytes of a body that is kept as text; a multiple of three, for base64
 MAX_LINE = 33554432  # bytes of a line without a long body_base64
 _BASE64_MEMBER = b', "body_base64": "'
-_ENTRY = frozenset(
-    "action region input status headers output error message body body_base64".split()
-)
+_ENTRY: dict[str, tuple[type, ...]] = {"body": (str, dict, list), "status": (int,)}
+_ENTRY |= dict.fromkeys(("input", "headers", "output"), (dict,))  # members, and their types
+_ENTRY |= dict.fromkeys("action region error message body_base64".split(), (str,))
 # Headers of a REST call that belong to its input, and members that SDKs invent for each call.
 _REST_INPUT = re.compile(
     "range|if-.*|x-amz-(?!date|content-sha|security-token|user-agent|sdk-|checksum|trailer"
@@ -8052,14 +8052,19 @@ class Recorder(Hook):
             read = functools.partial(body.read, MAX_INLINE)
             coded = map(base64.b64encode, itertools.chain((start,), iter(read, b"")))
             parts = itertools.chain((line[:-1], _BASE64_MEMBER), coded, (b'"}\n',))
-        with self._lock, open(self._path, "ab") as file:
+        try:
+            self._append(parts)
+        except OSError as error:
+            log.error("the tape %s lacks a call: %s", self._path, error)
+
+    def _append(self, parts: Iterable[bytes]) -> None:
+        with self._lock, open(self._path, "ab", buffering=0) as file:
             end = file.tell()
             try:
                 file.writelines(parts)
-                file.flush()
-            except OSError as error:
-                log.error("the tape %s lacks a call: %s", self._path, error)
-                os.ftruncate(file.fileno(), end)
+            except OSError:
+                os.ftruncate(file.fileno(), end)  # half a line would spoil the tape
+                raise
 
 
 def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
@@ -8070,7 +8075,7 @@ def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], names[call.operation], operation.output or ())
+            found = _from_xml(root[0], names[call.operation], operation.output or ()) or {}
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
@@ -8140,14 +8145,14 @@ def _checked(entry: Any) -> Entry:
     """Return an entry of a tape; ValueError names its fault."""
     if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
         raise ValueError('it needs an action, as in {"action": "sqs:ListQueues", "output": {}}')
-    for name in entry.keys() - _ENTRY:
-        raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
-    headers = entry.get("headers", {})
-    kinds = {"region": str, "input": dict, "output": dict, "headers": dict, "error": str}
-    for name in kinds.keys() & entry.keys():
-        if not isinstance(entry[name], kinds[name]):
-            raise ValueError(f"{name} must be {'text' if kinds[name] is str else 'an object'}")
-    if fault := fault_of_reply(Reply(entry.get("status", 200), tuple(headers.items()), b"")):
+    for name, value in entry.items():
+        if name not in _ENTRY:
+            raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
+        if type(value) not in _ENTRY[name]:
+            raise ValueError(f"{name} cannot be {value!r:.40}")
+    if fault := fault_of_reply(
+        Reply(entry.get("status", 200), tuple(entry.get("headers", {}).items()), b"")
+    ):
         raise ValueError(f"it is {fault}")
     base64.b64decode(entry.get("body_base64", ""), validate=True)
     return entry
@@ -9810,7 +9815,7 @@ def read_clients(path: str) -> Clients:
     for name in parser.sections():
         section = parser[name]
         values = (section.get(key, "") for key in _CLIENT_KEYS)
-        client = Client(name, *values, policy=_policy_of(path, section))
+        client = Client(name, *values)._replace(policy=_policy_of(path, section))
         if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")

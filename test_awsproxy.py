@@ -18380,6 +18380,292 @@ class GuardTest(unittest.TestCase):
         self.assertEqual(1, len(proxy.guard.learned("team")["Statement"]))
 
 
+# ---- The tape ----
+
+
+class TapeCase(ForwardMeaning):
+    """Records what a real proxy's upstream answers, and plays it."""
+
+    def setUp(self):
+        self.path = os.path.join(folder(self), "calls.tape")
+        self.plain = {"AKIDTEAM": [TEAM], **CLIENTS}
+
+    def recording(self, *answers, **how):
+        self.recorder = FakeUpstream(self, *answers)
+        hook = awsproxy.Recorder(self.path)
+        return self.routed(self.recorder, clients=self.plain, hooks=[hook], **how)
+
+    def playing(self, *lines):
+        if lines:
+            text = "".join(it if isinstance(it, str) else json.dumps(it) + "\n" for it in lines)
+            write(self.path, text, age=-len(text))
+        routes = [Route("*", awsproxy.Tape(self.path))]
+        return Proxy(self.plain, clock=lambda: EXAMPLE_TIME, routes=routes)
+
+    def entries(self):
+        return [json.loads(line) for line in pathlib.Path(self.path).read_text().splitlines()]
+
+    @staticmethod
+    def whole(reply):
+        body = reply.body if isinstance(reply.body, bytes) else b"".join(reply.body)
+        return reply._replace(body=body)
+
+    def both(self, answer, *requests, **how):
+        """Return the recorded replies of requests, and the played ones, their bodies read."""
+        proxy = self.recording(*([answer] * len(requests)), **how)
+        recorded = [self.whole(proxy.handle(make())) for make in requests]
+        playing = self.playing()
+        return recorded, [self.whole(playing.handle(make())) for make in requests]
+
+
+def http_answer(body, status="200 OK", *headers):
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+class RecorderTest(TapeCase):
+    def test_a_call_and_its_answer_become_a_line(self):
+        answer = http_answer(
+            b'{"Item": {}}', "200 OK", "x-amzn-RequestId: r1", "Date: x", "Set-Cookie: a=b"
+        )
+        proxy = self.recording(answer)
+        given = {"TableName": "t", "ClientRequestToken": "random", "Key": {"k": {"S": "1"}}}
+        reply = proxy.handle(json_for("dynamodb", "GetItem", given))
+        self.assertEqual(reply.body, b'{"Item": {}}')
+        entry = {
+            "action": "dynamodb:GetItem",
+            "region": "us-east-1",
+            "input": {"TableName": "t", "Key": {"k": {"S": "1"}}},
+            "status": 200,
+            "headers": {"x-amzn-RequestId": "r1"},
+            "body": '{"Item": {}}',
+        }
+        self.assertEqual(self.entries(), [entry])
+
+    def test_equal_calls_get_equal_answers(self):
+        binary = bytes(range(256)) * 1000
+        text = http_answer(b"text", "200 OK", "ETag: e", "Content-Type: text/x")
+        missing = http_answer(b"<Error><Code>NoSuchKey</Code></Error>", "404 Not Found")
+        for name, answer, make in (
+            ("text", text, lambda: s3_for("GET", "/b/k")),
+            ("a part", text, lambda: s3_for("GET", "/b/k", headers={"Range": "bytes=0-3"})),
+            ("a host", text, lambda: s3_for("GET", "/k", "b.localhost:8081")),
+            ("long", http_answer(binary), lambda: s3_for("GET", "/b/long")),
+            ("binary", http_answer(binary[:500]), lambda: s3_for("GET", "/b/binary")),
+            ("error", missing, lambda: s3_for("GET", "/b/none")),
+            ("sent", http_answer(b""), lambda: s3_for("PUT", "/b/k", body=binary)),
+            ("JSON", text, lambda: json_for("kms", "Encrypt", {"KeyId": "a"})),
+            ("form", text, lambda: query_for("sns", "Publish", {"TopicArn": "a"})),
+            ("lambda", text, lambda: lambda_for("/2015-03-31/functions/f/invocations")),
+            ("rest", text, lambda: signed_for("eks", "GET", "/clusters?b=1&a=2")),
+        ):
+            with self.subTest(name):
+                write(self.path, "")
+                (recorded,), (played,) = self.both(answer, make)
+                self.assertEqual(played.status, recorded.status)
+                self.assertEqual(played.body, recorded.body)
+                kept = {k: v for k, v in recorded.headers if k.lower() != "content-length"}
+                played = {k: v for k, v in played.headers if k.lower() != "content-length"}
+                self.assertEqual(played, kept)
+
+    def test_the_input_decides_and_not_its_form(self):
+        for name, make, other, equal in (
+            ("order", '{"A": 1, "B": 2}', '{"B": 2, "A": 1}', True),
+            ("value", '{"A": 1}', '{"A": 2}', False),
+            ("token", '{"A": 1, "ClientToken": "x"}', '{"A": 1, "ClientToken": "y"}', True),
+            ("page", '{"NextToken": "x"}', '{"NextToken": "y"}', False),
+        ):
+            with self.subTest(name):
+                write(self.path, "")
+                self.recording(ANSWER).handle(json_for("ecs", "ListTasks", make))
+                status = self.playing().handle(json_for("ecs", "ListTasks", other)).status
+                self.assertEqual(status == 200, equal)
+        for name, make, other, equal in (
+            ("body", s3_for("PUT", "/b/k", body=b"a"), s3_for("PUT", "/b/k", body=b"b"), False),
+            ("order", s3_for("GET", "/b?a=1&c=2"), s3_for("GET", "/b?c=2&a=1"), True),
+            ("range", s3_for("GET", "/b/k"), s3_for("GET", "/b/k", headers={"Range": "a"}), False),
+            ("style", s3_for("GET", "/b/k"), s3_for("GET", "/k", "b.localhost:8081"), True),
+        ):
+            with self.subTest(name):
+                write(self.path, "")
+                self.whole(self.recording(http_answer(b"")).handle(make))
+                self.assertEqual(self.playing().handle(other).status == 200, equal)
+
+    def test_no_secret_is_on_the_tape(self):
+        link = b'{"Location": "https://b/k?X-Amz-Credential=CRED&X-Amz-Signature=SIGN&a=1"}'
+        proxy = self.recording()
+        self.recorder.default = http_answer(link)
+        target = presign("GET", "/b/k", service="s3", client=TEAM)
+        signed_url = get(target, [("Host", HOST)])
+        for request in (signed_url, json_for("secretsmanager", "DescribeSecret")):
+            self.whole(proxy.handle(request))
+        for request in (
+            query_for("sts", "AssumeRole", {"RoleArn": "r"}),
+            query_for("iam", "CreateAccessKey"),
+            json_for("ecr", "GetAuthorizationToken"),
+            json_for("cognito-idp", "AdminInitiateAuth"),
+        ):
+            proxy.handle(request)
+        text = pathlib.Path(self.path).read_text()
+        self.assertEqual(len(self.entries()), 2)
+        self.assertEqual(re.findall("CRED|SIGN|AKID|Signature=[^m]|[0-9a-f]{64}", text), [])
+        self.assertIn("X-Amz-Signature=masked&a=1", text)
+
+    def test_a_failing_disk_loses_no_answer_and_leaves_no_half_a_line(self):
+        proxy = self.recording()
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        with self.assertLogs("awsproxy", "ERROR"):
+            self.assertEqual(proxy.handle(json_for("ecs", "ListTasks")).status, 200)
+
+    def test_an_answer_that_the_client_leaves_is_not_recorded(self):
+        proxy = self.recording(http_answer(bytes(200000)))
+        reply = proxy.handle(s3_for("GET", "/b/k"))
+        next(iter(reply.body))
+        reply.body.close()
+        self.assertEqual(self.entries(), [])
+
+
+class TapeTest(TapeCase):
+    THROTTLED = {
+        "action": "dynamodb:GetItem",
+        "error": "ProvisionedThroughputExceededException",
+        "message": "slow down",
+    }
+
+    def test_canned_answers_in_the_protocol_of_the_caller(self):
+        who = {"Account": "123456789012", "Arn": "a", "UserId": "u"}
+        proxy = self.playing({"action": "sts:GetCallerIdentity", "output": who}, self.THROTTLED)
+        reply = proxy.handle(query_for("sts", "GetCallerIdentity"))
+        self.assertIn(b"<Account>123456789012</Account>", reply.body)
+        reply = proxy.handle(json_for("dynamodb", "GetItem", {"TableName": "any"}))
+        self.assertEqual(reply.status, 400)
+        self.assertEqual(json.loads(reply.body)["__type"], self.THROTTLED["error"])
+
+    def test_the_nth_equal_call_gets_the_nth_answer_and_then_the_last(self):
+        proxy = self.playing(*({"action": "ecs:ListTasks", "body": str(n)} for n in range(3)))
+        bodies = [proxy.handle(json_for("ecs", "ListTasks")).body for _ in range(5)]
+        self.assertEqual(bodies, [b"0", b"1", b"2", b"2", b"2"])
+
+    def test_the_entry_with_the_most_in_common_answers(self):
+        proxy = self.playing(
+            {"action": "ecs:ListTasks", "body": "any"},
+            {"action": "ecs:ListTasks", "region": "eu-west-1", "body": "region"},
+            {"action": "ecs:ListTasks", "input": {"cluster": "a"}, "body": "input"},
+        )
+        for given, region, body in (
+            ({}, "us-east-1", b"any"),
+            ({}, "eu-west-1", b"region"),
+            ({"cluster": "a"}, "us-east-1", b"input"),
+        ):
+            reply = proxy.handle(json_for("ecs", "ListTasks", given, region=region))
+            self.assertEqual(reply.body, body)
+
+    def test_a_refusal_names_the_nearest_entry_and_what_differs(self):
+        proxy = self.playing(
+            {"action": "ecs:ListTasks", "input": {"cluster": "a", "family": "f"}},
+            {"action": "ecs:ListTasks", "input": {"cluster": "b", "x": 1}},
+        )
+        reply = proxy.handle(json_for("ecs", "ListTasks", {"cluster": "c", "family": "f"}))
+        self.assertEqual(reply.status, 400)
+        told = json.loads(reply.body)["message"]
+        self.assertIn('cluster is "a" there and "c" in the call.', told)
+        told = json.loads(proxy.handle(json_for("ecs", "ListTask")).body)["message"]
+        self.assertIn("has no ecs:ListTask; did you mean ecs:ListTasks?", told)
+
+    def test_queues_in_both_protocols(self):
+        entries = []
+        for protocol in ("json", "query"):
+            write(self.path, "")
+            caller = Caller("json")
+            with awsproxy.running(queues=["jobs"]) as url:
+                upstream = Upstream(
+                    awsproxy.parse_endpoint(url),
+                    lambda _: SomeKeys(Credentials(*DEMO[1:3])),
+                    self.pool(),
+                )
+                caller.proxy = Proxy(
+                    DEMO_CLIENTS,
+                    clock=time.time,
+                    routes=[Route("*", upstream)],
+                    hooks=[awsproxy.Recorder(self.path)],
+                )
+                caller.protocol, caller.clock = protocol, time.time
+                recorded = self.use(caller)
+            for other in ("json", "query"):
+                caller.protocol = other
+                caller.proxy = Proxy(
+                    DEMO_CLIENTS, clock=time.time, routes=[Route("*", awsproxy.Tape(self.path))]
+                )
+                with self.subTest(recorded=protocol, played=other):
+                    self.assertEqual(self.use(caller), recorded)
+            entries.append([sorted(it) for it in self.entries()])
+        self.assertEqual(*entries)
+
+    @staticmethod
+    def use(caller):
+        """Return the outputs of some calls."""
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        attributes = {"n": {"DataType": "Binary", "BinaryValue": b"\0\xff"}}
+        outputs = [url, caller("ListQueues")]
+        outputs.append(
+            caller(
+                "SendMessage", QueueUrl=url, MessageBody="\u00e9<", MessageAttributes=attributes
+            )
+        )
+        entries = [{"Id": "a", "MessageBody": "1"}, {"Id": "b", "MessageBody": ""}]
+        outputs.append(caller("SendMessageBatch", QueueUrl=url, Entries=entries))
+        names = {"MessageAttributeNames": ["All"], "AttributeNames": ["All"]}
+        received = caller("ReceiveMessage", QueueUrl=url, MaxNumberOfMessages=10, **names)
+        outputs += [received, caller("ReceiveMessage", QueueUrl=url)]
+        outputs.append(caller("GetQueueAttributes", QueueUrl=url, AttributeNames=["QueueArn"]))
+        handle = received["Messages"][0]["ReceiptHandle"]
+        outputs.append(caller("DeleteMessage", QueueUrl=url, ReceiptHandle=handle))
+        try:
+            caller("GetQueueUrl", QueueName="none")
+        except Refused as error:
+            outputs.append((error.status, error.message.replace(" for this wsdl version", "")))
+        return outputs
+
+    def test_a_faulty_tape_is_refused_with_the_line(self):
+        for line, word in (
+            ("{", "line 2"),
+            ("[]", "needs an action"),
+            ('{"output": {}}', "needs an action"),
+            ('{"action": "a:B", "ouput": {}}', "did you mean output"),
+            ('{"action": "a:B", "status": "200"}', "status"),
+            ('{"action": "a:B", "status": 99}', "status"),
+            ('{"action": "a:B", "headers": {"a\\r": "b"}}', "header"),
+            ('{"action": "a:B", "headers": []}', "headers cannot be"),
+            ('{"action": "a:B", "input": []}', "input cannot be"),
+            ('{"action": "a:B", "body_base64": "?"}', "line 2"),
+            ('{"action": "a:B", "body": 5}', "body cannot be"),
+            ('{"action": "a:B", "action": "a:C"}', "twice"),
+        ):
+            with (
+                self.subTest(line),
+                self.assertRaisesRegex(ValueError, f"^line 2: .*{word}|{word}"),
+            ):
+                write(self.path, f'{{"action": "x:Y"}}\n{line}\n')
+                awsproxy.read_tape(self.path)
+        write(self.path, '{"action": "x:Y"}\n\n{"action": "x:Y"}')
+        self.assertEqual(len(awsproxy.read_tape(self.path)), 1)
+
+    def test_it_is_read_again_when_it_changes(self):
+        proxy = self.playing({"action": "ecs:ListTasks", "body": "old"})
+        self.assertEqual(proxy.handle(json_for("ecs", "ListTasks")).body, b"old")
+        write(self.path, '{"action": "ecs:ListTasks", "body": "new"}\n', age=1)
+        with self.assertLogs("awsproxy"):
+            self.assertEqual(proxy.handle(json_for("ecs", "ListTasks")).body, b"new")
+
+    def test_a_wrong_signature_is_refused_as_always(self):
+        proxy = self.playing({"action": "ecs:ListTasks"})
+        wrong = TEAM._replace(secret_access_key="wrong")
+        target = ("X-Amz-Target", "Ecs.ListTasks")
+        request = signed("POST", "/", [target], b"{}", client=wrong, service="ecs")
+        self.assertIn(b"InvalidSignatureException", proxy.handle(request).body)
+
+
 # ---- Credentials, methods, echoes ----
 
 
