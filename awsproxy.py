@@ -8096,7 +8096,8 @@ def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = 
         if node.tag == "SenderFault":
             return text == "true"
         return int(text) if node.tag in _SQS_NUMBERS else text
-    spelled = {names[it].element if it in names else it: it for it in (*names, *members)}
+    spelled = {it.element: member for member, it in names.items() if it.key}
+    spelled |= {names[it].element if it in names else it: it for it in members}
     found: dict[str, Any] = {}
     for child in node:
         member = spelled.get(child.tag, child.tag)
