@@ -6346,14 +6346,14 @@ class AccessLog(Hook):
             "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
             decision, verified = call and call.decision, exchange.verified
-            proof = verified.proof if verified else None
+            proof, key = verified and verified.proof, call and call.upstream_key
             fields |= {
                 "resource": decision.resource if decision else "-",
                 "decision": decision.verdict if decision else "-",
                 "statement": decision.statement if decision else "-",
                 "canonical_request": proof.string_to_sign[-64:].decode() if proof else "-",
-                "upstream_key": (call and call.upstream_key) or "-",
-                "upstream_role": (call and call.upstream_key and call.caller.upstream_role_arn) or "-",
+                "upstream_key": key or "-",
+                "upstream_role": (call and key and call.caller.upstream_role_arn) or "-",
                 "client": call.caller.name if call else "-",
                 "region": call.region if call else claim(request)[1].region or "-",
                 "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
@@ -7466,9 +7466,9 @@ class Policy:
         needs: what must be allowed, as `needs_of` returns it
         called: the action of the call, by which a statement may deny it, too"""
         decision = Decision(False)
-        for action, resource in needs:
-            short = len(action) + len(called) + len(resource.text) <= 2 * MAX_TEXT
-            decision = (self._known if short else self._decide)(action, resource, called)
+        for action, it in needs:
+            short = len(action) + len(called) + len(it.text) <= 2 * MAX_TEXT
+            decision = (self._known if short else self._decide)(action, it, called)
             if not decision.allowed:
                 break
         return decision
@@ -7858,13 +7858,11 @@ class Guard:
         """Note what a client has done, or may not do; return whether that is new."""
         known = self._learned.setdefault((client, refused), {})
         before = len(known)
-        for action, resource in needs:
-            if (action, resource) in known:
-                continue
-            if len(known) >= MAX_LEARNED:
-                resource = _folder_of(resource)
-            if len(known) < 2 * MAX_LEARNED and len(action) + len(resource.text) <= 2 * MAX_TEXT:
-                known[action, resource] = None
+        for action, it in needs:
+            of = it if len(known) < MAX_LEARNED or (action, it) in known else _folder_of(it)
+            is_short = len(action) + len(of.text) <= 2 * MAX_TEXT
+            if (action, of) in known or (is_short and len(known) < 2 * MAX_LEARNED):
+                known[action, of] = None
             else:
                 self._full.add(client)
         return len(known) > before
@@ -7892,8 +7890,8 @@ def _without_wildcards(text: str) -> str:
 def _least_policy(needs: Iterable[Need]) -> Mapping[str, Any]:
     """Return a policy with a statement for each set of actions that resources share."""
     actions: dict[str, set[str]] = {}
-    for action, resource in list(needs):
-        actions.setdefault(resource.pattern, set()).add(_without_wildcards(iam_name(action)))
+    for action, it in list(needs):
+        actions.setdefault(it.pattern, set()).add(_without_wildcards(iam_name(action)))
     groups: dict[tuple[str, ...], list[str]] = {}
     for pattern, names in sorted(actions.items()):
         groups.setdefault(tuple(sorted(names)), []).append(pattern)
@@ -9835,11 +9833,11 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-def _policy_of(path: str, section: Mapping[str, str]) -> Any:
-    """Return the policy of a section, if it has one; ValueError if it cannot be used."""
+def _policy_of(path: str, section: configparser.SectionProxy) -> Any:
+    """Return the policy of a section, None if it has none; ValueError if it cannot be used."""
     name, read_only = section.get("policy"), section.get("read_only", "false").lower()
     if read_only not in ("true", "false") or name == "":
-        raise ValueError("read_only must be true or false, and policy a file")
+        raise ValueError(f"[{section.name}] read_only must be true or false, and policy a file")
     statements = READ_ONLY if read_only == "true" else ()
     if name is None:
         return Policy(statements) if statements else None
@@ -9847,7 +9845,7 @@ def _policy_of(path: str, section: Mapping[str, str]) -> Any:
     try:
         return Watched(functools.partial(Policy.read, more=statements), file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"policy {file}: {error}") from error
+        raise ValueError(f"[{section.name}] policy {file}: {error}") from error
 
 
 # [10.2] Flags

@@ -18527,20 +18527,16 @@ class RecorderTest(TapeCase):
 
 
 class TapeTest(TapeCase):
-    THROTTLED = {
-        "action": "dynamodb:GetItem",
-        "error": "ProvisionedThroughputExceededException",
-        "message": "slow down",
-    }
-
     def test_canned_answers_in_the_protocol_of_the_caller(self):
         who = {"Account": "123456789012", "Arn": "a", "UserId": "u"}
-        proxy = self.playing({"action": "sts:GetCallerIdentity", "output": who}, self.THROTTLED)
+        code = "ProvisionedThroughputExceededException"
+        throttled = {"action": "dynamodb:GetItem", "error": code, "message": "slow down"}
+        proxy = self.playing({"action": "sts:GetCallerIdentity", "output": who}, throttled)
         reply = proxy.handle(query_for("sts", "GetCallerIdentity"))
         self.assertIn(b"<Account>123456789012</Account>", reply.body)
         reply = proxy.handle(json_for("dynamodb", "GetItem", {"TableName": "any"}))
         self.assertEqual(reply.status, 400)
-        self.assertEqual(json.loads(reply.body)["__type"], self.THROTTLED["error"])
+        self.assertEqual(json.loads(reply.body)["__type"], code)
 
     def test_the_nth_equal_call_gets_the_nth_answer_and_then_the_last(self):
         proxy = self.playing(*({"action": "ecs:ListTasks", "body": str(n)} for n in range(3)))
@@ -18664,6 +18660,125 @@ class TapeTest(TapeCase):
         target = ("X-Amz-Target", "Ecs.ListTasks")
         request = signed("POST", "/", [target], b"{}", client=wrong, service="ecs")
         self.assertIn(b"InvalidSignatureException", proxy.handle(request).body)
+
+
+class PolicyFileTest(ProgramTest):
+    """Policies in the clients file, the learned policy, and the log line of a call."""
+
+    SEND = allowing("sqs:SendMessage sqs:GetQueueUrl", "arn:aws:sqs:us-east-1:000000000000:jobs")
+
+    def setUp(self):
+        self.folder = folder(self)
+
+    def clients(self, policy="", *lines):
+        if policy:
+            write(os.path.join(self.folder, "worker.json"), policy, age=-len(policy))
+        keys = ["aws_access_key_id = dummykey2", "aws_secret_access_key = s"]
+        text = "\n".join(["[worker]", *keys, *lines, ""])
+        return write(os.path.join(self.folder, "clients"), text)
+
+    def worker(self, *flags, policy="", lines=("policy = worker.json",)):
+        file = self.clients(policy or policy_text(self.SEND), *lines)
+        program = self.start("--clients", file, "--queue", "jobs", "--log-format", "json", *flags)
+        self.address = program.address
+        return program, program.caller(client=Client("worker", "dummykey2", "s"))
+
+    def learned(self, more=""):
+        path = f"/_awsproxy/policy?client=worker{more}"
+        return json.loads(own_path(self.address, path)[1])["Statement"]
+
+    def test_a_sandbox_from_the_file_to_the_log_line(self):
+        program, caller = self.worker()
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        caller.enqueue(url, "m")
+        with self.assertRaisesRegex(Refused, "403 .*client worker") as caught:
+            caller("DeleteQueue", QueueUrl=url)
+        queue = "arn:aws:sqs:us-east-1:000000000000:jobs"
+        self.assertIn(f"sqs:DeleteQueue on resource: {queue} because no", str(caught.exception))
+        lines = [json.loads(program.line()) for _ in range(3)]
+        for line, decision, statement in zip(lines, ("allow", "allow", "deny"), ("1", "1", "")):
+            found = {name: line[name] for name in ("decision", "statement", "resource", "route")}
+            expected = {"decision": decision, "statement": statement, "resource": queue}
+            self.assertEqual(found, {**expected, "route": "sqs:*"})
+            self.assertRegex(line["canonical_request"], "^[0-9a-f]{64}$")
+        self.assertEqual((lines[2]["client"], lines[2]["reason"]), ("worker", "policy"))
+        ours = {"Effect": "Allow", "Resource": [queue]}
+        actions = ["sqs:GetQueueUrl", "sqs:SendMessage"]
+        self.assertEqual(self.learned(), [{**ours, "Action": actions}])
+        self.assertEqual(self.learned("&of=refused"), [{**ours, "Action": ["sqs:DeleteQueue"]}])
+        self.assertEqual(own_path(self.address, "/_awsproxy/policy")[0], 400)
+
+    def test_observe_lets_the_call_pass_and_logs_it_once(self):
+        program, caller = self.worker("--policy-mode", "observe")
+        for _ in range(2):
+            caller("ListQueues")
+        line = program.line()
+        self.assertIn("would be refused: ", line)
+        self.assertEqual(json.loads(program.line())["decision"], "observe")
+
+    def test_a_changed_policy_counts_and_a_broken_one_keeps_the_old(self):
+        program, caller = self.worker()
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        self.clients(policy_text({**self.SEND, "Condition": {}}), "policy = worker.json")
+        wait_until(lambda: "keeping the old" in program.line())
+        caller.enqueue(url, "m")
+        self.clients(policy_text(denying("*")), "policy = worker.json")
+        wait_until(lambda: program.line().endswith("worker.json read again"))
+        with self.assertRaisesRegex(Refused, "statement 1 of its policy denies it"):
+            caller.enqueue(url, "m")
+
+    def test_read_only_with_a_policy_that_names_more(self):
+        receive = policy_text(allowing("sqs:ReceiveMessage"))
+        for lines, receives in (
+            (["read_only = true"], False),
+            (["read_only = True", "policy = worker.json"], True),
+        ):
+            _, caller = self.worker(policy=receive, lines=lines)
+            url = caller("ListQueues")["QueueUrls"][0]
+            refused = contextlib.nullcontext() if receives else self.assertRaises(Refused)
+            with refused:
+                caller.receive(url)
+            with self.assertRaises(Refused):
+                caller.enqueue(url, "m")
+
+    def test_a_section_that_is_not_understood_is_refused(self):
+        self.clients(policy_text({**self.SEND, "Condition": {}}))
+        for line, word in (
+            ("policy = worker.json", "policy .*worker.json: statement 1 has Condition"),
+            ("policy = missing.json", "missing.json"),
+            ("policy =", "policy"),
+            ("read_only = yes", "read_only must be true or false"),
+            ("read-only = true", "did you mean read_only"),
+            ("readonly = true", "did you mean read_only"),
+            ("policies = worker.json", "did you mean policy"),
+            ("policy_file = worker.json", "did you mean policy"),
+        ):
+            with self.subTest(line), self.assertRaisesRegex(ValueError, f"worker.*{word}"):
+                awsproxy.read_clients(self.clients("", line))
+
+    def test_a_tape_as_a_route_and_one_that_is_broken(self):
+        tape = os.path.join(self.folder, "tape")
+        write(tape, '{"action": "ecs:ListTasks", "body": "canned"}\n')
+        program = self.start("--route", f"ecs:*=tape:{tape}")
+        target = ("X-Amz-Target", "Ecs.ListTasks")
+        request = signed(headers=[target], body=b"{}", service="ecs", at=time.time())
+        self.assertEqual(program.handle(request).body, b"canned")
+        write(tape, "{\n")
+        program = self.start("--upstream", f"tape:{tape}")
+        self.assertIn("the tape", program.line())
+        self.assertEqual(program.process.wait(DEADLINE), 2)
+
+    def test_record_writes_what_was_forwarded(self):
+        tape = os.path.join(self.folder, "tape")
+        upstream = FakeUpstream(self)
+        environment = {**os.environ, "AWS_ACCESS_KEY_ID": "up", "AWS_SECRET_ACCESS_KEY": "s"}
+        program = self.start(
+            "--upstream", upstream.endpoint.origin, "--record", tape, env=environment
+        )
+        target = ("X-Amz-Target", "Ecs.ListTasks")
+        request = signed(headers=[target], body=b"{}", service="ecs", at=time.time())
+        self.assertEqual(program.handle(request).status, 200)
+        self.assertIn('"action": "ecs:ListTasks"', pathlib.Path(tape).read_text())
 
 
 # ---- Credentials, methods, echoes ----
