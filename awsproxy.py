@@ -4638,14 +4638,13 @@ def endpoint_for(
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
     endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
     prefix = service
-    if service in ENDPOINT_PREFIXES:
-        rpc = _RPC_PATH.fullmatch(path)
-        operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
-        for template, pattern in ENDPOINT_PREFIXES[service]:
-            match = re.match(pattern, operation)
-            if match:
-                prefix = match.expand(template.replace("&", service))
-                break
+    rpc = _RPC_PATH.fullmatch(path)
+    operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
+    for template, pattern in ENDPOINT_PREFIXES.get(service, ()):
+        match = re.match(pattern, operation)
+        if match:
+            prefix = match.expand(template.replace("&", service))
+            break
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
@@ -4654,8 +4653,7 @@ def endpoint_for(
 
 @functools.lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    row = next(row for row in PARTITIONS if region.startswith(row[0]))
-    _, partition, suffix, dual_suffix, main = row
+    _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
@@ -4663,7 +4661,7 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
-        suffix, place = dual_suffix, place or "global"
+        suffix, place = dual, place or "global"
         prefix = VARIANT_PREFIXES.get(f"{prefix}@dual", prefix) + ending
     elif fips and not (partition == "aws-us-gov" and GOVCLOUD_FIPS.fullmatch(prefix)):
         prefix = VARIANT_PREFIXES.get(f"{prefix}@fips", prefix + ending)
@@ -4708,8 +4706,7 @@ def service_of_host(host: str) -> tuple[str, str]:
     match = _AWS_HOST.fullmatch(host_name(host))
     if not match:
         return "", ""
-    ignored = ("dualstack", "global", "vpce")
-    labels = [part for part in match[1].split(".") if part not in ignored][-6:]
+    labels = [it for it in match[1].split(".") if it not in ("dualstack", "global", "vpce")][-6:]
     places = [at for at, label in enumerate(labels) if _REGION.fullmatch(label)]
     region = labels.pop(places[-1]) if places else ""
     prefixes = [".".join(labels[at:]).replace("-fips", "") for at in range(len(labels))] or [""]
@@ -4743,12 +4740,11 @@ class NotSetUp(NoKeys):
 @contextlib.contextmanager
 def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
     """Raise NoKeys with this text for each failure; %s stands for the text of the failure."""
+    told_of: tuple[type[Exception], ...] = (NoKeys, *failures)
     try:
         yield
-    except NoKeys as error:
-        raise NoKeys(told.replace("%s", str(error)), error.passing) from error
-    except failures as error:
-        raise NoKeys(told.replace("%s", str(error))) from error
+    except told_of as error:
+        raise NoKeys(told.replace("%s", str(error)), getattr(error, "passing", False)) from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -4760,14 +4756,6 @@ def tls_context() -> ssl.SSLContext:
 _PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
 _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
-
-
-class _AsItIs(urllib.request.HTTPErrorProcessor):
-    def http_response(self, request: Any, response: Any) -> Any:
-        """Return any answer: an error may tell why, a redirection would take our tokens along."""
-        return response
-
-    https_response = http_response
 
 
 def fetch(
@@ -4783,9 +4771,11 @@ def fetch(
     def _ask() -> None:
         try:
             near = is_link_local(host) or is_loopback(host)
-            proxies = urllib.request.ProxyHandler({} if near else None)
-            tls = urllib.request.HTTPSHandler(context=tls_context())
-            opener = urllib.request.build_opener(proxies, tls, _AsItIs)
+            # Any answer is returned: an error may tell why, a redirection would take our tokens.
+            opener = urllib.request.OpenerDirector()
+            opener.add_handler(urllib.request.ProxyHandler({} if near else None))
+            opener.add_handler(urllib.request.HTTPHandler())
+            opener.add_handler(urllib.request.HTTPSHandler(context=tls_context()))
             request = urllib.request.Request(url, data, dict(headers), method=method or None)
             with opener.open(request, timeout=timeout) as answer:
                 outcome.put((answer.status, answer.read(1048576)))
@@ -4857,10 +4847,7 @@ _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO port
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
-_ASSUME_ROLE = pairs("""
-    RoleArn=role_arn RoleSessionName=role_session_name DurationSeconds=duration_seconds
-    ExternalId=external_id
-""")
+_ROLE_SETTINGS = ("role_arn", "role_session_name", "duration_seconds", "external_id")
 _STS_FIELD = re.compile(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<")
 
 
@@ -4918,10 +4905,9 @@ class CredentialChain:
         return _credentials(key, secret, token)
 
     def _from_web_identity(self) -> Credentials:
-        path = self.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        path, role = map(self.environ.get, ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"))
         if not path:
             raise NotSetUp("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
-        role = self.environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
         return self._with_web_identity(path, role, self.environ.get("AWS_ROLE_SESSION_NAME"))
@@ -4989,8 +4975,7 @@ class CredentialChain:
                 settings.update(config[section])
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
-            for name in _KEY_SETTINGS:
-                settings.pop(name, None)
+            settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
         settings.update(own)
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
@@ -5152,7 +5137,7 @@ class CredentialChain:
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, settings: Section) -> Credentials:
-        fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
+        fields = {name.title().replace("_", ""): settings.get(name) for name in _ROLE_SETTINGS}
         with _no_keys(f"the role {settings['role_arn']} cannot be assumed: %s"):
             return self._ask_sts(source, Action="AssumeRole", **fields)
 
@@ -5268,8 +5253,7 @@ class CredentialCache:
                     self.sleep(pauses.pop(0))
                     continue
                 self._failure = (str(reason), reason.passing)
-                if reason.passing:
-                    self._next_try = now + 1
+                self._next_try = now + (1 if reason.passing else self.RETRY)
                 log.warning("credentials not renewed: %s", reason)
                 if valid:
                     return self._current
