@@ -4509,74 +4509,71 @@ PARTITIONS = (
 
 # The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
 # The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
-# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD.  In a prefix, & is the signing
-# name, and \1 the first group.
+# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD; it may go on in the next line
+# after a |.  In a prefix, & is the signing name, and \1 the first group.
 ENDPOINT_PREFIXES = {
     service: [row.partition("=")[::2] for row in rows]
-    for service, *rows in map(str.split, r"""
-    account-access &-runtime=/access[/#]; acm acm-acme=.*Acme; aidevops cp.&=/(v\d|tags)/ dp.&;
-    agent-registry &=.*/discoverable &-control; appconfig appconfigdata=/configuration; airflow
-    ops.&=/metrics/ env.&=/(clitoken|restapi|webtoken)/ api.&; aoss -=/; appstream appstream2;
-    appsync -=/(graphql|event)[/#]; aws-marketplace agreement-marketplace=AWSMPCommerceService
-    entitlement.marketplace=AWSMPEnt reporting-marketplace=/getBuyer discovery-marketplace=/\d{4}-
-    deployment-marketplace=/(catalogs|tags)/ catalog.marketplace=/\w+# metering.marketplace; aps
-    &-workspaces=/workspaces/[^/]+/(alertmanager/)?api/; arc-region-switch
-    &-control-plane=.*(Plans?|Resource|Checks)$; awsssoportal portal.sso; cassandra
-    &-streams=KeyspacesStreams; bedrock &-runtime=/(async-invoke|guardrail(-checks)?|model)[/#]
-    &-data-automation-runtime=AmazonBedrockKeystoneRuntime
-    &-data-automation=/(blueprints|data-automation-|\w+BlueprintOpt)
-    &-agent-runtime=/(agenticR|generateQ|optimize-p|rerank|retrieveA|sessions|tags/.*session)
-    &-agent-runtime=/agents/(.*/agentAliases/|[^/]+#POST)|/flows/.*/executions
-    &-agent-runtime=/flows/[^/]+/aliases/[^/]+#POST
-    &-agent-runtime=/knowledgebases/.*(/retrieve#|-document-acl|/content#)
+    for service, *rows in map(str.split, re.sub(r"\|\s+", "|", r"""
+    account-access &-runtime=/access[/#]; acm acm-acme=.*Acme; agent-registry &=.*/discoverable
+    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; airflow ops.&=/metrics/ env.&=/(clitoken|restapi|
+    webtoken)/ api.&; aoss -=/; appconfig appconfigdata=/configuration; appstream appstream2;
+    appsync -=/(graphql|event)[/#]; aps &-workspaces=/workspaces/[^/]+/(alertmanager/)?api/;
+    arc-region-switch &-control-plane=.*(Plans?|Resource|Checks)$; aws-marketplace
+    agreement-marketplace=AWSMPCommerceService entitlement.marketplace=AWSMPEnt
+    reporting-marketplace=/getBuyer discovery-marketplace=/\d{4}-
+    deployment-marketplace=/(catalogs|tags)/ catalog.marketplace=/\w+# metering.marketplace;
+    awsssoportal portal.sso; bedrock &-runtime=/(async-invoke|guardrail(-checks)?|model)[/#]
+    &-data-automation-runtime=AmazonBedrockKeystoneRuntime &-data-automation=/(blueprints|
+    data-automation-|\w+BlueprintOpt) &-agent-runtime=/(agenticR|generateQ|optimize-p|rerank|
+    retrieveA|sessions|tags/.*session)|/agents/(.*/agentAliases/|[^/]+#POST)|/flows/(.*/executions|
+    [^/]+/aliases/[^/]+#POST)|/knowledgebases/.*(/retrieve#|-document-acl|/content#)
     &-agent=/(agents|flows|knowledgebases|prompts|resourcepolicy|retrieval\w+|tags)/;
-    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
-    &=/(identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)
-    &=/[^/]+/[^/]+/(actor|command|event|extract|generat|ingest|invo|memoryR|retrieve|save|sess)
-    &=/[^/]+/[^/]+/(stopr|tools) &-control; cloudhsm cloudhsmv2=BaldrApiService; chime
-    messaging-&=/(channel|endpoints|app-instances/.*/streaming) identity-&=/app-instance
-    media-pipelines-&=/(sdk-)?media- meetings-&=/(meetings(?!.*/dial-outs)|tags)
-    voice-&=/(emergency|phone-number|search|settings|sip-|voice-); cloudsearch -=/2013-01-01/;
-    cloudwatch cloudwatch-omni; connect contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#;
-    deadline scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)
-    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective api.&;
-    dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; es &=/20\d\d- -;
-    ecr-public api.&; events eventsv2=AWSEventsV2; execute-api participant.connect=/participant/ -;
-    geo metadata.&=/metadata/v0/jobs \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers)
+    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec|
+    identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)|/[^/]+/[^/]+/(actor|command|event|
+    extract|generat|ingest|invo|memoryR|retrieve|save|sess|stopr|tools) &-control; cassandra
+    &-streams=KeyspacesStreams; chime messaging-&=/(channel|endpoints|app-instances/.*/streaming)
+    identity-&=/app-instance media-pipelines-&=/(sdk-)?media-
+    meetings-&=/(meetings(?!.*/dial-outs)|tags) voice-&=/(emergency|phone-number|search|settings|
+    sip-|voice-); cloudhsm cloudhsmv2=BaldrApiService; cloudsearch -=/2013-01-01/; cloudwatch
+    cloudwatch-omni; connect contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#; deadline
+    scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)|.*/workers/[^/]+/(batchGet|
+    fleet-roles|queue-roles) management.&; detective api.&; dynamodb streams.&=DynamoDBStreams
+    search-&=.*SearchVectors; ecr api.&; ecr-public api.&; es &=/20\d\d- -; events
+    eventsv2=AWSEventsV2; execute-api participant.connect=/participant/ -; geo
+    metadata.&=/metadata/v0/jobs \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers)
     cp.\1.&=/(\w{1,20})/v0/ cp.metadata.&; forecast forecastquery=AmazonForecastRuntime; geo-places
     places.geo; geo-maps maps.geo; geo-routes routes.geo; health-agent streaming.&=/medical-scribe
     runtime.&=/domain/[^/]+/; healthlake datatransformation.&=.*(DataTransf|ProfileWithAgent); iam
     iam-toolbox=/authorization-details/; iot-jobs-data data.jobs.iot; iotdata data-ats.iot;
     iotdeviceadvisor api.&; iotdevicegateway -; iotmanagedintegrations api.&; IoTSecuredTunneling
     api.tunneling.iot; iotsitewise monitor.&=/(access-policies|dashboards|portals|projects)
-    data.&=/(assistant|jobs|properties|queries)
-    data.&=/workspaces/.*/(dataset-export|enrichment|executions|get-capture|queries|searches)
-    api.&; iottwinmaker data.&=/workspaces/.*/entity-properties api.&; iotwireless api.&; ivs
-    ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|Participant|PublicKey|Stage|Storage);
-    lakeformation query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; kafka-cluster
-    -; kinesis &-queues=.*Queue; lex runtime.&=/bot/ runtime-v2-&=/bots/[^/]+/botAliases/
-    models.&=/(intents|slottypes|migrations|builtins/[is])|/(bots|exports)/#GET
-    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#])) models-v2-&;
-    lambda &=/20\d\d- -; mediastore data.&=/; logs stream-&=.*(GetLogObject|StartLiveTail);
-    mediatailor api.&; medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb
-    memory-db; mgh migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; neptune-db
-    -; omics storage-&=/\w+store/[^/]+/re(adset|ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)#
-    control-storage-&=/(referencestore|s3accesspolicy|sequencestore) tags-&=/tags/
-    analytics-&=/(annotationStore|import|share|variantStore) workflows-&; neptune-graph
-    -=/(queries|summary); partnercentral &-prm; payment-cryptography dataplane.&=/\w+/\w+#|/keys/
-    controlplane.&; personalize &-runtime=/(action-rec|personalize-ranking|recommendations)
-    &-events=/\w+(-\w+)?#; pricing api.&; qapps data.&; s3 s3-control=/v20180820/; rum
-    dataplane.&=/appmonitors/; s3express &-control; servicediscovery data-&=.*DiscoverInstances;
-    sagemaker runtime.&=/endpoints/ metrics.&=/Batch(Get|Put)Metrics edge.&=/(GetDe|SendHeart)
-    featurestore-runtime.&=/(Batch|FeatureGroup) a2i-runtime.&=/human-loops
-    gateway-runtime.&=/global-inference inferencerouter-runtime.&=/inference-routers
-    training-session-runtime.&=/(v1/)?training-sessions
-    job-runtime.&=/(complete-rollout|sample|update-reward) api.&; ses mail-manager=MailManagerSvc
-    email; servicecatalog &-appregistry=/(app|att|conf|sync|tags); sms-voice &.pinpoint=/v1; signer
-    data-&=/revocations; sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState); thinclient
-    api.&; sustainability api.&; timestream ingest.&=.*(BatchLoad|Database|Records|Table) query.&;
-    wellarchitected &-agent=/api/v1/agent; wickr admin.&; vpc-lattice-svcs -
-    """.split(";"))
+    data.&=/(assistant|jobs|properties|queries|workspaces/.*/(dataset-export|enrichment|executions|
+    get-capture|queries|searches)) api.&; iottwinmaker data.&=/workspaces/.*/entity-properties
+    api.&; iotwireless api.&; ivs ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|
+    Participant|PublicKey|Stage|Storage); kafka-cluster -; kinesis &-queues=.*Queue; lakeformation
+    query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; lambda &=/20\d\d- -; lex
+    runtime.&=/bot/ runtime-v2-&=/bots/[^/]+/botAliases/ models.&=/(intents|slottypes|migrations|
+    builtins/[is])|/(bots|exports)/#GET|/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|
+    utterances(#|/[^#])) models-v2-&; logs stream-&=.*(GetLogObject|StartLiveTail); mediastore
+    data.&=/; mediatailor api.&; medical-imaging runtime-&=/datastore/.*/(imageSet/|search);
+    memorydb memory-db; mgh migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint;
+    neptune-db -; neptune-graph -=/(queries|summary); omics storage-&=/\w+store/[^/]+/re(adset|
+    ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)# control-storage-&=/(referencestore|
+    s3accesspolicy|sequencestore) tags-&=/tags/ analytics-&=/(annotationStore|import|share|
+    variantStore) workflows-&; partnercentral &-prm; payment-cryptography dataplane.&=/\w+/\w+#|
+    /keys/ controlplane.&; personalize &-runtime=/(action-rec|personalize-ranking|recommendations)
+    &-events=/\w+(-\w+)?#; pricing api.&; qapps data.&; rum dataplane.&=/appmonitors/; s3
+    s3-control=/v20180820/; s3express &-control; sagemaker
+    training-session-runtime.&=/(v1/)?training-sessions metrics.&=/Batch(Get|Put)Metrics
+    job-runtime.&=/(complete-rollout|sample|update-reward) featurestore-runtime.&=/(Batch|
+    FeatureGroup) edge.&=/(GetDe|SendHeart) runtime.&=/endpoints/ a2i-runtime.&=/human-loops
+    inferencerouter-runtime.&=/inference-routers gateway-runtime.&=/global-inference api.&;
+    servicecatalog &-appregistry=/(app|att|conf|sync|tags); servicediscovery
+    data-&=.*DiscoverInstances; ses mail-manager=MailManagerSvc email; signer data-&=/revocations;
+    sms-voice &.pinpoint=/v1; sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState);
+    sustainability api.&; thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|
+    Table) query.&; vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
+    """).split(";"))
 }  # fmt: skip
 # The prefixes for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
 VARIANT_PREFIXES = pairs("""
