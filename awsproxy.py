@@ -4583,8 +4583,7 @@ VARIANT_PREFIXES = pairs("""
     runtime.sagemaker@fips=runtime-fips.sagemaker metrics.sagemaker@fips=metrics-fips.sagemaker
     api.detective@dual=detective api.ecr@dual=ecr api.tunneling.iot@dual=api.iot-tunneling
     ingest.timestream@dual=timestream-ingest es@dual=aos query.timestream@dual=timestream-query
-    elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api
-""")
+    elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api""")
 # The region in the hosts of global services, by partition or region; "-" stands for none.
 GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     (place, prefix): region.strip("-")
@@ -4600,8 +4599,7 @@ GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
     cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
     invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
-    budgets route53; aws-iso-b - route53
-    """.split(";"))
+    budgets route53; aws-iso-b - route53""".split(";"))
     for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
@@ -4613,16 +4611,14 @@ DUAL_STACK_ONLY = re.compile(r"""(?x)
     |invoicing|(job|training-session)-runtime\.sagemaker|kendra-ranking|mpa
     |network-security-manager|networkflowmonitor|notifications(-contacts)?|osm|partnercentral-.*
     |payments|pricingplanmanager|qbusiness|route53globalresolver|s3files|s3vectors|security-ir
-    |securityagent|signin|supportauthz|uxc|workspaces-instances
-""")
+    |securityagent|signin|supportauthz|uxc|workspaces-instances""")
 # GovCloud's prefixes whose plain hosts use FIPS.
 GOVCLOUD_FIPS = re.compile(r"""(?x)
     access-analyzer|acm(-pca)?|appconfig|autoscaling|batch|clouddirectory|cloudformation|cloudtrail
     |config|connect|databrew|dms|dynamodb|ec2|eks|elasticache|elasticbeanstalk|elasticloadbalancing
     |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
     |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
-    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
-""")
+    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf""")
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
