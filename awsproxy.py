@@ -4650,7 +4650,6 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
-    signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
@@ -4661,7 +4660,7 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     else:
         prefix = VARIANT_PREFIXES.get(f"{prefix}@{partition}", prefix)
     host = ".".join(filter(None, (prefix, place, suffix))).lower()
-    return Endpoint("https", host, 443, signed_for)
+    return Endpoint("https", host, 443, place if _REGION.fullmatch(place) else main)
 
 
 def parse_endpoint(url: str) -> Endpoint:
@@ -5118,11 +5117,9 @@ class CredentialChain:
     @functools.cached_property
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
-        fips, dualstack = (
-            self.environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
-            for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
-        )
-        return fips.lower() == "true", dualstack.lower() == "true"
+        names, settings = ("use_fips_endpoint", "use_dualstack_endpoint"), self._settings()
+        chosen = [self.environ.get(f"AWS_{it.upper()}") or settings.get(it, "") for it in names]
+        return chosen[0].lower() == "true", chosen[1].lower() == "true"
 
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
@@ -5135,8 +5132,7 @@ class CredentialChain:
             return self._ask_sts(source, Action="AssumeRole", **fields)
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
-        token = _read_text(path)
-        fields = {"RoleArn": role, "RoleSessionName": session, "WebIdentityToken": token}
+        fields = dict(RoleArn=role, RoleSessionName=session, WebIdentityToken=_read_text(path))
         return self._ask_sts(None, Action="AssumeRoleWithWebIdentity", **fields)
 
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
