@@ -4493,7 +4493,6 @@ class Endpoint(NamedTuple):
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-
 # By the beginning of a region: partition, DNS suffix, dual-stack DNS suffix (partitions.json), and
 # the region that the calls of global services are signed for.
 PARTITIONS = (
@@ -4506,7 +4505,6 @@ PARTITIONS = (
     ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu", "eusc-de-east-1"),
     ("", "aws", "amazonaws.com", "api.aws", "us-east-1"),
 )
-
 # The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
 # The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
 # X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD; it may go on in the next line
@@ -4619,6 +4617,15 @@ GOVCLOUD_FIPS = re.compile(r"""(?x)
     |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
     |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
     |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf""")
+_AWS_HOST = re.compile(
+    r"(.+)\.(?:(?:amazonaws|api\.amazonwebservices)\.(?:com\.cn|eu)|amazonaws\.com|api\.aws)"
+)
+_REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
+_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
+_SERVICES_BY_PREFIX = {
+    prefix.replace("&", service): service
+    for service, rows in ENDPOINT_PREFIXES.items() for prefix, _ in rows
+}  # fmt: skip
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
@@ -4677,17 +4684,6 @@ def parse_endpoint(url: str) -> Endpoint:
     return Endpoint(parts.scheme, parts.hostname, port, region)
 
 
-_AWS_HOST = re.compile(
-    r"(.+)\.(?:(?:amazonaws|api\.amazonwebservices)\.(?:com\.cn|eu)|amazonaws\.com|api\.aws)"
-)
-_REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
-_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
-_SERVICES_BY_PREFIX = {
-    prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items() for prefix, _ in rows
-}  # fmt: skip
-
-
 def is_aws_host(host: str) -> bool:
     """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host_name(host)) is not None
@@ -4743,11 +4739,6 @@ def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
-
-
-_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
-_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 
 
 def fetch(
@@ -4833,6 +4824,9 @@ def _document(text: bytes) -> Mapping[str, Any]:
         return dict(read_json(text.decode("utf-8")))
 
 
+_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
+_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
