@@ -5074,11 +5074,10 @@ class CredentialChain:
             raise NoKeys("the answer of SSO holds no token")
         new = {
             **{name: cached[name] for name in names if name != "refreshToken"},
-            "startUrl": settings.get("sso_start_url", ""), "region": region, "accessToken": token,
+            **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
+            "startUrl": settings.get("sso_start_url", ""), "region": region,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
-        if answer.get("refreshToken"):
-            new["refreshToken"] = answer["refreshToken"]
         temporary = ""
         try:  # replace the file in one step; only its owner can read it
             opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
