@@ -4728,10 +4728,10 @@ class NotSetUp(NoKeys):
 @contextlib.contextmanager
 def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
     """Raise NoKeys with this text for each failure; %s stands for the text of the failure."""
-    told_of: tuple[type[Exception], ...] = (NoKeys, *failures)
+    failures = (NoKeys, *failures)
     try:
         yield
-    except told_of as error:
+    except failures as error:
         raise NoKeys(told.replace("%s", str(error)), getattr(error, "passing", False)) from error
 
 
@@ -4741,13 +4741,11 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
 
 
-def fetch(
-    url: str, headers: Mapping[str, str], data: Optional[bytes] = None, method: str = "",
-    timeout: float = 5
-) -> bytes:  # fmt: skip
+def fetch(url: str, headers: Mapping[str, str], timeout: float = 5, **how: Any) -> bytes:
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    Requests to link-local and loopback addresses bypass the proxies of the environment."""
+    `how` is `data` and `method` of a Request of urllib.  One to a link-local or loopback address
+    bypasses the proxies of the environment."""
     _, host = split_url(url)
     outcome: queues.SimpleQueue[Union[tuple[int, bytes], Exception]] = queues.SimpleQueue()
 
@@ -4759,7 +4757,7 @@ def fetch(
             opener.add_handler(urllib.request.ProxyHandler({} if near else None))
             opener.add_handler(urllib.request.HTTPHandler())
             opener.add_handler(urllib.request.HTTPSHandler(context=tls_context()))
-            request = urllib.request.Request(url, data, dict(headers), method=method or None)
+            request = urllib.request.Request(url, headers=dict(headers), **how)
             with opener.open(request, timeout=timeout) as answer:
                 outcome.put((answer.status, answer.read(1048576)))
         except Exception as error:
