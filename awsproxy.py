@@ -4597,8 +4597,7 @@ GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
     cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
     invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
-    budgets route53; aws-iso-b - route53""".split(";"))
-    for prefix in prefixes
+    budgets route53; aws-iso-b - route53""".split(";")) for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
@@ -4623,8 +4622,7 @@ _AWS_HOST = re.compile(
 _REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
 _ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
 _SERVICES_BY_PREFIX = {
-    prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items() for prefix, _ in rows
+    it.replace("&", name): name for name, rows in ENDPOINT_PREFIXES.items() for it, _ in rows
 }  # fmt: skip
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
