@@ -4636,13 +4636,14 @@ def endpoint_for(
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
     endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
     prefix = service
-    rpc = _RPC_PATH.fullmatch(path)
-    operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
-    for template, pattern in ENDPOINT_PREFIXES.get(service, ()):
-        match = re.match(pattern, operation)
-        if match:
-            prefix = match.expand(template.replace("&", service))
-            break
+    if service in ENDPOINT_PREFIXES:
+        rpc = _RPC_PATH.fullmatch(path)
+        operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
+        for template, pattern in ENDPOINT_PREFIXES[service]:
+            match = re.match(pattern, operation)
+            if match:
+                prefix = match.expand(template.replace("&", service))
+                break
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
