@@ -2240,10 +2240,9 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
     found = {}
     for line in table.strip().splitlines():
         declared, arrow, output = line.partition("->")
-        name, _, members = declared.strip().partition(" ")
+        name, _, spec = declared.strip().partition(" ")
         method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
-        returned = output.split() if arrow else None
-        found[name] = Operation(structure(members, shapes), returned, method)
+        found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
     return found
 
 
@@ -2270,8 +2269,6 @@ _NO_MODEL = Model({}, {})
 
 def read_again(body: Body) -> bytes:
     """Return all of a body that can be read again, and rewind it."""
-    if isinstance(body, io.BytesIO):
-        return body.getvalue()
     if not isinstance(body, io.IOBase):
         raise ServiceError("SerializationException", "The body can be read only once.")
     body.seek(0)
@@ -2344,16 +2341,13 @@ MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
 # The parameters of a query call that are no input of the operation.
-_NO_INPUT = frozenset(
-    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
-    " SignatureVersion Timestamp Version".split()
-)
+_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
+    SignatureMethod SignatureVersion Timestamp Version""".split()
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_KINDS = pairs(
-    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
-)
+_KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
+    str=STRING_VALUE""")
 
 
 def _media_type(request: Request) -> str:
@@ -2362,10 +2356,9 @@ def _media_type(request: Request) -> str:
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    try:
+    with contextlib.suppress(ServiceError):  # `verify_head` refuses it
         return [value.decode("utf-8", "replace") for n, value in request.query if n == wanted]
-    except ServiceError:  # `verify_head` refuses it
-        return []
+    return []
 
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
@@ -2416,13 +2409,11 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
         raise ambiguous(wire, f"{service} does not read X-Amz-Target")
     if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
         raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
-    if "?" not in request.target:
-        return
-    names = [name for name, _ in request.query]
-    if any(name.lower() == b"x-amz-target" for name in names):
-        raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
-    if b"Action" in names and not wire.reads_action:
-        raise ambiguous(wire, f"{service} does not read the query parameter Action here")
+    for name, _ in request.query:
+        if name.lower() == b"x-amz-target":
+            raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
+        if name == b"Action" and not wire.reads_action:
+            raise ambiguous(wire, f"{service} does not read the query parameter Action here")
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
@@ -2564,21 +2555,20 @@ class AwsJson(WireProtocol):
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-        action = None
+        actions = []
         if "?" in request.target:  # Action is the only parameter, of calls to Amazon SQS alone
             actions = _query_values(request, b"Action")
             others = {name for name, _ in request.query} - {b"Action", b"Version"}
             others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
             if len(actions) > 1 or (others if service == "sqs" else actions):
                 raise ambiguous(self, "the body is JSON, and the query string has parameters")
-            action = actions[0] if actions else None
         targets = request.fields.get("x-amz-target")
-        name = action or ""
+        name = "".join(actions)
         if targets is not None:
             prefix, _, name = targets[0].rpartition(".")
             of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
             of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
-            if len(targets) > 1 or not of_service or action not in (None, name):
+            if len(targets) > 1 or not of_service or actions not in ([], [name]):
                 error = _invalid_action(", ".join(targets))
                 if not prefix:
                     example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
@@ -2599,7 +2589,7 @@ class AwsJson(WireProtocol):
         text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
-        if len(text) > SMALL_JSON and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
+        if len(text) > MAX_ELEMENTS and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
             raise ServiceError("SerializationException", "The body has too many elements.")
         try:
             return read_json(text.decode("utf-8") or "{}")
@@ -2613,9 +2603,8 @@ class AwsJson(WireProtocol):
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation is None:
             return copy.deepcopy(document)
-        members = operation.input.members.keys()
-        if not document.keys() <= members:
-            call.ignored = _shown_names(document.keys() - members)
+        if unknown := document.keys() - operation.input.members.keys():
+            call.ignored = _shown_names(unknown)
         return dict(_from_json(operation.input, document))
 
     def reencode(self, call: Call) -> bytes:
@@ -2636,7 +2625,6 @@ class AwsJson(WireProtocol):
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
@@ -2656,15 +2644,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
-_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
-        document, end = _SCAN(text, 0)
-        return document if end == len(text) else _JSON.decode(text)
-    except StopIteration:
+        if text[:1] == "{":  # without a search for white space, which takes as long
+            document, end = _JSON.raw_decode(text)
+            if end == len(text):
+                return document
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -2689,12 +2677,10 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     if isinstance(shape, Structure):
-        members = _expect(dict, value, "a structure")
-        present = {
-            name: _from_json(shape.members[name], member)
-            for name, member in members.items()
-            if member is not None and name in shape.members
-        }
+        present = {}
+        for name, member in _expect(dict, value, "a structure").items():
+            if member is not None and name in shape.members:
+                present[name] = _from_json(shape.members[name], member)
         for name in shape.required:
             if name not in present:
                 message = f"The request must contain the parameter {name}."
@@ -2741,9 +2727,8 @@ class AwsQuery(WireProtocol):
             pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
             if content and _media_type(request) not in ("", _FORM):
                 raise ValueError("not a form")
-            if content:
-                text, most = content.decode("utf-8"), MAX_FORM_FIELDS
-                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
+            text, most = content.decode("utf-8"), MAX_FORM_FIELDS
+            pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
         except ValueError as error:
             raise ServiceError("SerializationException", "The form is malformed.") from error
         if sum(name.lower() == "action" for name, _ in pairs) > 1:
@@ -2823,12 +2808,12 @@ class AwsQuery(WireProtocol):
         if not service:  # whose API has the version that an unsigned request names
             versions = _query_values(request, b"Version")
             service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
-        root = "ErrorResponse"
-        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
         if service == "ec2":
             del fault["Type"]
-            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members)
+            members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
+            return self._document(service, "Response", members)
+        members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        return self._document(service, "ErrorResponse", members)
 
     def _document(self, service: str, root: str, members: Members) -> bytes:
         host = "queue" if service == "sqs" else service
@@ -2909,8 +2894,7 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return value if in_json else text
+        return value if in_json or isinstance(value, str) else json.dumps(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -2921,14 +2905,12 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     return members
 
 
-def _to_form(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the form fields of a value that `_spelled` returned."""
+def _to_form(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return the form fields of a value that `_spelled` returned."""
     if not isinstance(value, (dict, list)):
-        yield name, value
-        return
+        return [(name, value)]
     items: Iterable[Any] = value.items() if isinstance(value, dict) else enumerate(value, 1)
-    for key, item in items:
-        yield from _to_form(item, f"{name}.{key}" if name else key)
+    return [it for k, v in items for it in _to_form(v, f"{name}.{k}" if name else k)]
 
 
 def _xml(element: str, value: Any, attributes: str = "") -> str:
@@ -3075,11 +3057,10 @@ class Rest(WireProtocol):
         self.content_type = "application/json" if form == "json" else "application/xml"
 
     def named(self, request: Request) -> str:
-        try:
+        with contextlib.suppress(ServiceError):  # a broken path or query string
             meaning = self.meaning(request, claim(request)[1].service, request.body)
-        except ServiceError:  # a broken path or query string
-            return request.method
-        return meaning.operation + meaning.path
+            return meaning.operation + meaning.path
+        return request.method
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if service not in S3_FAMILY:
