@@ -2279,54 +2279,45 @@ def read_again(body: Body) -> bytes:
 
 # [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs("""
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01 elasticache=2015-02-02
-    elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01 iam=2010-05-08
-    importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01 sdb=2009-04-15
-    ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15
-""")
+QUERY_VERSIONS = pairs("""autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01
+    sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15""")
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
-_PROTOCOLS = f"""
-    json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss \
-        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena \
-        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports \
-        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce \
-        cloud9 cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit \
-        codeconnections codedeploy codepipeline codestar-connections cognito-identity cognito-idp \
-        comprehend comprehendmedical compute-optimizer config cost-optimization-hub cur \
-        datapipeline datasync dax devicefarm directconnect discovery dms ds dynamodb \
-        ec2-instance-connect ecr ecr-public ecs elasticmapreduce events evs firehose fms forecast \
-        frauddetector freetier fsx gamelift globalaccelerator glue health healthlake \
-        identitystore inspector interconnect invoicing iotfleetwise iotthingsgraph kendra \
-        kendra-ranking kinesis kinesisanalytics kms license-manager lightsail logs \
-        lookoutequipment machinelearning marketplacecommerceanalytics mediastore memorydb mgh \
-        monitoring mturk-requester network-firewall odb organizations osm partnercentral \
-        partnercentral-account partnercentral-benefits partnercentral-channel \
-        partnercentral-marketing partnercentral-selling payment-cryptography payments pcs \
-        personalize pi pricing proton redshift-data redshift-serverless rekognition \
-        route53-recovery-cluster route53domains route53resolver sagemaker secretsmanager \
-        servicecatalog servicediscovery servicequotas ses shield sms-voice snowball sqs ssm \
-        ssm-contacts sso states storagegateway support swf tagging textract timestream \
-        timestream-influxdb transcribe transfer translate verifiedpermissions voiceid waf \
-        waf-regional wafv2 workmail workspaces workspaces-instances
-    query ec2 {" ".join(QUERY_VERSIONS)}
-    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography \
-        personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express
-"""
-_SPOKEN_BY = {name: services for name, *services in map(str.split, _PROTOCOLS.splitlines()[1:])}
+_PROTOCOLS = f"""json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
+    application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
+    autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
+    cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit codeconnections codedeploy
+    codepipeline codestar-connections cognito-identity cognito-idp comprehend comprehendmedical
+    compute-optimizer config cost-optimization-hub cur datapipeline datasync dax devicefarm
+    directconnect discovery dms ds dynamodb ec2-instance-connect ecr ecr-public ecs
+    elasticmapreduce events evs firehose fms forecast frauddetector freetier fsx gamelift
+    globalaccelerator glue health healthlake identitystore inspector interconnect invoicing
+    iotfleetwise iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms license-manager
+    lightsail logs lookoutequipment machinelearning marketplacecommerceanalytics mediastore
+    memorydb mgh monitoring mturk-requester network-firewall odb organizations osm partnercentral
+    partnercentral-account partnercentral-benefits partnercentral-channel partnercentral-marketing
+    partnercentral-selling payment-cryptography payments pcs personalize pi pricing proton
+    redshift-data redshift-serverless rekognition route53-recovery-cluster route53domains
+    route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
+    shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf tagging
+    textract timestream timestream-influxdb transcribe transfer translate verifiedpermissions
+    voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances;
+    query ec2 {" ".join(QUERY_VERSIONS)};
+    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography
+    personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice;
+    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express"""
+_SPOKEN = [row.split() for row in _PROTOCOLS.split(";")]
 SPEAKS: Mapping[str, frozenset[str]] = {
-    service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
-    for service in itertools.chain(*_SPOKEN_BY.values())
+    it: frozenset(row[0] for row in _SPOKEN if it in row) for row in _SPOKEN for it in row[1:]
 }
 REST_JSON = frozenset({"rest-json"})
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
-TARGET_SERVICES = pairs("""
-    AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
-    AWSCognitoIdentityProviderService=cognito-idp
-""")
+TARGET_SERVICES = pairs("""AmazonSQS=sqs AmazonSQSv20121105=sqs
+    AWSCognitoIdentityService=cognito-identity AWSCognitoIdentityProviderService=cognito-idp""")
 _OLD_TARGET = "AmazonSQSv20121105."
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
@@ -2340,9 +2331,8 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-# The parameters of a query call that are no input of the operation.
 _NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
-    SignatureMethod SignatureVersion Timestamp Version""".split()
+    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -2619,8 +2609,8 @@ class AwsJson(WireProtocol):
         document = _to_json({"__type": shape, "message": error.message})
         # These services spoke AWS Query first.
         if (self.service(request) or claim(request)[1].service) in ("sqs", "monitoring", ""):
-            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-            return self._reply(status, request_id, document, query_error)
+            in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+            return self._reply(status, request_id, document, in_query)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
@@ -2836,8 +2826,7 @@ class AwsQueryJson(AwsQuery):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            members = model.operations[call.operation].output or ()
-            whole: dict[str, Any] = {name: output.get(name) for name in members}
+            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
             result = _spelled(whole, model.query_names[call.operation], in_json=True)
@@ -2848,10 +2837,8 @@ class AwsQueryJson(AwsQuery):
         return _to_json({"Error": fault, "RequestId": request_id})
 
 
-AWS_QUERY = AwsQuery()
-AWS_QUERY_TARGET = AwsQuery()
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
 AWS_QUERY_TARGET.reads_target = True
-AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
@@ -2934,12 +2921,11 @@ _S3_TABLE = """
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
         logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
         object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment
-    bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
-        encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
-        inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
-        metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
-        publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
-        tagging=BucketTagging
+    bucket: GET=Get*Configuration PUT=Put*Configuration DELETE=Put*Configuration: \
+        analytics=Analytics encryption=Encryption intelligent-tiering=IntelligentTiering \
+        inventory=Inventory lifecycle=Lifecycle metrics=Metrics replication=Replication
+    bucket: GET=GetBucket* PUT=PutBucket* DELETE=PutBucket*: cors=CORS tagging=Tagging \
+        ownershipControls=OwnershipControls publicAccessBlock=PublicAccessBlock
     bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
     bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
     bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
@@ -3016,10 +3002,9 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    action = S3_ACTIONS.get((level, found[0] if found else "", request.method))
-    if action is None:  # take the strongest action of the method at that level
-        method = _S3_LIKE.get(request.method, request.method)
-        action = S3_ACTIONS.get((level, "", method), "PutObject")
+    method = _S3_LIKE.get(request.method, request.method)
+    strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
+    action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
     if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
@@ -3119,9 +3104,8 @@ class RpcV2(WireProtocol):
         if self.protocol == "rpc-v2-cbor":  # a map of two texts (RFC 8949, 3.1: types 5 and 3)
             texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
             body = b"\xa2" + b"".join(b"\x7a" + len(it).to_bytes(4, "big") + it for it in texts)
-        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-        protocol = ("Smithy-Protocol", self.protocol)
-        return self._reply(status, request_id, body, protocol, query_error)
+        in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+        return self._reply(status, request_id, body, ("Smithy-Protocol", self.protocol), in_query)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
