@@ -2238,8 +2238,7 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
     A line is the operation, its input for `structure`, and `->` before its output."""
     found = {}
-    for line in table.strip().splitlines():
-        declared, arrow, output = line.partition("->")
+    for declared, arrow, output in (line.partition("->") for line in table.strip().splitlines()):
         name, _, spec = declared.strip().partition(" ")
         method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
         found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
@@ -2269,6 +2268,8 @@ _NO_MODEL = Model({}, {})
 
 def read_again(body: Body) -> bytes:
     """Return all of a body that can be read again, and rewind it."""
+    if isinstance(body, io.BytesIO):
+        return body.getvalue()
     if not isinstance(body, io.IOBase):
         raise ServiceError("SerializationException", "The body can be read only once.")
     body.seek(0)
@@ -2399,7 +2400,7 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
         raise ambiguous(wire, f"{service} does not read X-Amz-Target")
     if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
         raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
-    for name, _ in request.query:
+    for name, _ in request.query if "?" in request.target else ():
         if name.lower() == b"x-amz-target":
             raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
         if name == b"Action" and not wire.reads_action:
@@ -2531,8 +2532,7 @@ def _side(status: int) -> str:
 class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
-    Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  X-Amz-Target may then name the same operation."""
+    In a call to Amazon SQS, `Action` in the query string may, if the Content-Type is signed."""
 
     reads_target = reads_action = True
 
@@ -2552,13 +2552,12 @@ class AwsJson(WireProtocol):
             others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
             if len(actions) > 1 or (others if service == "sqs" else actions):
                 raise ambiguous(self, "the body is JSON, and the query string has parameters")
-        targets = request.fields.get("x-amz-target")
         name = "".join(actions)
-        if targets is not None:
+        if targets := request.fields.get("x-amz-target"):
             prefix, _, name = targets[0].rpartition(".")
             of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
             of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
-            if len(targets) > 1 or not of_service or actions not in ([], [name]):
+            if len(targets) > 1 or not of_service or (actions and actions != [name]):
                 error = _invalid_action(", ".join(targets))
                 if not prefix:
                     example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
@@ -2794,10 +2793,9 @@ class AwsQuery(WireProtocol):
         return self._reply(status, request_id, self._error(request, fault, request_id))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
-        service = claim(request)[1].service
-        if not service:  # whose API has the version that an unsigned request names
-            versions = _query_values(request, b"Version")
-            service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        versions = _query_values(request, b"Version")  # an unsigned request names no service
+        of_version = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        service = claim(request)[1].service or of_version
         if service == "ec2":
             del fault["Type"]
             members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
