@@ -2913,8 +2913,7 @@ def _xml(element: str, value: Any, attributes: str = "") -> str:
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
 # the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
 # The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
-_S3_TABLE = """
-    service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
+_S3_TABLE = """service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
         logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
@@ -2925,9 +2924,8 @@ _S3_TABLE = """
     bucket: GET=GetBucket* PUT=PutBucket* DELETE=PutBucket*: cors=CORS tagging=Tagging \
         ownershipControls=OwnershipControls publicAccessBlock=PublicAccessBlock
     bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
-    bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
-    bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
-        versions=ListBucketVersions
+    bucket: GET=*: location=GetBucketLocation policyStatus=GetBucketPolicyStatus \
+        session=CreateSession uploads=ListBucketMultipartUploads versions=ListBucketVersions
     bucket: POST=*: delete=DeleteObject
     bucket: PUT=UpdateBucketMetadata*Configuration: metadataAnnotationTable=AnnotationTable \
         metadataInventoryTable=InventoryTable metadataJournalTable=JournalTable
@@ -2940,8 +2938,7 @@ _S3_TABLE = """
     object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
     object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
     object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
-        DELETE=AbortMultipartUpload: uploadId
-"""
+        DELETE=AbortMultipartUpload: uploadId"""
 S3_ACTIONS = {  # by level, sub-resource and method
     (level, subresource.strip("-"), method): action.replace("*", noun)
     for level, methods, words in re.findall(r"(\w+): (.*): (.*)", _S3_TABLE)
