@@ -2666,10 +2666,10 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     if isinstance(shape, Structure):
-        present = {}
+        known, present = shape.members, {}
         for name, member in _expect(dict, value, "a structure").items():
-            if member is not None and name in shape.members:
-                present[name] = _from_json(shape.members[name], member)
+            if member is not None and name in known:
+                present[name] = _from_json(known[name], member)
         for name in shape.required:
             if name not in present:
                 message = f"The request must contain the parameter {name}."
