@@ -2238,12 +2238,10 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
     A line is the operation, its input for `structure`, and `->` before its output."""
     found = {}
-    for line in table.strip().splitlines():
-        declared, arrow, output = line.partition("->")
-        name, _, members = declared.strip().partition(" ")
+    for declared, arrow, output in (line.partition("->") for line in table.strip().splitlines()):
+        name, _, spec = declared.strip().partition(" ")
         method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
-        returned = output.split() if arrow else None
-        found[name] = Operation(structure(members, shapes), returned, method)
+        found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
     return found
 
 
@@ -2282,54 +2280,45 @@ def read_again(body: Body) -> bytes:
 
 # [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs("""
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01 elasticache=2015-02-02
-    elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01 iam=2010-05-08
-    importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01 sdb=2009-04-15
-    ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15
-""")
+QUERY_VERSIONS = pairs("""autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01
+    sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15""")
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
-_PROTOCOLS = f"""
-    json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss \
-        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena \
-        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports \
-        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce \
-        cloud9 cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit \
-        codeconnections codedeploy codepipeline codestar-connections cognito-identity cognito-idp \
-        comprehend comprehendmedical compute-optimizer config cost-optimization-hub cur \
-        datapipeline datasync dax devicefarm directconnect discovery dms ds dynamodb \
-        ec2-instance-connect ecr ecr-public ecs elasticmapreduce events evs firehose fms forecast \
-        frauddetector freetier fsx gamelift globalaccelerator glue health healthlake \
-        identitystore inspector interconnect invoicing iotfleetwise iotthingsgraph kendra \
-        kendra-ranking kinesis kinesisanalytics kms license-manager lightsail logs \
-        lookoutequipment machinelearning marketplacecommerceanalytics mediastore memorydb mgh \
-        monitoring mturk-requester network-firewall odb organizations osm partnercentral \
-        partnercentral-account partnercentral-benefits partnercentral-channel \
-        partnercentral-marketing partnercentral-selling payment-cryptography payments pcs \
-        personalize pi pricing proton redshift-data redshift-serverless rekognition \
-        route53-recovery-cluster route53domains route53resolver sagemaker secretsmanager \
-        servicecatalog servicediscovery servicequotas ses shield sms-voice snowball sqs ssm \
-        ssm-contacts sso states storagegateway support swf tagging textract timestream \
-        timestream-influxdb transcribe transfer translate verifiedpermissions voiceid waf \
-        waf-regional wafv2 workmail workspaces workspaces-instances
-    query ec2 {" ".join(QUERY_VERSIONS)}
-    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography \
-        personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express
-"""
-_SPOKEN_BY = {name: services for name, *services in map(str.split, _PROTOCOLS.splitlines()[1:])}
+_PROTOCOLS = f"""json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
+    application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
+    autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
+    cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit codeconnections codedeploy
+    codepipeline codestar-connections cognito-identity cognito-idp comprehend comprehendmedical
+    compute-optimizer config cost-optimization-hub cur datapipeline datasync dax devicefarm
+    directconnect discovery dms ds dynamodb ec2-instance-connect ecr ecr-public ecs
+    elasticmapreduce events evs firehose fms forecast frauddetector freetier fsx gamelift
+    globalaccelerator glue health healthlake identitystore inspector interconnect invoicing
+    iotfleetwise iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms license-manager
+    lightsail logs lookoutequipment machinelearning marketplacecommerceanalytics mediastore
+    memorydb mgh monitoring mturk-requester network-firewall odb organizations osm partnercentral
+    partnercentral-account partnercentral-benefits partnercentral-channel partnercentral-marketing
+    partnercentral-selling payment-cryptography payments pcs personalize pi pricing proton
+    redshift-data redshift-serverless rekognition route53-recovery-cluster route53domains
+    route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
+    shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf tagging
+    textract timestream timestream-influxdb transcribe transfer translate verifiedpermissions
+    voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances;
+    query ec2 {" ".join(QUERY_VERSIONS)};
+    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography
+    personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice;
+    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express"""
+_SPOKEN = [row.split() for row in _PROTOCOLS.split(";")]
 SPEAKS: Mapping[str, frozenset[str]] = {
-    service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
-    for service in itertools.chain(*_SPOKEN_BY.values())
+    it: frozenset(row[0] for row in _SPOKEN if it in row) for row in _SPOKEN for it in row[1:]
 }
 REST_JSON = frozenset({"rest-json"})
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
-TARGET_SERVICES = pairs("""
-    AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
-    AWSCognitoIdentityProviderService=cognito-idp
-""")
+TARGET_SERVICES = pairs("""AmazonSQS=sqs AmazonSQSv20121105=sqs
+    AWSCognitoIdentityService=cognito-identity AWSCognitoIdentityProviderService=cognito-idp""")
 _OLD_TARGET = "AmazonSQSv20121105."
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
@@ -2343,17 +2332,13 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-# The parameters of a query call that are no input of the operation.
-_NO_INPUT = frozenset(
-    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
-    " SignatureVersion Timestamp Version".split()
-)
+_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
+    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_KINDS = pairs(
-    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
-)
+_KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
+    str=STRING_VALUE""")
 
 
 def _media_type(request: Request) -> str:
@@ -2362,10 +2347,9 @@ def _media_type(request: Request) -> str:
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    try:
+    with contextlib.suppress(ServiceError):  # `verify_head` refuses it
         return [value.decode("utf-8", "replace") for n, value in request.query if n == wanted]
-    except ServiceError:  # `verify_head` refuses it
-        return []
+    return []
 
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
@@ -2416,13 +2400,11 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
         raise ambiguous(wire, f"{service} does not read X-Amz-Target")
     if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
         raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
-    if "?" not in request.target:
-        return
-    names = [name for name, _ in request.query]
-    if any(name.lower() == b"x-amz-target" for name in names):
-        raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
-    if b"Action" in names and not wire.reads_action:
-        raise ambiguous(wire, f"{service} does not read the query parameter Action here")
+    for name, _ in request.query if "?" in request.target else ():
+        if name.lower() == b"x-amz-target":
+            raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
+        if name == b"Action" and not wire.reads_action:
+            raise ambiguous(wire, f"{service} does not read the query parameter Action here")
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
@@ -2550,8 +2532,7 @@ def _side(status: int) -> str:
 class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
-    Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  X-Amz-Target may then name the same operation."""
+    In a call to Amazon SQS, `Action` in the query string may, if the Content-Type is signed."""
 
     reads_target = reads_action = True
 
@@ -2564,21 +2545,19 @@ class AwsJson(WireProtocol):
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-        action = None
+        actions = []
         if "?" in request.target:  # Action is the only parameter, of calls to Amazon SQS alone
             actions = _query_values(request, b"Action")
             others = {name for name, _ in request.query} - {b"Action", b"Version"}
             others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
             if len(actions) > 1 or (others if service == "sqs" else actions):
                 raise ambiguous(self, "the body is JSON, and the query string has parameters")
-            action = actions[0] if actions else None
-        targets = request.fields.get("x-amz-target")
-        name = action or ""
-        if targets is not None:
+        name = "".join(actions)
+        if targets := request.fields.get("x-amz-target"):
             prefix, _, name = targets[0].rpartition(".")
             of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
             of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
-            if len(targets) > 1 or not of_service or action not in (None, name):
+            if len(targets) > 1 or not of_service or (actions and actions != [name]):
                 error = _invalid_action(", ".join(targets))
                 if not prefix:
                     example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
@@ -2599,7 +2578,7 @@ class AwsJson(WireProtocol):
         text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
-        if len(text) > SMALL_JSON and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
+        if len(text) > MAX_ELEMENTS and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
             raise ServiceError("SerializationException", "The body has too many elements.")
         try:
             return read_json(text.decode("utf-8") or "{}")
@@ -2613,9 +2592,8 @@ class AwsJson(WireProtocol):
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation is None:
             return copy.deepcopy(document)
-        members = operation.input.members.keys()
-        if not document.keys() <= members:
-            call.ignored = _shown_names(document.keys() - members)
+        if unknown := document.keys() - operation.input.members.keys():
+            call.ignored = _shown_names(unknown)
         return dict(_from_json(operation.input, document))
 
     def reencode(self, call: Call) -> bytes:
@@ -2630,13 +2608,12 @@ class AwsJson(WireProtocol):
         document = _to_json({"__type": shape, "message": error.message})
         # These services spoke AWS Query first.
         if (self.service(request) or claim(request)[1].service) in ("sqs", "monitoring", ""):
-            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-            return self._reply(status, request_id, document, query_error)
+            in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+            return self._reply(status, request_id, document, in_query)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
@@ -2656,15 +2633,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
-_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
-        document, end = _SCAN(text, 0)
-        return document if end == len(text) else _JSON.decode(text)
-    except StopIteration:
+        if text[:1] == "{":  # without a search for white space, which takes as long
+            document, end = _JSON.raw_decode(text)
+            if end == len(text):
+                return document
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -2689,12 +2666,10 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     if isinstance(shape, Structure):
-        members = _expect(dict, value, "a structure")
-        present = {
-            name: _from_json(shape.members[name], member)
-            for name, member in members.items()
-            if member is not None and name in shape.members
-        }
+        known, present = shape.members, {}
+        for name, member in _expect(dict, value, "a structure").items():
+            if member is not None and name in known:
+                present[name] = _from_json(known[name], member)
         for name in shape.required:
             if name not in present:
                 message = f"The request must contain the parameter {name}."
@@ -2741,9 +2716,8 @@ class AwsQuery(WireProtocol):
             pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
             if content and _media_type(request) not in ("", _FORM):
                 raise ValueError("not a form")
-            if content:
-                text, most = content.decode("utf-8"), MAX_FORM_FIELDS
-                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
+            text, most = content.decode("utf-8"), MAX_FORM_FIELDS
+            pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
         except ValueError as error:
             raise ServiceError("SerializationException", "The form is malformed.") from error
         if sum(name.lower() == "action" for name, _ in pairs) > 1:
@@ -2819,16 +2793,15 @@ class AwsQuery(WireProtocol):
         return self._reply(status, request_id, self._error(request, fault, request_id))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
-        service = claim(request)[1].service
-        if not service:  # whose API has the version that an unsigned request names
-            versions = _query_values(request, b"Version")
-            service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
-        root = "ErrorResponse"
-        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        versions = _query_values(request, b"Version")  # an unsigned request names no service
+        of_version = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        service = claim(request)[1].service or of_version
         if service == "ec2":
             del fault["Type"]
-            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members)
+            members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
+            return self._document(service, "Response", members)
+        members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        return self._document(service, "ErrorResponse", members)
 
     def _document(self, service: str, root: str, members: Members) -> bytes:
         host = "queue" if service == "sqs" else service
@@ -2851,8 +2824,7 @@ class AwsQueryJson(AwsQuery):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            members = model.operations[call.operation].output or ()
-            whole: dict[str, Any] = {name: output.get(name) for name in members}
+            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
             result = _spelled(whole, model.query_names[call.operation], in_json=True)
@@ -2863,10 +2835,8 @@ class AwsQueryJson(AwsQuery):
         return _to_json({"Error": fault, "RequestId": request_id})
 
 
-AWS_QUERY = AwsQuery()
-AWS_QUERY_TARGET = AwsQuery()
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
 AWS_QUERY_TARGET.reads_target = True
-AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
@@ -2909,8 +2879,7 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return value if in_json else text
+        return value if in_json or isinstance(value, str) else json.dumps(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -2921,14 +2890,12 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     return members
 
 
-def _to_form(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the form fields of a value that `_spelled` returned."""
+def _to_form(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return the form fields of a value that `_spelled` returned."""
     if not isinstance(value, (dict, list)):
-        yield name, value
-        return
+        return [(name, value)]
     items: Iterable[Any] = value.items() if isinstance(value, dict) else enumerate(value, 1)
-    for key, item in items:
-        yield from _to_form(item, f"{name}.{key}" if name else key)
+    return [it for k, v in items for it in _to_form(v, f"{name}.{k}" if name else k)]
 
 
 def _xml(element: str, value: Any, attributes: str = "") -> str:
@@ -2946,22 +2913,19 @@ def _xml(element: str, value: Any, attributes: str = "") -> str:
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
 # the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
 # The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
-_S3_TABLE = """
-    service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
+_S3_TABLE = """service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
         logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
         object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment
-    bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
-        encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
-        inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
-        metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
-        publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
-        tagging=BucketTagging
+    bucket: GET=Get*Configuration PUT=Put*Configuration DELETE=Put*Configuration: \
+        analytics=Analytics encryption=Encryption intelligent-tiering=IntelligentTiering \
+        inventory=Inventory lifecycle=Lifecycle metrics=Metrics replication=Replication
+    bucket: GET=GetBucket* PUT=PutBucket* DELETE=PutBucket*: cors=CORS tagging=Tagging \
+        ownershipControls=OwnershipControls publicAccessBlock=PublicAccessBlock
     bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
-    bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
-    bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
-        versions=ListBucketVersions
+    bucket: GET=*: location=GetBucketLocation policyStatus=GetBucketPolicyStatus \
+        session=CreateSession uploads=ListBucketMultipartUploads versions=ListBucketVersions
     bucket: POST=*: delete=DeleteObject
     bucket: PUT=UpdateBucketMetadata*Configuration: metadataAnnotationTable=AnnotationTable \
         metadataInventoryTable=InventoryTable metadataJournalTable=JournalTable
@@ -2974,8 +2938,7 @@ _S3_TABLE = """
     object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
     object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
     object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
-        DELETE=AbortMultipartUpload: uploadId
-"""
+        DELETE=AbortMultipartUpload: uploadId"""
 S3_ACTIONS = {  # by level, sub-resource and method
     (level, subresource.strip("-"), method): action.replace("*", noun)
     for level, methods, words in re.findall(r"(\w+): (.*): (.*)", _S3_TABLE)
@@ -3034,10 +2997,9 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    action = S3_ACTIONS.get((level, found[0] if found else "", request.method))
-    if action is None:  # take the strongest action of the method at that level
-        method = _S3_LIKE.get(request.method, request.method)
-        action = S3_ACTIONS.get((level, "", method), "PutObject")
+    method = _S3_LIKE.get(request.method, request.method)
+    strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
+    action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
     if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
@@ -3075,11 +3037,10 @@ class Rest(WireProtocol):
         self.content_type = "application/json" if form == "json" else "application/xml"
 
     def named(self, request: Request) -> str:
-        try:
+        with contextlib.suppress(ServiceError):  # a broken path or query string
             meaning = self.meaning(request, claim(request)[1].service, request.body)
-        except ServiceError:  # a broken path or query string
-            return request.method
-        return meaning.operation + meaning.path
+            return meaning.operation + meaning.path
+        return request.method
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if service not in S3_FAMILY:
@@ -3138,9 +3099,8 @@ class RpcV2(WireProtocol):
         if self.protocol == "rpc-v2-cbor":  # a map of two texts (RFC 8949, 3.1: types 5 and 3)
             texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
             body = b"\xa2" + b"".join(b"\x7a" + len(it).to_bytes(4, "big") + it for it in texts)
-        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-        protocol = ("Smithy-Protocol", self.protocol)
-        return self._reply(status, request_id, body, protocol, query_error)
+        in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+        return self._reply(status, request_id, body, ("Smithy-Protocol", self.protocol), in_query)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
