@@ -505,12 +505,11 @@ def expects_continue(head: Head) -> bool:
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
     fields = head.fields
-    if "transfer-encoding" in fields:
-        if head.version == "1.0":
-            raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
-        if "content-length" in fields:
-            raise ServiceError("BadRequest", "Content-Length excludes Transfer-Encoding.")
     try:
+        if "transfer-encoding" in fields and head.version == "1.0":
+            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
+        if "transfer-encoding" in fields and "content-length" in fields:
+            raise ValueError("Content-Length excludes Transfer-Encoding")
         return _framing(fields, 0)
     except ValueError as error:
         raise ServiceError("BadRequest", f"{error}.") from error
@@ -562,8 +561,7 @@ class Stream:
     def readline(self, size: int) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(8192)  # few: each line copies the rest of the buffer
-            if not data:
+            if not (data := self._receive(8192)):  # few: each line copies the rest of the buffer
                 break
             self.buffer += data
         end = self.buffer.find(b"\n", 0, size) + 1 or size
@@ -582,11 +580,7 @@ class LengthBody:
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, all if negative; fewer only at the end of the body."""
-        whole = bytearray()
-        while size and (data := self.read_some(size if size > 0 else 262144)):
-            whole += data
-            size -= len(data)
-        return bytes(whole)
+        return Stream(self.read_some).read(size if size >= 0 else sys.maxsize)
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes as soon as there are any; ServiceError if it ends too soon."""
@@ -680,10 +674,8 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     if not match:
         raise ValueError(f"it begins with {status_line[:40]!r}")
     headers = _parse_fields(block)
-    keeps = match[1] == "1"
-    for name, value in headers:
-        if name.lower() == "connection":
-            keeps = "close" not in value.lower() and (keeps or "keep-alive" in value.lower())
+    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
     return ResponseHead(int(match[2]), headers, keeps)
 
 
@@ -7793,7 +7785,8 @@ class Proxy:
         self.refresh_hooks()
         self._clock = clock
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
-        self._steps = (self._own_path, self._verify, self._find_call, self._find_target, self._act)
+        self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
+            self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         patterns = [_folded(r.pattern) for r in self._routes if isinstance(r.target, Upstream)]
         # Actions that a route names exactly and AWS may answer without a signature.
@@ -7833,9 +7826,6 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        unsaved = [exchange for exchange in exchanges if exchange.unsaved]
-        if unsaved:
-            self._save(unsaved)
         outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
         for outcome in outcomes:
             if isinstance(outcome, Pending):
@@ -7977,31 +7967,24 @@ class Proxy:
             exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
+        if not (hooks or target.may_block):
+            try:
+                call.may_wait = False
+                exchange.unsaved = target.answer(call, exchange.request_id)
+                return
+            except WouldWait:
+                call.may_wait = True
         act = functools.partial(target.answer, call, exchange.request_id)
         begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif not target.may_block:
-            try:
-                call.may_wait = False
-                exchange.unsaved = act()
-                return
-            except WouldWait:
-                call.may_wait = True
         exchange.outcome = Pending(self, exchange, act, begun)
 
-    def _save(self, exchanges: Sequence[Exchange]) -> None:
-        """Let replies leave, after the store has saved their calls."""
-        failure = None
-        try:
+    def _save(self, exchange: Exchange) -> None:
+        """Let a reply leave, after one commit has saved all calls of this turn."""
+        if exchange.unsaved:
             self.sqs.commit()
-        except ServiceError as error:
-            failure = error
-        for exchange in exchanges:
-            if failure:
-                exchange.outcome = self.refuse(exchange, failure)
-            elif exchange.unsaved:
-                exchange.outcome = self.observed(exchange, exchange.unsaved)
+            exchange.outcome = self.observed(exchange, exchange.unsaved)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
