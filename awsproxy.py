@@ -574,9 +574,7 @@ class LengthBody:
 
     def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
         self.unread = length > 0  # whether bytes of this body are still in the stream
-        self._source = source
-        self._left = length
-        self._begin = begin
+        self._source, self._left, self._begin = source, length, begin
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, all if negative; fewer only at the end of the body."""
@@ -7317,15 +7315,15 @@ def read_queues(path: str) -> Mapping[str, Section]:
         parser.read_string(pathlib.Path(path).read_text("utf-8"))
     except configparser.Error as error:
         raise ValueError(" ".join(str(error).split())) from error
-    for name in parser.sections():
-        given = parser[name]
+    declared = {name: dict(parser[name]) for name in parser.sections()}
+    for name, given in declared.items():
         for key in set(given).difference(SETTINGS, _FORMS):
             meant = did_you_mean(key, (*SETTINGS, *_FORMS))
             raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
         for key, (form, wanted) in _FORMS.items():
             if not re.fullmatch(form, given.get(key, "")):
                 raise ValueError(f"[{name}] {key} must be {wanted}")
-    return {name: dict(parser[name]) for name in parser.sections()}
+    return declared
 
 
 def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
@@ -7402,10 +7400,9 @@ class Status:
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if page == "ready" and self.draining:
-            return _status_reply(503, "draining\n")
         if page in ("health", "ready"):
-            return _status_reply(200, "ok\n")
+            leaves = page == "ready" and self.draining
+            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
             return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
@@ -7539,8 +7536,7 @@ _SCHEMA = """
         attributes text, unique (serial, id));
     create table memory (serial integer, key text, at real, kept text,
         primary key (serial, key)) without rowid;
-    pragma application_id = 1635218553;
-    pragma user_version = 1;
+    pragma application_id = 1635218553; pragma user_version = 1;
 """
 _OUR_FILE = (1635218553, 1)  # "awpy", and the version of the schema
 _COLUMNS = "id, body, attributes, system, sent, received, before, first, last"  # of a Message
@@ -7686,9 +7682,7 @@ class Pending:
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
         self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
-        self._proxy = proxy
-        self._exchange = exchange
-        self._act = act
+        self._proxy, self._exchange, self._act = proxy, exchange, act
         self._attempt: Any = attempt
 
     def send(self) -> None:
@@ -7763,10 +7757,7 @@ class Proxy:
         hook_seconds: float = 60, hosts: Iterable[str] = ()
     ) -> None:  # fmt: skip
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._hook_seconds = hook_seconds
-        self._workers = Workers()
-        self._account_id = account_id
-        self._verified = verified
+        self._account_id, self._verified = account_id, verified
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -7774,16 +7765,11 @@ class Proxy:
         public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
         self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
-        self._sign_as = sign_as
-        self._clock_skew = clock_skew
-        self._regions = regions
-        self._public_url = public_url.rstrip("/")
-        self._scheme = scheme
-        self.max_body = max_body
-        self._hooks = hooks
-        self._status = status
+        self._public_url, self._scheme = public_url.rstrip("/"), scheme
+        self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
+        self.max_body, self._clock, self._status = max_body, clock, status
+        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._clock = clock
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
             self._act, self._save)  # fmt: skip
@@ -7866,7 +7852,6 @@ class Proxy:
         return ""
 
     def _own_path(self, exchange: Exchange) -> None:
-        """Answer a path of our own."""
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
         if status and (self._any_address or (own and is_loopback(request.peer))):
@@ -8521,17 +8506,14 @@ class Server(http.server.HTTPServer):
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
         self.server_address = self.socket.getsockname()
-        self.proxy = proxy
-        self.timeout_seconds = timeout
+        self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
-        self._max_connections = max_connections
-        self._certificate = certificate
+        self._max_connections, self._certificate = max_connections, certificate
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
         self._regular = (self._check_deadlines, every_half_second, self._answer)
-        self._workers = Workers()
-        self._selector = selectors.DefaultSelector()
+        self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
@@ -8541,8 +8523,7 @@ class Server(http.server.HTTPServer):
         self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
-        self._stopping = False
-        self._stopped = threading.Event()
+        self._stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
@@ -8688,10 +8669,8 @@ class Server(http.server.HTTPServer):
         for _ in range(64):
             try:
                 sock, address = self.socket.accept()
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionAbortedError):  # the next turn accepts the rest
                 return
-            except ConnectionAbortedError:
-                continue
             except OSError as error:  # no file descriptor is left: try again in a moment
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
