@@ -453,8 +453,7 @@ def parse_head(raw: bytes) -> Head:
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
     request_line, _, block = text[:-2].partition(CRLF)
-    match = _REQUEST_LINE.fullmatch(request_line)
-    if not match:
+    if not (match := _REQUEST_LINE.fullmatch(request_line)):
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
     if method not in METHODS:
@@ -520,8 +519,7 @@ def _framing(fields: Fields, undeclared: int) -> Optional[int]:
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
-    lengths = fields.get("content-length")
-    if not lengths:
+    if not (lengths := fields.get("content-length")):
         return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ValueError("Content-Length must be one decimal number")
@@ -587,8 +585,7 @@ class LengthBody:
             self._begin = None
         if not self._has_more():
             return b""
-        data = self._source.read_some(min(size, self._left))
-        if not data:
+        if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
         if not self._left:
@@ -618,8 +615,7 @@ class ChunkedBody(LengthBody):
         """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
         if self._left or not self.unread:
             return self.unread
-        match = _CHUNK_SIZE.fullmatch(self._line())
-        if not match:
+        if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
         self._room -= self._left
@@ -636,8 +632,7 @@ class ChunkedBody(LengthBody):
         return False
 
     def _line(self) -> bytes:
-        line = self._source.readline(4096)
-        if not line:
+        if not (line := self._source.readline(4096)):
             raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
 
@@ -668,8 +663,7 @@ def read_head(source: Stream) -> bytes:
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
-    match = _STATUS_LINE.fullmatch(status_line)
-    if not match:
+    if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
     headers = _parse_fields(block)
     options = ",".join(fields_of(headers).get("connection", ())).lower()
@@ -7875,13 +7869,9 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return the refusal of a request by its head, or None if the body must be read."""
-        try:
-            self._check_head(self._exchange(request))
-        except ServiceError as error:
-            return error.without_frames()
-        return None
+    def judge(self, request: Request) -> None:
+        """Raise ServiceError if the head of a request refuses it; the body is not read."""
+        self._check_head(self._exchange(request))
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -8297,24 +8287,22 @@ class PeerConnection:
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
-        self.scanned = 0
+        head, self.scanned = None, 0
         try:
             head = self.head = parse_head(buffer[:end])
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
+            beyond = end + (length or 0)
+            if waits or len(buffer) < beyond:
+                # Nothing is kept for somebody who will be refused anyway, and no thread waits.
+                longest = self.server.proxy.longest_body(head)
+                if beyond - end > longest:
+                    raise too_large(longest)
+                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
         except ServiceError as error:
-            self.head = salvage_head(buffer[:end])
+            self.head = head or salvage_head(buffer[:end])
             self._refuse(error.without_frames())
             return None
-        beyond = end + (length or 0)
-        if waits or len(buffer) < beyond:
-            # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-            proxy, longest = self.server.proxy, self.server.proxy.longest_body(head)
-            alone = head.request(io.BytesIO(), self.peer, self.abandoned)
-            refused = too_large(longest) if beyond - end > longest else proxy.judge(alone)
-            if refused:
-                self._refuse(refused)
-                return None
         if waits:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, length))
@@ -8579,8 +8567,7 @@ class Server(http.server.HTTPServer):
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
-            request = self._guarded(connection.next_request, connection.socket)
-            if request:
+            if request := self._guarded(connection.next_request, connection.socket):
                 found[connection] = request
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, list(found.values()))
