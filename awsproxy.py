@@ -7563,8 +7563,7 @@ class Store:
     def _open(self, full: bool) -> None:
         ask = self._file.execute
         ask("pragma locking_mode = exclusive")
-        names = ("application_id", "user_version")
-        mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
+        mark = ask("select * from pragma_application_id, pragma_user_version").fetchone()
         is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
         if mark != ((0, 0) if is_new else _OUR_FILE):
             raise ValueError(f"of another program or version (its mark is {mark})")
