@@ -7169,6 +7169,12 @@ class Deny:
 
 
 # [8.2] Routes
+def _actions(table: str) -> set[str]:
+    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
+    rows = [row.split() for row in table.lower().split(";")]
+    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
+
+
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
 IAM_PREFIXES = pairs("""
@@ -7189,14 +7195,6 @@ IAM_ACTIONS = pairs(f"""
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
-
-
-def _actions(table: str) -> set[str]:
-    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
-    rows = [row.split() for row in table.lower().split(";")]
-    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
-
-
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""
@@ -7299,6 +7297,10 @@ _FORMS = {  # of the keys that are no attributes
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
     "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
 }
+# The prefixes that botocore puts before our name for some operations.
+_HOST_PREFIX = re.compile(
+    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
+)
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -7502,12 +7504,6 @@ def check_page(
             fault = "A web page of another origin sent this request (Origin)."
     if fault:
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
-
-
-# The prefixes that botocore puts before our name for some operations.
-_HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
 
 
 @functools.lru_cache(maxsize=256)
@@ -7725,6 +7721,8 @@ class Pending:
 
 Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it must send
 Outcome = Union[Reply, Pending]
+SPOOLED_IN_MEMORY = 262144
+MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
 
 
 # [8.6] The proxy
@@ -8152,10 +8150,6 @@ class Admin(Proxy):
 
     def _check_head(self, exchange: Exchange) -> None:
         """Refuse no head: these requests need no signature."""
-
-
-SPOOLED_IN_MEMORY = 262144
-MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
 
 
 def has_demo_key(clients: Clients) -> bool:
