@@ -445,8 +445,7 @@ def parse_head(raw: bytes) -> Head:
     """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
 
     The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
-    Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
-    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines."""
+    ServiceError BadRequest, NotImplemented (RFC 9110, 9.1) or RequestHeaderFieldsTooLarge."""
     if len(raw) > MAX_HEAD:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
@@ -7235,16 +7234,13 @@ def glob_matches(pattern: str, text: str) -> bool:
     return fnmatch.fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
-def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the folded names of an action, and the actions that IAM needs instead."""
+def names_of(action: str) -> Sequence[str]:
+    """Return the folded names of an action."""
     service, _, operation = _folded(action).partition(":")
     method, slash, _ = operation.partition("/")
     names = [operation.rstrip("/"), operation.rstrip("/") + "/", method] if slash else [operation]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
-    batch = _BATCHES.fullmatch(action.lower())
-    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
-    needed = [name for name in IAM_ACTIONS.get(action.lower(), of_batch).split(",") if name]
-    return [f"{prefix}:{name}" for prefix in services for name in names], needed
+    return [f"{prefix}:{name}" for prefix in services for name in names]
 
 
 def _folded(action: str) -> str:
@@ -7261,7 +7257,7 @@ def passes_unsigned(action: str) -> bool:
 
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
-    names = [name.lower() for name in names_of(action)[0]]
+    names = [name.lower() for name in names_of(action)]
     return any(glob_matches(row, name) for row in CREDENTIAL_ACTIONS for name in names)
 
 
@@ -7277,20 +7273,23 @@ class Route(NamedTuple):
         Only an allowed path must have the same case.  If IAM needs several actions, one of them
         is enough to deny the call, and all of them allow it."""
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
-        names, needed = names_of(action)
         pattern = fold(self.pattern)
-        if any(glob_matches(pattern, fold(name)) for name in names):
+        if any(glob_matches(pattern, fold(name)) for name in names_of(action)):
             return True
-        return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
+        batch = _BATCHES.fullmatch(action.lower())
+        of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
+        needed = IAM_ACTIONS.get(action.lower(), of_batch).lower()
+        return bool(needed) and every(glob_matches(pattern, it) for it in needed.split(","))
 
     def names_exactly(self, action: str) -> bool:
         """Return whether the pattern has no wildcard and is the action with its whole path."""
-        pattern, names = _folded(self.pattern), names_of(action)[0]
+        pattern, names = _folded(self.pattern), names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
 
 
 # [8.3] Paths of our own
+_PLAIN = "text/plain; charset=utf-8"
 _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
@@ -7421,9 +7420,7 @@ class Status:
         return _status_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(
-    status: int, text: str, kind: str = "text/plain; charset=utf-8", *more: tuple[str, str]
-) -> Reply:
+def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -7663,8 +7660,7 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
-    calls `wait`, which may block."""
+    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
         attempt, self._data = begun or (None, b"")
