@@ -7326,12 +7326,11 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
 
     NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
 
-    def _perform(name: str, operation: str, **given: Any) -> bool:
+    def _perform(name: str, operation: str, **more: Any) -> bool:
         place = declared[name].get("region") or region
         owner = Client("", "", "", account_id=declared[name].get("account") or account)
         try:
-            given["QueueUrl"] = name
-            sqs.perform(sqs_call("localhost", operation, given, place, owner))
+            sqs.perform(sqs_call("localhost", operation, {"QueueUrl": name, **more}, place, owner))
         except ServiceError as error:
             if error.code != "QueueNameExists":
                 raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
@@ -8468,8 +8467,6 @@ class Server(http.server.HTTPServer):
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
-
-    server_address: tuple[Any, ...]
 
     def __init__(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
