@@ -445,16 +445,14 @@ def parse_head(raw: bytes) -> Head:
     """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
 
     The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
-    Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
-    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines."""
+    ServiceError BadRequest, NotImplemented (RFC 9110, 9.1) or RequestHeaderFieldsTooLarge."""
     if len(raw) > MAX_HEAD:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
     request_line, _, block = text[:-2].partition(CRLF)
-    match = _REQUEST_LINE.fullmatch(request_line)
-    if not match:
+    if not (match := _REQUEST_LINE.fullmatch(request_line)):
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
     if method not in METHODS:
@@ -505,12 +503,11 @@ def expects_continue(head: Head) -> bool:
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
     fields = head.fields
-    if "transfer-encoding" in fields:
-        if head.version == "1.0":
-            raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
-        if "content-length" in fields:
-            raise ServiceError("BadRequest", "Content-Length excludes Transfer-Encoding.")
     try:
+        if "transfer-encoding" in fields and head.version == "1.0":
+            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
+        if "transfer-encoding" in fields and "content-length" in fields:
+            raise ValueError("Content-Length excludes Transfer-Encoding")
         return _framing(fields, 0)
     except ValueError as error:
         raise ServiceError("BadRequest", f"{error}.") from error
@@ -521,8 +518,7 @@ def _framing(fields: Fields, undeclared: int) -> Optional[int]:
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
-    lengths = fields.get("content-length")
-    if not lengths:
+    if not (lengths := fields.get("content-length")):
         return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ValueError("Content-Length must be one decimal number")
@@ -562,8 +558,7 @@ class Stream:
     def readline(self, size: int) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(8192)  # few: each line copies the rest of the buffer
-            if not data:
+            if not (data := self._receive(8192)):  # few: each line copies the rest of the buffer
                 break
             self.buffer += data
         end = self.buffer.find(b"\n", 0, size) + 1 or size
@@ -576,17 +571,11 @@ class LengthBody:
 
     def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
         self.unread = length > 0  # whether bytes of this body are still in the stream
-        self._source = source
-        self._left = length
-        self._begin = begin
+        self._source, self._left, self._begin = source, length, begin
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, all if negative; fewer only at the end of the body."""
-        whole = bytearray()
-        while size and (data := self.read_some(size if size > 0 else 262144)):
-            whole += data
-            size -= len(data)
-        return bytes(whole)
+        return Stream(self.read_some).read(size if size >= 0 else sys.maxsize)
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes as soon as there are any; ServiceError if it ends too soon."""
@@ -595,8 +584,7 @@ class LengthBody:
             self._begin = None
         if not self._has_more():
             return b""
-        data = self._source.read_some(min(size, self._left))
-        if not data:
+        if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
         if not self._left:
@@ -626,8 +614,7 @@ class ChunkedBody(LengthBody):
         """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
         if self._left or not self.unread:
             return self.unread
-        match = _CHUNK_SIZE.fullmatch(self._line())
-        if not match:
+        if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
         self._room -= self._left
@@ -644,8 +631,7 @@ class ChunkedBody(LengthBody):
         return False
 
     def _line(self) -> bytes:
-        line = self._source.readline(4096)
-        if not line:
+        if not (line := self._source.readline(4096)):
             raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
 
@@ -676,14 +662,11 @@ def read_head(source: Stream) -> bytes:
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
-    match = _STATUS_LINE.fullmatch(status_line)
-    if not match:
+    if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
     headers = _parse_fields(block)
-    keeps = match[1] == "1"
-    for name, value in headers:
-        if name.lower() == "connection":
-            keeps = "close" not in value.lower() and (keeps or "keep-alive" in value.lower())
+    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
     return ResponseHead(int(match[2]), headers, keeps)
 
 
@@ -7102,6 +7085,12 @@ class Deny:
 
 
 # [8.2] Routes
+def _actions(table: str) -> set[str]:
+    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
+    rows = [row.split() for row in table.lower().split(";")]
+    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
+
+
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
 IAM_PREFIXES = pairs("""
@@ -7122,14 +7111,6 @@ IAM_ACTIONS = pairs(f"""
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
-
-
-def _actions(table: str) -> set[str]:
-    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
-    rows = [row.split() for row in table.lower().split(";")]
-    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
-
-
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""
@@ -7170,16 +7151,13 @@ def glob_matches(pattern: str, text: str) -> bool:
     return fnmatch.fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
-def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the folded names of an action, and the actions that IAM needs instead."""
+def names_of(action: str) -> Sequence[str]:
+    """Return the folded names of an action."""
     service, _, operation = _folded(action).partition(":")
     method, slash, _ = operation.partition("/")
     names = [operation.rstrip("/"), operation.rstrip("/") + "/", method] if slash else [operation]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
-    batch = _BATCHES.fullmatch(action.lower())
-    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
-    needed = [name for name in IAM_ACTIONS.get(action.lower(), of_batch).split(",") if name]
-    return [f"{prefix}:{name}" for prefix in services for name in names], needed
+    return [f"{prefix}:{name}" for prefix in services for name in names]
 
 
 def _folded(action: str) -> str:
@@ -7196,7 +7174,7 @@ def passes_unsigned(action: str) -> bool:
 
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
-    names = [name.lower() for name in names_of(action)[0]]
+    names = [name.lower() for name in names_of(action)]
     return any(glob_matches(row, name) for row in CREDENTIAL_ACTIONS for name in names)
 
 
@@ -7212,26 +7190,33 @@ class Route(NamedTuple):
         Only an allowed path must have the same case.  If IAM needs several actions, one of them
         is enough to deny the call, and all of them allow it."""
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
-        names, needed = names_of(action)
         pattern = fold(self.pattern)
-        if any(glob_matches(pattern, fold(name)) for name in names):
+        if any(glob_matches(pattern, fold(name)) for name in names_of(action)):
             return True
-        return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
+        batch = _BATCHES.fullmatch(action.lower())
+        of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
+        needed = IAM_ACTIONS.get(action.lower(), of_batch).lower()
+        return bool(needed) and every(glob_matches(pattern, it) for it in needed.split(","))
 
     def names_exactly(self, action: str) -> bool:
         """Return whether the pattern has no wildcard and is the action with its whole path."""
-        pattern, names = _folded(self.pattern), names_of(action)[0]
+        pattern, names = _folded(self.pattern), names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
 
 
 # [8.3] Paths of our own
+_PLAIN = "text/plain; charset=utf-8"
 _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
     "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
 }
+# The prefixes that botocore puts before our name for some operations.
+_HOST_PREFIX = re.compile(
+    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
+)
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -7242,15 +7227,15 @@ def read_queues(path: str) -> Mapping[str, Section]:
         parser.read_string(pathlib.Path(path).read_text("utf-8"))
     except configparser.Error as error:
         raise ValueError(" ".join(str(error).split())) from error
-    for name in parser.sections():
-        given = parser[name]
+    declared = {name: dict(parser[name]) for name in parser.sections()}
+    for name, given in declared.items():
         for key in set(given).difference(SETTINGS, _FORMS):
             meant = did_you_mean(key, (*SETTINGS, *_FORMS))
             raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
         for key, (form, wanted) in _FORMS.items():
             if not re.fullmatch(form, given.get(key, "")):
                 raise ValueError(f"[{name}] {key} must be {wanted}")
-    return {name: dict(parser[name]) for name in parser.sections()}
+    return declared
 
 
 def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
@@ -7258,12 +7243,11 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
 
     NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
 
-    def _perform(name: str, operation: str, **given: Any) -> bool:
+    def _perform(name: str, operation: str, **more: Any) -> bool:
         place = declared[name].get("region") or region
         owner = Client("", "", "", account_id=declared[name].get("account") or account)
         try:
-            given["QueueUrl"] = name
-            sqs.perform(sqs_call("localhost", operation, given, place, owner))
+            sqs.perform(sqs_call("localhost", operation, {"QueueUrl": name, **more}, place, owner))
         except ServiceError as error:
             if error.code != "QueueNameExists":
                 raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
@@ -7327,10 +7311,9 @@ class Status:
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if page == "ready" and self.draining:
-            return _status_reply(503, "draining\n")
         if page in ("health", "ready"):
-            return _status_reply(200, "ok\n")
+            leaves = page == "ready" and self.draining
+            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
             return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
@@ -7353,9 +7336,7 @@ class Status:
         return _status_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(
-    status: int, text: str, kind: str = "text/plain; charset=utf-8", *more: tuple[str, str]
-) -> Reply:
+def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -7438,12 +7419,6 @@ def check_page(
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
 
-# The prefixes that botocore puts before our name for some operations.
-_HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
-
-
 @functools.lru_cache(maxsize=256)
 def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     name = _HOST_PREFIX.sub("", host_name(host))
@@ -7464,8 +7439,7 @@ _SCHEMA = """
         attributes text, unique (serial, id));
     create table memory (serial integer, key text, at real, kept text,
         primary key (serial, key)) without rowid;
-    pragma application_id = 1635218553;
-    pragma user_version = 1;
+    pragma application_id = 1635218553; pragma user_version = 1;
 """
 _OUR_FILE = (1635218553, 1)  # "awpy", and the version of the schema
 _COLUMNS = "id, body, attributes, system, sent, received, before, first, last"  # of a Message
@@ -7498,8 +7472,7 @@ class Store:
     def _open(self, full: bool) -> None:
         ask = self._file.execute
         ask("pragma locking_mode = exclusive")
-        names = ("application_id", "user_version")
-        mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
+        mark = ask("select * from pragma_application_id, pragma_user_version").fetchone()
         is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
         if mark != ((0, 0) if is_new else _OUR_FILE):
             raise ValueError(f"of another program or version (its mark is {mark})")
@@ -7603,17 +7576,14 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
-    calls `wait`, which may block."""
+    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
         attempt, self._data = begun or (None, b"")
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
         self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
-        self._proxy = proxy
-        self._exchange = exchange
-        self._act = act
+        self._proxy, self._exchange, self._act = proxy, exchange, act
         self._attempt: Any = attempt
 
     def send(self) -> None:
@@ -7663,6 +7633,8 @@ class Pending:
 
 Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it must send
 Outcome = Union[Reply, Pending]
+SPOOLED_IN_MEMORY = 262144
+MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
 
 
 # [8.6] The proxy
@@ -7688,10 +7660,7 @@ class Proxy:
         hook_seconds: float = 60, hosts: Iterable[str] = ()
     ) -> None:  # fmt: skip
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._hook_seconds = hook_seconds
-        self._workers = Workers()
-        self._account_id = account_id
-        self._verified = verified
+        self._account_id, self._verified = account_id, verified
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -7699,18 +7668,14 @@ class Proxy:
         public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
         self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
-        self._sign_as = sign_as
-        self._clock_skew = clock_skew
-        self._regions = regions
-        self._public_url = public_url.rstrip("/")
-        self._scheme = scheme
-        self.max_body = max_body
-        self._hooks = hooks
-        self._status = status
+        self._public_url, self._scheme = public_url.rstrip("/"), scheme
+        self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
+        self.max_body, self._clock, self._status = max_body, clock, status
+        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._clock = clock
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
-        self._steps = (self._own_path, self._verify, self._find_call, self._find_target, self._act)
+        self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
+            self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         patterns = [_folded(r.pattern) for r in self._routes if isinstance(r.target, Upstream)]
         # Actions that a route names exactly and AWS may answer without a signature.
@@ -7750,9 +7715,6 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        unsaved = [exchange for exchange in exchanges if exchange.unsaved]
-        if unsaved:
-            self._save(unsaved)
         outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
         for outcome in outcomes:
             if isinstance(outcome, Pending):
@@ -7793,7 +7755,6 @@ class Proxy:
         return ""
 
     def _own_path(self, exchange: Exchange) -> None:
-        """Answer a path of our own."""
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
         if status and (self._any_address or (own and is_loopback(request.peer))):
@@ -7817,13 +7778,9 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return the refusal of a request by its head, or None if the body must be read."""
-        try:
-            self._check_head(self._exchange(request))
-        except ServiceError as error:
-            return error.without_frames()
-        return None
+    def judge(self, request: Request) -> None:
+        """Raise ServiceError if the head of a request refuses it; the body is not read."""
+        self._check_head(self._exchange(request))
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -7894,31 +7851,24 @@ class Proxy:
             exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
+        if not (hooks or target.may_block):
+            try:
+                call.may_wait = False
+                exchange.unsaved = target.answer(call, exchange.request_id)
+                return
+            except WouldWait:
+                call.may_wait = True
         act = functools.partial(target.answer, call, exchange.request_id)
         begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif not target.may_block:
-            try:
-                call.may_wait = False
-                exchange.unsaved = act()
-                return
-            except WouldWait:
-                call.may_wait = True
         exchange.outcome = Pending(self, exchange, act, begun)
 
-    def _save(self, exchanges: Sequence[Exchange]) -> None:
-        """Let replies leave, after the store has saved their calls."""
-        failure = None
-        try:
+    def _save(self, exchange: Exchange) -> None:
+        """Let a reply leave, after one commit has saved all calls of this turn."""
+        if exchange.unsaved:
             self.sqs.commit()
-        except ServiceError as error:
-            failure = error
-        for exchange in exchanges:
-            if failure:
-                exchange.outcome = self.refuse(exchange, failure)
-            elif exchange.unsaved:
-                exchange.outcome = self.observed(exchange, exchange.unsaved)
+            exchange.outcome = self.observed(exchange, exchange.unsaved)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
@@ -8114,10 +8064,6 @@ class Admin(Proxy):
         """Refuse no head: these requests need no signature."""
 
 
-SPOOLED_IN_MEMORY = 262144
-MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
-
-
 def has_demo_key(clients: Clients) -> bool:
     """Return whether callers may sign with the demo client's key, which is public."""
     same_key = clients.get(_DEMO.access_key_id, ())
@@ -8246,24 +8192,22 @@ class PeerConnection:
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
-        self.scanned = 0
+        head, self.scanned = None, 0
         try:
             head = self.head = parse_head(buffer[:end])
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
+            beyond = end + (length or 0)
+            if waits or len(buffer) < beyond:
+                # Nothing is kept for somebody who will be refused anyway, and no thread waits.
+                longest = self.server.proxy.longest_body(head)
+                if beyond - end > longest:
+                    raise too_large(longest)
+                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
         except ServiceError as error:
-            self.head = salvage_head(buffer[:end])
+            self.head = head or salvage_head(buffer[:end])
             self._refuse(error.without_frames())
             return None
-        beyond = end + (length or 0)
-        if waits or len(buffer) < beyond:
-            # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-            proxy, longest = self.server.proxy, self.server.proxy.longest_body(head)
-            alone = head.request(io.BytesIO(), self.peer, self.abandoned)
-            refused = too_large(longest) if beyond - end > longest else proxy.judge(alone)
-            if refused:
-                self._refuse(refused)
-                return None
         if waits:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, length))
@@ -8441,8 +8385,6 @@ class Server(http.server.HTTPServer):
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    server_address: tuple[Any, ...]
-
     def __init__(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
         max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
@@ -8455,17 +8397,14 @@ class Server(http.server.HTTPServer):
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
         self.server_address = self.socket.getsockname()
-        self.proxy = proxy
-        self.timeout_seconds = timeout
+        self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
-        self._max_connections = max_connections
-        self._certificate = certificate
+        self._max_connections, self._certificate = max_connections, certificate
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
         self._regular = (self._check_deadlines, every_half_second, self._answer)
-        self._workers = Workers()
-        self._selector = selectors.DefaultSelector()
+        self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
@@ -8475,8 +8414,7 @@ class Server(http.server.HTTPServer):
         self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
-        self._stopping = False
-        self._stopped = threading.Event()
+        self._stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
@@ -8532,8 +8470,7 @@ class Server(http.server.HTTPServer):
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
-            request = self._guarded(connection.next_request, connection.socket)
-            if request:
+            if request := self._guarded(connection.next_request, connection.socket):
                 found[connection] = request
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, list(found.values()))
@@ -8622,10 +8559,8 @@ class Server(http.server.HTTPServer):
         for _ in range(64):
             try:
                 sock, address = self.socket.accept()
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionAbortedError):  # the next turn accepts the rest
                 return
-            except ConnectionAbortedError:
-                continue
             except OSError as error:  # no file descriptor is left: try again in a moment
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
