@@ -1542,11 +1542,16 @@ MISTAKES = r"""
 MAX_CANDIDATES = 4800  # pairs for one signature: some 19 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _NAME_OF_TEXT = re.compile("<([a-z]+)>")
-Others = Iterator[tuple[str, Mapping[str, str]]]  # a field, and texts for it by their mistakes
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
-_ROWS: Sequence[Mistake] = [
-    (_FIELDS.index(name), pattern, written.lstrip("-"), words.format(name.replace("_", " ")))
+
+
+def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
+    return _FIELDS.index(name), pattern, written, words.format(name.replace("_", " "))
+
+
+_ROWS = [
+    _mistake(name, pattern, written.lstrip("-"), words)
     for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
     for names, *changes, words in [row.strip().split(" | ")]
     for name in names.split()
@@ -1569,102 +1574,80 @@ def _texts(request: Request, claimed: Authorization, secret: str, body: bytes) -
     }  # fmt: skip
 
 
-def _other_lines(
+def _others(
     request: Request, claimed: Authorization, parts: Sequence[str], body: bytes
-) -> Others:
-    """Yield what signers write instead of whole fields."""
-    sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
-    by_name = sorted(sent, key=lambda header: header[0].lower())
-    every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
-    forms = {
-        "did not sort the {}": [(n.lower(), v) for n, v in sent],
-        "did not write the {} in lower case": by_name,
-        "wrote the {} as sent: in lower case, and sorted": sent,
-        "kept several blanks in the {}: write one": [(n.lower(), v) for n, v in by_name],
-        "wrote headers that SignedHeaders does not name into the {}":
-            [(n, v) for n, v in every if n not in ("authorization", "user-agent")],
-    }  # fmt: skip
-    for words, lines in forms.items():
-        yield "headers", {words: "".join(f"{n}:{v}\n" for n, v in lines)}
-        yield "signed_headers", {words: ";".join(n for n, _ in lines)}
-    yield "headers", {"wrote the values of the {} in lower case": parts[3].lower()}
-    # If the body streams or is long, only its hash is known.
-    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
-    yield "payload", {
-        "wrote the body's hash in upper case": hashed.upper(),
-        "wrote the body's hash in base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
-        "wrote the body itself instead of its hash": body.decode("latin-1"),
-    }  # fmt: skip
-    for words, other in _other_bodies(body, hashed).items():
-        yield "payload", {f"hashed {words}": hashlib.sha256(other).hexdigest()}
-    yield "method", {"signed the method in lower case": request.method.lower()}
-
-
-def _other_targets(request: Request, parts: Sequence[str]) -> Others:
-    """Yield what signers write instead of the path and the query."""
+) -> Iterator[Sequence[str]]:
+    """Yield a field, a mistake, and what signers who make it write as the whole field."""
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
     written = [f"{name}={value}" for name, value in pairs]
     for name, right in (("path", parts[1]), ("query", parts[2])):
-        yield name, {
-            "did not encode !'()* in the {}, as encodeURIComponent":
-                re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right),
-            "wrote the {}'s percent-encoding in lower case":
-                re.sub("%..", lambda match: match[0].lower(), right),
-        }  # fmt: skip
-    yield "path", {
-        "encoded the path once too often (S3 wants it once, others twice)": quote(parts[1]),
-        "did not resolve the dots and empty segments of the path": quote(path),
-        "signed the path as sent: encode it once more, as curl since 8.14": path,
-        "encoded the path once, not twice": quote(unquote(path)),
-        "did not percent-encode the path": unquote(path),
-        "signed the query as a part of the path": request.target,
-    }  # fmt: skip
+        plain = re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right)
+        lower = re.sub("%..", lambda match: match[0].lower(), right)
+        yield name, "did not percent-encode !'()* in the {}, or in lower case", plain, lower
+    yield "path", "encoded the {} too often (S3 wants it once, others twice)", quote(parts[1])
+    yield "path", "did not resolve the dots and empty segments of the {}", quote(path)
+    yield "path", "signed the {} as sent: encode it once more, as curl since 8.14", path
+    yield "path", "encoded the {} once, not twice", quote(unquote(path))
+    yield "path", "did not percent-encode the {}", unquote(path)
+    yield "path", "signed the query as a part of the {}", request.target
     with contextlib.suppress(ServiceError):  # the path leads above its root
         resolved = quote(unquote(unquote(canonical_path(path, True))))
-        yield "path", {"resolved dots and empty segments of the path, which S3 keeps": resolved}
-    yield "query", {
-        "signed the query as sent: sort its parameters, write each as name=value with both"
-        " percent-encoded, or take curl 8.19 or newer": "&".join(raw),
-        "sorted the query, but did not percent-encode it as RFC 3986 says": "&".join(sorted(raw)),
-        "did not sort the query": "&".join(written),
-        "percent-encoded the query twice": quote(parts[2], "=&"),
-        "did not percent-encode the query": unquote(parts[2]),
-        "sorted the query without regard to case": "&".join(sorted(written, key=str.lower)),
-        "signed only the last parameter of each name":
-            "&".join(f"{n}={v}" for n, v in sorted(dict(pairs).items())),
-    }  # fmt: skip
+        yield "path", "resolved dots and empty segments of the {}, which S3 keeps", resolved
+    hint = "write each as name=value with both percent-encoded, or take curl 8.19 or newer"
+    yield "query", f"signed the {{}} as sent: sort its parameters, {hint}", "&".join(raw)
+    yield "query", "did not percent-encode the {}", "&".join(sorted(raw)), unquote(parts[2])
+    by_case = sorted(written, key=str.lower)
+    yield "query", "did not sort the {} by its bytes", "&".join(written), "&".join(by_case)
+    yield "query", "percent-encoded the {} twice", quote(parts[2], "=&")
+    last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
+    yield "query", "signed only the last parameter of each name", "&".join(last)
+    yield "method", "signed the {} in lower case", request.method.lower()
+    yield "headers", "wrote the values of the {} in lower case", parts[3].lower()
+    sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
+    by_name = sorted(sent, key=lambda header: header[0].lower())
+    blanks = [f"{name.lower()}:{value}\n" for name, value in by_name]
+    yield "headers", "kept several blanks in a header: write one", "".join(blanks)
+    every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
+    unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
+    unsorted = [(name.lower(), value) for name, value in sent]
+    for fault, lines in (
+        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
+        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
+    ):
+        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
+        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    # If the body streams or is long, only its hash is known.
+    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
+    in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
+    yield "payload", "wrote the body's hash in upper case or base64", hashed.upper(), in_base64
+    yield "payload", "wrote the body itself instead of its hash", body.decode("latin-1")
+    for fault, bodies in _other_bodies(body, hashed):
+        yield "payload", fault, *[hashlib.sha256(it).hexdigest() for it in bodies]
 
 
-def _other_bodies(body: bytes, hashed: str) -> Mapping[str, bytes]:
-    """Return what signers hash in place of the body."""
-    others = {
-        "the hex of the body's hash": hashed.encode(), "{{}} instead of the body": b"{}",
-        "the body without its last newline": body.rstrip(b"\r\n"),
-        "the body with a newline that it did not send": body + b"\n",
-        "the body with LF instead of CR LF": body.replace(b"\r\n", b"\n"),
-        "the body with CR LF instead of LF": re.sub(rb"\r?\n", b"\r\n", body),
-        "the body as a string in JSON": json.dumps(body.decode("latin-1")).encode(),
-        "the body with + for each %20": body.replace(b"%20", b"+"),
-        "the body with %20 for each +": body.replace(b"+", b"%20"),
-    }  # fmt: skip
+def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[bytes]]]:
+    """Yield a mistake, and what signers who make it hash in place of the body."""
+    yield "hashed the hex of the body's hash", [hashed.encode()]
+    lf = body.replace(b"\r\n", b"\n")
+    newlines = (body.rstrip(b"\r\n"), body + b"\n", lf, lf.replace(b"\n", b"\r\n"))
+    yield "hashed the body with other newlines than it sent", newlines
+    yield "hashed the body as a string in JSON", [json.dumps(body.decode("latin-1")).encode()]
+    swapped = (body.replace(b"%20", b"+"), body.replace(b"+", b"%20"))
+    yield "hashed the body with + for %20, or %20 for +", swapped
+    yield "hashed {{}} instead of the body", [b"{}"]
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
         plain, compact = functools.partial(dumps, ensure_ascii=False), dumps(separators=tight)
         packed = plain(separators=tight)
-        forms = {
-            "without blanks": compact, "with blanks": dumps(), "indented": dumps(indent=2),
-            "sorted, without blanks": dumps(sort_keys=True, separators=tight),
-            r"without blanks or \u": packed, r"with blanks, without \u": plain(),
-            "sorted": dumps(sort_keys=True), r"indented, without \u": plain(indent=2),
-            r"with \/ for /, as in PHP": compact.replace("/", r"\/"),
-            r"with \u0026 for &, as in Go":
-                re.sub("[<>&]", lambda it: f"\\u{ord(it[0]):04x}", packed),
-        }  # fmt: skip
-        others.update((f"other JSON than it sent: {k}", v.encode()) for k, v in forms.items())
-    return others
+        php = compact.replace("/", r"\/")
+        go = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", packed)
+        ordered = (dumps(sort_keys=True), dumps(sort_keys=True, separators=tight))
+        forms = (compact, dumps(), dumps(indent=2), packed, plain(), plain(indent=2), php, go)
+        words = "hashed other JSON than it sent: with other blanks, order or escapes"
+        yield words, [form.encode() for form in (*ordered, *forms)]
 
 
 def _mistakes(
@@ -1675,11 +1658,9 @@ def _mistakes(
         pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
         written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
         yield at, pattern, written, words
-    others = (_other_targets(request, parts), _other_lines(request, claimed, parts, body))
-    for name, by_words in itertools.chain(*others):
-        at, shown = _FIELDS.index(name), name.replace("_", " ")
-        for words, other in by_words.items():
-            yield at, "(?s).+", other.replace("\\", r"\\"), words.format(shown)
+    for name, words, *others in _others(request, claimed, parts, body):
+        for other in others:
+            yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:

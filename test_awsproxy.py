@@ -3536,7 +3536,7 @@ BROKEN_SIGNERS = [
     ("~ of the query", DUP._replace(query=replaced("~", "%7E"))),
     ("did not sort the query", DUP._replace(target="/?z=a(b&b=1", query=lambda v: "z=a%28b&b=1")),
     (
-        "query, but did not percent",
+        "did not percent-encode the query",
         DUP._replace(target="/?z=a(b,c&b=1", query=lambda v: "b=1&z=a(b,c"),
     ),
     (r"'\+' in the query", GET_TRIAL._replace(target="/?a=b+c&b=1", query=replaced("%20", "%2B"))),
@@ -3572,7 +3572,7 @@ BROKEN_SIGNERS = [
     ("signed UNSIGNED-PAYLOAD", JSON_TRIAL._replace(payload=lambda v: "UNSIGNED-PAYLOAD")),
     ("did not end the canonical request", JSON_TRIAL._replace(whole=lambda v: v + "\n")),
     ("X-Forwarded-Host", X._replace(block=replaced("localhost:8081", "public.example"))),
-    ("sort the headers", JSON_TRIAL._replace(lines=lambda ls: [ls[1], ls[0], *ls[2:]])),
+    ("write the headers in lower case and sorted", JSON_TRIAL._replace(lines=lambda ls: [ls[1], ls[0], *ls[2:]])),
     (
         "several blanks",
         X._replace(lines=lambda ls: [(n, "a  b" if n == "x-amz-meta" else v) for n, v in ls]),
@@ -3581,14 +3581,14 @@ BROKEN_SIGNERS = [
         "signed headers in lower",
         JSON_TRIAL._replace(names=lambda v: "Content-Type;Host;X-Amz-Date"),
     ),
-    ("sort the signed headers", JSON_TRIAL._replace(names=lambda v: "host;content-type;x-amz-date")),
+    ("write the signed headers in lower case and sorted", JSON_TRIAL._replace(names=lambda v: "host;content-type;x-amz-date")),
     ("body's hash in upper", JSON_TRIAL._replace(payload=lambda v: v.upper())),
     ("body itself", JSON_TRIAL._replace(payload=lambda v: JSON_TRIAL.body.decode())),
-    ("without its last newline", JSON_TRIAL._replace(sent=lambda b: b + b"\n")),
-    ("newline that it did not", JSON_TRIAL._replace(hashed=hashing(lambda b: b + b"\n"))),
-    ("sent: without", JSON_TRIAL._replace(hashed=rejson(separators=(",", ":")))),
-    ("sent: with blanks", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson())),
-    ("sent: sorted", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson(sort_keys=True))),
+    ("other newlines", JSON_TRIAL._replace(sent=lambda b: b + b"\n")),
+    ("other newlines", JSON_TRIAL._replace(hashed=hashing(lambda b: b + b"\n"))),
+    ("JSON .* other blanks", JSON_TRIAL._replace(hashed=rejson(separators=(",", ":")))),
+    ("JSON .* other blanks", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson())),
+    ("JSON .* order", JSON_TRIAL._replace(body=b'{"b":1,"a":2}', hashed=rejson(sort_keys=True))),
     ("left host out", JSON_TRIAL._replace(lines=lambda ls: [it for it in ls if it[0] != "host"])),
     ("-2 hours", JSON_TRIAL._replace(text=lambda v: v.replace("T143000", "T123000"))),
     ("key for 20260302", JSON_TRIAL._replace(steps=lambda s: ["20260302", *s[1:]])),
@@ -3608,16 +3608,16 @@ BROKEN_SIGNERS = [
     ("left out the method", JSON_TRIAL._replace(verb=lambda v: "")),
     ("dots and empty segments of the path$|dots and empty segments of the path\\.", API_TRIAL._replace(
         target="/a/../b//c%20d", path=lambda v: "/a/../b//c%2520d")),
-    ("in the path, as encodeURI", API_TRIAL._replace(
+    (r"!'\(\)\* in the path", API_TRIAL._replace(
         target="/s%28a%29%20b", path=lambda v: "/s(a)%2520b")),
     ("slashes of the path", API_TRIAL._replace(target="/a/b", path=lambda v: "%2Fa%2Fb")),
-    ("path's percent-encoding in lower", S3_TRIAL._replace(target="/b/a%2Bb", path=str.lower)),
+    ("in the path, or in lower case", S3_TRIAL._replace(target="/b/a%2Bb", path=str.lower)),
     ("whole URL", API_TRIAL._replace(target="/s", path=lambda v: f"http://{API_TRIAL.host}{v}")),
     ("did not percent-encode the query", GET_TRIAL._replace(
         target="/?a=b%20c&d=e%2Ff", query=lambda v: "a=b c&d=e/f")),
-    ("query's percent-encoding in lower", GET_TRIAL._replace(
+    ("in the query, or in lower case", GET_TRIAL._replace(
         target="/?a=e%2Ff", query=lambda v: "a=e%2ff")),
-    ("regard to case", GET_TRIAL._replace(
+    ("sort the query by its bytes", GET_TRIAL._replace(
         target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2")),
     ("began the query", GET_TRIAL._replace(query=lambda v: "?" + v)),
     ("X-Amz-Signature, too", URL_TRIAL._replace(
@@ -3638,19 +3638,19 @@ BROKEN_SIGNERS = [
     ("into the signed headers", X._replace(
         names=lambda v: "content-type;host;x-amz-date;x-amz-meta;x-forwarded-host")),
     ("hex of the body's hash", JSON_TRIAL._replace(payload=lambda v: sha256(v.encode()))),
-    ("in base64", JSON_TRIAL._replace(
+    ("or base64", JSON_TRIAL._replace(
         payload=lambda v: base64.b64encode(bytes.fromhex(v)).decode())),
-    ("LF instead of CR LF", LF._replace(hashed=hashing(lambda b: b.replace(b"\r\n", b"\n")))),
-    ("CR LF instead of LF", JSON_TRIAL._replace(
+    ("other newlines", LF._replace(hashed=hashing(lambda b: b.replace(b"\r\n", b"\n")))),
+    ("other newlines", JSON_TRIAL._replace(
         body=b'{"a":\n1}', hashed=hashing(lambda b: b.replace(b"\n", b"\r\n")))),
     ("string in JSON", JSON_TRIAL._replace(
         hashed=hashing(lambda b: json.dumps(b.decode()).encode()))),
-    ("sorted, without blanks", JSON_TRIAL._replace(
+    ("other blanks, order", JSON_TRIAL._replace(
         body=b'{"b": 1, "a": 2}', hashed=rejson(sort_keys=True, separators=(",", ":")))),
     ("CR LF.* newline of the canonical request", JSON_TRIAL._replace(whole=replaced("\n", "\r\n"))),
     ("each newline of the canonical", JSON_TRIAL._replace(whole=replaced("\n", "\\n"))),
     ("nothing for each newline of the canonical request", JSON_TRIAL._replace(whole=replaced("\n", ""))),
-    ("AWS4.*and it .*by case|prefix.*without regard", GET_TRIAL._replace(
+    ("prefix AWS4.*and it did not sort the query", GET_TRIAL._replace(
         target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2", secret=lambda v: v[4:])),
     ("backslash.*string to sign, and it .*backslash", JSON_TRIAL._replace(
         whole=replaced("\n", "\\n"), text=replaced("\n", "\\n"))),
@@ -3684,19 +3684,19 @@ BROKEN_SIGNERS = [
     ("default port or with http://", JSON_TRIAL._replace(block=sub("(?m)^host:", "host:https://"))),
     ("default port or with http://", JSON_TRIAL._replace(block=sub("(?m)^host:", "host:http://"))),
     ("did not end the canonical request", JSON_TRIAL._replace(whole=lambda v: v.rpartition("\n")[0])),
-    (r"without blanks or \\u", JSON_TRIAL._replace(
+    ("other blanks, order or escapes", JSON_TRIAL._replace(
         body='{"a": "\xe4"}'.encode(), hashed=rejson(ensure_ascii=False, separators=(",", ":")))),
-    (r"with blanks, without \\u", JSON_TRIAL._replace(
+    ("other blanks, order or escapes", JSON_TRIAL._replace(
         body='{"a":"\xe4"}'.encode(), hashed=rejson(ensure_ascii=False))),
-    (r"indented, without \\u", JSON_TRIAL._replace(
+    ("other blanks, order or escapes", JSON_TRIAL._replace(
         body='{"a":"\u20ac"}'.encode(), hashed=rejson(ensure_ascii=False, indent=2))),
-    ("as in Go", JSON_TRIAL._replace(body=b'{"a":"b&c<"}', hashed=hashing(
+    ("other blanks, order or escapes", JSON_TRIAL._replace(body=b'{"a":"b&c<"}', hashed=hashing(
         lambda b: b.replace(b"&", rb"\u0026").replace(b"<", rb"\u003c")))),
-    ("as in PHP", JSON_TRIAL._replace(body=b'{"a":"b/c"}', hashed=hashing(
+    ("other blanks, order or escapes", JSON_TRIAL._replace(body=b'{"a":"b/c"}', hashed=hashing(
         lambda b: b.replace(b"/", rb"\/")))),
-    (r"with \+ for each %20", FORM_TRIAL._replace(
+    (r"with \+ for %20", FORM_TRIAL._replace(
         body=b"Action=a%20b", hashed=hashing(lambda b: b.replace(b"%20", b"+")))),
-    (r"with %20 for each \+", FORM_TRIAL._replace(
+    (r"%20 for \+", FORM_TRIAL._replace(
         body=b"Action=a+b", hashed=hashing(lambda b: b.replace(b"+", b"%20")))),
     ("hashed {} instead of the body", GET_TRIAL._replace(hashed=lambda b: sha256(b"{}"))),
     (r"X-Amz-Date than it sent, \+1 s", JSON_TRIAL._replace(
@@ -3708,11 +3708,11 @@ BROKEN_SIGNERS = [
     ("request or its hash, not the string", JSON_TRIAL._replace(
         digest=lambda v: v, text=lambda v: "*")),
     ("whole URL", API_TRIAL._replace(target="/s", path=lambda v: f"https://{API_TRIAL.host}{v}")),
-    ("headers as sent", JSON_TRIAL._replace(
+    ("headers in lower case and sorted", JSON_TRIAL._replace(
         headers=(("X-Amz-Target", "A.B"), ("Content-Type", "a/b")), block=lambda v: (
             f"Host:{JSON_TRIAL.host}\nX-Amz-Target:A.B\nContent-Type:a/b\nX-Amz-Date:{TRIAL_DATE}\n"
         ))),
-    ("signed headers as sent", JSON_TRIAL._replace(
+    ("signed headers in lower case and sorted", JSON_TRIAL._replace(
         headers=(("X-Amz-Target", "A.B"), ("Content-Type", "a/b")),
         names=lambda v: "Host;X-Amz-Target;Content-Type;X-Amz-Date")),
     ("added b to the query after", GET_TRIAL._replace(target="/?a=1&b=2", query=lambda v: "a=1")),
@@ -3807,7 +3807,6 @@ class DetectiveTest(unittest.TestCase):
                 with self.subTest(expected):
                     causes.append(self.cause(trial))
                     self.assertRegex(causes[-1], f"^Your signer .*(?:{expected})")
-        every.remove("kept several blanks in the signed headers: write one")  # they have none
         self.assertEqual([it for it in every if it not in "".join(causes)], [])
 
     def test_no_mistake_is_named_for_another_secret(self):
