@@ -215,8 +215,6 @@ class Request:
         `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
         MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
         text = self.target.partition("?")[2]
-        if not text:
-            return ()
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
         if text.count("&") >= MAX_PARAMETERS:
@@ -1339,9 +1337,8 @@ _REFUSALS = """
     scope [AuthorizationHeaderMalformed]: {0} | The authorization header is malformed; {1}
     query scope [AuthorizationQueryParametersError]: {0} \
         | Error parsing the X-Amz-Credential parameter; {1}
-    key [InvalidClientTokenId InvalidAccessKeyId]: \
-        The security token included in the request is invalid.{} \
-        | The AWS Access Key Id you provided does not exist in our records.{}
+    key [InvalidClientTokenId InvalidAccessKeyId]: The security token included in the request is \
+        invalid.{} | The AWS Access Key Id you provided does not exist in our records.{}
     token [InvalidClientTokenId InvalidToken]: \
         The security token included in the request is invalid ({})
     host [AccessDenied]: 'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.
@@ -1427,13 +1424,11 @@ def _parse_query(request: Request) -> Authorization:
     reason = "query parameter"
     given: dict[str, str] = {}
     for raw_name, raw_value in request.query:
-        name = _QUERY_PARAMETERS.get(raw_name.lower())
-        if name is None:
-            continue
-        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
-        if name in given or raw_name != name.encode():
-            raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
-        given[name] = raw_value.decode("latin-1")
+        if name := _QUERY_PARAMETERS.get(raw_name.lower()):
+            # Case variants and repeats have let two checks see two values (CVE-2022-2385).
+            if name in given or raw_name != name.encode():
+                raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
+            given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
     optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
@@ -1464,9 +1459,9 @@ def _parse_query(request: Request) -> Authorization:
 _FIELDS = """
     method path query headers signed_headers payload string_to_sign secret scope canonical_request
 """.split()
-# Fields, then one or more pairs of a pattern in their right value and what signers write instead
-# (- is nothing, \b removes the line; <...> stands for a text of _texts), and what the mistake is,
-# where {} is the field.  The first row that explains a signature wins.
+# Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
+# removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
+# The first row that explains a signature wins.
 MISTAKES = r"""
     secret | ^AWS4 | - | left out the prefix AWS4 of the secret
     secret | \Z | \n | \Z | <blank> | ^AWS4 | AWS4<blank> | left white space around the secret
@@ -1559,21 +1554,6 @@ _ROWS = [
 ]
 
 
-def _texts(request: Request, claimed: Authorization, secret: str, body: bytes) -> dict[str, str]:
-    """Return what the <...> of MISTAKES stand for."""
-    date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
-    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
-    return {
-        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
-        "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
-        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
-        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
-        "characters": str(len(body.decode("utf-8", "replace"))),
-        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
-    }  # fmt: skip
-
-
 def _others(
     request: Request, claimed: Authorization, parts: Sequence[str], body: bytes
 ) -> Iterator[Sequence[str]]:
@@ -1653,7 +1633,17 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
 def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
 ) -> Iterator[Mistake]:
-    texts = _texts(request, claimed, secret, body)
+    date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
+    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
+    texts = {
+        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
+        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
+        "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
+        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
+        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
+        "characters": str(len(body.decode("utf-8", "replace"))),
+        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
+    }  # fmt: skip
     for at, pattern, written, words in _ROWS:
         pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
         written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
@@ -1665,18 +1655,17 @@ def _mistakes(
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
     """Yield mistakes of which there are many; they are not paired with others."""
-    date, region, service, end = claimed.scope
+    date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
         yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
-    for other in (*REGIONS, "aws-global"):
-        words = f"derived the key for the region {other}, and its scope says {region}"
-        yield 8, ".+", f"{date}/{other}/{service}/{end}", words
     services = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es"
-    for other in services.split():
-        words = f"derived the key for the service {other}, and its scope says {service}"
-        yield 8, ".+", f"{date}/{region}/{other}/{end}", words
+    others = [("region", region, other) for other in (*REGIONS, "aws-global")]
+    others += [("service", service, other) for other in services.split()]
+    for kind, right, other in others:
+        words = f"derived the key for the {kind} {other}, and its scope says {right}"
+        yield 8, ".+", str(claimed.scope._replace(**{kind: other})), words
     parameters = parts[2].split("&")
     for added in parameters[:32]:
         rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
@@ -1862,6 +1851,7 @@ _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{6
 # minio-go ends a trailer with LF CR LF.
 _TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
 _LAST = (b"\r\n", b"")  # some clients leave the very last line out
+_incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
 class AwsChunkedBody(CheckedBody):
@@ -1946,30 +1936,22 @@ def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool
     return trailers.popitem()[1].encode() if is_signed else b""
 
 
-def _incomplete(message: str) -> ServiceError:
-    return ServiceError("IncompleteBody", message)
-
-
 def _compare(computed: str, given: bytes, place: str) -> None:
     if not hmac.compare_digest(computed.encode(), given):
-        message = REFUSALS["signature"][3].partition("\n")[0]
-        raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
+        raise ServiceError("SignatureDoesNotMatch", f"{REFUSALS['signature'][3]} (in {place})")
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
-
-    def _header(data: bytes) -> bytes:
+    blocks = iter(functools.partial(Stream(body.read).read, size), b"")
+    for data in itertools.chain(blocks, (b"",)):
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
-        return f"{len(data):x}{signed}\r\n".encode()
-
-    for data in iter(functools.partial(Stream(body.read).read, size), b""):
-        yield b"".join((_header(data), data, b"\r\n"))
-    lines = [_header(b"")]
-    lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
-    if signer and body.trailers:
-        lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
-    yield b"".join((*lines, b"\r\n"))
+        trailers = {} if data else body.trailers  # they follow the last, empty chunk
+        lines = [f"{name}:{value}\r\n" for name, value in trailers.items()]
+        if signer and trailers:
+            lines.append(f"x-amz-trailer-signature:{signer.trailers(trailers)}\r\n")
+        header = f"{len(data):x}{signed}\r\n".encode()
+        yield b"".join((header, data, "".join(lines).encode(), b"\r\n"))
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
@@ -1978,8 +1960,8 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
-    of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
-    total = whole * of_whole + (of_rest if rest else 0) + of_last
+    chunks = ((size, whole), (rest, bool(rest)), (0, 1))
+    total = sum((len(f"{n:x}\r\n\r\n") + signed + n) * count for n, count in chunks)
     total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
     if body.signed and body.announced:
         total += len("x-amz-trailer-signature:\r\n") + 64
@@ -2102,12 +2084,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        if name.lower() == "content-encoding":
-            codings = [coding.strip() for coding in value.split(",")]
+        is_coding = name.lower() == "content-encoding"
+        if is_coding:
+            codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-            if not value:
-                continue
-        if name.lower() != "x-amz-decoded-content-length":
+        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
             kept.append((name, value))
     return kept
 
