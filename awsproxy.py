@@ -1567,7 +1567,8 @@ def _others(
         plain = re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right)
         lower = re.sub("%..", lambda match: match[0].lower(), right)
         yield name, "did not percent-encode !'()* in the {}, or in lower case", plain, lower
-    yield "path", "encoded the {} too often (S3 wants it once, others twice)", quote(parts[1])
+        words = "encoded the {} too often (a path of S3 once, other paths twice, a query once)"
+        yield name, words, quote(right, "/=&")
     yield "path", "did not resolve the dots and empty segments of the {}", quote(path)
     yield "path", "signed the {} as sent: encode it once more, as curl since 8.14", path
     yield "path", "encoded the {} once, not twice", quote(unquote(path))
@@ -1581,7 +1582,6 @@ def _others(
     yield "query", "did not percent-encode the {}", "&".join(sorted(raw)), unquote(parts[2])
     by_case = sorted(written, key=str.lower)
     yield "query", "did not sort the {} by its bytes", "&".join(written), "&".join(by_case)
-    yield "query", "percent-encoded the {} twice", quote(parts[2], "=&")
     last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
     yield "query", "signed only the last parameter of each name", "&".join(last)
     yield "method", "signed the {} in lower case", request.method.lower()
@@ -1825,24 +1825,9 @@ class ChunkSigner:
 Signer = Optional[ChunkSigner]  # None if chunks are not signed, or not checked
 MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is checked
 MAX_TRAILERS = 16
-
-
-class _Crc32:
-    _value = 0
-
-    def update(self, data: bytes) -> None:
-        """Add data, as the objects of hashlib do."""
-        self._value = zlib.crc32(data, self._value)
-
-    def digest(self) -> bytes:
-        """Return the checksum as Amazon S3 spells it: four bytes, big-endian."""
-        return self._value.to_bytes(4, "big")
-
-
-CHECKSUMS: Mapping[str, Callable[[], Any]] = {  # crc32c and crc64nvme are not in Python
-    "x-amz-checksum-crc32": _Crc32, "x-amz-checksum-sha1": hashlib.sha1,
-    "x-amz-checksum-sha256": hashlib.sha256,
-}  # fmt: skip
+_CRC32 = "x-amz-checksum-crc32"
+# The checksums of hashlib.  CRC-32 comes from zlib; crc32c and crc64nvme are not in Python.
+CHECKSUMS = {"x-amz-checksum-sha1": hashlib.sha1, "x-amz-checksum-sha256": hashlib.sha256}
 CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
@@ -1875,7 +1860,7 @@ def _chunks(
 ) -> Iterator[bytes]:  # fmt: skip
     """Yield content; check the last, empty chunk and the trailers with the chunk before."""
     checks = {name: CHECKSUMS[name]() for name in announced if name in CHECKSUMS}
-    left, last, data = 0, b"", None
+    left, last, data, crc = 0, b"", None, 0
     while data != b"":
         if not left:
             match = _CHUNK_HEADER.fullmatch(stream.readline(4096))
@@ -1898,6 +1883,7 @@ def _chunks(
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
         for check in checks.values():
             check.update(data)
+        crc = zlib.crc32(data, crc) if _CRC32 in announced else 0
         if data and not left and stream.read(2) != b"\r\n":
             raise _incomplete("A chunk is longer than its size, or its end is missing.")
         if unread:
@@ -1909,11 +1895,13 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
+    sums = {_CRC32: crc.to_bytes(4, "big")}
+    sums.update((name, check.digest()) for name, check in checks.items())
     for name, value in trailers.items():
-        length, sum_of = CHECKSUM_LENGTHS.get(name), checks.get(name)
+        length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
             raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-        if sum_of and base64.b64encode(sum_of.digest()).decode("ascii") != value:
+        if computed and base64.b64encode(computed).decode("ascii") != value:
             checksum = name.rpartition("-")[2].upper()
             message = f"The {checksum} you specified did not match the calculated checksum."
             raise ServiceError("BadDigest", message)
@@ -1923,8 +1911,7 @@ def _chunks(
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
     data = stream.read(65536)
-    match = _TRAILERS.match(data)
-    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
+    _, block, rest = _TRAILERS.split(data, maxsplit=1)  # it matches at the start, perhaps nothing
     lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
     found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
     trailers.update(found)
