@@ -1376,11 +1376,9 @@ _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
     """Return the error of a row of REFUSALS, in the words of the service that is called."""
-    code, s3_code, message, s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
-    if scope.service in S3_FAMILY:
-        code, message = s3_code, s3_message
+    code, message = REFUSALS[reason][scope.service in S3_FAMILY :: 2]  # the two families alternate
     error = ServiceError(code, message.format(*values), **detail)
     error.reason = reason
     return error
@@ -1469,8 +1467,7 @@ MISTAKES = r"""
     secret | ^AWS4.* | AWS4 | signed with an empty secret: is its variable set?
     secret | ^ | AWS4 | ^AWS4 | aws4 | wrote AWS4 twice or in lower case before the secret
     secret | ^AWS4.* | AWS4<key> | signed with the access key id instead of the secret
-    secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | signed with the secret escaped or \
-        decoded, as for a URL or for JSON
+    secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | escaped or decoded the secret
     scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
     scope | /aws4_request | - | aws4_ | aws4 | derived the key without the last step, aws4_request
     scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | (.+)/(.+)/(.+)/ | \3/\2/\1/ | derived \
@@ -1499,8 +1496,7 @@ MISTAKES = r"""
     query | %2B | %20 | signed %2B in the query as a blank (curl 8.14 to 8.18 do)
     query | %2F | / | %3A | : | did not encode the slashes or the colons of the query
     query | ^ | ? | began the query with ?
-    query | &(?=X-Amz-SignedHeaders=) | &X-Amz-Signature=& | signed X-Amz-Signature, too: it is \
-        not in the query yet
+    query | &(?=X-Amz-SignedHeaders=) | &X-Amz-Signature=& | signed an empty X-Amz-Signature, too
     headers | ^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
     headers | ^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a reverse \
         proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
@@ -1511,8 +1507,7 @@ MISTAKES = r"""
         host:https:// | signed the Host with a default port or with http://: leave them out
     headers | \n\Z | - | \Z | \n | wrote no blank line after the canonical headers, or two
     headers | ^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
-    headers | ^content-length:.*$ | content-length:<characters> | signed the number of characters \
-        as Content-Length: send and sign the number of bytes
+    headers | ^(content-length:).* | \g<1><count> | signed Content-Length in characters, not bytes
     headers | ^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
     headers | ^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
     headers | ^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
@@ -1585,11 +1580,11 @@ def _others(
     last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
     yield "query", "signed only the last parameter of each name", "&".join(last)
     yield "method", "signed the {} in lower case", request.method.lower()
-    yield "headers", "wrote the values of the {} in lower case", parts[3].lower()
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
     blanks = [f"{name.lower()}:{value}\n" for name, value in by_name]
     yield "headers", "kept several blanks in a header: write one", "".join(blanks)
+    yield "headers", "wrote the values of the {} in lower case", parts[3].lower()
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     unsorted = [(name.lower(), value) for name, value in sent]
@@ -1641,7 +1636,7 @@ def _mistakes(
         "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
         "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
         "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
-        "characters": str(len(body.decode("utf-8", "replace"))),
+        "count": str(len(body.decode("utf-8", "replace"))),
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
     }  # fmt: skip
     for at, pattern, written, words in _ROWS:
@@ -1659,7 +1654,7 @@ def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]
     for method in sorted(METHODS):
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
-        yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
+        yield 3, f"^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
     services = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es"
     others = [("region", region, other) for other in (*REGIONS, "aws-global")]
     others += [("service", service, other) for other in services.split()]
