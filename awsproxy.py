@@ -1464,9 +1464,8 @@ MISTAKES = r"""
     secret | ^AWS4 | - | left out the prefix AWS4 of the secret
     secret | \Z | \n | \Z | <blank> | ^AWS4 | AWS4<blank> | left white space around the secret
     secret | ^AWS4(.*) | AWS4"\1" | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
-    secret | ^AWS4.* | AWS4 | signed with an empty secret: is its variable set?
+    secret | ^AWS4.* | AWS4 | ^AWS4.* | AWS4<key> | signed with an empty secret or with the key id
     secret | ^ | AWS4 | ^AWS4 | aws4 | wrote AWS4 twice or in lower case before the secret
-    secret | ^AWS4.* | AWS4<key> | signed with the access key id instead of the secret
     secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | escaped or decoded the secret
     scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
     scope | /aws4_request | - | aws4_ | aws4 | derived the key without the last step, aws4_request
@@ -1521,8 +1520,7 @@ MISTAKES = r"""
     string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
         left words of openssl or sha256sum next to the hash of the canonical request
     method | POST | GET | signed the method GET
-    path | ^/[^/]+(?=/) | - | left out the path's first segment, as if it were a stage or bucket
-    path | ^ | /<bucket> | began the path with the bucket, which the Host names already
+    path | ^/[^/]+(?=/) | - | ^ | /<bucket> | left out the path's first segment, or added a bucket
     query | \A\Z | \b | left out the line of the empty query: keep it, empty
     query | &X-Amz-Security-Token=[^&]* | - | added X-Amz-Security-Token after signing: sign it
     payload | (?s).+ | \b | \Z | \n | did not end the canonical request with the body's hash

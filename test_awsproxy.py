@@ -3495,7 +3495,7 @@ BROKEN_SIGNERS = [
     ("quotes", JSON_TRIAL._replace(secret=lambda v: f'AWS4"{v[4:]}"')),
     ("empty secret", JSON_TRIAL._replace(secret=lambda v: "AWS4")),
     ("AWS4 twice or in", JSON_TRIAL._replace(secret=lambda v: "AWS4" + v)),
-    ("access key id instead", JSON_TRIAL._replace(secret=lambda v: "AWS4" + TRIAL_KEY)),
+    ("or with the key id", JSON_TRIAL._replace(secret=lambda v: "AWS4" + TRIAL_KEY)),
     ("escaped or decoded", JSON_TRIAL._replace(secret=replaced("/", "\\/"))),
     ("escaped or decoded", JSON_TRIAL._replace(secret=replaced("+", " "))),
     ("from the time", JSON_TRIAL._replace(steps=lambda s: [TRIAL_DATE, *s[1:]])),
@@ -3674,7 +3674,7 @@ BROKEN_SIGNERS = [
         verb=lambda v: "GET", secret=lambda v: v[4:])),
     ("slashes of the path", API_TRIAL._replace(target="/a/b", path=lambda v: "/a%2Fb")),
     ("first segment", API_TRIAL._replace(target="/prod/a/b", path=lambda v: "/a/b")),
-    ("began the path with the bucket", S3_TRIAL._replace(
+    ("or added a bucket", S3_TRIAL._replace(
         host="photos.localhost:9000", target="/a.jpg", path=lambda v: "/photos/a.jpg")),
     ("line of the empty query", JSON_TRIAL._replace(whole=lambda v: v.replace("/\n\n", "/\n", 1))),
     ("last parameter of each name", GET_TRIAL._replace(
