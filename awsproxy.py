@@ -1469,8 +1469,8 @@ MISTAKES = r"""
     secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | escaped or decoded the secret
     scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
     scope | /aws4_request | - | aws4_ | aws4 | derived the key without the last step, aws4_request
-    scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | (.+)/(.+)/(.+)/ | \3/\2/\1/ | derived \
-        the key in the wrong order: it is date, region, service, aws4_request
+    scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
+        \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
     scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
@@ -1478,7 +1478,7 @@ MISTAKES = r"""
         signed another form of the time in the {} than it sent in X-Amz-Date
     string_to_sign | /aws4_request | - | <scope> | <key>/<scope> | <region>/<service> | \
         <service>/<region> | did not write the scope as date/region/service/aws4_request in the {}
-    string_to_sign | @ | # | @ | @@ | wrote the canonical request itself or its hash in upper case
+    string_to_sign | @ | # | @ | @@ | did not hash the canonical request, or wrote upper case
     string_to_sign | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the {}
     string_to_sign | \Z | \n | ended the {} with a newline
     headers string_to_sign canonical_request | \n | \r\n | \n | \\n | \n | - | wrote CR LF, a \
@@ -1904,7 +1904,8 @@ def _chunks(
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
     data = stream.read(65536)
-    _, block, rest = _TRAILERS.split(data, maxsplit=1)  # it matches at the start, perhaps nothing
+    match = _TRAILERS.match(data)
+    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
     lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
     found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
     trailers.update(found)

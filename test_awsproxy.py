@@ -3510,7 +3510,7 @@ BROKEN_SIGNERS = [
     ("form of the time in the string to sign", JSON_TRIAL._replace(text=replaced(TRIAL_DATE, TRIAL_DATE_EXTENDED))),
     ("date/region/service/aws4_request", JSON_TRIAL._replace(text=replaced("/aws4_request", ""))),
     ("swapped time and scope", JSON_TRIAL._replace(text=sub("\n(.*)\n(.*)\n", r"\n\2\n\1\n"))),
-    ("hash in upper case", JSON_TRIAL._replace(digest=lambda v: sha256(v).upper().encode())),
+    ("or wrote upper case", JSON_TRIAL._replace(digest=lambda v: sha256(v).upper().encode())),
     ("ended the string to sign with a newline", JSON_TRIAL._replace(text=lambda v: v + "\n")),
     ("CR LF.* newline of the string to sign", JSON_TRIAL._replace(text=replaced("\n", "\r\n"))),
     ("swapped key and message", JSON_TRIAL._replace(key=swapped)),
@@ -21462,11 +21462,11 @@ class ChromiumTest(unittest.TestCase):
 
     def test_each_mistake_of_the_laboratory_is_refused_with_its_cause(self):
         causes = {
-            "sort": "sort its parameters", "plus": r"as \+, not %20", "twice": "query twice",
+            "sort": "sort its parameters", "plus": r"as \+, not %20", "twice": "query too often",
             "port": "Host without its port", "blanks": "several blanks", "newline": "blank line",
-            "method": "method in lower case", "body": "newline that it did not send",
+            "method": "method in lower case", "body": "other newlines than it sent",
             "hash": "did not hash", "chain": "in hex", "region": "region eu-west-1",
-            "secret": "newline after the secret", "prefix": "prefix AWS4",
+            "secret": "space around the secret", "prefix": "prefix AWS4",
             "clock": r"clock is \+2 hours off",
         }  # fmt: skip
         self.assertEqual(sorted(causes), sorted(self.browser.run("return Object.keys(MISTAKES)")))
