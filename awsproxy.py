@@ -215,8 +215,6 @@ class Request:
         `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
         MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
         text = self.target.partition("?")[2]
-        if not text:
-            return ()
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
         if text.count("&") >= MAX_PARAMETERS:
@@ -1322,9 +1320,8 @@ _REFUSALS = """
     scope [AuthorizationHeaderMalformed]: {0} | The authorization header is malformed; {1}
     query scope [AuthorizationQueryParametersError]: {0} \
         | Error parsing the X-Amz-Credential parameter; {1}
-    key [InvalidClientTokenId InvalidAccessKeyId]: \
-        The security token included in the request is invalid.{} \
-        | The AWS Access Key Id you provided does not exist in our records.{}
+    key [InvalidClientTokenId InvalidAccessKeyId]: The security token included in the request is \
+        invalid.{} | The AWS Access Key Id you provided does not exist in our records.{}
     token [InvalidClientTokenId InvalidToken]: \
         The security token included in the request is invalid ({})
     host [AccessDenied]: 'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.
@@ -1362,11 +1359,9 @@ _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
     """Return the error of a row of REFUSALS, in the words of the service that is called."""
-    code, s3_code, message, s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
-    if scope.service in S3_FAMILY:
-        code, message = s3_code, s3_message
+    code, message = REFUSALS[reason][scope.service in S3_FAMILY :: 2]  # the two families alternate
     error = ServiceError(code, message.format(*values), **detail)
     error.reason = reason
     return error
@@ -1410,13 +1405,11 @@ def _parse_query(request: Request) -> Authorization:
     reason = "query parameter"
     given: dict[str, str] = {}
     for raw_name, raw_value in request.query:
-        name = _QUERY_PARAMETERS.get(raw_name.lower())
-        if name is None:
-            continue
-        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
-        if name in given or raw_name != name.encode():
-            raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
-        given[name] = raw_value.decode("latin-1")
+        if name := _QUERY_PARAMETERS.get(raw_name.lower()):
+            # Case variants and repeats have let two checks see two values (CVE-2022-2385).
+            if name in given or raw_name != name.encode():
+                raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
+            given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
     optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
@@ -1441,293 +1434,214 @@ def _parse_query(request: Request) -> Authorization:
 # If a signature does not match, this section computes what broken signers compute, until one
 # mistake, or two of them, give the signature that came.  So a cause is never guessed.
 
-# What a signer computes, in this order.  In `text`, @ stands for the hash of the canonical
-# request, @@ for the same in upper case, and # for the canonical request itself.  `joint` stands
-# between the lines of the canonical request.
-_FIELDS = "method path query headers names payload text secret scope joint".split()
-# A field, a pattern in its right value and what signers write instead (- is nothing; <...> stands
-# for a text of _texts), and what the mistake is.  The first row that explains a signature wins.
+# What a signer computes, in this order.  In `string_to_sign`, @ stands for the hash of the
+# canonical request, @@ for the same in upper case, and # for the canonical request itself.
+# `canonical_request` is what stands between the lines of the canonical request.
+_FIELDS = """
+    method path query headers signed_headers payload string_to_sign secret scope canonical_request
+""".split()
+# Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
+# removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
+# The first row that explains a signature wins.
 MISTAKES = r"""
     secret | ^AWS4 | - | left out the prefix AWS4 of the secret
-    secret | \Z | \n | signed with a newline after the secret: strip it
-    secret | \Z | <blank> | signed with a blank after the secret: strip it
-    secret | ^AWS4 | AWS4<blank> | signed with a blank before the secret: strip it
-    secret | ^AWS4(.*) | AWS4"\1" | signed with quotes around the secret
-    secret | ^AWS4.* | AWS4 | signed with an empty secret: is its variable set?
-    secret | ^ | AWS4 | wrote the prefix AWS4 twice
-    secret | ^AWS4.* | AWS4<key> | signed with the access key id instead of the secret
-    secret | ^AWS4.* | AWS4<quoted> | signed with the percent-encoded secret
-    secret | / | \\/ | signed with \/ instead of / in the secret, as in JSON
-    secret | [+] | <blank> | signed with a blank instead of + in the secret
+    secret | \Z | \n | \Z | <blank> | ^AWS4 | AWS4<blank> | left white space around the secret
+    secret | ^AWS4(.*) | AWS4"\1" | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
+    secret | ^AWS4.* | AWS4 | ^AWS4.* | AWS4<key> | signed with an empty secret or with the key id
+    secret | ^ | AWS4 | ^AWS4 | aws4 | wrote AWS4 twice or in lower case before the secret
+    secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | escaped or decoded the secret
     scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
-    scope | /aws4_request | - | derived the key without the last step, aws4_request
-    scope | aws4_request | aws4request | derived the key with aws4request, not aws4_request
-    scope | ^([^/]+)/([^/]+) | \2/\1 | derived the key with the region before the date
-    scope | ([^/]+)/([^/]+)/([^/]+) | \1/\3/\2 | derived the key with the service before the region
-    scope | ^([^/]+)/([^/]+)/([^/]+) | \3/\2/\1 | derived the key in the wrong order: it is date, \
-        region, service, aws4_request
-    scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
-    scope | ^ | swapped: | swapped key and message in the steps of the key's derivation
-    scope | ^ | all swapped: | swapped key and message in each HMAC
-    scope | ^ | last swapped: | swapped key and message in the last HMAC
-    scope | ^ | last hex: | signed with the signing key in hex: sign with its bytes
-    text | ^.*\n | - | left out the first line of the string to sign, the algorithm
-    text | <date>\n | - | left out the second line of the string to sign, the time
-    text | <scope>\n | - | left out the third line of the string to sign, the credential scope
-    text | <date> | <extended> | wrote the time into the string to sign with - and :
-    text | <date> | <day> | wrote the day into the string to sign: write the time, too
-    text | /aws4_request | - | left aws4_request out of the scope in the string to sign
-    text | <scope> | <key>/<scope> | wrote the key id into the scope in the string to sign
-    text | <region>/<service> | <service>/<region> | swapped region and service in the scope
-    text | @ | # | did not hash the canonical request
-    text | @ | @@ | wrote the hash of the canonical request in upper case
-    text | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the string to sign
-    text | \Z | \n | ended the string to sign with a newline
-    text | \n | \r\n | ended the lines of the string to sign with CR LF
-    text | \n | \\n | wrote a backslash and n for each newline of the string to sign
-    method | .+ | <method> | signed the method in lower case
-    method | .+ | - | left out the method
-    path | .+ | <path again> | encoded the path once too often (S3 wants it once, others twice)
-    path | .+ | <path with dots> | did not resolve the dots and empty segments of the path
-    path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl since 8.14
-    path | .+ | <path once> | encoded the path once, not twice
-    path | .+ | <path decoded> | did not percent-encode the path
-    path | .+ | <path resolved> | resolved dots and empty segments of the path, which S3 keeps
-    path | .+ | <target> | signed the query as a part of the path
-    path | /\Z | - | left out the path's last slash
-    path | \Z | / | added a slash to the path
-    path | .+ | / | signed / instead of the path
-    path | ^/ | - | left out the path's first slash
-    path | %(?:25)?20 | + | wrote a blank in the path as +
-    path | ~ | %7E | encoded the ~ of the path
-    path | .+ | <path of JavaScript> | did not encode !'()* in the path, as encodeURIComponent
-    path | .+ | <path as one> | percent-encoded the slashes of the path
-    path | .+ | <path in lower case> | wrote the path's percent-encoding in lower case
-    path | ^ | http://<host> | signed the whole URL instead of the path
-    query | .+ | - | left out the query
+    scope | /aws4_request | - | aws4_ | aws4 | derived the key without the last step, aws4_request
+    scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
+        \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
+    scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
+    scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
+    string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
+    string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
+        signed another form of the time in the {} than it sent in X-Amz-Date
+    string_to_sign | /aws4_request | - | <scope> | <key>/<scope> | <region>/<service> | \
+        <service>/<region> | did not write the scope as date/region/service/aws4_request in the {}
+    string_to_sign | @ | # | @ | @@ | did not hash the canonical request, or wrote upper case
+    string_to_sign | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the {}
+    string_to_sign | \Z | \n | ended the {} with a newline
+    headers string_to_sign canonical_request | \n | \r\n | \n | \\n | \n | - | wrote CR LF, a \
+        backslash and n, or nothing for each newline of the {}
+    method query headers signed_headers payload | (?s).+ | - | left out the {}
+    path | /\Z | - | \Z | / | ^/ | - | left out a slash at an end of the path, or added one
+    path | (?s).+ | / | signed / instead of the path
+    path query | %(?:25)?20 | + | wrote a blank in the {} as +, not %20
+    path query | ~ | %7E | encoded the ~ of the {}
+    path | / | %2F | (?<=.)/ | %2F | percent-encoded the slashes of the path
+    path | ^ | http://<host> | ^ | https://<host> | signed the whole URL instead of the path
     query | =(?![^&]) | - | left out the = of parameters without a value
-    query | %20 | + | wrote a blank in the query as +, not %20
+    query | %20 | %2B | signed a '+' in the query as %2B: it is a blank, write %20 or %2B
     query | %2B | %20 | signed %2B in the query as a blank (curl 8.14 to 8.18 do)
-    query | %2F | / | did not encode the slashes of the query
-    query | %3A | : | did not encode the colons of the query
-    query | ~ | %7E | encoded the ~ of the query
-    query | .+ | <query of JavaScript> | did not encode !'()* in the query, as encodeURIComponent
-    query | .+ | <query as sent> | signed the query as sent: sort its parameters, write each as \
-        name=value with both percent-encoded, or take curl 8.19 or newer
-    query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
-    query | .+ | <query in order> | did not sort the query
-    query | .+ | <query plus> | signed a '+' in the query as %2B: it is a blank, write %20 or %2B
-    query | .+ | <query again> | percent-encoded the query twice
-    query | .+ | <query decoded> | did not percent-encode the query
-    query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
-    query | .+ | <query by case> | sorted the query without regard to case
+    query | %2F | / | %3A | : | did not encode the slashes or the colons of the query
     query | ^ | ? | began the query with ?
-    query | .+ | <query and signature> | signed X-Amz-Signature, too: it is not in the query yet
-    headers | (?m)^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
-    headers | (?m)^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a \
-        reverse proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
-    headers | (?m)^host:.* | host:<AWS> | signed the Host of AWS: sign the host that you call
-    headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
-    headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
-    headers | (?m)^host:.* | host:<global> | signed AWS's global Host: sign the host that you call
-    headers | \n\Z | - | left out the blank line after the canonical headers
-    headers | \n | - | joined the canonical headers without newlines
-    headers | \Z | \n | wrote a newline too many after the canonical headers
-    headers | \n | \r\n | ended the canonical headers with CR LF
-    headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
-    headers | host:127.0.0.1 | host:localhost | signed localhost as Host, not 127.0.0.1
-    headers | host:localhost | host:127.0.0.1 | signed 127.0.0.1 as Host, not localhost
-    headers | (?m)^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
-    headers | (?s).+ | <headers in order> | did not sort the canonical headers
-    headers | (?s).+ | <headers in case> | did not write the names of the headers in lower case
-    headers | (?s).+ | <headers with blanks> | kept several blanks in a header: write one
-    headers | (?s).+ | <headers in lower case> | wrote the values of the headers in lower case
-    headers | (?s).+ | <every header> | included headers that SignedHeaders does not name
-    headers | (?s).+ | - | left out the canonical headers
-    headers | (?m)^content-length:.*$ | content-length:<characters> | signed the number of \
-        characters as Content-Length: send and sign the number of bytes
-    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
-    headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
-    headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
-    names | ; | , | joined the signed headers with commas
-    names | ; | ;<blank> | wrote blanks into the line of signed headers
-    names | \Z | ; | ended the line of signed headers with ;
-    names | .+ | <every name> | named headers that SignedHeaders does not have
-    names | .+ | - | left out the line of signed headers
-    names | .+ | <names in case> | did not write the line of signed headers in lower case
-    names | .+ | <names in order> | did not sort the line of signed headers
+    query | &(?=X-Amz-SignedHeaders=) | &X-Amz-Signature=& | signed an empty X-Amz-Signature, too
+    headers | ^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
+    headers | ^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a reverse \
+        proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
+    headers | ^host:.* | host:<aws> | ^host:.* | host:<global> | host:127.0.0.1 | \
+        host:localhost | host:localhost | host:127.0.0.1 | signed the Host of AWS, or swapped \
+        localhost and 127.0.0.1: sign the host that you call
+    headers | ^host:.* | \g<0>:80 | ^host:.* | \g<0>:443 | ^host: | host:http:// | ^host: | \
+        host:https:// | signed the Host with a default port or with http://: leave them out
+    headers | \n\Z | - | \Z | \n | wrote no blank line after the canonical headers, or two
+    headers | ^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
+    headers | ^(content-length:).* | \g<1><count> | signed Content-Length in characters, not bytes
+    headers | ^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
+    headers | ^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
+    headers | ^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
+    signed_headers | ; | , | ; | ;<blank> | \Z | ; | did not join the {} with ; alone
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
-    payload | .+ | <empty> | signed the hash of an empty body (curl -T and -F: use --data-binary)
-    payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
-    payload | .+ | - | left out the last line, the body's hash
-    payload | .+ | <upper hash> | wrote the body's hash in upper case
-    payload | .+ | <hash of hash> | hashed the hex of the body's hash
-    payload | .+ | <base64> | wrote the body's hash in base64, not in hex
-    payload | .+ | <body> | wrote the body itself instead of its hash
-    payload | .+ | <body stripped> | hashed the body without its last newline
-    payload | .+ | <body and newline> | hashed the body with a newline that it did not send
-    payload | .+ | <body with LF> | hashed the body with LF instead of CR LF
-    payload | .+ | <body with CR LF> | hashed the body with CR LF instead of LF
-    payload | .+ | <body as string> | hashed the body as a string in JSON: it is encoded twice
-    payload | .+ | <JSON compact> | hashed other JSON than it sent: without blanks
-    payload | .+ | <JSON spaced> | hashed other JSON than it sent: with blanks
-    payload | .+ | <JSON sorted> | hashed other JSON than it sent: sorted
-    payload | .+ | <JSON sorted, compact> | hashed other JSON than it sent: sorted, without blanks
-    payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
+    payload | (?s).+ | <empty> | signed the hash of an empty body (curl -T, -F: use --data-binary)
+    payload | (?s).+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
     scope | ^ | decoded: | decoded the secret as base64: take its characters
-    scope | ^ | base64: | handed the steps of the key's derivation on in base64: hand on the bytes
     scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
     scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
-    text | <date> | <milliseconds> | wrote the time into the string to sign with milliseconds
-    text | @ | (stdin)=<blank>@ | left openssl's '(stdin)= ' before the canonical request's hash
-    text | @ | SHA2-256(stdin)=<blank>@ | left openssl's 'SHA2-256(stdin)= ' before the hash
-    text | @ | @<blank><blank>- | left sha256sum's '-' after the hash of the canonical request
+    string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
+        left words of openssl or sha256sum next to the hash of the canonical request
     method | POST | GET | signed the method GET
-    path | (?<=.)/ | %2F | percent-encoded the inner slashes of the path
-    path | ^/[^/]+(?=/) | - | left out the path's first segment, as if it were a stage or bucket
-    path | ^ | /<bucket> | began the path with the bucket, which the Host names already
-    query | \A\Z | <cut> | left out the line of the empty query: keep it, empty
-    query | .+ | <query without repeats> | signed only the last parameter of each name
+    path | ^/[^/]+(?=/) | - | ^ | /<bucket> | left out the path's first segment, or added a bucket
+    query | \A\Z | \b | left out the line of the empty query: keep it, empty
     query | &X-Amz-Security-Token=[^&]* | - | added X-Amz-Security-Token after signing: sign it
-    headers | (?m)^host:(.*)$ | host:https://\1 | signed the Host with https:// before it
-    headers | (?m)^host:(.*)$ | host:http://\1 | signed the Host with http:// before it
-    payload | .+ | <cut> | left out the last line, the body's hash, and the newline before it
-    payload | .+ | <JSON compact in UTF8> | hashed other JSON than it sent: without blanks or \u
-    payload | .+ | <JSON spaced in UTF8> | hashed other JSON than it sent: with blanks, without \u
-    payload | .+ | <JSON indented in UTF8> | hashed other JSON than it sent: indented, without \u
-    payload | .+ | <JSON of Go> | hashed other JSON than it sent: with \u0026 for &, as in Go
-    payload | .+ | <JSON of PHP> | hashed other JSON than it sent: with \/ for /, as in PHP
-    payload | .+ | <form with plus> | hashed the body with + for each %20
-    payload | .+ | <form without plus> | hashed the body with %20 for each +
-    payload | .+ | <no JSON> | hashed {} and sent no body
-    payload | \Z | \n | ended the canonical request with a newline
-    secret | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
+    payload | (?s).+ | \b | \Z | \n | did not end the canonical request with the body's hash
     secret | ^AWS4(.*) | AWS4b'\1' | signed with b'' around the secret: decode it before AWS4
-    secret | ^AWS4 | aws4 | wrote aws4 instead of AWS4 before the secret
-    text | (?s).+ | @ | signed the hash of the canonical request, not the string to sign
-    text | (?s).+ | # | signed the canonical request, not the string to sign
-    path | ^ | https://<host> | signed the whole URL instead of the path
-    headers | (?s).+ | <headers as sent> | wrote the headers as sent: in lower case, and sorted
-    joint | \n | \r\n | ended the lines of the canonical request with CR LF
-    joint | \n | \\n | wrote a backslash and n for each newline of the canonical request
-    joint | \n | - | joined the lines of the canonical request without newlines
+    string_to_sign | (?s).+ | @ | (?s).+ | # | signed the canonical request or its hash, not the {}
 """
 MAX_CANDIDATES = 4800  # pairs for one signature: some 19 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
-_ROWS = [row[4:].split(" | ") for row in MISTAKES.replace("\\\n        ", "").splitlines()[1:]]
-_NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
+_NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
-Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
+Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
 
 
-def _texts(
-    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Mapping[str, str]:
-    """Return what the <...> of MISTAKES stand for."""
+def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
+    return _FIELDS.index(name), pattern, written, words.format(name.replace("_", " "))
+
+
+_ROWS = [
+    _mistake(name, pattern, written.lstrip("-"), words)
+    for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
+    for names, *changes, words in [row.strip().split(" | ")]
+    for name in names.split()
+    for pattern, written in zip(changes[::2], changes[1::2])
+]
+
+
+def _others(
+    request: Request, claimed: Authorization, parts: Sequence[str], body: bytes
+) -> Iterator[Sequence[str]]:
+    """Yield a field, a mistake, and what signers who make it write as the whole field."""
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
+    written = [f"{name}={value}" for name, value in pairs]
+    for name, right in (("path", parts[1]), ("query", parts[2])):
+        plain = re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right)
+        lower = re.sub("%..", lambda match: match[0].lower(), right)
+        yield name, "did not percent-encode !'()* in the {}, or in lower case", plain, lower
+        words = "encoded the {} too often (a path of S3 once, other paths twice, a query once)"
+        yield name, words, quote(right, "/=&")
+    yield "path", "did not resolve the dots and empty segments of the {}", quote(path)
+    yield "path", "signed the {} as sent: encode it once more, as curl since 8.14", path
+    yield "path", "encoded the {} once, not twice", quote(unquote(path))
+    yield "path", "did not percent-encode the {}", unquote(path)
+    yield "path", "signed the query as a part of the {}", request.target
+    with contextlib.suppress(ServiceError):  # the path leads above its root
+        resolved = quote(unquote(unquote(canonical_path(path, True))))
+        yield "path", "resolved dots and empty segments of the {}, which S3 keeps", resolved
+    hint = "write each as name=value with both percent-encoded, or take curl 8.19 or newer"
+    yield "query", f"signed the {{}} as sent: sort its parameters, {hint}", "&".join(raw)
+    yield "query", "did not percent-encode the {}", "&".join(sorted(raw)), unquote(parts[2])
+    by_case = sorted(written, key=str.lower)
+    yield "query", "did not sort the {} by its bytes", "&".join(written), "&".join(by_case)
+    last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
+    yield "query", "signed only the last parameter of each name", "&".join(last)
+    yield "method", "signed the {} in lower case", request.method.lower()
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
-    # If the body streams or is long, only its hash is known.
-    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
-    date, scope = claimed.amz_date, claimed.scope
+    blanks = [f"{name.lower()}:{value}\n" for name, value in by_name]
+    yield "headers", "kept several blanks in a header: write one", "".join(blanks)
+    yield "headers", "wrote the values of the {} in lower case", parts[3].lower()
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
-    texts = {
-        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "day": date[:8], "scope": str(scope), "region": scope.region,
-        "service": scope.service, "AWS": f"{scope.service}.{scope.region}.amazonaws.com",
-        "global": f"{scope.service}.amazonaws.com", "host": request.header("host") or "",
-        "extended": re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", date),
-        "milliseconds": re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5.000Z", date),
-        "bucket": (request.header("host") or "").partition(".")[0], "cut": "\b",
-        "query without repeats": "&".join(f"{n}={v}" for n, v in sorted(dict(pairs).items())),
-        "method": request.method.lower(), "target": request.target,
-        "path as sent": path, "path once": quote(unquote(path)), "path decoded": unquote(path),
-        "path again": quote(parts[1]), "path as one": quote(parts[1], "%"),
-        "path of JavaScript": re.sub("%(25)?(2[1789A])", lambda m: unquote(f"%{m[2]}"), parts[1]),
-        "path in lower case": re.sub("%..", lambda match: match[0].lower(), parts[1]),
-        "path with dots": quote(path), "query again": quote(parts[2], "=&"),
-        "query as sent": "&".join(raw), "query sorted": "&".join(sorted(raw)),
-        "query in order": "&".join(f"{name}={value}" for name, value in pairs),
-        "query plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
-        "query of JavaScript": re.sub("%2[1789A]", lambda match: unquote(match[0]), parts[2]),
-        "query in lower case": re.sub("%..", lambda match: match[0].lower(), parts[2]),
-        "query decoded": "&".join(f"{unquote(n)}={unquote(v)}" for n, v in sorted(pairs)),
-        "query by case": "&".join(sorted((f"{n}={v}" for n, v in pairs), key=str.lower)),
-        "query and signature": "&".join(sorted([*parts[2].split("&"), "X-Amz-Signature="])),
-        "every name": ";".join(n for n, _ in unlisted), "headers in lower case": parts[3].lower(),
-        "every header": "".join(f"{n}:{v}\n" for n, v in unlisted),
-        "characters": str(len(body.decode("utf-8", "replace"))),
-        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
-        "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
-        "headers in case": "".join(f"{n}:{v}\n" for n, v in by_name),
-        "headers as sent": "".join(f"{n}:{v}\n" for n, v in sent),
-        "names in order": ";".join(n.lower() for n, _ in sent),
-        "names in case": ";".join(n for n, _ in by_name),
-        "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
-        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
-        "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
-    }  # fmt: skip
-    with contextlib.suppress(ServiceError):  # the path leads above its root
-        texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
-    for name, other in _other_bodies(body, hashed).items():
-        texts[name] = hashlib.sha256(other).hexdigest()
-    return texts
+    unsorted = [(name.lower(), value) for name, value in sent]
+    for fault, lines in (
+        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
+        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
+    ):
+        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
+        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    # If the body streams or is long, only its hash is known.
+    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
+    in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
+    yield "payload", "wrote the body's hash in upper case or base64", hashed.upper(), in_base64
+    yield "payload", "wrote the body itself instead of its hash", body.decode("latin-1")
+    for fault, bodies in _other_bodies(body, hashed):
+        yield "payload", fault, *[hashlib.sha256(it).hexdigest() for it in bodies]
 
 
-def _other_bodies(body: bytes, hashed: str) -> Mapping[str, bytes]:
-    """Return what signers hash in place of the body."""
-    others = {
-        "body stripped": body.rstrip(b"\r\n"), "body and newline": body + b"\n",
-        "body with LF": body.replace(b"\r\n", b"\n"), "hash of hash": hashed.encode(),
-        "body with CR LF": re.sub(rb"\r?\n", b"\r\n", body),
-        "body as string": json.dumps(body.decode("latin-1")).encode(),
-        "form with plus": body.replace(b"%20", b"+"),
-        "form without plus": body.replace(b"+", b"%20"),
-    }  # fmt: skip
-    others.update({"no JSON": b"{}"} if hashed == EMPTY_SHA256 else {})
+def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[bytes]]]:
+    """Yield a mistake, and what signers who make it hash in place of the body."""
+    yield "hashed the hex of the body's hash", [hashed.encode()]
+    lf = body.replace(b"\r\n", b"\n")
+    newlines = (body.rstrip(b"\r\n"), body + b"\n", lf, lf.replace(b"\n", b"\r\n"))
+    yield "hashed the body with other newlines than it sent", newlines
+    yield "hashed the body as a string in JSON", [json.dumps(body.decode("latin-1")).encode()]
+    swapped = (body.replace(b"%20", b"+"), body.replace(b"+", b"%20"))
+    yield "hashed the body with + for %20, or %20 for +", swapped
+    yield "hashed {{}} instead of the body", [b"{}"]
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
         plain, compact = functools.partial(dumps, ensure_ascii=False), dumps(separators=tight)
         packed = plain(separators=tight)
-        forms = {
-            "compact": compact, "spaced": dumps(), "indented": dumps(indent=2),
-            "sorted": dumps(sort_keys=True), "of PHP": compact.replace("/", r"\/"),
-            "sorted, compact": dumps(sort_keys=True, separators=tight),
-            "of Go": re.sub("[<>&]", lambda it: f"\\u{ord(it[0]):04x}", packed),
-            "compact in UTF8": packed, "spaced in UTF8": plain(),
-            "indented in UTF8": plain(indent=2),
-        }  # fmt: skip
-        others.update((f"JSON {name}", form.encode()) for name, form in forms.items())
-    return others
+        php = compact.replace("/", r"\/")
+        go = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", packed)
+        ordered = (dumps(sort_keys=True), dumps(sort_keys=True, separators=tight))
+        forms = (compact, dumps(), dumps(indent=2), packed, plain(), plain(indent=2), php, go)
+        words = "hashed other JSON than it sent: with other blanks, order or escapes"
+        yield words, [form.encode() for form in (*ordered, *forms)]
 
 
-def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
-    for place, pattern, written, words in _ROWS:
-        if "<" in pattern:
-            pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
-        if all(name in texts for name in _NAME_OF_TEXT.findall(written)):  # or it is no JSON
-            written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
-            yield _FIELDS.index(place), pattern, "" if written == "-" else written, words
+def _mistakes(
+    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
+) -> Iterator[Mistake]:
+    date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
+    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
+    texts = {
+        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
+        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
+        "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
+        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
+        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
+        "count": str(len(body.decode("utf-8", "replace"))),
+        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
+    }  # fmt: skip
+    for at, pattern, written, words in _ROWS:
+        pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
+        written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
+        yield at, pattern, written, words
+    for name, words, *others in _others(request, claimed, parts, body):
+        for other in others:
+            yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
     """Yield mistakes of which there are many; they are not paired with others."""
-    date, region, service, end = claimed.scope
+    date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
-        yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
-    for other in (*REGIONS, "aws-global"):
-        words = f"derived the key for the region {other}, and its scope says {region}"
-        yield 8, ".+", f"{date}/{other}/{service}/{end}", words
+        yield 3, f"^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
     services = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es"
-    for other in services.split():
-        words = f"derived the key for the service {other}, and its scope says {service}"
-        yield 8, ".+", f"{date}/{region}/{other}/{end}", words
+    others = [("region", region, other) for other in (*REGIONS, "aws-global")]
+    others += [("service", service, other) for other in services.split()]
+    for kind, right, other in others:
+        words = f"derived the key for the {kind} {other}, and its scope says {right}"
+        yield 8, ".+", str(claimed.scope._replace(**{kind: other})), words
     parameters = parts[2].split("&")
     for added in parameters[:32]:
         rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
@@ -1767,7 +1681,7 @@ def _drafts(
 
 def _with(draft: Draft, mistake: Mistake) -> Draft:
     at, pattern, written, _ = mistake
-    return (*draft[:at], re.sub(pattern, written, draft[at]), *draft[at + 1 :])
+    return (*draft[:at], re.sub(pattern, written, draft[at], flags=re.M), *draft[at + 1 :])
 
 
 def find_cause(
@@ -1779,7 +1693,7 @@ def find_cause(
     sent, body = len(body), body if len(body) <= MAX_SEARCHED else b""
     text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
     base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
-    singles = _mistakes(_texts(request, claimed, secret, parts, body))
+    singles = _mistakes(request, claimed, secret, parts, body)
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
     begun = functools.cache(lambda key: hmac.new(key, digestmod="sha256"))  # to copy: it is quick
@@ -1887,24 +1801,9 @@ class ChunkSigner:
 Signer = Optional[ChunkSigner]  # None if chunks are not signed, or not checked
 MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is checked
 MAX_TRAILERS = 16
-
-
-class _Crc32:
-    _value = 0
-
-    def update(self, data: bytes) -> None:
-        """Add data, as the objects of hashlib do."""
-        self._value = zlib.crc32(data, self._value)
-
-    def digest(self) -> bytes:
-        """Return the checksum as Amazon S3 spells it: four bytes, big-endian."""
-        return self._value.to_bytes(4, "big")
-
-
-CHECKSUMS: Mapping[str, Callable[[], Any]] = {  # crc32c and crc64nvme are not in Python
-    "x-amz-checksum-crc32": _Crc32, "x-amz-checksum-sha1": hashlib.sha1,
-    "x-amz-checksum-sha256": hashlib.sha256,
-}  # fmt: skip
+_CRC32 = "x-amz-checksum-crc32"
+# The checksums of hashlib.  CRC-32 comes from zlib; crc32c and crc64nvme are not in Python.
+CHECKSUMS = {"x-amz-checksum-sha1": hashlib.sha1, "x-amz-checksum-sha256": hashlib.sha256}
 CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
@@ -1913,6 +1812,7 @@ _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{6
 # minio-go ends a trailer with LF CR LF.
 _TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
 _LAST = (b"\r\n", b"")  # some clients leave the very last line out
+_incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
 class AwsChunkedBody(CheckedBody):
@@ -1936,7 +1836,7 @@ def _chunks(
 ) -> Iterator[bytes]:  # fmt: skip
     """Yield content; check the last, empty chunk and the trailers with the chunk before."""
     checks = {name: CHECKSUMS[name]() for name in announced if name in CHECKSUMS}
-    left, last, data = 0, b"", None
+    left, last, data, crc = 0, b"", None, 0
     while data != b"":
         if not left:
             match = _CHUNK_HEADER.fullmatch(stream.readline(4096))
@@ -1959,6 +1859,7 @@ def _chunks(
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
         for check in checks.values():
             check.update(data)
+        crc = zlib.crc32(data, crc) if _CRC32 in announced else 0
         if data and not left and stream.read(2) != b"\r\n":
             raise _incomplete("A chunk is longer than its size, or its end is missing.")
         if unread:
@@ -1970,11 +1871,13 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
+    sums = {_CRC32: crc.to_bytes(4, "big")}
+    sums.update((name, check.digest()) for name, check in checks.items())
     for name, value in trailers.items():
-        length, sum_of = CHECKSUM_LENGTHS.get(name), checks.get(name)
+        length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
             raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-        if sum_of and base64.b64encode(sum_of.digest()).decode("ascii") != value:
+        if computed and base64.b64encode(computed).decode("ascii") != value:
             checksum = name.rpartition("-")[2].upper()
             message = f"The {checksum} you specified did not match the calculated checksum."
             raise ServiceError("BadDigest", message)
@@ -1997,30 +1900,22 @@ def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool
     return trailers.popitem()[1].encode() if is_signed else b""
 
 
-def _incomplete(message: str) -> ServiceError:
-    return ServiceError("IncompleteBody", message)
-
-
 def _compare(computed: str, given: bytes, place: str) -> None:
     if not hmac.compare_digest(computed.encode(), given):
-        message = REFUSALS["signature"][3].partition("\n")[0]
-        raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
+        raise ServiceError("SignatureDoesNotMatch", f"{REFUSALS['signature'][3]} (in {place})")
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
-
-    def _header(data: bytes) -> bytes:
+    blocks = iter(functools.partial(Stream(body.read).read, size), b"")
+    for data in itertools.chain(blocks, (b"",)):
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
-        return f"{len(data):x}{signed}\r\n".encode()
-
-    for data in iter(functools.partial(Stream(body.read).read, size), b""):
-        yield b"".join((_header(data), data, b"\r\n"))
-    lines = [_header(b"")]
-    lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
-    if signer and body.trailers:
-        lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
-    yield b"".join((*lines, b"\r\n"))
+        trailers = {} if data else body.trailers  # they follow the last, empty chunk
+        lines = [f"{name}:{value}\r\n" for name, value in trailers.items()]
+        if signer and trailers:
+            lines.append(f"x-amz-trailer-signature:{signer.trailers(trailers)}\r\n")
+        header = f"{len(data):x}{signed}\r\n".encode()
+        yield b"".join((header, data, "".join(lines).encode(), b"\r\n"))
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
@@ -2029,8 +1924,8 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
-    of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
-    total = whole * of_whole + (of_rest if rest else 0) + of_last
+    chunks = ((size, whole), (rest, bool(rest)), (0, 1))
+    total = sum((len(f"{n:x}\r\n\r\n") + signed + n) * count for n, count in chunks)
     total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
     if body.signed and body.announced:
         total += len("x-amz-trailer-signature:\r\n") + 64
@@ -2153,12 +2048,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        if name.lower() == "content-encoding":
-            codings = [coding.strip() for coding in value.split(",")]
+        is_coding = name.lower() == "content-encoding"
+        if is_coding:
+            codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-            if not value:
-                continue
-        if name.lower() != "x-amz-decoded-content-length":
+        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
             kept.append((name, value))
     return kept
 
