@@ -3291,13 +3291,17 @@ class Queue:
         self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+        # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
+        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
+        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
+        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
         self.change(settings, now)
 
     def change(self, settings: Settings, now: float) -> None:
@@ -3362,20 +3366,22 @@ class Queue:
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
+        everything = (self.messages, self._ready, self._hidden, self._by_age)
+        for held in (*everything, self.attempts, self._groups, self._sent):
             held.clear()
         self.delayed = self.in_flight = 0
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
+            self.changes.queues.add(self)
             for key in [key for key in self.changes.memory if key[0] == self.serial]:
                 del self.changes.memory[key]
+        self.changed.notify_all()
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
         times = {"created": self.created, "modified": self.modified, "purged": self.purged}
-        tasks = [dataclasses.asdict(task) for task in self.tasks]
-        more = {"settings": self.settings, "tags": self.tags, "tasks": tasks, **times}
-        more["scoped"] = getattr(self, "scoped_to_group", False)
+        more = {"settings": self.settings, "tags": self.tags, "scoped": self.scoped_to_group}
+        more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks], **times}
         return self.serial, self.arn, json.dumps(more).encode()
 
     def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
@@ -3390,9 +3396,8 @@ class Queue:
         while self._hidden and self._hidden[0][0] <= now:
             until, _, message = heapq.heappop(self._hidden)
             if self.holds(message, until):
+                self.hide(message, 0.0)
                 back.append(message)
-        for message in back:
-            self.hide(message, 0.0)
         for message in reversed(back):  # in front of the messages that were never received
             if message.received and not self.fifo:
                 self._ready.move_to_end(message.message_id, last=False)
@@ -3438,13 +3443,6 @@ class FifoQueue(Queue):
 
     fifo = True
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # Fixed when the queue is created: AWS accepts a later change and ignores it.
-        self.scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
-        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-
     def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
         """Return the first send with this deduplication id in five minutes, or `sent`."""
         group = system["MessageGroupId"] if self.scoped_to_group else ""
@@ -3463,11 +3461,6 @@ class FifoQueue(Queue):
             received = [self.messages[it] for it in second if it in self.messages]
             if len(received) == len(second):  # none was deleted
                 self.attempts[names[0]] = (at, first, received)
-
-    def clear(self) -> None:
-        super().clear()
-        self._groups.clear()
-        self._sent.clear()
 
     def change(self, settings: Settings, now: float) -> None:
         """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
@@ -3769,27 +3762,25 @@ class Sqs:
     A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
     enforces the policies of the queues."""
 
+    changes: Optional[Changes] = None  # for a store
+    is_failing = False  # whether the store's last commit failed
+    _draining = False
+    _found_last: Queue
+
     def __init__(
         self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
-        secret: Optional[bytes] = None,
-        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
-        cooldown: bool = False
+        secret: bytes = b"", cooldown: bool = False,
+        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait
     ) -> None:  # fmt: skip
-        self._clock = clock
-        self._new_id = new_id
+        self._clock, self._new_id, self._wait = clock, new_id, wait
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
-        self._wait = wait
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
-        self._draining = False
         self.serials = itertools.count(1)
-        self.changes: Optional[Changes] = None  # for a store
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
-        self.is_failing = False  # whether the last commit failed
-        self._found_last: Optional[Queue] = None
 
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
@@ -3798,21 +3789,18 @@ class Sqs:
         with self.lock:
             self._move_messages()
             output = OPERATIONS[call.operation].method(self, call)
-            if self.changes is not None and self._found_last and call.operation in _CHANGE_QUEUES:
+            if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
                 self.changes.queues.add(self._found_last)
             return output
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
-        kind = FifoQueue if kept["settings"].get("FifoQueue") else Queue
-        queue = self._queues[arn] = kind(
-            arn, serial, kept["settings"], kept["modified"], self.lock
-        )
+        settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
+        queue = self._queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
-        if isinstance(queue, FifoQueue):
-            queue.scoped_to_group = kept["scoped"]
+        queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
 
@@ -3843,8 +3831,8 @@ class Sqs:
                 described.append({
                     "name": name, "region": region, "account": account, "visible": queue.visible,
                     "in_flight": queue.in_flight, "delayed": queue.delayed,
-                    "oldest_seconds": max(0.0, now - sent),
-                    "attributes": queue.settings, "tags": queue.tags
+                    "oldest_seconds": max(0.0, now - sent), "attributes": queue.settings,
+                    "tags": queue.tags
                 })  # fmt: skip
         return described
 
@@ -3880,10 +3868,7 @@ class Sqs:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
-                queue.changed.notify_all()
             if not name:
-                if self.changes is not None:
-                    self.changes.queues.update(chosen)
                 for held in (self._queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
@@ -3915,16 +3900,15 @@ class Sqs:
         settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self._queues.get(arn)
-        if queue:
-            for attribute, value in settings.items():
-                refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-            return {"QueueUrl": call.base_url + queue.url_path}
-        refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
-        defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
-        kind = FifoQueue if fifo else Queue
-        queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
-        self._check_redrive(queue, settings)
-        queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
+        if queue is None:
+            refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
+            defaults = {k: s.default for k, s in SETTINGS.items() if s.default and fifo >= s.fifo}
+            kind = FifoQueue if fifo else Queue
+            queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
+            self._check_redrive(queue, settings)
+            queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
+        for attribute, value in settings.items():
+            refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
         self._queues[arn] = self._found_last = queue
         return {"QueueUrl": call.base_url + queue.url_path}
 
@@ -3934,17 +3918,15 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        policy = target.policy("RedriveAllowPolicy") if target else {}
-        everybody = policy.get("redrivePermission", "allowAll") == "allowAll"
         if target is None or target.place != queue.place:
-            reason = "Dead letter target does not exist."
-        elif target.fifo != queue.fifo:
-            reason = "Dead-letter queue must be same type of queue as the source."
-        elif not everybody and queue.arn not in policy.get("sourceQueueArns", []):
-            reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-        else:
-            return
-        raise sqs_refusal("value", text, "RedrivePolicy", reason)
+            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
+        reason = "Dead-letter queue must be same type of queue as the source."
+        refuse_if(target.fifo != queue.fifo, "value", text, "RedrivePolicy", reason)
+        policy = target.policy("RedriveAllowPolicy") or {"redrivePermission": "allowAll"}
+        named = queue.arn in policy.get("sourceQueueArns", [])
+        denied = not named and policy["redrivePermission"] != "allowAll"
+        reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
+        refuse_if(denied, "value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
@@ -4014,7 +3996,6 @@ class Sqs:
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
         self._deleted = {**recent, queue.arn: now}
-        queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
         self._queue(call).tags.update(call.input["Tags"])
@@ -4118,11 +4099,11 @@ class Sqs:
         default = queue.number("VisibilityTimeout")
         timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
-        attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
+        attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
         deadline = now + patience
         while True:
-            messages = self._again(queue, attempt, timeout, now) if attempt else []
+            messages = self._again(queue, attempt, timeout, now)
             messages = messages or self._take(queue, limit, timeout, now)
             if messages or now >= deadline or self._draining:
                 break
@@ -4363,10 +4344,8 @@ _OPERATIONS = f"""
     UntagQueue QueueUrl TagKeys*:list
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
-_CHANGE_QUEUES = frozenset(  # and not only their messages
-    "AddPermission CancelMessageMoveTask CreateQueue DeleteQueue PurgeQueue RemovePermission"
-    " SetQueueAttributes StartMessageMoveTask TagQueue UntagQueue".split()
-)
+# The operations that begin so change messages at most.
+_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 _SPELLED = pairs("""
     AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
