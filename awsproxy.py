@@ -3168,7 +3168,7 @@ Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
 Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
 
-# Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
+# Reason, [code], message: AWS's own where known.  Default: the reason, or InvalidParameterValue.
 _SQS_REFUSALS = """
     invalid: {}
     value: Value {} for parameter {} is invalid. Reason: {}
@@ -3204,16 +3204,12 @@ _SQS_REFUSALS = """
         MessageDeduplicationId provided explicitly
     in flight [OverLimit]: Too many messages are in flight.
     handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
-    no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
-    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are 10. You \
-        have sent {}.
-    entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
-        hyphens and underscores. It can be at most 80 letters long.
-    entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
-    batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
-        sent {} bytes.
-    visibility: Value {} for parameter VisibilityTimeout is invalid. Reason: Total \
-        VisibilityTimeout for the message is beyond the limit [{} seconds]
+    EmptyBatchRequest: There should be at least one {}RequestEntry in the request.
+    TooManyEntriesInBatchRequest: Maximum number of entries per request are 10. You have sent {}.
+    InvalidBatchEntryId: A batch entry id can only contain alphanumeric characters, hyphens and \
+        underscores. It can be at most 80 letters long.
+    BatchEntryIdsNotDistinct: Id {} repeated.
+    BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have sent {} bytes.
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
     no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
@@ -3225,8 +3221,8 @@ _SQS_REFUSALS = """
     no task [ResourceNotFoundException]: Task does not exist.
 """
 SQS_REFUSALS = {
-    reason: (code or "InvalidParameterValue", " ".join(message.split()))
-    for reason, code, message in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
+    name: (code or (name if name in ERRORS else "InvalidParameterValue"), " ".join(text.split()))
+    for name, code, text in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
 }
 
 
@@ -3282,8 +3278,8 @@ class Queue:
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
-        self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
-        self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
+        self.region, self.account, self.name = arn.split(":")[3:]
+        self.url_path = f"/{self.account}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
@@ -3349,15 +3345,14 @@ class Queue:
         else:
             self.delayed += change
         self._turn(message)
-        if not until:
-            return
-        entry = (until, next(self._order), message)
-        heapq.heappush(self._hidden, entry)
-        if self._hidden[0] is entry:
-            self.changed.notify_all()  # the waiters must wake up earlier
-        if len(self._hidden) > 2 * len(self.messages) + 64:
-            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
-            heapq.heapify(self._hidden)
+        if until:
+            entry = (until, next(self._order), message)
+            heapq.heappush(self._hidden, entry)
+            if self._hidden[0] is entry:
+                self.changed.notify_all()  # the waiters must wake up earlier
+            if len(self._hidden) > 2 * len(self.messages) + 64:
+                self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
+                heapq.heapify(self._hidden)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
@@ -3525,14 +3520,6 @@ class MoveTask:
 
 
 # [5.3] Queue attributes, and checks of messages
-class Setting(NamedTuple):
-    """A queue attribute that callers can set."""
-
-    default: str  # may be ""
-    normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
-    fifo: bool = False  # of FIFO queues only
-
-
 def _whole(low: int, high: int, text: str) -> str:
     if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(text)
@@ -3582,35 +3569,38 @@ def _redrive_allow_policy(text: str) -> str:
     return text
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
-    "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
-    "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
-    "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
-    "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
-    "SqsManagedSseEnabled": Setting("true", _one_of("true", "false")),
-    "KmsMasterKeyId": Setting("", str),
-    "KmsDataKeyReusePeriodSeconds": Setting("", functools.partial(_whole, 60, 86400)),
-    "Policy": Setting("", _policy),
-    "RedrivePolicy": Setting("", _redrive_policy),
-    "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
-    "FifoQueue": Setting("true", _one_of("true", "false"), fifo=True),
-    "ContentBasedDeduplication": Setting("false", _one_of("true", "false"), fifo=True),
-    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _one_of("perQueue", "perMessageGroupId"), True),
+# The queue attributes that callers can set: the default, "" for none, and a function that returns
+# the normal form of a value, or raises ValueError or KeyError.
+SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "DelaySeconds": ("0", functools.partial(_whole, 0, 900)),
+    "MaximumMessageSize": ("1048576", functools.partial(_whole, 1024, 1048576)),
+    "MessageRetentionPeriod": ("345600", functools.partial(_whole, 60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": ("0", functools.partial(_whole, 0, 20)),
+    "VisibilityTimeout": ("30", functools.partial(_whole, 0, SECONDS_HELD)),
+    "SqsManagedSseEnabled": ("true", _one_of("true", "false")),
+    "KmsMasterKeyId": ("", str),
+    "KmsDataKeyReusePeriodSeconds": ("", functools.partial(_whole, 60, 86400)),
+    "Policy": ("", _policy),
+    "RedrivePolicy": ("", _redrive_policy),
+    "RedriveAllowPolicy": ("", _redrive_allow_policy),
+    "FifoQueue": ("true", _one_of("true", "false")),
+    "ContentBasedDeduplication": ("false", _one_of("true", "false")),
+    "DeduplicationScope": ("queue", _one_of("queue", "messageGroup")),
+    "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
 }
+_FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: dict[str, str] = {}
     for name, text in given.items():
-        setting = SETTINGS.get(name)
-        if setting is None or (setting.fifo and not fifo):
-            known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise sqs_refusal("fifo only" if known else "attribute name", name)
+        known = name in SETTINGS and (fifo or name not in _FIFO_SETTINGS)
+        is_named = name in ("DeduplicationScope", "FifoThroughputLimit")
+        refuse_if(not known, "fifo only" if is_named else "attribute name", name)
         try:
-            settings[name] = setting.normal(text) if text or setting.default else ""
+            default, normal = SETTINGS[name]
+            settings[name] = normal(text) if text or default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
@@ -3733,15 +3723,15 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
         if not call.operation.endswith("Batch"):
             return act(sqs, call, queue, call.input)
         entries, output = call.input["Entries"], collections.defaultdict(list)
-        refuse_if(not entries, "no entries", call.operation)
-        refuse_if(len(entries) > 10, "entries", len(entries))
+        refuse_if(not entries, "EmptyBatchRequest", call.operation)
+        refuse_if(len(entries) > 10, "TooManyEntriesInBatchRequest", len(entries))
         ids = [entry["Id"] for entry in entries]
-        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
+        refuse_if(not all(map(_LABEL.fullmatch, ids)), "InvalidBatchEntryId")
         for index, repeated in enumerate(ids):
-            refuse_if(repeated in ids[:index], "entry ids", repeated)
+            refuse_if(repeated in ids[:index], "BatchEntryIdsNotDistinct", repeated)
         if call.operation == "SendMessageBatch":
             size = sum(map(_size, entries))
-            refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
+            refuse_if(size > MAX_BATCH_BYTES, "BatchRequestTooLong", MAX_BATCH_BYTES, size)
             for entry in entries:
                 _check_fifo(call, queue, entry)
         for entry in entries:
@@ -3824,15 +3814,13 @@ class Sqs:
         described = []
         with self.lock:
             for arn in heapq.nsmallest(limit, self._queues):
-                now, queue = self._clock(), self._queues[arn]
-                queue.advance(now)
-                sent = next((it.sent for it in queue.messages.values()), now)
-                region, account, name = arn.split(":")[3:]
+                now, it = self._clock(), self._queues[arn]
+                it.advance(now)
+                oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
                 described.append({
-                    "name": name, "region": region, "account": account, "visible": queue.visible,
-                    "in_flight": queue.in_flight, "delayed": queue.delayed,
-                    "oldest_seconds": max(0.0, now - sent), "attributes": queue.settings,
-                    "tags": queue.tags
+                    "name": it.name, "region": it.region, "account": it.account,
+                    "visible": it.visible, "in_flight": it.in_flight, "delayed": it.delayed,
+                    "oldest_seconds": oldest, "attributes": it.settings, "tags": it.tags
                 })  # fmt: skip
         return described
 
@@ -3902,7 +3890,7 @@ class Sqs:
         queue = self._queues.get(arn)
         if queue is None:
             refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
-            defaults = {k: s.default for k, s in SETTINGS.items() if s.default and fifo >= s.fifo}
+            defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
             kind = FifoQueue if fifo else Queue
             queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
             self._check_redrive(queue, settings)
@@ -3918,7 +3906,8 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        if target is None or target.place != queue.place:
+        place = queue.region, queue.account
+        if target is None or (target.region, target.account) != place:
             raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         reason = "Dead-letter queue must be same type of queue as the source."
         refuse_if(target.fifo != queue.fifo, "value", text, "RedrivePolicy", reason)
@@ -4227,7 +4216,8 @@ class Sqs:
             reason = "Message does not exist or is not available for visibility timeout change."
             raise sqs_refusal("value", handle, "ReceiptHandle", reason)
         too_long = now + timeout > message.last_received + SECONDS_HELD
-        refuse_if(too_long, "visibility", timeout, SECONDS_HELD)
+        reason = "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]"
+        refuse_if(too_long, "value", timeout, "VisibilityTimeout", reason)
         queue.hide(message, now + timeout if timeout else 0.0)
 
     send_message_batch, delete_message_batch = send_message, delete_message
@@ -4348,14 +4338,13 @@ OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
 _KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 _SPELLED = pairs("""
-    AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
-    Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
-    Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
-    MessageAttributes=MessageAttribute:Name:Value Messages=Message
-    MessageSystemAttributeNames=MessageSystemAttributeName
-    MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
-    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
-    Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+    Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
+    MessageSystemAttributes=MessageSystemAttribute:Name:Value Tags=Tag:Key:Value tags=Tag:Key:Value
+    Entries={}RequestEntry Failed=BatchResultErrorEntry Results={}ResultEntry
+    Successful={}ResultEntry Actions=ActionName AWSAccountIds=AWSAccountId Messages=Message
+    AttributeNames=AttributeName MessageAttributeNames=MessageAttributeName TagKeys=TagKey
+    MessageSystemAttributeNames=MessageSystemAttributeName BinaryListValues=BinaryListValue
+    StringListValues=StringListValue QueueUrls=QueueUrl queueUrls=QueueUrl
 """)
 _IN_QUERY = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
@@ -4407,9 +4396,9 @@ def _is_json(reply: Reply) -> bool:
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     """Return the answer with our queue URLs in place of the upstream's."""
-    if call.operation not in _URL_OPERATIONS or reply.status != 200:
+    is_output = reply.status == 200 and call.operation in _URL_OPERATIONS
+    if not is_output or not isinstance(reply.body, bytes):
         return reply
-    assert isinstance(reply.body, bytes)
     if not _is_json(reply):
         base = call.base_url.encode()
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
