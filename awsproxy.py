@@ -3166,7 +3166,7 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
-Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
+Memory = OrderedDict[tuple[str, ...], tuple[Any, ...]]  # values begin with their time
 
 # Reason, [code], message: AWS's own where known.  Default: the reason, or InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -3212,8 +3212,7 @@ _SQS_REFUSALS = """
     BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have sent {} bytes.
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
-    no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
-        doesn't exist.
+    ResourceNotFoundException: The resource that you specified for the {} parameter doesn't exist.
     no dead letters: Source queue must be configured as a Dead Letter Queue.
     running: There is already a task running. Only one active task is allowed for a source queue \
         arn at a given time.
@@ -3295,9 +3294,9 @@ class Queue:
         self._order = itertools.count()
         # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
         self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
-        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
-        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
+        self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
+        self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
         self.change(settings, now)
 
     def change(self, settings: Settings, now: float) -> None:
@@ -3379,11 +3378,12 @@ class Queue:
         more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks], **times}
         return self.serial, self.arn, json.dumps(more).encode()
 
-    def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
-        """Note a send or an attempt, which must survive a restart."""
+    def remember(self, memory: Memory, key: tuple[str, ...], *noted: Any) -> None:
+        """Note a send or an attempt, which must survive a restart; its time is the first."""
+        memory[key] = noted
         if self.changes is not None:
             about = self.serial, json.dumps(key)
-            self.changes.memory[about] = (*about, at, json.dumps((at, *kept)))
+            self.changes.memory[about] = (*about, noted[0], json.dumps(noted))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3424,8 +3424,8 @@ class Queue:
             self.changed.notify()
 
 
-def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
-    """Forget tuples that begin with a time five minutes ago, and return the memory."""
+def _recent(memory: Memory, now: float) -> Memory:
+    """Forget what is five minutes old, and return the memory."""
     while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
         memory.popitem(last=False)
     return memory
@@ -3438,24 +3438,19 @@ class FifoQueue(Queue):
 
     fifo = True
 
-    def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first send with this deduplication id in five minutes, or `sent`."""
+    def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
+        """Return the time, message id and sequence number of the first send in five minutes."""
         group = system["MessageGroupId"] if self.scoped_to_group else ""
-        key = group, system["MessageDeduplicationId"]
-        first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
-        if first is sent:
-            self.remember(sent[0], key, *sent[1:])
-        return first
+        key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
+        if key not in memory:
+            self.remember(memory, key, now, new_id, system["SequenceNumber"])
+        return memory[key]
 
-    def recall(self, key: str, kept: str) -> None:
+    def recall(self, key: str, noted: str) -> None:
         """Take up what `remember` noted."""
-        names, (at, first, second) = json.loads(key), json.loads(kept)
-        if len(names) > 1:  # a send: its group and deduplication id
-            self._sent[names[0], names[1]] = (at, first, second)
-        else:
-            received = [self.messages[it] for it in second if it in self.messages]
-            if len(received) == len(second):  # none was deleted
-                self.attempts[names[0]] = (at, first, received)
+        names = tuple(json.loads(key))
+        memory = self._sent if len(names) > 1 else self.attempts
+        memory[names] = tuple(json.loads(noted))
 
     def change(self, settings: Settings, now: float) -> None:
         """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
@@ -3906,8 +3901,7 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        place = queue.region, queue.account
-        if target is None or (target.region, target.account) != place:
+        if target is None or (target.region, target.account) != (queue.region, queue.account):
             raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         reason = "Dead-letter queue must be same type of queue as the source."
         refuse_if(target.fifo != queue.fifo, "value", text, "RedrivePolicy", reason)
@@ -4074,8 +4068,7 @@ class Sqs:
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
             kept["SequenceNumber"] = f"{next(self.serials):020d}"
-            first = queue.first_sent(kept, (now, new_id, kept["SequenceNumber"]))
-            _, output["MessageId"], output["SequenceNumber"] = first
+            _, output["MessageId"], output["SequenceNumber"] = queue.first_sent(kept, now, new_id)
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
@@ -4112,9 +4105,8 @@ class Sqs:
             refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
-            until, ids = messages[0].hidden_until, [it.message_id for it in messages]
-            queue.attempts[attempt] = (now, until, messages)
-            queue.remember(now, [attempt], until, ids)
+            ids = [message.message_id for message in messages]
+            queue.remember(queue.attempts, (attempt,), now, messages[0].hidden_until, ids)
             if len(queue.attempts) > MAX_ATTEMPTS:
                 queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
@@ -4151,12 +4143,13 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        _, until, received = _recent(queue.attempts, now).pop(attempt, (now, now, []))
-        if not all(queue.holds(message, until) for message in received):
+        _, until, ids = _recent(queue.attempts, now).pop((attempt,), (now, now, ()))
+        received = [queue.messages[it] for it in ids if it in queue.messages]
+        if len(received) < len(ids) or any(it.hidden_until != until for it in received):
             return []
         for message in received:
             queue.hide(message, now + timeout)
-        return list(received)
+        return received
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -4240,7 +4233,7 @@ class Sqs:
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         refuse_if(not _QUEUE_ARN.fullmatch(arn), "arn", parameter)
-        return self._found(call, arn, "no resource", parameter)
+        return self._found(call, arn, "ResourceNotFoundException", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
@@ -4255,7 +4248,7 @@ class Sqs:
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
         refuse_if(not isinstance(arn, str), "task handle")
-        self._found(call, arn, "no resource", "SourceArn")
+        self._found(call, arn, "ResourceNotFoundException", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.handle != handle:
             raise sqs_refusal("no task")
@@ -4275,11 +4268,10 @@ class Sqs:
         source.advance(now)
         if self.changes is not None:
             self.changes.queues.add(source)
-        while task.moved < task.to_move and source.pick(1):
+        while task.moved < task.to_move and (picked := source.pick(1)):
             if task.next_move() > now + 0.000001:  # a float may be short
                 return "RUNNING"
-            (dead,) = source.pick(1)
-            system = dict(dead.system)
+            dead, system = picked[0], dict(picked[0].system)
             of_source = system.pop("DeadLetterQueueSourceArn", "")
             target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
