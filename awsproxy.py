@@ -3145,8 +3145,7 @@ class RpcV2(WireProtocol):
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
-# Each queue has a condition, which shares that lock, so that a send wakes only those calls that
-# wait for this queue.  Clock, randomness and waiting are arguments.
+# Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
@@ -3278,7 +3277,6 @@ class Queue:
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
         self.region, self.account, self.name = arn.split(":")[3:]
-        self.url_path = f"/{self.account}/{self.name}"
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
@@ -3306,6 +3304,11 @@ class Queue:
             changed["SqsManagedSseEnabled"] = "false"
         self.settings = {name: value for name, value in changed.items() if value}
         self.modified = now
+        if self.fifo and "DelaySeconds" in settings:  # a standard queue's messages keep their own
+            for message in self.messages.values():
+                if message.hidden_until and not message.received:
+                    self.hide(message, message.sent + self.number("DelaySeconds"))
+            self.advance(now)
 
     @property
     def visible(self) -> int:
@@ -3328,9 +3331,6 @@ class Queue:
         if self.changes is not None:  # a message that comes back takes the last place
             self.changes.messages.pop((self.serial, message.message_id), None)
         heapq.heappush(self._by_age, (message.sent, message.message_id))
-        if len(self._by_age) > 2 * len(self.messages) + 64:
-            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
-            heapq.heapify(self._by_age)
         self.hide(message, message.sent + delay if delay else 0.0)
 
     def hide(self, message: Message, until: float) -> None:
@@ -3345,13 +3345,14 @@ class Queue:
             self.delayed += change
         self._turn(message)
         if until:
-            entry = (until, next(self._order), message)
-            heapq.heappush(self._hidden, entry)
-            if self._hidden[0] is entry:
+            if not self._hidden or until < self._hidden[0][0]:
                 self.changed.notify_all()  # the waiters must wake up earlier
-            if len(self._hidden) > 2 * len(self.messages) + 64:
-                self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
-                heapq.heapify(self._hidden)
+            heapq.heappush(self._hidden, (until, next(self._order), message))
+        if len(self._hidden) + len(self._by_age) > 4 * len(self.messages) + 128:
+            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
+            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
+            heapq.heapify(self._hidden)
+            heapq.heapify(self._by_age)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
@@ -3432,14 +3433,12 @@ def _recent(memory: Memory, now: float) -> Memory:
 
 
 class FifoQueue(Queue):
-    """A queue that keeps the order of each message group, and drops repeated sends.
-
-    A receive takes messages only before a group's first hidden one ("FIFO delivery logic")."""
+    """A queue that keeps the order of each message group, and drops repeated sends."""
 
     fifo = True
 
     def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
-        """Return the time, message id and sequence number of the first send in five minutes."""
+        """Return the time, message id and sequence number of the first such send, or of this."""
         group = system["MessageGroupId"] if self.scoped_to_group else ""
         key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
         if key not in memory:
@@ -3452,17 +3451,8 @@ class FifoQueue(Queue):
         memory = self._sent if len(names) > 1 else self.attempts
         memory[names] = tuple(json.loads(noted))
 
-    def change(self, settings: Settings, now: float) -> None:
-        """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
-        super().change(settings, now)
-        if "DelaySeconds" in settings:
-            for message in self.messages.values():
-                if message.hidden_until and not message.received:
-                    self.hide(message, message.sent + self.number("DelaySeconds"))
-            self.advance(now)
-
     def pick(self, limit: int) -> list[Message]:
-        """Return as many messages as possible of one group, then of the next."""
+        """Return a group's messages before its first hidden one, then the next group's."""
         groups = (self._groups[name].values() for name in self._ready)
         ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
         return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
@@ -3893,7 +3883,7 @@ class Sqs:
         for attribute, value in settings.items():
             refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
         self._queues[arn] = self._found_last = queue
-        return {"QueueUrl": call.base_url + queue.url_path}
+        return {"QueueUrl": f"{call.base_url}/{queue.account}/{name}"}
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
@@ -3916,7 +3906,7 @@ class Sqs:
         refuse_if(not name, "no name")
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         queue = self._found(call, _arn(call, owner, name), "no queue")
-        return {"QueueUrl": call.base_url + queue.url_path}
+        return {"QueueUrl": f"{call.base_url}/{queue.account}/{name}"}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
@@ -4182,10 +4172,9 @@ class Sqs:
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
-        serial, _, rest = text.decode("latin-1").partition(":")
-        if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
+        serial, message_id, count = (text.decode() if genuine else "::").split(":", 2)
+        if not handle.startswith("AQEB") or serial != str(queue.serial):
             raise sqs_refusal("handle", handle)
-        message_id, _, count = rest.partition(":")
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
