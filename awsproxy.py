@@ -3189,7 +3189,6 @@ _SQS_REFUSALS = """
         Modifying queue type is not supported.
     two encryptions [InvalidAttributeName]: You can use one type of server-side encryption (SSE) \
         at one time. You can either enable KMS SSE or SQS SSE.
-    token: Invalid or expired next token.
     actions [OverLimit]: {} Actions were found, maximum allowed is 7.
     characters [InvalidMessageContents]: Invalid characters found. Valid unicode characters are \
         #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
@@ -3433,7 +3432,7 @@ def _recent(memory: Memory, now: float) -> Memory:
 
 
 class FifoQueue(Queue):
-    """A queue that keeps the order of each message group, and drops repeated sends."""
+    """A queue that keeps the order of groups, and drops repeated sends ("FIFO delivery logic")."""
 
     fifo = True
 
@@ -3740,7 +3739,6 @@ class Sqs:
     changes: Optional[Changes] = None  # for a store
     is_failing = False  # whether the store's last commit failed
     _draining = False
-    _found_last: Queue
 
     def __init__(
         self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
@@ -3763,10 +3761,7 @@ class Sqs:
             self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
-            output = OPERATIONS[call.operation].method(self, call)
-            if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
-                self.changes.queues.add(self._found_last)
-            return output
+            return OPERATIONS[call.operation].method(self, call)
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
@@ -3862,7 +3857,8 @@ class Sqs:
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
         queue.advance(self._clock())
-        self._found_last = queue
+        if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
+            self.changes.queues.add(queue)
         return queue
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
@@ -3882,8 +3878,8 @@ class Sqs:
             queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
         for attribute, value in settings.items():
             refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-        self._queues[arn] = self._found_last = queue
-        return {"QueueUrl": f"{call.base_url}/{queue.account}/{name}"}
+        self._queues[arn] = queue
+        return self.get_queue_url(call)
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
@@ -3915,7 +3911,7 @@ class Sqs:
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
-            raise sqs_refusal("token") from error
+            raise sqs_refusal("invalid", "Invalid or expired next token.") from error
         prefix = _arn(call, call.caller.account_id, start)
         left = sorted(it.name for it in queues if it.arn.startswith(prefix) and it.name > after)
         page = [f"{call.base_url}/{call.caller.account_id}/{name}" for name in left[:most]]
@@ -4395,12 +4391,11 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
-    if reply.status != 200 or not isinstance(reply.body, bytes):
-        return []
+    body = reply.body if reply.status == 200 and isinstance(reply.body, bytes) else b"{}"
     with contextlib.suppress(*_MALFORMED):
         if not _is_json(reply):
-            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
-        output = read_json(reply.body.decode())
+            return [html.unescape(found.decode()) for found in element.findall(body)]
+        output = read_json(body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
