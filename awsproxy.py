@@ -3553,8 +3553,7 @@ def _redrive_allow_policy(text: str) -> str:
     return text
 
 
-# The queue attributes that callers can set: the default, "" for none, and a function that returns
-# the normal form of a value, or raises ValueError or KeyError.
+# What callers can set: the default, "" for none, and the normal form or ValueError or KeyError.
 SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "DelaySeconds": ("0", functools.partial(_whole, 0, 900)),
     "MaximumMessageSize": ("1048576", functools.partial(_whole, 1024, 1048576)),
@@ -4081,8 +4080,7 @@ class Sqs:
             self._wait(queue.changed, min(min(due) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
-            refuse_if(not self.has(queue), "no queue")
-            queue.advance(now)
+            refuse_if(self._queue(call) is not queue, "no queue")
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
