@@ -4070,7 +4070,7 @@ class Sqs:
         now = self._clock()
         deadline = now + patience
         while True:
-            messages = self._again(queue, attempt, timeout, now)
+            messages = self._again(queue, attempt, timeout, now) if attempt else []
             messages = messages or self._take(queue, limit, timeout, now)
             if messages or now >= deadline or self._draining:
                 break
