@@ -2982,8 +2982,7 @@ class RpcV2(WireProtocol):
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
-# Each queue has a condition, which shares that lock, so that a send wakes only those calls that
-# wait for this queue.  Clock, randomness and waiting are arguments.
+# Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
@@ -3003,9 +3002,9 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
-Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
+Memory = OrderedDict[tuple[str, ...], tuple[Any, ...]]  # values begin with their time
 
-# Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
+# Reason, [code], message: AWS's own where known.  Default: the reason, or InvalidParameterValue.
 _SQS_REFUSALS = """
     invalid: {}
     value: Value {} for parameter {} is invalid. Reason: {}
@@ -3027,7 +3026,6 @@ _SQS_REFUSALS = """
         Modifying queue type is not supported.
     two encryptions [InvalidAttributeName]: You can use one type of server-side encryption (SSE) \
         at one time. You can either enable KMS SSE or SQS SSE.
-    token: Invalid or expired next token.
     actions [OverLimit]: {} Actions were found, maximum allowed is 7.
     characters [InvalidMessageContents]: Invalid characters found. Valid unicode characters are \
         #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
@@ -3041,20 +3039,15 @@ _SQS_REFUSALS = """
         MessageDeduplicationId provided explicitly
     in flight [OverLimit]: Too many messages are in flight.
     handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
-    no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
-    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are 10. You \
-        have sent {}.
-    entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
-        hyphens and underscores. It can be at most 80 letters long.
-    entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
-    batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
-        sent {} bytes.
-    visibility: Value {} for parameter VisibilityTimeout is invalid. Reason: Total \
-        VisibilityTimeout for the message is beyond the limit [{} seconds]
+    EmptyBatchRequest: There should be at least one {}RequestEntry in the request.
+    TooManyEntriesInBatchRequest: Maximum number of entries per request are 10. You have sent {}.
+    InvalidBatchEntryId: A batch entry id can only contain alphanumeric characters, hyphens and \
+        underscores. It can be at most 80 letters long.
+    BatchEntryIdsNotDistinct: Id {} repeated.
+    BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have sent {} bytes.
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
-    no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
-        doesn't exist.
+    ResourceNotFoundException: The resource that you specified for the {} parameter doesn't exist.
     no dead letters: Source queue must be configured as a Dead Letter Queue.
     running: There is already a task running. Only one active task is allowed for a source queue \
         arn at a given time.
@@ -3062,8 +3055,8 @@ _SQS_REFUSALS = """
     no task [ResourceNotFoundException]: Task does not exist.
 """
 SQS_REFUSALS = {
-    reason: (code or "InvalidParameterValue", " ".join(message.split()))
-    for reason, code, message in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
+    name: (code or (name if name in ERRORS else "InvalidParameterValue"), " ".join(text.split()))
+    for name, code, text in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
 }
 
 
@@ -3119,8 +3112,7 @@ class Queue:
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
-        self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
-        self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
+        self.region, self.account, self.name = arn.split(":")[3:]
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
@@ -3128,13 +3120,17 @@ class Queue:
         self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+        # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
+        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
+        self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
+        self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
         self.change(settings, now)
 
     def change(self, settings: Settings, now: float) -> None:
@@ -3144,6 +3140,11 @@ class Queue:
             changed["SqsManagedSseEnabled"] = "false"
         self.settings = {name: value for name, value in changed.items() if value}
         self.modified = now
+        if self.fifo and "DelaySeconds" in settings:  # a standard queue's messages keep their own
+            for message in self.messages.values():
+                if message.hidden_until and not message.received:
+                    self.hide(message, message.sent + self.number("DelaySeconds"))
+            self.advance(now)
 
     @property
     def visible(self) -> int:
@@ -3166,9 +3167,6 @@ class Queue:
         if self.changes is not None:  # a message that comes back takes the last place
             self.changes.messages.pop((self.serial, message.message_id), None)
         heapq.heappush(self._by_age, (message.sent, message.message_id))
-        if len(self._by_age) > 2 * len(self.messages) + 64:
-            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
-            heapq.heapify(self._by_age)
         self.hide(message, message.sent + delay if delay else 0.0)
 
     def hide(self, message: Message, until: float) -> None:
@@ -3182,15 +3180,15 @@ class Queue:
         else:
             self.delayed += change
         self._turn(message)
-        if not until:
-            return
-        entry = (until, next(self._order), message)
-        heapq.heappush(self._hidden, entry)
-        if self._hidden[0] is entry:
-            self.changed.notify_all()  # the waiters must wake up earlier
-        if len(self._hidden) > 2 * len(self.messages) + 64:
+        if until:
+            if not self._hidden or until < self._hidden[0][0]:
+                self.changed.notify_all()  # the waiters must wake up earlier
+            heapq.heappush(self._hidden, (until, next(self._order), message))
+        if len(self._hidden) + len(self._by_age) > 4 * len(self.messages) + 128:
             self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
+            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._hidden)
+            heapq.heapify(self._by_age)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
@@ -3199,27 +3197,30 @@ class Queue:
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
+        everything = (self.messages, self._ready, self._hidden, self._by_age)
+        for held in (*everything, self.attempts, self._groups, self._sent):
             held.clear()
         self.delayed = self.in_flight = 0
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
+            self.changes.queues.add(self)
             for key in [key for key in self.changes.memory if key[0] == self.serial]:
                 del self.changes.memory[key]
+        self.changed.notify_all()
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
         times = {"created": self.created, "modified": self.modified, "purged": self.purged}
-        tasks = [dataclasses.asdict(task) for task in self.tasks]
-        more = {"settings": self.settings, "tags": self.tags, "tasks": tasks, **times}
-        more["scoped"] = getattr(self, "scoped_to_group", False)
+        more = {"settings": self.settings, "tags": self.tags, "scoped": self.scoped_to_group}
+        more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks], **times}
         return self.serial, self.arn, json.dumps(more).encode()
 
-    def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
-        """Note a send or an attempt, which must survive a restart."""
+    def remember(self, memory: Memory, key: tuple[str, ...], *noted: Any) -> None:
+        """Note a send or an attempt, which must survive a restart; its time is the first."""
+        memory[key] = noted
         if self.changes is not None:
             about = self.serial, json.dumps(key)
-            self.changes.memory[about] = (*about, at, json.dumps((at, *kept)))
+            self.changes.memory[about] = (*about, noted[0], json.dumps(noted))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3227,9 +3228,8 @@ class Queue:
         while self._hidden and self._hidden[0][0] <= now:
             until, _, message = heapq.heappop(self._hidden)
             if self.holds(message, until):
+                self.hide(message, 0.0)
                 back.append(message)
-        for message in back:
-            self.hide(message, 0.0)
         for message in reversed(back):  # in front of the messages that were never received
             if message.received and not self.fifo:
                 self._ready.move_to_end(message.message_id, last=False)
@@ -3261,62 +3261,34 @@ class Queue:
             self.changed.notify()
 
 
-def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
-    """Forget tuples that begin with a time five minutes ago, and return the memory."""
+def _recent(memory: Memory, now: float) -> Memory:
+    """Forget what is five minutes old, and return the memory."""
     while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
         memory.popitem(last=False)
     return memory
 
 
 class FifoQueue(Queue):
-    """A queue that keeps the order of each message group, and drops repeated sends.
-
-    A receive takes messages only before a group's first hidden one ("FIFO delivery logic")."""
+    """A queue that keeps the order of groups, and drops repeated sends ("FIFO delivery logic")."""
 
     fifo = True
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # Fixed when the queue is created: AWS accepts a later change and ignores it.
-        self.scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
-        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-
-    def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first send with this deduplication id in five minutes, or `sent`."""
+    def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
+        """Return the time, message id and sequence number of the first such send, or of this."""
         group = system["MessageGroupId"] if self.scoped_to_group else ""
-        key = group, system["MessageDeduplicationId"]
-        first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
-        if first is sent:
-            self.remember(sent[0], key, *sent[1:])
-        return first
+        key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
+        if key not in memory:
+            self.remember(memory, key, now, new_id, system["SequenceNumber"])
+        return memory[key]
 
-    def recall(self, key: str, kept: str) -> None:
+    def recall(self, key: str, noted: str) -> None:
         """Take up what `remember` noted."""
-        names, (at, first, second) = json.loads(key), json.loads(kept)
-        if len(names) > 1:  # a send: its group and deduplication id
-            self._sent[names[0], names[1]] = (at, first, second)
-        else:
-            received = [self.messages[it] for it in second if it in self.messages]
-            if len(received) == len(second):  # none was deleted
-                self.attempts[names[0]] = (at, first, received)
-
-    def clear(self) -> None:
-        super().clear()
-        self._groups.clear()
-        self._sent.clear()
-
-    def change(self, settings: Settings, now: float) -> None:
-        """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
-        super().change(settings, now)
-        if "DelaySeconds" in settings:
-            for message in self.messages.values():
-                if message.hidden_until and not message.received:
-                    self.hide(message, message.sent + self.number("DelaySeconds"))
-            self.advance(now)
+        names = tuple(json.loads(key))
+        memory = self._sent if len(names) > 1 else self.attempts
+        memory[names] = tuple(json.loads(noted))
 
     def pick(self, limit: int) -> list[Message]:
-        """Return as many messages as possible of one group, then of the next."""
+        """Return a group's messages before its first hidden one, then the next group's."""
         groups = (self._groups[name].values() for name in self._ready)
         ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
         return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
@@ -3369,14 +3341,6 @@ class MoveTask:
 
 
 # [5.3] Queue attributes, and checks of messages
-class Setting(NamedTuple):
-    """A queue attribute that callers can set."""
-
-    default: str  # may be ""
-    normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
-    fifo: bool = False  # of FIFO queues only
-
-
 def _whole(low: int, high: int, text: str) -> str:
     if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(text)
@@ -3426,35 +3390,37 @@ def _redrive_allow_policy(text: str) -> str:
     return text
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
-    "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
-    "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
-    "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
-    "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
-    "SqsManagedSseEnabled": Setting("true", _one_of("true", "false")),
-    "KmsMasterKeyId": Setting("", str),
-    "KmsDataKeyReusePeriodSeconds": Setting("", functools.partial(_whole, 60, 86400)),
-    "Policy": Setting("", _policy),
-    "RedrivePolicy": Setting("", _redrive_policy),
-    "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
-    "FifoQueue": Setting("true", _one_of("true", "false"), fifo=True),
-    "ContentBasedDeduplication": Setting("false", _one_of("true", "false"), fifo=True),
-    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _one_of("perQueue", "perMessageGroupId"), True),
+# What callers can set: the default, "" for none, and the normal form or ValueError or KeyError.
+SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "DelaySeconds": ("0", functools.partial(_whole, 0, 900)),
+    "MaximumMessageSize": ("1048576", functools.partial(_whole, 1024, 1048576)),
+    "MessageRetentionPeriod": ("345600", functools.partial(_whole, 60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": ("0", functools.partial(_whole, 0, 20)),
+    "VisibilityTimeout": ("30", functools.partial(_whole, 0, SECONDS_HELD)),
+    "SqsManagedSseEnabled": ("true", _one_of("true", "false")),
+    "KmsMasterKeyId": ("", str),
+    "KmsDataKeyReusePeriodSeconds": ("", functools.partial(_whole, 60, 86400)),
+    "Policy": ("", _policy),
+    "RedrivePolicy": ("", _redrive_policy),
+    "RedriveAllowPolicy": ("", _redrive_allow_policy),
+    "FifoQueue": ("true", _one_of("true", "false")),
+    "ContentBasedDeduplication": ("false", _one_of("true", "false")),
+    "DeduplicationScope": ("queue", _one_of("queue", "messageGroup")),
+    "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
 }
+_FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: dict[str, str] = {}
     for name, text in given.items():
-        setting = SETTINGS.get(name)
-        if setting is None or (setting.fifo and not fifo):
-            known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise sqs_refusal("fifo only" if known else "attribute name", name)
+        known = name in SETTINGS and (fifo or name not in _FIFO_SETTINGS)
+        is_named = name in ("DeduplicationScope", "FifoThroughputLimit")
+        refuse_if(not known, "fifo only" if is_named else "attribute name", name)
         try:
-            settings[name] = setting.normal(text) if text or setting.default else ""
+            default, normal = SETTINGS[name]
+            settings[name] = normal(text) if text or default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
@@ -3577,15 +3543,15 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
         if not call.operation.endswith("Batch"):
             return act(sqs, call, queue, call.input)
         entries, output = call.input["Entries"], collections.defaultdict(list)
-        refuse_if(not entries, "no entries", call.operation)
-        refuse_if(len(entries) > 10, "entries", len(entries))
+        refuse_if(not entries, "EmptyBatchRequest", call.operation)
+        refuse_if(len(entries) > 10, "TooManyEntriesInBatchRequest", len(entries))
         ids = [entry["Id"] for entry in entries]
-        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
+        refuse_if(not all(map(_LABEL.fullmatch, ids)), "InvalidBatchEntryId")
         for index, repeated in enumerate(ids):
-            refuse_if(repeated in ids[:index], "entry ids", repeated)
+            refuse_if(repeated in ids[:index], "BatchEntryIdsNotDistinct", repeated)
         if call.operation == "SendMessageBatch":
             size = sum(map(_size, entries))
-            refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
+            refuse_if(size > MAX_BATCH_BYTES, "BatchRequestTooLong", MAX_BATCH_BYTES, size)
             for entry in entries:
                 _check_fifo(call, queue, entry)
         for entry in entries:
@@ -3606,27 +3572,24 @@ class Sqs:
     A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
     enforces the policies of the queues."""
 
+    changes: Optional[Changes] = None  # for a store
+    is_failing = False  # whether the store's last commit failed
+    _draining = False
+
     def __init__(
         self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
-        secret: Optional[bytes] = None,
-        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
-        cooldown: bool = False
+        secret: bytes = b"", cooldown: bool = False,
+        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait
     ) -> None:  # fmt: skip
-        self._clock = clock
-        self._new_id = new_id
+        self._clock, self._new_id, self._wait = clock, new_id, wait
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
-        self._wait = wait
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
-        self._draining = False
         self.serials = itertools.count(1)
-        self.changes: Optional[Changes] = None  # for a store
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
-        self.is_failing = False  # whether the last commit failed
-        self._found_last: Optional[Queue] = None
 
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
@@ -3634,22 +3597,16 @@ class Sqs:
             self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
-            output = OPERATIONS[call.operation].method(self, call)
-            if self.changes is not None and self._found_last and call.operation in _CHANGE_QUEUES:
-                self.changes.queues.add(self._found_last)
-            return output
+            return OPERATIONS[call.operation].method(self, call)
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
-        kind = FifoQueue if kept["settings"].get("FifoQueue") else Queue
-        queue = self._queues[arn] = kind(
-            arn, serial, kept["settings"], kept["modified"], self.lock
-        )
+        settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
+        queue = self._queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
-        if isinstance(queue, FifoQueue):
-            queue.scoped_to_group = kept["scoped"]
+        queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
 
@@ -3673,15 +3630,13 @@ class Sqs:
         described = []
         with self.lock:
             for arn in heapq.nsmallest(limit, self._queues):
-                now, queue = self._clock(), self._queues[arn]
-                queue.advance(now)
-                sent = next((it.sent for it in queue.messages.values()), now)
-                region, account, name = arn.split(":")[3:]
+                now, it = self._clock(), self._queues[arn]
+                it.advance(now)
+                oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
                 described.append({
-                    "name": name, "region": region, "account": account, "visible": queue.visible,
-                    "in_flight": queue.in_flight, "delayed": queue.delayed,
-                    "oldest_seconds": max(0.0, now - sent),
-                    "attributes": queue.settings, "tags": queue.tags
+                    "name": it.name, "region": it.region, "account": it.account,
+                    "visible": it.visible, "in_flight": it.in_flight, "delayed": it.delayed,
+                    "oldest_seconds": oldest, "attributes": it.settings, "tags": it.tags
                 })  # fmt: skip
         return described
 
@@ -3717,10 +3672,7 @@ class Sqs:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
-                queue.changed.notify_all()
             if not name:
-                if self.changes is not None:
-                    self.changes.queues.update(chosen)
                 for held in (self._queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
@@ -3741,7 +3693,8 @@ class Sqs:
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
         queue.advance(self._clock())
-        self._found_last = queue
+        if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
+            self.changes.queues.add(queue)
         return queue
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
@@ -3752,18 +3705,17 @@ class Sqs:
         settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self._queues.get(arn)
-        if queue:
-            for attribute, value in settings.items():
-                refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-            return {"QueueUrl": call.base_url + queue.url_path}
-        refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
-        defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
-        kind = FifoQueue if fifo else Queue
-        queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
-        self._check_redrive(queue, settings)
-        queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
-        self._queues[arn] = self._found_last = queue
-        return {"QueueUrl": call.base_url + queue.url_path}
+        if queue is None:
+            refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
+            defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
+            kind = FifoQueue if fifo else Queue
+            queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
+            self._check_redrive(queue, settings)
+            queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
+        for attribute, value in settings.items():
+            refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
+        self._queues[arn] = queue
+        return self.get_queue_url(call)
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
@@ -3771,24 +3723,22 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        policy = target.policy("RedriveAllowPolicy") if target else {}
-        everybody = policy.get("redrivePermission", "allowAll") == "allowAll"
-        if target is None or target.place != queue.place:
-            reason = "Dead letter target does not exist."
-        elif target.fifo != queue.fifo:
-            reason = "Dead-letter queue must be same type of queue as the source."
-        elif not everybody and queue.arn not in policy.get("sourceQueueArns", []):
-            reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-        else:
-            return
-        raise sqs_refusal("value", text, "RedrivePolicy", reason)
+        if target is None or (target.region, target.account) != (queue.region, queue.account):
+            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
+        reason = "Dead-letter queue must be same type of queue as the source."
+        refuse_if(target.fifo != queue.fifo, "value", text, "RedrivePolicy", reason)
+        policy = target.policy("RedriveAllowPolicy") or {"redrivePermission": "allowAll"}
+        named = queue.arn in policy.get("sourceQueueArns", [])
+        denied = not named and policy["redrivePermission"] != "allowAll"
+        reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
+        refuse_if(denied, "value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
         refuse_if(not name, "no name")
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         queue = self._found(call, _arn(call, owner, name), "no queue")
-        return {"QueueUrl": call.base_url + queue.url_path}
+        return {"QueueUrl": f"{call.base_url}/{queue.account}/{name}"}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
@@ -3797,7 +3747,7 @@ class Sqs:
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
-            raise sqs_refusal("token") from error
+            raise sqs_refusal("invalid", "Invalid or expired next token.") from error
         prefix = _arn(call, call.caller.account_id, start)
         left = sorted(it.name for it in queues if it.arn.startswith(prefix) and it.name > after)
         page = [f"{call.base_url}/{call.caller.account_id}/{name}" for name in left[:most]]
@@ -3851,7 +3801,6 @@ class Sqs:
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
         self._deleted = {**recent, queue.arn: now}
-        queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
         self._queue(call).tags.update(call.input["Tags"])
@@ -3941,8 +3890,7 @@ class Sqs:
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
             kept["SequenceNumber"] = f"{next(self.serials):020d}"
-            first = queue.first_sent(kept, (now, new_id, kept["SequenceNumber"]))
-            _, output["MessageId"], output["SequenceNumber"] = first
+            _, output["MessageId"], output["SequenceNumber"] = queue.first_sent(kept, now, new_id)
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
@@ -3955,7 +3903,7 @@ class Sqs:
         default = queue.number("VisibilityTimeout")
         timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
-        attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
+        attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
         deadline = now + patience
         while True:
@@ -3969,8 +3917,7 @@ class Sqs:
             self._wait(queue.changed, min(min(due) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
-            refuse_if(not self.has(queue), "no queue")
-            queue.advance(now)
+            refuse_if(self._queue(call) is not queue, "no queue")
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
@@ -3979,9 +3926,8 @@ class Sqs:
             refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
-            until, ids = messages[0].hidden_until, [it.message_id for it in messages]
-            queue.attempts[attempt] = (now, until, messages)
-            queue.remember(now, [attempt], until, ids)
+            ids = [message.message_id for message in messages]
+            queue.remember(queue.attempts, (attempt,), now, messages[0].hidden_until, ids)
             if len(queue.attempts) > MAX_ATTEMPTS:
                 queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
@@ -4018,12 +3964,13 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        _, until, received = _recent(queue.attempts, now).pop(attempt, (now, now, []))
-        if not all(queue.holds(message, until) for message in received):
+        _, until, ids = _recent(queue.attempts, now).pop((attempt,), (now, now, ()))
+        received = [queue.messages[it] for it in ids if it in queue.messages]
+        if len(received) < len(ids) or any(it.hidden_until != until for it in received):
             return []
         for message in received:
             queue.hide(message, now + timeout)
-        return list(received)
+        return received
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -4056,10 +4003,9 @@ class Sqs:
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
-        serial, _, rest = text.decode("latin-1").partition(":")
-        if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
+        serial, message_id, count = (text.decode() if genuine else "::").split(":", 2)
+        if not handle.startswith("AQEB") or serial != str(queue.serial):
             raise sqs_refusal("handle", handle)
-        message_id, _, count = rest.partition(":")
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
@@ -4083,7 +4029,8 @@ class Sqs:
             reason = "Message does not exist or is not available for visibility timeout change."
             raise sqs_refusal("value", handle, "ReceiptHandle", reason)
         too_long = now + timeout > message.last_received + SECONDS_HELD
-        refuse_if(too_long, "visibility", timeout, SECONDS_HELD)
+        reason = "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]"
+        refuse_if(too_long, "value", timeout, "VisibilityTimeout", reason)
         queue.hide(message, now + timeout if timeout else 0.0)
 
     send_message_batch, delete_message_batch = send_message, delete_message
@@ -4106,7 +4053,7 @@ class Sqs:
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         refuse_if(not _QUEUE_ARN.fullmatch(arn), "arn", parameter)
-        return self._found(call, arn, "no resource", parameter)
+        return self._found(call, arn, "ResourceNotFoundException", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
@@ -4121,7 +4068,7 @@ class Sqs:
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
         refuse_if(not isinstance(arn, str), "task handle")
-        self._found(call, arn, "no resource", "SourceArn")
+        self._found(call, arn, "ResourceNotFoundException", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.handle != handle:
             raise sqs_refusal("no task")
@@ -4141,11 +4088,10 @@ class Sqs:
         source.advance(now)
         if self.changes is not None:
             self.changes.queues.add(source)
-        while task.moved < task.to_move and source.pick(1):
+        while task.moved < task.to_move and (picked := source.pick(1)):
             if task.next_move() > now + 0.000001:  # a float may be short
                 return "RUNNING"
-            (dead,) = source.pick(1)
-            system = dict(dead.system)
+            dead, system = picked[0], dict(picked[0].system)
             of_source = system.pop("DeadLetterQueueSourceArn", "")
             target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
@@ -4200,20 +4146,17 @@ _OPERATIONS = f"""
     UntagQueue QueueUrl TagKeys*:list
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
-_CHANGE_QUEUES = frozenset(  # and not only their messages
-    "AddPermission CancelMessageMoveTask CreateQueue DeleteQueue PurgeQueue RemovePermission"
-    " SetQueueAttributes StartMessageMoveTask TagQueue UntagQueue".split()
-)
+# The operations that begin so change messages at most.
+_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 _SPELLED = pairs("""
-    AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
-    Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
-    Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
-    MessageAttributes=MessageAttribute:Name:Value Messages=Message
-    MessageSystemAttributeNames=MessageSystemAttributeName
-    MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
-    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
-    Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+    Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
+    MessageSystemAttributes=MessageSystemAttribute:Name:Value Tags=Tag:Key:Value tags=Tag:Key:Value
+    Entries={}RequestEntry Failed=BatchResultErrorEntry Results={}ResultEntry
+    Successful={}ResultEntry Actions=ActionName AWSAccountIds=AWSAccountId Messages=Message
+    AttributeNames=AttributeName MessageAttributeNames=MessageAttributeName TagKeys=TagKey
+    MessageSystemAttributeNames=MessageSystemAttributeName BinaryListValues=BinaryListValue
+    StringListValues=StringListValue QueueUrls=QueueUrl queueUrls=QueueUrl
 """)
 _IN_QUERY = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
@@ -4265,9 +4208,9 @@ def _is_json(reply: Reply) -> bool:
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     """Return the answer with our queue URLs in place of the upstream's."""
-    if call.operation not in _URL_OPERATIONS or reply.status != 200:
+    is_output = reply.status == 200 and call.operation in _URL_OPERATIONS
+    if not is_output or not isinstance(reply.body, bytes):
         return reply
-    assert isinstance(reply.body, bytes)
     if not _is_json(reply):
         base = call.base_url.encode()
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
@@ -4283,12 +4226,11 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
-    if reply.status != 200 or not isinstance(reply.body, bytes):
-        return []
+    body = reply.body if reply.status == 200 and isinstance(reply.body, bytes) else b"{}"
     with contextlib.suppress(*_MALFORMED):
         if not _is_json(reply):
-            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
-        output = read_json(reply.body.decode())
+            return [html.unescape(found.decode()) for found in element.findall(body)]
+        output = read_json(body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
