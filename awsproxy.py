@@ -6912,11 +6912,8 @@ def page_policy() -> tuple[str, str]:
 
 
 PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>awsproxy: calls</title>
+<html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
   --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
@@ -6936,9 +6933,8 @@ pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-mark { background: var(--mark); color: inherit }
 #switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto }
+#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6953,34 +6949,29 @@ mark { background: var(--mark); color: inherit }
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, text = "", ...inner) => {
+const make = (tag, ...inner) => {
   const made = document.createElement(tag);
-  made.textContent = text;
   made.append(...inner);
   return made;
 };
-const row = (label, ...cells) => make("tr", "", make("th", label), ...cells);
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  const cell = make("td");
   let start = 0, end = 0;
   while (start < text.length && text[start] === other[start]) start++;
   const most = Math.min(text.length, other.length) - start;
   while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
   const stop = text.length - end;
   const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  cell.append(text.slice(0, start), middle, text.slice(Math.max(start, stop)));
-  return cell;
+  return make("td", text.slice(0, start), middle, text.slice(stop));
 }
 
 function step([title, lines], theirs) {
-  const table = make("table");
-  const signed = theirs.find(([name]) => name === title);
+  const signed = theirs.find(([name]) => name === title)?.[1], table = make("table");
   if (signed) table.append(row("", make("th", "awsproxy computed"), make("th", "client signed")));
-  const count = Math.max(lines.length, signed ? signed[1].length : 0);
-  for (let at = 0; at < count; at++) {
-    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[1][at] || ["", ""];
+  for (let at = 0; at < Math.max(lines.length, signed?.length ?? 0); at++) {
+    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[at] || ["", ""];
     const cells = signed ? [marked(ours, other), marked(other, ours)] : [make("td", ours)];
     table.append(row(label || name, ...cells));
   }
@@ -6988,17 +6979,17 @@ function step([title, lines], theirs) {
 }
 
 function add(call) {
-  const kind = call.status < 400 ? "good" : "bad", entry = make("details"), body = make("div");
   const status = make("b", call.status);
-  status.className = kind;
+  status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  entry.append(make("summary", "", status, ...about.map((text) => make("span", text))), body);
-  entry.addEventListener("toggle", () => {
-    if (!body.firstChild) body.append(...call.steps.flatMap((it) => step(it, call.theirs)));
-  });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
+  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
+  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
   if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  last = call.number;
+  $("state").textContent = `${last} calls.`;
 }
 
 function filter() {
@@ -7010,18 +7001,13 @@ let last = 0;
 async function update() {
   try {
     const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls.length && calls[0].number <= last) $("calls").replaceChildren();  // it was restarted
+    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
     calls.forEach(add);
-    if (calls.length) {
-      last = calls.at(-1).number;
-      $("state").textContent = `${last} calls.`;
-      filter();
-    }
+    filter();
     const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["name", "region", "account", "visible", "in_flight", "delayed"];
-    const cells = (it) => names.slice(1).map((name) => make("td", it[name]));
-    $("table").replaceChildren(row("name", ...names.slice(1).map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...cells(it))));
+    const names = ["region", "account", "visible", "in_flight", "delayed"];
+    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
   } catch (error) {
     $("state").textContent = `awsproxy does not answer: ${error.message}`;
   }
@@ -7041,8 +7027,6 @@ const bytes = (text) => new TextEncoder().encode(text);
 const digits = (it) => it.toString(16).padStart(2, "0");
 const hex = (data) => Array.from(new Uint8Array(data), digits).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-const quote = (text) => encodeURIComponent(text).replace(/[!'()*]/g,
-  (it) => `%${it.charCodeAt(0).toString(16).toUpperCase()}`);
 async function hmac(key, text) {
   const how = { name: "HMAC", hash: "SHA-256" };
   const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
@@ -7052,9 +7036,8 @@ async function hmac(key, text) {
 async function sign(wrong) {
   const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
   const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
-  const parts = ["Version=2012-11-05", `QueueNamePrefix=${quote("my jobs")}`];
-  const target = `/?${parts.join("&")}`;
-  let query = (wrong.sort ? parts : [...parts].sort()).join("&");
+  const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
+  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
   if (wrong.plus) query = query.replaceAll("%20", "+");
   if (wrong.twice) query = query.replaceAll("%", "%25");
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
@@ -7065,8 +7048,7 @@ async function sign(wrong) {
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
   const block = wrong.newline ? headers.slice(0, -1) : headers;
   const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const lines = [wrong.method ? "post" : "POST", "/", query, block, names, payload];
-  const canonical = lines.join("\n");
+  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
   const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
   const hashed = wrong.hash ? canonical : await sha256(canonical);
   const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
@@ -7081,28 +7063,25 @@ async function sign(wrong) {
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
   delete sent.host;
-  return { target, body, headers: sent, steps: { "1 canonical request": canonical,
-    "2 string to sign": text, "3 signing key": chain.join("\n"), "4 signature": signature } };
+  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
+  return [request, { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature }];
 }
 
 async function send() {
-  const names = Object.keys(MISTAKES).filter((name) => $(name).checked);
-  const made = await sign(Object.fromEntries(names.map((name) => [name, true])));
-  const shown = Object.entries(made.steps).flatMap(([title, text]) =>
-    [make("h3", title), make("pre", text)]);
-  const { headers, body } = made;
-  const answer = await fetch(made.target, { method: "POST", headers, body });
-  const text = await answer.text(), cause = text.match(/Your (signer|clock)[^\n<]*/);
-  const verdict = answer.ok ? "The signature is right." : cause ? cause[0] : "Refused.";
+  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
+  const [request, steps] = await sign(Object.fromEntries(ticked));
+  const answer = await fetch(request), text = await answer.text();
+  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
   $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${verdict}`;
-  $("steps").replaceChildren(...shown, make("h3", "answer"), make("pre", text));
+  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
+  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+    ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
 for (const [name, words] of Object.entries(MISTAKES)) {
-  const box = make("input");
-  [box.type, box.id] = ["checkbox", name];
-  $("switches").append(make("label", "", box, ` ${words}`));
+  const box = Object.assign(make("input"), { type: "checkbox", id: name });
+  $("switches").append(make("label", box, ` ${words}`));
 }
 $("filter").addEventListener("input", filter);
 $("send").addEventListener("click", () => send().catch((error) => {
