@@ -6048,6 +6048,14 @@ class Upstream:
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 # To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
 # is read on demand, call metrics.gauge(name, help, function) in Program.
+MAX_SHOWN = 256  # characters of a caller's text in a log line
+Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
+_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
+_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+# The functions of a hook, None for what it has not.  The last one is no hook on its own.
+HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 # [7.1] Workers and exchanges
@@ -6144,11 +6152,6 @@ class Exchange:
         return int(match[1]) if match else 0
 
 
-_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
-MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
-
-
 # [7.2] The interface of hooks
 class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
@@ -6183,10 +6186,6 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
         raise
     except BaseException as error:  # a hook may call sys.exit(), which would end the process
         raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
-
-
-# The functions of a hook, None for what it has not.  The last one is no hook on its own.
-HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
@@ -6361,9 +6360,6 @@ class AccessLog(Hook):
             faults = [words[name] for name in ("error", "reason") if words[name] != "-"]
             line = f"{line}  {': '.join(faults)}".rstrip()
         self._stream.write(line + "\n")
-
-
-_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 
 
 def _is_plain(text: str) -> bool:
@@ -6593,10 +6589,6 @@ class Metrics(Hook):
         copy, about = (__version__, file_sha256()[:12]), "Which copy of the file this is."
         page += _lines("build_info", "version sha256", [(copy, 1)], "gauge", about)
         return "\n".join(page) + "\n"
-
-
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
 
 
 def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "") -> Iterator[str]:
