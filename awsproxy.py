@@ -6083,8 +6083,7 @@ class Workers:
     def _work(self) -> None:
         while True:
             try:
-                task = self._tasks.get(timeout=self.IDLE_SECONDS)
-                task()
+                self._tasks.get(timeout=self.IDLE_SECONDS)()
                 self._idle.release()
             except queues.Empty:
                 if self._idle.acquire(blocking=False):  # no task waits for this thread
@@ -6267,12 +6266,12 @@ class LineWriter:
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         # Lines, and functions to call when the lines before them are written.
         self._lines: queues.SimpleQueue[Union[str, Callable[[], None]]] = queues.SimpleQueue()
-        self._writing = 0
+        self._batch: list[Union[str, Callable[[], None]]] = []  # that is being written
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Queue a line for the thread."""
-        if self._lines.qsize() + self._writing < self.MOST:
+        if self._lines.qsize() + len(self._batch) < self.MOST:
             self._lines.put(line)
         else:
             self.dropped += 1
@@ -6290,21 +6289,19 @@ class LineWriter:
 
     def _work(self) -> None:
         while True:
-            batch = [self._lines.get()]
-            self._writing = 1  # it waits, too
+            self._batch = [self._lines.get()]
             time.sleep(self.PAUSE)
-            batch += [self._lines.get() for _ in range(self._lines.qsize())]
-            lines = [it for it in batch if isinstance(it, str)]
-            self._writing = len(lines)
+            self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
+            lines = [it for it in self._batch if isinstance(it, str)]
+            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._writing = 0
-            for act in batch:
-                if not isinstance(act, str):
-                    act()
+            self._batch = []
+            for act in acts:
+                act()
 
     def _open(self) -> None:
         try:
@@ -6348,7 +6345,8 @@ class AccessLog(Hook):
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
-            if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
+            is_plain = line.isascii() and line.isprintable() and "\\" not in line
+            if not is_plain or len(line) >= 1024 or line.count(" ") >= len(fields):
                 line = " ".join(map(_one_word, fields.values()))
         else:  # in columns, for a person
             words = {name: _one_word(value) for name, value in fields.items()}
@@ -6362,10 +6360,6 @@ class AccessLog(Hook):
         self._stream.write(line + "\n")
 
 
-def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and len(text) < 1024
-
-
 def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN].encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
@@ -6374,8 +6368,9 @@ def _one_word(value: Any) -> str:
 
 def _cut(value: Any) -> Any:
     """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
-    most = MAX_SHOWN if _is_plain(str(value)[:MAX_SHOWN]) else MAX_SHOWN // 8
-    return value[:most] if isinstance(value, str) else value
+    text = str(value)[:MAX_SHOWN]
+    most = MAX_SHOWN if text.isascii() and text.isprintable() else MAX_SHOWN // 8
+    return text[:most] if isinstance(value, str) else value
 
 
 def open_log(path: str) -> Any:
@@ -6455,10 +6450,8 @@ def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     both = (("computed", proof.signature), ("received", claimed.signature))
     cut = [(name, value if is_demo else f"{value[:12]}...") for name, value in both]
     cut.append(("", "they are equal" if proof.signature == claimed.signature else "they differ"))
-    return [
-        ("1 canonical request", canonical), ("2 string to sign", text), ("3 signing key", chain),
-        ("4 signature: HMAC(kSigning, step 2)", cut)
-    ]  # fmt: skip
+    return [("1 canonical request", canonical), ("2 string to sign", text),
+        ("3 signing key", chain), ("4 signature: HMAC(kSigning, step 2)", cut)]  # fmt: skip
 
 
 def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
@@ -6611,15 +6604,11 @@ def file_sha256() -> str:
 # [7.6] Messages in flight
 Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
-Put = Callable[[str, bytes, float], bytes]
 _XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
 _XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-
-
-class _Hold(NamedTuple):
-    queue: str  # region/account/name
-    until: float  # infinity while the timeout is unknown
-    since: float  # on the monotonic clock
+# The queue is region/account/name.  The end is infinity while the timeout is unknown.  `since` is
+# on the monotonic clock.
+_Hold = collections.namedtuple("_Hold", "queue until since")
 
 
 class InFlight(Hook):
@@ -6629,9 +6618,8 @@ class InFlight(Hook):
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
-    NOTED = frozenset("ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage"
-        " DeleteMessageBatch DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
-    )  # fmt: skip
+    NOTED = frozenset("ChangeMessageVisibility DeleteMessage DeleteQueue PurgeQueue"
+        " ReceiveMessage SetQueueAttributes".split())  # fmt: skip
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask = ask
@@ -6670,7 +6658,7 @@ class InFlight(Hook):
 
     def note(self, call: Call, reply: Reply) -> None:
         """Count the messages of a call and its answer."""
-        noted = call.operation in self.NOTED and call.service == "sqs"
+        noted = call.operation.removesuffix("Batch") in self.NOTED and call.service == "sqs"
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
@@ -6768,10 +6756,6 @@ def _digest(handle: str) -> bytes:
 
 
 # [7.7] Protection of an ECS task
-def _put(url: str, body: bytes, wait: float) -> bytes:
-    return fetch(url, {"Content-Type": "application/json"}, data=body, method="PUT", timeout=wait)
-
-
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
@@ -6782,12 +6766,10 @@ class TaskProtection(InFlight):
     MINUTES = 60  # of protection, at the least; it is renewed after half of them
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
-    def __init__(
-        self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time, put: Put = _put
-    ) -> None:
+    def __init__(self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         super().__init__(ask, run, clock)
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
-        self._put = put
+        self._fetch = fetch
         self._protected_until = 0.0
         self._pauses = iter(self.BACKOFF)
         self._not_before = 0.0
@@ -6833,8 +6815,9 @@ class TaskProtection(InFlight):
             wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
+            of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
             try:
-                answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
+                answer = json.loads(self._fetch(self._url, of_json, body, "PUT", self.PATIENCE))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
@@ -6870,8 +6853,7 @@ class Inspector(Hook):
                 text = body[: self.MOST_BODY].decode("utf-8", "replace")
                 steps.append((title, [("", line) for line in text.splitlines()]))
         if call and call.upstream_seconds > 0:
-            took = call.upstream_seconds * 1000
-            steps.append(("upstream", [("", f"answered in {took:.1f} ms")]))
+            steps += [("upstream", [("", f"answered in {call.upstream_seconds * 1000:.1f} ms")])]
         kept = {
             "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
@@ -6893,7 +6875,6 @@ class Inspector(Hook):
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
-@functools.lru_cache(maxsize=1)
 def page_policy() -> tuple[str, str]:
     """Return the header that allows only the page's own script and style."""
     inline = re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)
