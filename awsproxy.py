@@ -6054,6 +6054,8 @@ _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
+Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 # The functions of a hook, None for what it has not.  The last one is no hook on its own.
 HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
@@ -6260,8 +6262,7 @@ class LineWriter:
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
-        self._stream = stream
-        self._path = path
+        self._stream, self._path = stream, path
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         # Lines, and functions to call when the lines before them are written.
@@ -6317,8 +6318,7 @@ class AccessLog(Hook):
     """Writes a line without secrets for each exchange; columns and colours are for a terminal."""
 
     def __init__(self, stream: Any, form: str) -> None:
-        self._stream = stream
-        self._form = form
+        self._stream, self._form = stream, form
 
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
@@ -6390,16 +6390,16 @@ MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
 
 
-def explain(exchange: Exchange) -> Sequence[Step]:
-    """Return a call step by step, without secrets, tokens and bodies."""
+def explain(exchange: Exchange) -> Iterator[Step]:
+    """Yield a call step by step, without secrets, tokens and bodies."""
     call, verified, refused = exchange.call, exchange.verified, exchange.refused
     proof = verified.proof if verified else refused and refused.proof
     body = f"{exchange.request_bytes} bytes"
     if verified and _SHA256_HEX.fullmatch(verified.payload_hash):
         body += f", SHA-256 {verified.payload_hash}"
-    steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
+    yield "request", [*_shown_request(exchange.request), ("body", body)]
     if proof:
-        steps += _explained_signature(exchange.request, proof)
+        yield from _explained_signature(exchange.request, proof)
     verdict = "no signature was checked"
     if refused:
         verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
@@ -6407,16 +6407,15 @@ def explain(exchange: Exchange) -> Sequence[Step]:
         who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
         verdict = f"the signature is right: {who}"
     cause = [("cause", refused.cause)] if refused and refused.cause else []
-    steps.append(("verdict", [("", verdict), *cause]))
+    yield "verdict", [("", verdict), *cause]
     if call and call.route:
         route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
-        steps.append(("route", [("", route)]))
+        yield "route", [("", route)]
     if call and call.sent:
-        steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
+        yield f"sent to {call.upstream_host}", _shown_request(call.sent)
     if exchange.status:
         size, took = f"{exchange.reply_bytes} bytes", f"{exchange.seconds * 1000:.1f} ms"
-        steps.append(("reply", [("", f"{exchange.status}, {size}, {took}")]))
-    return steps
+        yield "reply", [("", f"{exchange.status}, {size}, {took}")]
 
 
 def _without_secrets(text: str) -> str:
@@ -6480,8 +6479,7 @@ class Metrics(Hook):
     """Counts calls for Prometheus.
 
     Strangers cannot add names without limit.  Without a verified signature the client is "-".
-    After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
-    After twice as many rows, so are all labels of a new row."""
+    New operations are "other" after MAX_OPERATIONS, codes after MAX_ROWS, all after twice that."""
 
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
@@ -6602,15 +6600,6 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
-Run = Callable[[Callable[[], None]], None]  # runs a function in the background
-_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-# The queue is region/account/name.  The end is infinity while the timeout is unknown.  `since` is
-# on the monotonic clock.
-_Hold = collections.namedtuple("_Hold", "queue until since")
-
-
 class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
@@ -6618,16 +6607,19 @@ class InFlight(Hook):
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
+    XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
+    XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
+    # The queue is region/account/name.  The timeout ends at `until`: infinity while it is unknown.
+    # The hold began at `since`, on the monotonic clock.
+    Hold = collections.namedtuple("Hold", "queue until since")
     NOTED = frozenset("ChangeMessageVisibility DeleteMessage DeleteQueue PurgeQueue"
         " ReceiveMessage SetQueueAttributes".split())  # fmt: skip
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
-        self._ask = ask
-        self._run = run
-        self._clock = clock
+        self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
         self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
-        self._held: dict[str, _Hold] = {}  # by message id
+        self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
@@ -6668,7 +6660,7 @@ class InFlight(Hook):
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
-            done = set(found_in(reply, _XML_ID, "Successful", "Id"))
+            done = set(found_in(reply, self.XML_ID, "Successful", "Id"))
             self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
@@ -6678,7 +6670,7 @@ class InFlight(Hook):
                 self.forget(queue)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
-        ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
+        ids = found_in(reply, self.XML_MESSAGE_ID, "Messages", "MessageId")
         if not ids:
             return
         now = self._clock()
@@ -6714,7 +6706,7 @@ class InFlight(Hook):
                     self._hold(message_id, queue, taken + timeout)
 
     def _hold(self, message_id: str, queue: str, until: float) -> None:
-        self._held[message_id] = _Hold(queue, until, time.monotonic())
+        self._held[message_id] = self.Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
             self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
@@ -6770,9 +6762,8 @@ class TaskProtection(InFlight):
         super().__init__(ask, run, clock)
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
         self._fetch = fetch
-        self._protected_until = 0.0
+        self._protected_until = self._not_before = 0.0
         self._pauses = iter(self.BACKOFF)
-        self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
     def concerns(self, call: Call) -> bool:
@@ -6858,9 +6849,8 @@ class Inspector(Hook):
             "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
             "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
-            "steps": steps,
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
-        }  # fmt: skip
+            "steps": steps}  # fmt: skip
         with self._lock:
             kept["number"] = number = self._calls[-1][0] + 1 if self._calls else 1
             text = json.dumps(kept)
@@ -7023,10 +7013,9 @@ async function sign(wrong) {
   const payload = await sha256(wrong.body ? `${body}\n` : body);
   const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
   const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical);
+  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
   const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  const secret = (wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : "");
-  let key = bytes(secret), chain = [];
+  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
   for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
