@@ -6987,8 +6987,7 @@ const MISTAKES = {
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
 const bytes = (text) => new TextEncoder().encode(text);
-const digits = (it) => it.toString(16).padStart(2, "0");
-const hex = (data) => Array.from(new Uint8Array(data), digits).join("");
+const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
 async function hmac(key, text) {
   const how = { name: "HMAC", hash: "SHA-256" };
@@ -7004,7 +7003,7 @@ async function sign(wrong) {
   if (wrong.plus) query = query.replaceAll("%20", "+");
   if (wrong.twice) query = query.replaceAll("%", "%25");
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
-    "x-amz-date": date, "x-note": "two  blanks" };
+    "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
   const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
   if (!wrong.blanks) signed["x-note"] = "two blanks";
   const names = Object.keys(sent).join(";");
@@ -7024,7 +7023,6 @@ async function sign(wrong) {
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  delete sent.host;
   const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
   return [request, { "1 canonical request": canonical, "2 string to sign": text,
     "3 signing key": chain.join("\n"), "4 signature": signature }];
