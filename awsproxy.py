@@ -5784,6 +5784,16 @@ class Upstream:
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 # To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
 # is read on demand, call metrics.gauge(name, help, function) in Program.
+MAX_SHOWN = 256  # characters of a caller's text in a log line
+Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
+_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
+_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
+Run = Callable[[Callable[[], None]], None]  # runs a function in the background
+# The functions of a hook, None for what it has not.  The last one is no hook on its own.
+HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 # [7.1] Workers and exchanges
@@ -5811,8 +5821,7 @@ class Workers:
     def _work(self) -> None:
         while True:
             try:
-                task = self._tasks.get(timeout=self.IDLE_SECONDS)
-                task()
+                self._tasks.get(timeout=self.IDLE_SECONDS)()
                 self._idle.release()
             except queues.Empty:
                 if self._idle.acquire(blocking=False):  # no task waits for this thread
@@ -5880,11 +5889,6 @@ class Exchange:
         return int(match[1]) if match else 0
 
 
-_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
-MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
-
-
 # [7.2] The interface of hooks
 class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
@@ -5919,10 +5923,6 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
         raise
     except BaseException as error:  # a hook may call sys.exit(), which would end the process
         raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
-
-
-# The functions of a hook, None for what it has not.  The last one is no hook on its own.
-HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
@@ -5998,18 +5998,17 @@ class LineWriter:
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
-        self._stream = stream
-        self._path = path
+        self._stream, self._path = stream, path
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         # Lines, and functions to call when the lines before them are written.
         self._lines: queues.SimpleQueue[Union[str, Callable[[], None]]] = queues.SimpleQueue()
-        self._writing = 0
+        self._batch: list[Union[str, Callable[[], None]]] = []  # that is being written
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Queue a line for the thread."""
-        if self._lines.qsize() + self._writing < self.MOST:
+        if self._lines.qsize() + len(self._batch) < self.MOST:
             self._lines.put(line)
         else:
             self.dropped += 1
@@ -6027,21 +6026,19 @@ class LineWriter:
 
     def _work(self) -> None:
         while True:
-            batch = [self._lines.get()]
-            self._writing = 1  # it waits, too
+            self._batch = [self._lines.get()]
             time.sleep(self.PAUSE)
-            batch += [self._lines.get() for _ in range(self._lines.qsize())]
-            lines = [it for it in batch if isinstance(it, str)]
-            self._writing = len(lines)
+            self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
+            lines = [it for it in self._batch if isinstance(it, str)]
+            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._writing = 0
-            for act in batch:
-                if not isinstance(act, str):
-                    act()
+            self._batch = []
+            for act in acts:
+                act()
 
     def _open(self) -> None:
         try:
@@ -6057,8 +6054,7 @@ class AccessLog(Hook):
     """Writes a line without secrets for each exchange; columns and colours are for a terminal."""
 
     def __init__(self, stream: Any, form: str) -> None:
-        self._stream = stream
-        self._form = form
+        self._stream, self._form = stream, form
 
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
@@ -6085,7 +6081,8 @@ class AccessLog(Hook):
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
-            if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
+            is_plain = line.isascii() and line.isprintable() and "\\" not in line
+            if not is_plain or len(line) >= 1024 or line.count(" ") >= len(fields):
                 line = " ".join(map(_one_word, fields.values()))
         else:  # in columns, for a person
             words = {name: _one_word(value) for name, value in fields.items()}
@@ -6099,13 +6096,6 @@ class AccessLog(Hook):
         self._stream.write(line + "\n")
 
 
-_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
-
-
-def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and len(text) < 1024
-
-
 def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN].encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
@@ -6114,8 +6104,9 @@ def _one_word(value: Any) -> str:
 
 def _cut(value: Any) -> Any:
     """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
-    most = MAX_SHOWN if _is_plain(str(value)[:MAX_SHOWN]) else MAX_SHOWN // 8
-    return value[:most] if isinstance(value, str) else value
+    text = str(value)[:MAX_SHOWN]
+    most = MAX_SHOWN if text.isascii() and text.isprintable() else MAX_SHOWN // 8
+    return text[:most] if isinstance(value, str) else value
 
 
 def open_log(path: str) -> Any:
@@ -6135,16 +6126,16 @@ MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
 
 
-def explain(exchange: Exchange) -> Sequence[Step]:
-    """Return a call step by step, without secrets, tokens and bodies."""
+def explain(exchange: Exchange) -> Iterator[Step]:
+    """Yield a call step by step, without secrets, tokens and bodies."""
     call, verified, refused = exchange.call, exchange.verified, exchange.refused
     proof = verified.proof if verified else refused and refused.proof
     body = f"{exchange.request_bytes} bytes"
     if verified and _SHA256_HEX.fullmatch(verified.payload_hash):
         body += f", SHA-256 {verified.payload_hash}"
-    steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
+    yield "request", [*_shown_request(exchange.request), ("body", body)]
     if proof:
-        steps += _explained_signature(exchange.request, proof)
+        yield from _explained_signature(exchange.request, proof)
     verdict = "no signature was checked"
     if refused:
         verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
@@ -6152,16 +6143,15 @@ def explain(exchange: Exchange) -> Sequence[Step]:
         who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
         verdict = f"the signature is right: {who}"
     cause = [("cause", refused.cause)] if refused and refused.cause else []
-    steps.append(("verdict", [("", verdict), *cause]))
+    yield "verdict", [("", verdict), *cause]
     if call and call.route:
         route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
-        steps.append(("route", [("", route)]))
+        yield "route", [("", route)]
     if call and call.sent:
-        steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
+        yield f"sent to {call.upstream_host}", _shown_request(call.sent)
     if exchange.status:
         size, took = f"{exchange.reply_bytes} bytes", f"{exchange.seconds * 1000:.1f} ms"
-        steps.append(("reply", [("", f"{exchange.status}, {size}, {took}")]))
-    return steps
+        yield "reply", [("", f"{exchange.status}, {size}, {took}")]
 
 
 def _without_secrets(text: str) -> str:
@@ -6195,10 +6185,8 @@ def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     both = (("computed", proof.signature), ("received", claimed.signature))
     cut = [(name, value if is_demo else f"{value[:12]}...") for name, value in both]
     cut.append(("", "they are equal" if proof.signature == claimed.signature else "they differ"))
-    return [
-        ("1 canonical request", canonical), ("2 string to sign", text), ("3 signing key", chain),
-        ("4 signature: HMAC(kSigning, step 2)", cut)
-    ]  # fmt: skip
+    return [("1 canonical request", canonical), ("2 string to sign", text),
+        ("3 signing key", chain), ("4 signature: HMAC(kSigning, step 2)", cut)]  # fmt: skip
 
 
 def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
@@ -6227,8 +6215,7 @@ class Metrics(Hook):
     """Counts calls for Prometheus.
 
     Strangers cannot add names without limit.  Without a verified signature the client is "-".
-    After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
-    After twice as many rows, so are all labels of a new row."""
+    New operations are "other" after MAX_OPERATIONS, codes after MAX_ROWS, all after twice that."""
 
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
@@ -6331,10 +6318,6 @@ class Metrics(Hook):
         return "\n".join(page) + "\n"
 
 
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-
-
 def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "") -> Iterator[str]:
     """Yield a line for each sample: the values of the labels with these names, and its own."""
     if kind:
@@ -6353,19 +6336,6 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
-Run = Callable[[Callable[[], None]], None]  # runs a function in the background
-Put = Callable[[str, bytes, float], bytes]
-_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-
-
-class _Hold(NamedTuple):
-    queue: str  # region/account/name
-    until: float  # infinity while the timeout is unknown
-    since: float  # on the monotonic clock
-
-
 class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
@@ -6373,17 +6343,19 @@ class InFlight(Hook):
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
-    NOTED = frozenset("ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage"
-        " DeleteMessageBatch DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
-    )  # fmt: skip
+    XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
+    XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
+    # The queue is region/account/name.  The timeout ends at `until`: infinity while it is unknown.
+    # The hold began at `since`, on the monotonic clock.
+    Hold = collections.namedtuple("Hold", "queue until since")
+    NOTED = frozenset("ChangeMessageVisibility DeleteMessage DeleteQueue PurgeQueue"
+        " ReceiveMessage SetQueueAttributes".split())  # fmt: skip
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
-        self._ask = ask
-        self._run = run
-        self._clock = clock
+        self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
         self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
-        self._held: dict[str, _Hold] = {}  # by message id
+        self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
@@ -6414,7 +6386,7 @@ class InFlight(Hook):
 
     def note(self, call: Call, reply: Reply) -> None:
         """Count the messages of a call and its answer."""
-        noted = call.operation in self.NOTED and call.service == "sqs"
+        noted = call.operation.removesuffix("Batch") in self.NOTED and call.service == "sqs"
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
@@ -6424,7 +6396,7 @@ class InFlight(Hook):
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
-            done = set(found_in(reply, _XML_ID, "Successful", "Id"))
+            done = set(found_in(reply, self.XML_ID, "Successful", "Id"))
             self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
@@ -6434,7 +6406,7 @@ class InFlight(Hook):
                 self.forget(queue)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
-        ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
+        ids = found_in(reply, self.XML_MESSAGE_ID, "Messages", "MessageId")
         if not ids:
             return
         now = self._clock()
@@ -6470,7 +6442,7 @@ class InFlight(Hook):
                     self._hold(message_id, queue, taken + timeout)
 
     def _hold(self, message_id: str, queue: str, until: float) -> None:
-        self._held[message_id] = _Hold(queue, until, time.monotonic())
+        self._held[message_id] = self.Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
             self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
@@ -6512,10 +6484,6 @@ def _digest(handle: str) -> bytes:
 
 
 # [7.7] Protection of an ECS task
-def _put(url: str, body: bytes, wait: float) -> bytes:
-    return fetch(url, {"Content-Type": "application/json"}, data=body, method="PUT", timeout=wait)
-
-
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
@@ -6526,15 +6494,12 @@ class TaskProtection(InFlight):
     MINUTES = 60  # of protection, at the least; it is renewed after half of them
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
-    def __init__(
-        self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time, put: Put = _put
-    ) -> None:
+    def __init__(self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         super().__init__(ask, run, clock)
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
-        self._put = put
-        self._protected_until = 0.0
+        self._fetch = fetch
+        self._protected_until = self._not_before = 0.0
         self._pauses = iter(self.BACKOFF)
-        self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
     def concerns(self, call: Call) -> bool:
@@ -6577,8 +6542,9 @@ class TaskProtection(InFlight):
             wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
+            of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
             try:
-                answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
+                answer = json.loads(self._fetch(self._url, of_json, body, "PUT", self.PATIENCE))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
@@ -6614,15 +6580,13 @@ class Inspector(Hook):
                 text = body[: self.MOST_BODY].decode("utf-8", "replace")
                 steps.append((title, [("", line) for line in text.splitlines()]))
         if call and call.upstream_seconds > 0:
-            took = call.upstream_seconds * 1000
-            steps.append(("upstream", [("", f"answered in {took:.1f} ms")]))
+            steps += [("upstream", [("", f"answered in {call.upstream_seconds * 1000:.1f} ms")])]
         kept = {
             "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
             "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
-            "steps": steps,
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
-        }  # fmt: skip
+            "steps": steps}  # fmt: skip
         with self._lock:
             kept["number"] = number = self._calls[-1][0] + 1 if self._calls else 1
             text = json.dumps(kept)
@@ -6637,7 +6601,6 @@ class Inspector(Hook):
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
-@functools.lru_cache(maxsize=1)
 def page_policy() -> tuple[str, str]:
     """Return the header that allows only the page's own script and style."""
     inline = re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)
@@ -6648,11 +6611,8 @@ def page_policy() -> tuple[str, str]:
 
 
 PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>awsproxy: calls</title>
+<html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
   --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
@@ -6672,9 +6632,8 @@ pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-mark { background: var(--mark); color: inherit }
 #switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto }
+#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6689,34 +6648,29 @@ mark { background: var(--mark); color: inherit }
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, text = "", ...inner) => {
+const make = (tag, ...inner) => {
   const made = document.createElement(tag);
-  made.textContent = text;
   made.append(...inner);
   return made;
 };
-const row = (label, ...cells) => make("tr", "", make("th", label), ...cells);
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  const cell = make("td");
   let start = 0, end = 0;
   while (start < text.length && text[start] === other[start]) start++;
   const most = Math.min(text.length, other.length) - start;
   while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
   const stop = text.length - end;
   const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  cell.append(text.slice(0, start), middle, text.slice(Math.max(start, stop)));
-  return cell;
+  return make("td", text.slice(0, start), middle, text.slice(stop));
 }
 
 function step([title, lines], theirs) {
-  const table = make("table");
-  const signed = theirs.find(([name]) => name === title);
+  const signed = theirs.find(([name]) => name === title)?.[1], table = make("table");
   if (signed) table.append(row("", make("th", "awsproxy computed"), make("th", "client signed")));
-  const count = Math.max(lines.length, signed ? signed[1].length : 0);
-  for (let at = 0; at < count; at++) {
-    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[1][at] || ["", ""];
+  for (let at = 0; at < Math.max(lines.length, signed?.length ?? 0); at++) {
+    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[at] || ["", ""];
     const cells = signed ? [marked(ours, other), marked(other, ours)] : [make("td", ours)];
     table.append(row(label || name, ...cells));
   }
@@ -6724,17 +6678,17 @@ function step([title, lines], theirs) {
 }
 
 function add(call) {
-  const kind = call.status < 400 ? "good" : "bad", entry = make("details"), body = make("div");
   const status = make("b", call.status);
-  status.className = kind;
+  status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  entry.append(make("summary", "", status, ...about.map((text) => make("span", text))), body);
-  entry.addEventListener("toggle", () => {
-    if (!body.firstChild) body.append(...call.steps.flatMap((it) => step(it, call.theirs)));
-  });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
+  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
+  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
   if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  last = call.number;
+  $("state").textContent = `${last} calls.`;
 }
 
 function filter() {
@@ -6746,18 +6700,13 @@ let last = 0;
 async function update() {
   try {
     const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls.length && calls[0].number <= last) $("calls").replaceChildren();  // it was restarted
+    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
     calls.forEach(add);
-    if (calls.length) {
-      last = calls.at(-1).number;
-      $("state").textContent = `${last} calls.`;
-      filter();
-    }
+    filter();
     const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["name", "region", "account", "visible", "in_flight", "delayed"];
-    const cells = (it) => names.slice(1).map((name) => make("td", it[name]));
-    $("table").replaceChildren(row("name", ...names.slice(1).map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...cells(it))));
+    const names = ["region", "account", "visible", "in_flight", "delayed"];
+    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
   } catch (error) {
     $("state").textContent = `awsproxy does not answer: ${error.message}`;
   }
@@ -6774,11 +6723,8 @@ const MISTAKES = {
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
 const bytes = (text) => new TextEncoder().encode(text);
-const digits = (it) => it.toString(16).padStart(2, "0");
-const hex = (data) => Array.from(new Uint8Array(data), digits).join("");
+const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-const quote = (text) => encodeURIComponent(text).replace(/[!'()*]/g,
-  (it) => `%${it.charCodeAt(0).toString(16).toUpperCase()}`);
 async function hmac(key, text) {
   const how = { name: "HMAC", hash: "SHA-256" };
   const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
@@ -6788,26 +6734,23 @@ async function hmac(key, text) {
 async function sign(wrong) {
   const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
   const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
-  const parts = ["Version=2012-11-05", `QueueNamePrefix=${quote("my jobs")}`];
-  const target = `/?${parts.join("&")}`;
-  let query = (wrong.sort ? parts : [...parts].sort()).join("&");
+  const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
+  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
   if (wrong.plus) query = query.replaceAll("%20", "+");
   if (wrong.twice) query = query.replaceAll("%", "%25");
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
-    "x-amz-date": date, "x-note": "two  blanks" };
+    "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
   const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
   if (!wrong.blanks) signed["x-note"] = "two blanks";
   const names = Object.keys(sent).join(";");
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
   const block = wrong.newline ? headers.slice(0, -1) : headers;
   const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const lines = [wrong.method ? "post" : "POST", "/", query, block, names, payload];
-  const canonical = lines.join("\n");
+  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
   const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical);
+  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
   const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  const secret = (wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : "");
-  let key = bytes(secret), chain = [];
+  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
   for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
@@ -6816,29 +6759,25 @@ async function sign(wrong) {
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  delete sent.host;
-  return { target, body, headers: sent, steps: { "1 canonical request": canonical,
-    "2 string to sign": text, "3 signing key": chain.join("\n"), "4 signature": signature } };
+  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
+  return [request, { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature }];
 }
 
 async function send() {
-  const names = Object.keys(MISTAKES).filter((name) => $(name).checked);
-  const made = await sign(Object.fromEntries(names.map((name) => [name, true])));
-  const shown = Object.entries(made.steps).flatMap(([title, text]) =>
-    [make("h3", title), make("pre", text)]);
-  const { headers, body } = made;
-  const answer = await fetch(made.target, { method: "POST", headers, body });
-  const text = await answer.text(), cause = text.match(/Your (signer|clock)[^\n<]*/);
-  const verdict = answer.ok ? "The signature is right." : cause ? cause[0] : "Refused.";
+  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
+  const [request, steps] = await sign(Object.fromEntries(ticked));
+  const answer = await fetch(request), text = await answer.text();
+  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
   $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${verdict}`;
-  $("steps").replaceChildren(...shown, make("h3", "answer"), make("pre", text));
+  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
+  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+    ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
 for (const [name, words] of Object.entries(MISTAKES)) {
-  const box = make("input");
-  [box.type, box.id] = ["checkbox", name];
-  $("switches").append(make("label", "", box, ` ${words}`));
+  const box = Object.assign(make("input"), { type: "checkbox", id: name });
+  $("switches").append(make("label", box, ` ${words}`));
 }
 $("filter").addEventListener("input", filter);
 $("send").addEventListener("click", () => send().catch((error) => {

@@ -15932,9 +15932,9 @@ class ForwardedInFlightTest(ForwardCase):
             with self.subTest(name):
                 upstream = FakeUpstream(self, self.answer(document))
                 protection = awsproxy.TaskProtection(
-                    "http://agent", lambda *_: 30, lambda act: act(), Clock(),
-                    lambda *_: b'{"protection":{}}',
-                )  # fmt: skip
+                    "http://agent", lambda *_: 30, lambda act: act(), Clock()
+                )
+                protection._fetch = lambda *_: b'{"protection":{}}'
                 proxy = self.proxy(upstream, hooks=[protection])
                 with contextlib.redirect_stderr(io.StringIO()):
                     reply = proxy.handle(self.request(operation, **given))
@@ -15947,7 +15947,7 @@ class TaskProtectionTest(LedgerCase):
         """Return a Caller with a TaskProtection whose agent answers so, then as is right."""
         self.asked_of_agent, left = [], list(answers)
 
-        def put(url, body, timeout):
+        def fetch(url, headers, body, method, timeout):
             self.asked_of_agent.append((url, json.loads(body)))
             answer = left.pop(0) if left else b'{"protection":{}}'
             if isinstance(answer, Exception):
@@ -15956,8 +15956,9 @@ class TaskProtectionTest(LedgerCase):
 
         clock = Clock()
         self.protection = awsproxy.TaskProtection(
-            "http://agent/v4/x", lambda *_: 30, lambda act: act(), clock, put
+            "http://agent/v4/x", lambda *_: 30, lambda act: act(), clock
         )
+        self.protection._fetch = fetch
         caller = self.caller(ledger=self.protection)
         caller.clock = clock
         caller.sqs._clock = clock
@@ -15988,12 +15989,12 @@ class TaskProtectionTest(LedgerCase):
     def test_an_agent_that_hangs_is_not_asked_again_at_once(self):
         caller = self.protecting()
 
-        def hang(url, body, timeout):
+        def hang(url, headers, body, method, timeout):
             self.asked_of_agent.append((url, json.loads(body)))
             caller.clock.now += timeout
             raise NoKeys("it did not answer")
 
-        self.protection._put = hang
+        self.protection._fetch = hang
         url = caller.queue()
         fill(caller, url)
         with self.assertLogs("awsproxy", "WARNING"):
@@ -16122,7 +16123,7 @@ class TaskProtectionTest(LedgerCase):
     def test_messages_do_not_go_out_while_protection_is_given_back(self):
         states, begun, go_on = [], threading.Event(), threading.Event()
 
-        def put(url, body, timeout):
+        def fetch(url, headers, body, method, timeout):
             wanted = json.loads(body)["ProtectionEnabled"]
             if not wanted:
                 begun.set()
@@ -16131,7 +16132,7 @@ class TaskProtectionTest(LedgerCase):
             return b'{"protection":{}}'
 
         caller = self.protecting()
-        self.protection._put = put
+        self.protection._fetch = fetch
         run = []
 
         def begin(act):
@@ -16223,7 +16224,7 @@ class TaskProtectionTest(LedgerCase):
         caller = self.protecting()
         self.assertLess(self.protection.PATIENCE, 6)
         self.protection.PATIENCE = 0.4
-        self.protection._put = awsproxy._put
+        self.protection._fetch = awsproxy.fetch
         self.protection._url = f"{FakeUpstream(self, serve=hang).endpoint.origin}/x"
         url = caller.queue()
         fill(caller, url)
