@@ -5384,11 +5384,7 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 class UpstreamError(Exception):
-    """The failure of a connection; `unanswered` if it came before any byte of an answer."""
-
-    def __init__(self, message: str, unanswered: bool = True) -> None:
-        super().__init__(message)
-        self.unanswered = unanswered
+    """The failure of a connection."""
 
 
 class Connection:
@@ -5477,8 +5473,8 @@ class Connection:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return True
 
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Iterator[bytes]]:
-        """Return the head, length and blocks of the final answer, or raise UpstreamError."""
+    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
+        """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
             while (head := parse_response_head(read_head(source))).status < 200:
@@ -5486,23 +5482,13 @@ class Connection:
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message, not self.heard and not self.abandoned()) from error
-        reader: Union[Stream, LengthBody, ChunkedBody] = source
+            raise UpstreamError(message) from error
         if length is None:
-            reader = ChunkedBody(source, sys.maxsize)
-        elif length != UNTIL_CLOSE:
-            reader = LengthBody(source, length)
-        return head, length, iter(functools.partial(reader.read_some, 65536), b"")
+            return head, length, ChunkedBody(source, sys.maxsize)
+        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
-    def read_whole(self, blocks: Iterator[bytes], limit: int) -> bytes:
-        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
-        whole = bytearray()
-        try:
-            while len(whole) <= limit and (block := next(blocks, b"")):
-                whole += block
-        except (OSError, ServiceError) as error:
-            raise UpstreamError(f"half an answer from {self.endpoint.origin}", False) from error
-        return bytes(whole)
+
+Reader = Union[Stream, LengthBody]
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5516,11 +5502,9 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
         return http.client.HTTPSConnection(host, port, **how)
     parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
-    headers = {}
-    if parts.username:
-        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
-    tunnel.set_tunnel(host, port, headers)
+    login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+    about = {"Proxy-Authorization": f"Basic {_base64_text(login.encode())}"}
+    tunnel.set_tunnel(host, port, about if parts.username else {})
     return tunnel
 
 
@@ -5685,11 +5669,11 @@ class Upstream:
         for rewrite in call.rewrites:
             request = rewrite(call, attempt.request) or attempt.request
             if request.body is not attempt.request.body:
-                body = io.BytesIO(request.body.read())
+                data = request.body.read()
                 headers = _without(request.headers, "content-length", "transfer-encoding")
-                headers.append(("Content-Length", str(len(body.getvalue()))))
-                request = dataclasses.replace(request, headers=tuple(headers), body=body)
-                attempt.payload_hash = hashlib.sha256(body.getvalue()).hexdigest()
+                about = (*headers, ("Content-Length", str(len(data))))
+                request = dataclasses.replace(request, headers=about, body=io.BytesIO(data))
+                attempt.payload_hash = hashlib.sha256(data).hexdigest()
             attempt.request = request
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
         return self._settled(attempt)
@@ -5706,10 +5690,9 @@ class Upstream:
         signed, _ = self._signed(attempt)
         assert isinstance(signed.body, io.BytesIO)
         body = signed.body.getvalue()
-        if body and signed.method in _BODILESS:
-            return None
         data = encode_head(signed) + body
-        connection = self.pool.idle(attempt.endpoint)
+        may_stay_unread = body and signed.method in _BODILESS
+        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
         if not connection:
             return None
         attempt.connection = connection
@@ -5782,12 +5765,6 @@ class Upstream:
             return call.wire.error(call.request, error, request_id[:128])
         return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
 
-    def _may_renew(self, attempt: Attempt, reply: Reply) -> bool:
-        call, body = attempt.call, reply.body
-        if reply.status not in _REFUSED or call.unsigned or not isinstance(body, bytes):
-            return False
-        return bool(_EXPIRED.search(body)) and self.credentials(call.caller).expire(attempt.keys)
-
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self.endpoint:
             return self.endpoint
@@ -5817,13 +5794,10 @@ class Upstream:
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
         target = request.target
         target, hoisted = strip_presigned(target) if call.presigned else (target, [])
-        signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
-        if not _OF_THE_WAY.isdisjoint(signed):
-            dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
-        headers = end_to_end(request.headers, dropped, signed)
-        headers = [
-            (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
-        ]
+        of_proxies = {n for n in request.fields if n in _OF_THE_WAY or n[:12] == "x-forwarded-"}
+        dropped = _KEPT_BACK if call.unsigned else _SET_AGAIN
+        dropped |= of_proxies.difference(call.signed_headers)
+        headers = end_to_end(request.headers, dropped, call.signed_headers)
         headers += _without(hoisted, *fields_of(headers)) if hoisted else []
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_host(call, target, endpoint)
@@ -5839,17 +5813,16 @@ class Upstream:
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         if isinstance(body, AwsChunkedBody):
-            plain = not body.signed and not body.announced
+            plain = payload_hash == "UNSIGNED-PAYLOAD"
             length = body.length if plain else aws_chunked_length(body)
+            headers = without_chunks(headers) if plain else headers
         elif isinstance(body, io.IOBase):
             length = body.seek(0, io.SEEK_END)
         elif "transfer-encoding" in request.fields:
-            message = "You must provide the Content-Length HTTP header."
-            raise ServiceError("MissingContentLength", message)
+            why = "You must provide the Content-Length HTTP header."
+            raise ServiceError("MissingContentLength", why)
         else:
             length = int(request.header("content-length") or 0)
-        if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
-            headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
             headers = _without(headers, "content-type")
@@ -5897,11 +5870,16 @@ class Upstream:
 
     def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        reply = self._exchange(attempt)
-        if self._may_renew(attempt, reply) and isinstance(attempt.request.body, io.IOBase):
+        call = attempt.call
+        for _ in range(2):
+            status, _, body = reply = self._exchange(attempt)
+            expired = status in _REFUSED and isinstance(body, bytes) and _EXPIRED.search(body)
+            if not expired or call.unsigned:
+                break
+            may_renew = self.credentials(call.caller).expire(attempt.keys)
+            if not may_renew or not isinstance(attempt.request.body, io.IOBase):
+                break
             attempt.begun = False
-            reply = self._exchange(attempt)
-            self._may_renew(attempt, reply)
         return reply
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
@@ -5929,7 +5907,7 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and error.unanswered  # a fresh connection never is
+            stale = connection.reused and not (connection.heard or connection.abandoned())
             if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
                 unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
@@ -5983,25 +5961,29 @@ class Upstream:
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        head, length, blocks = connection.receive(call.request.method)
+        head, length, reader = connection.receive(call.request.method)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
+        start = b""
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
-            start = connection.read_whole(blocks, limit)
+            try:
+                start = reader.read(limit + 1)
+            except (OSError, ServiceError) as error:
+                raise UpstreamError(f"half an answer from {connection.endpoint.origin}") from error
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
             if _mismatch(error_code(Reply(head.status, head.headers, start))):
                 return self._whole(attempt, head, False, start)  # the rest shows our request
             if call.service == "sqs":
-                raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
-            blocks = itertools.chain((start,), blocks)
+                raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
             attempt.mask = Mask()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        body = self._stream(attempt, blocks, keep)
+        blocks = iter(functools.partial(reader.read_some, 65536), b"")
+        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
         return Reply(head.status, attempt.mask.headers(headers), body)
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
@@ -6029,10 +6011,8 @@ class Upstream:
         call, endpoint = received.call, received.endpoint
         url = call.input.get("QueueUrl", call.request.path)
         url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        entries = [
-            {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
-            for index, handle in enumerate(handles)
-        ]
+        now = {"VisibilityTimeout": 0}
+        entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
         document = {"QueueUrl": url, "Entries": entries}
         request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
