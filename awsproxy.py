@@ -5323,6 +5323,7 @@ class Keyring:
 
 
 # [6.3] Connections
+Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
@@ -5405,6 +5406,7 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket = self._client.sock
+        self.close = self._client.close
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -5425,10 +5427,6 @@ class Connection:
         """Return whether something can be received within that time."""
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
 
     def send_until_answered(self, data: bytes) -> bool:
         """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
@@ -5488,9 +5486,6 @@ class Connection:
         return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
 
-Reader = Union[Stream, LengthBody]
-
-
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
     """Return the way to an endpoint: for https, through HTTPS_PROXY except to this machine."""
     host, port = endpoint.host, endpoint.port
@@ -5529,16 +5524,15 @@ class Pool:
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(endpoint)
-                kept = idle.pop() if idle else None
-            if kept is None:
-                return None
-            if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.has_arrived(0):
-                kept.reused, kept.heard = True, False
-                return kept
-            kept.close()
+        oldest = time.monotonic() - self.IDLE_SECONDS
+        with self._lock:
+            while idle := self._idle.get(endpoint):
+                kept = idle.pop()
+                if kept.idle_since > oldest and not kept.has_arrived(0):
+                    kept.reused, kept.heard = True, False
+                    return kept
+                kept.close()
+        return None
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a kept connection, or a new one."""
@@ -5560,9 +5554,8 @@ class Pool:
             late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
             for connection in late:
                 self._idle[connection.endpoint].remove(connection)
+                connection.close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
-        for connection in late:
-            connection.close()
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
@@ -5658,11 +5651,6 @@ class Upstream:
         """The target's name in a route: `aws`, or an origin."""
         return self.endpoint.origin if self.endpoint else "aws"
 
-    @property
-    def is_aws(self) -> bool:
-        """True if calls go to AWS."""
-        return self.endpoint is None or is_aws_host(self.endpoint.host)
-
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         attempt = self._prepared(call)
@@ -5680,10 +5668,8 @@ class Upstream:
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
-        if call.rewrites or not isinstance(call.body, io.BytesIO):
-            return None
         keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
-        if not keys:
+        if not keys or not isinstance(call.body, io.BytesIO):
             return None
         attempt = self._prepared(call)
         attempt.keys, attempt.begun = keys, True
@@ -5879,13 +5865,12 @@ class Upstream:
             may_renew = self.credentials(call.caller).expire(attempt.keys)
             if not may_renew or not isinstance(attempt.request.body, io.IOBase):
                 break
-            attempt.begun = False
         return reply
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
-        call, body = attempt.call, attempt.request.body
-        if not attempt.begun:
+        call, begun, attempt.begun = attempt.call, attempt.begun, False
+        if not begun:
             try:
                 attempt.keys = NOBODY if call.unsigned else self.credentials(call.caller).get()
                 attempt.connection = self.pool.take(attempt.endpoint, fresh)
@@ -5899,7 +5884,7 @@ class Upstream:
         connection = attempt.connection
         connection.socket.settimeout(connection.timeout)
         try:
-            if not attempt.begun:
+            if not begun:
                 self._send(attempt)
             return self._reply(attempt)
         except UpstreamError as error:
@@ -5908,13 +5893,12 @@ class Upstream:
                 return no_messages(call, random_id())
             connection.close()
             stale = connection.reused and not (connection.heard or connection.abandoned())
-            if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
+            if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
                 unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
             raise
-        attempt.begun = False
         return self._exchange(attempt, fresh=True)
 
     def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
@@ -8846,14 +8830,6 @@ def read_clients(path: str) -> Clients:
 
 
 # [10.2] Flags
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
-
-
 class _Parser(argparse.ArgumentParser):
     """Reads the lines of `@FILE` as a shell does, and reports errors in one line."""
 
@@ -8900,9 +8876,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, equals, target = text.rpartition("=")
-    if not equals or not re.fullmatch("[!-~]+", pattern):
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TARGET, as in 's3:Get*=aws'")
+    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
     return pattern, _target_name(target)
 
 
@@ -8939,7 +8913,8 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(
-        prog="awsproxy", fromfile_prefix_chars="@", formatter_class=_Formatter, epilog=_EXAMPLES,
+        prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # it keeps the lines of the examples
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
         " sign the call again and forward it to AWS.")  # fmt: skip
     add = parser.add_argument_group("where to listen").add_argument
@@ -8969,6 +8944,9 @@ def build_parser() -> argparse.ArgumentParser:
         " differ (default: 900; as on AWS, 300 for kms, lambda, monitoring, route53)")  # fmt: skip
     add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
     _add_answers(parser)
+    for action in parser._actions:
+        if action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS):
+            action.help = f"{action.help} (default: %(default)s)"
     return parser
 
 
@@ -9107,9 +9085,9 @@ class Program:
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
         """Return the clients; ValueError if they must not reach the upstreams of the routes."""
         fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
-        to_aws = any(upstream.is_aws for upstream in self._upstreams)
-        verified = not self._options.no_verify
-        if has_demo_key(clients) and (self._is_public or (to_aws and verified)):
+        endpoints = [upstream.endpoint for upstream in self._upstreams]
+        to_aws = any(it is None or is_aws_host(it.host) for it in endpoints)
+        if has_demo_key(clients) and (self._is_public or (to_aws and not self._options.no_verify)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
