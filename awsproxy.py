@@ -5401,12 +5401,11 @@ class Connection:
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
-            self._client = _connector(endpoint, connect_timeout)
-            self._client.connect()  # and no more: its parser is slow
+            client = _connector(endpoint, connect_timeout)
+            client.connect()  # and no more: its parser is slow
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
-        self.socket = self._client.sock
-        self.close = self._client.close
+        self.socket, self.close = client.sock, client.close
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -5737,8 +5736,8 @@ class Upstream:
 
     def _final(self, call: Call, reply: Reply) -> Reply:
         fields = fields_of(reply.headers)
-        names = ("x-amzn-requestid", "x-amz-request-id")
-        call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
+        found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
+        call.upstream_id = found[0]
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
@@ -5857,13 +5856,11 @@ class Upstream:
     def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
         call = attempt.call
-        for _ in range(2):
-            status, _, body = reply = self._exchange(attempt)
-            expired = status in _REFUSED and isinstance(body, bytes) and _EXPIRED.search(body)
-            if not expired or call.unsigned:
-                break
-            may_renew = self.credentials(call.caller).expire(attempt.keys)
-            if not may_renew or not isinstance(attempt.request.body, io.IOBase):
+        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
+            reply = self._exchange(attempt)
+            text = reply.body if isinstance(reply.body, bytes) else b""
+            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
+            if not expired or not self.credentials(call.caller).expire(attempt.keys):
                 break
         return reply
 
@@ -9046,15 +9043,13 @@ class Program:
         inspector = Inspector() if options.inspect else None
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
-        self.proxy = Proxy(
-            self._clients.value, routes=routes, verified=not options.no_verify, hooks=hooks,
-            sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
-            account_id=options.account_id, public_url=options.public_url or "", sqs=self._sqs,
-            scheme=self._scheme, max_body=options.max_body, hook_seconds=options.timeout,
-            status=None if options.admin else self._status,
+        self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
+            hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
+            regions=options.region, account_id=options.account_id, scheme=self._scheme,
+            public_url=options.public_url or "", max_body=options.max_body,
+            hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name))  # fmt: skip
-        self.server = self._listen(
-            (options.host, options.port), self.proxy, "--host and --port",
+        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
             when_woken=self._take_signals, certificate=self._certificate,
             reuse_port=options.reuse_port)  # fmt: skip
