@@ -5933,11 +5933,10 @@ class Upstream:
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
         first = next(blocks, b"")  # raises for a wrong body before anything is sent
         connection.spoiled = True
-        for data in itertools.chain((encode_head(signed) + first,), blocks):
-            if not connection.send_until_answered(data):
-                return
+        data = itertools.chain((encode_head(signed) + first,), blocks)
+        is_sent = all(map(connection.send_until_answered, data))
         # An upstream that ignores the body would read it as the next request.
-        connection.spoiled = bool(first) and signed.method in _BODILESS
+        connection.spoiled = not is_sent or (bool(first) and signed.method in _BODILESS)
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
@@ -9080,8 +9079,7 @@ class Program:
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
         """Return the clients; ValueError if they must not reach the upstreams of the routes."""
         fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
-        endpoints = [upstream.endpoint for upstream in self._upstreams]
-        to_aws = any(it is None or is_aws_host(it.host) for it in endpoints)
+        to_aws = any(not it.endpoint or is_aws_host(it.endpoint.host) for it in self._upstreams)
         if has_demo_key(clients) and (self._is_public or (to_aws and not self._options.no_verify)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
