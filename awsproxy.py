@@ -5434,8 +5434,7 @@ class Connection:
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
         try:
             while left:
-                ready = poll.poll(self.timeout * 1000)
-                if not ready:
+                if not (ready := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
                 if ready[0][1] & ~select.POLLOUT:
                     self.socket.setblocking(False)
@@ -5514,8 +5513,7 @@ class Pool:
     MOST = 256  # idle connections for each endpoint
 
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
+        self._connect_timeout, self._timeout = connect_timeout, timeout
         self._lock = threading.Lock()
         self._idle: dict[Endpoint, list[Connection]] = {}
         self.draining = False  # whether polls must end
@@ -8856,8 +8854,7 @@ def _client(text: str) -> Client:
 
 def _matching(pattern: str, form: str) -> Callable[[str], Any]:
     def _match(text: str) -> Any:
-        found = re.fullmatch(pattern, text)
-        if not found:
+        if not (found := re.fullmatch(pattern, text)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
         return found.groups() or text
 
@@ -8997,6 +8994,9 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
+    ADMIN_CONNECTIONS = 32
+    SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
+
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
@@ -9054,7 +9054,7 @@ class Program:
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
+            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 
@@ -9135,8 +9135,8 @@ class Program:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
         each = 2 if self._upstreams else 1
-        allowed = raise_file_limit(SPARE_FILES + wanted * each)
-        most = (allowed - min(SPARE_FILES, allowed // 3)) // each
+        allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
+        most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
@@ -9374,23 +9374,17 @@ def build_routes(
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
-        nearest = nearest_pattern(pattern)
-        if nearest is not None:
+        if (nearest := nearest_pattern(pattern)) is not None:
             meant = f"; did you mean '{nearest}'?" if nearest else ""
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
     return [Route(pattern, targets[name]) for pattern, name in given]
 
 
-SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
-ADMIN_CONNECTIONS = 32
-
-
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
-    endless = resource.RLIM_INFINITY
-    more = wanted if hard == endless else min(wanted, hard)
-    if soft != endless and soft < more:
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < more:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         except (OSError, ValueError):  # the system has a lower limit
