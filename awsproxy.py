@@ -5671,8 +5671,7 @@ class Upstream:
         attempt = self._prepared(call)
         attempt.keys, attempt.begun = keys, True
         signed, _ = self._signed(attempt)
-        assert isinstance(signed.body, io.BytesIO)
-        body = signed.body.getvalue()
+        body = read_again(signed.body)
         data = encode_head(signed) + body
         may_stay_unread = body and signed.method in _BODILESS
         connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
@@ -5761,15 +5760,14 @@ class Upstream:
         zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
         if zonal and zonal[2] == call.region:
             return Endpoint("https", zonal[1], 443, call.region)
-        target = call.request.header("x-amz-target") or ""
+        target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
         host = host[len(call.bucket) :]
         dual_host = "dualstack" in host or ".api.aws" in host
         if ("fips" in host or dual_host) and is_aws_host(host):
             fips, dualstack = fips or "fips" in host, dualstack or dual_host
-        method, variants = call.request.method, (fips, dualstack)
-        return endpoint_for(call.service, call.region, target, path, method, variants)
+        return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
         request, endpoint = call.request, self._endpoint_of(call)
@@ -8996,13 +8994,11 @@ class Program:
 
     ADMIN_CONNECTIONS = 32
     SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
-
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
     def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
-        self._options = options
-        self._console = self._writer = console
+        self._options, self._console, self._writer = options, console, console
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -9321,10 +9317,9 @@ def check_file(path: str, options: argparse.Namespace) -> int:
     with contextlib.suppress(ServiceError, ValueError):  # the check refuses a wrong date
         now = epoch(authorization_of(request).amz_date)
     hosts = (request.header("host") or "localhost", *options.host_name)  # it was sent elsewhere
-    proxy = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts)
-    exchange = proxy.check(request)
-    print(explanation(explain(exchange), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    return 0 if exchange.verified else 1
+    checked = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts).check(request)
+    print(explanation(explain(checked), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0 if checked.verified else 1
 
 
 def _counted(number: int, noun: str) -> str:
