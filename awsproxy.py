@@ -9423,10 +9423,8 @@ def _known_operations(service: str) -> Mapping[str, str]:
 
 def _can_match(service: str, pattern: str) -> bool:
     known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
-    if known and "/" not in pattern:
-        return any(glob_matches(pattern, name) for name in known)
-    if spoken & {"json", "query"} and pattern and "/" not in pattern:
-        return True
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name) for name in known or [pattern])
     start = re.split("[*?]", pattern, maxsplit=1)[0]
     return bool(spoken & _REST) and any(
         f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
