@@ -5059,6 +5059,7 @@ class Keyring:
 
 
 # [6.3] Connections
+Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
@@ -5120,11 +5121,7 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 class UpstreamError(Exception):
-    """The failure of a connection; `unanswered` if it came before any byte of an answer."""
-
-    def __init__(self, message: str, unanswered: bool = True) -> None:
-        super().__init__(message)
-        self.unanswered = unanswered
+    """The failure of a connection."""
 
 
 class Connection:
@@ -5140,11 +5137,11 @@ class Connection:
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
-            self._client = _connector(endpoint, connect_timeout)
-            self._client.connect()  # and no more: its parser is slow
+            client = _connector(endpoint, connect_timeout)
+            client.connect()  # and no more: its parser is slow
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
-        self.socket = self._client.sock
+        self.socket, self.close = client.sock, client.close
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -5166,10 +5163,6 @@ class Connection:
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
     def send_until_answered(self, data: bytes) -> bool:
         """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
@@ -5177,8 +5170,7 @@ class Connection:
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
         try:
             while left:
-                ready = poll.poll(self.timeout * 1000)
-                if not ready:
+                if not (ready := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
                 if ready[0][1] & ~select.POLLOUT:
                     self.socket.setblocking(False)
@@ -5213,8 +5205,8 @@ class Connection:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return True
 
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Iterator[bytes]]:
-        """Return the head, length and blocks of the final answer, or raise UpstreamError."""
+    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
+        """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
             while (head := parse_response_head(read_head(source))).status < 200:
@@ -5222,23 +5214,10 @@ class Connection:
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message, not self.heard and not self.abandoned()) from error
-        reader: Union[Stream, LengthBody, ChunkedBody] = source
+            raise UpstreamError(message) from error
         if length is None:
-            reader = ChunkedBody(source, sys.maxsize)
-        elif length != UNTIL_CLOSE:
-            reader = LengthBody(source, length)
-        return head, length, iter(functools.partial(reader.read_some, 65536), b"")
-
-    def read_whole(self, blocks: Iterator[bytes], limit: int) -> bytes:
-        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
-        whole = bytearray()
-        try:
-            while len(whole) <= limit and (block := next(blocks, b"")):
-                whole += block
-        except (OSError, ServiceError) as error:
-            raise UpstreamError(f"half an answer from {self.endpoint.origin}", False) from error
-        return bytes(whole)
+            return head, length, ChunkedBody(source, sys.maxsize)
+        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5252,11 +5231,9 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
         return http.client.HTTPSConnection(host, port, **how)
     parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
-    headers = {}
-    if parts.username:
-        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
-    tunnel.set_tunnel(host, port, headers)
+    login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+    about = {"Proxy-Authorization": f"Basic {_base64_text(login.encode())}"}
+    tunnel.set_tunnel(host, port, about if parts.username else {})
     return tunnel
 
 
@@ -5272,8 +5249,7 @@ class Pool:
     MOST = 256  # idle connections for each endpoint
 
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
+        self._connect_timeout, self._timeout = connect_timeout, timeout
         self._lock = threading.Lock()
         self._idle: dict[Endpoint, list[Connection]] = {}
         self.draining = False  # whether polls must end
@@ -5281,16 +5257,15 @@ class Pool:
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(endpoint)
-                kept = idle.pop() if idle else None
-            if kept is None:
-                return None
-            if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.has_arrived(0):
-                kept.reused, kept.heard = True, False
-                return kept
-            kept.close()
+        oldest = time.monotonic() - self.IDLE_SECONDS
+        with self._lock:
+            while idle := self._idle.get(endpoint):
+                kept = idle.pop()
+                if kept.idle_since > oldest and not kept.has_arrived(0):
+                    kept.reused, kept.heard = True, False
+                    return kept
+                kept.close()
+        return None
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a kept connection, or a new one."""
@@ -5312,9 +5287,8 @@ class Pool:
             late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
             for connection in late:
                 self._idle[connection.endpoint].remove(connection)
+                connection.close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
-        for connection in late:
-            connection.close()
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
@@ -5410,42 +5384,33 @@ class Upstream:
         """The target's name in a route: `aws`, or an origin."""
         return self.endpoint.origin if self.endpoint else "aws"
 
-    @property
-    def is_aws(self) -> bool:
-        """True if calls go to AWS."""
-        return self.endpoint is None or is_aws_host(self.endpoint.host)
-
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         attempt = self._prepared(call)
         for rewrite in call.rewrites:
             request = rewrite(call, attempt.request) or attempt.request
             if request.body is not attempt.request.body:
-                body = io.BytesIO(request.body.read())
+                data = request.body.read()
                 headers = _without(request.headers, "content-length", "transfer-encoding")
-                headers.append(("Content-Length", str(len(body.getvalue()))))
-                request = dataclasses.replace(request, headers=tuple(headers), body=body)
-                attempt.payload_hash = hashlib.sha256(body.getvalue()).hexdigest()
+                about = (*headers, ("Content-Length", str(len(data))))
+                request = dataclasses.replace(request, headers=about, body=io.BytesIO(data))
+                attempt.payload_hash = hashlib.sha256(data).hexdigest()
             attempt.request = request
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
         return self._settled(attempt)
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
-        if call.rewrites or not isinstance(call.body, io.BytesIO):
-            return None
         keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
-        if not keys:
+        if not keys or not isinstance(call.body, io.BytesIO):
             return None
         attempt = self._prepared(call)
         attempt.keys, attempt.begun = keys, True
         signed, _ = self._signed(attempt)
-        assert isinstance(signed.body, io.BytesIO)
-        body = signed.body.getvalue()
-        if body and signed.method in _BODILESS:
-            return None
+        body = read_again(signed.body)
         data = encode_head(signed) + body
-        connection = self.pool.idle(attempt.endpoint)
+        may_stay_unread = body and signed.method in _BODILESS
+        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
         if not connection:
             return None
         attempt.connection = connection
@@ -5504,8 +5469,8 @@ class Upstream:
 
     def _final(self, call: Call, reply: Reply) -> Reply:
         fields = fields_of(reply.headers)
-        names = ("x-amzn-requestid", "x-amz-request-id")
-        call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
+        found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
+        call.upstream_id = found[0]
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
@@ -5517,12 +5482,6 @@ class Upstream:
             error = ServiceError("SignatureDoesNotMatch", message)
             return call.wire.error(call.request, error, request_id[:128])
         return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
-
-    def _may_renew(self, attempt: Attempt, reply: Reply) -> bool:
-        call, body = attempt.call, reply.body
-        if reply.status not in _REFUSED or call.unsigned or not isinstance(body, bytes):
-            return False
-        return bool(_EXPIRED.search(body)) and self.credentials(call.caller).expire(attempt.keys)
 
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self.endpoint:
@@ -5537,15 +5496,14 @@ class Upstream:
         zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
         if zonal and zonal[2] == call.region:
             return Endpoint("https", zonal[1], 443, call.region)
-        target = call.request.header("x-amz-target") or ""
+        target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
         host = host[len(call.bucket) :]
         dual_host = "dualstack" in host or ".api.aws" in host
         if ("fips" in host or dual_host) and is_aws_host(host):
             fips, dualstack = fips or "fips" in host, dualstack or dual_host
-        method, variants = call.request.method, (fips, dualstack)
-        return endpoint_for(call.service, call.region, target, path, method, variants)
+        return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
         request, endpoint = call.request, self._endpoint_of(call)
@@ -5553,13 +5511,10 @@ class Upstream:
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
         target = request.target
         target, hoisted = strip_presigned(target) if call.presigned else (target, [])
-        signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
-        if not _OF_THE_WAY.isdisjoint(signed):
-            dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
-        headers = end_to_end(request.headers, dropped, signed)
-        headers = [
-            (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
-        ]
+        of_proxies = {n for n in request.fields if n in _OF_THE_WAY or n[:12] == "x-forwarded-"}
+        dropped = _KEPT_BACK if call.unsigned else _SET_AGAIN
+        dropped |= of_proxies.difference(call.signed_headers)
+        headers = end_to_end(request.headers, dropped, call.signed_headers)
         headers += _without(hoisted, *fields_of(headers)) if hoisted else []
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_host(call, target, endpoint)
@@ -5575,17 +5530,16 @@ class Upstream:
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         if isinstance(body, AwsChunkedBody):
-            plain = not body.signed and not body.announced
+            plain = payload_hash == "UNSIGNED-PAYLOAD"
             length = body.length if plain else aws_chunked_length(body)
+            headers = without_chunks(headers) if plain else headers
         elif isinstance(body, io.IOBase):
             length = body.seek(0, io.SEEK_END)
         elif "transfer-encoding" in request.fields:
-            message = "You must provide the Content-Length HTTP header."
-            raise ServiceError("MissingContentLength", message)
+            why = "You must provide the Content-Length HTTP header."
+            raise ServiceError("MissingContentLength", why)
         else:
             length = int(request.header("content-length") or 0)
-        if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
-            headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
             headers = _without(headers, "content-type")
@@ -5633,17 +5587,19 @@ class Upstream:
 
     def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        reply = self._exchange(attempt)
-        if self._may_renew(attempt, reply) and isinstance(attempt.request.body, io.IOBase):
-            attempt.begun = False
+        call = attempt.call
+        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
             reply = self._exchange(attempt)
-            self._may_renew(attempt, reply)
+            text = reply.body if isinstance(reply.body, bytes) else b""
+            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
+            if not expired or not self.credentials(call.caller).expire(attempt.keys):
+                break
         return reply
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
-        call, body = attempt.call, attempt.request.body
-        if not attempt.begun:
+        call, begun, attempt.begun = attempt.call, attempt.begun, False
+        if not begun:
             try:
                 attempt.keys = NOBODY if call.unsigned else self.credentials(call.caller).get()
                 attempt.connection = self.pool.take(attempt.endpoint, fresh)
@@ -5657,7 +5613,7 @@ class Upstream:
         connection = attempt.connection
         connection.socket.settimeout(connection.timeout)
         try:
-            if not attempt.begun:
+            if not begun:
                 self._send(attempt)
             return self._reply(attempt)
         except UpstreamError as error:
@@ -5665,14 +5621,13 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and error.unanswered  # a fresh connection never is
-            if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
+            stale = connection.reused and not (connection.heard or connection.abandoned())
+            if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
                 unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
             raise
-        attempt.begun = False
         return self._exchange(attempt, fresh=True)
 
     def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
@@ -5710,34 +5665,37 @@ class Upstream:
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
         first = next(blocks, b"")  # raises for a wrong body before anything is sent
         connection.spoiled = True
-        for data in itertools.chain((encode_head(signed) + first,), blocks):
-            if not connection.send_until_answered(data):
-                return
+        data = itertools.chain((encode_head(signed) + first,), blocks)
+        is_sent = all(map(connection.send_until_answered, data))
         # An upstream that ignores the body would read it as the next request.
-        connection.spoiled = bool(first) and signed.method in _BODILESS
+        connection.spoiled = not is_sent or (bool(first) and signed.method in _BODILESS)
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        head, length, blocks = connection.receive(call.request.method)
+        head, length, reader = connection.receive(call.request.method)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
+        start = b""
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
-            start = connection.read_whole(blocks, limit)
+            try:
+                start = reader.read(limit + 1)
+            except (OSError, ServiceError) as error:
+                raise UpstreamError(f"half an answer from {connection.endpoint.origin}") from error
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
             if _mismatch(error_code(Reply(head.status, head.headers, start))):
                 return self._whole(attempt, head, False, start)  # the rest shows our request
             if call.service == "sqs":
-                raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
-            blocks = itertools.chain((start,), blocks)
+                raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
             attempt.mask = Mask()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        body = self._stream(attempt, blocks, keep)
+        blocks = iter(functools.partial(reader.read_some, 65536), b"")
+        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
         return Reply(head.status, attempt.mask.headers(headers), body)
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
@@ -5765,10 +5723,8 @@ class Upstream:
         call, endpoint = received.call, received.endpoint
         url = call.input.get("QueueUrl", call.request.path)
         url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        entries = [
-            {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
-            for index, handle in enumerate(handles)
-        ]
+        now = {"VisibilityTimeout": 0}
+        entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
         document = {"QueueUrl": url, "Entries": entries}
         request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
@@ -8493,14 +8449,6 @@ def read_clients(path: str) -> Clients:
 
 
 # [10.2] Flags
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
-
-
 class _Parser(argparse.ArgumentParser):
     """Reads the lines of `@FILE` as a shell does, and reports errors in one line."""
 
@@ -8531,8 +8479,7 @@ def _client(text: str) -> Client:
 
 def _matching(pattern: str, form: str) -> Callable[[str], Any]:
     def _match(text: str) -> Any:
-        found = re.fullmatch(pattern, text)
-        if not found:
+        if not (found := re.fullmatch(pattern, text)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
         return found.groups() or text
 
@@ -8547,9 +8494,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, equals, target = text.rpartition("=")
-    if not equals or not re.fullmatch("[!-~]+", pattern):
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TARGET, as in 's3:Get*=aws'")
+    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
     return pattern, _target_name(target)
 
 
@@ -8586,7 +8531,8 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(
-        prog="awsproxy", fromfile_prefix_chars="@", formatter_class=_Formatter, epilog=_EXAMPLES,
+        prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # it keeps the lines of the examples
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
         " sign the call again and forward it to AWS.")  # fmt: skip
     add = parser.add_argument_group("where to listen").add_argument
@@ -8616,6 +8562,9 @@ def build_parser() -> argparse.ArgumentParser:
         " differ (default: 900; as on AWS, 300 for kms, lambda, monitoring, route53)")  # fmt: skip
     add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
     _add_answers(parser)
+    for action in parser._actions:
+        if action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS):
+            action.help = f"{action.help} (default: %(default)s)"
     return parser
 
 
@@ -8670,12 +8619,13 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
+    ADMIN_CONNECTIONS = 32
+    SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
     def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
-        self._options = options
-        self._console = self._writer = console
+        self._options, self._console, self._writer = options, console, console
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -8715,21 +8665,19 @@ class Program:
         inspector = Inspector() if options.inspect else None
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
-        self.proxy = Proxy(
-            self._clients.value, routes=routes, verified=not options.no_verify, hooks=hooks,
-            sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
-            account_id=options.account_id, public_url=options.public_url or "", sqs=self._sqs,
-            scheme=self._scheme, max_body=options.max_body, hook_seconds=options.timeout,
-            status=None if options.admin else self._status,
+        self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
+            hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
+            regions=options.region, account_id=options.account_id, scheme=self._scheme,
+            public_url=options.public_url or "", max_body=options.max_body,
+            hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name))  # fmt: skip
-        self.server = self._listen(
-            (options.host, options.port), self.proxy, "--host and --port",
+        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
             when_woken=self._take_signals, certificate=self._certificate,
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
+            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 
@@ -8754,9 +8702,8 @@ class Program:
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
         """Return the clients; ValueError if they must not reach the upstreams of the routes."""
         fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
-        to_aws = any(upstream.is_aws for upstream in self._upstreams)
-        verified = not self._options.no_verify
-        if has_demo_key(clients) and (self._is_public or (to_aws and verified)):
+        to_aws = any(not it.endpoint or is_aws_host(it.endpoint.host) for it in self._upstreams)
+        if has_demo_key(clients) and (self._is_public or (to_aws and not self._options.no_verify)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
@@ -8811,8 +8758,8 @@ class Program:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
         each = 2 if self._upstreams else 1
-        allowed = raise_file_limit(SPARE_FILES + wanted * each)
-        most = (allowed - min(SPARE_FILES, allowed // 3)) // each
+        allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
+        most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
@@ -8997,10 +8944,9 @@ def check_file(path: str, options: argparse.Namespace) -> int:
     with contextlib.suppress(ServiceError, ValueError):  # the check refuses a wrong date
         now = epoch(authorization_of(request).amz_date)
     hosts = (request.header("host") or "localhost", *options.host_name)  # it was sent elsewhere
-    proxy = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts)
-    exchange = proxy.check(request)
-    print(explanation(explain(exchange), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    return 0 if exchange.verified else 1
+    checked = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts).check(request)
+    print(explanation(explain(checked), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0 if checked.verified else 1
 
 
 def _counted(number: int, noun: str) -> str:
@@ -9050,23 +8996,17 @@ def build_routes(
         if name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
-        nearest = nearest_pattern(pattern)
-        if nearest is not None:
+        if (nearest := nearest_pattern(pattern)) is not None:
             meant = f"; did you mean '{nearest}'?" if nearest else ""
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
     return [Route(pattern, targets[name]) for pattern, name in given]
 
 
-SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
-ADMIN_CONNECTIONS = 32
-
-
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
-    endless = resource.RLIM_INFINITY
-    more = wanted if hard == endless else min(wanted, hard)
-    if soft != endless and soft < more:
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < more:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         except (OSError, ValueError):  # the system has a lower limit
@@ -9110,10 +9050,8 @@ def _known_operations(service: str) -> Mapping[str, str]:
 
 def _can_match(service: str, pattern: str) -> bool:
     known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
-    if known and "/" not in pattern:
-        return any(glob_matches(pattern, name) for name in known)
-    if spoken & {"json", "query"} and pattern and "/" not in pattern:
-        return True
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name) for name in known or [pattern])
     start = re.split("[*?]", pattern, maxsplit=1)[0]
     return bool(spoken & _REST) and any(
         f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
