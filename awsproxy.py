@@ -6499,8 +6499,9 @@ class TaskProtection(InFlight):
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
             of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
+            about = functools.partial(self._fetch, data=body, method="PUT")
             try:
-                answer = json.loads(self._fetch(self._url, of_json, body, "PUT", self.PATIENCE))
+                answer = json.loads(about(self._url, of_json, self.PATIENCE))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:

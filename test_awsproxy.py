@@ -15947,8 +15947,8 @@ class TaskProtectionTest(LedgerCase):
         """Return a Caller with a TaskProtection whose agent answers so, then as is right."""
         self.asked_of_agent, left = [], list(answers)
 
-        def fetch(url, headers, body, method, timeout):
-            self.asked_of_agent.append((url, json.loads(body)))
+        def fetch(url, headers, timeout, data, method):
+            self.asked_of_agent.append((url, json.loads(data)))
             answer = left.pop(0) if left else b'{"protection":{}}'
             if isinstance(answer, Exception):
                 raise answer
@@ -16123,8 +16123,8 @@ class TaskProtectionTest(LedgerCase):
     def test_messages_do_not_go_out_while_protection_is_given_back(self):
         states, begun, go_on = [], threading.Event(), threading.Event()
 
-        def fetch(url, headers, body, method, timeout):
-            wanted = json.loads(body)["ProtectionEnabled"]
+        def fetch(url, headers, timeout, data, method):
+            wanted = json.loads(data)["ProtectionEnabled"]
             if not wanted:
                 begun.set()
                 go_on.wait(DEADLINE)
