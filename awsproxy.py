@@ -216,8 +216,6 @@ class Request:
         `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
         MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
         text = self.target.partition("?")[2]
-        if not text:
-            return ()
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
         if text.count("&") >= MAX_PARAMETERS:
@@ -450,16 +448,14 @@ def parse_head(raw: bytes) -> Head:
     """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
 
     The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
-    Raise ServiceError BadRequest, NotImplemented for a method outside METHODS (RFC 9110, 9.1),
-    or RequestHeaderFieldsTooLarge for more than MAX_HEAD bytes or MAX_HEADERS lines."""
+    ServiceError BadRequest, NotImplemented (RFC 9110, 9.1) or RequestHeaderFieldsTooLarge."""
     if len(raw) > MAX_HEAD:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
     if not text.endswith(CRLF + CRLF):
         raise ServiceError("BadRequest", "The request head does not end with CR LF CR LF.")
     request_line, _, block = text[:-2].partition(CRLF)
-    match = _REQUEST_LINE.fullmatch(request_line)
-    if not match:
+    if not (match := _REQUEST_LINE.fullmatch(request_line)):
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
     if method not in METHODS:
@@ -510,12 +506,11 @@ def expects_continue(head: Head) -> bool:
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
     fields = head.fields
-    if "transfer-encoding" in fields:
-        if head.version == "1.0":
-            raise ServiceError("BadRequest", "HTTP/1.0 has no Transfer-Encoding.")
-        if "content-length" in fields:
-            raise ServiceError("BadRequest", "Content-Length excludes Transfer-Encoding.")
     try:
+        if "transfer-encoding" in fields and head.version == "1.0":
+            raise ValueError("HTTP/1.0 has no Transfer-Encoding")
+        if "transfer-encoding" in fields and "content-length" in fields:
+            raise ValueError("Content-Length excludes Transfer-Encoding")
         return _framing(fields, 0)
     except ValueError as error:
         raise ServiceError("BadRequest", f"{error}.") from error
@@ -526,8 +521,7 @@ def _framing(fields: Fields, undeclared: int) -> Optional[int]:
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise ValueError("The only Transfer-Encoding understood is 'chunked'")
         return None
-    lengths = fields.get("content-length")
-    if not lengths:
+    if not (lengths := fields.get("content-length")):
         return undeclared
     if len(set(lengths)) > 1 or not _DIGITS.fullmatch(lengths[0]):
         raise ValueError("Content-Length must be one decimal number")
@@ -567,8 +561,7 @@ class Stream:
     def readline(self, size: int) -> bytes:
         """Return up to the next LF, and up to `size` bytes."""
         while b"\n" not in self.buffer and len(self.buffer) < size:
-            data = self._receive(8192)  # few: each line copies the rest of the buffer
-            if not data:
+            if not (data := self._receive(8192)):  # few: each line copies the rest of the buffer
                 break
             self.buffer += data
         end = self.buffer.find(b"\n", 0, size) + 1 or size
@@ -581,17 +574,11 @@ class LengthBody:
 
     def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
         self.unread = length > 0  # whether bytes of this body are still in the stream
-        self._source = source
-        self._left = length
-        self._begin = begin
+        self._source, self._left, self._begin = source, length, begin
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, all if negative; fewer only at the end of the body."""
-        whole = bytearray()
-        while size and (data := self.read_some(size if size > 0 else 262144)):
-            whole += data
-            size -= len(data)
-        return bytes(whole)
+        return Stream(self.read_some).read(size if size >= 0 else sys.maxsize)
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes as soon as there are any; ServiceError if it ends too soon."""
@@ -600,8 +587,7 @@ class LengthBody:
             self._begin = None
         if not self._has_more():
             return b""
-        data = self._source.read_some(min(size, self._left))
-        if not data:
+        if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
         if not self._left:
@@ -631,8 +617,7 @@ class ChunkedBody(LengthBody):
         """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
         if self._left or not self.unread:
             return self.unread
-        match = _CHUNK_SIZE.fullmatch(self._line())
-        if not match:
+        if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
         self._room -= self._left
@@ -649,8 +634,7 @@ class ChunkedBody(LengthBody):
         return False
 
     def _line(self) -> bytes:
-        line = self._source.readline(4096)
-        if not line:
+        if not (line := self._source.readline(4096)):
             raise ServiceError("IncompleteBody", "The body ended before its last chunk.")
         return line
 
@@ -681,14 +665,11 @@ def read_head(source: Stream) -> bytes:
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Return the parts of a response head; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
-    match = _STATUS_LINE.fullmatch(status_line)
-    if not match:
+    if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
     headers = _parse_fields(block)
-    keeps = match[1] == "1"
-    for name, value in headers:
-        if name.lower() == "connection":
-            keeps = "close" not in value.lower() and (keeps or "keep-alive" in value.lower())
+    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
     return ResponseHead(int(match[2]), headers, keeps)
 
 
@@ -1344,9 +1325,8 @@ _REFUSALS = """
     scope [AuthorizationHeaderMalformed]: {0} | The authorization header is malformed; {1}
     query scope [AuthorizationQueryParametersError]: {0} \
         | Error parsing the X-Amz-Credential parameter; {1}
-    key [InvalidClientTokenId InvalidAccessKeyId]: \
-        The security token included in the request is invalid.{} \
-        | The AWS Access Key Id you provided does not exist in our records.{}
+    key [InvalidClientTokenId InvalidAccessKeyId]: The security token included in the request is \
+        invalid.{} | The AWS Access Key Id you provided does not exist in our records.{}
     token [InvalidClientTokenId InvalidToken]: \
         The security token included in the request is invalid ({})
     host [AccessDenied]: 'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.
@@ -1384,11 +1364,9 @@ _CLAIM = re.compile("([^/,\\s]{1,128})/([^/,\\s]{0,16})/([^/,\\s]{0,64})/([^/,\\
 
 def refusal(reason: str, request: Request, *values: object, **detail: str) -> ServiceError:
     """Return the error of a row of REFUSALS, in the words of the service that is called."""
-    code, s3_code, message, s3_message = REFUSALS[reason]
     claimed = request.__dict__.get("claimed")  # None while it is being parsed
     scope: CredentialScope = claimed.scope if claimed else _salvaged_claim(request)[1]
-    if scope.service in S3_FAMILY:
-        code, message = s3_code, s3_message
+    code, message = REFUSALS[reason][scope.service in S3_FAMILY :: 2]  # the two families alternate
     error = ServiceError(code, message.format(*values), **detail)
     error.reason = reason
     return error
@@ -1432,13 +1410,11 @@ def _parse_query(request: Request) -> Authorization:
     reason = "query parameter"
     given: dict[str, str] = {}
     for raw_name, raw_value in request.query:
-        name = _QUERY_PARAMETERS.get(raw_name.lower())
-        if name is None:
-            continue
-        # Case variants and repeats have let two checks see two values (CVE-2022-2385).
-        if name in given or raw_name != name.encode():
-            raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
-        given[name] = raw_value.decode("latin-1")
+        if name := _QUERY_PARAMETERS.get(raw_name.lower()):
+            # Case variants and repeats have let two checks see two values (CVE-2022-2385).
+            if name in given or raw_name != name.encode():
+                raise refusal(reason, request, f"'{name}' must be given once, spelled so.")
+            given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
     optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
@@ -1463,293 +1439,214 @@ def _parse_query(request: Request) -> Authorization:
 # If a signature does not match, this section computes what broken signers compute, until one
 # mistake, or two of them, give the signature that came.  So a cause is never guessed.
 
-# What a signer computes, in this order.  In `text`, @ stands for the hash of the canonical
-# request, @@ for the same in upper case, and # for the canonical request itself.  `joint` stands
-# between the lines of the canonical request.
-_FIELDS = "method path query headers names payload text secret scope joint".split()
-# A field, a pattern in its right value and what signers write instead (- is nothing; <...> stands
-# for a text of _texts), and what the mistake is.  The first row that explains a signature wins.
+# What a signer computes, in this order.  In `string_to_sign`, @ stands for the hash of the
+# canonical request, @@ for the same in upper case, and # for the canonical request itself.
+# `canonical_request` is what stands between the lines of the canonical request.
+_FIELDS = """
+    method path query headers signed_headers payload string_to_sign secret scope canonical_request
+""".split()
+# Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
+# removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
+# The first row that explains a signature wins.
 MISTAKES = r"""
     secret | ^AWS4 | - | left out the prefix AWS4 of the secret
-    secret | \Z | \n | signed with a newline after the secret: strip it
-    secret | \Z | <blank> | signed with a blank after the secret: strip it
-    secret | ^AWS4 | AWS4<blank> | signed with a blank before the secret: strip it
-    secret | ^AWS4(.*) | AWS4"\1" | signed with quotes around the secret
-    secret | ^AWS4.* | AWS4 | signed with an empty secret: is its variable set?
-    secret | ^ | AWS4 | wrote the prefix AWS4 twice
-    secret | ^AWS4.* | AWS4<key> | signed with the access key id instead of the secret
-    secret | ^AWS4.* | AWS4<quoted> | signed with the percent-encoded secret
-    secret | / | \\/ | signed with \/ instead of / in the secret, as in JSON
-    secret | [+] | <blank> | signed with a blank instead of + in the secret
+    secret | \Z | \n | \Z | <blank> | ^AWS4 | AWS4<blank> | left white space around the secret
+    secret | ^AWS4(.*) | AWS4"\1" | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
+    secret | ^AWS4.* | AWS4 | ^AWS4.* | AWS4<key> | signed with an empty secret or with the key id
+    secret | ^ | AWS4 | ^AWS4 | aws4 | wrote AWS4 twice or in lower case before the secret
+    secret | ^AWS4.* | AWS4<quoted> | / | \\/ | [+] | <blank> | escaped or decoded the secret
     scope | ^[0-9]+ | <date> | derived the key from the time: take the first 8 digits, the date
-    scope | /aws4_request | - | derived the key without the last step, aws4_request
-    scope | aws4_request | aws4request | derived the key with aws4request, not aws4_request
-    scope | ^([^/]+)/([^/]+) | \2/\1 | derived the key with the region before the date
-    scope | ([^/]+)/([^/]+)/([^/]+) | \1/\3/\2 | derived the key with the service before the region
-    scope | ^([^/]+)/([^/]+)/([^/]+) | \3/\2/\1 | derived the key in the wrong order: it is date, \
-        region, service, aws4_request
-    scope | ^ | hex: | handed the steps of the key's derivation on in hex: hand on the bytes
-    scope | ^ | swapped: | swapped key and message in the steps of the key's derivation
-    scope | ^ | all swapped: | swapped key and message in each HMAC
-    scope | ^ | last swapped: | swapped key and message in the last HMAC
-    scope | ^ | last hex: | signed with the signing key in hex: sign with its bytes
-    text | ^.*\n | - | left out the first line of the string to sign, the algorithm
-    text | <date>\n | - | left out the second line of the string to sign, the time
-    text | <scope>\n | - | left out the third line of the string to sign, the credential scope
-    text | <date> | <extended> | wrote the time into the string to sign with - and :
-    text | <date> | <day> | wrote the day into the string to sign: write the time, too
-    text | /aws4_request | - | left aws4_request out of the scope in the string to sign
-    text | <scope> | <key>/<scope> | wrote the key id into the scope in the string to sign
-    text | <region>/<service> | <service>/<region> | swapped region and service in the scope
-    text | @ | # | did not hash the canonical request
-    text | @ | @@ | wrote the hash of the canonical request in upper case
-    text | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the string to sign
-    text | \Z | \n | ended the string to sign with a newline
-    text | \n | \r\n | ended the lines of the string to sign with CR LF
-    text | \n | \\n | wrote a backslash and n for each newline of the string to sign
-    method | .+ | <method> | signed the method in lower case
-    method | .+ | - | left out the method
-    path | .+ | <path again> | encoded the path once too often (S3 wants it once, others twice)
-    path | .+ | <path with dots> | did not resolve the dots and empty segments of the path
-    path | .+ | <path as sent> | signed the path as sent: encode it once more, as curl since 8.14
-    path | .+ | <path once> | encoded the path once, not twice
-    path | .+ | <path decoded> | did not percent-encode the path
-    path | .+ | <path resolved> | resolved dots and empty segments of the path, which S3 keeps
-    path | .+ | <target> | signed the query as a part of the path
-    path | /\Z | - | left out the path's last slash
-    path | \Z | / | added a slash to the path
-    path | .+ | / | signed / instead of the path
-    path | ^/ | - | left out the path's first slash
-    path | %(?:25)?20 | + | wrote a blank in the path as +
-    path | ~ | %7E | encoded the ~ of the path
-    path | .+ | <path of JavaScript> | did not encode !'()* in the path, as encodeURIComponent
-    path | .+ | <path as one> | percent-encoded the slashes of the path
-    path | .+ | <path in lower case> | wrote the path's percent-encoding in lower case
-    path | ^ | http://<host> | signed the whole URL instead of the path
-    query | .+ | - | left out the query
+    scope | /aws4_request | - | aws4_ | aws4 | derived the key without the last step, aws4_request
+    scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
+        \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
+    scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
+    scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
+    string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
+    string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
+        signed another form of the time in the {} than it sent in X-Amz-Date
+    string_to_sign | /aws4_request | - | <scope> | <key>/<scope> | <region>/<service> | \
+        <service>/<region> | did not write the scope as date/region/service/aws4_request in the {}
+    string_to_sign | @ | # | @ | @@ | did not hash the canonical request, or wrote upper case
+    string_to_sign | (<date>)\n(.*) | \2\n\1 | swapped time and scope in the {}
+    string_to_sign | \Z | \n | ended the {} with a newline
+    headers string_to_sign canonical_request | \n | \r\n | \n | \\n | \n | - | wrote CR LF, a \
+        backslash and n, or nothing for each newline of the {}
+    method query headers signed_headers payload | (?s).+ | - | left out the {}
+    path | /\Z | - | \Z | / | ^/ | - | left out a slash at an end of the path, or added one
+    path | (?s).+ | / | signed / instead of the path
+    path query | %(?:25)?20 | + | wrote a blank in the {} as +, not %20
+    path query | ~ | %7E | encoded the ~ of the {}
+    path | / | %2F | (?<=.)/ | %2F | percent-encoded the slashes of the path
+    path | ^ | http://<host> | ^ | https://<host> | signed the whole URL instead of the path
     query | =(?![^&]) | - | left out the = of parameters without a value
-    query | %20 | + | wrote a blank in the query as +, not %20
+    query | %20 | %2B | signed a '+' in the query as %2B: it is a blank, write %20 or %2B
     query | %2B | %20 | signed %2B in the query as a blank (curl 8.14 to 8.18 do)
-    query | %2F | / | did not encode the slashes of the query
-    query | %3A | : | did not encode the colons of the query
-    query | ~ | %7E | encoded the ~ of the query
-    query | .+ | <query of JavaScript> | did not encode !'()* in the query, as encodeURIComponent
-    query | .+ | <query as sent> | signed the query as sent: sort its parameters, write each as \
-        name=value with both percent-encoded, or take curl 8.19 or newer
-    query | .+ | <query sorted> | sorted the query, but did not percent-encode it as RFC 3986 says
-    query | .+ | <query in order> | did not sort the query
-    query | .+ | <query plus> | signed a '+' in the query as %2B: it is a blank, write %20 or %2B
-    query | .+ | <query again> | percent-encoded the query twice
-    query | .+ | <query decoded> | did not percent-encode the query
-    query | .+ | <query in lower case> | wrote the query's percent-encoding in lower case
-    query | .+ | <query by case> | sorted the query without regard to case
+    query | %2F | / | %3A | : | did not encode the slashes or the colons of the query
     query | ^ | ? | began the query with ?
-    query | .+ | <query and signature> | signed X-Amz-Signature, too: it is not in the query yet
-    headers | (?m)^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
-    headers | (?m)^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a \
-        reverse proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
-    headers | (?m)^host:.* | host:<AWS> | signed the Host of AWS: sign the host that you call
-    headers | (?m)^(host:.*)$ | \1:80 | signed the Host with port 80: leave a default port out
-    headers | (?m)^(host:.*)$ | \1:443 | signed the Host with port 443: leave a default port out
-    headers | (?m)^host:.* | host:<global> | signed AWS's global Host: sign the host that you call
-    headers | \n\Z | - | left out the blank line after the canonical headers
-    headers | \n | - | joined the canonical headers without newlines
-    headers | \Z | \n | wrote a newline too many after the canonical headers
-    headers | \n | \r\n | ended the canonical headers with CR LF
-    headers | <date> | <extended> | signed another X-Amz-Date than it sent: with - and :
-    headers | host:127.0.0.1 | host:localhost | signed localhost as Host, not 127.0.0.1
-    headers | host:localhost | host:127.0.0.1 | signed 127.0.0.1 as Host, not localhost
-    headers | (?m)^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
-    headers | (?s).+ | <headers in order> | did not sort the canonical headers
-    headers | (?s).+ | <headers in case> | did not write the names of the headers in lower case
-    headers | (?s).+ | <headers with blanks> | kept several blanks in a header: write one
-    headers | (?s).+ | <headers in lower case> | wrote the values of the headers in lower case
-    headers | (?s).+ | <every header> | included headers that SignedHeaders does not name
-    headers | (?s).+ | - | left out the canonical headers
-    headers | (?m)^content-length:.*$ | content-length:<characters> | signed the number of \
-        characters as Content-Length: send and sign the number of bytes
-    headers | (?m)^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
-    headers | (?m)^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
-    headers | (?m)^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
-    names | ; | , | joined the signed headers with commas
-    names | ; | ;<blank> | wrote blanks into the line of signed headers
-    names | \Z | ; | ended the line of signed headers with ;
-    names | .+ | <every name> | named headers that SignedHeaders does not have
-    names | .+ | - | left out the line of signed headers
-    names | .+ | <names in case> | did not write the line of signed headers in lower case
-    names | .+ | <names in order> | did not sort the line of signed headers
+    query | &(?=X-Amz-SignedHeaders=) | &X-Amz-Signature=& | signed an empty X-Amz-Signature, too
+    headers | ^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
+    headers | ^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a reverse \
+        proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
+    headers | ^host:.* | host:<aws> | ^host:.* | host:<global> | host:127.0.0.1 | \
+        host:localhost | host:localhost | host:127.0.0.1 | signed the Host of AWS, or swapped \
+        localhost and 127.0.0.1: sign the host that you call
+    headers | ^host:.* | \g<0>:80 | ^host:.* | \g<0>:443 | ^host: | host:http:// | ^host: | \
+        host:https:// | signed the Host with a default port or with http://: leave them out
+    headers | \n\Z | - | \Z | \n | wrote no blank line after the canonical headers, or two
+    headers | ^([^:\n]+): | \1:<blank> | wrote a blank after the colons of the headers
+    headers | ^(content-length:).* | \g<1><count> | signed Content-Length in characters, not bytes
+    headers | ^(x-amz-content-sha256:).*$ | \1<empty> | sent another X-Amz-Content-Sha256
+    headers | ^(content-type:[^;\n]*);.*$ | \1 | signed the Content-Type without its charset
+    headers | ^(content-type:.*)$ | \1; charset=utf-8 | signed the Content-Type with a charset
+    signed_headers | ; | , | ; | ;<blank> | \Z | ; | did not join the {} with ; alone
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
-    payload | .+ | <empty> | signed the hash of an empty body (curl -T and -F: use --data-binary)
-    payload | .+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
-    payload | .+ | - | left out the last line, the body's hash
-    payload | .+ | <upper hash> | wrote the body's hash in upper case
-    payload | .+ | <hash of hash> | hashed the hex of the body's hash
-    payload | .+ | <base64> | wrote the body's hash in base64, not in hex
-    payload | .+ | <body> | wrote the body itself instead of its hash
-    payload | .+ | <body stripped> | hashed the body without its last newline
-    payload | .+ | <body and newline> | hashed the body with a newline that it did not send
-    payload | .+ | <body with LF> | hashed the body with LF instead of CR LF
-    payload | .+ | <body with CR LF> | hashed the body with CR LF instead of LF
-    payload | .+ | <body as string> | hashed the body as a string in JSON: it is encoded twice
-    payload | .+ | <JSON compact> | hashed other JSON than it sent: without blanks
-    payload | .+ | <JSON spaced> | hashed other JSON than it sent: with blanks
-    payload | .+ | <JSON sorted> | hashed other JSON than it sent: sorted
-    payload | .+ | <JSON sorted, compact> | hashed other JSON than it sent: sorted, without blanks
-    payload | .+ | <JSON indented> | hashed other JSON than it sent: indented
+    payload | (?s).+ | <empty> | signed the hash of an empty body (curl -T, -F: use --data-binary)
+    payload | (?s).+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
     scope | ^ | decoded: | decoded the secret as base64: take its characters
-    scope | ^ | base64: | handed the steps of the key's derivation on in base64: hand on the bytes
     scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
     scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
-    text | <date> | <milliseconds> | wrote the time into the string to sign with milliseconds
-    text | @ | (stdin)=<blank>@ | left openssl's '(stdin)= ' before the canonical request's hash
-    text | @ | SHA2-256(stdin)=<blank>@ | left openssl's 'SHA2-256(stdin)= ' before the hash
-    text | @ | @<blank><blank>- | left sha256sum's '-' after the hash of the canonical request
+    string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
+        left words of openssl or sha256sum next to the hash of the canonical request
     method | POST | GET | signed the method GET
-    path | (?<=.)/ | %2F | percent-encoded the inner slashes of the path
-    path | ^/[^/]+(?=/) | - | left out the path's first segment, as if it were a stage or bucket
-    path | ^ | /<bucket> | began the path with the bucket, which the Host names already
-    query | \A\Z | <cut> | left out the line of the empty query: keep it, empty
-    query | .+ | <query without repeats> | signed only the last parameter of each name
+    path | ^/[^/]+(?=/) | - | ^ | /<bucket> | left out the path's first segment, or added a bucket
+    query | \A\Z | \b | left out the line of the empty query: keep it, empty
     query | &X-Amz-Security-Token=[^&]* | - | added X-Amz-Security-Token after signing: sign it
-    headers | (?m)^host:(.*)$ | host:https://\1 | signed the Host with https:// before it
-    headers | (?m)^host:(.*)$ | host:http://\1 | signed the Host with http:// before it
-    payload | .+ | <cut> | left out the last line, the body's hash, and the newline before it
-    payload | .+ | <JSON compact in UTF8> | hashed other JSON than it sent: without blanks or \u
-    payload | .+ | <JSON spaced in UTF8> | hashed other JSON than it sent: with blanks, without \u
-    payload | .+ | <JSON indented in UTF8> | hashed other JSON than it sent: indented, without \u
-    payload | .+ | <JSON of Go> | hashed other JSON than it sent: with \u0026 for &, as in Go
-    payload | .+ | <JSON of PHP> | hashed other JSON than it sent: with \/ for /, as in PHP
-    payload | .+ | <form with plus> | hashed the body with + for each %20
-    payload | .+ | <form without plus> | hashed the body with %20 for each +
-    payload | .+ | <no JSON> | hashed {} and sent no body
-    payload | \Z | \n | ended the canonical request with a newline
-    secret | ^AWS4(.*) | AWS4'\1' | signed with quotes around the secret
+    payload | (?s).+ | \b | \Z | \n | did not end the canonical request with the body's hash
     secret | ^AWS4(.*) | AWS4b'\1' | signed with b'' around the secret: decode it before AWS4
-    secret | ^AWS4 | aws4 | wrote aws4 instead of AWS4 before the secret
-    text | (?s).+ | @ | signed the hash of the canonical request, not the string to sign
-    text | (?s).+ | # | signed the canonical request, not the string to sign
-    path | ^ | https://<host> | signed the whole URL instead of the path
-    headers | (?s).+ | <headers as sent> | wrote the headers as sent: in lower case, and sorted
-    joint | \n | \r\n | ended the lines of the canonical request with CR LF
-    joint | \n | \\n | wrote a backslash and n for each newline of the canonical request
-    joint | \n | - | joined the lines of the canonical request without newlines
+    string_to_sign | (?s).+ | @ | (?s).+ | # | signed the canonical request or its hash, not the {}
 """
 MAX_CANDIDATES = 4800  # pairs for one signature: some 19 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
-_ROWS = [row[4:].split(" | ") for row in MISTAKES.replace("\\\n        ", "").splitlines()[1:]]
-_NAME_OF_TEXT = re.compile("<([a-zA-Z0-9, ]+)>")
+_NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
-Mistake = tuple[int, str, str, str]  # its place in _FIELDS, and the rest of a row of MISTAKES
+Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
 
 
-def _texts(
-    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Mapping[str, str]:
-    """Return what the <...> of MISTAKES stand for."""
+def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
+    return _FIELDS.index(name), pattern, written, words.format(name.replace("_", " "))
+
+
+_ROWS = [
+    _mistake(name, pattern, written.lstrip("-"), words)
+    for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
+    for names, *changes, words in [row.strip().split(" | ")]
+    for name in names.split()
+    for pattern, written in zip(changes[::2], changes[1::2])
+]
+
+
+def _others(
+    request: Request, claimed: Authorization, parts: Sequence[str], body: bytes
+) -> Iterator[Sequence[str]]:
+    """Yield a field, a mistake, and what signers who make it write as the whole field."""
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
     pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
+    written = [f"{name}={value}" for name, value in pairs]
+    for name, right in (("path", parts[1]), ("query", parts[2])):
+        plain = re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right)
+        lower = re.sub("%..", lambda match: match[0].lower(), right)
+        yield name, "did not percent-encode !'()* in the {}, or in lower case", plain, lower
+        words = "encoded the {} too often (a path of S3 once, other paths twice, a query once)"
+        yield name, words, quote(right, "/=&")
+    yield "path", "did not resolve the dots and empty segments of the {}", quote(path)
+    yield "path", "signed the {} as sent: encode it once more, as curl since 8.14", path
+    yield "path", "encoded the {} once, not twice", quote(unquote(path))
+    yield "path", "did not percent-encode the {}", unquote(path)
+    yield "path", "signed the query as a part of the {}", request.target
+    with contextlib.suppress(ServiceError):  # the path leads above its root
+        resolved = quote(unquote(unquote(canonical_path(path, True))))
+        yield "path", "resolved dots and empty segments of the {}, which S3 keeps", resolved
+    hint = "write each as name=value with both percent-encoded, or take curl 8.19 or newer"
+    yield "query", f"signed the {{}} as sent: sort its parameters, {hint}", "&".join(raw)
+    yield "query", "did not percent-encode the {}", "&".join(sorted(raw)), unquote(parts[2])
+    by_case = sorted(written, key=str.lower)
+    yield "query", "did not sort the {} by its bytes", "&".join(written), "&".join(by_case)
+    last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
+    yield "query", "signed only the last parameter of each name", "&".join(last)
+    yield "method", "signed the {} in lower case", request.method.lower()
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
-    # If the body streams or is long, only its hash is known.
-    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
-    date, scope = claimed.amz_date, claimed.scope
+    blanks = [f"{name.lower()}:{value}\n" for name, value in by_name]
+    yield "headers", "kept several blanks in a header: write one", "".join(blanks)
+    yield "headers", "wrote the values of the {} in lower case", parts[3].lower()
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
-    texts = {
-        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "day": date[:8], "scope": str(scope), "region": scope.region,
-        "service": scope.service, "AWS": f"{scope.service}.{scope.region}.amazonaws.com",
-        "global": f"{scope.service}.amazonaws.com", "host": request.header("host") or "",
-        "extended": re.sub(r"(....)(..)(..T..)(..)(..Z)", r"\1-\2-\3:\4:\5", date),
-        "milliseconds": re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5.000Z", date),
-        "bucket": (request.header("host") or "").partition(".")[0], "cut": "\b",
-        "query without repeats": "&".join(f"{n}={v}" for n, v in sorted(dict(pairs).items())),
-        "method": request.method.lower(), "target": request.target,
-        "path as sent": path, "path once": quote(unquote(path)), "path decoded": unquote(path),
-        "path again": quote(parts[1]), "path as one": quote(parts[1], "%"),
-        "path of JavaScript": re.sub("%(25)?(2[1789A])", lambda m: unquote(f"%{m[2]}"), parts[1]),
-        "path in lower case": re.sub("%..", lambda match: match[0].lower(), parts[1]),
-        "path with dots": quote(path), "query again": quote(parts[2], "=&"),
-        "query as sent": "&".join(raw), "query sorted": "&".join(sorted(raw)),
-        "query in order": "&".join(f"{name}={value}" for name, value in pairs),
-        "query plus": parts[2].replace("%20", "%2B") if "+" in query else parts[2],
-        "query of JavaScript": re.sub("%2[1789A]", lambda match: unquote(match[0]), parts[2]),
-        "query in lower case": re.sub("%..", lambda match: match[0].lower(), parts[2]),
-        "query decoded": "&".join(f"{unquote(n)}={unquote(v)}" for n, v in sorted(pairs)),
-        "query by case": "&".join(sorted((f"{n}={v}" for n, v in pairs), key=str.lower)),
-        "query and signature": "&".join(sorted([*parts[2].split("&"), "X-Amz-Signature="])),
-        "every name": ";".join(n for n, _ in unlisted), "headers in lower case": parts[3].lower(),
-        "every header": "".join(f"{n}:{v}\n" for n, v in unlisted),
-        "characters": str(len(body.decode("utf-8", "replace"))),
-        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
-        "headers in order": "".join(f"{n.lower()}:{v}\n" for n, v in sent),
-        "headers in case": "".join(f"{n}:{v}\n" for n, v in by_name),
-        "headers as sent": "".join(f"{n}:{v}\n" for n, v in sent),
-        "names in order": ";".join(n.lower() for n, _ in sent),
-        "names in case": ";".join(n for n, _ in by_name),
-        "headers with blanks": "".join(f"{n.lower()}:{v}\n" for n, v in by_name),
-        "empty": EMPTY_SHA256, "upper hash": hashed.upper(), "body": body.decode("latin-1"),
-        "base64": base64.b64encode(bytes.fromhex(hashed)).decode(),
-    }  # fmt: skip
-    with contextlib.suppress(ServiceError):  # the path leads above its root
-        texts["path resolved"] = quote(unquote(unquote(canonical_path(path, True))))
-    for name, other in _other_bodies(body, hashed).items():
-        texts[name] = hashlib.sha256(other).hexdigest()
-    return texts
+    unsorted = [(name.lower(), value) for name, value in sent]
+    for fault, lines in (
+        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
+        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
+    ):
+        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
+        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    # If the body streams or is long, only its hash is known.
+    hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
+    in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
+    yield "payload", "wrote the body's hash in upper case or base64", hashed.upper(), in_base64
+    yield "payload", "wrote the body itself instead of its hash", body.decode("latin-1")
+    for fault, bodies in _other_bodies(body, hashed):
+        yield "payload", fault, *[hashlib.sha256(it).hexdigest() for it in bodies]
 
 
-def _other_bodies(body: bytes, hashed: str) -> Mapping[str, bytes]:
-    """Return what signers hash in place of the body."""
-    others = {
-        "body stripped": body.rstrip(b"\r\n"), "body and newline": body + b"\n",
-        "body with LF": body.replace(b"\r\n", b"\n"), "hash of hash": hashed.encode(),
-        "body with CR LF": re.sub(rb"\r?\n", b"\r\n", body),
-        "body as string": json.dumps(body.decode("latin-1")).encode(),
-        "form with plus": body.replace(b"%20", b"+"),
-        "form without plus": body.replace(b"+", b"%20"),
-    }  # fmt: skip
-    others.update({"no JSON": b"{}"} if hashed == EMPTY_SHA256 else {})
+def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[bytes]]]:
+    """Yield a mistake, and what signers who make it hash in place of the body."""
+    yield "hashed the hex of the body's hash", [hashed.encode()]
+    lf = body.replace(b"\r\n", b"\n")
+    newlines = (body.rstrip(b"\r\n"), body + b"\n", lf, lf.replace(b"\n", b"\r\n"))
+    yield "hashed the body with other newlines than it sent", newlines
+    yield "hashed the body as a string in JSON", [json.dumps(body.decode("latin-1")).encode()]
+    swapped = (body.replace(b"%20", b"+"), body.replace(b"+", b"%20"))
+    yield "hashed the body with + for %20, or %20 for +", swapped
+    yield "hashed {{}} instead of the body", [b"{}"]
     with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
         dumps, tight = functools.partial(json.dumps, json.loads(body)), (",", ":")
         plain, compact = functools.partial(dumps, ensure_ascii=False), dumps(separators=tight)
         packed = plain(separators=tight)
-        forms = {
-            "compact": compact, "spaced": dumps(), "indented": dumps(indent=2),
-            "sorted": dumps(sort_keys=True), "of PHP": compact.replace("/", r"\/"),
-            "sorted, compact": dumps(sort_keys=True, separators=tight),
-            "of Go": re.sub("[<>&]", lambda it: f"\\u{ord(it[0]):04x}", packed),
-            "compact in UTF8": packed, "spaced in UTF8": plain(),
-            "indented in UTF8": plain(indent=2),
-        }  # fmt: skip
-        others.update((f"JSON {name}", form.encode()) for name, form in forms.items())
-    return others
+        php = compact.replace("/", r"\/")
+        go = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", packed)
+        ordered = (dumps(sort_keys=True), dumps(sort_keys=True, separators=tight))
+        forms = (compact, dumps(), dumps(indent=2), packed, plain(), plain(indent=2), php, go)
+        words = "hashed other JSON than it sent: with other blanks, order or escapes"
+        yield words, [form.encode() for form in (*ordered, *forms)]
 
 
-def _mistakes(texts: Mapping[str, str]) -> Iterator[Mistake]:
-    for place, pattern, written, words in _ROWS:
-        if "<" in pattern:
-            pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
-        if all(name in texts for name in _NAME_OF_TEXT.findall(written)):  # or it is no JSON
-            written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
-            yield _FIELDS.index(place), pattern, "" if written == "-" else written, words
+def _mistakes(
+    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
+) -> Iterator[Mistake]:
+    date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
+    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
+    texts = {
+        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
+        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
+        "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
+        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
+        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
+        "count": str(len(body.decode("utf-8", "replace"))),
+        "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
+    }  # fmt: skip
+    for at, pattern, written, words in _ROWS:
+        pattern = _NAME_OF_TEXT.sub(lambda it: re.escape(texts[it[1]]), pattern)
+        written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
+        yield at, pattern, written, words
+    for name, words, *others in _others(request, claimed, parts, body):
+        for other in others:
+            yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
     """Yield mistakes of which there are many; they are not paired with others."""
-    date, region, service, end = claimed.scope
+    date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
-        yield 3, f"(?m)^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
-    for other in (*REGIONS, "aws-global"):
-        words = f"derived the key for the region {other}, and its scope says {region}"
-        yield 8, ".+", f"{date}/{other}/{service}/{end}", words
+        yield 3, f"^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
     services = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es"
-    for other in services.split():
-        words = f"derived the key for the service {other}, and its scope says {service}"
-        yield 8, ".+", f"{date}/{region}/{other}/{end}", words
+    others = [("region", region, other) for other in (*REGIONS, "aws-global")]
+    others += [("service", service, other) for other in services.split()]
+    for kind, right, other in others:
+        words = f"derived the key for the {kind} {other}, and its scope says {right}"
+        yield 8, ".+", str(claimed.scope._replace(**{kind: other})), words
     parameters = parts[2].split("&")
     for added in parameters[:32]:
         rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
@@ -1789,7 +1686,7 @@ def _drafts(
 
 def _with(draft: Draft, mistake: Mistake) -> Draft:
     at, pattern, written, _ = mistake
-    return (*draft[:at], re.sub(pattern, written, draft[at]), *draft[at + 1 :])
+    return (*draft[:at], re.sub(pattern, written, draft[at], flags=re.M), *draft[at + 1 :])
 
 
 def find_cause(
@@ -1801,7 +1698,7 @@ def find_cause(
     sent, body = len(body), body if len(body) <= MAX_SEARCHED else b""
     text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
     base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
-    singles = _mistakes(_texts(request, claimed, secret, parts, body))
+    singles = _mistakes(request, claimed, secret, parts, body)
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
     begun = functools.cache(lambda key: hmac.new(key, digestmod="sha256"))  # to copy: it is quick
@@ -1909,24 +1806,9 @@ class ChunkSigner:
 Signer = Optional[ChunkSigner]  # None if chunks are not signed, or not checked
 MAX_CHUNK = 16777216  # bytes of a signed chunk, all held until its signature is checked
 MAX_TRAILERS = 16
-
-
-class _Crc32:
-    _value = 0
-
-    def update(self, data: bytes) -> None:
-        """Add data, as the objects of hashlib do."""
-        self._value = zlib.crc32(data, self._value)
-
-    def digest(self) -> bytes:
-        """Return the checksum as Amazon S3 spells it: four bytes, big-endian."""
-        return self._value.to_bytes(4, "big")
-
-
-CHECKSUMS: Mapping[str, Callable[[], Any]] = {  # crc32c and crc64nvme are not in Python
-    "x-amz-checksum-crc32": _Crc32, "x-amz-checksum-sha1": hashlib.sha1,
-    "x-amz-checksum-sha256": hashlib.sha256,
-}  # fmt: skip
+_CRC32 = "x-amz-checksum-crc32"
+# The checksums of hashlib.  CRC-32 comes from zlib; crc32c and crc64nvme are not in Python.
+CHECKSUMS = {"x-amz-checksum-sha1": hashlib.sha1, "x-amz-checksum-sha256": hashlib.sha256}
 CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
@@ -1935,6 +1817,7 @@ _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{6
 # minio-go ends a trailer with LF CR LF.
 _TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
 _LAST = (b"\r\n", b"")  # some clients leave the very last line out
+_incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
 class AwsChunkedBody(CheckedBody):
@@ -1958,7 +1841,7 @@ def _chunks(
 ) -> Iterator[bytes]:  # fmt: skip
     """Yield content; check the last, empty chunk and the trailers with the chunk before."""
     checks = {name: CHECKSUMS[name]() for name in announced if name in CHECKSUMS}
-    left, last, data = 0, b"", None
+    left, last, data, crc = 0, b"", None, 0
     while data != b"":
         if not left:
             match = _CHUNK_HEADER.fullmatch(stream.readline(4096))
@@ -1981,6 +1864,7 @@ def _chunks(
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
         for check in checks.values():
             check.update(data)
+        crc = zlib.crc32(data, crc) if _CRC32 in announced else 0
         if data and not left and stream.read(2) != b"\r\n":
             raise _incomplete("A chunk is longer than its size, or its end is missing.")
         if unread:
@@ -1992,11 +1876,13 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
+    sums = {_CRC32: crc.to_bytes(4, "big")}
+    sums.update((name, check.digest()) for name, check in checks.items())
     for name, value in trailers.items():
-        length, sum_of = CHECKSUM_LENGTHS.get(name), checks.get(name)
+        length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
             raise ServiceError("InvalidRequest", f"Value for {name} header is invalid.")
-        if sum_of and base64.b64encode(sum_of.digest()).decode("ascii") != value:
+        if computed and base64.b64encode(computed).decode("ascii") != value:
             checksum = name.rpartition("-")[2].upper()
             message = f"The {checksum} you specified did not match the calculated checksum."
             raise ServiceError("BadDigest", message)
@@ -2019,30 +1905,22 @@ def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool
     return trailers.popitem()[1].encode() if is_signed else b""
 
 
-def _incomplete(message: str) -> ServiceError:
-    return ServiceError("IncompleteBody", message)
-
-
 def _compare(computed: str, given: bytes, place: str) -> None:
     if not hmac.compare_digest(computed.encode(), given):
-        message = REFUSALS["signature"][3].partition("\n")[0]
-        raise ServiceError("SignatureDoesNotMatch", f"{message} (in {place})")
+        raise ServiceError("SignatureDoesNotMatch", f"{REFUSALS['signature'][3]} (in {place})")
 
 
 def aws_chunks(body: AwsChunkedBody, signer: Signer, size: int = 65536) -> Iterator[bytes]:
     """Yield a body in aws-chunked form; `signer` signs the chunks and trailers."""
-
-    def _header(data: bytes) -> bytes:
+    blocks = iter(functools.partial(Stream(body.read).read, size), b"")
+    for data in itertools.chain(blocks, (b"",)):
         signed = f";chunk-signature={signer.chunk(data)}" if signer else ""
-        return f"{len(data):x}{signed}\r\n".encode()
-
-    for data in iter(functools.partial(Stream(body.read).read, size), b""):
-        yield b"".join((_header(data), data, b"\r\n"))
-    lines = [_header(b"")]
-    lines += [f"{name}:{value}\r\n".encode() for name, value in body.trailers.items()]
-    if signer and body.trailers:
-        lines.append(f"x-amz-trailer-signature:{signer.trailers(body.trailers)}\r\n".encode())
-    yield b"".join((*lines, b"\r\n"))
+        trailers = {} if data else body.trailers  # they follow the last, empty chunk
+        lines = [f"{name}:{value}\r\n" for name, value in trailers.items()]
+        if signer and trailers:
+            lines.append(f"x-amz-trailer-signature:{signer.trailers(trailers)}\r\n")
+        header = f"{len(data):x}{signed}\r\n".encode()
+        yield b"".join((header, data, "".join(lines).encode(), b"\r\n"))
 
 
 def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]:
@@ -2051,8 +1929,8 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
         return None
     signed = len(";chunk-signature=") + 64 if body.signed else 0
     whole, rest = divmod(body.length, size)
-    of_whole, of_rest, of_last = (len(f"{n:x}\r\n\r\n") + signed + n for n in (size, rest, 0))
-    total = whole * of_whole + (of_rest if rest else 0) + of_last
+    chunks = ((size, whole), (rest, bool(rest)), (0, 1))
+    total = sum((len(f"{n:x}\r\n\r\n") + signed + n) * count for n, count in chunks)
     total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
     if body.signed and body.announced:
         total += len("x-amz-trailer-signature:\r\n") + 64
@@ -2175,12 +2053,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        if name.lower() == "content-encoding":
-            codings = [coding.strip() for coding in value.split(",")]
+        is_coding = name.lower() == "content-encoding"
+        if is_coding:
+            codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-            if not value:
-                continue
-        if name.lower() != "x-amz-decoded-content-length":
+        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
             kept.append((name, value))
     return kept
 
@@ -2243,12 +2120,10 @@ def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[
 
     A line is the operation, its input for `structure`, and `->` before its output."""
     found = {}
-    for line in table.strip().splitlines():
-        declared, arrow, output = line.partition("->")
-        name, _, members = declared.strip().partition(" ")
+    for declared, arrow, output in (line.partition("->") for line in table.strip().splitlines()):
+        name, _, spec = declared.strip().partition(" ")
         method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
-        returned = output.split() if arrow else None
-        found[name] = Operation(structure(members, shapes), returned, method)
+        found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
     return found
 
 
@@ -2287,54 +2162,45 @@ def read_again(body: Body) -> bytes:
 
 # [4.2] Which protocol a service speaks
 # The version of each query API, which its XML namespace ends in.
-QUERY_VERSIONS = pairs("""
-    autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01 elasticache=2015-02-02
-    elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01 iam=2010-05-08
-    importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01 sdb=2009-04-15
-    ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15
-""")
+QUERY_VERSIONS = pairs("""autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01
+    sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15""")
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
-_PROTOCOLS = f"""
-    json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss \
-        application-autoscaling applicationinsights apprunner appstream arc-region-switch athena \
-        autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports \
-        bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce \
-        cloud9 cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit \
-        codeconnections codedeploy codepipeline codestar-connections cognito-identity cognito-idp \
-        comprehend comprehendmedical compute-optimizer config cost-optimization-hub cur \
-        datapipeline datasync dax devicefarm directconnect discovery dms ds dynamodb \
-        ec2-instance-connect ecr ecr-public ecs elasticmapreduce events evs firehose fms forecast \
-        frauddetector freetier fsx gamelift globalaccelerator glue health healthlake \
-        identitystore inspector interconnect invoicing iotfleetwise iotthingsgraph kendra \
-        kendra-ranking kinesis kinesisanalytics kms license-manager lightsail logs \
-        lookoutequipment machinelearning marketplacecommerceanalytics mediastore memorydb mgh \
-        monitoring mturk-requester network-firewall odb organizations osm partnercentral \
-        partnercentral-account partnercentral-benefits partnercentral-channel \
-        partnercentral-marketing partnercentral-selling payment-cryptography payments pcs \
-        personalize pi pricing proton redshift-data redshift-serverless rekognition \
-        route53-recovery-cluster route53domains route53resolver sagemaker secretsmanager \
-        servicecatalog servicediscovery servicequotas ses shield sms-voice snowball sqs ssm \
-        ssm-contacts sso states storagegateway support swf tagging textract timestream \
-        timestream-influxdb transcribe transfer translate verifiedpermissions voiceid waf \
-        waf-regional wafv2 workmail workspaces workspaces-instances
-    query ec2 {" ".join(QUERY_VERSIONS)}
-    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography \
-        personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice
-    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express
-"""
-_SPOKEN_BY = {name: services for name, *services in map(str.split, _PROTOCOLS.splitlines()[1:])}
+_PROTOCOLS = f"""json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
+    application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
+    autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
+    cloudcontrolapi cloudhsm cloudtrail cloudwatch codebuild codecommit codeconnections codedeploy
+    codepipeline codestar-connections cognito-identity cognito-idp comprehend comprehendmedical
+    compute-optimizer config cost-optimization-hub cur datapipeline datasync dax devicefarm
+    directconnect discovery dms ds dynamodb ec2-instance-connect ecr ecr-public ecs
+    elasticmapreduce events evs firehose fms forecast frauddetector freetier fsx gamelift
+    globalaccelerator glue health healthlake identitystore inspector interconnect invoicing
+    iotfleetwise iotthingsgraph kendra kendra-ranking kinesis kinesisanalytics kms license-manager
+    lightsail logs lookoutequipment machinelearning marketplacecommerceanalytics mediastore
+    memorydb mgh monitoring mturk-requester network-firewall odb organizations osm partnercentral
+    partnercentral-account partnercentral-benefits partnercentral-channel partnercentral-marketing
+    partnercentral-selling payment-cryptography payments pcs personalize pi pricing proton
+    redshift-data redshift-serverless rekognition route53-recovery-cluster route53domains
+    route53resolver sagemaker secretsmanager servicecatalog servicediscovery servicequotas ses
+    shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf tagging
+    textract timestream timestream-influxdb transcribe transfer translate verifiedpermissions
+    voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances;
+    query ec2 {" ".join(QUERY_VERSIONS)};
+    rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography
+    personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice;
+    rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express"""
+_SPOKEN = [row.split() for row in _PROTOCOLS.split(";")]
 SPEAKS: Mapping[str, frozenset[str]] = {
-    service: frozenset(p for p, services in _SPOKEN_BY.items() if service in services)
-    for service in itertools.chain(*_SPOKEN_BY.values())
+    it: frozenset(row[0] for row in _SPOKEN if it in row) for row in _SPOKEN for it in row[1:]
 }
 REST_JSON = frozenset({"rest-json"})
 # The service of an X-Amz-Target.  Old clients put the second prefix next to a form.
-TARGET_SERVICES = pairs("""
-    AmazonSQS=sqs AmazonSQSv20121105=sqs AWSCognitoIdentityService=cognito-identity
-    AWSCognitoIdentityProviderService=cognito-idp
-""")
+TARGET_SERVICES = pairs("""AmazonSQS=sqs AmazonSQSv20121105=sqs
+    AWSCognitoIdentityService=cognito-identity AWSCognitoIdentityProviderService=cognito-idp""")
 _OLD_TARGET = "AmazonSQSv20121105."
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
@@ -2348,17 +2214,13 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-# The parameters of a query call that are no input of the operation.
-_NO_INPUT = frozenset(
-    "AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature SignatureMethod"
-    " SignatureVersion Timestamp Version".split()
-)
+_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
+    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_KINDS = pairs(
-    "bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT str=STRING_VALUE"
-)
+_KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
+    str=STRING_VALUE""")
 
 
 def _media_type(request: Request) -> str:
@@ -2367,10 +2229,9 @@ def _media_type(request: Request) -> str:
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
-    try:
+    with contextlib.suppress(ServiceError):  # `verify_head` refuses it
         return [value.decode("utf-8", "replace") for n, value in request.query if n == wanted]
-    except ServiceError:  # `verify_head` refuses it
-        return []
+    return []
 
 
 def wire_protocol(request: Request, service: str = "") -> WireProtocol:
@@ -2421,13 +2282,11 @@ def check_one_reading(request: Request, wire: WireProtocol, service: str) -> Non
         raise ambiguous(wire, f"{service} does not read X-Amz-Target")
     if "smithy-protocol" in fields and not isinstance(wire, RpcV2):
         raise ambiguous(wire, f"{service} does not read Smithy-Protocol")
-    if "?" not in request.target:
-        return
-    names = [name for name, _ in request.query]
-    if any(name.lower() == b"x-amz-target" for name in names):
-        raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
-    if b"Action" in names and not wire.reads_action:
-        raise ambiguous(wire, f"{service} does not read the query parameter Action here")
+    for name, _ in request.query if "?" in request.target else ():
+        if name.lower() == b"x-amz-target":
+            raise ambiguous(wire, "X-Amz-Target is a header, not a query parameter")
+        if name == b"Action" and not wire.reads_action:
+            raise ambiguous(wire, f"{service} does not read the query parameter Action here")
 
 
 def ambiguous(wire: WireProtocol, fault: str) -> ServiceError:
@@ -2555,8 +2414,7 @@ def _side(status: int) -> str:
 class AwsJson(WireProtocol):
     """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
-    Calls to Amazon SQS may name it by `Action` in the query string, with a signed Content-Type
-    of JSON.  X-Amz-Target may then name the same operation."""
+    In a call to Amazon SQS, `Action` in the query string may, if the Content-Type is signed."""
 
     reads_target = reads_action = True
 
@@ -2569,21 +2427,19 @@ class AwsJson(WireProtocol):
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-        action = None
+        actions = []
         if "?" in request.target:  # Action is the only parameter, of calls to Amazon SQS alone
             actions = _query_values(request, b"Action")
             others = {name for name, _ in request.query} - {b"Action", b"Version"}
             others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
             if len(actions) > 1 or (others if service == "sqs" else actions):
                 raise ambiguous(self, "the body is JSON, and the query string has parameters")
-            action = actions[0] if actions else None
-        targets = request.fields.get("x-amz-target")
-        name = action or ""
-        if targets is not None:
+        name = "".join(actions)
+        if targets := request.fields.get("x-amz-target"):
             prefix, _, name = targets[0].rpartition(".")
             of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
             of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
-            if len(targets) > 1 or not of_service or action not in (None, name):
+            if len(targets) > 1 or not of_service or (actions and actions != [name]):
                 error = _invalid_action(", ".join(targets))
                 if not prefix:
                     example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
@@ -2604,7 +2460,7 @@ class AwsJson(WireProtocol):
         text = _content(request, body)
         if "cbor" in _media_type(request):  # Amazon Kinesis and its older SDKs
             return None
-        if len(text) > SMALL_JSON and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
+        if len(text) > MAX_ELEMENTS and sum(map(text.count, (b",", b"[", b"{"))) > MAX_ELEMENTS:
             raise ServiceError("SerializationException", "The body has too many elements.")
         try:
             return read_json(text.decode("utf-8") or "{}")
@@ -2618,9 +2474,8 @@ class AwsJson(WireProtocol):
         operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
         if operation is None:
             return copy.deepcopy(document)
-        members = operation.input.members.keys()
-        if not document.keys() <= members:
-            call.ignored = _shown_names(document.keys() - members)
+        if unknown := document.keys() - operation.input.members.keys():
+            call.ignored = _shown_names(unknown)
         return dict(_from_json(operation.input, document))
 
     def reencode(self, call: Call) -> bytes:
@@ -2635,13 +2490,12 @@ class AwsJson(WireProtocol):
         document = _to_json({"__type": shape, "message": error.message})
         # These services spoke AWS Query first.
         if (self.service(request) or claim(request)[1].service) in ("sqs", "monitoring", ""):
-            query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-            return self._reply(status, request_id, document, query_error)
+            in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+            return self._reply(status, request_id, document, in_query)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-SMALL_JSON = 131072  # bytes; the elements of a longer document are counted before it is decoded
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 _TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
@@ -2661,15 +2515,15 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
-_SCAN = getattr(_JSON, "scan_once")  # noqa: B009 - the type stubs do not know it
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
-        document, end = _SCAN(text, 0)
-        return document if end == len(text) else _JSON.decode(text)
-    except StopIteration:
+        if text[:1] == "{":  # without a search for white space, which takes as long
+            document, end = _JSON.raw_decode(text)
+            if end == len(text):
+                return document
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -2694,12 +2548,10 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     if isinstance(shape, Structure):
-        members = _expect(dict, value, "a structure")
-        present = {
-            name: _from_json(shape.members[name], member)
-            for name, member in members.items()
-            if member is not None and name in shape.members
-        }
+        known, present = shape.members, {}
+        for name, member in _expect(dict, value, "a structure").items():
+            if member is not None and name in known:
+                present[name] = _from_json(known[name], member)
         for name in shape.required:
             if name not in present:
                 message = f"The request must contain the parameter {name}."
@@ -2746,9 +2598,8 @@ class AwsQuery(WireProtocol):
             pairs = [(k.decode("utf-8"), v.decode("utf-8")) for k, v in request.query]
             if content and _media_type(request) not in ("", _FORM):
                 raise ValueError("not a form")
-            if content:
-                text, most = content.decode("utf-8"), MAX_FORM_FIELDS
-                pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
+            text, most = content.decode("utf-8"), MAX_FORM_FIELDS
+            pairs += urllib.parse.parse_qsl(text, True, errors="strict", max_num_fields=most)
         except ValueError as error:
             raise ServiceError("SerializationException", "The form is malformed.") from error
         if sum(name.lower() == "action" for name, _ in pairs) > 1:
@@ -2824,16 +2675,15 @@ class AwsQuery(WireProtocol):
         return self._reply(status, request_id, self._error(request, fault, request_id))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
-        service = claim(request)[1].service
-        if not service:  # whose API has the version that an unsigned request names
-            versions = _query_values(request, b"Version")
-            service = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
-        root = "ErrorResponse"
-        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        versions = _query_values(request, b"Version")  # an unsigned request names no service
+        of_version = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        service = claim(request)[1].service or of_version
         if service == "ec2":
             del fault["Type"]
-            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._document(service, root, members)
+            members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
+            return self._document(service, "Response", members)
+        members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        return self._document(service, "ErrorResponse", members)
 
     def _document(self, service: str, root: str, members: Members) -> bytes:
         host = "queue" if service == "sqs" else service
@@ -2856,8 +2706,7 @@ class AwsQueryJson(AwsQuery):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            members = model.operations[call.operation].output or ()
-            whole: dict[str, Any] = {name: output.get(name) for name in members}
+            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
             result = _spelled(whole, model.query_names[call.operation], in_json=True)
@@ -2868,10 +2717,8 @@ class AwsQueryJson(AwsQuery):
         return _to_json({"Error": fault, "RequestId": request_id})
 
 
-AWS_QUERY = AwsQuery()
-AWS_QUERY_TARGET = AwsQuery()
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
 AWS_QUERY_TARGET.reads_target = True
-AWS_QUERY_JSON = AwsQueryJson()
 _ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
 _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
@@ -2914,8 +2761,7 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return value if in_json else text
+        return value if in_json or isinstance(value, str) else json.dumps(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -2926,14 +2772,12 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     return members
 
 
-def _to_form(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the form fields of a value that `_spelled` returned."""
+def _to_form(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Return the form fields of a value that `_spelled` returned."""
     if not isinstance(value, (dict, list)):
-        yield name, value
-        return
+        return [(name, value)]
     items: Iterable[Any] = value.items() if isinstance(value, dict) else enumerate(value, 1)
-    for key, item in items:
-        yield from _to_form(item, f"{name}.{key}" if name else key)
+    return [it for k, v in items for it in _to_form(v, f"{name}.{k}" if name else k)]
 
 
 def _xml(element: str, value: Any, attributes: str = "") -> str:
@@ -2951,22 +2795,19 @@ def _xml(element: str, value: Any, attributes: str = "") -> str:
 # The actions of Amazon S3 ("Actions, resources, and condition keys for Amazon S3").  A line has
 # the level, methods with their actions, and sub-resources in the query; `-` is no sub-resource.
 # The word after a sub-resource replaces `*`.  Without a Delete action, DELETE needs the Put.
-_S3_TABLE = """
-    service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
+_S3_TABLE = """service: GET=ListAllMyBuckets PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=ListBucket HEAD=ListBucket PUT=CreateBucket DELETE=DeleteBucket: -
     bucket: GET=Get* PUT=Put*: abac=BucketAbac accelerate=AccelerateConfiguration acl=BucketAcl \
         logging=BucketLogging notification=BucketNotification versioning=BucketVersioning \
         object-lock=BucketObjectLockConfiguration requestPayment=BucketRequestPayment
-    bucket: GET=Get* PUT=Put* DELETE=Put*: analytics=AnalyticsConfiguration cors=BucketCORS \
-        encryption=EncryptionConfiguration intelligent-tiering=IntelligentTieringConfiguration \
-        inventory=InventoryConfiguration lifecycle=LifecycleConfiguration \
-        metrics=MetricsConfiguration ownershipControls=BucketOwnershipControls \
-        publicAccessBlock=BucketPublicAccessBlock replication=ReplicationConfiguration \
-        tagging=BucketTagging
+    bucket: GET=Get*Configuration PUT=Put*Configuration DELETE=Put*Configuration: \
+        analytics=Analytics encryption=Encryption intelligent-tiering=IntelligentTiering \
+        inventory=Inventory lifecycle=Lifecycle metrics=Metrics replication=Replication
+    bucket: GET=GetBucket* PUT=PutBucket* DELETE=PutBucket*: cors=CORS tagging=Tagging \
+        ownershipControls=OwnershipControls publicAccessBlock=PublicAccessBlock
     bucket: GET=Get* PUT=Put* DELETE=Delete*: policy=BucketPolicy website=BucketWebsite
-    bucket: GET=Get*: location=BucketLocation policyStatus=BucketPolicyStatus
-    bucket: GET=*: session=CreateSession uploads=ListBucketMultipartUploads \
-        versions=ListBucketVersions
+    bucket: GET=*: location=GetBucketLocation policyStatus=GetBucketPolicyStatus \
+        session=CreateSession uploads=ListBucketMultipartUploads versions=ListBucketVersions
     bucket: POST=*: delete=DeleteObject
     bucket: PUT=UpdateBucketMetadata*Configuration: metadataAnnotationTable=AnnotationTable \
         metadataInventoryTable=InventoryTable metadataJournalTable=JournalTable
@@ -2979,8 +2820,7 @@ _S3_TABLE = """
     object: PUT=*: encryption=UpdateObjectEncryption renameObject=RenameObject
     object: POST=*: restore=RestoreObject select=GetObject uploads=PutObject
     object: GET=ListMultipartUploadParts PUT=PutObject POST=PutObject \
-        DELETE=AbortMultipartUpload: uploadId
-"""
+        DELETE=AbortMultipartUpload: uploadId"""
 S3_ACTIONS = {  # by level, sub-resource and method
     (level, subresource.strip("-"), method): action.replace("*", noun)
     for level, methods, words in re.findall(r"(\w+): (.*): (.*)", _S3_TABLE)
@@ -3039,10 +2879,9 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    action = S3_ACTIONS.get((level, found[0] if found else "", request.method))
-    if action is None:  # take the strongest action of the method at that level
-        method = _S3_LIKE.get(request.method, request.method)
-        action = S3_ACTIONS.get((level, "", method), "PutObject")
+    method = _S3_LIKE.get(request.method, request.method)
+    strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
+    action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
     if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
         action = action.replace("Object", "ObjectVersion", 1)
     if service == "s3express" and action == "ListAllMyBuckets":
@@ -3080,11 +2919,10 @@ class Rest(WireProtocol):
         self.content_type = "application/json" if form == "json" else "application/xml"
 
     def named(self, request: Request) -> str:
-        try:
+        with contextlib.suppress(ServiceError):  # a broken path or query string
             meaning = self.meaning(request, claim(request)[1].service, request.body)
-        except ServiceError:  # a broken path or query string
-            return request.method
-        return meaning.operation + meaning.path
+            return meaning.operation + meaning.path
+        return request.method
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if service not in S3_FAMILY:
@@ -3143,15 +2981,13 @@ class RpcV2(WireProtocol):
         if self.protocol == "rpc-v2-cbor":  # a map of two texts (RFC 8949, 3.1: types 5 and 3)
             texts = [text.encode("utf-8", "replace") for pair in document.items() for text in pair]
             body = b"\xa2" + b"".join(b"\x7a" + len(it).to_bytes(4, "big") + it for it in texts)
-        query_error = ("x-amzn-query-error", f"{code};{_side(status)}")
-        protocol = ("Smithy-Protocol", self.protocol)
-        return self._reply(status, request_id, body, protocol, query_error)
+        in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
+        return self._reply(status, request_id, body, ("Smithy-Protocol", self.protocol), in_query)
 
 
 # ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
-# Each queue has a condition, which shares that lock, so that a send wakes only those calls that
-# wait for this queue.  Clock, randomness and waiting are arguments.
+# Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
@@ -3171,9 +3007,9 @@ MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
-Sent = tuple[float, str, str]  # the time, message id and sequence number of a send
+Memory = OrderedDict[tuple[str, ...], tuple[Any, ...]]  # values begin with their time
 
-# Reason, [code], message: AWS's own where it is known.  The default is InvalidParameterValue.
+# Reason, [code], message: AWS's own where known.  Default: the reason, or InvalidParameterValue.
 _SQS_REFUSALS = """
     invalid: {}
     value: Value {} for parameter {} is invalid. Reason: {}
@@ -3195,7 +3031,6 @@ _SQS_REFUSALS = """
         Modifying queue type is not supported.
     two encryptions [InvalidAttributeName]: You can use one type of server-side encryption (SSE) \
         at one time. You can either enable KMS SSE or SQS SSE.
-    token: Invalid or expired next token.
     actions [OverLimit]: {} Actions were found, maximum allowed is 7.
     characters [InvalidMessageContents]: Invalid characters found. Valid unicode characters are \
         #x9 | #xA | #xD | #x20 to #xD7FF | #xE000 to #xFFFD | #x10000 to #x10FFFF
@@ -3209,20 +3044,15 @@ _SQS_REFUSALS = """
         MessageDeduplicationId provided explicitly
     in flight [OverLimit]: Too many messages are in flight.
     handle [ReceiptHandleIsInvalid]: The input receipt handle "{}" is not a valid receipt handle.
-    no entries [EmptyBatchRequest]: There should be at least one {}RequestEntry in the request.
-    entries [TooManyEntriesInBatchRequest]: Maximum number of entries per request are 10. You \
-        have sent {}.
-    entry id [InvalidBatchEntryId]: A batch entry id can only contain alphanumeric characters, \
-        hyphens and underscores. It can be at most 80 letters long.
-    entry ids [BatchEntryIdsNotDistinct]: Id {} repeated.
-    batch too long [BatchRequestTooLong]: Batch requests cannot be longer than {} bytes. You have \
-        sent {} bytes.
-    visibility: Value {} for parameter VisibilityTimeout is invalid. Reason: Total \
-        VisibilityTimeout for the message is beyond the limit [{} seconds]
+    EmptyBatchRequest: There should be at least one {}RequestEntry in the request.
+    TooManyEntriesInBatchRequest: Maximum number of entries per request are 10. You have sent {}.
+    InvalidBatchEntryId: A batch entry id can only contain alphanumeric characters, hyphens and \
+        underscores. It can be at most 80 letters long.
+    BatchEntryIdsNotDistinct: Id {} repeated.
+    BatchRequestTooLong: Batch requests cannot be longer than {} bytes. You have sent {} bytes.
     arn: You must use this format to specify the {}: \
         arn:<partition>:<service>:<region>:<account-id>:<resource-id>
-    no resource [ResourceNotFoundException]: The resource that you specified for the {} parameter \
-        doesn't exist.
+    ResourceNotFoundException: The resource that you specified for the {} parameter doesn't exist.
     no dead letters: Source queue must be configured as a Dead Letter Queue.
     running: There is already a task running. Only one active task is allowed for a source queue \
         arn at a given time.
@@ -3230,8 +3060,8 @@ _SQS_REFUSALS = """
     no task [ResourceNotFoundException]: Task does not exist.
 """
 SQS_REFUSALS = {
-    reason: (code or "InvalidParameterValue", " ".join(message.split()))
-    for reason, code, message in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
+    name: (code or (name if name in ERRORS else "InvalidParameterValue"), " ".join(text.split()))
+    for name, code, text in re.findall(r"(?m)^ +(.+?)(?: \[(\w+)\])?: (.+)", _SQS_REFUSALS)
 }
 
 
@@ -3287,8 +3117,7 @@ class Queue:
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
-        self.place, _, self.name = arn.rpartition(":")  # the place has the region and the account
-        self.url_path = f"/{self.place.rpartition(':')[2]}/{self.name}"
+        self.region, self.account, self.name = arn.split(":")[3:]
         self.serial = serial  # distinguishes queues that had the same name one after another
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
@@ -3296,13 +3125,17 @@ class Queue:
         self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
-        self.attempts: OrderedDict[str, tuple[float, float, list[Message]]] = OrderedDict()
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         self._order = itertools.count()
+        # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
+        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
+        self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
+        self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
         self.change(settings, now)
 
     def change(self, settings: Settings, now: float) -> None:
@@ -3312,6 +3145,11 @@ class Queue:
             changed["SqsManagedSseEnabled"] = "false"
         self.settings = {name: value for name, value in changed.items() if value}
         self.modified = now
+        if self.fifo and "DelaySeconds" in settings:  # a standard queue's messages keep their own
+            for message in self.messages.values():
+                if message.hidden_until and not message.received:
+                    self.hide(message, message.sent + self.number("DelaySeconds"))
+            self.advance(now)
 
     @property
     def visible(self) -> int:
@@ -3334,9 +3172,6 @@ class Queue:
         if self.changes is not None:  # a message that comes back takes the last place
             self.changes.messages.pop((self.serial, message.message_id), None)
         heapq.heappush(self._by_age, (message.sent, message.message_id))
-        if len(self._by_age) > 2 * len(self.messages) + 64:
-            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
-            heapq.heapify(self._by_age)
         self.hide(message, message.sent + delay if delay else 0.0)
 
     def hide(self, message: Message, until: float) -> None:
@@ -3350,15 +3185,15 @@ class Queue:
         else:
             self.delayed += change
         self._turn(message)
-        if not until:
-            return
-        entry = (until, next(self._order), message)
-        heapq.heappush(self._hidden, entry)
-        if self._hidden[0] is entry:
-            self.changed.notify_all()  # the waiters must wake up earlier
-        if len(self._hidden) > 2 * len(self.messages) + 64:
+        if until:
+            if not self._hidden or until < self._hidden[0][0]:
+                self.changed.notify_all()  # the waiters must wake up earlier
+            heapq.heappush(self._hidden, (until, next(self._order), message))
+        if len(self._hidden) + len(self._by_age) > 4 * len(self.messages) + 128:
             self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
+            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
             heapq.heapify(self._hidden)
+            heapq.heapify(self._by_age)
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
@@ -3367,27 +3202,30 @@ class Queue:
 
     def clear(self) -> None:
         """Drop all messages."""
-        for held in (self.messages, self.attempts, self._ready, self._hidden, self._by_age):
+        everything = (self.messages, self._ready, self._hidden, self._by_age)
+        for held in (*everything, self.attempts, self._groups, self._sent):
             held.clear()
         self.delayed = self.in_flight = 0
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
+            self.changes.queues.add(self)
             for key in [key for key in self.changes.memory if key[0] == self.serial]:
                 del self.changes.memory[key]
+        self.changed.notify_all()
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
         times = {"created": self.created, "modified": self.modified, "purged": self.purged}
-        tasks = [dataclasses.asdict(task) for task in self.tasks]
-        more = {"settings": self.settings, "tags": self.tags, "tasks": tasks, **times}
-        more["scoped"] = getattr(self, "scoped_to_group", False)
+        more = {"settings": self.settings, "tags": self.tags, "scoped": self.scoped_to_group}
+        more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks], **times}
         return self.serial, self.arn, json.dumps(more).encode()
 
-    def remember(self, at: float, key: Sequence[str], *kept: Any) -> None:
-        """Note a send or an attempt, which must survive a restart."""
+    def remember(self, memory: Memory, key: tuple[str, ...], *noted: Any) -> None:
+        """Note a send or an attempt, which must survive a restart; its time is the first."""
+        memory[key] = noted
         if self.changes is not None:
             about = self.serial, json.dumps(key)
-            self.changes.memory[about] = (*about, at, json.dumps((at, *kept)))
+            self.changes.memory[about] = (*about, noted[0], json.dumps(noted))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3395,9 +3233,8 @@ class Queue:
         while self._hidden and self._hidden[0][0] <= now:
             until, _, message = heapq.heappop(self._hidden)
             if self.holds(message, until):
+                self.hide(message, 0.0)
                 back.append(message)
-        for message in back:
-            self.hide(message, 0.0)
         for message in reversed(back):  # in front of the messages that were never received
             if message.received and not self.fifo:
                 self._ready.move_to_end(message.message_id, last=False)
@@ -3429,62 +3266,34 @@ class Queue:
             self.changed.notify()
 
 
-def _recent(memory: OrderedDict[Any, Any], now: float) -> OrderedDict[Any, Any]:
-    """Forget tuples that begin with a time five minutes ago, and return the memory."""
+def _recent(memory: Memory, now: float) -> Memory:
+    """Forget what is five minutes old, and return the memory."""
     while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
         memory.popitem(last=False)
     return memory
 
 
 class FifoQueue(Queue):
-    """A queue that keeps the order of each message group, and drops repeated sends.
-
-    A receive takes messages only before a group's first hidden one ("FIFO delivery logic")."""
+    """A queue that keeps the order of groups, and drops repeated sends ("FIFO delivery logic")."""
 
     fifo = True
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # Fixed when the queue is created: AWS accepts a later change and ignores it.
-        self.scoped_to_group = self.settings["DeduplicationScope"] == "messageGroup"
-        self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
-        self._sent: OrderedDict[tuple[str, str], Sent] = OrderedDict()
-
-    def first_sent(self, system: Mapping[str, str], sent: Sent) -> Sent:
-        """Return the first send with this deduplication id in five minutes, or `sent`."""
+    def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
+        """Return the time, message id and sequence number of the first such send, or of this."""
         group = system["MessageGroupId"] if self.scoped_to_group else ""
-        key = group, system["MessageDeduplicationId"]
-        first: Sent = _recent(self._sent, sent[0]).setdefault(key, sent)
-        if first is sent:
-            self.remember(sent[0], key, *sent[1:])
-        return first
+        key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
+        if key not in memory:
+            self.remember(memory, key, now, new_id, system["SequenceNumber"])
+        return memory[key]
 
-    def recall(self, key: str, kept: str) -> None:
+    def recall(self, key: str, noted: str) -> None:
         """Take up what `remember` noted."""
-        names, (at, first, second) = json.loads(key), json.loads(kept)
-        if len(names) > 1:  # a send: its group and deduplication id
-            self._sent[names[0], names[1]] = (at, first, second)
-        else:
-            received = [self.messages[it] for it in second if it in self.messages]
-            if len(received) == len(second):  # none was deleted
-                self.attempts[names[0]] = (at, first, received)
-
-    def clear(self) -> None:
-        super().clear()
-        self._groups.clear()
-        self._sent.clear()
-
-    def change(self, settings: Settings, now: float) -> None:
-        """Apply a new delay to delayed messages too; on a standard queue they keep their own."""
-        super().change(settings, now)
-        if "DelaySeconds" in settings:
-            for message in self.messages.values():
-                if message.hidden_until and not message.received:
-                    self.hide(message, message.sent + self.number("DelaySeconds"))
-            self.advance(now)
+        names = tuple(json.loads(key))
+        memory = self._sent if len(names) > 1 else self.attempts
+        memory[names] = tuple(json.loads(noted))
 
     def pick(self, limit: int) -> list[Message]:
-        """Return as many messages as possible of one group, then of the next."""
+        """Return a group's messages before its first hidden one, then the next group's."""
         groups = (self._groups[name].values() for name in self._ready)
         ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
         return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
@@ -3537,14 +3346,6 @@ class MoveTask:
 
 
 # [5.3] Queue attributes, and checks of messages
-class Setting(NamedTuple):
-    """A queue attribute that callers can set."""
-
-    default: str  # may be ""
-    normal: Callable[[str], str]  # returns the normal form; ValueError or KeyError if wrong
-    fifo: bool = False  # of FIFO queues only
-
-
 def _whole(low: int, high: int, text: str) -> str:
     if not _NUMBER.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(text)
@@ -3594,35 +3395,37 @@ def _redrive_allow_policy(text: str) -> str:
     return text
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "DelaySeconds": Setting("0", functools.partial(_whole, 0, 900)),
-    "MaximumMessageSize": Setting("1048576", functools.partial(_whole, 1024, 1048576)),
-    "MessageRetentionPeriod": Setting("345600", functools.partial(_whole, 60, 1209600)),
-    "ReceiveMessageWaitTimeSeconds": Setting("0", functools.partial(_whole, 0, 20)),
-    "VisibilityTimeout": Setting("30", functools.partial(_whole, 0, SECONDS_HELD)),
-    "SqsManagedSseEnabled": Setting("true", _one_of("true", "false")),
-    "KmsMasterKeyId": Setting("", str),
-    "KmsDataKeyReusePeriodSeconds": Setting("", functools.partial(_whole, 60, 86400)),
-    "Policy": Setting("", _policy),
-    "RedrivePolicy": Setting("", _redrive_policy),
-    "RedriveAllowPolicy": Setting("", _redrive_allow_policy),
-    "FifoQueue": Setting("true", _one_of("true", "false"), fifo=True),
-    "ContentBasedDeduplication": Setting("false", _one_of("true", "false"), fifo=True),
-    "DeduplicationScope": Setting("queue", _one_of("queue", "messageGroup"), fifo=True),
-    "FifoThroughputLimit": Setting("perQueue", _one_of("perQueue", "perMessageGroupId"), True),
+# What callers can set: the default, "" for none, and the normal form or ValueError or KeyError.
+SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
+    "DelaySeconds": ("0", functools.partial(_whole, 0, 900)),
+    "MaximumMessageSize": ("1048576", functools.partial(_whole, 1024, 1048576)),
+    "MessageRetentionPeriod": ("345600", functools.partial(_whole, 60, 1209600)),
+    "ReceiveMessageWaitTimeSeconds": ("0", functools.partial(_whole, 0, 20)),
+    "VisibilityTimeout": ("30", functools.partial(_whole, 0, SECONDS_HELD)),
+    "SqsManagedSseEnabled": ("true", _one_of("true", "false")),
+    "KmsMasterKeyId": ("", str),
+    "KmsDataKeyReusePeriodSeconds": ("", functools.partial(_whole, 60, 86400)),
+    "Policy": ("", _policy),
+    "RedrivePolicy": ("", _redrive_policy),
+    "RedriveAllowPolicy": ("", _redrive_allow_policy),
+    "FifoQueue": ("true", _one_of("true", "false")),
+    "ContentBasedDeduplication": ("false", _one_of("true", "false")),
+    "DeduplicationScope": ("queue", _one_of("queue", "messageGroup")),
+    "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
 }
+_FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     """Return queue attributes in their normal form, "" for one to unset; or ServiceError."""
     settings: dict[str, str] = {}
     for name, text in given.items():
-        setting = SETTINGS.get(name)
-        if setting is None or (setting.fifo and not fifo):
-            known = name in ("DeduplicationScope", "FifoThroughputLimit")
-            raise sqs_refusal("fifo only" if known else "attribute name", name)
+        known = name in SETTINGS and (fifo or name not in _FIFO_SETTINGS)
+        is_named = name in ("DeduplicationScope", "FifoThroughputLimit")
+        refuse_if(not known, "fifo only" if is_named else "attribute name", name)
         try:
-            settings[name] = setting.normal(text) if text or setting.default else ""
+            default, normal = SETTINGS[name]
+            settings[name] = normal(text) if text or default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
     if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
@@ -3745,15 +3548,15 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
         if not call.operation.endswith("Batch"):
             return act(sqs, call, queue, call.input)
         entries, output = call.input["Entries"], collections.defaultdict(list)
-        refuse_if(not entries, "no entries", call.operation)
-        refuse_if(len(entries) > 10, "entries", len(entries))
+        refuse_if(not entries, "EmptyBatchRequest", call.operation)
+        refuse_if(len(entries) > 10, "TooManyEntriesInBatchRequest", len(entries))
         ids = [entry["Id"] for entry in entries]
-        refuse_if(not all(map(_LABEL.fullmatch, ids)), "entry id")
+        refuse_if(not all(map(_LABEL.fullmatch, ids)), "InvalidBatchEntryId")
         for index, repeated in enumerate(ids):
-            refuse_if(repeated in ids[:index], "entry ids", repeated)
+            refuse_if(repeated in ids[:index], "BatchEntryIdsNotDistinct", repeated)
         if call.operation == "SendMessageBatch":
             size = sum(map(_size, entries))
-            refuse_if(size > MAX_BATCH_BYTES, "batch too long", MAX_BATCH_BYTES, size)
+            refuse_if(size > MAX_BATCH_BYTES, "BatchRequestTooLong", MAX_BATCH_BYTES, size)
             for entry in entries:
                 _check_fifo(call, queue, entry)
         for entry in entries:
@@ -3774,27 +3577,24 @@ class Sqs:
     A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
     enforces the policies of the queues."""
 
+    changes: Optional[Changes] = None  # for a store
+    is_failing = False  # whether the store's last commit failed
+    _draining = False
+
     def __init__(
         self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
-        secret: Optional[bytes] = None,
-        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait,
-        cooldown: bool = False
+        secret: bytes = b"", cooldown: bool = False,
+        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait
     ) -> None:  # fmt: skip
-        self._clock = clock
-        self._new_id = new_id
+        self._clock, self._new_id, self._wait = clock, new_id, wait
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
-        self._wait = wait
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
         self._queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
-        self._draining = False
         self.serials = itertools.count(1)
-        self.changes: Optional[Changes] = None  # for a store
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
-        self.is_failing = False  # whether the last commit failed
-        self._found_last: Optional[Queue] = None
 
     def perform(self, call: Call) -> Output:
         """Return the output of a call; ServiceError, and then the queues are unchanged."""
@@ -3802,22 +3602,16 @@ class Sqs:
             self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
-            output = OPERATIONS[call.operation].method(self, call)
-            if self.changes is not None and self._found_last and call.operation in _CHANGE_QUEUES:
-                self.changes.queues.add(self._found_last)
-            return output
+            return OPERATIONS[call.operation].method(self, call)
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
-        kind = FifoQueue if kept["settings"].get("FifoQueue") else Queue
-        queue = self._queues[arn] = kind(
-            arn, serial, kept["settings"], kept["modified"], self.lock
-        )
+        settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
+        queue = self._queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
-        if isinstance(queue, FifoQueue):
-            queue.scoped_to_group = kept["scoped"]
+        queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
 
@@ -3841,15 +3635,13 @@ class Sqs:
         described = []
         with self.lock:
             for arn in heapq.nsmallest(limit, self._queues):
-                now, queue = self._clock(), self._queues[arn]
-                queue.advance(now)
-                sent = next((it.sent for it in queue.messages.values()), now)
-                region, account, name = arn.split(":")[3:]
+                now, it = self._clock(), self._queues[arn]
+                it.advance(now)
+                oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
                 described.append({
-                    "name": name, "region": region, "account": account, "visible": queue.visible,
-                    "in_flight": queue.in_flight, "delayed": queue.delayed,
-                    "oldest_seconds": max(0.0, now - sent),
-                    "attributes": queue.settings, "tags": queue.tags
+                    "name": it.name, "region": it.region, "account": it.account,
+                    "visible": it.visible, "in_flight": it.in_flight, "delayed": it.delayed,
+                    "oldest_seconds": oldest, "attributes": it.settings, "tags": it.tags
                 })  # fmt: skip
         return described
 
@@ -3885,10 +3677,7 @@ class Sqs:
             chosen = [it for it in self._queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
-                queue.changed.notify_all()
             if not name:
-                if self.changes is not None:
-                    self.changes.queues.update(chosen)
                 for held in (self._queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
@@ -3909,7 +3698,8 @@ class Sqs:
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
         queue.advance(self._clock())
-        self._found_last = queue
+        if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
+            self.changes.queues.add(queue)
         return queue
 
     def create_queue(self, call: Call) -> Mapping[str, Any]:
@@ -3920,18 +3710,17 @@ class Sqs:
         settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self._queues.get(arn)
-        if queue:
-            for attribute, value in settings.items():
-                refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-            return {"QueueUrl": call.base_url + queue.url_path}
-        refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
-        defaults = {k: it.default for k, it in SETTINGS.items() if it.default and fifo >= it.fifo}
-        kind = FifoQueue if fifo else Queue
-        queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
-        self._check_redrive(queue, settings)
-        queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
-        self._queues[arn] = self._found_last = queue
-        return {"QueueUrl": call.base_url + queue.url_path}
+        if queue is None:
+            refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
+            defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
+            kind = FifoQueue if fifo else Queue
+            queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
+            self._check_redrive(queue, settings)
+            queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
+        for attribute, value in settings.items():
+            refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
+        self._queues[arn] = queue
+        return self.get_queue_url(call)
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
         text = settings.get("RedrivePolicy")
@@ -3939,24 +3728,22 @@ class Sqs:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
         target = queue if arn == queue.arn else self._queues.get(arn)
-        policy = target.policy("RedriveAllowPolicy") if target else {}
-        everybody = policy.get("redrivePermission", "allowAll") == "allowAll"
-        if target is None or target.place != queue.place:
-            reason = "Dead letter target does not exist."
-        elif target.fifo != queue.fifo:
-            reason = "Dead-letter queue must be same type of queue as the source."
-        elif not everybody and queue.arn not in policy.get("sourceQueueArns", []):
-            reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
-        else:
-            return
-        raise sqs_refusal("value", text, "RedrivePolicy", reason)
+        if target is None or (target.region, target.account) != (queue.region, queue.account):
+            raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
+        reason = "Dead-letter queue must be same type of queue as the source."
+        refuse_if(target.fifo != queue.fifo, "value", text, "RedrivePolicy", reason)
+        policy = target.policy("RedriveAllowPolicy") or {"redrivePermission": "allowAll"}
+        named = queue.arn in policy.get("sourceQueueArns", [])
+        denied = not named and policy["redrivePermission"] != "allowAll"
+        reason = "The RedriveAllowPolicy of the dead-letter queue does not allow it."
+        refuse_if(denied, "value", text, "RedrivePolicy", reason)
 
     def get_queue_url(self, call: Call) -> Mapping[str, Any]:
         name = call.input.get("QueueName", "")
         refuse_if(not name, "no name")
         owner = call.input.get("QueueOwnerAWSAccountId") or call.caller.account_id
         queue = self._found(call, _arn(call, owner, name), "no queue")
-        return {"QueueUrl": call.base_url + queue.url_path}
+        return {"QueueUrl": f"{call.base_url}/{queue.account}/{name}"}
 
     def _page(self, call: Call, member: str, queues: Iterable[Queue]) -> Members:
         """Return a page of queue URLs by name, with a token only if MaxResults is given."""
@@ -3965,7 +3752,7 @@ class Sqs:
         try:
             after = _from_base64(token).decode("utf-8") if token else ""
         except (ServiceError, UnicodeDecodeError) as error:
-            raise sqs_refusal("token") from error
+            raise sqs_refusal("invalid", "Invalid or expired next token.") from error
         prefix = _arn(call, call.caller.account_id, start)
         left = sorted(it.name for it in queues if it.arn.startswith(prefix) and it.name > after)
         page = [f"{call.base_url}/{call.caller.account_id}/{name}" for name in left[:most]]
@@ -4019,7 +3806,6 @@ class Sqs:
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
         self._deleted = {**recent, queue.arn: now}
-        queue.changed.notify_all()
 
     def tag_queue(self, call: Call) -> None:
         self._queue(call).tags.update(call.input["Tags"])
@@ -4109,8 +3895,7 @@ class Sqs:
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
             kept["SequenceNumber"] = f"{next(self.serials):020d}"
-            first = queue.first_sent(kept, (now, new_id, kept["SequenceNumber"]))
-            _, output["MessageId"], output["SequenceNumber"] = first
+            _, output["MessageId"], output["SequenceNumber"] = queue.first_sent(kept, now, new_id)
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
@@ -4123,7 +3908,7 @@ class Sqs:
         default = queue.number("VisibilityTimeout")
         timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
-        attempt = given.get("ReceiveRequestAttemptId") if queue.fifo else None
+        attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
         deadline = now + patience
         while True:
@@ -4137,8 +3922,7 @@ class Sqs:
             self._wait(queue.changed, min(min(due) - now, MAX_WAIT))
             now = self._clock()
             self._move_messages()
-            refuse_if(not self.has(queue), "no queue")
-            queue.advance(now)
+            refuse_if(self._queue(call) is not queue, "no queue")
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
@@ -4147,9 +3931,8 @@ class Sqs:
             refuse_if(full and not patience, "in flight")
             return {}
         if attempt:
-            until, ids = messages[0].hidden_until, [it.message_id for it in messages]
-            queue.attempts[attempt] = (now, until, messages)
-            queue.remember(now, [attempt], until, ids)
+            ids = [message.message_id for message in messages]
+            queue.remember(queue.attempts, (attempt,), now, messages[0].hidden_until, ids)
             if len(queue.attempts) > MAX_ATTEMPTS:
                 queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
@@ -4186,12 +3969,13 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        _, until, received = _recent(queue.attempts, now).pop(attempt, (now, now, []))
-        if not all(queue.holds(message, until) for message in received):
+        _, until, ids = _recent(queue.attempts, now).pop((attempt,), (now, now, ()))
+        received = [queue.messages[it] for it in ids if it in queue.messages]
+        if len(received) < len(ids) or any(it.hidden_until != until for it in received):
             return []
         for message in received:
             queue.hide(message, now + timeout)
-        return list(received)
+        return received
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -4224,10 +4008,9 @@ class Sqs:
         raw = base64.b64decode(handle[4:]) if BASE64.fullmatch(handle, 4) else b""
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
-        serial, _, rest = text.decode("latin-1").partition(":")
-        if not genuine or not handle.startswith("AQEB") or serial != str(queue.serial):
+        serial, message_id, count = (text.decode() if genuine else "::").split(":", 2)
+        if not handle.startswith("AQEB") or serial != str(queue.serial):
             raise sqs_refusal("handle", handle)
-        message_id, _, count = rest.partition(":")
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
@@ -4251,7 +4034,8 @@ class Sqs:
             reason = "Message does not exist or is not available for visibility timeout change."
             raise sqs_refusal("value", handle, "ReceiptHandle", reason)
         too_long = now + timeout > message.last_received + SECONDS_HELD
-        refuse_if(too_long, "visibility", timeout, SECONDS_HELD)
+        reason = "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]"
+        refuse_if(too_long, "value", timeout, "VisibilityTimeout", reason)
         queue.hide(message, now + timeout if timeout else 0.0)
 
     send_message_batch, delete_message_batch = send_message, delete_message
@@ -4274,7 +4058,7 @@ class Sqs:
     def _arn_of(self, call: Call, parameter: str) -> Queue:
         arn = call.input[parameter]
         refuse_if(not _QUEUE_ARN.fullmatch(arn), "arn", parameter)
-        return self._found(call, arn, "no resource", parameter)
+        return self._found(call, arn, "ResourceNotFoundException", parameter)
 
     def list_message_move_tasks(self, call: Call) -> Mapping[str, Any]:
         source = self._arn_of(call, "SourceArn")
@@ -4289,7 +4073,7 @@ class Sqs:
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
         refuse_if(not isinstance(arn, str), "task handle")
-        self._found(call, arn, "no resource", "SourceArn")
+        self._found(call, arn, "ResourceNotFoundException", "SourceArn")
         task = self._running.get(arn)
         if task is None or task.handle != handle:
             raise sqs_refusal("no task")
@@ -4309,11 +4093,10 @@ class Sqs:
         source.advance(now)
         if self.changes is not None:
             self.changes.queues.add(source)
-        while task.moved < task.to_move and source.pick(1):
+        while task.moved < task.to_move and (picked := source.pick(1)):
             if task.next_move() > now + 0.000001:  # a float may be short
                 return "RUNNING"
-            (dead,) = source.pick(1)
-            system = dict(dead.system)
+            dead, system = picked[0], dict(picked[0].system)
             of_source = system.pop("DeadLetterQueueSourceArn", "")
             target = self._queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
@@ -4368,20 +4151,17 @@ _OPERATIONS = f"""
     UntagQueue QueueUrl TagKeys*:list
 """
 OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
-_CHANGE_QUEUES = frozenset(  # and not only their messages
-    "AddPermission CancelMessageMoveTask CreateQueue DeleteQueue PurgeQueue RemovePermission"
-    " SetQueueAttributes StartMessageMoveTask TagQueue UntagQueue".split()
-)
+# The operations that begin so change messages at most.
+_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 _SPELLED = pairs("""
-    AWSAccountIds=AWSAccountId Actions=ActionName AttributeNames=AttributeName
-    Attributes=Attribute:Name:Value BinaryListValues=BinaryListValue Entries={}RequestEntry
-    Failed=BatchResultErrorEntry MessageAttributeNames=MessageAttributeName
-    MessageAttributes=MessageAttribute:Name:Value Messages=Message
-    MessageSystemAttributeNames=MessageSystemAttributeName
-    MessageSystemAttributes=MessageSystemAttribute:Name:Value QueueUrls=QueueUrl
-    Results={}ResultEntry StringListValues=StringListValue Successful={}ResultEntry TagKeys=TagKey
-    Tags=Tag:Key:Value queueUrls=QueueUrl tags=Tag:Key:Value
+    Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
+    MessageSystemAttributes=MessageSystemAttribute:Name:Value Tags=Tag:Key:Value tags=Tag:Key:Value
+    Entries={}RequestEntry Failed=BatchResultErrorEntry Results={}ResultEntry
+    Successful={}ResultEntry Actions=ActionName AWSAccountIds=AWSAccountId Messages=Message
+    AttributeNames=AttributeName MessageAttributeNames=MessageAttributeName TagKeys=TagKey
+    MessageSystemAttributeNames=MessageSystemAttributeName BinaryListValues=BinaryListValue
+    StringListValues=StringListValue QueueUrls=QueueUrl queueUrls=QueueUrl
 """)
 _IN_QUERY = {
     op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
@@ -4433,9 +4213,9 @@ def _is_json(reply: Reply) -> bool:
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     """Return the answer with our queue URLs in place of the upstream's."""
-    if call.operation not in _URL_OPERATIONS or reply.status != 200:
+    is_output = reply.status == 200 and call.operation in _URL_OPERATIONS
+    if not is_output or not isinstance(reply.body, bytes):
         return reply
-    assert isinstance(reply.body, bytes)
     if not _is_json(reply):
         base = call.base_url.encode()
         return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
@@ -4451,12 +4231,11 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
-    if reply.status != 200 or not isinstance(reply.body, bytes):
-        return []
+    body = reply.body if reply.status == 200 and isinstance(reply.body, bytes) else b"{}"
     with contextlib.suppress(*_MALFORMED):
         if not _is_json(reply):
-            return [html.unescape(found.decode()) for found in element.findall(reply.body)]
-        output = read_json(reply.body.decode())
+            return [html.unescape(found.decode()) for found in element.findall(body)]
+        output = read_json(body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
             output = next((v for k, v in output.items() if k.endswith(ending)), output)
         return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
@@ -4498,7 +4277,6 @@ class Endpoint(NamedTuple):
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-
 # By the beginning of a region: partition, DNS suffix, dual-stack DNS suffix (partitions.json), and
 # the region that the calls of global services are signed for.
 PARTITIONS = (
@@ -4511,94 +4289,83 @@ PARTITIONS = (
     ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu", "eusc-de-east-1"),
     ("", "aws", "amazonaws.com", "api.aws", "us-east-1"),
 )
-
 # The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
 # The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
-# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD.  In a prefix, & is the signing
-# name, and \1 the first group.
+# X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD; it may go on in the next line
+# after a |.  In a prefix, & is the signing name, and \1 the first group.
 ENDPOINT_PREFIXES = {
     service: [row.partition("=")[::2] for row in rows]
-    for service, *rows in map(str.split, r"""
+    for service, *rows in map(str.split, re.sub(r"\|\s+", "|", r"""
     account-access &-runtime=/access[/#]; acm acm-acme=.*Acme; agent-registry &=.*/discoverable
-    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; aoss -=/; airflow ops.&=/metrics/
-    env.&=/(clitoken|restapi|webtoken)/ api.&; appconfig appconfigdata=/configuration; appsync
-    -=/(graphql|event)[/#]; aps &-workspaces=/workspaces/[^/]+/(alertmanager/)?api/; appstream
-    appstream2; arc-region-switch &-control-plane=.*(Plans?|Resource|Checks)$; aws-marketplace
+    &-control; aidevops cp.&=/(v\d|tags)/ dp.&; airflow ops.&=/metrics/ env.&=/(clitoken|restapi|
+    webtoken)/ api.&; aoss -=/; appconfig appconfigdata=/configuration; appstream appstream2;
+    appsync -=/(graphql|event)[/#]; aps &-workspaces=/workspaces/[^/]+/(alertmanager/)?api/;
+    arc-region-switch &-control-plane=.*(Plans?|Resource|Checks)$; aws-marketplace
     agreement-marketplace=AWSMPCommerceService entitlement.marketplace=AWSMPEnt
     reporting-marketplace=/getBuyer discovery-marketplace=/\d{4}-
     deployment-marketplace=/(catalogs|tags)/ catalog.marketplace=/\w+# metering.marketplace;
     awsssoportal portal.sso; bedrock &-runtime=/(async-invoke|guardrail(-checks)?|model)[/#]
-    &-data-automation-runtime=AmazonBedrockKeystoneRuntime
-    &-data-automation=/(blueprints|data-automation-|\w+BlueprintOpt)
-    &-agent-runtime=/(agenticR|generateQ|optimize-p|rerank|retrieveA|sessions|tags/.*session)
-    &-agent-runtime=/agents/(.*/agentAliases/|[^/]+#POST)|/flows/.*/executions
-    &-agent-runtime=/flows/[^/]+/aliases/[^/]+#POST
-    &-agent-runtime=/knowledgebases/.*(/retrieve#|-document-acl|/content#)
+    &-data-automation-runtime=AmazonBedrockKeystoneRuntime &-data-automation=/(blueprints|
+    data-automation-|\w+BlueprintOpt) &-agent-runtime=/(agenticR|generateQ|optimize-p|rerank|
+    retrieveA|sessions|tags/.*session)|/agents/(.*/agentAliases/|[^/]+#POST)|/flows/(.*/executions|
+    [^/]+/aliases/[^/]+#POST)|/knowledgebases/.*(/retrieve#|-document-acl|/content#)
     &-agent=/(agents|flows|knowledgebases|prompts|resourcepolicy|retrieval\w+|tags)/;
-    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec)
-    &=/(identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)
-    &=/[^/]+/[^/]+/(actor|command|event|extract|generat|ingest|invo|memoryR|retrieve|save|sess)
-    &=/[^/]+/[^/]+/(stopr|tools) &-control; cassandra &-streams=KeyspacesStreams; chime
-    messaging-&=/(channel|endpoints|app-instances/.*/streaming) identity-&=/app-instance
-    media-pipelines-&=/(sdk-)?media- meetings-&=/(meetings(?!.*/dial-outs)|tags)
-    voice-&=/(emergency|phone-number|search|settings|sip-|voice-); cloudsearch -=/2013-01-01/;
-    cloudhsm cloudhsmv2=BaldrApiService; cloudwatch cloudwatch-omni; connect
-    contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#; deadline
-    scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)
-    scheduling.&=.*/workers/[^/]+/(batchGet|fleet-roles|queue-roles) management.&; detective api.&;
-    dynamodb streams.&=DynamoDBStreams search-&=.*SearchVectors; ecr api.&; ecr-public api.&;
-    events eventsv2=AWSEventsV2; es &=/20\d\d- -; execute-api participant.connect=/participant/ -;
-    forecast forecastquery=AmazonForecastRuntime; geo metadata.&=/metadata/v0/jobs
-    \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers) cp.\1.&=/(\w{1,20})/v0/
-    cp.metadata.&; geo-maps maps.geo; geo-places places.geo; geo-routes routes.geo; health-agent
-    streaming.&=/medical-scribe runtime.&=/domain/[^/]+/; healthlake
-    datatransformation.&=.*(DataTransf|ProfileWithAgent); iam iam-toolbox=/authorization-details/;
-    iot-jobs-data data.jobs.iot; iotdata data-ats.iot; iotdeviceadvisor api.&; iotdevicegateway -;
-    kafka-cluster -; iotmanagedintegrations api.&; IoTSecuredTunneling api.tunneling.iot;
-    iotsitewise monitor.&=/(access-policies|dashboards|portals|projects)
-    data.&=/(assistant|jobs|properties|queries)
-    data.&=/workspaces/.*/(dataset-export|enrichment|executions|get-capture|queries|searches)
-    api.&; iottwinmaker data.&=/workspaces/.*/entity-properties api.&; iotwireless api.&; ivs
-    ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|Participant|PublicKey|Stage|Storage);
-    kinesis &-queues=.*Queue; lambda &=/20\d\d- -; lakeformation
-    query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; lex runtime.&=/bot/
-    runtime-v2-&=/bots/[^/]+/botAliases/
-    models.&=/(intents|slottypes|migrations|builtins/[is])|/(bots|exports)/#GET
-    models.&=/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|utterances(#|/[^#])) models-v2-&;
-    logs stream-&=.*(GetLogObject|StartLiveTail); mediastore data.&=/; mediatailor api.&;
-    medical-imaging runtime-&=/datastore/.*/(imageSet/|search); memorydb memory-db; mgh
-    migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint; neptune-db -; neptune-graph
-    -=/(queries|summary); omics
-    storage-&=/\w+store/[^/]+/re(adset|ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)#
-    control-storage-&=/(referencestore|s3accesspolicy|sequencestore) tags-&=/tags/
-    analytics-&=/(annotationStore|import|share|variantStore) workflows-&; partnercentral &-prm;
-    payment-cryptography dataplane.&=/\w+/\w+#|/keys/ controlplane.&; personalize
-    &-runtime=/(action-rec|personalize-ranking|recommendations) &-events=/\w+(-\w+)?#; pricing
-    api.&; qapps data.&; rum dataplane.&=/appmonitors/; s3 s3-control=/v20180820/; s3express
-    &-control; sagemaker runtime.&=/endpoints/ metrics.&=/Batch(Get|Put)Metrics
-    edge.&=/(GetDe|SendHeart) featurestore-runtime.&=/(Batch|FeatureGroup)
-    a2i-runtime.&=/human-loops gateway-runtime.&=/global-inference
-    inferencerouter-runtime.&=/inference-routers
-    training-session-runtime.&=/(v1/)?training-sessions
-    job-runtime.&=/(complete-rollout|sample|update-reward) api.&; servicecatalog
-    &-appregistry=/(app|att|conf|sync|tags); servicediscovery data-&=.*DiscoverInstances; ses
-    mail-manager=MailManagerSvc email; signer data-&=/revocations; sms-voice &.pinpoint=/v1;
-    sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState); sustainability api.&;
-    thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|Table) query.&;
-    vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
-    """.split(";"))
+    bedrock-agentcore &=/(ab-tests|agentins|evaluations|harnesses/invoke|recommend|registry-rec|
+    identities/(Comp|GetWorkloadA|[a-fo-p])|payments/\w+Payment)|/[^/]+/[^/]+/(actor|command|event|
+    extract|generat|ingest|invo|memoryR|retrieve|save|sess|stopr|tools) &-control; cassandra
+    &-streams=KeyspacesStreams; chime messaging-&=/(channel|endpoints|app-instances/.*/streaming)
+    identity-&=/app-instance media-pipelines-&=/(sdk-)?media-
+    meetings-&=/(meetings(?!.*/dial-outs)|tags) voice-&=/(emergency|phone-number|search|settings|
+    sip-|voice-); cloudhsm cloudhsmv2=BaldrApiService; cloudsearch -=/2013-01-01/; cloudwatch
+    cloudwatch-omni; connect contact-lens=/realtime-; dataexchange api-fulfill.&=/v1#; deadline
+    scheduling.&=.*s/[^/]+/workers(#POST|/[^/]+(/schedule)?#PATCH)|.*/workers/[^/]+/(batchGet|
+    fleet-roles|queue-roles) management.&; detective api.&; dynamodb streams.&=DynamoDBStreams
+    search-&=.*SearchVectors; ecr api.&; ecr-public api.&; es &=/20\d\d- -; events
+    eventsv2=AWSEventsV2; execute-api participant.connect=/participant/ -; geo
+    metadata.&=/metadata/v0/jobs \1.&=/(\w{1,20})/v0/\w+/[^/]+/(?!consumers|list-consumers)
+    cp.\1.&=/(\w{1,20})/v0/ cp.metadata.&; forecast forecastquery=AmazonForecastRuntime; geo-places
+    places.geo; geo-maps maps.geo; geo-routes routes.geo; health-agent streaming.&=/medical-scribe
+    runtime.&=/domain/[^/]+/; healthlake datatransformation.&=.*(DataTransf|ProfileWithAgent); iam
+    iam-toolbox=/authorization-details/; iot-jobs-data data.jobs.iot; iotdata data-ats.iot;
+    iotdeviceadvisor api.&; iotdevicegateway -; iotmanagedintegrations api.&; IoTSecuredTunneling
+    api.tunneling.iot; iotsitewise monitor.&=/(access-policies|dashboards|portals|projects)
+    data.&=/(assistant|jobs|properties|queries|workspaces/.*/(dataset-export|enrichment|executions|
+    get-capture|queries|searches)) api.&; iottwinmaker data.&=/workspaces/.*/entity-properties
+    api.&; iotwireless api.&; ivs ivsrealtime=/\w+(Composition|ConnectionT|EncoderC|IngestC|
+    Participant|PublicKey|Stage|Storage); kafka-cluster -; kinesis &-queues=.*Queue; lakeformation
+    query-&=/(GetQuery|GetWorkUnits|StartQuery) data-&=/GetWorkUnitR; lambda &=/20\d\d- -; lex
+    runtime.&=/bot/ runtime-v2-&=/bots/[^/]+/botAliases/ models.&=/(intents|slottypes|migrations|
+    builtins/[is])|/(bots|exports)/#GET|/(bots|imports)/[^/]+#|/bots/[^/]+/(aliases|versions|
+    utterances(#|/[^#])) models-v2-&; logs stream-&=.*(GetLogObject|StartLiveTail); mediastore
+    data.&=/; mediatailor api.&; medical-imaging runtime-&=/datastore/.*/(imageSet/|search);
+    memorydb memory-db; mgh migrationhub-config=AWSMigrationHubMulti; mobiletargeting pinpoint;
+    neptune-db -; neptune-graph -=/(queries|summary); omics storage-&=/\w+store/[^/]+/re(adset|
+    ference)/[^/]+#GET|.*/upload/[^/]+/(complete|part)# control-storage-&=/(referencestore|
+    s3accesspolicy|sequencestore) tags-&=/tags/ analytics-&=/(annotationStore|import|share|
+    variantStore) workflows-&; partnercentral &-prm; payment-cryptography dataplane.&=/\w+/\w+#|
+    /keys/ controlplane.&; personalize &-runtime=/(action-rec|personalize-ranking|recommendations)
+    &-events=/\w+(-\w+)?#; pricing api.&; qapps data.&; rum dataplane.&=/appmonitors/; s3
+    s3-control=/v20180820/; s3express &-control; sagemaker
+    training-session-runtime.&=/(v1/)?training-sessions metrics.&=/Batch(Get|Put)Metrics
+    job-runtime.&=/(complete-rollout|sample|update-reward) featurestore-runtime.&=/(Batch|
+    FeatureGroup) edge.&=/(GetDe|SendHeart) runtime.&=/endpoints/ a2i-runtime.&=/human-loops
+    inferencerouter-runtime.&=/inference-routers gateway-runtime.&=/global-inference api.&;
+    servicecatalog &-appregistry=/(app|att|conf|sync|tags); servicediscovery
+    data-&=.*DiscoverInstances; ses mail-manager=MailManagerSvc email; signer data-&=/revocations;
+    sms-voice &.pinpoint=/v1; sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState);
+    sustainability api.&; thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|
+    Table) query.&; vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
+    """).split(";"))
 }  # fmt: skip
 # The prefixes for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
 VARIANT_PREFIXES = pairs("""
-    data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe
-    api.sagemaker@fips=api-fips.sagemaker batch@fips=fips.batch data-ats.iot@fips=data.iot-fips
-    eks@fips=fips.eks metrics.sagemaker@fips=metrics-fips.sagemaker models.lex@fips=models-fips.lex
-    runtime.lex@fips=runtime-fips.lex runtime.sagemaker@fips=runtime-fips.sagemaker
-    transcribe@fips=fips.transcribe api.detective@dual=detective api.ecr@dual=ecr
-    api.tunneling.iot@dual=api.iot-tunneling elasticfilesystem@dual=efs es@dual=aos
-    ingest.timestream@dual=timestream-ingest kafka@dual=kafka-api
-    query.timestream@dual=timestream-query streams.dynamodb@dual=streams-dynamodb
-""")
+    data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe batch@fips=fips.batch
+    eks@fips=fips.eks api.sagemaker@fips=api-fips.sagemaker runtime.lex@fips=runtime-fips.lex
+    data-ats.iot@fips=data.iot-fips transcribe@fips=fips.transcribe models.lex@fips=models-fips.lex
+    runtime.sagemaker@fips=runtime-fips.sagemaker metrics.sagemaker@fips=metrics-fips.sagemaker
+    api.detective@dual=detective api.ecr@dual=ecr api.tunneling.iot@dual=api.iot-tunneling
+    ingest.timestream@dual=timestream-ingest es@dual=aos query.timestream@dual=timestream-query
+    elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api""")
 # The region in the hosts of global services, by partition or region; "-" stands for none.
 GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     (place, prefix): region.strip("-")
@@ -4613,10 +4380,8 @@ GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
     artifact bcm-pricing-calculator billing ce cloudfront invoicing networkmanager organizations
     route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
     cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
-    invoicing networkmanager organizations route53-recovery-control-config support tax;
-    aws-iso - budgets route53; aws-iso-b - route53
-    """.split(";"))
-    for prefix in prefixes
+    invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
+    budgets route53; aws-iso-b - route53""".split(";")) for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
@@ -4627,16 +4392,22 @@ DUAL_STACK_ONLY = re.compile(r"""(?x)
     |invoicing|(job|training-session)-runtime\.sagemaker|kendra-ranking|mpa
     |network-security-manager|networkflowmonitor|notifications(-contacts)?|osm|partnercentral-.*
     |payments|pricingplanmanager|qbusiness|route53globalresolver|s3files|s3vectors|security-ir
-    |securityagent|signin|supportauthz|uxc|workspaces-instances
-""")
+    |securityagent|signin|supportauthz|uxc|workspaces-instances""")
 # GovCloud's prefixes whose plain hosts use FIPS.
 GOVCLOUD_FIPS = re.compile(r"""(?x)
     access-analyzer|acm(-pca)?|appconfig|autoscaling|batch|clouddirectory|cloudformation|cloudtrail
     |config|connect|databrew|dms|dynamodb|ec2|eks|elasticache|elasticbeanstalk|elasticloadbalancing
     |elasticmapreduce|events|glacier|greengrass|guardduty|iam|kafka|kinesis|logs|mediaconvert
     |monitoring|networkmanager|oidc|organizations|outposts|portal\.sso|ram|rds|redshift
-    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf
-""")
+    |route53(resolver)?|servicequotas|sns|sqs|ssm|sso|states|sts|swf""")
+_AWS_HOST = re.compile(
+    r"(.+)\.(?:(?:amazonaws|api\.amazonwebservices)\.(?:com\.cn|eu)|amazonaws\.com|api\.aws)"
+)
+_REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
+_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
+_SERVICES_BY_PREFIX = {
+    it.replace("&", name): name for name, rows in ENDPOINT_PREFIXES.items() for it, _ in rows
+}  # fmt: skip
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
@@ -4665,23 +4436,21 @@ def endpoint_for(
 
 @functools.lru_cache(maxsize=256)
 def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
-    row = next(row for row in PARTITIONS if region.startswith(row[0]))
-    _, partition, suffix, dual_suffix, main = row
+    _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
     place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
-    signed_for = place if _REGION.fullmatch(place) else main
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
-        suffix, place = dual_suffix, place or "global"
+        suffix, place = dual, place or "global"
         prefix = VARIANT_PREFIXES.get(f"{prefix}@dual", prefix) + ending
     elif fips and not (partition == "aws-us-gov" and GOVCLOUD_FIPS.fullmatch(prefix)):
         prefix = VARIANT_PREFIXES.get(f"{prefix}@fips", prefix + ending)
     else:
         prefix = VARIANT_PREFIXES.get(f"{prefix}@{partition}", prefix)
     host = ".".join(filter(None, (prefix, place, suffix))).lower()
-    return Endpoint("https", host, 443, signed_for)
+    return Endpoint("https", host, 443, place if _REGION.fullmatch(place) else main)
 
 
 def parse_endpoint(url: str) -> Endpoint:
@@ -4698,17 +4467,6 @@ def parse_endpoint(url: str) -> Endpoint:
     return Endpoint(parts.scheme, parts.hostname, port, region)
 
 
-_AWS_HOST = re.compile(
-    r"(.+)\.(?:(?:amazonaws|api\.amazonwebservices)\.(?:com\.cn|eu)|amazonaws\.com|api\.aws)"
-)
-_REGION = re.compile("[a-z]{2,4}(?:-[a-z]+){1,4}-[0-9]{1,2}")
-_ZONAL = re.compile(r".*(s3express-[a-z0-9-]{1,40}\.([a-z0-9-]{1,40})\.amazonaws\.com(?:\.cn)?)")
-_SERVICES_BY_PREFIX = {
-    prefix.replace("&", service): service
-    for service, rows in ENDPOINT_PREFIXES.items() for prefix, _ in rows
-}  # fmt: skip
-
-
 def is_aws_host(host: str) -> bool:
     """Return whether a Host is a name of AWS."""
     return _AWS_HOST.fullmatch(host_name(host)) is not None
@@ -4719,8 +4477,7 @@ def service_of_host(host: str) -> tuple[str, str]:
     match = _AWS_HOST.fullmatch(host_name(host))
     if not match:
         return "", ""
-    ignored = ("dualstack", "global", "vpce")
-    labels = [part for part in match[1].split(".") if part not in ignored][-6:]
+    labels = [it for it in match[1].split(".") if it not in ("dualstack", "global", "vpce")][-6:]
     places = [at for at, label in enumerate(labels) if _REGION.fullmatch(label)]
     region = labels.pop(places[-1]) if places else ""
     prefixes = [".".join(labels[at:]).replace("-fips", "") for at in range(len(labels))] or [""]
@@ -4754,12 +4511,11 @@ class NotSetUp(NoKeys):
 @contextlib.contextmanager
 def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
     """Raise NoKeys with this text for each failure; %s stands for the text of the failure."""
+    failures = (NoKeys, *failures)
     try:
         yield
-    except NoKeys as error:
-        raise NoKeys(told.replace("%s", str(error)), error.passing) from error
     except failures as error:
-        raise NoKeys(told.replace("%s", str(error))) from error
+        raise NoKeys(told.replace("%s", str(error)), getattr(error, "passing", False)) from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -4768,36 +4524,23 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
 
 
-_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
-_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
-_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
-
-
-class _AsItIs(urllib.request.HTTPErrorProcessor):
-    def http_response(self, request: Any, response: Any) -> Any:
-        """Return any answer: an error may tell why, a redirection would take our tokens along."""
-        return response
-
-    https_response = http_response
-
-
-def fetch(
-    url: str, headers: Mapping[str, str], data: Optional[bytes] = None, method: str = "",
-    timeout: float = 5
-) -> bytes:  # fmt: skip
+def fetch(url: str, headers: Mapping[str, str], timeout: float = 5, **how: Any) -> bytes:
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    Requests to link-local and loopback addresses bypass the proxies of the environment."""
+    `how` is `data` and `method` of a Request of urllib.  One to a link-local or loopback address
+    bypasses the proxies of the environment."""
     _, host = split_url(url)
     outcome: queues.SimpleQueue[Union[tuple[int, bytes], Exception]] = queues.SimpleQueue()
 
     def _ask() -> None:
         try:
             near = is_link_local(host) or is_loopback(host)
-            proxies = urllib.request.ProxyHandler({} if near else None)
-            tls = urllib.request.HTTPSHandler(context=tls_context())
-            opener = urllib.request.build_opener(proxies, tls, _AsItIs)
-            request = urllib.request.Request(url, data, dict(headers), method=method or None)
+            # Any answer is returned: an error may tell why, a redirection would take our tokens.
+            opener = urllib.request.OpenerDirector()
+            opener.add_handler(urllib.request.ProxyHandler({} if near else None))
+            opener.add_handler(urllib.request.HTTPHandler())
+            opener.add_handler(urllib.request.HTTPSHandler(context=tls_context()))
+            request = urllib.request.Request(url, headers=dict(headers), **how)
             with opener.open(request, timeout=timeout) as answer:
                 outcome.put((answer.status, answer.read(1048576)))
         except Exception as error:
@@ -4862,16 +4605,16 @@ def _document(text: bytes) -> Mapping[str, Any]:
         return dict(read_json(text.decode("utf-8")))
 
 
+_PASSING = re.compile("<Code>(?:Throttl|RequestLimitExceeded|IDPCommunicationError)")
+_MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})')
+_CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
-_ASSUME_ROLE = pairs("""
-    RoleArn=role_arn RoleSessionName=role_session_name DurationSeconds=duration_seconds
-    ExternalId=external_id
-""")
+_ROLE_SETTINGS = ("role_arn", "role_session_name", "duration_seconds", "external_id")
 _STS_FIELD = re.compile(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<")
 
 
@@ -4929,10 +4672,9 @@ class CredentialChain:
         return _credentials(key, secret, token)
 
     def _from_web_identity(self) -> Credentials:
-        path = self.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+        path, role = map(self.environ.get, ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"))
         if not path:
             raise NotSetUp("AWS_WEB_IDENTITY_TOKEN_FILE is not set")
-        role = self.environ.get("AWS_ROLE_ARN")
         if not role:
             raise NoKeys("AWS_ROLE_ARN is not set")
         return self._with_web_identity(path, role, self.environ.get("AWS_ROLE_SESSION_NAME"))
@@ -5000,8 +4742,7 @@ class CredentialChain:
                 settings.update(config[section])
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
-            for name in _KEY_SETTINGS:
-                settings.pop(name, None)
+            settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
         settings.update(own)
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
@@ -5114,11 +4855,10 @@ class CredentialChain:
             raise NoKeys("the answer of SSO holds no token")
         new = {
             **{name: cached[name] for name in names if name != "refreshToken"},
-            "startUrl": settings.get("sso_start_url", ""), "region": region, "accessToken": token,
+            **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
+            "startUrl": settings.get("sso_start_url", ""), "region": region,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
-        if answer.get("refreshToken"):
-            new["refreshToken"] = answer["refreshToken"]
         temporary = ""
         try:  # replace the file in one step; only its owner can read it
             opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
@@ -5151,11 +4891,9 @@ class CredentialChain:
     @functools.cached_property
     def variants(self) -> Variants:
         """The choices of environment and profile: FIPS endpoints, dual-stack endpoints."""
-        fips, dualstack = (
-            self.environ.get(f"AWS_{name}") or self._settings().get(name.lower(), "")
-            for name in ("USE_FIPS_ENDPOINT", "USE_DUALSTACK_ENDPOINT")
-        )
-        return fips.lower() == "true", dualstack.lower() == "true"
+        names, settings = ("use_fips_endpoint", "use_dualstack_endpoint"), self._settings()
+        chosen = [self.environ.get(f"AWS_{it.upper()}") or settings.get(it, "") for it in names]
+        return chosen[0].lower() == "true", chosen[1].lower() == "true"
 
     def region(self) -> str:
         """Return the region to ask for tokens in: the environment's, the profile's, us-east-1."""
@@ -5163,13 +4901,12 @@ class CredentialChain:
         return named or self._settings().get("region") or "us-east-1"
 
     def _assume(self, source: Credentials, settings: Section) -> Credentials:
-        fields = {name: settings.get(setting) for name, setting in _ASSUME_ROLE.items()}
+        fields = {name.title().replace("_", ""): settings.get(name) for name in _ROLE_SETTINGS}
         with _no_keys(f"the role {settings['role_arn']} cannot be assumed: %s"):
             return self._ask_sts(source, Action="AssumeRole", **fields)
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
-        token = _read_text(path)
-        fields = {"RoleArn": role, "RoleSessionName": session, "WebIdentityToken": token}
+        fields = dict(RoleArn=role, RoleSessionName=session, WebIdentityToken=_read_text(path))
         return self._ask_sts(None, Action="AssumeRoleWithWebIdentity", **fields)
 
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
@@ -5279,8 +5016,7 @@ class CredentialCache:
                     self.sleep(pauses.pop(0))
                     continue
                 self._failure = (str(reason), reason.passing)
-                if reason.passing:
-                    self._next_try = now + 1
+                self._next_try = now + (1 if reason.passing else self.RETRY)
                 log.warning("credentials not renewed: %s", reason)
                 if valid:
                     return self._current
@@ -5328,6 +5064,7 @@ class Keyring:
 
 
 # [6.3] Connections
+Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
@@ -5389,11 +5126,7 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 class UpstreamError(Exception):
-    """The failure of a connection; `unanswered` if it came before any byte of an answer."""
-
-    def __init__(self, message: str, unanswered: bool = True) -> None:
-        super().__init__(message)
-        self.unanswered = unanswered
+    """The failure of a connection."""
 
 
 class Connection:
@@ -5409,11 +5142,11 @@ class Connection:
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
-            self._client = _connector(endpoint, connect_timeout)
-            self._client.connect()  # and no more: its parser is slow
+            client = _connector(endpoint, connect_timeout)
+            client.connect()  # and no more: its parser is slow
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
-        self.socket = self._client.sock
+        self.socket, self.close = client.sock, client.close
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -5435,10 +5168,6 @@ class Connection:
         decrypted = isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()
         return bool(decrypted or self._arrival.poll(seconds * 1000))
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-
     def send_until_answered(self, data: bytes) -> bool:
         """Send the data.  Stop and return False if an answer or the end of the stream arrives."""
         left = memoryview(data)
@@ -5446,8 +5175,7 @@ class Connection:
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
         try:
             while left:
-                ready = poll.poll(self.timeout * 1000)
-                if not ready:
+                if not (ready := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
                 if ready[0][1] & ~select.POLLOUT:
                     self.socket.setblocking(False)
@@ -5482,8 +5210,8 @@ class Connection:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return True
 
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Iterator[bytes]]:
-        """Return the head, length and blocks of the final answer, or raise UpstreamError."""
+    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
+        """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
             while (head := parse_response_head(read_head(source))).status < 200:
@@ -5491,23 +5219,10 @@ class Connection:
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message, not self.heard and not self.abandoned()) from error
-        reader: Union[Stream, LengthBody, ChunkedBody] = source
+            raise UpstreamError(message) from error
         if length is None:
-            reader = ChunkedBody(source, sys.maxsize)
-        elif length != UNTIL_CLOSE:
-            reader = LengthBody(source, length)
-        return head, length, iter(functools.partial(reader.read_some, 65536), b"")
-
-    def read_whole(self, blocks: Iterator[bytes], limit: int) -> bytes:
-        """Return a body up to its end or, if it is longer than the limit, the block beyond."""
-        whole = bytearray()
-        try:
-            while len(whole) <= limit and (block := next(blocks, b"")):
-                whole += block
-        except (OSError, ServiceError) as error:
-            raise UpstreamError(f"half an answer from {self.endpoint.origin}", False) from error
-        return bytes(whole)
+            return head, length, ChunkedBody(source, sys.maxsize)
+        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5521,11 +5236,9 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
         return http.client.HTTPSConnection(host, port, **how)
     parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     tunnel = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, **how)
-    headers = {}
-    if parts.username:
-        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        headers["Proxy-Authorization"] = f"Basic {_base64_text(login.encode())}"
-    tunnel.set_tunnel(host, port, headers)
+    login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+    about = {"Proxy-Authorization": f"Basic {_base64_text(login.encode())}"}
+    tunnel.set_tunnel(host, port, about if parts.username else {})
     return tunnel
 
 
@@ -5541,8 +5254,7 @@ class Pool:
     MOST = 256  # idle connections for each endpoint
 
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
+        self._connect_timeout, self._timeout = connect_timeout, timeout
         self._lock = threading.Lock()
         self._idle: dict[Endpoint, list[Connection]] = {}
         self.draining = False  # whether polls must end
@@ -5550,16 +5262,15 @@ class Pool:
 
     def idle(self, endpoint: Endpoint) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(endpoint)
-                kept = idle.pop() if idle else None
-            if kept is None:
-                return None
-            if time.monotonic() - kept.idle_since < self.IDLE_SECONDS and not kept.has_arrived(0):
-                kept.reused, kept.heard = True, False
-                return kept
-            kept.close()
+        oldest = time.monotonic() - self.IDLE_SECONDS
+        with self._lock:
+            while idle := self._idle.get(endpoint):
+                kept = idle.pop()
+                if kept.idle_since > oldest and not kept.has_arrived(0):
+                    kept.reused, kept.heard = True, False
+                    return kept
+                kept.close()
+        return None
 
     def take(self, endpoint: Endpoint, fresh: bool = False) -> Connection:
         """Return a kept connection, or a new one."""
@@ -5581,9 +5292,8 @@ class Pool:
             late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
             for connection in late:
                 self._idle[connection.endpoint].remove(connection)
+                connection.close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
-        for connection in late:
-            connection.close()
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
@@ -5679,42 +5389,33 @@ class Upstream:
         """The target's name in a route: `aws`, or an origin."""
         return self.endpoint.origin if self.endpoint else "aws"
 
-    @property
-    def is_aws(self) -> bool:
-        """True if calls go to AWS."""
-        return self.endpoint is None or is_aws_host(self.endpoint.host)
-
     def answer(self, call: Call, request_id: str) -> Reply:
         """Forward the call and return the answer, or raise ServiceError.  A long body streams."""
         attempt = self._prepared(call)
         for rewrite in call.rewrites:
             request = rewrite(call, attempt.request) or attempt.request
             if request.body is not attempt.request.body:
-                body = io.BytesIO(request.body.read())
+                data = request.body.read()
                 headers = _without(request.headers, "content-length", "transfer-encoding")
-                headers.append(("Content-Length", str(len(body.getvalue()))))
-                request = dataclasses.replace(request, headers=tuple(headers), body=body)
-                attempt.payload_hash = hashlib.sha256(body.getvalue()).hexdigest()
+                about = (*headers, ("Content-Length", str(len(data))))
+                request = dataclasses.replace(request, headers=about, body=io.BytesIO(data))
+                attempt.payload_hash = hashlib.sha256(data).hexdigest()
             attempt.request = request
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
         return self._settled(attempt)
 
     def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
         """Return the attempt and the bytes of a small call, or None if it would have to wait."""
-        if call.rewrites or not isinstance(call.body, io.BytesIO):
-            return None
         keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
-        if not keys:
+        if not keys or not isinstance(call.body, io.BytesIO):
             return None
         attempt = self._prepared(call)
         attempt.keys, attempt.begun = keys, True
         signed, _ = self._signed(attempt)
-        assert isinstance(signed.body, io.BytesIO)
-        body = signed.body.getvalue()
-        if body and signed.method in _BODILESS:
-            return None
+        body = read_again(signed.body)
         data = encode_head(signed) + body
-        connection = self.pool.idle(attempt.endpoint)
+        may_stay_unread = body and signed.method in _BODILESS
+        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
         if not connection:
             return None
         attempt.connection = connection
@@ -5773,8 +5474,8 @@ class Upstream:
 
     def _final(self, call: Call, reply: Reply) -> Reply:
         fields = fields_of(reply.headers)
-        names = ("x-amzn-requestid", "x-amz-request-id")
-        call.upstream_id = next((fields[name][0] for name in names if name in fields), "-")
+        found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
+        call.upstream_id = found[0]
         if call.upstream_seconds < 0:
             call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
@@ -5786,12 +5487,6 @@ class Upstream:
             error = ServiceError("SignatureDoesNotMatch", message)
             return call.wire.error(call.request, error, request_id[:128])
         return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
-
-    def _may_renew(self, attempt: Attempt, reply: Reply) -> bool:
-        call, body = attempt.call, reply.body
-        if reply.status not in _REFUSED or call.unsigned or not isinstance(body, bytes):
-            return False
-        return bool(_EXPIRED.search(body)) and self.credentials(call.caller).expire(attempt.keys)
 
     def _endpoint_of(self, call: Call) -> Endpoint:
         if self.endpoint:
@@ -5806,15 +5501,14 @@ class Upstream:
         zonal = _ZONAL.fullmatch(host_name(host)) if call.service == "s3express" else None
         if zonal and zonal[2] == call.region:
             return Endpoint("https", zonal[1], 443, call.region)
-        target = call.request.header("x-amz-target") or ""
+        target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
         host = host[len(call.bucket) :]
         dual_host = "dualstack" in host or ".api.aws" in host
         if ("fips" in host or dual_host) and is_aws_host(host):
             fips, dualstack = fips or "fips" in host, dualstack or dual_host
-        method, variants = call.request.method, (fips, dualstack)
-        return endpoint_for(call.service, call.region, target, path, method, variants)
+        return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
         request, endpoint = call.request, self._endpoint_of(call)
@@ -5822,13 +5516,10 @@ class Upstream:
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
         target = request.target
         target, hoisted = strip_presigned(target) if call.presigned else (target, [])
-        signed, dropped = call.signed_headers, _KEPT_BACK if call.unsigned else _REPLACED
-        if not _OF_THE_WAY.isdisjoint(signed):
-            dropped = _SET_AGAIN | _OF_THE_WAY.difference(signed)
-        headers = end_to_end(request.headers, dropped, signed)
-        headers = [
-            (n, v) for n, v in headers if n[:12].lower() != "x-forwarded-" or n.lower() in signed
-        ]
+        of_proxies = {n for n in request.fields if n in _OF_THE_WAY or n[:12] == "x-forwarded-"}
+        dropped = _KEPT_BACK if call.unsigned else _SET_AGAIN
+        dropped |= of_proxies.difference(call.signed_headers)
+        headers = end_to_end(request.headers, dropped, call.signed_headers)
         headers += _without(hoisted, *fields_of(headers)) if hoisted else []
         if call.service in S3_FAMILY:
             target, endpoint = self._bucket_host(call, target, endpoint)
@@ -5844,17 +5535,16 @@ class Upstream:
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         if isinstance(body, AwsChunkedBody):
-            plain = not body.signed and not body.announced
+            plain = payload_hash == "UNSIGNED-PAYLOAD"
             length = body.length if plain else aws_chunked_length(body)
+            headers = without_chunks(headers) if plain else headers
         elif isinstance(body, io.IOBase):
             length = body.seek(0, io.SEEK_END)
         elif "transfer-encoding" in request.fields:
-            message = "You must provide the Content-Length HTTP header."
-            raise ServiceError("MissingContentLength", message)
+            why = "You must provide the Content-Length HTTP header."
+            raise ServiceError("MissingContentLength", why)
         else:
             length = int(request.header("content-length") or 0)
-        if isinstance(body, AwsChunkedBody) and payload_hash == "UNSIGNED-PAYLOAD":
-            headers = without_chunks(headers)
         if isinstance(call.wire, AwsJson) and not re.search("json|cbor", _media_type(request)):
             # curl's default is the type of a form.
             headers = _without(headers, "content-type")
@@ -5902,17 +5592,19 @@ class Upstream:
 
     def _answered(self, attempt: Attempt) -> Reply:
         """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        reply = self._exchange(attempt)
-        if self._may_renew(attempt, reply) and isinstance(attempt.request.body, io.IOBase):
-            attempt.begun = False
+        call = attempt.call
+        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
             reply = self._exchange(attempt)
-            self._may_renew(attempt, reply)
+            text = reply.body if isinstance(reply.body, bytes) else b""
+            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
+            if not expired or not self.credentials(call.caller).expire(attempt.keys):
+                break
         return reply
 
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
-        call, body = attempt.call, attempt.request.body
-        if not attempt.begun:
+        call, begun, attempt.begun = attempt.call, attempt.begun, False
+        if not begun:
             try:
                 attempt.keys = NOBODY if call.unsigned else self.credentials(call.caller).get()
                 attempt.connection = self.pool.take(attempt.endpoint, fresh)
@@ -5926,7 +5618,7 @@ class Upstream:
         connection = attempt.connection
         connection.socket.settimeout(connection.timeout)
         try:
-            if not attempt.begun:
+            if not begun:
                 self._send(attempt)
             return self._reply(attempt)
         except UpstreamError as error:
@@ -5934,14 +5626,13 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and error.unanswered  # a fresh connection never is
-            if not (stale and is_repeatable(call) and isinstance(body, io.IOBase)):
+            stale = connection.reused and not (connection.heard or connection.abandoned())
+            if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
                 unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
             raise
-        attempt.begun = False
         return self._exchange(attempt, fresh=True)
 
     def _given_up(self, call: Call, error: UpstreamError, unread: bool = False) -> ServiceError:
@@ -5980,34 +5671,37 @@ class Upstream:
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
         first = next(blocks, b"")  # raises for a wrong body before anything is sent
         connection.spoiled = True
-        for data in itertools.chain((encode_head(signed) + first,), blocks):
-            if not connection.send_until_answered(data):
-                return
+        data = itertools.chain((encode_head(signed) + first,), blocks)
+        is_sent = all(map(connection.send_until_answered, data))
         # An upstream that ignores the body would read it as the next request.
-        connection.spoiled = bool(first) and signed.method in _BODILESS
+        connection.spoiled = not is_sent or (bool(first) and signed.method in _BODILESS)
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        head, length, blocks = connection.receive(call.request.method)
+        head, length, reader = connection.receive(call.request.method)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
+        start = b""
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
-            start = connection.read_whole(blocks, limit)
+            try:
+                start = reader.read(limit + 1)
+            except (OSError, ServiceError) as error:
+                raise UpstreamError(f"half an answer from {connection.endpoint.origin}") from error
             if len(start) <= limit:
                 return self._whole(attempt, head, keep, start)
             if _mismatch(error_code(Reply(head.status, head.headers, start))):
                 return self._whole(attempt, head, False, start)  # the rest shows our request
             if call.service == "sqs":
-                raise UpstreamError("an answer of Amazon SQS is too long", unanswered=False)
-            blocks = itertools.chain((start,), blocks)
+                raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
             attempt.mask = Mask()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        body = self._stream(attempt, blocks, keep)
+        blocks = iter(functools.partial(reader.read_some, 65536), b"")
+        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
         return Reply(head.status, attempt.mask.headers(headers), body)
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
@@ -6035,10 +5729,8 @@ class Upstream:
         call, endpoint = received.call, received.endpoint
         url = call.input.get("QueueUrl", call.request.path)
         url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        entries = [
-            {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
-            for index, handle in enumerate(handles)
-        ]
+        now = {"VisibilityTimeout": 0}
+        entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
         document = {"QueueUrl": url, "Entries": entries}
         request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
         payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
@@ -6054,6 +5746,16 @@ class Upstream:
 # Everything that watches or changes calls is a hook, also the proxy's own log and metrics.
 # To add a metric: count in Metrics.observe and write the count in Metrics.text; for a value that
 # is read on demand, call metrics.gauge(name, help, function) in Program.
+MAX_SHOWN = 256  # characters of a caller's text in a log line
+Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
+_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
+_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
+Run = Callable[[Callable[[], None]], None]  # runs a function in the background
+# The functions of a hook, None for what it has not.  The last one is no hook on its own.
+HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 # [7.1] Workers and exchanges
@@ -6081,8 +5783,7 @@ class Workers:
     def _work(self) -> None:
         while True:
             try:
-                task = self._tasks.get(timeout=self.IDLE_SECONDS)
-                task()
+                self._tasks.get(timeout=self.IDLE_SECONDS)()
                 self._idle.release()
             except queues.Empty:
                 if self._idle.acquire(blocking=False):  # no task waits for this thread
@@ -6150,11 +5851,6 @@ class Exchange:
         return int(match[1]) if match else 0
 
 
-_ATTEMPT = re.compile("attempt=([0-9]{1,3})")
-MAX_SHOWN = 256  # characters of a caller's text in a log line
-Counts = collections.Counter[tuple[Any, ...]]  # by the values of their labels
-
-
 # [7.2] The interface of hooks
 class Hook:
     """Watches or changes calls; a subclass, or a module, has some of these functions.
@@ -6189,10 +5885,6 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
         raise
     except BaseException as error:  # a hook may call sys.exit(), which would end the process
         raise RuntimeError(f"a hook raised {type(error).__name__}: {error}") from error
-
-
-# The functions of a hook, None for what it has not.  The last one is no hook on its own.
-HookMethods = collections.namedtuple("HookMethods", "before rewrite after observe concerns")
 
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
@@ -6268,18 +5960,17 @@ class LineWriter:
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
-        self._stream = stream
-        self._path = path
+        self._stream, self._path = stream, path
         self.is_terminal = bool(getattr(stream, "isatty", bool)())
         self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")  # no-color.org
         # Lines, and functions to call when the lines before them are written.
         self._lines: queues.SimpleQueue[Union[str, Callable[[], None]]] = queues.SimpleQueue()
-        self._writing = 0
+        self._batch: list[Union[str, Callable[[], None]]] = []  # that is being written
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
         """Queue a line for the thread."""
-        if self._lines.qsize() + self._writing < self.MOST:
+        if self._lines.qsize() + len(self._batch) < self.MOST:
             self._lines.put(line)
         else:
             self.dropped += 1
@@ -6297,21 +5988,19 @@ class LineWriter:
 
     def _work(self) -> None:
         while True:
-            batch = [self._lines.get()]
-            self._writing = 1  # it waits, too
+            self._batch = [self._lines.get()]
             time.sleep(self.PAUSE)
-            batch += [self._lines.get() for _ in range(self._lines.qsize())]
-            lines = [it for it in batch if isinstance(it, str)]
-            self._writing = len(lines)
+            self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
+            lines = [it for it in self._batch if isinstance(it, str)]
+            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._writing = 0
-            for act in batch:
-                if not isinstance(act, str):
-                    act()
+            self._batch = []
+            for act in acts:
+                act()
 
     def _open(self) -> None:
         try:
@@ -6327,8 +6016,7 @@ class AccessLog(Hook):
     """Writes a line without secrets for each exchange; columns and colours are for a terminal."""
 
     def __init__(self, stream: Any, form: str) -> None:
-        self._stream = stream
-        self._form = form
+        self._stream, self._form = stream, form
 
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
@@ -6363,7 +6051,8 @@ class AccessLog(Hook):
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
-            if line.count(" ") >= len(fields) or "\\" in line or not _is_plain(line):
+            is_plain = line.isascii() and line.isprintable() and "\\" not in line
+            if not is_plain or len(line) >= 1024 or line.count(" ") >= len(fields):
                 line = " ".join(map(_one_word, fields.values()))
         else:  # in columns, for a person
             words = {name: _one_word(value) for name, value in fields.items()}
@@ -6377,13 +6066,6 @@ class AccessLog(Hook):
         self._stream.write(line + "\n")
 
 
-_COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
-
-
-def _is_plain(text: str) -> bool:
-    return text.isascii() and text.isprintable() and len(text) < 1024
-
-
 def _one_word(value: Any) -> str:
     """Return a field of a text line: one short word in printable ASCII."""
     text = str(value)[:MAX_SHOWN].encode("unicode_escape").decode("ascii")[:MAX_SHOWN]
@@ -6392,8 +6074,9 @@ def _one_word(value: Any) -> str:
 
 def _cut(value: Any) -> Any:
     """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
-    most = MAX_SHOWN if _is_plain(str(value)[:MAX_SHOWN]) else MAX_SHOWN // 8
-    return value[:most] if isinstance(value, str) else value
+    text = str(value)[:MAX_SHOWN]
+    most = MAX_SHOWN if text.isascii() and text.isprintable() else MAX_SHOWN // 8
+    return text[:most] if isinstance(value, str) else value
 
 
 def open_log(path: str) -> Any:
@@ -6413,16 +6096,16 @@ MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
 
 
-def explain(exchange: Exchange) -> Sequence[Step]:
-    """Return a call step by step, without secrets, tokens and bodies."""
+def explain(exchange: Exchange) -> Iterator[Step]:
+    """Yield a call step by step, without secrets, tokens and bodies."""
     call, verified, refused = exchange.call, exchange.verified, exchange.refused
     proof = verified.proof if verified else refused and refused.proof
     body = f"{exchange.request_bytes} bytes"
     if verified and _SHA256_HEX.fullmatch(verified.payload_hash):
         body += f", SHA-256 {verified.payload_hash}"
-    steps: list[Step] = [("request", [*_shown_request(exchange.request), ("body", body)])]
+    yield "request", [*_shown_request(exchange.request), ("body", body)]
     if proof:
-        steps += _explained_signature(exchange.request, proof)
+        yield from _explained_signature(exchange.request, proof)
     verdict = "no signature was checked"
     if refused:
         verdict = f"{exchange.error}: {refused.message.partition(chr(10))[0]}"
@@ -6430,16 +6113,15 @@ def explain(exchange: Exchange) -> Sequence[Step]:
         who = f"client [{verified.client.name}], key {verified.client.access_key_id}"
         verdict = f"the signature is right: {who}"
     cause = [("cause", refused.cause)] if refused and refused.cause else []
-    steps.append(("verdict", [("", verdict), *cause]))
+    yield "verdict", [("", verdict), *cause]
     if call and call.route:
         route = f"{call.action} matches {call.route.pattern}, answered by {exchange.answered_by}"
-        steps.append(("route", [("", route)]))
+        yield "route", [("", route)]
     if call and call.sent:
-        steps.append((f"sent to {call.upstream_host}", _shown_request(call.sent)))
+        yield f"sent to {call.upstream_host}", _shown_request(call.sent)
     if exchange.status:
         size, took = f"{exchange.reply_bytes} bytes", f"{exchange.seconds * 1000:.1f} ms"
-        steps.append(("reply", [("", f"{exchange.status}, {size}, {took}")]))
-    return steps
+        yield "reply", [("", f"{exchange.status}, {size}, {took}")]
 
 
 def _without_secrets(text: str) -> str:
@@ -6473,10 +6155,8 @@ def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     both = (("computed", proof.signature), ("received", claimed.signature))
     cut = [(name, value if is_demo else f"{value[:12]}...") for name, value in both]
     cut.append(("", "they are equal" if proof.signature == claimed.signature else "they differ"))
-    return [
-        ("1 canonical request", canonical), ("2 string to sign", text), ("3 signing key", chain),
-        ("4 signature: HMAC(kSigning, step 2)", cut)
-    ]  # fmt: skip
+    return [("1 canonical request", canonical), ("2 string to sign", text),
+        ("3 signing key", chain), ("4 signature: HMAC(kSigning, step 2)", cut)]  # fmt: skip
 
 
 def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
@@ -6505,8 +6185,7 @@ class Metrics(Hook):
     """Counts calls for Prometheus.
 
     Strangers cannot add names without limit.  Without a verified signature the client is "-".
-    After MAX_OPERATIONS, new operations are counted as "other".  After MAX_ROWS, so are codes.
-    After twice as many rows, so are all labels of a new row."""
+    New operations are "other" after MAX_OPERATIONS, codes after MAX_ROWS, all after twice that."""
 
     MAX_OPERATIONS = 500
     MAX_ROWS = 5000
@@ -6609,10 +6288,6 @@ class Metrics(Hook):
         return "\n".join(page) + "\n"
 
 
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-_NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-
-
 def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "") -> Iterator[str]:
     """Yield a line for each sample: the values of the labels with these names, and its own."""
     if kind:
@@ -6631,19 +6306,6 @@ def file_sha256() -> str:
 
 
 # [7.6] Messages in flight
-Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
-Run = Callable[[Callable[[], None]], None]  # runs a function in the background
-Put = Callable[[str, bytes, float], bytes]
-_XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
-_XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
-
-
-class _Hold(NamedTuple):
-    queue: str  # region/account/name
-    until: float  # infinity while the timeout is unknown
-    since: float  # on the monotonic clock
-
-
 class InFlight(Hook):
     """Counts the messages that workers hold by queue, of SQS in memory and of forwarded SQS.
 
@@ -6651,17 +6313,19 @@ class InFlight(Hook):
 
     FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
-    NOTED = frozenset("ChangeMessageVisibility ChangeMessageVisibilityBatch DeleteMessage"
-        " DeleteMessageBatch DeleteQueue PurgeQueue ReceiveMessage SetQueueAttributes".split()
-    )  # fmt: skip
+    XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
+    XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
+    # The queue is region/account/name.  The timeout ends at `until`: infinity while it is unknown.
+    # The hold began at `since`, on the monotonic clock.
+    Hold = collections.namedtuple("Hold", "queue until since")
+    NOTED = frozenset("ChangeMessageVisibility DeleteMessage DeleteQueue PurgeQueue"
+        " ReceiveMessage SetQueueAttributes".split())  # fmt: skip
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
-        self._ask = ask
-        self._run = run
-        self._clock = clock
+        self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
         self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
-        self._held: dict[str, _Hold] = {}  # by message id
+        self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
@@ -6692,7 +6356,7 @@ class InFlight(Hook):
 
     def note(self, call: Call, reply: Reply) -> None:
         """Count the messages of a call and its answer."""
-        noted = call.operation in self.NOTED and call.service == "sqs"
+        noted = call.operation.removesuffix("Batch") in self.NOTED and call.service == "sqs"
         if not noted or reply.status != 200 or call.wire.is_opaque:
             return
         operation, given = call.operation, call.input
@@ -6702,7 +6366,7 @@ class InFlight(Hook):
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
         elif operation.endswith("Batch"):
-            done = set(found_in(reply, _XML_ID, "Successful", "Id"))
+            done = set(found_in(reply, self.XML_ID, "Successful", "Id"))
             self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
@@ -6712,7 +6376,7 @@ class InFlight(Hook):
                 self.forget(queue)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
-        ids = found_in(reply, _XML_MESSAGE_ID, "Messages", "MessageId")
+        ids = found_in(reply, self.XML_MESSAGE_ID, "Messages", "MessageId")
         if not ids:
             return
         now = self._clock()
@@ -6748,7 +6412,7 @@ class InFlight(Hook):
                     self._hold(message_id, queue, taken + timeout)
 
     def _hold(self, message_id: str, queue: str, until: float) -> None:
-        self._held[message_id] = _Hold(queue, until, time.monotonic())
+        self._held[message_id] = self.Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
             self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
@@ -6790,10 +6454,6 @@ def _digest(handle: str) -> bytes:
 
 
 # [7.7] Protection of an ECS task
-def _put(url: str, body: bytes, wait: float) -> bytes:
-    return fetch(url, {"Content-Type": "application/json"}, data=body, method="PUT", timeout=wait)
-
-
 class TaskProtection(InFlight):
     """Keeps an ECS task from being scaled in while messages are in flight.
 
@@ -6804,15 +6464,12 @@ class TaskProtection(InFlight):
     MINUTES = 60  # of protection, at the least; it is renewed after half of them
     BACKOFF = (1, 2, 5, 10, 30, 60)
 
-    def __init__(
-        self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time, put: Put = _put
-    ) -> None:
+    def __init__(self, agent_uri: str, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         super().__init__(ask, run, clock)
         self._url = f"{agent_uri.rstrip('/')}/task-protection/v1/state"
-        self._put = put
-        self._protected_until = 0.0
+        self._fetch = fetch
+        self._protected_until = self._not_before = 0.0
         self._pauses = iter(self.BACKOFF)
-        self._not_before = 0.0
         self._agent = threading.Lock()  # one request at a time
 
     def concerns(self, call: Call) -> bool:
@@ -6855,8 +6512,10 @@ class TaskProtection(InFlight):
             wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
+            of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
+            about = functools.partial(self._fetch, data=body, method="PUT")
             try:
-                answer = json.loads(self._put(self._url, _to_json(wanted), self.PATIENCE))
+                answer = json.loads(about(self._url, of_json, self.PATIENCE))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
@@ -6892,15 +6551,13 @@ class Inspector(Hook):
                 text = body[: self.MOST_BODY].decode("utf-8", "replace")
                 steps.append((title, [("", line) for line in text.splitlines()]))
         if call and call.upstream_seconds > 0:
-            took = call.upstream_seconds * 1000
-            steps.append(("upstream", [("", f"answered in {took:.1f} ms")]))
+            steps += [("upstream", [("", f"answered in {call.upstream_seconds * 1000:.1f} ms")])]
         kept = {
             "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
             "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
-            "steps": steps,
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
-        }  # fmt: skip
+            "steps": steps}  # fmt: skip
         with self._lock:
             kept["number"] = number = self._calls[-1][0] + 1 if self._calls else 1
             text = json.dumps(kept)
@@ -6915,7 +6572,6 @@ class Inspector(Hook):
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
-@functools.lru_cache(maxsize=1)
 def page_policy() -> tuple[str, str]:
     """Return the header that allows only the page's own script and style."""
     inline = re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)
@@ -6926,11 +6582,8 @@ def page_policy() -> tuple[str, str]:
 
 
 PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>awsproxy: calls</title>
+<html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
   --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
@@ -6950,9 +6603,8 @@ pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-mark { background: var(--mark); color: inherit }
 #switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto }
+#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6967,34 +6619,29 @@ mark { background: var(--mark); color: inherit }
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, text = "", ...inner) => {
+const make = (tag, ...inner) => {
   const made = document.createElement(tag);
-  made.textContent = text;
   made.append(...inner);
   return made;
 };
-const row = (label, ...cells) => make("tr", "", make("th", label), ...cells);
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  const cell = make("td");
   let start = 0, end = 0;
   while (start < text.length && text[start] === other[start]) start++;
   const most = Math.min(text.length, other.length) - start;
   while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
   const stop = text.length - end;
   const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  cell.append(text.slice(0, start), middle, text.slice(Math.max(start, stop)));
-  return cell;
+  return make("td", text.slice(0, start), middle, text.slice(stop));
 }
 
 function step([title, lines], theirs) {
-  const table = make("table");
-  const signed = theirs.find(([name]) => name === title);
+  const signed = theirs.find(([name]) => name === title)?.[1], table = make("table");
   if (signed) table.append(row("", make("th", "awsproxy computed"), make("th", "client signed")));
-  const count = Math.max(lines.length, signed ? signed[1].length : 0);
-  for (let at = 0; at < count; at++) {
-    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[1][at] || ["", ""];
+  for (let at = 0; at < Math.max(lines.length, signed?.length ?? 0); at++) {
+    const [label, ours] = lines[at] || ["", ""], [name, other] = signed?.[at] || ["", ""];
     const cells = signed ? [marked(ours, other), marked(other, ours)] : [make("td", ours)];
     table.append(row(label || name, ...cells));
   }
@@ -7002,17 +6649,17 @@ function step([title, lines], theirs) {
 }
 
 function add(call) {
-  const kind = call.status < 400 ? "good" : "bad", entry = make("details"), body = make("div");
   const status = make("b", call.status);
-  status.className = kind;
+  status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  entry.append(make("summary", "", status, ...about.map((text) => make("span", text))), body);
-  entry.addEventListener("toggle", () => {
-    if (!body.firstChild) body.append(...call.steps.flatMap((it) => step(it, call.theirs)));
-  });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
+  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
+  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
   if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  last = call.number;
+  $("state").textContent = `${last} calls.`;
 }
 
 function filter() {
@@ -7024,18 +6671,13 @@ let last = 0;
 async function update() {
   try {
     const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls.length && calls[0].number <= last) $("calls").replaceChildren();  // it was restarted
+    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
     calls.forEach(add);
-    if (calls.length) {
-      last = calls.at(-1).number;
-      $("state").textContent = `${last} calls.`;
-      filter();
-    }
+    filter();
     const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["name", "region", "account", "visible", "in_flight", "delayed"];
-    const cells = (it) => names.slice(1).map((name) => make("td", it[name]));
-    $("table").replaceChildren(row("name", ...names.slice(1).map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...cells(it))));
+    const names = ["region", "account", "visible", "in_flight", "delayed"];
+    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
   } catch (error) {
     $("state").textContent = `awsproxy does not answer: ${error.message}`;
   }
@@ -7052,11 +6694,8 @@ const MISTAKES = {
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
 const bytes = (text) => new TextEncoder().encode(text);
-const digits = (it) => it.toString(16).padStart(2, "0");
-const hex = (data) => Array.from(new Uint8Array(data), digits).join("");
+const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-const quote = (text) => encodeURIComponent(text).replace(/[!'()*]/g,
-  (it) => `%${it.charCodeAt(0).toString(16).toUpperCase()}`);
 async function hmac(key, text) {
   const how = { name: "HMAC", hash: "SHA-256" };
   const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
@@ -7066,26 +6705,23 @@ async function hmac(key, text) {
 async function sign(wrong) {
   const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
   const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
-  const parts = ["Version=2012-11-05", `QueueNamePrefix=${quote("my jobs")}`];
-  const target = `/?${parts.join("&")}`;
-  let query = (wrong.sort ? parts : [...parts].sort()).join("&");
+  const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
+  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
   if (wrong.plus) query = query.replaceAll("%20", "+");
   if (wrong.twice) query = query.replaceAll("%", "%25");
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
-    "x-amz-date": date, "x-note": "two  blanks" };
+    "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
   const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
   if (!wrong.blanks) signed["x-note"] = "two blanks";
   const names = Object.keys(sent).join(";");
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
   const block = wrong.newline ? headers.slice(0, -1) : headers;
   const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const lines = [wrong.method ? "post" : "POST", "/", query, block, names, payload];
-  const canonical = lines.join("\n");
+  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
   const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical);
+  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
   const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  const secret = (wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : "");
-  let key = bytes(secret), chain = [];
+  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
   for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
@@ -7094,29 +6730,25 @@ async function sign(wrong) {
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  delete sent.host;
-  return { target, body, headers: sent, steps: { "1 canonical request": canonical,
-    "2 string to sign": text, "3 signing key": chain.join("\n"), "4 signature": signature } };
+  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
+  return [request, { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature }];
 }
 
 async function send() {
-  const names = Object.keys(MISTAKES).filter((name) => $(name).checked);
-  const made = await sign(Object.fromEntries(names.map((name) => [name, true])));
-  const shown = Object.entries(made.steps).flatMap(([title, text]) =>
-    [make("h3", title), make("pre", text)]);
-  const { headers, body } = made;
-  const answer = await fetch(made.target, { method: "POST", headers, body });
-  const text = await answer.text(), cause = text.match(/Your (signer|clock)[^\n<]*/);
-  const verdict = answer.ok ? "The signature is right." : cause ? cause[0] : "Refused.";
+  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
+  const [request, steps] = await sign(Object.fromEntries(ticked));
+  const answer = await fetch(request), text = await answer.text();
+  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
   $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${verdict}`;
-  $("steps").replaceChildren(...shown, make("h3", "answer"), make("pre", text));
+  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
+  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+    ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
 for (const [name, words] of Object.entries(MISTAKES)) {
-  const box = make("input");
-  [box.type, box.id] = ["checkbox", name];
-  $("switches").append(make("label", "", box, ` ${words}`));
+  const box = Object.assign(make("input"), { type: "checkbox", id: name });
+  $("switches").append(make("label", box, ` ${words}`));
 }
 $("filter").addEventListener("input", filter);
 $("send").addEventListener("click", () => send().catch((error) => {
@@ -7199,6 +6831,12 @@ class Deny:
 
 
 # [8.2] Routes
+def _actions(table: str) -> set[str]:
+    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
+    rows = [row.split() for row in table.lower().split(";")]
+    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
+
+
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
 IAM_PREFIXES = pairs("""
@@ -7219,14 +6857,6 @@ IAM_ACTIONS = pairs(f"""
     sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
-
-
-def _actions(table: str) -> set[str]:
-    """Return the actions of a table, `service operation ...; service ...`, in lower case."""
-    rows = [row.split() for row in table.lower().split(";")]
-    return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
-
-
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""
@@ -7267,16 +6897,20 @@ def glob_matches(pattern: str, text: str) -> bool:
     return fnmatch.fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
-def names_of(action: str) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the folded names of an action, and the actions that IAM needs instead."""
+def names_of(action: str) -> Sequence[str]:
+    """Return the folded names of an action."""
     service, _, operation = _folded(action).partition(":")
     method, slash, _ = operation.partition("/")
     names = [operation.rstrip("/"), operation.rstrip("/") + "/", method] if slash else [operation]
     services = (service, *filter(None, IAM_PREFIXES.get(service, "").split(",")))
+    return [f"{prefix}:{name}" for prefix in services for name in names]
+
+
+def needed_actions(action: str) -> Sequence[str]:
+    """Return the actions that IAM needs instead of one that it does not know."""
     batch = _BATCHES.fullmatch(action.lower())
     of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
-    needed = [name for name in IAM_ACTIONS.get(action.lower(), of_batch).split(",") if name]
-    return [f"{prefix}:{name}" for prefix in services for name in names], needed
+    return [*filter(None, IAM_ACTIONS.get(action.lower(), of_batch).split(","))]
 
 
 def _folded(action: str) -> str:
@@ -7293,7 +6927,7 @@ def passes_unsigned(action: str) -> bool:
 
 def hands_out_credentials(action: str) -> bool:
     """Return whether the answer to an action holds AWS credentials."""
-    names = [name.lower() for name in names_of(action)[0]]
+    names = [name.lower() for name in names_of(action)]
     return any(glob_matches(row, name) for row in CREDENTIAL_ACTIONS for name in names)
 
 
@@ -7309,15 +6943,15 @@ class Route(NamedTuple):
         Only an allowed path must have the same case.  If IAM needs several actions, one of them
         is enough to deny the call, and all of them allow it."""
         every, fold = (any, str.lower) if isinstance(self.target, Deny) else (all, _folded)
-        names, needed = names_of(action)
         pattern = fold(self.pattern)
-        if any(glob_matches(pattern, fold(name)) for name in names):
+        if any(glob_matches(pattern, fold(name)) for name in names_of(action)):
             return True
-        return bool(needed) and every(glob_matches(pattern, name.lower()) for name in needed)
+        needed = needed_actions(action)
+        return bool(needed) and every(glob_matches(pattern, it.lower()) for it in needed)
 
     def names_exactly(self, action: str) -> bool:
         """Return whether the pattern has no wildcard and is the action with its whole path."""
-        pattern, names = _folded(self.pattern), names_of(action)[0]
+        pattern, names = _folded(self.pattern), names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
 
@@ -7474,8 +7108,8 @@ class Policy:
         return decision
 
     def _decide(self, action: str, resource: Resource, called: str) -> Decision:
-        strict = [*map(_folded, (*names_of(action)[0], iam_name(action)))]
-        loose = [*strict, *names_of(called or action)[0], iam_name(called or action)]
+        strict = [*map(_folded, (*names_of(action), iam_name(action)))]
+        loose = [*strict, *names_of(called or action), iam_name(called or action)]
         loose = [name.lower() for name in loose]
         decided = (it for it in self.statements if it.applies(strict, loose, resource))
         first = next(decided, Statement("", False, ()))
@@ -7624,7 +7258,7 @@ def needs_of(call: Call) -> Sequence[Need]:
 
 
 def _needing(action: str, *resources: Resource) -> Sequence[Need]:
-    needed = names_of(action)[1] or [action]
+    needed = needed_actions(action) or [action]
     return tuple((name, it) for it in dict.fromkeys(resources) for name in needed)
 
 
@@ -8262,12 +7896,17 @@ def _shown(given: Entry, name: str) -> str:
 
 
 # [8.7] Paths of our own
+_PLAIN = "text/plain; charset=utf-8"
 _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
     "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
 }
+# The prefixes that botocore puts before our name for some operations.
+_HOST_PREFIX = re.compile(
+    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
+)
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -8278,15 +7917,15 @@ def read_queues(path: str) -> Mapping[str, Section]:
         parser.read_string(pathlib.Path(path).read_text("utf-8"))
     except configparser.Error as error:
         raise ValueError(" ".join(str(error).split())) from error
-    for name in parser.sections():
-        given = parser[name]
+    declared = {name: dict(parser[name]) for name in parser.sections()}
+    for name, given in declared.items():
         for key in set(given).difference(SETTINGS, _FORMS):
             meant = did_you_mean(key, (*SETTINGS, *_FORMS))
             raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
         for key, (form, wanted) in _FORMS.items():
             if not re.fullmatch(form, given.get(key, "")):
                 raise ValueError(f"[{name}] {key} must be {wanted}")
-    return {name: dict(parser[name]) for name in parser.sections()}
+    return declared
 
 
 def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
@@ -8294,12 +7933,11 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
 
     NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
 
-    def _perform(name: str, operation: str, **given: Any) -> bool:
+    def _perform(name: str, operation: str, **more: Any) -> bool:
         place = declared[name].get("region") or region
         owner = Client("", "", "", account_id=declared[name].get("account") or account)
         try:
-            given["QueueUrl"] = name
-            sqs.perform(sqs_call("localhost", operation, given, place, owner))
+            sqs.perform(sqs_call("localhost", operation, {"QueueUrl": name, **more}, place, owner))
         except ServiceError as error:
             if error.code != "QueueNameExists":
                 raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
@@ -8364,10 +8002,9 @@ class Status:
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
             return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
-        if page == "ready" and self.draining:
-            return _status_reply(503, "draining\n")
         if page in ("health", "ready"):
-            return _status_reply(200, "ok\n")
+            leaves = page == "ready" and self.draining
+            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
             return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
@@ -8398,9 +8035,7 @@ class Status:
         return _status_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(
-    status: int, text: str, kind: str = "text/plain; charset=utf-8", *more: tuple[str, str]
-) -> Reply:
+def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -8483,12 +8118,6 @@ def check_page(
         raise ServiceError("AccessDenied", f"{fault} awsproxy refused it.")
 
 
-# The prefixes that botocore puts before our name for some operations.
-_HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
-
-
 @functools.lru_cache(maxsize=256)
 def _is_own_host(host: str, hosts: frozenset[str], any_address: bool) -> bool:
     name = _HOST_PREFIX.sub("", host_name(host))
@@ -8509,8 +8138,7 @@ _SCHEMA = """
         attributes text, unique (serial, id));
     create table memory (serial integer, key text, at real, kept text,
         primary key (serial, key)) without rowid;
-    pragma application_id = 1635218553;
-    pragma user_version = 1;
+    pragma application_id = 1635218553; pragma user_version = 1;
 """
 _OUR_FILE = (1635218553, 1)  # "awpy", and the version of the schema
 _COLUMNS = "id, body, attributes, system, sent, received, before, first, last"  # of a Message
@@ -8543,8 +8171,7 @@ class Store:
     def _open(self, full: bool) -> None:
         ask = self._file.execute
         ask("pragma locking_mode = exclusive")
-        names = ("application_id", "user_version")
-        mark = tuple(ask(f"pragma {name}").fetchone()[0] for name in names)
+        mark = ask("select * from pragma_application_id, pragma_user_version").fetchone()
         is_new = not ask("select count(*) from sqlite_master").fetchone()[0]
         if mark != ((0, 0) if is_new else _OUR_FILE):
             raise ValueError(f"of another program or version (its mark is {mark})")
@@ -8648,17 +8275,14 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop waits until `socket` is readable, and calls `proceed`.  Without a socket, a worker
-    calls `wait`, which may block."""
+    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
         attempt, self._data = begun or (None, b"")
         self.socket = attempt.connection.socket if attempt else None
         self.timeout = attempt.connection.timeout if attempt else math.inf
         self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
-        self._proxy = proxy
-        self._exchange = exchange
-        self._act = act
+        self._proxy, self._exchange, self._act = proxy, exchange, act
         self._attempt: Any = attempt
 
     def send(self) -> None:
@@ -8708,6 +8332,8 @@ class Pending:
 
 Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it must send
 Outcome = Union[Reply, Pending]
+SPOOLED_IN_MEMORY = 262144
+MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
 
 
 # [8.10] The proxy
@@ -8735,10 +8361,7 @@ class Proxy:
     ) -> None:  # fmt: skip
         self._guard = guard or Guard()
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._hook_seconds = hook_seconds
-        self._workers = Workers()
-        self._account_id = account_id
-        self._verified = verified
+        self._account_id, self._verified = account_id, verified
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -8746,18 +8369,14 @@ class Proxy:
         public = urllib.parse.urlsplit(public_url)  # no client puts the default port into Host
         self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
-        self._sign_as = sign_as
-        self._clock_skew = clock_skew
-        self._regions = regions
-        self._public_url = public_url.rstrip("/")
-        self._scheme = scheme
-        self.max_body = max_body
-        self._hooks = hooks
-        self._status = status
+        self._public_url, self._scheme = public_url.rstrip("/"), scheme
+        self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
+        self.max_body, self._clock, self._status = max_body, clock, status
+        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._clock = clock
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
-        self._steps = (self._own_path, self._verify, self._find_call, self._find_target, self._act)
+        self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
+            self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
         patterns = [_folded(r.pattern) for r in self._routes if isinstance(r.target, Upstream)]
         # Actions that a route names exactly and AWS may answer without a signature.
@@ -8797,9 +8416,6 @@ class Proxy:
                         step(exchange)
                     except Exception as error:
                         exchange.outcome = self.refuse(exchange, error)
-        unsaved = [exchange for exchange in exchanges if exchange.unsaved]
-        if unsaved:
-            self._save(unsaved)
         outcomes = [exchange.outcome for exchange in exchanges if exchange.outcome]
         for outcome in outcomes:
             if isinstance(outcome, Pending):
@@ -8840,7 +8456,6 @@ class Proxy:
         return ""
 
     def _own_path(self, exchange: Exchange) -> None:
-        """Answer a path of our own."""
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
         if status and (self._any_address or (own and is_loopback(request.peer))):
@@ -8864,13 +8479,9 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> Optional[ServiceError]:
-        """Return the refusal of a request by its head, or None if the body must be read."""
-        try:
-            self._check_head(self._exchange(request))
-        except ServiceError as error:
-            return error.without_frames()
-        return None
+    def judge(self, request: Request) -> None:
+        """Raise ServiceError if the head of a request refuses it; the body is not read."""
+        self._check_head(self._exchange(request))
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -8942,31 +8553,24 @@ class Proxy:
             exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
+        if not (hooks or target.may_block):
+            try:
+                call.may_wait = False
+                exchange.unsaved = target.answer(call, exchange.request_id)
+                return
+            except WouldWait:
+                call.may_wait = True
         act = functools.partial(target.answer, call, exchange.request_id)
         begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
-        elif not target.may_block:
-            try:
-                call.may_wait = False
-                exchange.unsaved = act()
-                return
-            except WouldWait:
-                call.may_wait = True
         exchange.outcome = Pending(self, exchange, act, begun)
 
-    def _save(self, exchanges: Sequence[Exchange]) -> None:
-        """Let replies leave, after the store has saved their calls."""
-        failure = None
-        try:
+    def _save(self, exchange: Exchange) -> None:
+        """Let a reply leave, after one commit has saved all calls of this turn."""
+        if exchange.unsaved:
             self.sqs.commit()
-        except ServiceError as error:
-            failure = error
-        for exchange in exchanges:
-            if failure:
-                exchange.outcome = self.refuse(exchange, failure)
-            elif exchange.unsaved:
-                exchange.outcome = self.observed(exchange, exchange.unsaved)
+            exchange.outcome = self.observed(exchange, exchange.unsaved)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
@@ -9162,10 +8766,6 @@ class Admin(Proxy):
         """Refuse no head: these requests need no signature."""
 
 
-SPOOLED_IN_MEMORY = 262144
-MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
-
-
 def has_demo_key(clients: Clients) -> bool:
     """Return whether callers may sign with the demo client's key, which is public."""
     same_key = clients.get(_DEMO.access_key_id, ())
@@ -9294,24 +8894,22 @@ class PeerConnection:
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
-        self.scanned = 0
+        head, self.scanned = None, 0
         try:
             head = self.head = parse_head(buffer[:end])
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
+            beyond = end + (length or 0)
+            if waits or len(buffer) < beyond:
+                # Nothing is kept for somebody who will be refused anyway, and no thread waits.
+                longest = self.server.proxy.longest_body(head)
+                if beyond - end > longest:
+                    raise too_large(longest)
+                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
         except ServiceError as error:
-            self.head = salvage_head(buffer[:end])
+            self.head = head or salvage_head(buffer[:end])
             self._refuse(error.without_frames())
             return None
-        beyond = end + (length or 0)
-        if waits or len(buffer) < beyond:
-            # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-            proxy, longest = self.server.proxy, self.server.proxy.longest_body(head)
-            alone = head.request(io.BytesIO(), self.peer, self.abandoned)
-            refused = too_large(longest) if beyond - end > longest else proxy.judge(alone)
-            if refused:
-                self._refuse(refused)
-                return None
         if waits:
             self.buffer = buffer[end:]
             self.server.work(self, functools.partial(self._converse, length))
@@ -9489,8 +9087,6 @@ class Server(http.server.HTTPServer):
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    server_address: tuple[Any, ...]
-
     def __init__(
         self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
         max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
@@ -9503,17 +9099,14 @@ class Server(http.server.HTTPServer):
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
         self.server_address = self.socket.getsockname()
-        self.proxy = proxy
-        self.timeout_seconds = timeout
+        self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
-        self._max_connections = max_connections
-        self._certificate = certificate
+        self._max_connections, self._certificate = max_connections, certificate
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._longest_lag = 0.0
         self._regular = (self._check_deadlines, every_half_second, self._answer)
-        self._workers = Workers()
-        self._selector = selectors.DefaultSelector()
+        self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
@@ -9523,8 +9116,7 @@ class Server(http.server.HTTPServer):
         self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
-        self._stopping = False
-        self._stopped = threading.Event()
+        self._stopping, self._stopped = False, threading.Event()
         self._stopped.set()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
@@ -9580,8 +9172,7 @@ class Server(http.server.HTTPServer):
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
-            request = self._guarded(connection.next_request, connection.socket)
-            if request:
+            if request := self._guarded(connection.next_request, connection.socket):
                 found[connection] = request
         replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, list(found.values()))
@@ -9670,10 +9261,8 @@ class Server(http.server.HTTPServer):
         for _ in range(64):
             try:
                 sock, address = self.socket.accept()
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionAbortedError):  # the next turn accepts the rest
                 return
-            except ConnectionAbortedError:
-                continue
             except OSError as error:  # no file descriptor is left: try again in a moment
                 log.warning("cannot accept a connection, trying again soon: %s", error)
                 self._selector.unregister(self.socket)
@@ -9849,14 +9438,6 @@ def _policy_of(path: str, section: configparser.SectionProxy) -> Any:
 
 
 # [10.2] Flags
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        shown = action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
-
-
 class _Parser(argparse.ArgumentParser):
     """Reads the lines of `@FILE` as a shell does, and reports errors in one line."""
 
@@ -9887,8 +9468,7 @@ def _client(text: str) -> Client:
 
 def _matching(pattern: str, form: str) -> Callable[[str], Any]:
     def _match(text: str) -> Any:
-        found = re.fullmatch(pattern, text)
-        if not found:
+        if not (found := re.fullmatch(pattern, text)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
         return found.groups() or text
 
@@ -9903,9 +9483,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, equals, target = text.rpartition("=")
-    if not equals or not re.fullmatch("[!-~]+", pattern):
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TARGET, as in 's3:Get*=aws'")
+    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
     return pattern, _target_name(target)
 
 
@@ -9944,7 +9522,8 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(
-        prog="awsproxy", fromfile_prefix_chars="@", formatter_class=_Formatter, epilog=_EXAMPLES,
+        prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # it keeps the lines of the examples
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
         " sign the call again and forward it to AWS.")  # fmt: skip
     add = parser.add_argument_group("where to listen").add_argument
@@ -9976,6 +9555,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="observe: log the calls that a policy refuses, and let them pass")  # fmt: skip
     add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
     _add_answers(parser)
+    for action in parser._actions:
+        if action.default not in (None, False, "", [], ("", ""), argparse.SUPPRESS):
+            action.help = f"{action.help} (default: %(default)s)"
     return parser
 
 
@@ -10032,12 +9614,13 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
+    ADMIN_CONNECTIONS = 32
+    SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
     def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
-        self._options = options
-        self._console = self._writer = console
+        self._options, self._console, self._writer = options, console, console
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -10078,22 +9661,20 @@ class Program:
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
-        self.proxy = Proxy(
-            self._clients.value, routes=routes, verified=not options.no_verify, hooks=hooks,
-            sign_as=options.sign_as, clock_skew=options.clock_skew, regions=options.region,
-            account_id=options.account_id, public_url=options.public_url or "", sqs=self._sqs,
-            scheme=self._scheme, max_body=options.max_body, hook_seconds=options.timeout,
-            status=None if options.admin else self._status,
+        self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
+            hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
+            regions=options.region, account_id=options.account_id, scheme=self._scheme,
+            public_url=options.public_url or "", max_body=options.max_body,
+            hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
-        self.server = self._listen(
-            (options.host, options.port), self.proxy, "--host and --port",
+        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
             when_woken=self._take_signals, certificate=self._certificate,
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), ADMIN_CONNECTIONS
+            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 
@@ -10118,9 +9699,8 @@ class Program:
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
         """Return the clients; ValueError if they must not reach the upstreams of the routes."""
         fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
-        to_aws = any(upstream.is_aws for upstream in self._upstreams)
-        verified = not self._options.no_verify
-        if has_demo_key(clients) and (self._is_public or (to_aws and verified)):
+        to_aws = any(not it.endpoint or is_aws_host(it.endpoint.host) for it in self._upstreams)
+        if has_demo_key(clients) and (self._is_public or (to_aws and not self._options.no_verify)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
@@ -10178,8 +9758,8 @@ class Program:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted: int = self._options.max_connections
         each = 2 if self._upstreams else 1
-        allowed = raise_file_limit(SPARE_FILES + wanted * each)
-        most = (allowed - min(SPARE_FILES, allowed // 3)) // each
+        allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
+        most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
@@ -10369,10 +9949,9 @@ def check_file(path: str, options: argparse.Namespace) -> int:
     with contextlib.suppress(ServiceError, ValueError):  # the check refuses a wrong date
         now = epoch(authorization_of(request).amz_date)
     hosts = (request.header("host") or "localhost", *options.host_name)  # it was sent elsewhere
-    proxy = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts)
-    exchange = proxy.check(request)
-    print(explanation(explain(exchange), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    return 0 if exchange.verified else 1
+    checked = Proxy(clients, clock=lambda: now, regions=options.region, hosts=hosts).check(request)
+    print(explanation(explain(checked), sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0 if checked.verified else 1
 
 
 def _counted(number: int, noun: str) -> str:
@@ -10425,23 +10004,17 @@ def build_routes(
         elif name not in targets:
             endpoint = None if name == "aws" else parse_endpoint(name)
             targets[name] = Upstream(endpoint, keyring.of, pool)
-        nearest = nearest_pattern(pattern)
-        if nearest is not None:
+        if (nearest := nearest_pattern(pattern)) is not None:
             meant = f"; did you mean '{nearest}'?" if nearest else ""
             log.warning("--route '%s=...' can match no action%s", pattern[:MAX_SHOWN], meant)
     return [Route(pattern, targets[name]) for pattern, name in given]
 
 
-SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
-ADMIN_CONNECTIONS = 32
-
-
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
-    endless = resource.RLIM_INFINITY
-    more = wanted if hard == endless else min(wanted, hard)
-    if soft != endless and soft < more:
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < more:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         except (OSError, ValueError):  # the system has a lower limit
@@ -10485,10 +10058,8 @@ def _known_operations(service: str) -> Mapping[str, str]:
 
 def _can_match(service: str, pattern: str) -> bool:
     known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
-    if known and "/" not in pattern:
-        return any(glob_matches(pattern, name) for name in known)
-    if spoken & {"json", "query"} and pattern and "/" not in pattern:
-        return True
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name) for name in known or [pattern])
     start = re.split("[*?]", pattern, maxsplit=1)[0]
     return bool(spoken & _REST) and any(
         f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
