@@ -283,7 +283,7 @@ class Call:
     upstream_id: str = field(default="", init=False)  # the request id in the upstream's answer
     upstream_key: str = field(default="", init=False)  # that it was signed with
     sent: Optional[Request] = field(default=None, init=False)  # to the upstream, signed again
-    body_hash: Optional[BodyHash] = field(default=None, init=False)  # if the call is recorded
+    body_hash: Callable[[], str] = field(default=str, init=False)  # of a recorded call
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)
@@ -7007,12 +7007,7 @@ class Decision(NamedTuple):
     statement: str = ""  # its number and Sid, "" if none matched
     action: str = ""
     resource: str = ""
-    enforced: bool = True  # False if the call passes even so
-
-    @property
-    def verdict(self) -> str:
-        """Return allow, deny, or observe for a call that would be denied."""
-        return "allow" if self.allowed else "deny" if self.enforced else "observe"
+    verdict: str = "allow"  # or deny, or observe for a call that passes even so
 
 
 class Statement(NamedTuple):
@@ -7293,7 +7288,7 @@ def _of_members(call: Call) -> Sequence[Need]:
     if key is None or row is None:
         named = () if row or _NEW.match(call.operation) else _arns_of(call.encoded)
         return _needing(call.action, *(named or [UNKNOWN]))
-    service, _, region, account, *values = key
+    account, *values = key[3:]
     found = [NO_RESOURCE for name, _, _ in row if name == "-"]
     for (_, mark, kind), value in zip((*row, ("", "@", "")), values):
         if value is None:
@@ -7304,7 +7299,7 @@ def _of_members(call: Call) -> Sequence[Need]:
             known = _AWS_NAME.fullmatch(value) and UNKNOWN not in found
             found += [Resource(f"{it.text}/index/{value}") if known else UNKNOWN for it in found]
         else:
-            found.append(_named(service, region, account, mark, kind, value))
+            found.append(_named(call, mark, kind, value, account))
     return _needing(call.action, *(found or [UNKNOWN]))
 
 
@@ -7316,27 +7311,29 @@ def _arns_of(document: Any) -> Sequence[Resource]:
             known = isinstance(it, str) and len(it) <= MAX_TEXT and _ARN.fullmatch(it)
             if known or not (_NO_NAME.fullmatch(name) or isinstance(it, (int, float, type(None)))):
                 found.append(Resource(it) if known else UNKNOWN)
-    return found[: MAX_NEEDS + 1] if len(found) <= MAX_NEEDS else [UNKNOWN]
+    return found if len(found) <= MAX_NEEDS else [UNKNOWN]
 
 
-def _named(service: str, region: str, account: str, mark: str, kind: str, value: str) -> Resource:
+def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resource:
     """Return the resource that a member names, as its mark in _NAMING tells."""
+    if type(value) is not str or len(value) > MAX_TEXT:
+        return UNKNOWN
     name = value
     if mark == "@":
         url = _QUEUE_URL.fullmatch(value)
         account, name = url.groups() if url else ("", "")
     elif value.startswith("arn:"):
         arn = _ARN.fullmatch(value)
-        good = arn and arn[1] == service and arn[2].startswith(kind)
+        good = arn and arn[1] == call.service and arn[2].startswith(kind)
         good = good and (mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :]))
         return Resource(value, mark != "+") if good else UNKNOWN
     good = mark in (":", "@") and _AWS_NAME.fullmatch(name)
-    return _in_account(service, region, account, kind + name) if good else UNKNOWN
+    return _in_account(call, call.region, account, kind + name) if good else UNKNOWN
 
 
-def _in_account(service: str, region: str, account: str, name: str) -> Resource:
+def _in_account(call: Call, region: str, account: str, name: str) -> Resource:
     place = f"{region}:{account}"
-    arn = f"arn:{_partition(region)}:{service}:{place}:{name}"
+    arn = f"arn:{_partition(region)}:{call.service}:{place}:{name}"
     return Resource(arn) if _PLACE.fullmatch(place) else UNKNOWN
 
 
@@ -7349,7 +7346,8 @@ def _of_dynamodb(call: Call) -> Sequence[Need]:
     tables, parts = document.get("RequestItems"), document.get("TransactItems")
     found: Iterable[Need] = ()
     if call.operation in ("BatchGetItem", "BatchWriteItem") and isinstance(tables, dict):
-        found = ((call.action, _table(call, name)) for name in tables)
+        account = call.caller.account_id
+        found = ((call.action, _named(call, ":", "table/", name, account)) for name in tables)
     if call.operation in ("TransactGetItems", "TransactWriteItems") and isinstance(parts, list):
         found = (it for part in parts for it in _of_part(call, part))
     first = list(itertools.islice(found, MAX_NEEDS + 1))
@@ -7360,14 +7358,10 @@ def _of_part(call: Call, part: Any) -> Iterator[Need]:
     """Yield what a part of a transaction needs."""
     for kind, entry in part.items() if isinstance(part, dict) and part else [("", None)]:
         if kind in _PARTS and isinstance(entry, dict):
-            yield f"dynamodb:{_PARTS[kind]}", _table(call, entry.get("TableName"))
+            table = _named(call, ":", "table/", entry.get("TableName"), call.caller.account_id)
+            yield f"dynamodb:{_PARTS[kind]}", table
         else:
             yield from _needing(call.action, UNKNOWN)
-
-
-def _table(call: Call, name: Any) -> Resource:
-    text = name if isinstance(name, str) and len(name) <= MAX_TEXT else ""
-    return _named("dynamodb", call.region, call.caller.account_id, ":", "table/", text)
 
 
 def _of_lambda(call: Call) -> Sequence[Need]:
@@ -7380,7 +7374,7 @@ def _of_lambda(call: Call) -> Sequence[Need]:
     names = [match[3]]
     if not (path[2] or "").endswith("invocations"):  # others may ignore the qualifier
         names.append(match[3].partition(":")[0])
-    found = [_in_account("lambda", region, account, f"function:{name}") for name in names]
+    found = [_in_account(call, region, account, f"function:{name}") for name in names]
     return _needing(call.action, *found)
 
 
@@ -7445,14 +7439,6 @@ _NO_STATEMENT = "no statement of its policy allows it"
 _WITHOUT_POLICY = Decision(True, "no policy")
 
 
-def policy_of(client: Client) -> Optional[Policy]:
-    """Return the present policy of a client, if it has one."""
-    found: Optional[Policy] = (
-        client.policy.value if isinstance(client.policy, Watched) else client.policy
-    )
-    return found
-
-
 class Guard:
     """Checks calls against the policies of their clients, and learns what these need.
 
@@ -7467,15 +7453,16 @@ class Guard:
 
     def check(self, call: Call) -> None:
         """Set the decision of a call.  Raise ServiceError AccessDenied if it is a refusal."""
-        client, policy, key = call.caller, policy_of(call.caller), needs_key(call)
+        client, key = call.caller, needs_key(call)
+        policy = client.policy.value if isinstance(client.policy, Watched) else client.policy
         known = (policy, client.name, *key) if key and not call.other_paths else ()
         if known in self._passed:
             call.decision = self._passed[known]
             return
         needs, action = needs_of(call), call.action
-        decision = policy.decide(needs, action) if policy else _WITHOUT_POLICY
-        decision = call.decision = decision._replace(enforced=not self._observe)
+        call.decision = decision = policy.decide(needs, action) if policy else _WITHOUT_POLICY
         if policy and not decision.allowed:
+            call.decision = decision._replace(verdict="observe" if self._observe else "deny")
             missing = [it for it in needs if not policy.decide([it], action).allowed]
             is_new, error = self._learn(client.name, missing, True), refusal_of(client, decision)
             if not self._observe:
@@ -7557,9 +7544,9 @@ def refusal_of(client: Client, decision: Decision) -> ServiceError:
 MAX_INLINE = 49152  # bytes of a body that is kept as text; a multiple of three, for base64
 MAX_LINE = 33554432  # bytes of a line without a long body_base64
 _BASE64_MEMBER = b', "body_base64": "'
-_ENTRY: dict[str, tuple[type, ...]] = {"body": (str, dict, list), "status": (int,)}
-_ENTRY |= dict.fromkeys(("input", "headers", "output"), (dict,))  # members, and their types
-_ENTRY |= dict.fromkeys("action region error message body_base64".split(), (str,))
+_ENTRY: Mapping[str, type] = {  # its members
+    **dict.fromkeys("action region error message body_base64".split(), str), "status": int,
+    **dict.fromkeys(("input", "headers", "output"), dict), "body": object}  # fmt: skip
 # Headers of a REST call that belong to its input, and members that SDKs invent for each call.
 _REST_INPUT = re.compile(
     "range|if-.*|x-amz-(?!date|content-sha|security-token|user-agent|sdk-|checksum|trailer"
@@ -7571,20 +7558,16 @@ _SECRETIVE = re.compile("(?i)credential|token|password|initiateauth")  # of oper
 _SIGNED_URL = re.compile(
     r'(?i)(X-Amz-(?:Signature|Security-Token|Credential)(?:=|%3D))[^&"\\\s<]*'
 )
-_SQS_NUMBERS = frozenset(  # of the outputs of Amazon SQS, where JSON has no text
-    "ApproximateNumberOfMessagesMoved ApproximateNumberOfMessagesToMove"
-    " MaxNumberOfMessagesPerSecond StartedTimestamp".split()
-)
+_SQS_NUMBERS = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp")  # in outputs
 Entry = Mapping[str, Any]
-Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region and input, "" for any
+Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, input; "" is any
 
 
-def tape_input(call: Call, digest: str) -> Mapping[str, Any]:
+def tape_input(call: Call, digest: str) -> Entry:
     """Return what tells the calls of an action apart; `digest` is the body's SHA-256, or ""."""
     if call.encoded is not None:
-        given: dict[str, Any] = read_json(_to_json(call.input).decode())
-        if call.service == "sqs" and "QueueUrl" in given:
-            given["QueueUrl"] = _path_of(given["QueueUrl"], call)
+        given: Entry = read_json(_to_json(call.input).decode())
+        given = _with_queue_urls(given, call) if call.service == "sqs" else given
         return {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
     request, fields = call.request, call.request.fields
     path, mark, query = strip_presigned(request.target)[0].partition("?")
@@ -7598,40 +7581,38 @@ def tape_input(call: Call, digest: str) -> Mapping[str, Any]:
     return {**found, "body_sha256": digest} if digest else found
 
 
-def _path_of(url: Any, call: Call) -> Any:
-    """Return the path of a queue's URL, or of each in a list."""
-    if isinstance(url, list):
-        return [_path_of(it, call) for it in url]
-    return re.sub("^https?://[^/]*", "", str(url).removeprefix(call.base_url))
+def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, Any]:
+    """Return an input or output of Amazon SQS in which `base` begins each queue URL."""
+
+    def _based(url: Any) -> Any:
+        if isinstance(url, list):
+            return [*map(_based, url)]
+        return base + re.sub("^https?://[^/]*", "", str(url).removeprefix(call.base_url))
+
+    return {k: _based(it) if k in _URL_MEMBERS else it for k, it in document.items()}
 
 
-class BodyHash:
-    """The SHA-256 of a call's body, which is known when the body has been read."""
+def hash_body(call: Call) -> Callable[[], str]:
+    """Return a function: the SHA-256 of the body, "" if it is empty, once it has been read."""
+    digest, body = hashlib.sha256(), call.body
 
-    def __init__(self, call: Call) -> None:
-        self._digest = hashlib.sha256()
-        self._size = 0
-        self._stored = call.body if isinstance(call.body, io.IOBase) else None
-        if not self._stored:
-            body = call.body if isinstance(call.body, CheckedBody) else None
-            read = functools.partial(call.body.read, 65536)
-            blocks = self._noted(body._blocks if body else iter(read, b""))
-            call.body = body or CheckedBody(blocks)
-            call.body._blocks = blocks
-
-    def _noted(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    def _noted(blocks: Iterable[bytes]) -> Iterator[bytes]:
         for block in blocks:
-            self._digest.update(block)
-            self._size += len(block)
+            digest.update(block)
             yield block
 
-    def value(self) -> str:
-        """Return the hash in hexadecimal, "" for an empty body."""
-        if stored := self._stored:  # in memory, or in a file
-            stored.seek(0)
-            collections.deque(self._noted(iter(lambda: stored.read(65536), b"")), 0)
-            stored.seek(0)
-        return self._digest.hexdigest() if self._size else ""
+    def _value() -> str:
+        if isinstance(body, io.IOBase):  # in memory, or in a file
+            body.seek(0)
+            collections.deque(_noted(iter(lambda: body.read(65536), b"")), 0)
+            body.seek(0)
+        return digest.hexdigest().replace(EMPTY_SHA256, "")
+
+    if isinstance(body, CheckedBody):
+        body._blocks = _noted(body._blocks)
+    elif not isinstance(body, io.IOBase):
+        call.body = CheckedBody(_noted(iter(functools.partial(body.read, 65536), b"")))
+    return _value
 
 
 class Recorder(Hook):
@@ -7650,7 +7631,7 @@ class Recorder(Hook):
 
     def before(self, call: Call) -> None:
         """Compute the hash of the body while it is sent."""
-        call.body_hash = BodyHash(call)
+        call.body_hash = hash_body(call)
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
         """Record the answer, or return one that is recorded when it has streamed."""
@@ -7669,8 +7650,7 @@ class Recorder(Hook):
             self._record(call, reply, kept, {})
 
     def _record(self, call: Call, reply: Reply, body: Any, answer: Entry) -> None:
-        digest = call.body_hash.value() if call.body_hash else ""
-        start, text = body.read(MAX_INLINE), None
+        digest, start, text = call.body_hash(), body.read(MAX_INLINE), None
         if not answer:
             headers = {n: v for n, v in reply.headers if n.lower() not in _NOT_KEPT}
             answer = {"status": reply.status, "headers": headers}
@@ -7681,8 +7661,8 @@ class Recorder(Hook):
         line = _SIGNED_URL.sub(r"\1masked", json.dumps({**about, **answer})).encode()
         parts: Iterable[bytes] = (line, b"\n")
         if text is None and "headers" in answer:
-            read = functools.partial(body.read, MAX_INLINE)
-            coded = map(base64.b64encode, itertools.chain((start,), iter(read, b"")))
+            blocks = itertools.chain((start,), iter(functools.partial(body.read, MAX_INLINE), b""))
+            coded = map(base64.b64encode, blocks)
             parts = itertools.chain((line[:-1], _BASE64_MEMBER), coded, (b'"}\n',))
         try:
             self._append(parts)
@@ -7702,23 +7682,20 @@ class Recorder(Hook):
 def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
     """Return the output or the error of Amazon SQS for each protocol; {} if it is malformed."""
     operation, names = SQS_MODEL.operations.get(call.operation), SQS_MODEL.query_names
-    if operation is None:
-        return {}
+    members = (operation and operation.output) or ()
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], names[call.operation], operation.output or ()) or {}
+            found = _from_xml(root[0], names[call.operation], members) or {}
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
             message = found.get("message") or found.get("Message")
-    except (ElementTree.ParseError, ValueError, IndexError, AttributeError):
+    except (ElementTree.ParseError, ValueError, LookupError, AttributeError):
         return {}
     if reply.status >= 400:
         return {"status": reply.status, "error": error_code(reply), "message": message or ""}
-    output = {name: it for name, it in found.items() if name in (operation.output or ())}
-    urls = {name: _path_of(output[name], call) for name in _URL_MEMBERS & output.keys()}
-    return {"output": {**output, **urls}}
+    return {"output": _with_queue_urls({k: it for k, it in found.items() if k in members}, call)}
 
 
 def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = ()) -> Any:
@@ -7727,7 +7704,7 @@ def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = 
         text = node.text or ""
         if node.tag == "SenderFault":
             return text == "true"
-        return int(text) if node.tag in _SQS_NUMBERS else text
+        return int(text) if _SQS_NUMBERS.fullmatch(node.tag) else text
     spelled = {it.element: member for member, it in names.items() if it.key}
     spelled |= {names[it].element if it in names else it: it for it in members}
     found: dict[str, Any] = {}
@@ -7736,8 +7713,8 @@ def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = 
         _, key, of_value = names.get(member, ("", "", ""))
         if key:
             value = child.find(of_value)
-            item = {} if value is None else {child.findtext(key): _from_xml(value, names)}
-            found.setdefault(member, {}).update(item)
+            item = "" if value is None else _from_xml(value, names)
+            found.setdefault(member, {})[child.findtext(key)] = item
         elif member in names:
             found.setdefault(member, []).append(_from_xml(child, names))
         else:
@@ -7750,14 +7727,12 @@ def read_tape(path: str) -> Tracks:
     tracks: Tracks = {}
     with open(path, "rb") as file:
         for number in itertools.count(1):
-            begin, line = file.tell(), file.readline(MAX_LINE)
+            begin, line, place = file.tell(), file.readline(MAX_LINE), {}
             if not line:
                 return tracks
-            place = {}
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 head = line.partition(_BASE64_MEMBER)[0]
-                place = {"at": begin + len(head + _BASE64_MEMBER)}
-                line = head + b"}"
+                line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
                 while not file.readline(65536).endswith((b"\n", b"}")):
                     pass
             try:
@@ -7765,7 +7740,7 @@ def read_tape(path: str) -> Tracks:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if entry:
-                key = (entry["action"], entry.get("region", ""), _sorted(entry.get("input", "")))
+                key = (entry["action"], entry.get("region", ""), _sorted(entry.get("input")))
                 tracks.setdefault(key, collections.deque()).append(entry)
     return tracks
 
@@ -7776,16 +7751,15 @@ def _sorted(given: Any) -> str:
 
 def _checked(entry: Any) -> Entry:
     """Return an entry of a tape; ValueError names its fault."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
+    if not isinstance(entry, dict) or "action" not in entry:
         raise ValueError('it needs an action, as in {"action": "sqs:ListQueues", "output": {}}')
     for name, value in entry.items():
         if name not in _ENTRY:
             raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
-        if type(value) not in _ENTRY[name]:
+        if not isinstance(value, _ENTRY[name]):
             raise ValueError(f"{name} cannot be {value!r:.40}")
-    if fault := fault_of_reply(
-        Reply(entry.get("status", 200), tuple(entry.get("headers", {}).items()), b"")
-    ):
+    headers = tuple(entry.get("headers", {}).items())
+    if fault := fault_of_reply(Reply(entry.get("status", 200), headers, b"")):
         raise ValueError(f"it is {fault}")
     base64.b64decode(entry.get("body_base64", ""), validate=True)
     return entry
@@ -7804,45 +7778,43 @@ class Tape:
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer of an equal call.  If the tape has none, raise ServiceError."""
-        body_hash = BodyHash(call)
+        digest = hash_body(call)
         collections.deque(iter(functools.partial(call.body.read, 65536), b""), 0)
-        given = tape_input(call, body_hash.value())
+        given = tape_input(call, digest())
         with self._lock:
             self._file.refresh()
             tracks: Tracks = self._file.value
-            places = itertools.product((call.region, ""), (_sorted(given), ""))
-            keys = [(call.action, *place) for place in places if (call.action, *place) in tracks]
-            if keys:
-                track = tracks[keys[0]]
-                return self._played(
-                    track.popleft() if len(track) > 1 else track[0], call, request_id
-                )
+            for place in itertools.product((call.region, ""), (_sorted(given), "")):
+                if track := tracks.get((call.action, *place)):
+                    entry = track.popleft() if len(track) > 1 else track[0]
+                    return self._played(entry, call, request_id)
         raise ServiceError("AccessDenied", f"{self.name} {_missing(call, given, tracks)}")
 
     def _played(self, entry: Entry, call: Call, request_id: str) -> Reply:
-        status = entry.get("status", 400 if "error" in entry else 200)
         if "error" in entry:
-            raise named_error(entry["error"], entry.get("message", ""), status)
+            code, status = entry["error"], entry.get("status", 400)
+            known = next((k for k, it in ERRORS.items() if code in (k, it.code)), "")
+            error = ServiceError(known or "AccessDenied", entry.get("message", ""))
+            error.fault = Fault(status, *(error.fault[1:] if known else (code, code)))
+            raise error
         if "output" in entry and isinstance(call.wire, (AwsJson, AwsQuery)):
             model = MODELS.get(call.service) or Model({}, {call.operation: {}})
-            known = model.operations.get(call.operation)
-            output = entry["output"]
-            output = _queue_urls(output, call) if call.service == "sqs" else output
-            is_void = known and known.output is None
+            known_operation, output = model.operations.get(call.operation), entry["output"]
+            if call.service == "sqs":
+                output = _with_queue_urls(output, call, call.base_url)
+            is_void = known_operation and known_operation.output is None
             return call.wire.output(call, model, None if is_void else output, request_id)
-        body: Union[bytes, Iterator[bytes]]
+        text = entry.get("body", entry.get("output", ""))
+        body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
         if "at" in entry:
             body = self._long_body(entry["at"])
         elif "body_base64" in entry:
             body = base64.b64decode(entry["body_base64"])
-        else:
-            given = entry.get("body", entry.get("output", ""))
-            body = (given if isinstance(given, str) else json.dumps(given)).encode()
         defaults = {"x-amzn-RequestId": request_id, "Content-Type": call.wire.content_type}
         headers = list(entry.get("headers", defaults).items())
         if isinstance(body, bytes) and call.request.method != "HEAD":
             headers = _without(headers, "content-length")
-        return Reply(status, tuple(headers), body)
+        return Reply(entry.get("status", 200), tuple(headers), body)
 
     def _long_body(self, at: int) -> Iterator[bytes]:
         with open(self._path, "rb") as file:
@@ -7854,45 +7826,23 @@ class Tape:
                     return
 
 
-def named_error(code: str, message: str, status: int) -> ServiceError:
-    """Return an error with any code."""
-    names = [name for name, fault in ERRORS.items() if code in (name, fault.code)]
-    error = ServiceError(names[0] if names else "AccessDenied", message)
-    error.fault = Fault(status, *(error.fault[1:] if names else (code, code)))
-    return error
-
-
-def _queue_urls(output: Entry, call: Call) -> Entry:
-    """Return an output of Amazon SQS with URLs of queues that lead to the proxy."""
-    found = dict(output)
-    for name in _URL_MEMBERS & found.keys():
-        paths = _path_of(found[name], call)
-        many = isinstance(paths, list)
-        found[name] = [call.base_url + it for it in paths] if many else call.base_url + paths
-    return found
-
-
 def _missing(call: Call, given: Entry, tracks: Iterable[tuple[str, ...]]) -> str:
     """Return the sentences that compare a call with the nearest one of a tape."""
     of_action = [key[1:] for key in tracks if key[0] == call.action]
     if not of_action:
         return f"has no {call.action}{did_you_mean(call.action, {key[0] for key in tracks})}"
-    ours, nearest = {"region": call.region, **given}, {}
-    differing: list[str] = []
-    for region, text in of_action[:1000]:
+    ours = {"region": call.region, **given}
+
+    def _differing(region: str, text: str) -> Sequence[tuple[str, Any]]:
         theirs = {"region": region or call.region, **(json.loads(text) if text else given)}
-        names = [it for it in {**theirs, **ours} if theirs.get(it) != ours.get(it)]
-        if not differing or len(names) < len(differing):
-            nearest, differing = theirs, names
-    faults = [
-        f"{name[:80]} is {_shown(nearest, name)} there and {_shown(ours, name)} in the call"
-        for name in differing[:5]
-    ]
+        return [(n, theirs.get(n)) for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+
+    nearest = min(itertools.starmap(_differing, of_action[:1000]), key=len)
+    faults = (
+        f"{name[:80]} is {json.dumps(it)[:80]} there and {json.dumps(ours.get(name))[:80]} here"
+        for name, it in nearest[:5]
+    )
     return f"has {call.action}, but not with this input: {'; '.join(faults)}."
-
-
-def _shown(given: Entry, name: str) -> str:
-    return json.dumps(given[name])[:80] if name in given else "missing"
 
 
 # [8.7] Paths of our own
