@@ -6963,12 +6963,12 @@ MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown re
 MAX_CACHED = 1024  # decisions of a policy
 _ELEMENTS = frozenset("Sid Effect Action NotAction Resource NotResource".split())
 _PATTERNS = {
-    "Action": re.compile(r"\*|[A-Za-z0-9-]{1,64}:[!-~]+"),
+    "Action": re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+"),
     "Resource": re.compile(
         r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)"
     ),
 }
-_OF_REST = re.compile(r"(?:\*+|get|head|put|post|delete|patch|options)(?:/.*)?")
+_OF_REST = re.compile(r"(?:\*+|any|get|head|put|post|delete|patch|options)(?:/.*)?")
 # The actions of calls with the path of a function (source: the service model of Lambda).
 _LAMBDA = pairs("""
     GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
@@ -6979,7 +6979,7 @@ _LAMBDA = pairs("""
     GET/aliases=ListAliases POST/aliases=CreateAlias""")
 _LAMBDA_NAMES = re.compile("|".join((*_LAMBDA.values(), "Invoke.*")).lower())
 _S3_BYPASS = "bypassgovernanceretention"  # that a header needs, and no operation
-_FUNCTION_PATH = re.compile("/20[0-9]{2}-[0-9]{2}-[0-9]{2}/functions/([^/]+)(/.*?)?/?")
+_FUNCTION_PATH = re.compile("/20[0-9]{2}-[0-9]{2}-[0-9]{2}/functions/([^/]+)((?:/[^/]+)*)/?")
 
 
 class Resource(NamedTuple):
@@ -7031,7 +7031,12 @@ class Statement(NamedTuple):
 
 
 def _names(pattern: str, name: str) -> bool:
-    return glob_matches(pattern, name if ":" in pattern else name.partition(":")[2])
+    """Return whether a pattern names an action; `Get*` is no method, `GET` and `GET/*` are."""
+    service, _, operation = name.partition(":")
+    of, _, meant = pattern.partition(":") if ":" in pattern else (service, "", pattern)
+    if _OF_REST.fullmatch(operation.lower()) and not _OF_REST.fullmatch(meant.lower()):
+        return False
+    return of == service and glob_matches(meant, operation)
 
 
 def _covers(pattern: str, resource: Resource) -> bool:
@@ -7043,10 +7048,16 @@ def _covers(pattern: str, resource: Resource) -> bool:
 
 
 def _touches(pattern: str, resource: Resource) -> bool:
-    """Return whether a reading of a resource may match."""
-    start, text = re.split("[*?]", pattern, maxsplit=1)[0], resource.text
+    """Return whether a reading of a resource may match, in any partition and account."""
+    pattern, text = map(_placeless, (pattern, resource.text))
+    start = re.split("[*?]", pattern, maxsplit=1)[0]
     may = text.startswith(start) or start.startswith(text)
     return glob_matches(pattern, text) if resource.whole else may
+
+
+def _placeless(arn: str) -> str:
+    without_partition = re.sub("^arn:[^:]*:", "arn::", arn)
+    return re.sub("^(arn::[^:]*:[^:]*):[^:]*:", r"\1::", without_partition)
 
 
 def iam_name(action: str) -> str:
@@ -7055,7 +7066,7 @@ def iam_name(action: str) -> str:
     method, slash, path = operation.partition("/")
     match = _FUNCTION_PATH.fullmatch(slash + path) if service == "lambda" else None
     if match:
-        operation = _LAMBDA.get(method + (match[2] or ""), operation)
+        operation = _LAMBDA.get(method + match[2], operation)
     return f"{IAM_PREFIXES.get(service, service).partition(',')[0]}:{operation}"
 
 
@@ -7106,6 +7117,8 @@ class Policy:
         strict = [*map(_folded, (*names_of(action), iam_name(action)))]
         loose = [*strict, *names_of(called or action), iam_name(called or action)]
         loose = [name.lower() for name in loose]
+        if loose[-1].startswith("lambda:") and "/" in loose[-1]:  # it may be any operation
+            loose.append("lambda:any/operation")
         decided = (it for it in self.statements if it.applies(strict, loose, resource))
         first = next(decided, Statement("", False, ()))
         return Decision(first.allows, first.label, iam_name(action), resource.pattern)
@@ -7160,9 +7173,10 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     """Return patterns for each call that an action to deny may mean: REST calls have no names."""
     service, _, operation = pattern.lower().partition(":")
     if (service == "lambda" and _LAMBDA_NAMES.fullmatch(operation)) or operation == _S3_BYPASS:
-        return [pattern]
+        return [pattern, "lambda:any/*"] if service == "lambda" else [pattern]
     of_rest = pattern == "*" or _OF_REST.fullmatch(operation)
-    is_known = of_rest or (service in _KNOWN_NAMES and pattern.lower() != "iam:passrole")
+    of_role = glob_matches(pattern.lower(), "iam:passrole")
+    is_known = of_rest or (service in _KNOWN_NAMES and not of_role)
     nearest = nearest_pattern(pattern) if is_known else ""
     if nearest is not None:
         hint = f"; did you mean {nearest}?" if nearest else f": use {service}:* or METHOD/path"
@@ -7170,11 +7184,11 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     return [pattern] if of_rest else [pattern, f"{service}:*/*"]
 
 
+_READS = [f"{it}*" for it in ("get", "get/", "list", "describe", "head", "head/", "batchget")]
+_SECRETS = [f"get*{it}*" for it in ("credential", "token", "password", "instanceaccess")]
 READ_ONLY = (
-    Statement("read_only", False, sorted(CREDENTIAL_ACTIONS)),
-    Statement(
-        "read_only", True, [f"{it}*" for it in ("get", "list", "describe", "head", "batchget")]
-    ),
+    Statement("read_only", False, [*sorted(CREDENTIAL_ACTIONS), *_SECRETS, "execute-api:*"]),
+    Statement("read_only", True, _READS),
 )
 
 
@@ -7200,7 +7214,7 @@ _NAMING = """
     kinesis PutRecords?|DescribeStream(Summary)?|ListShards|GetShardIterator \
         StreamName:stream/ StreamARN StreamId
     states Start(Sync)?Execution|(Describe|Update|Delete)StateMachine stateMachineArn
-    secretsmanager (Get|Put)SecretValue|(Describe|Update|Delete|Restore)Secret SecretId+
+    secretsmanager .* SecretId+
     sts GetCallerIdentity -
 """
 _NAMING_ROWS = [line.split() for line in _NAMING.strip().splitlines()]
@@ -7215,8 +7229,8 @@ _QUEUE_URL = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
     r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
 )
-_FUNCTION = re.compile(  # function:NAME could also be the qualifier NAME of a function
-    r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?(?!function:)"
+_FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUALIFIER
+    r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?(?!function:|[0-9]{12}:)"
     r"([A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
 )
 # Operations without a row: those of no one resource, and members that can name no resource.
@@ -7236,6 +7250,8 @@ _S3_NEEDS = [line.split() for line in """
     DeleteObject delete DeleteObjectVersion
     CreateBucket x-amz-(acl|grant-.*) PutBucketAcl
     CreateBucket x-amz-bucket-object-lock-enabled PutBucketObjectLockConfiguration
+    CreateBucket x-amz-object-ownership PutBucketOwnershipControls
+    GetObjectAttributes x-amz-object-attributes GetObject
     .* x-amz-bypass-governance-retention BypassGovernanceRetention
 """.strip().splitlines()]  # fmt: skip
 _PARTS = pairs(
@@ -7248,8 +7264,13 @@ def needs_of(call: Call) -> Sequence[Need]:
     """Return the actions that a call needs, each with a resource of it; at least one."""
     finders = {"dynamodb": _of_dynamodb, "s3": _of_s3, "lambda": _of_lambda}
     found = finders.get(call.service, _of_members)(call)
+    if call.action == "sqs:StartMessageMoveTask":
+        source, *targets = (resource for _, resource in found)
+        found = [*found, *((f"sqs:{it}Message", source) for it in ("Receive", "Delete"))]
+        found += [("sqs:SendMessage", it) for it in targets or [UNKNOWN]]
     name = f"{call.service}:{call.operation}"
-    return *found, *((name + path, UNKNOWN) for path in call.other_paths)
+    found = [*found, *((name + path, UNKNOWN) for path in call.other_paths)]
+    return found if len(found) <= MAX_NEEDS else _needing(call.action, UNKNOWN)
 
 
 def _needing(action: str, *resources: Resource) -> Sequence[Need]:
@@ -7286,7 +7307,7 @@ def needs_key(call: Call) -> Optional[tuple[Any, ...]]:
 def _of_members(call: Call) -> Sequence[Need]:
     key, row = needs_key(call), _row(call.service, call.operation)
     if key is None or row is None:
-        named = () if row or _NEW.match(call.operation) else _arns_of(call.encoded)
+        named = () if row or _NEW.match(call.operation) else _arns_of(call.service, call.encoded)
         return _needing(call.action, *(named or [UNKNOWN]))
     account, *values = key[3:]
     found = [NO_RESOURCE for name, _, _ in row if name == "-"]
@@ -7303,15 +7324,16 @@ def _of_members(call: Call) -> Sequence[Need]:
     return _needing(call.action, *(found or [UNKNOWN]))
 
 
-def _arns_of(document: Any) -> Sequence[Resource]:
+def _arns_of(service: str, document: Any) -> Sequence[Resource]:
     """Return the ARNs among the members, and UNKNOWN if others may name resources, too."""
     found = []
     for name, value in document.items() if isinstance(document, dict) else ():
         for it in value if isinstance(value, list) else [value]:
-            known = isinstance(it, str) and len(it) <= MAX_TEXT and _ARN.fullmatch(it)
+            arn = _ARN.fullmatch(it) if isinstance(it, str) and len(it) <= MAX_TEXT else None
+            known = arn and arn[1] == service and ":alias/" not in it
             if known or not (_NO_NAME.fullmatch(name) or isinstance(it, (int, float, type(None)))):
                 found.append(Resource(it) if known else UNKNOWN)
-    return found if len(found) <= MAX_NEEDS else [UNKNOWN]
+    return found
 
 
 def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resource:
@@ -7321,14 +7343,19 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
     name = value
     if mark == "@":
         url = _QUEUE_URL.fullmatch(value)
-        account, name = url.groups() if url else ("", "")
+        region = service_of_host(value.partition("://")[2].partition("/")[0])[1]
+        if not url or region not in ("", call.region) or "/queue/" in value:
+            return UNKNOWN
+        account, name = url.groups()
     elif value.startswith("arn:"):
         arn = _ARN.fullmatch(value)
-        good = arn and arn[1] == call.service and arn[2].startswith(kind)
-        good = good and (mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :]))
+        if not (arn and arn[1] == call.service and arn[2].startswith(kind)):
+            return UNKNOWN
+        good = mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :])
         return Resource(value, mark != "+") if good else UNKNOWN
-    good = mark in (":", "@") and _AWS_NAME.fullmatch(name)
-    return _in_account(call, call.region, account, kind + name) if good else UNKNOWN
+    if mark not in (":", "@") or not _AWS_NAME.fullmatch(name):
+        return UNKNOWN
+    return _in_account(call, call.region, account, kind + name)
 
 
 def _in_account(call: Call, region: str, account: str, name: str) -> Resource:
@@ -7372,7 +7399,7 @@ def _of_lambda(call: Call) -> Sequence[Need]:
         return _needing(call.action, UNKNOWN)
     region, account = match[1] or call.region, match[2] or call.caller.account_id
     names = [match[3]]
-    if not (path[2] or "").endswith("invocations"):  # others may ignore the qualifier
+    if not path[2].endswith("invocations"):  # others may ignore the qualifier
         names.append(match[3].partition(":")[0])
     found = [_in_account(call, region, account, f"function:{name}") for name in names]
     return _needing(call.action, *found)
@@ -7391,6 +7418,8 @@ def _of_s3(call: Call) -> Sequence[Need]:
         if _S3_NAME.match(text := name.decode("latin-1").lower()):
             given[text] = [*given.get(text, ()), value.decode("latin-1")]
     actions = [operation]
+    if (b"versionId", b"") in call.request.query:  # it may mean the latest version
+        actions.append(operation.replace("ObjectVersion", "Object"))
     for of, form, action in _S3_NEEDS if given else ():
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
             actions.append(action)
@@ -7427,7 +7456,7 @@ def _of_source(region: str, source: str) -> Iterator[Need]:
     path, version, _ = source.partition("?versionId=")
     action = "s3:GetObjectVersion" if version else "s3:GetObject"
     for spelled in {path, path.replace("+", " ")}:
-        text = "" if "?" in path else _decoded(spelled) or ""
+        text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
         bucket, _, key = text.removeprefix("/").partition("/")
         for found in _in_bucket(region, bucket, key or None, True):
             yield action, found
@@ -7456,8 +7485,8 @@ class Guard:
         client, key = call.caller, needs_key(call)
         policy = client.policy.value if isinstance(client.policy, Watched) else client.policy
         known = (policy, client.name, *key) if key and not call.other_paths else ()
-        if known in self._passed:
-            call.decision = self._passed[known]
+        if passed := self._passed.get(known):
+            call.decision = passed
             return
         needs, action = needs_of(call), call.action
         call.decision = decision = policy.decide(needs, action) if policy else _WITHOUT_POLICY
@@ -7468,7 +7497,7 @@ class Guard:
             if not self._observe:
                 raise error
             if is_new:
-                log.warning("would be refused: %s", error.message)
+                log.warning("would be refused: %a", error.message)
         self._learn(client.name, needs)
         if known and decision.allowed:
             if len(self._passed) >= MAX_CACHED:
@@ -7497,15 +7526,14 @@ class Guard:
 
 
 def _folder_of(resource: Resource) -> Resource:
-    """Return the resources that share the folder, or the kind, of a resource."""
-    *place, name = resource.text.split(":", 5)
-    folder = re.sub("[^/:]*$", "", name)
-    return Resource(":".join((*place, folder)), False) if len(place) == 5 else resource
+    """Return the resources that share the folder of a resource."""
+    folder, slash, _ = resource.text.rpartition("/")
+    return Resource(folder + slash, whole=False) if slash else resource
 
 
 def _without_wildcards(text: str) -> str:
     """Return a text in which `?` stands for what a policy would not take literally."""
-    return re.sub(r"[*?]|\$(?=\{)", "?", text)
+    return re.sub(r"[*?]|\$(?=\{)|^\s|\s$", "?", text)
 
 
 def _least_policy(needs: Iterable[Need]) -> Mapping[str, Any]:
@@ -8488,6 +8516,9 @@ class Proxy:
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
+        target = route.target if route else None
+        if isinstance(target, Upstream) and target.endpoint:
+            call.region = target.endpoint.region or call.region  # it is signed for this one
         self._guard.check(call)
         if route is None:
             raise ServiceError("AccessDenied", self._no_route(call.action))
@@ -9354,6 +9385,9 @@ def read_clients(path: str) -> Clients:
         section = parser[name]
         values = (section.get(key, "") for key in _CLIENT_KEYS)
         client = Client(name, *values)._replace(policy=_policy_of(path, section))
+        of_role = re.match("arn:[a-z-]+:iam::([0-9]{12}):", client.upstream_role_arn)
+        if of_role and not client.account_id:
+            client = client._replace(account_id=of_role[1])
         if not _KEY_ID.fullmatch(client.access_key_id) or not client.secret_access_key:
             needed = "aws_access_key_id (3 to 128 letters, digits, '.', '_', '-')"
             raise ValueError(f"[{name}] needs {needed} and aws_secret_access_key")
@@ -9649,6 +9683,8 @@ class Program:
     def _check_clients(self, clients: Clients, keys_of: Any = CredentialCache.ready) -> Clients:
         """Return the clients; ValueError if they must not reach the upstreams of the routes."""
         fix = "give clients keys of their own with --clients FILE or --client KEY:SECRET"
+        if self._options.no_verify and any(it.policy for it in itertools.chain(*clients.values())):
+            raise ValueError("--no-verify would ignore the policies of the clients")
         to_aws = any(not it.endpoint or is_aws_host(it.endpoint.host) for it in self._upstreams)
         if has_demo_key(clients) and (self._is_public or (to_aws and not self._options.no_verify)):
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
