@@ -18289,7 +18289,7 @@ NOT_ALLOWED = [
 ]
 
 
-class SpellingTest(unittest.TestCase):
+class PolicySpellingTest(unittest.TestCase):
     """What a pattern means for calls in unusual spellings."""
 
     def test_a_deny_hits_each_spelling_of_the_call(self):
