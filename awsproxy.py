@@ -7570,21 +7570,27 @@ def refusal_of(client: Client, decision: Decision) -> ServiceError:
 # A line of a tape is a JSON object: the action of a call, its region and its input, and the
 # answer.  README describes the members.  Only the last member, body_base64, may be long.
 MAX_INLINE = 49152  # bytes of a body that is kept as text; a multiple of three, for base64
-MAX_LINE = 33554432  # bytes of a line without a long body_base64
+MAX_LINE = 1048576  # bytes of a line without a long body_base64
 _BASE64_MEMBER = b', "body_base64": "'
 _ENTRY: Mapping[str, type] = {  # its members
     **dict.fromkeys("action region error message body_base64".split(), str), "status": int,
     **dict.fromkeys(("input", "headers", "output"), dict), "body": object}  # fmt: skip
 # Headers of a REST call that belong to its input, and members that SDKs invent for each call.
 _REST_INPUT = re.compile(
-    "range|if-.*|x-amz-(?!date|content-sha|security-token|user-agent|sdk-|checksum|trailer"
-    "|decoded|.*customer-key$).*"
+    "range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer|decoded|mfa"
+    "|.*(?:token|customer-key)$).*"
 )
-_INVENTED = re.compile("(?i)(client(_?request)?|idempotency)_?token")
-_NOT_KEPT = frozenset({"date", "set-cookie", "connection"})
-_SECRETIVE = re.compile("(?i)credential|token|password|initiateauth")  # of operations
+_INVENTED = re.compile(
+    "(?i)(client(_?request)?|idempotency|security|access)_?token|x-amz-.*|awsaccesskeyid"
+    "|.*password.*|secret(string|binary|hash)"
+)
+_NOT_KEPT = re.compile("(?i)date|set-cookie|connection|authorization|.*token")
+_SECRETIVE = re.compile(  # actions whose answers may hold secrets
+    "(?i)credential|token|password|auth|secretvalue|signup|keypair|instanceaccess|loginprofile"
+)
 _SIGNED_URL = re.compile(
-    r'(?i)(X-Amz-(?:Signature|Security-Token|Credential)(?:=|%3D))[^&"\\\s<]*'
+    r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&]Signature)"
+    r'(?:=|%3D|\\u003d))[^&"\\\s<]*'
 )
 _SQS_NUMBERS = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp")  # in outputs
 Entry = Mapping[str, Any]
@@ -7593,20 +7599,27 @@ Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, i
 
 def tape_input(call: Call, digest: str) -> Entry:
     """Return what tells the calls of an action apart; `digest` is the body's SHA-256, or ""."""
-    if call.encoded is not None:
-        given: Entry = read_json(_to_json(call.input).decode())
-        given = _with_queue_urls(given, call) if call.service == "sqs" else given
-        return {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
+    found: dict[str, Any]
     request, fields = call.request, call.request.fields
-    path, mark, query = strip_presigned(request.target)[0].partition("?")
-    bucket = f"/{call.bucket}" if call.bucket else ""
-    target = bucket + path + mark + "&".join(sorted(query.split("&")))
-    found: dict[str, Any] = {"method": request.method, "target": target}
-    found |= {name: ", ".join(fields[name]) for name in fields if _REST_INPUT.fullmatch(name)}
-    if "json" in fields.get("content-type", [""])[0] and isinstance(call.body, io.BytesIO):
-        with contextlib.suppress(ValueError):
-            return {**found, "body": read_json(call.body.getvalue().decode() or "{}")}
-    return {**found, "body_sha256": digest} if digest else found
+    if isinstance(call.encoded, dict):
+        try:
+            found = read_json(_to_json(call.input).decode())
+        except ServiceError:  # the upstream may still understand it
+            found = call.encoded
+        found = _with_queue_urls(found, call) if call.service == "sqs" else found
+        found = {name: it for name, it in found.items() if not _INVENTED.fullmatch(name)}
+    else:
+        target, hoisted = strip_presigned(request.target)
+        path, mark, query = target.partition("?")
+        bucket = f"/{call.bucket}" if call.bucket else ""
+        target = bucket + path + mark + "&".join(sorted(query.split("&")))
+        found = {"method": request.method, "target": target}
+        given = {**{name: ", ".join(it) for name, it in fields.items()}, **dict(hoisted)}
+        found |= {name: it for name, it in given.items() if _REST_INPUT.fullmatch(name)}
+        found |= {"body_sha256": digest} if digest else {}
+    text = json.dumps(found, sort_keys=True).encode()
+    short = len(text) <= MAX_INLINE
+    return found if short else {"input_sha256": hashlib.sha256(text).hexdigest()}
 
 
 def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, Any]:
@@ -7649,11 +7662,11 @@ class Recorder(Hook):
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        open(path, "ab").close()  # raises OSError at the start, and not with the first call
+        self._append(())  # raises OSError at the start, and not with the first call
 
     def concerns(self, call: Call) -> bool:
         """Return whether the call is forwarded, and its answer holds no credentials."""
-        secret = hands_out_credentials(call.action) or _SECRETIVE.search(call.operation)
+        secret = hands_out_credentials(call.action) or _SECRETIVE.search(call.action)
         forwards = call.route and isinstance(call.route.target, Upstream)
         return bool(forwards and not secret and not call.unsigned)
 
@@ -7665,7 +7678,8 @@ class Recorder(Hook):
         """Record the answer, or return one that is recorded when it has streamed."""
         if not isinstance(reply.body, bytes):
             return reply._replace(body=self._streamed(call, reply, reply.body))
-        answer = _of_sqs(call, reply, reply.body) if call.service == "sqs" else {}
+        known = call.service == "sqs" and len(reply.body) < MAX_LINE // 4
+        answer = _of_sqs(call, reply, reply.body) if known else {}
         self._record(call, reply, io.BytesIO(reply.body), answer)
         return None
 
@@ -7680,13 +7694,13 @@ class Recorder(Hook):
     def _record(self, call: Call, reply: Reply, body: Any, answer: Entry) -> None:
         digest, start, text = call.body_hash(), body.read(MAX_INLINE), None
         if not answer:
-            headers = {n: v for n, v in reply.headers if n.lower() not in _NOT_KEPT}
+            headers = {n: v for n, v in reply.headers if not _NOT_KEPT.fullmatch(n)}
             answer = {"status": reply.status, "headers": headers}
             with contextlib.suppress(ValueError):
                 text = start.decode() if len(start) < MAX_INLINE else None
             answer |= {} if text is None else {"body": text}
         about = {"action": call.action, "region": call.region, "input": tape_input(call, digest)}
-        line = _SIGNED_URL.sub(r"\1masked", json.dumps({**about, **answer})).encode()
+        line = _masked({**about, **answer}).encode()
         parts: Iterable[bytes] = (line, b"\n")
         if text is None and "headers" in answer:
             blocks = itertools.chain((start,), iter(functools.partial(body.read, MAX_INLINE), b""))
@@ -7698,7 +7712,8 @@ class Recorder(Hook):
             log.error("the tape %s lacks a call: %s", self._path, error)
 
     def _append(self, parts: Iterable[bytes]) -> None:
-        with self._lock, open(self._path, "ab", buffering=0) as file:
+        private = functools.partial(os.open, mode=0o600)
+        with self._lock, open(self._path, "ab", buffering=0, opener=private) as file:
             end = file.tell()
             try:
                 file.writelines(parts)
@@ -7761,20 +7776,23 @@ def read_tape(path: str) -> Tracks:
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 head = line.partition(_BASE64_MEMBER)[0]
                 line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
-                while not file.readline(65536).endswith((b"\n", b"}")):
-                    pass
+                rest = iter(functools.partial(file.readline, 65536), b"")
+                if not any(part.endswith((b"\n", b"}")) for part in rest):
+                    raise ValueError(f"line {number} is cut off, or longer than {MAX_LINE} bytes")
             try:
                 entry = {**_checked(read_json(line.decode())), **place} if line.strip() else None
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if entry:
-                key = (entry["action"], entry.get("region", ""), _sorted(entry.get("input")))
+                key = (entry["action"], entry.get("region", ""), _masked(entry.get("input")))
                 tracks.setdefault(key, collections.deque()).append(entry)
     return tracks
 
 
-def _sorted(given: Any) -> str:
-    return json.dumps(given, sort_keys=True) if given else ""
+def _masked(given: Any) -> str:
+    """Return an input or an entry as JSON in one order, without signatures; "" for None."""
+    text = json.dumps(given, sort_keys=True)
+    return "" if given is None else _SIGNED_URL.sub(r"\1masked", text)
 
 
 def _checked(entry: Any) -> Entry:
@@ -7812,7 +7830,7 @@ class Tape:
         with self._lock:
             self._file.refresh()
             tracks: Tracks = self._file.value
-            for place in itertools.product((call.region, ""), (_sorted(given), "")):
+            for place in itertools.product((call.region, ""), (_masked(given), "")):
                 if track := tracks.get((call.action, *place)):
                     entry = track.popleft() if len(track) > 1 else track[0]
                     return self._played(entry, call, request_id)

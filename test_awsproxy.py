@@ -15989,8 +15989,8 @@ class TaskProtectionTest(LedgerCase):
     def test_an_agent_that_hangs_is_not_asked_again_at_once(self):
         caller = self.protecting()
 
-        def hang(url, headers, body, method, timeout):
-            self.asked_of_agent.append((url, json.loads(body)))
+        def hang(url, headers, timeout, data, method):
+            self.asked_of_agent.append((url, json.loads(data)))
             caller.clock.now += timeout
             raise NoKeys("it did not answer")
 
@@ -18572,6 +18572,7 @@ class RecorderTest(TapeCase):
             ("value", '{"A": 1}', '{"A": 2}', False),
             ("token", '{"A": 1, "ClientToken": "x"}', '{"A": 1, "ClientToken": "y"}', True),
             ("page", '{"NextToken": "x"}', '{"NextToken": "y"}', False),
+            ("none", "{}", '{"A": 1}', False),
         ):
             with self.subTest(name):
                 write(self.path, "")
@@ -18608,6 +18609,56 @@ class RecorderTest(TapeCase):
         self.assertEqual(len(self.entries()), 2)
         self.assertEqual(re.findall("CRED|SIGN|AKID|Signature=[^m]|[0-9a-f]{64}", text), [])
         self.assertIn("X-Amz-Signature=masked&a=1", text)
+
+    def test_what_could_be_secret_is_neither_kept_nor_compared(self):
+        answer = http_answer(b"{}", "200 OK", "X-Amz-Security-Token: SECRET", "A: b")
+        for first, again in (
+            (
+                query_for("rds", "CreateDBInstance", {"A": 1, "MasterUserPassword": "SECRET"}),
+                query_for("rds", "CreateDBInstance", {"A": 1, "MasterUserPassword": "other"}),
+            ),
+            (
+                json_for("ecs", "RunTask", {"u": "https://x/?X-Amz-Signature=SECRET&b"}),
+                json_for("ecs", "RunTask", {"u": "https://x/?X-Amz-Signature=other&b"}),
+            ),
+            (
+                s3_for("GET", "/b/k", headers={"x-amz-mfa": "SECRET"}),
+                s3_for("GET", "/b/k", headers={"x-amz-mfa": "other"}),
+            ),
+        ):
+            with self.subTest(first=first):
+                write(self.path, "")
+                self.whole(self.recording(answer).handle(first))
+                self.assertNotIn("SECRET", pathlib.Path(self.path).read_text())
+                self.assertEqual(self.playing().handle(again).status, 200)
+        proxy = self.recording(answer)
+        for request in (
+            signed_for("codeartifact", "POST", "/v1/authorization-token?domain=d"),
+            json_for("cognito-idp", "AdminRespondToAuthChallenge"),
+            json_for("secretsmanager", "GetSecretValue", {"SecretId": "a"}),
+        ):
+            write(self.path, "")
+            self.whole(proxy.handle(request))
+            self.assertEqual(self.entries(), [], request)
+
+    def test_only_its_owner_may_read_it(self):
+        self.recording()
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+
+    def test_an_input_that_the_model_refuses_is_recorded_as_it_is(self):
+        given = {"QueueUrl": JOBS_AT, "MessageBody": "m", "DelaySeconds": "5"}
+        reply = self.recording(ANSWER).handle(json_for("sqs", "SendMessage", given))
+        self.assertEqual(reply.status, 200)
+        self.assertEqual(self.entries()[0]["input"]["DelaySeconds"], "5")
+        self.assertEqual(self.playing().handle(json_for("sqs", "SendMessage", given)).status, 200)
+
+    def test_a_long_input_is_kept_as_its_hash(self):
+        given = {"a": "b" * 1000000}
+        self.recording(ANSWER).handle(json_for("ecs", "RunTask", given))
+        self.assertEqual(list(self.entries()[0]["input"]), ["input_sha256"])
+        playing = self.playing()
+        self.assertEqual(playing.handle(json_for("ecs", "RunTask", given)).status, 200)
+        self.assertEqual(playing.handle(json_for("ecs", "RunTask", {"a": "b"})).status, 400)
 
     def test_a_failing_disk_loses_no_answer_and_leaves_no_half_a_line(self):
         proxy = self.recording()
@@ -18743,6 +18794,24 @@ class TapeTest(TapeCase):
                 awsproxy.read_tape(self.path)
         write(self.path, '{"action": "x:Y"}\n\n{"action": "x:Y"}')
         self.assertEqual(len(awsproxy.read_tape(self.path)), 1)
+
+    def test_a_long_line_that_is_cut_off_is_refused(self):
+        line = '{"action": "a:B", "body_base64": "' + "A" * 3000000
+        write(self.path, line)
+        with self.assertRaisesRegex(ValueError, "line 1 is cut off"):
+            awsproxy.read_tape(self.path)
+        write(self.path, line + '"}')
+        self.assertEqual(len(awsproxy.read_tape(self.path)), 1)
+
+    def test_a_long_body_streams_from_the_file(self):
+        body = os.urandom(5000000)
+        line = {"action": "s3:GetObject", "headers": {"Content-Length": str(len(body))}}
+        text = (
+            json.dumps(line)[:-1] + ', "body_base64": "' + base64.b64encode(body).decode() + '"}'
+        )
+        reply = self.playing(text + "\n").handle(s3_for("GET", "/b/k"))
+        self.assertNotIsInstance(reply.body, bytes)
+        self.assertEqual(b"".join(reply.body), body)
 
     def test_it_is_read_again_when_it_changes(self):
         proxy = self.playing({"action": "ecs:ListTasks", "body": "old"})
