@@ -7230,8 +7230,8 @@ _QUEUE_URL = re.compile(
     r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
 )
 _FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUALIFIER
-    r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?(?!function:|[0-9]{12}:)"
-    r"([A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
+    r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?"
+    r"((?!function:|[0-9]{12}:)[A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
 )
 # Operations without a row: those of no one resource, and members that can name no resource.
 _NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run")
