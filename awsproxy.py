@@ -129,8 +129,9 @@ from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
 __all__ = [
-    "DEMO_CLIENTS", "Client", "Hook", "MovableClock", "Proxy", "Reply", "Request", "Route",
-    "Server", "ServiceError", "Sqs", "Store", "main", "running",
+    "DEMO_CLIENTS", "Client", "Guard", "Hook", "MovableClock", "Policy", "Proxy", "Recorder",
+    "Reply", "Request", "Route", "Server", "ServiceError", "Sqs", "Store", "Tape", "main",
+    "running",
 ]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
