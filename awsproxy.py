@@ -3133,6 +3133,19 @@ class Queue:
         self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
         self.change(settings, now)
 
+    def clear(self) -> None:
+        """Drop all messages."""
+        everything = (self.messages, self._ready, self._hidden, self._by_age)
+        for held in (*everything, self.attempts, self._groups, self._sent):
+            held.clear()
+        self.delayed = self.in_flight = 0
+        if self.changes is not None:
+            self.changes.cleared.add(self.serial)
+            self.changes.queues.add(self)
+            for key in [key for key in self.changes.memory if key[0] == self.serial]:
+                del self.changes.memory[key]
+        self.changed.notify_all()
+
     def change(self, settings: Settings, now: float) -> None:
         """Change settings, given in their normal form; "" unsets one."""
         changed = {**self.settings, **settings}
@@ -3194,19 +3207,6 @@ class Queue:
         """Drop a message, visible or not."""
         del self.messages[message.message_id]
         self.hide(message, 0.0)
-
-    def clear(self) -> None:
-        """Drop all messages."""
-        everything = (self.messages, self._ready, self._hidden, self._by_age)
-        for held in (*everything, self.attempts, self._groups, self._sent):
-            held.clear()
-        self.delayed = self.in_flight = 0
-        if self.changes is not None:
-            self.changes.cleared.add(self.serial)
-            self.changes.queues.add(self)
-            for key in [key for key in self.changes.memory if key[0] == self.serial]:
-                del self.changes.memory[key]
-        self.changed.notify_all()
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
