@@ -3091,17 +3091,13 @@ class Message:
     is_saved: bool = False  # whether a store has the message in its present queue
 
 
-class Changes:
+class Changes(NamedTuple):
     """The changes since a store last saved the queues."""
 
-    def __init__(self) -> None:
-        self.messages: dict[tuple[int, str], tuple[Queue, Message]] = {}  # by serial and id
-        self.queues: set[Queue] = set()  # whose settings, tags or tasks have changed
-        self.memory: dict[tuple[int, str], tuple[Any, ...]] = {}  # rows by serial and key
-        self.cleared: set[int] = set()  # the serials of queues that lost all messages
-
-    def __bool__(self) -> bool:
-        return bool(self.messages or self.queues or self.memory or self.cleared)
+    messages: dict[tuple[int, str], tuple[Queue, Message]]  # by serial and id
+    queues: set[Queue]  # whose settings, tags or tasks have changed
+    memory: list[tuple[Any, ...]]  # rows of a table
+    cleared: set[int]  # the serials of queues that lost all messages
 
 
 class Queue:
@@ -3120,30 +3116,27 @@ class Queue:
         self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
+        self._order = itertools.count()
+        # AWS accepts a later change of the scope, and ignores it.
+        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        self.clear()
+        self.change(settings, now)
+
+    def clear(self) -> None:
+        """Drop all messages."""
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
-        self._order = itertools.count()
-        # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
-        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        # Of FIFO queues alone.
         self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
         self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
-        self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
-        self.change(settings, now)
-
-    def clear(self) -> None:
-        """Drop all messages."""
-        everything = (self.messages, self._ready, self._hidden, self._by_age)
-        for held in (*everything, self.attempts, self._groups, self._sent):
-            held.clear()
-        self.delayed = self.in_flight = 0
+        self.sends: Memory = OrderedDict()  # by group and deduplication id: id, sequence number
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
             self.changes.queues.add(self)
-            for key in [key for key in self.changes.memory if key[0] == self.serial]:
-                del self.changes.memory[key]
+            self.changes.memory[:] = [row for row in self.changes.memory if row[0] != self.serial]
         self.changed.notify_all()
 
     def change(self, settings: Settings, now: float) -> None:
@@ -3219,8 +3212,8 @@ class Queue:
         """Note a send or an attempt, which must survive a restart; its time is the first."""
         memory[key] = noted
         if self.changes is not None:
-            about = self.serial, json.dumps(key)
-            self.changes.memory[about] = (*about, noted[0], json.dumps(noted))
+            row = (self.serial, json.dumps(key), noted[0], json.dumps(noted))
+            self.changes.memory.append(row)
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3238,6 +3231,9 @@ class Queue:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
             if expired and expired.sent <= oldest:
                 self.remove(expired)
+        for memory in (self.attempts, self.sends):
+            while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
+                memory.popitem(last=False)
 
     def next_change(self, deadline: float) -> float:
         """Return when a message may come back or expire, which may free its group."""
@@ -3261,31 +3257,10 @@ class Queue:
             self.changed.notify()
 
 
-def _recent(memory: Memory, now: float) -> Memory:
-    """Forget what is five minutes old, and return the memory."""
-    while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
-        memory.popitem(last=False)
-    return memory
-
-
 class FifoQueue(Queue):
-    """A queue that keeps the order of groups, and drops repeated sends ("FIFO delivery logic")."""
+    """A queue that keeps the order of groups ("FIFO delivery logic")."""
 
     fifo = True
-
-    def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
-        """Return the time, message id and sequence number of the first such send, or of this."""
-        group = system["MessageGroupId"] if self.scoped_to_group else ""
-        key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
-        if key not in memory:
-            self.remember(memory, key, now, new_id, system["SequenceNumber"])
-        return memory[key]
-
-    def recall(self, key: str, noted: str) -> None:
-        """Take up what `remember` noted."""
-        names = tuple(json.loads(key))
-        memory = self._sent if len(names) > 1 else self.attempts
-        memory[names] = tuple(json.loads(noted))
 
     def pick(self, limit: int) -> list[Message]:
         """Return a group's messages before its first hidden one, then the next group's."""
@@ -3585,7 +3560,7 @@ class Sqs:
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
-        self._queues: dict[str, Queue] = {}  # by ARN
+        self.queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
         self.serials = itertools.count(1)
@@ -3603,16 +3578,12 @@ class Sqs:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
         settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
-        queue = self._queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
+        queue = self.queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
         queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
-
-    def has(self, queue: Queue) -> bool:
-        """Return whether a queue was not deleted."""
-        return self._queues.get(queue.arn) is queue
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
@@ -3622,15 +3593,15 @@ class Sqs:
     def wake(self) -> None:
         """Make all calls that wait for messages look at their queue again."""
         with self.lock:
-            for queue in self._queues.values():
+            for queue in self.queues.values():
                 queue.changed.notify_all()
 
     def overview(self, limit: int = 10000) -> Sequence[Members]:
         """Return the first queues with their counts, attributes and tags."""
         described = []
         with self.lock:
-            for arn in heapq.nsmallest(limit, self._queues):
-                now, it = self._clock(), self._queues[arn]
+            for arn in heapq.nsmallest(limit, self.queues):
+                now, it = self._clock(), self.queues[arn]
                 it.advance(now)
                 oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
                 described.append({
@@ -3648,7 +3619,7 @@ class Sqs:
         found: list[Members] = []
         hidden_groups, room = set(), MAX_LOOK
         with self.lock:
-            queue = next((it for arn, it in self._queues.items() if arn.endswith(ending)), None)
+            queue = next((it for arn, it in self.queues.items() if arn.endswith(ending)), None)
             if queue is None:
                 raise sqs_refusal("no queue")
             queue.advance(self._clock())
@@ -3669,11 +3640,11 @@ class Sqs:
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
         with self.lock:
-            chosen = [it for it in self._queues.values() if name in ("", it.name)]
+            chosen = [it for it in self.queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
             if not name:
-                for held in (self._queues, self._deleted, self._running):
+                for held in (self.queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
 
@@ -3684,11 +3655,11 @@ class Sqs:
         return self._found(call, _arn(call, account, name), "no queue")
 
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
-        queue = self._queues.get(arn)
+        queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
             error = sqs_refusal(*refusal)
             own = f":{call.caller.account_id}:{arn.rpartition(':')[2]}"
-            places = [it.split(":")[3] for it in self._queues if it.endswith(own)]
+            places = [it.split(":")[3] for it in self.queues if it.endswith(own)]
             if places and refusal == ("no queue",):
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
@@ -3704,7 +3675,7 @@ class Sqs:
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
-        queue = self._queues.get(arn)
+        queue = self.queues.get(arn)
         if queue is None:
             refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
             defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
@@ -3714,7 +3685,7 @@ class Sqs:
             queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
         for attribute, value in settings.items():
             refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-        self._queues[arn] = queue
+        self.queues[arn] = queue
         return self.get_queue_url(call)
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
@@ -3722,7 +3693,7 @@ class Sqs:
         if not text:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
-        target = queue if arn == queue.arn else self._queues.get(arn)
+        target = queue if arn == queue.arn else self.queues.get(arn)
         if target is None or (target.region, target.account) != (queue.region, queue.account):
             raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         reason = "Dead-letter queue must be same type of queue as the source."
@@ -3757,13 +3728,13 @@ class Sqs:
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
-        return self._page(call, "QueueUrls", self._queues.values())
+        return self._page(call, "QueueUrls", self.queues.values())
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
         return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
 
     def _sources_of(self, target: Queue) -> list[Queue]:
-        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self._queues.values()]
+        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self.queues.values()]
         return [q for q, policy in policies if policy.get("deadLetterTargetArn") == target.arn]
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
@@ -3796,7 +3767,7 @@ class Sqs:
 
     def delete_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
-        del self._queues[queue.arn]
+        del self.queues[queue.arn]
         queue.clear()  # a store must not save what the queue holds
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
@@ -3886,11 +3857,15 @@ class Sqs:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
-        if isinstance(queue, FifoQueue):
+        if queue.fifo:
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
             kept["SequenceNumber"] = f"{next(self.serials):020d}"
-            _, output["MessageId"], output["SequenceNumber"] = queue.first_sent(kept, now, new_id)
+            group = kept["MessageGroupId"] if queue.scoped_to_group else ""
+            key = (group, kept["MessageDeduplicationId"])
+            if key not in queue.sends:
+                queue.remember(queue.sends, key, now, new_id, kept["SequenceNumber"])
+            _, output["MessageId"], output["SequenceNumber"] = queue.sends[key]  # of the first
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
@@ -3935,7 +3910,7 @@ class Sqs:
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
         policy = queue.policy("RedrivePolicy")
-        target = self._queues.get(policy.get("deadLetterTargetArn", ""))
+        target = self.queues.get(policy.get("deadLetterTargetArn", ""))
         taken: list[Message] = []
         dead: list[Message] = []
         most = limit if queue.fifo else min(limit, MAX_IN_FLIGHT - queue.in_flight)
@@ -3964,7 +3939,7 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        _, until, ids = _recent(queue.attempts, now).pop((attempt,), (now, now, ()))
+        _, until, ids = queue.attempts.pop((attempt,), (now, now, ()))
         received = [queue.messages[it] for it in ids if it in queue.messages]
         if len(received) < len(ids) or any(it.hidden_until != until for it in received):
             return []
@@ -4084,7 +4059,7 @@ class Sqs:
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._queues[task.given["SourceArn"]]
+        source = self.queues[task.given["SourceArn"]]
         source.advance(now)
         if self.changes is not None:
             self.changes.queues.add(source)
@@ -4093,7 +4068,7 @@ class Sqs:
                 return "RUNNING"
             dead, system = picked[0], dict(picked[0].system)
             of_source = system.pop("DeadLetterQueueSourceArn", "")
-            target = self._queues.get(task.given.get("DestinationArn", of_source))
+            target = self.queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
             if target.fifo:
@@ -7185,7 +7160,8 @@ class Store:
 
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
-        self._sqs, self._changes, self._lock = sqs, Changes(), threading.Lock()
+        self._sqs, self._changes = sqs, Changes({}, set(), [], set())
+        self._lock = threading.Lock()
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._cleaned = 0.0
         try:
@@ -7232,9 +7208,9 @@ class Store:
                 told = time.monotonic()
                 log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
-            queue = queues[serial]
-            if isinstance(queue, FifoQueue):
-                queue.recall(key, kept)
+            names, queue = tuple(json.loads(key)), queues[serial]
+            memory = queue.sends if len(names) > 1 else queue.attempts
+            memory[names] = tuple(json.loads(kept))
         for queue in queues.values():
             queue.changes = self._changes
         sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]
@@ -7242,7 +7218,7 @@ class Store:
 
     def commit(self) -> None:
         """Save all changes.  Raise ServiceError ServiceUnavailable if the disk takes none."""
-        if not (self._changes or self._lock.locked() or self._unsaved):
+        if not (any(self._changes) or self._lock.locked() or self._unsaved):
             return
         with self._lock:
             with self._sqs.lock:
@@ -7280,7 +7256,7 @@ class Store:
                 more = _to_json(it.attributes) if it.attributes else b""
                 fixed = (it.sent, _to_json(it.system), it.body, more)
                 new.append((serial, message_id, *state, it.hidden_until, *fixed))
-        there = set(filter(self._sqs.has, changes.queues))
+        there = {it for it in changes.queues if self._sqs.queues.get(it.arn) is it}
         ended = [(it.serial,) for it in changes.queues - there]
         emptied = [*ended, *((serial,) for serial in changes.cleared)]
         taken = (
@@ -7292,9 +7268,9 @@ class Store:
             ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
              " where serial = ? and id = ?", changed),
             (f"replace into messages values (null{', ?' * 11})", new),
-            ("replace into memory values (?, ?, ?, ?)", list(changes.memory.values())),
+            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()),
         )  # fmt: skip
-        for held in (changes.messages, changes.queues, changes.memory, changes.cleared):
+        for held in changes:
             held.clear()
         return [(statement, rows) for statement, rows in taken if rows]
 

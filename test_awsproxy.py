@@ -15189,7 +15189,7 @@ class StoreTest(unittest.TestCase):
                 self.assertEqual(caught.exception.code, "ServiceUnavailable")
         self.assertEqual(len(logged.output), 1)
         self.assertEqual(
-            len(caller.sqs._queues["arn:aws:sqs:us-east-1:000000000000:jobs"].messages), 2
+            len(caller.sqs.queues["arn:aws:sqs:us-east-1:000000000000:jobs"].messages), 2
         )  # not one for each try
         self.assertEqual(self.killed().bodies(url, MaxNumberOfMessages=10), ["kept"])
         caller.store._file.execute("pragma max_page_count = 100000")
