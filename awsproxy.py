@@ -4141,10 +4141,10 @@ SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _IN_QUERY, frozenset({"CreateQueue
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
-_URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
-_URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
+_URL_OPERATIONS = {name for name, it in OPERATIONS.items() if "Url" in str(it.output)}
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of a document that makes no sense
-_XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
+# In an answer in XML or JSON, up to the path.
+_QUEUE_URL = re.compile(rb'(<QueueUrl>|[:,\[]\s*")https?:(?:\\?/){2}[^/<"\\]*(?=\\?/[^"])')
 _XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
@@ -4167,18 +4167,12 @@ def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
     """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
-    if call.base_url.encode() not in body.replace(b"\\/", b"/"):
-        return body
     with contextlib.suppress(*_MALFORMED):  # the upstream refuses such documents
-        document = read_json(body.decode("utf-8"))
-        restored = _upstream_url(document["QueueUrl"], call, endpoint)
-        if restored != document["QueueUrl"]:
-            return _to_json({**document, "QueueUrl": restored})
+        given = (call.input if call.changed else call.encoded)["QueueUrl"]
+        restored = _upstream_url(given, call, endpoint)
+        if restored != given:
+            return _to_json({**read_json(body.decode("utf-8")), "QueueUrl": restored})
     return body
-
-
-def _is_json(reply: Reply) -> bool:
-    return any(n.lower() == "content-type" and "json" in v for n, v in reply.headers)
 
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
@@ -4186,24 +4180,15 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     is_output = reply.status == 200 and call.operation in _URL_OPERATIONS
     if not is_output or not isinstance(reply.body, bytes):
         return reply
-    if not _is_json(reply):
-        base = call.base_url.encode()
-        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
-    ours = functools.partial(re.sub, "https?://[^/]*", call.base_url, count=1)
-    with contextlib.suppress(*_MALFORMED):
-        document = read_json(reply.body.decode("utf-8"))
-        for member in _URL_MEMBERS.intersection(document):
-            value = document[member]
-            document[member] = ours(value) if type(value) is str else [ours(url) for url in value]
-        return reply._replace(body=_to_json(document))
-    return reply
+    base = call.base_url.encode()
+    return reply._replace(body=_QUEUE_URL.sub(lambda match: match[1] + base, reply.body))
 
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     body = reply.body if reply.status == 200 and isinstance(reply.body, bytes) else b"{}"
     with contextlib.suppress(*_MALFORMED):
-        if not _is_json(reply):
+        if not any(n.lower() == "content-type" and "json" in v for n, v in reply.headers):
             return [html.unescape(found.decode()) for found in element.findall(body)]
         output = read_json(body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
