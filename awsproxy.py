@@ -3398,8 +3398,6 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
             settings[name] = normal(text) if text or default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
-    if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
-        settings["KmsDataKeyReusePeriodSeconds"] = ""  # the default is not shown
     refuse_if(settings.get("FifoQueue") == "false", "queue type")
     key = {**current, **settings}.get("KmsMasterKeyId")
     refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
@@ -3413,10 +3411,6 @@ _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_RANGES = {  # how AWS spells the range of a number, if not in its usual way
-    "DelaySeconds": "DelaySeconds must be >= {} and <= {}.",
-    "WaitTimeSeconds": "Must be >= {} and <= {}, if provided.",
-}
 _UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
 _BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
@@ -3465,8 +3459,8 @@ def _size(entry: Members) -> int:
 def _in_range(given: Members, parameter: str, default: int, low: int, high: int) -> int:
     value: int = given.get(parameter, default)
     if not low <= value <= high:
-        reason = _RANGES.get(parameter, "Must be between {} and {}, if provided.")
-        raise sqs_refusal("value", value, parameter, reason.format(low, high))
+        reason = f"Must be between {low} and {high}, if provided."
+        raise sqs_refusal("value", value, parameter, reason)
     return value
 
 

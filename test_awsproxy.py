@@ -7689,7 +7689,7 @@ class AttributesTest(Spoken):
                 "KmsDataKeyReusePeriodSeconds": "600",
             },
         )
-        self.set(url, KmsMasterKeyId="", KmsDataKeyReusePeriodSeconds="300")
+        self.set(url, KmsMasterKeyId="", KmsDataKeyReusePeriodSeconds="")
         self.assertEqual(self.attributes(url, *asked), {"SqsManagedSseEnabled": "false"})
         self.set(url, SqsManagedSseEnabled="true")
         self.assertEqual(self.attributes(url, *asked), {"SqsManagedSseEnabled": "true"})
@@ -8849,8 +8849,8 @@ class ReceiveTest(Spoken):
             ("MaxNumberOfMessages", 0, "Must be between 1 and 10, if provided."),
             ("MaxNumberOfMessages", 11, "Must be between 1 and 10, if provided."),
             ("MaxNumberOfMessages", -1, "Must be between 1 and 10, if provided."),
-            ("WaitTimeSeconds", -1, "Must be >= 0 and <= 20, if provided."),
-            ("WaitTimeSeconds", 21, "Must be >= 0 and <= 20, if provided."),
+            ("WaitTimeSeconds", -1, "Must be between 0 and 20, if provided."),
+            ("WaitTimeSeconds", 21, "Must be between 0 and 20, if provided."),
             ("VisibilityTimeout", -1, None),
             ("VisibilityTimeout", 43201, None),
         ):
