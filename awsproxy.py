@@ -3353,16 +3353,15 @@ def _redrive_policy(text: str) -> str:
 
 
 def _redrive_allow_policy(text: str) -> str:
-    policy: dict[str, Any] = {}
+    reason = "Amazon SQS can't read the policy."
     with contextlib.suppress(ValueError):
         policy = json.loads(_policy(text))
-    permission, sources = policy.get("redrivePermission"), policy.get("sourceQueueArns", [])
-    if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
-        raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
-    if (permission == "byQueue") != bool(sources) or len(sources) > 10:
-        reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
-        raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
-    return text
+        permission, sources = policy.get("redrivePermission"), policy.get("sourceQueueArns", [])
+        if permission in ("allowAll", "denyAll", "byQueue") and isinstance(sources, list):
+            if (permission == "byQueue") == bool(sources) and len(sources) <= 10:
+                return text
+            reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
+    raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
 
 
 # What callers can set: the default, "" for none, and the normal form or ValueError or KeyError.
@@ -3456,11 +3455,10 @@ def _size(entry: Members) -> int:
     return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
 
 
-def _in_range(given: Members, parameter: str, default: int, low: int, high: int) -> int:
-    value: int = given.get(parameter, default)
+def _in_range(given: Members, name: str, default: int, low: int, high: int) -> int:
+    value: int = given.get(name, default)
     if not low <= value <= high:
-        reason = f"Must be between {low} and {high}, if provided."
-        raise sqs_refusal("value", value, parameter, reason)
+        raise sqs_refusal("value", value, name, f"Must be between {low} and {high}, if provided.")
     return value
 
 
@@ -3973,8 +3971,7 @@ class Sqs:
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
         serial, message_id, count = (text.decode() if genuine else "::").split(":", 2)
-        if not handle.startswith("AQEB") or serial != str(queue.serial):
-            raise sqs_refusal("handle", handle)
+        refuse_if(not handle.startswith("AQEB") or serial != str(queue.serial), "handle", handle)
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
@@ -4139,7 +4136,6 @@ _URL_OPERATIONS = {name for name, it in OPERATIONS.items() if "Url" in str(it.ou
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of a document that makes no sense
 # In an answer in XML or JSON, up to the path.
 _QUEUE_URL = re.compile(rb'(<QueueUrl>|[:,\[]\s*")https?:(?:\\?/){2}[^/<"\\]*(?=\\?/[^"])')
-_XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
 
 
 def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
@@ -4193,7 +4189,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
 
 def receipt_handles(reply: Reply) -> list[str]:
     """Return the receipt handles of an answer to ReceiveMessage."""
-    return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
+    return found_in(reply, re.compile(rb"<ReceiptHandle>([^<]*)<"), "Messages", "ReceiptHandle")
 
 
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
