@@ -2980,7 +2980,7 @@ class RpcV2(WireProtocol):
         return self._reply(status, request_id, body, ("Smithy-Protocol", self.protocol), in_query)
 
 
-# ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
+# ==== 5. SQS in memory: Message, Queue, Sqs, OPERATIONS ====
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
 # Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
@@ -3101,15 +3101,17 @@ class Changes(NamedTuple):
 
 
 class Queue:
-    """A standard queue.  Operations on a message are O(log n) or better in their number."""
+    """A standard or FIFO queue ("FIFO delivery logic").
 
-    fifo = False
+    Operations on a message are O(log n) or better in their number."""
+
     changes: Optional[Changes] = None  # for a store
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
         self.region, self.account, self.name = arn.split(":")[3:]
         self.serial = serial  # distinguishes queues that had the same name one after another
+        self.fifo = "FifoQueue" in settings
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
         self.created = now
@@ -3242,48 +3244,38 @@ class Queue:
         return min([deadline, *back, *ends])
 
     def pick(self, limit: int) -> list[Message]:
-        """Return up to `limit` messages that may be received now, in their order."""
-        return list(itertools.islice(self._ready.values(), limit))
+        """Return up to `limit` messages that may be received now, in their order.
+
+        Those of a FIFO queue are a group's before its first hidden one, then the next group's."""
+        if not self.fifo:
+            return list(itertools.islice(self._ready.values(), limit))
+        groups = (self._groups[name].values() for name in self._ready)
+        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
+        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
     def holds(self, message: Message, until: float) -> bool:
         """Return whether the queue has this message, and hides it until that time."""
         return self.messages.get(message.message_id) is message and message.hidden_until == until
 
     def _turn(self, message: Message) -> None:
-        """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
-        self._ready.pop(message.message_id, None)
-        if message.message_id in self.messages and not message.hidden_until:
-            self._ready[message.message_id] = message
-            self.changed.notify()
-
-
-class FifoQueue(Queue):
-    """A queue that keeps the order of groups ("FIFO delivery logic")."""
-
-    fifo = True
-
-    def pick(self, limit: int) -> list[Message]:
-        """Return a group's messages before its first hidden one, then the next group's."""
-        groups = (self._groups[name].values() for name in self._ready)
-        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
-        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
-
-    def _turn(self, message: Message) -> None:
-        """Update the group, and add it to `_ready` only if its first message is visible."""
-        name = message.system["MessageGroupId"]
-        group = self._groups[name]
-        if message.message_id in self.messages:
-            group[message.message_id] = message  # keeps its place
+        """Keep in `_ready` what a receive may take: a message, or a group by its first one."""
+        name, first = message.message_id, self.messages.get(message.message_id)
+        if not self.fifo:
+            self._ready.pop(name, None)  # takes the last place
         else:
-            del group[message.message_id]
-        first = next(iter(group.values()), None)
+            group = self._groups[message.system["MessageGroupId"]]
+            if first:
+                group[name] = message  # keeps its place
+            else:
+                del group[name]
+            name, first = message.system["MessageGroupId"], next(iter(group.values()), None)
+            if not group:
+                del self._groups[name]
         if first and not first.hidden_until:
             self._ready[name] = first
             self.changed.notify()
         else:
             self._ready.pop(name, None)
-        if not group:
-            del self._groups[name]
 
 
 @dataclass(eq=False)
@@ -3569,8 +3561,8 @@ class Sqs:
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
-        settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
-        queue = self.queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
+        queue = Queue(arn, serial, kept["settings"], kept["modified"], self.lock)
+        self.queues[arn] = queue
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
         queue.scoped_to_group = kept["scoped"]
@@ -3671,8 +3663,7 @@ class Sqs:
         if queue is None:
             refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
             defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
-            kind = FifoQueue if fifo else Queue
-            queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
+            queue = Queue(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
             self._check_redrive(queue, settings)
             queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
         for attribute, value in settings.items():
