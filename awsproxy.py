@@ -3233,7 +3233,7 @@ class Queue:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
             if expired and expired.sent <= oldest:
                 self.remove(expired)
-        for memory in (self.attempts, self.sends):
+        for memory in (self.attempts, self.sends) if self.fifo else ():
             while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
                 memory.popitem(last=False)
 
@@ -3260,9 +3260,7 @@ class Queue:
     def _turn(self, message: Message) -> None:
         """Keep in `_ready` what a receive may take: a message, or a group by its first one."""
         name, first = message.message_id, self.messages.get(message.message_id)
-        if not self.fifo:
-            self._ready.pop(name, None)  # takes the last place
-        else:
+        if self.fifo:
             group = self._groups[message.system["MessageGroupId"]]
             if first:
                 group[name] = message  # keeps its place
@@ -3271,11 +3269,11 @@ class Queue:
             name, first = message.system["MessageGroupId"], next(iter(group.values()), None)
             if not group:
                 del self._groups[name]
+        if not self.fifo or not first or first.hidden_until:
+            self._ready.pop(name, None)  # a group keeps its place, a message takes the last one
         if first and not first.hidden_until:
             self._ready[name] = first
             self.changed.notify()
-        else:
-            self._ready.pop(name, None)
 
 
 @dataclass(eq=False)
