@@ -4605,7 +4605,7 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
+_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -4760,12 +4760,13 @@ class CredentialChain:
             raise NoKeys(f"the profile {profile} is, by way of others, its own source")
         if keys and (visited or not (role or account)):  # a source profile gives its keys first
             return _credentials(*map(settings.get, _KEY_SETTINGS))
+        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
+        remedy = f"add to its profile: credential_process = {command} --format process"
         if role:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
-                remedy = "credential_process = aws configure export-credentials --format process"
                 raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
             return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
@@ -4773,7 +4774,7 @@ class CredentialChain:
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
-            return self._from_login(settings["login_session"], profile)
+            raise NoKeys(f"the proxy cannot use its login_session; {remedy}")
         partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
@@ -4867,21 +4868,6 @@ class CredentialChain:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         return token
-
-    def _from_login(self, session: str, profile: str) -> Credentials:
-        """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
-        # A refresh needs a signature with an elliptic curve, which the standard library lacks.
-        given = self.environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
-        name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
-        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
-        remedy = f"add to its profile: credential_process = {command} --format process"
-        path, told = os.path.expandvars(given), "its login is not cached; run 'aws login', and "
-        with _no_keys(told + remedy, KeyError, TypeError):
-            keys = _document(_read_text(os.path.join(path, name)).encode())["accessToken"]
-            found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
-        if found.expires <= self.clock():
-            raise NoKeys(f"the cached keys of its login have expired; {remedy}")
-        return found
 
     @functools.cached_property
     def variants(self) -> Variants:

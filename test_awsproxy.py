@@ -11674,100 +11674,20 @@ class SsoRefreshTest(ChainTest):
 
 
 class LoginSessionTest(ChainTest):
-    """The keys of `aws login` are used while they are valid (LoginProvider of botocore)."""
+    """A profile of `aws login` is refused with the remedy: its keys are not read."""
 
-    SESSION = "arn:aws:iam::111122223333:user/somebody"
-    # hashlib.sha256(SESSION.encode()).hexdigest(): generate_login_cache_key of botocore
-    NAME = "3ea6d1a7586bb9145ea2770a6c5b2f4e21d50546988a8ca67bf20a82ed1ee82d.json"
-    CONFIG = f"[profile x]\nlogin_session = {SESSION}\nregion = eu-west-1\n"
+    LOGIN = "login_session = arn:aws:iam::111122223333:user/somebody\n"
     REMEDY = "credential_process = aws configure export-credentials .*--format process"
 
-    def cache_keys(self, where=".aws/login/cache", name="L", seconds=3600, **changed):
-        names = ("accessKeyId", "secretAccessKey", "sessionToken")
-        inner = {**dict(zip(names, lasting(name))), "expiresAt": zulu(seconds), **changed}
-        token = {
-            "accessToken": {key: value for key, value in inner.items() if value != "-"},
-            "tokenType": "aws_sigv4",
-            "clientId": "arn:aws:signin:::devtools/same-device",
-            "refreshToken": "dummysecretRefresh",
-            "idToken": "dummysecretId",
-            "dpopKey": "-----BEGIN EC PRIVATE KEY-----\ndummysecret\n",
-        }
-        os.makedirs(os.path.join(self.home, where), exist_ok=True)
-        self.put(f"{where}/{self.NAME}", json.dumps(token))
-
-    def test_unexpired_keys_are_found_in_the_folder_of_the_environment(self):
-        variable = "AWS_LOGIN_CACHE_DIRECTORY"
-        rows = [
-            ("default", {}, ".aws/login/cache"),
-            ("set", {variable: f"{self.home}/other"}, "other"),
-            ("home", {variable: "~/third"}, "third"),
-            ("variable", {variable: "$HOME/fourth"}, "fourth"),
-        ]
-        for name, environ, where in rows:
-            with self.subTest(name):
-                environ = {**NO_METADATA, **environ}
-                self.assertRegex(self.skipped(environ, self.CONFIG, profile="x"), "aws login")
-                self.cache_keys(where)
-                self.assertEqual(self.found(environ, self.CONFIG, profile="x"), lasting("L"))
-                self.assertEqual(self.asked, [])
-
-    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
-    def test_botocore_uses_the_same_file_name(self):
-        from botocore.utils import generate_login_cache_key
-
-        self.assertEqual(generate_login_cache_key(self.SESSION) + ".json", self.NAME)
-
-    def test_keys_that_the_command_line_renewed_are_read_again(self):
-        self.cache_keys(seconds=900)
-        clock = Clock()
-        chain = self.chain(config=self.CONFIG, profile="x", clock=clock)
-        cache = CredentialCache(chain, clock)
-        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 900)
-        self.cache_keys(name="M", seconds=1800)
-        clock.now += 600
-        self.assertEqual(cache.get().access_key_id, "dummykeyM")
-
-    def test_expired_keys_are_refused_with_the_remedy(self):
-        for seconds in (0, -1, -86400):
-            with self.subTest(seconds):
-                self.cache_keys(seconds=seconds)
-                reason = self.skipped(config=self.CONFIG, profile="x")
-                self.assertRegex(reason, f"profile x: .*expired.*{self.REMEDY}")
-        with self.subTest("no login yet"):
-            os.remove(os.path.join(self.home, ".aws/login/cache", self.NAME))
-            reason = self.skipped(config=self.CONFIG, profile="x")
-            self.assertRegex(reason, f"profile x: .*aws login.*{self.REMEDY}")
-
-    def test_malformed_files_are_refused(self):
-        bodies = [b"", b"[]", b"null", b"\xff", b"[" * 100000, b'{"accessToken": "dummysecret"}']
-        for body in bodies:
-            with self.subTest(body=body[:99]):
-                self.cache_keys()
-                self.put(f".aws/login/cache/{self.NAME}", body)
-                self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-        names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiresAt")
-        values = ("-", 5, {"dummysecret": 1}, "dummysecret\nmore")
-        for name in names:
-            for value in values:
-                with self.subTest(name, value=value):
-                    self.cache_keys(**{name: value})
-                    self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-
-    def test_a_login_can_be_the_source_of_a_role(self):
-        self.cache_keys()
-        self.known["dummykeyL"] = [Client("", *lasting("L")[:3])]
-        config = role("y", "A", source_profile="x") + self.CONFIG
-        self.assertEqual(self.found(config=config, profile="y"), lasting("A"))
-        self.assertEqual([who for who, _, _ in self.assumed], ["L"])
+    def test_a_login_is_refused_with_the_remedy(self):
+        reason = self.skipped(config=f"[profile x]\n{self.LOGIN}", profile="x")
+        self.assertRegex(reason, f"profile x: .*login_session.*{self.REMEDY}")
 
     def test_no_other_identity_takes_the_place_of_a_login(self):
-        self.cache_keys()
         self.web = self.metadata
-        config = "[default]\nlogin_session = arn:aws:iam::111122223333:user/else\n"
-        self.assertRegex(self.skipped({}, config), "profile default: .*aws login")
+        self.assertRegex(self.skipped({}, f"[default]\n{self.LOGIN}"), "default: .*login")
         self.assertEqual(self.asked, [])
-        both = self.CONFIG + keys("P")
+        both = f"[profile x]\n{self.LOGIN}{keys('P')}"
         self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
 
 
