@@ -4714,10 +4714,11 @@ class CredentialChain:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         own = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials").get(profile, {})
         settings: dict[str, str] = {}
-        # [profile default] has the last word over [default].
-        for section in sorted(config, key="default".__ne__):
-            if _profile_of(section) == profile:
-                settings.update(config[section])
+        # [profile default] has the last word over [default]; a name with blanks may be quoted.
+        names = ["default"] if profile == "default" else []
+        names += (f"profile {it}" for it in (profile, f"'{profile}'", f'"{profile}"'))
+        for name in names:
+            settings.update(config.get(name, {}))
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
             settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
@@ -4725,8 +4726,7 @@ class CredentialChain:
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
             raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
-        if settings.get("sso_session"):
-            settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
+        settings.update(config.get(f"sso-session {settings.get('sso_session', '')}", {}))
         return settings
 
     def _settings(self) -> Section:
@@ -4901,15 +4901,6 @@ def session_name(name: Optional[str]) -> str:
 def _read_text(path: str) -> str:
     with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         return pathlib.Path(os.path.expanduser(path)).read_text("utf-8").strip()
-
-
-def _profile_of(section: str) -> str:
-    """Return the profile of a section in ~/.aws/config, "" for none."""
-    with contextlib.suppress(ValueError):
-        kind, *names = shlex.split(section)  # a name with blanks may be quoted
-        if kind == "profile":
-            return " ".join(names)
-    return "default" if section == "default" else ""
 
 
 def _from_process(command: str) -> Credentials:
