@@ -4923,65 +4923,52 @@ class CredentialCache:
 
     AHEAD = 300  # seconds before the expiration at which the first renewal is tried
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
-    PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
     chain: CredentialChain
     clock: Clock = time.time
-    sleep: Callable[[float], None] = time.sleep
     variants: Variants = (False, False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _current: Credentials = field(default=Credentials("", "", expires=math.nan), init=False)
-    _renew_at: float = field(default=-math.inf, init=False)
-    _next_try: float = field(default=-math.inf, init=False)
-    _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
+    _next_try: float = field(default=-math.inf, init=False)  # and -inf once AWS has refused them
+    _failure: Optional[NoKeys] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
-        return self._current if self.clock() < self._renew_at else None
+        now, keys = self.clock(), self._current
+        return keys if now < self._next_try and now < keys.expires else None
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        now = self.clock()
-        valid = self._current.expires > now
+        valid = self._current.expires > self.clock()
         if not self._lock.acquire(blocking=not valid):
             return self._current  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now)
+            return self.ready() or self._renew(self.clock())
         finally:
             self._lock.release()
 
     def _renew(self, now: float) -> Credentials:
-        valid = self._current.expires > now
-        if now < self._next_try and valid:
-            return self._current
-        if now < self._next_try and self._failure:
-            raise NoKeys(*self._failure)
-        self._next_try = now + self.RETRY
-        pauses = [] if valid else list(self.PAUSES)
-        while True:
-            try:
-                found = self.chain.find()
-                if found.expires <= now:
-                    raise NoKeys("the credentials found have expired")
-                self._current, self._failure = found, None  # first: `ready` takes no lock
-                self._renew_at = found.expires - self.AHEAD
-                return found
-            except NoKeys as reason:
-                if reason.passing and pauses:
-                    self.sleep(pauses.pop(0))
-                    continue
-                self._failure = (str(reason), reason.passing)
-                self._next_try = now + (1 if reason.passing else self.RETRY)
-                log.warning("credentials not renewed: %s", reason)
-                if valid:
-                    return self._current
+        if self._failure and now < self._next_try:
+            raise NoKeys(str(self._failure), self._failure.passing)
+        try:
+            found = self.chain.find()
+            if found.expires <= now:
+                raise NoKeys("the credentials found have expired")
+            self._current, self._failure = found, None  # first: `ready` takes no lock
+            self._next_try = max(found.expires - self.AHEAD, now + self.RETRY)
+        except NoKeys as reason:
+            self._failure = reason
+            self._next_try = now + (1 if reason.passing else self.RETRY)
+            log.warning("credentials not renewed: %s", reason)
+            if not self._current.expires > now:
                 raise
+        return self._current
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
-        fresh = refused is self._current and self._renew_at > -math.inf
+        fresh = refused is self._current and not self._failure and self._next_try > -math.inf
         if fresh:
-            self._renew_at = self._next_try = -math.inf
+            self._next_try = -math.inf
         return fresh or refused is not self._current
 
     @property

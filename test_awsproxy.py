@@ -11249,25 +11249,6 @@ class NoOtherIdentityTest(ChainTest):
         config = f"[default]\ncredential_process = {command}\n"
         self.assertIn("its process ended with 1: no ticket", self.skipped(config=config))
 
-    @each(
-        (True, 1, [0.2]),
-        (True, 2, [0.2, 0.8]),
-        (True, 3, [0.2, 0.8]),
-        (False, 1, []),
-    )
-    def test_failure_that_may_pass_is_tried_again(self, passing, results, slept):
-        pauses, clock = [], Clock()
-        good = Credentials("dummykey", "dummysecret")
-        chain = Finding(*[NoKeys("down", passing)] * results, good)
-        cache = CredentialCache(chain, clock, pauses.append)
-        if passing and results < 3:
-            self.assertIs(cache.get(), good)
-        else:
-            with self.assertRaisesRegex(NoKeys, "down") as caught:
-                cache.get()
-            self.assertEqual(caught.exception.passing, passing)
-        self.assertEqual(pauses, slept)
-
     def test_refusal_is_repeated_by_sdks_only_if_the_failure_may_pass(self):
         reason = "profile a: the role arn:aws:iam::111122223333:role/Secret cannot be assumed: "
         reason += "/home/somebody/token cannot be read"
@@ -11275,7 +11256,7 @@ class NoOtherIdentityTest(ChainTest):
             (True, 503, "ServiceUnavailable"),
             (False, 403, "AccessDeniedException"),
         ):
-            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock(), lambda _: None)
+            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock())
             upstream = Upstream(
                 Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
             )
@@ -11834,8 +11815,7 @@ class PartlySetUpTest(ChainTest):
         self.assertEqual(self.found(environ, config), lasting("I"))
 
     def test_one_failure_while_renewing_changes_no_identity(self):
-        clock, pauses = Clock(), []
-        down = [False]
+        clock, down = Clock(), [False]
 
         def fetch(url, headers, **how):
             if down[0] and url.startswith("http://169.254.170.2/"):
@@ -11844,14 +11824,13 @@ class PartlySetUpTest(ChainTest):
 
         self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
         chain = self.chain(RELATIVE, fetch=fetch, clock=clock)
-        cache = CredentialCache(chain, clock, pauses.append)
+        cache = CredentialCache(chain, clock)
         self.assertEqual(cache.get(), lasting("C"))
         down[0] = True
         with self.assertLogs("awsproxy", "WARNING") as logged:
             for seconds in (3300, 3310, 3599):
                 clock.now = EXAMPLE_TIME + seconds
                 self.assertEqual(cache.get(), lasting("C"))
-            self.assertEqual(pauses, [])  # nobody waits while there are good ones
             clock.now = EXAMPLE_TIME + 3600
             with self.assertRaisesRegex(NoKeys, "container: .*503") as caught:
                 cache.get()
@@ -11867,7 +11846,7 @@ class PartlySetUpTest(ChainTest):
     def test_a_failure_that_may_pass_is_remembered_for_one_second(self, passing, seconds):
         clock = Clock()
         chain = Finding(NoKeys("down", passing))
-        cache = CredentialCache(chain, clock, lambda _: None)
+        cache = CredentialCache(chain, clock)
         for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
             clock.now, before = EXAMPLE_TIME + now, chain.times
             with self.assertRaisesRegex(NoKeys, "down"):
@@ -11934,7 +11913,7 @@ class FailureReasonTest(ChainTest):
                 _, url = self.serve((403, body.encode()))
                 fetch = functools.partial(self.redirected, url)
                 chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
-                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME)
                 with self.assertLogs("awsproxy", "WARNING") as logged:
                     with self.assertRaisesRegex(NoKeys, f"answered 403: {no}"):
                         cache.get()
