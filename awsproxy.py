@@ -4827,30 +4827,25 @@ class CredentialChain:
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
         answer = _document(self.fetch(url, headers, data=body))
-        token, seconds = answer.get("accessToken"), answer.get("expiresIn")
-        if not isinstance(seconds, int) or not 0 < seconds < 10**9:
-            raise NoKeys("the answer of SSO holds no valid expiresIn")
-        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-            raise NoKeys("the answer of SSO holds no token")
+        token, seconds = answer.get("accessToken", ""), answer.get("expiresIn", 0)
+        valid = isinstance(seconds, int) and 0 < seconds < 10**9 and isinstance(token, str)
+        if not valid or not re.fullmatch("[!-~]+", token):
+            raise NoKeys("the answer of SSO holds no valid token and expiresIn")
         new = {
             **{name: cached[name] for name in names if name != "refreshToken"},
             **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
             "startUrl": settings.get("sso_start_url", ""), "region": region,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
-        temporary = ""
         try:  # replace the file in one step; only its owner can read it
-            opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
-            with os.fdopen(opened, "w", encoding="utf-8") as file:
-                json.dump(new, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+                file = pathlib.Path(folder, "token")
+                file.touch(0o600)
+                file.write_text(json.dumps(new), "utf-8")
+                file.replace(path)
         except OSError as error:
             log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        return token
+        return str(token)
 
     @functools.cached_property
     def variants(self) -> Variants:
@@ -4876,7 +4871,9 @@ class CredentialChain:
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
         endpoint = endpoint_for("sts", region, variants=self.variants)
-        fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
+        name = fields["RoleSessionName"] or "awsproxy"
+        # AssumeRole takes 2 to 64 of these characters.
+        fields["RoleSessionName"] = re.sub("[^A-Za-z0-9_+=,.@-]", "-", name)[:64].ljust(2, "-")
         form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
         body = urllib.parse.urlencode(form).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
@@ -4891,11 +4888,6 @@ class CredentialChain:
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
         return _credentials(*map(found.get, _STS_FIELDS))
-
-
-def session_name(name: Optional[str]) -> str:
-    """Return a valid name of a role session, 2 to 64 characters long (AssumeRole)."""
-    return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
 
 
 def _read_text(path: str) -> str:

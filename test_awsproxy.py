@@ -11101,11 +11101,17 @@ class RoleTest(ChainTest):
             ("demo", "demo"), ("x" * 64, "x" * 64), ("x" * 65, "x" * 64), (None, "awsproxy"),
             ("", "awsproxy"), ("a b/c:d", "a-b-c-d"), ("A_1+=,.@-z", "A_1+=,.@-z"),
         ]  # fmt: skip
+
+        def session_name(given):
+            role_arn = "arn:aws:iam::1:role/A"
+            self.found(environment("E"), role_arn=role_arn, session_name=given)
+            return self.assumed[-1][2]["RoleSessionName"]
+
         for given, expected in rows:
-            self.assertEqual(awsproxy.session_name(given), expected)
+            self.assertEqual(session_name(given), expected)
         for given in ("a", "-", "\u00e9", "a\n", " ", "-" * 70, "\u0662\u0662", "x" * 63 + "\n"):
             with self.subTest(given):
-                made = awsproxy.session_name(given)
+                made = session_name(given)
                 self.assertRegex(made, r"\A[A-Za-z0-9_+=,.@-]{2,64}\Z")
 
 
@@ -11603,7 +11609,7 @@ class SsoRefreshTest(ChainTest):
         self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
         self.assertEqual(self.asked, [])
 
-    @each("tempfile.mkstemp", "os.replace")
+    @each("tempfile.mkdtemp", "pathlib.Path.replace")
     def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self, function):
         self.cache_for(0)
         chain, before = self.chain(**self.SESSION), self.cached()
