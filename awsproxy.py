@@ -4361,22 +4361,19 @@ VARIANT_PREFIXES = pairs("""
     api.detective@dual=detective api.ecr@dual=ecr api.tunneling.iot@dual=api.iot-tunneling
     ingest.timestream@dual=timestream-ingest es@dual=aos query.timestream@dual=timestream-query
     elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api""")
-# The region in the hosts of global services, by partition or region; "-" stands for none.
-GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
-    (place, prefix): region.strip("-")
-    for place, region, *prefixes in map(str.split, """
-    aws - budgets cloudfront iam importexport route53 savingsplans waf; aws global codecatalyst
-    partnercentral-channel partnercentral-prm; aws us-east-1 account
-    arc-region-switch-control-plane artifact bcm-dashboards bcm-data-exports bcm-pricing-calculator
-    bcm-recommended-actions billing billingconductor ce chime freetier invoicing
-    notifications-contacts organizations payments pricingplanmanager route53domains shield support
-    tax; aws us-west-2 globalaccelerator networkmanager route53-recovery-control-config; us-east-1
-    - sdb; aws-cn - budgets route53; aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account
-    artifact bcm-pricing-calculator billing ce cloudfront invoicing networkmanager organizations
-    route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
-    cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
-    invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
-    budgets route53; aws-iso-b - route53""".split(";")) for prefix in prefixes
+# The region in the hosts of global services, by PREFIX, PREFIX@PARTITION or PREFIX@REGION; "-"
+# stands for none, "main" for the region that they are signed for.
+GLOBAL_REGIONS = {
+    prefix: region.strip("-") for region, *prefixes in map(str.split, """
+    - budgets cloudfront iam@aws importexport@aws route53 savingsplans@aws sdb@us-east-1 waf@aws;
+    global codecatalyst@aws partnercentral-channel@aws partnercentral-prm@aws; us-gov
+    iam@aws-us-gov route53@aws-us-gov; us-west-2 globalaccelerator@aws networkmanager@aws
+    route53-recovery-control-config@aws; cn-north-1 iam@aws-cn support@aws-cn; main account
+    arc-region-switch-control-plane@aws artifact bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws ce chime@aws
+    cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
+    organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
+    shield@aws support tax""".split(";")) for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
@@ -4434,7 +4431,8 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
+    places = map(GLOBAL_REGIONS.get, (f"{prefix}@{region}", f"{prefix}@{partition}", prefix))
+    place = next((it for it in places if it is not None), region).replace("main", main)
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
