@@ -4603,7 +4603,6 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -4641,20 +4640,19 @@ class CredentialChain:
         elif settings.get("role_arn") and not settings.get("web_identity_token_file"):
             # A role of the profile comes before web identity.
             sources[1], sources[2] = sources[2], sources[1]
-        tried, passing = [], False
+        tried: list[str] = []
         for name, source in sources:
             try:
                 found = source()
-            except NoKeys as reason:
-                tried.append(f"{name}: {reason}")
-                exists = name != "EC2 metadata" or " answered " in str(reason)
-                passing = reason.passing and exists
-                if isinstance(reason, NotSetUp):
+            except NoKeys as error:
+                tried.append(f"{name}: {error}")
+                if isinstance(error, NotSetUp):
                     continue
-                break  # another source would be another identity
+                passing = error.passing and (name != "EC2 metadata" or " answered " in str(error))
+                raise NoKeys("; ".join(tried), passing) from error  # the next is another identity
             role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
             return self._assume(found, role) if self.role_arn else found
-        raise NoKeys("; ".join(tried), passing)
+        raise NoKeys("; ".join(tried))
 
     def _from_environment(self) -> Credentials:
         key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
@@ -4742,7 +4740,7 @@ class CredentialChain:
         if keys and (visited or not (role or account)):  # a source profile gives its keys first
             return _credentials(*map(settings.get, _KEY_SETTINGS))
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
-        remedy = f"add to its profile: credential_process = {command} --format process"
+        remedy = f"credential_process = {command} --format process"
         if role:
             path = settings.get("web_identity_token_file")
             if path:
@@ -4755,7 +4753,7 @@ class CredentialChain:
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
-            raise NoKeys(f"the proxy cannot use its login_session; {remedy}")
+            raise NoKeys(f"the proxy cannot use its login_session; add to its profile: {remedy}")
         partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
@@ -4786,9 +4784,9 @@ class CredentialChain:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
         with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
-            keys = _document(answer)["roleCredentials"]
-            found = _credentials(*(keys[name] for name in _MEMBERS))
-            return found._replace(expires=keys["expiration"] / 1000)
+            got = _document(answer)["roleCredentials"]
+            found = _credentials(got["accessKeyId"], got["secretAccessKey"], got["sessionToken"])
+            return found._replace(expires=got["expiration"] / 1000)
 
     def _sso_token(self, settings: Section) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
@@ -4877,10 +4875,9 @@ class CredentialChain:
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
-            amz_date = iso_basic(self.clock())
-            scope = CredentialScope(amz_date[:8], region, "sts")
-            payload_hash = hashlib.sha256(body).hexdigest()
-            headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
+            date, payload_hash = iso_basic(self.clock()), hashlib.sha256(body).hexdigest()
+            scope = CredentialScope(date[:8], region, "sts")
+            headers = sign(request, payload_hash, source, scope, date)[0].headers
         answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELD.findall(answer))
         if len(found) < 4:
