@@ -4638,8 +4638,7 @@ class CredentialChain:
         if self.chosen:
             sources = sources[2:3]
         elif settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            # A role of the profile comes before web identity.
-            sources[1], sources[2] = sources[2], sources[1]
+            sources[1:3] = sources[2], sources[1]  # a role of the profile before web identity
         tried: list[str] = []
         for name, source in sources:
             try:
@@ -4977,8 +4976,7 @@ class Keyring:
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
-        with self._lock:
-            seconds = [cache.seconds_left for cache in self._caches.values()]
+        seconds = [cache.seconds_left for cache in list(self._caches.values())]
         return min((it for it in seconds if not math.isnan(it)), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:
