@@ -4620,6 +4620,7 @@ class CredentialChain:
     session_name: str = ""
     fetch: Callable[..., bytes] = fetch
     clock: Clock = time.time
+    _instance: Optional[Credentials] = field(default=None, init=False)  # of EC2 metadata, the last
 
     @property
     def profile(self) -> str:
@@ -4683,6 +4684,22 @@ class CredentialChain:
         return _credentials(*map(_document(self.fetch(url, headers)).get, _HOST_FIELDS))
 
     def _from_metadata(self) -> Credentials:
+        """Return the keys of the EC2 instance; extend expired ones (SDKs: static stability)."""
+        now, reason = self.clock(), "it still returns the old ones"
+        try:
+            self._instance = self._ask_metadata()
+        except NoKeys as error:
+            if not self._instance or self._instance.expires > now:
+                raise
+            reason = str(error)
+        if self._instance.expires > now:
+            return self._instance
+        seconds = random.uniform(120, 600)  # until the next try: the jitter of botocore
+        text = "EC2 metadata has no new credentials (%s); using the expired ones for %d seconds"
+        log.warning(text, reason, seconds)
+        return self._instance._replace(expires=now + CredentialCache.AHEAD + seconds)
+
+    def _ask_metadata(self) -> Credentials:
         if self.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             raise NoKeys("AWS_EC2_METADATA_DISABLED is true")
         given = self.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")

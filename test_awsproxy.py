@@ -10815,7 +10815,7 @@ class SourceTest(ChainTest):
     def test_failures_that_may_pass_are_said_to(self):
         for reason, passing in (("x answered 503", True), ("x did not answer: no route", False)):
             chain = self.chain({})
-            chain._from_metadata = mock.Mock(side_effect=NoKeys(reason, True))
+            chain._ask_metadata = mock.Mock(side_effect=NoKeys(reason, True))
             with self.subTest(reason), self.assertRaises(NoKeys) as caught:
                 chain.find()
             self.assertEqual(caught.exception.passing, passing)
@@ -11678,17 +11678,105 @@ class LoginSessionTest(ChainTest):
         self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
 
 
-class InstanceTest(ChainTest):
-    @each({}, {**NO_METADATA, **RELATIVE}, {**NO_METADATA, **BY_IDENTITY})
-    def test_expired_keys_are_refused(self, environ):
-        expired = {"Expiration": zulu(-1)}
-        self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired),
-                    **self.metadata, ROLES + "a%20b": document("I", **expired)}  # fmt: skip
-        clock = Clock()
-        cache = CredentialCache(self.chain(environ, clock=clock), clock)
+class StaticStabilityTest(ChainTest):
+    """Keys of EC2 metadata outlive a failure of the metadata service.
+
+    AWS accepts them longer then.  InstanceMetadataFetcher of botocore extends them by its
+    refresh window and 2 to 10 minutes; the window here is CredentialCache.AHEAD.
+    """
+
+    def start(self, environ=(), config="", **how):
+        self.clock = Clock()
+        chain = self.chain(dict(environ), config, clock=self.clock, **how)
+        self.cache = CredentialCache(chain, self.clock, lambda _: None)
+
+    def answer(self, name, seconds):
+        return {**self.metadata, ROLES + "a%20b": document(name, Expiration=zulu(seconds))}
+
+    def get(self, seconds):
+        """Return the name of the keys that are used then, and how often IMDS was asked for it."""
+        self.clock.now, before = EXAMPLE_TIME + seconds, len(self.asked)
+        name = self.cache.get().access_key_id[8:]
+        urls = [it.url for it in self.asked[before:]]
+        return name, sum(url.endswith("/api/token") for url in urls)
+
+    def test_expired_keys_are_used_and_renewed_after_two_to_ten_minutes(self):
+        self.web = self.answer("I", -60)
+        waits = set()
+        for _ in range(50):
+            self.start()
+            with self.assertLogs("awsproxy", "WARNING") as logged:
+                self.assertEqual(self.get(0), ("I", 1))
+            self.assertRegex(logged.output[0], "EC2 metadata.*expired")
+            self.assertNotIn("dummysecret", "".join(logged.output))
+            wait = self.cache.seconds_left - CredentialCache.AHEAD
+            self.assertTrue(120 <= wait <= 600, wait)
+            waits.add(round(wait))
+            self.assertEqual(self.get(wait - 1), ("I", 0))
+        self.assertGreater(len(waits), 5)  # many hosts must not ask at the same time
+        with self.assertLogs("awsproxy", "WARNING"):  # still the old ones
+            self.assertEqual(self.get(wait), ("I", 1))
+        self.web = self.answer("J", 30000)
+        self.assertEqual(self.get(wait + 600), ("J", 1))
+        self.assertEqual(self.cache.seconds_left, 30000 - wait - 600)
+
+    def test_keys_that_expire_soon_are_used_past_their_end(self):
+        self.web = self.answer("I", 200)
+        self.start()
+        self.assertEqual(self.get(0), ("I", 1))
         with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.get(200), ("I", 1))
+        self.assertEqual(self.get(300), ("I", 0))
+
+    def test_keys_are_kept_while_the_metadata_service_fails(self):
+        down = {ROLES: b"a b"}  # the token cannot be had
+        rows = [
+            ("no answer", down),
+            ("no role", {**self.metadata, ROLES + "a%20b": b""}),
+            ("no JSON", {**self.metadata, ROLES + "a%20b": b"<html>"}),
+            (
+                "an error",
+                {**self.metadata, ROLES + "a%20b": b'{"Code": "Failed"}'},
+            ),
+        ]
+        for name, failure in rows:
+            with self.subTest(name), self.assertLogs("awsproxy", "WARNING") as logged:
+                self.web = self.answer("I", 3600)
+                self.start()
+                self.assertEqual(self.get(0), ("I", 1))
+                self.web = failure
+                self.assertEqual(self.get(3299)[0], "I")
+                self.assertEqual(self.get(3300), ("I", 1))
+                self.assertEqual(self.cache.seconds_left, 300)
+                self.assertEqual(self.get(3600)[0], "I")  # at its end
+                left = self.cache.seconds_left
+                self.assertTrue(420 <= left <= 900, left)
+                self.assertEqual(self.get(3600 + left), ("I", 1))
+                self.assertEqual(self.get(90000)[0], "I")
+                self.web = self.answer("J", 100000)
+                self.assertEqual(self.get(91000)[0], "J")
+                self.assertNotIn("dummysecret", "".join(logged.output))
+        with self.subTest("where there were none"):
+            self.web = down
+            self.start()
+            with self.assertRaisesRegex(NoKeys, "EC2 metadata: "):
+                self.get(0)
+
+    @each(RELATIVE, BY_IDENTITY)
+    def test_keys_of_other_sources_are_not_extended(self, environ):
+        expired = {"Expiration": zulu(-1)}
+        self.web = {"http://169.254.170.2/": document("C", **expired), STS: of_sts("W", **expired)}
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.start({**NO_METADATA, **environ})
             with self.assertRaisesRegex(NoKeys, "expired"):
-                cache.get()
+                self.get(0)
+
+    def test_expired_keys_of_the_instance_still_sign_for_its_role(self):
+        self.web = self.answer("I", -60)
+        config = role("x", "A", credential_source="Ec2InstanceMetadata")
+        with self.assertLogs("awsproxy", "WARNING"):
+            self.assertEqual(self.found({}, config, profile="x"), lasting("A"))
+        self.assertEqual([who for who, _, _ in self.assumed], ["I"])
 
     def test_a_timeout_may_pass_if_a_profile_names_the_metadata(self):
         config = role("default", "A", credential_source="Ec2InstanceMetadata")
