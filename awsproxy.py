@@ -4300,22 +4300,19 @@ VARIANT_PREFIXES = pairs("""
     api.detective@dual=detective api.ecr@dual=ecr api.tunneling.iot@dual=api.iot-tunneling
     ingest.timestream@dual=timestream-ingest es@dual=aos query.timestream@dual=timestream-query
     elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api""")
-# The region in the hosts of global services, by partition or region; "-" stands for none.
-GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
-    (place, prefix): region.strip("-")
-    for place, region, *prefixes in map(str.split, """
-    aws - budgets cloudfront iam importexport route53 savingsplans waf; aws global codecatalyst
-    partnercentral-channel partnercentral-prm; aws us-east-1 account
-    arc-region-switch-control-plane artifact bcm-dashboards bcm-data-exports bcm-pricing-calculator
-    bcm-recommended-actions billing billingconductor ce chime freetier invoicing
-    notifications-contacts organizations payments pricingplanmanager route53domains shield support
-    tax; aws us-west-2 globalaccelerator networkmanager route53-recovery-control-config; us-east-1
-    - sdb; aws-cn - budgets route53; aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account
-    artifact bcm-pricing-calculator billing ce cloudfront invoicing networkmanager organizations
-    route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
-    cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
-    invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
-    budgets route53; aws-iso-b - route53""".split(";")) for prefix in prefixes
+# The region in the hosts of global services, by PREFIX, PREFIX@PARTITION or PREFIX@REGION; "-"
+# stands for none, "main" for the region that they are signed for.
+GLOBAL_REGIONS = {
+    prefix: region.strip("-") for region, *prefixes in map(str.split, """
+    - budgets cloudfront iam@aws importexport@aws route53 savingsplans@aws sdb@us-east-1 waf@aws;
+    global codecatalyst@aws partnercentral-channel@aws partnercentral-prm@aws; us-gov
+    iam@aws-us-gov route53@aws-us-gov; us-west-2 globalaccelerator@aws networkmanager@aws
+    route53-recovery-control-config@aws; cn-north-1 iam@aws-cn support@aws-cn; main account
+    arc-region-switch-control-plane@aws artifact bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws ce chime@aws
+    cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
+    organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
+    shield@aws support tax""".split(";")) for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
@@ -4373,7 +4370,8 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
+    places = map(GLOBAL_REGIONS.get, (f"{prefix}@{region}", f"{prefix}@{partition}", prefix))
+    place = next((it for it in places if it is not None), region).replace("main", main)
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
@@ -4544,7 +4542,6 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -4581,22 +4578,20 @@ class CredentialChain:
         if self.chosen:
             sources = sources[2:3]
         elif settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            # A role of the profile comes before web identity.
-            sources[1], sources[2] = sources[2], sources[1]
-        tried, passing = [], False
+            sources[1:3] = sources[2], sources[1]  # a role of the profile before web identity
+        tried: list[str] = []
         for name, source in sources:
             try:
                 found = source()
-            except NoKeys as reason:
-                tried.append(f"{name}: {reason}")
-                exists = name != "EC2 metadata" or " answered " in str(reason)
-                passing = reason.passing and exists
-                if isinstance(reason, NotSetUp):
+            except NoKeys as error:
+                tried.append(f"{name}: {error}")
+                if isinstance(error, NotSetUp):
                     continue
-                break  # another source would be another identity
+                passing = error.passing and (name != "EC2 metadata" or " answered " in str(error))
+                raise NoKeys("; ".join(tried), passing) from error  # the next is another identity
             role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
             return self._assume(found, role) if self.role_arn else found
-        raise NoKeys("; ".join(tried), passing)
+        raise NoKeys("; ".join(tried))
 
     def _from_environment(self) -> Credentials:
         key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
@@ -4670,10 +4665,11 @@ class CredentialChain:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         own = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials").get(profile, {})
         settings: dict[str, str] = {}
-        # [profile default] has the last word over [default].
-        for section in sorted(config, key="default".__ne__):
-            if _profile_of(section) == profile:
-                settings.update(config[section])
+        # [profile default] has the last word over [default]; a name with blanks may be quoted.
+        names = ["default"] if profile == "default" else []
+        names += (f"profile {it}" for it in (profile, f"'{profile}'", f'"{profile}"'))
+        for name in names:
+            settings.update(config.get(name, {}))
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
             settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
@@ -4681,8 +4677,7 @@ class CredentialChain:
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
             raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
-        if settings.get("sso_session"):
-            settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
+        settings.update(config.get(f"sso-session {settings.get('sso_session', '')}", {}))
         return settings
 
     def _settings(self) -> Section:
@@ -4699,12 +4694,13 @@ class CredentialChain:
             raise NoKeys(f"the profile {profile} is, by way of others, its own source")
         if keys and (visited or not (role or account)):  # a source profile gives its keys first
             return _credentials(*map(settings.get, _KEY_SETTINGS))
+        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
+        remedy = f"credential_process = {command} --format process"
         if role:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
-                remedy = "credential_process = aws configure export-credentials --format process"
                 raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
             return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
@@ -4712,7 +4708,7 @@ class CredentialChain:
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
-            return self._from_login(settings["login_session"], profile)
+            raise NoKeys(f"the proxy cannot use its login_session; add to its profile: {remedy}")
         partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
@@ -4743,9 +4739,9 @@ class CredentialChain:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
         with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
-            keys = _document(answer)["roleCredentials"]
-            found = _credentials(*(keys[name] for name in _MEMBERS))
-            return found._replace(expires=keys["expiration"] / 1000)
+            got = _document(answer)["roleCredentials"]
+            found = _credentials(got["accessKeyId"], got["secretAccessKey"], got["sessionToken"])
+            return found._replace(expires=got["expiration"] / 1000)
 
     def _sso_token(self, settings: Section) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
@@ -4782,45 +4778,25 @@ class CredentialChain:
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
         answer = _document(self.fetch(url, headers, data=body))
-        token, seconds = answer.get("accessToken"), answer.get("expiresIn")
-        if not isinstance(seconds, int) or not 0 < seconds < 10**9:
-            raise NoKeys("the answer of SSO holds no valid expiresIn")
-        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-            raise NoKeys("the answer of SSO holds no token")
+        token, seconds = answer.get("accessToken", ""), answer.get("expiresIn", 0)
+        valid = isinstance(seconds, int) and 0 < seconds < 10**9 and isinstance(token, str)
+        if not valid or not re.fullmatch("[!-~]+", token):
+            raise NoKeys("the answer of SSO holds no valid token and expiresIn")
         new = {
             **{name: cached[name] for name in names if name != "refreshToken"},
             **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
             "startUrl": settings.get("sso_start_url", ""), "region": region,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
-        temporary = ""
         try:  # replace the file in one step; only its owner can read it
-            opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
-            with os.fdopen(opened, "w", encoding="utf-8") as file:
-                json.dump(new, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+                file = pathlib.Path(folder, "token")
+                file.touch(0o600)
+                file.write_text(json.dumps(new), "utf-8")
+                file.replace(path)
         except OSError as error:
             log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        return token
-
-    def _from_login(self, session: str, profile: str) -> Credentials:
-        """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
-        # A refresh needs a signature with an elliptic curve, which the standard library lacks.
-        given = self.environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
-        name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
-        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
-        remedy = f"add to its profile: credential_process = {command} --format process"
-        path, told = os.path.expandvars(given), "its login is not cached; run 'aws login', and "
-        with _no_keys(told + remedy, KeyError, TypeError):
-            keys = _document(_read_text(os.path.join(path, name)).encode())["accessToken"]
-            found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
-        if found.expires <= self.clock():
-            raise NoKeys(f"the cached keys of its login have expired; {remedy}")
-        return found
+        return str(token)
 
     @functools.cached_property
     def variants(self) -> Variants:
@@ -4846,16 +4822,17 @@ class CredentialChain:
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
         endpoint = endpoint_for("sts", region, variants=self.variants)
-        fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
+        name = fields["RoleSessionName"] or "awsproxy"
+        # AssumeRole takes 2 to 64 of these characters.
+        fields["RoleSessionName"] = re.sub("[^A-Za-z0-9_+=,.@-]", "-", name)[:64].ljust(2, "-")
         form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
         body = urllib.parse.urlencode(form).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
-            amz_date = iso_basic(self.clock())
-            scope = CredentialScope(amz_date[:8], region, "sts")
-            payload_hash = hashlib.sha256(body).hexdigest()
-            headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
+            date, payload_hash = iso_basic(self.clock()), hashlib.sha256(body).hexdigest()
+            scope = CredentialScope(date[:8], region, "sts")
+            headers = sign(request, payload_hash, source, scope, date)[0].headers
         answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELD.findall(answer))
         if len(found) < 4:
@@ -4863,23 +4840,9 @@ class CredentialChain:
         return _credentials(*map(found.get, _STS_FIELDS))
 
 
-def session_name(name: Optional[str]) -> str:
-    """Return a valid name of a role session, 2 to 64 characters long (AssumeRole)."""
-    return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
-
-
 def _read_text(path: str) -> str:
     with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         return pathlib.Path(os.path.expanduser(path)).read_text("utf-8").strip()
-
-
-def _profile_of(section: str) -> str:
-    """Return the profile of a section in ~/.aws/config, "" for none."""
-    with contextlib.suppress(ValueError):
-        kind, *names = shlex.split(section)  # a name with blanks may be quoted
-        if kind == "profile":
-            return " ".join(names)
-    return "default" if section == "default" else ""
 
 
 def _from_process(command: str) -> Credentials:
@@ -4902,65 +4865,52 @@ class CredentialCache:
 
     AHEAD = 300  # seconds before the expiration at which the first renewal is tried
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
-    PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
     chain: CredentialChain
     clock: Clock = time.time
-    sleep: Callable[[float], None] = time.sleep
     variants: Variants = (False, False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _current: Credentials = field(default=Credentials("", "", expires=math.nan), init=False)
-    _renew_at: float = field(default=-math.inf, init=False)
-    _next_try: float = field(default=-math.inf, init=False)
-    _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
+    _next_try: float = field(default=-math.inf, init=False)  # and -inf once AWS has refused them
+    _failure: Optional[NoKeys] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
-        return self._current if self.clock() < self._renew_at else None
+        now, keys = self.clock(), self._current
+        return keys if now < self._next_try and now < keys.expires else None
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        now = self.clock()
-        valid = self._current.expires > now
+        valid = self._current.expires > self.clock()
         if not self._lock.acquire(blocking=not valid):
             return self._current  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now)
+            return self.ready() or self._renew(self.clock())
         finally:
             self._lock.release()
 
     def _renew(self, now: float) -> Credentials:
-        valid = self._current.expires > now
-        if now < self._next_try and valid:
-            return self._current
-        if now < self._next_try and self._failure:
-            raise NoKeys(*self._failure)
-        self._next_try = now + self.RETRY
-        pauses = [] if valid else list(self.PAUSES)
-        while True:
-            try:
-                found = self.chain.find()
-                if found.expires <= now:
-                    raise NoKeys("the credentials found have expired")
-                self._current, self._failure = found, None  # first: `ready` takes no lock
-                self._renew_at = found.expires - self.AHEAD
-                return found
-            except NoKeys as reason:
-                if reason.passing and pauses:
-                    self.sleep(pauses.pop(0))
-                    continue
-                self._failure = (str(reason), reason.passing)
-                self._next_try = now + (1 if reason.passing else self.RETRY)
-                log.warning("credentials not renewed: %s", reason)
-                if valid:
-                    return self._current
+        if self._failure and now < self._next_try:
+            raise NoKeys(str(self._failure), self._failure.passing)
+        try:
+            found = self.chain.find()
+            if found.expires <= now:
+                raise NoKeys("the credentials found have expired")
+            self._current, self._failure = found, None  # first: `ready` takes no lock
+            self._next_try = max(found.expires - self.AHEAD, now + self.RETRY)
+        except NoKeys as reason:
+            self._failure = reason
+            self._next_try = now + (1 if reason.passing else self.RETRY)
+            log.warning("credentials not renewed: %s", reason)
+            if not self._current.expires > now:
                 raise
+        return self._current
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
-        fresh = refused is self._current and self._renew_at > -math.inf
+        fresh = refused is self._current and not self._failure and self._next_try > -math.inf
         if fresh:
-            self._renew_at = self._next_try = -math.inf
+            self._next_try = -math.inf
         return fresh or refused is not self._current
 
     @property
@@ -4982,8 +4932,7 @@ class Keyring:
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
-        with self._lock:
-            seconds = [cache.seconds_left for cache in self._caches.values()]
+        seconds = [cache.seconds_left for cache in list(self._caches.values())]
         return min((it for it in seconds if not math.isnan(it)), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:

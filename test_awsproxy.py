@@ -11101,11 +11101,17 @@ class RoleTest(ChainTest):
             ("demo", "demo"), ("x" * 64, "x" * 64), ("x" * 65, "x" * 64), (None, "awsproxy"),
             ("", "awsproxy"), ("a b/c:d", "a-b-c-d"), ("A_1+=,.@-z", "A_1+=,.@-z"),
         ]  # fmt: skip
+
+        def session_name(given):
+            role_arn = "arn:aws:iam::1:role/A"
+            self.found(environment("E"), role_arn=role_arn, session_name=given)
+            return self.assumed[-1][2]["RoleSessionName"]
+
         for given, expected in rows:
-            self.assertEqual(awsproxy.session_name(given), expected)
+            self.assertEqual(session_name(given), expected)
         for given in ("a", "-", "\u00e9", "a\n", " ", "-" * 70, "\u0662\u0662", "x" * 63 + "\n"):
             with self.subTest(given):
-                made = awsproxy.session_name(given)
+                made = session_name(given)
                 self.assertRegex(made, r"\A[A-Za-z0-9_+=,.@-]{2,64}\Z")
 
 
@@ -11249,25 +11255,6 @@ class NoOtherIdentityTest(ChainTest):
         config = f"[default]\ncredential_process = {command}\n"
         self.assertIn("its process ended with 1: no ticket", self.skipped(config=config))
 
-    @each(
-        (True, 1, [0.2]),
-        (True, 2, [0.2, 0.8]),
-        (True, 3, [0.2, 0.8]),
-        (False, 1, []),
-    )
-    def test_failure_that_may_pass_is_tried_again(self, passing, results, slept):
-        pauses, clock = [], Clock()
-        good = Credentials("dummykey", "dummysecret")
-        chain = Finding(*[NoKeys("down", passing)] * results, good)
-        cache = CredentialCache(chain, clock, pauses.append)
-        if passing and results < 3:
-            self.assertIs(cache.get(), good)
-        else:
-            with self.assertRaisesRegex(NoKeys, "down") as caught:
-                cache.get()
-            self.assertEqual(caught.exception.passing, passing)
-        self.assertEqual(pauses, slept)
-
     def test_refusal_is_repeated_by_sdks_only_if_the_failure_may_pass(self):
         reason = "profile a: the role arn:aws:iam::111122223333:role/Secret cannot be assumed: "
         reason += "/home/somebody/token cannot be read"
@@ -11275,7 +11262,7 @@ class NoOtherIdentityTest(ChainTest):
             (True, 503, "ServiceUnavailable"),
             (False, 403, "AccessDeniedException"),
         ):
-            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock(), lambda _: None)
+            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock())
             upstream = Upstream(
                 Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
             )
@@ -11622,7 +11609,7 @@ class SsoRefreshTest(ChainTest):
         self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
         self.assertEqual(self.asked, [])
 
-    @each("tempfile.mkstemp", "os.replace")
+    @each("tempfile.mkdtemp", "pathlib.Path.replace")
     def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self, function):
         self.cache_for(0)
         chain, before = self.chain(**self.SESSION), self.cached()
@@ -11674,100 +11661,20 @@ class SsoRefreshTest(ChainTest):
 
 
 class LoginSessionTest(ChainTest):
-    """The keys of `aws login` are used while they are valid (LoginProvider of botocore)."""
+    """A profile of `aws login` is refused with the remedy: its keys are not read."""
 
-    SESSION = "arn:aws:iam::111122223333:user/somebody"
-    # hashlib.sha256(SESSION.encode()).hexdigest(): generate_login_cache_key of botocore
-    NAME = "3ea6d1a7586bb9145ea2770a6c5b2f4e21d50546988a8ca67bf20a82ed1ee82d.json"
-    CONFIG = f"[profile x]\nlogin_session = {SESSION}\nregion = eu-west-1\n"
+    LOGIN = "login_session = arn:aws:iam::111122223333:user/somebody\n"
     REMEDY = "credential_process = aws configure export-credentials .*--format process"
 
-    def cache_keys(self, where=".aws/login/cache", name="L", seconds=3600, **changed):
-        names = ("accessKeyId", "secretAccessKey", "sessionToken")
-        inner = {**dict(zip(names, lasting(name))), "expiresAt": zulu(seconds), **changed}
-        token = {
-            "accessToken": {key: value for key, value in inner.items() if value != "-"},
-            "tokenType": "aws_sigv4",
-            "clientId": "arn:aws:signin:::devtools/same-device",
-            "refreshToken": "dummysecretRefresh",
-            "idToken": "dummysecretId",
-            "dpopKey": "-----BEGIN EC PRIVATE KEY-----\ndummysecret\n",
-        }
-        os.makedirs(os.path.join(self.home, where), exist_ok=True)
-        self.put(f"{where}/{self.NAME}", json.dumps(token))
-
-    def test_unexpired_keys_are_found_in_the_folder_of_the_environment(self):
-        variable = "AWS_LOGIN_CACHE_DIRECTORY"
-        rows = [
-            ("default", {}, ".aws/login/cache"),
-            ("set", {variable: f"{self.home}/other"}, "other"),
-            ("home", {variable: "~/third"}, "third"),
-            ("variable", {variable: "$HOME/fourth"}, "fourth"),
-        ]
-        for name, environ, where in rows:
-            with self.subTest(name):
-                environ = {**NO_METADATA, **environ}
-                self.assertRegex(self.skipped(environ, self.CONFIG, profile="x"), "aws login")
-                self.cache_keys(where)
-                self.assertEqual(self.found(environ, self.CONFIG, profile="x"), lasting("L"))
-                self.assertEqual(self.asked, [])
-
-    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
-    def test_botocore_uses_the_same_file_name(self):
-        from botocore.utils import generate_login_cache_key
-
-        self.assertEqual(generate_login_cache_key(self.SESSION) + ".json", self.NAME)
-
-    def test_keys_that_the_command_line_renewed_are_read_again(self):
-        self.cache_keys(seconds=900)
-        clock = Clock()
-        chain = self.chain(config=self.CONFIG, profile="x", clock=clock)
-        cache = CredentialCache(chain, clock)
-        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 900)
-        self.cache_keys(name="M", seconds=1800)
-        clock.now += 600
-        self.assertEqual(cache.get().access_key_id, "dummykeyM")
-
-    def test_expired_keys_are_refused_with_the_remedy(self):
-        for seconds in (0, -1, -86400):
-            with self.subTest(seconds):
-                self.cache_keys(seconds=seconds)
-                reason = self.skipped(config=self.CONFIG, profile="x")
-                self.assertRegex(reason, f"profile x: .*expired.*{self.REMEDY}")
-        with self.subTest("no login yet"):
-            os.remove(os.path.join(self.home, ".aws/login/cache", self.NAME))
-            reason = self.skipped(config=self.CONFIG, profile="x")
-            self.assertRegex(reason, f"profile x: .*aws login.*{self.REMEDY}")
-
-    def test_malformed_files_are_refused(self):
-        bodies = [b"", b"[]", b"null", b"\xff", b"[" * 100000, b'{"accessToken": "dummysecret"}']
-        for body in bodies:
-            with self.subTest(body=body[:99]):
-                self.cache_keys()
-                self.put(f".aws/login/cache/{self.NAME}", body)
-                self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-        names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiresAt")
-        values = ("-", 5, {"dummysecret": 1}, "dummysecret\nmore")
-        for name in names:
-            for value in values:
-                with self.subTest(name, value=value):
-                    self.cache_keys(**{name: value})
-                    self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-
-    def test_a_login_can_be_the_source_of_a_role(self):
-        self.cache_keys()
-        self.known["dummykeyL"] = [Client("", *lasting("L")[:3])]
-        config = role("y", "A", source_profile="x") + self.CONFIG
-        self.assertEqual(self.found(config=config, profile="y"), lasting("A"))
-        self.assertEqual([who for who, _, _ in self.assumed], ["L"])
+    def test_a_login_is_refused_with_the_remedy(self):
+        reason = self.skipped(config=f"[profile x]\n{self.LOGIN}", profile="x")
+        self.assertRegex(reason, f"profile x: .*login_session.*{self.REMEDY}")
 
     def test_no_other_identity_takes_the_place_of_a_login(self):
-        self.cache_keys()
         self.web = self.metadata
-        config = "[default]\nlogin_session = arn:aws:iam::111122223333:user/else\n"
-        self.assertRegex(self.skipped({}, config), "profile default: .*aws login")
+        self.assertRegex(self.skipped({}, f"[default]\n{self.LOGIN}"), "default: .*login")
         self.assertEqual(self.asked, [])
-        both = self.CONFIG + keys("P")
+        both = f"[profile x]\n{self.LOGIN}{keys('P')}"
         self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
 
 
@@ -12002,8 +11909,7 @@ class PartlySetUpTest(ChainTest):
         self.assertEqual(self.found(environ, config), lasting("I"))
 
     def test_one_failure_while_renewing_changes_no_identity(self):
-        clock, pauses = Clock(), []
-        down = [False]
+        clock, down = Clock(), [False]
 
         def fetch(url, headers, **how):
             if down[0] and url.startswith("http://169.254.170.2/"):
@@ -12012,14 +11918,13 @@ class PartlySetUpTest(ChainTest):
 
         self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
         chain = self.chain(RELATIVE, fetch=fetch, clock=clock)
-        cache = CredentialCache(chain, clock, pauses.append)
+        cache = CredentialCache(chain, clock)
         self.assertEqual(cache.get(), lasting("C"))
         down[0] = True
         with self.assertLogs("awsproxy", "WARNING") as logged:
             for seconds in (3300, 3310, 3599):
                 clock.now = EXAMPLE_TIME + seconds
                 self.assertEqual(cache.get(), lasting("C"))
-            self.assertEqual(pauses, [])  # nobody waits while there are good ones
             clock.now = EXAMPLE_TIME + 3600
             with self.assertRaisesRegex(NoKeys, "container: .*503") as caught:
                 cache.get()
@@ -12035,7 +11940,7 @@ class PartlySetUpTest(ChainTest):
     def test_a_failure_that_may_pass_is_remembered_for_one_second(self, passing, seconds):
         clock = Clock()
         chain = Finding(NoKeys("down", passing))
-        cache = CredentialCache(chain, clock, lambda _: None)
+        cache = CredentialCache(chain, clock)
         for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
             clock.now, before = EXAMPLE_TIME + now, chain.times
             with self.assertRaisesRegex(NoKeys, "down"):
@@ -12102,7 +12007,7 @@ class FailureReasonTest(ChainTest):
                 _, url = self.serve((403, body.encode()))
                 fetch = functools.partial(self.redirected, url)
                 chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
-                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME)
                 with self.assertLogs("awsproxy", "WARNING") as logged:
                     with self.assertRaisesRegex(NoKeys, f"answered 403: {no}"):
                         cache.get()
