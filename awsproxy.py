@@ -766,14 +766,11 @@ _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
 _usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-REGIONS = """
-    us-east-1 us-east-2 us-west-1 us-west-2 us-gov-east-1 us-gov-west-1 eu-central-1 eu-central-2
-    eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 ap-east-1 ap-east-2 ap-south-1
-    ap-south-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2
-    ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1
-    ca-west-1 sa-east-1 mx-central-1 me-central-1 me-south-1 il-central-1 af-south-1 cn-north-1
-    cn-northwest-1
-""".split()
+_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1
+    eu-south=2 eu-west=3 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1
+    sa-east=1 mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1
+    cn-northwest=1""")
+REGIONS = [f"{area}-{n + 1}" for area, count in _AREAS.items() for n in range(int(count))]
 
 
 def authorization_of(request: Request) -> Authorization:
@@ -789,11 +786,13 @@ def parse_authorization(request: Request) -> Authorization:
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
         return _parse_header(request, headers[0])
-    if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
+    query = request.target.partition("?")[2]
+    if BROKEN_ESCAPE.search(query):
         raise refusal("query", request)
-    if escaped := _ESCAPED_NAME.search(request.target):
-        name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
-        raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
+    # Some readers look at the raw query and some at the decoded one; no client escapes these.
+    for escaped in re.findall("(?:^|&)([^=&%]*%[^=&]*)", query):
+        if (name := urllib.parse.unquote(escaped, "latin-1")[:40]).lower().startswith("x-amz-"):
+            raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint({b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature"})
     if len(headers) + presigned > 1:
@@ -1226,8 +1225,8 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
-    if not profile.declared_payload or value not in streaming:
+    streams = value in (STREAMING, f"{STREAMING}-TRAILER", STREAMING_UNSIGNED)
+    if not (profile.declared_payload and streams):
         version_4a = profile.declared_payload and re.match("STREAMING.*-ECDSA-", value)
         raise refusal("streaming" if version_4a else "payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
@@ -1394,11 +1393,6 @@ _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
     for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
 }
-# Some readers look at the raw query string and some at the decoded one; no client escapes these.
-_ESCAPED_NAME = re.compile(
-    "(?i)[?&](?=[^=&%]{0,40}%)"
-    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
-)
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1743,7 +1737,6 @@ def _broken_key(secret: str, scope: str) -> bytes:
 # Each reader returns its last byte only after it has checked the whole body.  So a sender that
 # passes the body on can stop before the body is complete.
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-STREAMING_TRAILER = STREAMING + "-TRAILER"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
@@ -1809,9 +1802,8 @@ CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
 }  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
-# minio-go ends a trailer with LF CR LF.
-_TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
-_LAST = (b"\r\n", b"")  # some clients leave the very last line out
+# minio-go ends a trailer with LF CR LF, and some clients leave the very last line out.
+_TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\n(.*))?".encode())
 _incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
@@ -1886,15 +1878,13 @@ def _chunks(
 
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
-    data = stream.read(65536)
-    match = _TRAILERS.match(data)
-    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
-    lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
-    found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
+    match = _TRAILERS.fullmatch(stream.read(65536))
+    text = match[1].decode("ascii") if match else ""
+    found = [(name.lower(), value.strip()) for name, value in re.findall("(.+?):(.*)", text)]
     trailers.update(found)
-    if len(trailers) < len(found) or not all(trailers.values()) or rest[:2] not in _LAST:
+    if not match or len(trailers) < len(found) or not all(trailers.values()):
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
-    if rest not in _LAST or stream.read(1):
+    if match[2] or stream.read(1):
         raise ServiceError("BadRequest", "Something follows the last chunk.")
     is_signed = may_be_signed and found and found[-1][0] == "x-amz-trailer-signature"
     return trailers.popitem()[1].encode() if is_signed else b""
@@ -2007,7 +1997,8 @@ _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
-_REPLACED = _SET_AGAIN | _OF_THE_WAY
+# Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448).
+_UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\Z)")
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 
 
@@ -2030,17 +2021,13 @@ def strip_presigned(target: str) -> tuple[str, list[tuple[str, str]]]:
     for part in query.split("&"):
         name, _, value = part.partition("=")
         lower = urllib.parse.unquote(name, "latin-1").lower()
-        if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
-            continue
-        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
-        if lower.startswith("x-amz-"):
+        if not lower.startswith("x-amz-"):
+            kept.append(part)
+        elif lower.encode("latin-1") not in _QUERY_PARAMETERS and not _UNUSED.match(lower):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
                 raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
             hoisted.append((lower, header))
-        else:
-            kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
@@ -2048,11 +2035,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        is_coding = name.lower() == "content-encoding"
-        if is_coding:
+        if name.lower() == "content-encoding":
             codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
+            kept += [(name, value)] if value else []
+        elif name.lower() != "x-amz-decoded-content-length":
             kept.append((name, value))
     return kept
 
