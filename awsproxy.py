@@ -288,11 +288,6 @@ class Call:
         """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
-    @property
-    def is_read(self) -> bool:
-        """Return whether the input was decoded or replaced."""
-        return "input" in self.__dict__
-
     @functools.cached_property
     def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
@@ -1101,8 +1096,7 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
-        key = signing_key(client.secret_access_key, scope)
-        body = streamed_body(request, claimed, declared, key)
+        body = streamed_body(request, claimed, declared, client.secret_access_key)
         return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
@@ -1771,10 +1765,10 @@ def hashed_blocks(request: Request, declared: str) -> Iterator[bytes]:
 class ChunkSigner:
     """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
-    def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
-        self._key = key
-        self._about = f"{amz_date}\n{scope}"
-        self._previous = seed
+    def __init__(self, secret: str, claimed: Authorization) -> None:
+        self._key = signing_key(secret, claimed.scope)
+        self._about = f"{claimed.amz_date}\n{claimed.scope}"
+        self._previous = claimed.signature
 
     def chunk(self, data: bytes) -> str:
         """Return the signature of the next chunk."""
@@ -1863,8 +1857,7 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
-    sums = {_CRC32: crc.to_bytes(4, "big")}
-    sums.update((name, check.digest()) for name, check in checks.items())
+    sums = {_CRC32: crc.to_bytes(4, "big"), **{n: check.digest() for n, check in checks.items()}}
     for name, value in trailers.items():
         length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
@@ -1923,7 +1916,7 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
 
 
 def streamed_body(
-    request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
+    request: Request, claimed: Authorization, declared: str, secret: str, checked: bool = True
 ) -> Body:
     """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
     if not declared.startswith("STREAMING-"):
@@ -1941,9 +1934,8 @@ def streamed_body(
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
-    signer = None
-    if declared != STREAMING_UNSIGNED and checked:
-        signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
+    signs = checked and declared != STREAMING_UNSIGNED
+    signer = ChunkSigner(secret, claimed) if signs else None
     return AwsChunkedBody(request, int(length), signer, announced, checked)
 
 
@@ -5643,10 +5635,8 @@ class Upstream:
             body.seek(0)
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
-            _, scope, _, seed, amz_date, *_ = claimed
-            key = signing_key(attempt.keys.secret_access_key, scope)
-            signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
-            blocks = aws_chunks(body, signer)
+            secret = attempt.keys.secret_access_key
+            blocks = aws_chunks(body, ChunkSigner(secret, claimed) if body.signed else None)
         if "transfer-encoding" in signed.fields:
             framed = itertools.chain(blocks, (b"",))
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
@@ -7606,7 +7596,7 @@ class Proxy:
         answers = (self._bounded(Reply, it.before, call) for it in hooks if it.before)
         reply = next(filter(None, answers), None)
         if reply is None:
-            call.changed = call.is_read and call.wire.input(call) != call.input
+            call.changed = "input" in call.__dict__ and call.wire.input(call) != call.input
             bounded = functools.partial(self._bounded, Request)
             call.rewrites = [functools.partial(bounded, it.rewrite) for it in hooks if it.rewrite]
             reply = act()
@@ -7737,7 +7727,7 @@ class Proxy:
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            body = streamed_body(request, _NO_AUTHORIZATION, declared, b"", checked=False)
+            body = streamed_body(request, _NO_AUTHORIZATION, declared, "", checked=False)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
