@@ -320,8 +320,7 @@ _CORAL = "com.amazon.coral.service#"
 _SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
 # A line: the code in XML, the type in JSON, and the errors; * is the error's name.  The status is
 # 400 unless another follows the name.  Sources: the SQS service model; "Common Error Types" of the
-# API references; "Error responses" of Amazon S3; recorded answers.  No model has names for errors
-# of HTTP framing.
+# API references; "Error responses" of Amazon S3; recorded answers.  HTTP framing has no model.
 _FAULTS = f"""
     * {_CORAL}*Exception AccessDenied:403 AuthFailure:401 AuthorizationHeaderMalformed \
         AuthorizationQueryParametersError BadDigest BadRequest ExpectationFailed:417 \
@@ -636,6 +635,7 @@ class ResponseHead(NamedTuple):
     status: int
     headers: Headers
     keeps: bool
+    length: Optional[int]  # of the body, None if chunked, or UNTIL_CLOSE
 
 
 def read_head(source: Stream) -> bytes:
@@ -652,22 +652,16 @@ def read_head(source: Stream) -> bytes:
     return b""
 
 
-def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the parts of a response head; ValueError if it is malformed."""
+def parse_response_head(raw: bytes, method: str) -> ResponseHead:
+    """Return the head of an answer to a request of this method; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
     if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    headers = _parse_fields(block)
-    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    headers, status = _parse_fields(block), int(match[2])
+    fields, bodiless = fields_of(headers), method == "HEAD" or status < 200 or status in (204, 304)
+    options = ",".join(fields.get("connection", ())).lower()
     keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
-    return ResponseHead(int(match[2]), headers, keeps)
-
-
-def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
-    if method == "HEAD" or head.status in (204, 304):
-        return 0
-    return _framing(fields_of(head.headers), UNTIL_CLOSE)
+    return ResponseHead(status, headers, keeps, 0 if bodiless else _framing(fields, UNTIL_CLOSE))
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -1372,13 +1366,11 @@ def claim(request: Request) -> Claim:
 
 
 def _salvaged_claim(request: Request) -> Claim:
-    if header := request.header("authorization"):
-        texts = re.findall("Credential=([^,]{0,300})", header)
-    else:
-        found = re.findall("[?&](?i:x-amz-credential)=([^&]{0,600})", request.target)
-        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
-    for match in filter(None, map(_CLAIM.match, texts)):
-        return match[1], CredentialScope(match[2], match[3], match[4])
+    header = request.header("authorization")
+    pattern = "Credential=([^,]{0,300})" if header else "[?&](?i:x-amz-credential)=([^&]{0,600})"
+    for text in re.findall(pattern, header or request.target):
+        if match := _CLAIM.match(text if header else urllib.parse.unquote(text, "latin-1")):
+            return match[1], CredentialScope(match[2], match[3], match[4])
     return "", CredentialScope("", "", "")
 
 
@@ -1934,8 +1926,7 @@ def streamed_body(
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
-    signs = checked and declared != STREAMING_UNSIGNED
-    signer = ChunkSigner(secret, claimed) if signs else None
+    signer = ChunkSigner(secret, claimed) if checked and declared != STREAMING_UNSIGNED else None
     return AwsChunkedBody(request, int(length), signer, announced, checked)
 
 
@@ -5188,13 +5179,12 @@ class Connection:
         """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
-            while (head := parse_response_head(read_head(source))).status < 200:
+            while (head := parse_response_head(read_head(source), method)).status < 200:
                 pass
-            length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             raise UpstreamError(message) from error
-        if length is None:
+        if (length := head.length) is None:
             return head, length, ChunkedBody(source, sys.maxsize)
         return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
@@ -5408,11 +5398,10 @@ class Upstream:
         if end == 3:
             return None
         try:
-            head = parse_response_head(buffer[:end])
-            length = response_framing(head, call.request.method)
+            head = parse_response_head(buffer[:end], call.request.method)
         except ValueError:
             return wait  # it reads the head again, and refuses it
-        if length is None or length == UNTIL_CLOSE or head.status < 200:
+        if (length := head.length) is None or length == UNTIL_CLOSE or head.status < 200:
             return wait
         if len(buffer) < end + length:
             return None
