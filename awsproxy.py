@@ -1081,7 +1081,7 @@ def verify_head(
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
-        proven = proven._replace(proof=_check_signature(request, proven, declared))
+        proven = proven._replace(proof=_check_signature(request, proven, declared, io.BytesIO()))
     return proven
 
 
@@ -1090,7 +1090,7 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
-        body = streamed_body(request, claimed, declared, client.secret_access_key)
+        body = streamed_body(request, declared, ChunkSigner(client.secret_access_key, claimed))
         return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
@@ -1229,9 +1229,7 @@ def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
     return Proof(parts, text, signature(secret, claimed.scope, text))
 
 
-def _check_signature(
-    request: Request, proven: Proven, payload_hash: str, body: Optional[Body] = None
-) -> Proof:
+def _check_signature(request: Request, proven: Proven, payload_hash: str, body: Body) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
     claimed, profile, client, _, other_host, *_ = proven
     secret = client.secret_access_key
@@ -1907,12 +1905,10 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
     return total
 
 
-def streamed_body(
-    request: Request, claimed: Authorization, declared: str, secret: str, checked: bool = True
-) -> Body:
-    """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
+def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
+    """Return the reader for a body of Amazon S3's family; without a signer, it only decodes."""
     if not declared.startswith("STREAMING-"):
-        unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
+        unchecked = declared == "UNSIGNED-PAYLOAD" or not signer
         body = request.body if unchecked else CheckedBody(hashed_blocks(request, declared))
         # An empty body has no last byte to keep until its hash is known.
         has_length = (request.header("content-length") or "").strip("0")
@@ -1926,8 +1922,8 @@ def streamed_body(
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
-    signer = ChunkSigner(secret, claimed) if checked and declared != STREAMING_UNSIGNED else None
-    return AwsChunkedBody(request, int(length), signer, announced, checked)
+    of_chunks = None if declared == STREAMING_UNSIGNED else signer
+    return AwsChunkedBody(request, int(length), of_chunks, announced, checked=bool(signer))
 
 
 # [3.10] Signing
@@ -7716,7 +7712,7 @@ class Proxy:
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            body = streamed_body(request, _NO_AUTHORIZATION, declared, "", checked=False)
+            body = streamed_body(request, declared, None)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
