@@ -780,7 +780,7 @@ def parse_authorization(request: Request) -> Authorization:
         raise refusal("query", request)
     # Some readers look at the raw query and some at the decoded one; no client escapes these.
     for escaped in re.findall("(?:^|&)([^=&%]*%[^=&]*)", query):
-        if (name := urllib.parse.unquote(escaped, "latin-1")[:40]).lower().startswith("x-amz-"):
+        if "x-amz-" in (name := urllib.parse.unquote(escaped, "latin-1")[:40]).lower():
             raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint({b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature"})
