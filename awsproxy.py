@@ -288,11 +288,6 @@ class Call:
         """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
-    @property
-    def is_read(self) -> bool:
-        """Return whether the input was decoded or replaced."""
-        return "input" in self.__dict__
-
     @functools.cached_property
     def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
@@ -325,8 +320,7 @@ _CORAL = "com.amazon.coral.service#"
 _SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
 # A line: the code in XML, the type in JSON, and the errors; * is the error's name.  The status is
 # 400 unless another follows the name.  Sources: the SQS service model; "Common Error Types" of the
-# API references; "Error responses" of Amazon S3; recorded answers.  No model has names for errors
-# of HTTP framing.
+# API references; "Error responses" of Amazon S3; recorded answers.  HTTP framing has no model.
 _FAULTS = f"""
     * {_CORAL}*Exception AccessDenied:403 AuthFailure:401 AuthorizationHeaderMalformed \
         AuthorizationQueryParametersError BadDigest BadRequest ExpectationFailed:417 \
@@ -641,6 +635,7 @@ class ResponseHead(NamedTuple):
     status: int
     headers: Headers
     keeps: bool
+    length: Optional[int]  # of the body, None if chunked, or UNTIL_CLOSE
 
 
 def read_head(source: Stream) -> bytes:
@@ -657,22 +652,16 @@ def read_head(source: Stream) -> bytes:
     return b""
 
 
-def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the parts of a response head; ValueError if it is malformed."""
+def parse_response_head(raw: bytes, method: str) -> ResponseHead:
+    """Return the head of an answer to a request of this method; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
     if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    headers = _parse_fields(block)
-    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    headers, status = _parse_fields(block), int(match[2])
+    fields, bodiless = fields_of(headers), method == "HEAD" or status < 200 or status in (204, 304)
+    options = ",".join(fields.get("connection", ())).lower()
     keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
-    return ResponseHead(int(match[2]), headers, keeps)
-
-
-def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
-    if method == "HEAD" or head.status in (204, 304):
-        return 0
-    return _framing(fields_of(head.headers), UNTIL_CLOSE)
+    return ResponseHead(status, headers, keeps, 0 if bodiless else _framing(fields, UNTIL_CLOSE))
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -766,14 +755,11 @@ _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
 _usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-REGIONS = """
-    us-east-1 us-east-2 us-west-1 us-west-2 us-gov-east-1 us-gov-west-1 eu-central-1 eu-central-2
-    eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 ap-east-1 ap-east-2 ap-south-1
-    ap-south-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2
-    ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1
-    ca-west-1 sa-east-1 mx-central-1 me-central-1 me-south-1 il-central-1 af-south-1 cn-north-1
-    cn-northwest-1
-""".split()
+_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1
+    eu-south=2 eu-west=3 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1
+    sa-east=1 mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1
+    cn-northwest=1""")
+REGIONS = [f"{area}-{n + 1}" for area, count in _AREAS.items() for n in range(int(count))]
 
 
 def authorization_of(request: Request) -> Authorization:
@@ -789,11 +775,13 @@ def parse_authorization(request: Request) -> Authorization:
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
         return _parse_header(request, headers[0])
-    if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
+    query = request.target.partition("?")[2]
+    if BROKEN_ESCAPE.search(query):
         raise refusal("query", request)
-    if escaped := _ESCAPED_NAME.search(request.target):
-        name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
-        raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
+    # Some readers look at the raw query and some at the decoded one; no client escapes these.
+    for escaped in re.findall("(?:^|&)([^=&%]*%[^=&]*)", query):
+        if "x-amz-" in (name := urllib.parse.unquote(escaped, "latin-1")[:40]).lower():
+            raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint({b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature"})
     if len(headers) + presigned > 1:
@@ -1093,7 +1081,7 @@ def verify_head(
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
-        proven = proven._replace(proof=_check_signature(request, proven, declared))
+        proven = proven._replace(proof=_check_signature(request, proven, declared, io.BytesIO()))
     return proven
 
 
@@ -1102,8 +1090,7 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
-        key = signing_key(client.secret_access_key, scope)
-        body = streamed_body(request, claimed, declared, key)
+        body = streamed_body(request, declared, ChunkSigner(client.secret_access_key, claimed))
         return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
@@ -1226,8 +1213,8 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
-    if not profile.declared_payload or value not in streaming:
+    streams = value in (STREAMING, f"{STREAMING}-TRAILER", STREAMING_UNSIGNED)
+    if not (profile.declared_payload and streams):
         version_4a = profile.declared_payload and re.match("STREAMING.*-ECDSA-", value)
         raise refusal("streaming" if version_4a else "payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
@@ -1242,9 +1229,7 @@ def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
     return Proof(parts, text, signature(secret, claimed.scope, text))
 
 
-def _check_signature(
-    request: Request, proven: Proven, payload_hash: str, body: Optional[Body] = None
-) -> Proof:
+def _check_signature(request: Request, proven: Proven, payload_hash: str, body: Body) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
     claimed, profile, client, _, other_host, *_ = proven
     secret = client.secret_access_key
@@ -1379,13 +1364,11 @@ def claim(request: Request) -> Claim:
 
 
 def _salvaged_claim(request: Request) -> Claim:
-    if header := request.header("authorization"):
-        texts = re.findall("Credential=([^,]{0,300})", header)
-    else:
-        found = re.findall("[?&](?i:x-amz-credential)=([^&]{0,600})", request.target)
-        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
-    for match in filter(None, map(_CLAIM.match, texts)):
-        return match[1], CredentialScope(match[2], match[3], match[4])
+    header = request.header("authorization")
+    pattern = "Credential=([^,]{0,300})" if header else "[?&](?i:x-amz-credential)=([^&]{0,600})"
+    for text in re.findall(pattern, header or request.target):
+        if match := _CLAIM.match(text if header else urllib.parse.unquote(text, "latin-1")):
+            return match[1], CredentialScope(match[2], match[3], match[4])
     return "", CredentialScope("", "", "")
 
 
@@ -1394,11 +1377,6 @@ _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
     for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
 }
-# Some readers look at the raw query string and some at the decoded one; no client escapes these.
-_ESCAPED_NAME = re.compile(
-    "(?i)[?&](?=[^=&%]{0,40}%)"
-    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
-)
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1743,7 +1721,6 @@ def _broken_key(secret: str, scope: str) -> bytes:
 # Each reader returns its last byte only after it has checked the whole body.  So a sender that
 # passes the body on can stop before the body is complete.
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-STREAMING_TRAILER = STREAMING + "-TRAILER"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
@@ -1778,10 +1755,10 @@ def hashed_blocks(request: Request, declared: str) -> Iterator[bytes]:
 class ChunkSigner:
     """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
-    def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
-        self._key = key
-        self._about = f"{amz_date}\n{scope}"
-        self._previous = seed
+    def __init__(self, secret: str, claimed: Authorization) -> None:
+        self._key = signing_key(secret, claimed.scope)
+        self._about = f"{claimed.amz_date}\n{claimed.scope}"
+        self._previous = claimed.signature
 
     def chunk(self, data: bytes) -> str:
         """Return the signature of the next chunk."""
@@ -1809,9 +1786,8 @@ CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
 }  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
-# minio-go ends a trailer with LF CR LF.
-_TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
-_LAST = (b"\r\n", b"")  # some clients leave the very last line out
+# minio-go ends a trailer with LF CR LF, and some clients leave the very last line out.
+_TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\n(.*))?".encode())
 _incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
@@ -1871,8 +1847,7 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
-    sums = {_CRC32: crc.to_bytes(4, "big")}
-    sums.update((name, check.digest()) for name, check in checks.items())
+    sums = {_CRC32: crc.to_bytes(4, "big"), **{n: check.digest() for n, check in checks.items()}}
     for name, value in trailers.items():
         length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
@@ -1886,15 +1861,13 @@ def _chunks(
 
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
-    data = stream.read(65536)
-    match = _TRAILERS.match(data)
-    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
-    lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
-    found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
+    match = _TRAILERS.fullmatch(stream.read(65536))
+    text = match[1].decode("ascii") if match else ""
+    found = [(name.lower(), value.strip()) for name, value in re.findall("(.+?):(.*)", text)]
     trailers.update(found)
-    if len(trailers) < len(found) or not all(trailers.values()) or rest[:2] not in _LAST:
+    if not match or len(trailers) < len(found) or not all(trailers.values()):
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
-    if rest not in _LAST or stream.read(1):
+    if match[2] or stream.read(1):
         raise ServiceError("BadRequest", "Something follows the last chunk.")
     is_signed = may_be_signed and found and found[-1][0] == "x-amz-trailer-signature"
     return trailers.popitem()[1].encode() if is_signed else b""
@@ -1932,12 +1905,10 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
     return total
 
 
-def streamed_body(
-    request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
-) -> Body:
-    """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
+def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
+    """Return the reader for a body of Amazon S3's family; without a signer, it only decodes."""
     if not declared.startswith("STREAMING-"):
-        unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
+        unchecked = declared == "UNSIGNED-PAYLOAD" or not signer
         body = request.body if unchecked else CheckedBody(hashed_blocks(request, declared))
         # An empty body has no last byte to keep until its hash is known.
         has_length = (request.header("content-length") or "").strip("0")
@@ -1951,10 +1922,8 @@ def streamed_body(
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
-    signer = None
-    if declared != STREAMING_UNSIGNED and checked:
-        signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
-    return AwsChunkedBody(request, int(length), signer, announced, checked)
+    of_chunks = None if declared == STREAMING_UNSIGNED else signer
+    return AwsChunkedBody(request, int(length), of_chunks, announced, checked=bool(signer))
 
 
 # [3.10] Signing
@@ -2007,7 +1976,8 @@ _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
-_REPLACED = _SET_AGAIN | _OF_THE_WAY
+# Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448).
+_UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\Z)")
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 
 
@@ -2030,17 +2000,13 @@ def strip_presigned(target: str) -> tuple[str, list[tuple[str, str]]]:
     for part in query.split("&"):
         name, _, value = part.partition("=")
         lower = urllib.parse.unquote(name, "latin-1").lower()
-        if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
-            continue
-        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
-        if lower.startswith("x-amz-"):
+        if not lower.startswith("x-amz-"):
+            kept.append(part)
+        elif lower.encode("latin-1") not in _QUERY_PARAMETERS and not _UNUSED.match(lower):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
                 raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
             hoisted.append((lower, header))
-        else:
-            kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
@@ -2048,11 +2014,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        is_coding = name.lower() == "content-encoding"
-        if is_coding:
+        if name.lower() == "content-encoding":
             codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
+            kept += [(name, value)] if value else []
+        elif name.lower() != "x-amz-decoded-content-length":
             kept.append((name, value))
     return kept
 
@@ -5097,13 +5063,12 @@ class Connection:
         """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
-            while (head := parse_response_head(read_head(source))).status < 200:
+            while (head := parse_response_head(read_head(source), method)).status < 200:
                 pass
-            length = response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             raise UpstreamError(message) from error
-        if length is None:
+        if (length := head.length) is None:
             return head, length, ChunkedBody(source, sys.maxsize)
         return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
@@ -5317,11 +5282,10 @@ class Upstream:
         if end == 3:
             return None
         try:
-            head = parse_response_head(buffer[:end])
-            length = response_framing(head, call.request.method)
+            head = parse_response_head(buffer[:end], call.request.method)
         except ValueError:
             return wait  # it reads the head again, and refuses it
-        if length is None or length == UNTIL_CLOSE or head.status < 200:
+        if (length := head.length) is None or length == UNTIL_CLOSE or head.status < 200:
             return wait
         if len(buffer) < end + length:
             return None
@@ -5544,10 +5508,8 @@ class Upstream:
             body.seek(0)
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
-            _, scope, _, seed, amz_date, *_ = claimed
-            key = signing_key(attempt.keys.secret_access_key, scope)
-            signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
-            blocks = aws_chunks(body, signer)
+            secret = attempt.keys.secret_access_key
+            blocks = aws_chunks(body, ChunkSigner(secret, claimed) if body.signed else None)
         if "transfer-encoding" in signed.fields:
             framed = itertools.chain(blocks, (b"",))
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
@@ -7508,7 +7470,7 @@ class Proxy:
         answers = (self._bounded(Reply, it.before, call) for it in hooks if it.before)
         reply = next(filter(None, answers), None)
         if reply is None:
-            call.changed = call.is_read and call.wire.input(call) != call.input
+            call.changed = "input" in call.__dict__ and call.wire.input(call) != call.input
             bounded = functools.partial(self._bounded, Request)
             call.rewrites = [functools.partial(bounded, it.rewrite) for it in hooks if it.rewrite]
             reply = act()
@@ -7639,7 +7601,7 @@ class Proxy:
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            body = streamed_body(request, _NO_AUTHORIZATION, declared, b"", checked=False)
+            body = streamed_body(request, declared, None)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)

@@ -4353,8 +4353,6 @@ class AwsChunkedTest(unittest.TestCase):
         }
         target = "/examplebucket/chunkObject.txt"
         clients = {S3_EXAMPLE.access_key_id: [S3_EXAMPLE]}
-        scope = CredentialScope("20130524", "us-east-1", "s3")
-        key = awsproxy.signing_key(S3_EXAMPLE.secret_access_key, scope)
         for size in SIZES:
             request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
             body = verify(request, clients, S3_TIME).body
@@ -4362,7 +4360,8 @@ class AwsChunkedTest(unittest.TestCase):
                 self.assertEqual(taken(body, size), (b"a" * 66560, None))
         request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
         body = verify(request, clients, S3_TIME).body
-        signer = awsproxy.ChunkSigner(key, scope, "20130524T000000Z", seed)
+        claimed = awsproxy.parse_authorization(request)
+        signer = awsproxy.ChunkSigner(S3_EXAMPLE.secret_access_key, claimed)
         self.assertEqual(b"".join(awsproxy.aws_chunks(body, signer)), wire)
         self.assertEqual(awsproxy.aws_chunked_length(body), len(wire))
 
@@ -4432,7 +4431,6 @@ class AwsChunkedTest(unittest.TestCase):
         names = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")
         random_lengths = random.Random(1).sample(range(300000), 20)
         lengths = (0, 1, 15, 16, 255, 256, 65535, 65536, 65537, 131072, 200000, *random_lengths)
-        scope = CredentialScope("20150830", "us-east-1", "s3")
         values = {"crc32c": "mnG7TA==", "crc64nvme": "AAAAAAAAAAA="}
         for length in lengths:
             data = b"x" * length
@@ -4443,7 +4441,8 @@ class AwsChunkedTest(unittest.TestCase):
                 for kind in (CHUNKS_TRAILER, UNSIGNED_TRAILER) if chosen else (CHUNKS,):
                     made, wire = streamed(kind, (data,) if data else (), given)
                     body = checked_body(made, wire)
-                    signer = awsproxy.ChunkSigner(b"k", scope, "", "") if body.signed else None
+                    claimed = awsproxy.Authorization("", CredentialScope("", "", "s3"), (), "", "")
+                    signer = awsproxy.ChunkSigner("k", claimed) if body.signed else None
                     for size in (65536, 1000):
                         body = checked_body(made, wire)
                         with self.subTest(length=length, kind=kind, names=chosen, size=size):
