@@ -5066,50 +5066,22 @@ STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the c
 POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
-class Mask:
-    """Hides our session token and signature if the answer of an upstream repeats them."""
-
-    def __init__(self, signature: str = "", session_token: str = "") -> None:
-        # AWS has no shorter token.  A short text may occur in any answer by chance.
-        self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
-        self._secrets += (signature.encode(),) if signature else ()
-        self.held = b""  # the last bytes of a stream, if a secret may begin there
-
-    def hide(self, data: bytes) -> bytes:
-        """Return the data with asterisks in place of each secret."""
-        for secret in self._secrets:
-            if secret in data:
-                data = data.replace(secret, b"*" * len(secret))
-        return data
-
-    def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
-        """Return the headers with asterisks in place of each secret."""
-        text = "\n".join([value for _, value in headers])  # no value has a line feed
-        values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
-        return tuple(zip([name for name, _ in headers], values))
-
-    def next(self, block: bytes) -> bytes:
-        """Return a block of a stream without its last bytes if a secret may begin there."""
-        data = self.hide(self.held + block if self.held else block)
-        keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
-        self.held = data[len(data) - keep :]
-        return data[: len(data) - keep] if keep else data
-
-
 @functools.lru_cache(maxsize=64)
-def _forms_of_token(token: str) -> tuple[bytes, ...]:
+def forms_of_token(token: str) -> tuple[bytes, ...]:
+    """Return the texts in which an upstream may repeat our session token."""
+    if len(token) < 16:  # AWS has no shorter token.  A short text may be in any answer by chance.
+        return ()
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
     return tuple(form.encode() for form in forms)
 
 
-def _overlap(data: bytes, secret: bytes) -> int:
-    """Return the length of the secret's beginning with which the data ends."""
-    at = data.find(secret[:1], max(0, len(data) - len(secret) + 1))
-    while at >= 0 and not secret.startswith(data[at:]):
-        at = data.find(secret[:1], at + 1)
-    return len(data) - at if at >= 0 else 0
+def hide(data: bytes, secrets: Iterable[bytes]) -> bytes:
+    """Return the data with asterisks in place of each secret."""
+    for secret in secrets:
+        data = data.replace(secret, b"*" * len(secret))
+    return data
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -5205,11 +5177,13 @@ class Connection:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
         return True
 
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
+    def receive(
+        self, method: str, secrets: Iterable[bytes]
+    ) -> tuple[ResponseHead, Optional[int], Reader]:
         """Return the head, length and body of the final answer, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
         try:
-            while (head := parse_response_head(read_head(source))).status < 200:
+            while (head := parse_response_head(hide(read_head(source), secrets))).status < 200:
                 pass
             length = response_framing(head, method)
         except (OSError, ValueError) as error:
@@ -5365,7 +5339,7 @@ class Attempt:
     keys: Credentials = NOBODY
     begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
     connection: Connection = field(init=False)
-    mask: Mask = field(default_factory=Mask)
+    secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
 
 @dataclass(eq=False, repr=False)
@@ -5429,7 +5403,7 @@ class Upstream:
         if end == 3:
             return None
         try:
-            head = parse_response_head(buffer[:end])
+            head = parse_response_head(hide(buffer[:end], attempt.secrets))
             length = response_framing(head, call.request.method)
         except ValueError:
             return wait  # it reads the head again, and refuses it
@@ -5646,7 +5620,7 @@ class Upstream:
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
         payload_hash, declares = attempt.payload_hash, attempt.declares
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
-        attempt.mask = Mask(claimed.signature, keys.session_token)
+        attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
@@ -5673,12 +5647,12 @@ class Upstream:
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        head, length, reader = connection.receive(call.request.method)
+        head, length, reader = connection.receive(call.request.method, attempt.secrets)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
-        start = b""
+        start, secrets = b"", attempt.secrets
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
             try:
@@ -5692,28 +5666,26 @@ class Upstream:
             if call.service == "sqs":
                 raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
-            attempt.mask = Mask()  # an object stays as it was stored
+            secrets = ()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        blocks = iter(functools.partial(reader.read_some, 65536), b"")
-        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
-        return Reply(head.status, attempt.mask.headers(headers), body)
+        blocks = itertools.chain((start,), iter(functools.partial(reader.read_some, 65536), b""))
+        shown = (hide(block, secrets) for block in blocks)  # but no secret cut between blocks
+        return Reply(head.status, tuple(headers), self._stream(attempt, shown, keep))
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
         self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
-        headers = attempt.mask.headers(end_to_end(head.headers, dropped))
-        return Reply(head.status, headers, attempt.mask.hide(body))
+        headers = tuple(end_to_end(head.headers, dropped))
+        return Reply(head.status, headers, hide(body, attempt.secrets))
 
-    def _stream(self, attempt: Attempt, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
+    def _stream(self, attempt: Attempt, body: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            yield from filter(None, map(attempt.mask.next, raw))
+            yield from filter(None, body)
             complete = True
-            if attempt.mask.held:
-                yield attempt.mask.held
         finally:
             self.pool.give(attempt.connection, keep and complete)
 
