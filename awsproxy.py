@@ -5059,7 +5059,6 @@ class Keyring:
 
 
 # [6.3] Connections
-Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
@@ -5102,10 +5101,9 @@ class Connection:
     def __init__(self, endpoint: Endpoint, connect_timeout: float) -> None:
         self.endpoint = endpoint
         self.timeout = math.inf  # of an exchange: see `Pool.allow`
-        self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.heard = False  # whether any byte of an answer has arrived
-        self.idle_since = self.sent_at = 0.0
+        self.idle_since = 0.0  # that is, it is new
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
@@ -5140,17 +5138,14 @@ class Connection:
         left = memoryview(data)
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
+        self.socket.setblocking(False)
         try:
             while left:
-                if not (ready := poll.poll(self.timeout * 1000)):
+                if not (seen := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
-                if ready[0][1] & ~select.POLLOUT:
-                    self.socket.setblocking(False)
-                    going_on = self.receive_now()
-                    self.socket.settimeout(self.timeout)
-                    if self.source.buffer or not going_on:  # not just a TLS record without data
-                        return False
-                if ready[0][1] & select.POLLOUT:
+                if seen[0][1] != select.POLLOUT and (not self.receive_now() or self.source.buffer):
+                    return False  # otherwise it was a TLS record without data
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
                     left = left[self.socket.send(left) :]
         except OSError:
             return False
@@ -5165,33 +5160,26 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Read what has arrived, up to MAX_WHOLE_REPLY, and return whether more may arrive."""
+        """Read what has arrived, as far as a whole reply, and return whether more may arrive."""
         try:
-            while len(self.source.buffer) <= MAX_WHOLE_REPLY:
-                data = self.socket.recv(65536)
-                self.source.buffer += data
-                self.heard = self.heard or bool(data)
-                if len(data) < 65536:
-                    return bool(data)
+            data = self.socket.recv(MAX_WHOLE_REPLY + 1)
         except OSError as error:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
-        return True
+        self.source.buffer += data
+        self.heard = self.heard or bool(data)
+        return bool(data)
 
-    def receive(
-        self, method: str, secrets: Iterable[bytes]
-    ) -> tuple[ResponseHead, Optional[int], Reader]:
-        """Return the head, length and body of the final answer, or raise UpstreamError."""
+    def receive(self, method: str, secrets: Iterable[bytes]) -> tuple[ResponseHead, Optional[int]]:
+        """Return the head of the final answer and the body's length, or raise UpstreamError."""
         self.deadline, source = time.monotonic() + self.timeout, self.source
+        self.socket.settimeout(self.timeout)
         try:
             while (head := parse_response_head(hide(read_head(source), secrets))).status < 200:
                 pass
-            length = response_framing(head, method)
+            return head, response_framing(head, method)
         except (OSError, ValueError) as error:
             message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
             raise UpstreamError(message) from error
-        if length is None:
-            return head, length, ChunkedBody(source, sys.maxsize)
-        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5236,7 +5224,7 @@ class Pool:
             while idle := self._idle.get(endpoint):
                 kept = idle.pop()
                 if kept.idle_since > oldest and not kept.has_arrived(0):
-                    kept.reused, kept.heard = True, False
+                    kept.heard = False
                     return kept
                 kept.close()
         return None
@@ -5252,16 +5240,14 @@ class Pool:
         if call.action == RECEIVE:  # its messages must be put back if the client has left
             connection.timeout = min(POLL_SECONDS, self._timeout)
             connection.abandoned = lambda: self.draining and not connection.heard
-        connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
-            late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
-            for connection in late:
-                self._idle[connection.endpoint].remove(connection)
-                connection.close()
+            for idle in self._idle.values():
+                while idle and idle[0].idle_since < oldest:
+                    idle.pop(0).close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
 
     def give(self, connection: Connection, keep: bool) -> None:
@@ -5335,7 +5321,6 @@ class Attempt:
     endpoint: Endpoint
     request: Request
     payload_hash: str
-    declares: bool = False  # whether to send x-amz-content-sha256
     keys: Credentials = NOBODY
     begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
     connection: Connection = field(init=False)
@@ -5384,11 +5369,10 @@ class Upstream:
         body = read_again(signed.body)
         data = encode_head(signed) + body
         may_stay_unread = body and signed.method in _BODILESS
-        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
-        if not connection:
+        if may_stay_unread or not (kept := self.pool.idle(attempt.endpoint)):
             return None
-        attempt.connection = connection
-        self.pool.allow(connection, call)
+        attempt.connection = kept
+        self.pool.allow(kept, call)
         return attempt, data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
@@ -5425,8 +5409,7 @@ class Upstream:
     def _put_back(self, attempt: Attempt) -> None:
         connection = attempt.connection
         try:
-            connection.socket.settimeout(connection.timeout)
-            self._release(attempt, receipt_handles(self._reply(attempt)))
+            self._release(attempt.call, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
@@ -5435,9 +5418,14 @@ class Upstream:
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        call, reply = attempt.call, self._answered(attempt)
+        call, reply = attempt.call, self._exchange(attempt)
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        if reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(body):
+            renews = self.credentials(call.caller).expire(attempt.keys)
+            if renews and isinstance(attempt.request.body, io.IOBase):
+                reply = self._exchange(attempt)  # signs it again
         if call.action == RECEIVE and call.request.abandoned():
-            self._release(attempt, receipt_handles(reply))
+            self._release(call, receipt_handles(reply))
             reply = no_messages(call, random_id())
         return self._final(call, reply)
 
@@ -5445,8 +5433,7 @@ class Upstream:
         fields = fields_of(reply.headers)
         found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
         call.upstream_id = found[0]
-        if call.upstream_seconds < 0:
-            call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
+        call.upstream_seconds += time.monotonic()
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
             # The upstream's text repeats our signed request, so the caller gets another.
             log.error("the upstream refuses our signature: check the key and clock of the proxy")
@@ -5525,8 +5512,7 @@ class Upstream:
             headers.append(("Content-Length", str(length)))
         sent = Request(request.method, target, tuple(headers), body, request.peer)
         call.upstream_host = endpoint.authority
-        declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
-        return Attempt(call, endpoint, sent, payload_hash, declares)
+        return Attempt(call, endpoint, sent, payload_hash)
 
     def _body(self, call: Call, endpoint: Endpoint) -> tuple[Body, str]:
         body, payload_hash = call.body, call.payload_hash
@@ -5559,17 +5545,6 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    def _answered(self, attempt: Attempt) -> Reply:
-        """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        call = attempt.call
-        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
-            reply = self._exchange(attempt)
-            text = reply.body if isinstance(reply.body, bytes) else b""
-            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
-            if not expired or not self.credentials(call.caller).expire(attempt.keys):
-                break
-        return reply
-
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, begun, attempt.begun = attempt.call, attempt.begun, False
@@ -5585,7 +5560,6 @@ class Upstream:
                 raise self._given_up(call, error, unread=True) from error
             self.pool.allow(attempt.connection, call)
         connection = attempt.connection
-        connection.socket.settimeout(connection.timeout)
         try:
             if not begun:
                 self._send(attempt)
@@ -5595,9 +5569,10 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and not (connection.heard or connection.abandoned())
+            is_kept = connection.idle_since > 0
+            stale = is_kept and not (connection.heard or connection.abandoned())
             if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
-                unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                unread = stale and call.upstream_seconds + time.monotonic() < STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
@@ -5618,7 +5593,8 @@ class Upstream:
             return request, _NO_AUTHORIZATION
         amz_date = iso_basic(self.clock())
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
-        payload_hash, declares = attempt.payload_hash, attempt.declares
+        payload_hash, given = attempt.payload_hash, call.request.fields
+        declares = "x-amz-content-sha256" in given or payload_hash == "UNSIGNED-PAYLOAD"
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
         attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
@@ -5647,7 +5623,12 @@ class Upstream:
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
         call, connection = attempt.call, attempt.connection
-        head, length, reader = connection.receive(call.request.method, attempt.secrets)
+        head, length = connection.receive(call.request.method, attempt.secrets)
+        reader: Union[Stream, LengthBody] = connection.source
+        if length is None:
+            reader = ChunkedBody(connection.source, sys.maxsize)
+        elif length != UNTIL_CLOSE:
+            reader = LengthBody(connection.source, length)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
@@ -5689,20 +5670,19 @@ class Upstream:
         finally:
             self.pool.give(attempt.connection, keep and complete)
 
-    def _release(self, received: Attempt, handles: Sequence[str]) -> None:
+    def _release(self, received: Call, handles: Sequence[str]) -> None:
         if not handles:
             return
-        call, endpoint = received.call, received.endpoint
-        url = call.input.get("QueueUrl", call.request.path)
-        url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        now = {"VisibilityTimeout": 0}
+        url = received.input.get("QueueUrl", received.request.path)
+        base, now = received.base_url, {"VisibilityTimeout": 0}
         entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
-        document = {"QueueUrl": url, "Entries": entries}
-        request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
-        payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
+        document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
+        operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
+        request, who = sqs_request(host, operation, document), (received.region, received.caller)
+        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(Attempt(call, endpoint, request, payload_hash)).status
+            status = self.answer(call, "").status
             log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
             log.warning(message, len(handles), error)

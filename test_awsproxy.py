@@ -12336,7 +12336,7 @@ class Through(unittest.TestCase):
             reused = True
             while reused:
                 connection = pool.take(endpoint)
-                reused = connection.reused
+                reused = connection.idle_since > 0
                 connection.close()
 
     def put(self, raw, method="GET", wire=None):
@@ -14175,6 +14175,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
                 attempt = awsproxy.Attempt(call, None, None, "")
                 connection = attempt.connection = object.__new__(awsproxy.Connection)
                 connection.endpoint, connection.timeout = upstream.endpoint, DEADLINE
+                connection.socket = mock.Mock()
                 connection.source = awsproxy.Stream(
                     lambda size: taken.append(1) or bytes(size), b"HTTP/1.1 200 OK\r\n\r\n"
                 )
