@@ -5267,17 +5267,14 @@ class Pool:
 _mismatch = re.compile("(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch").fullmatch
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
-_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
-_EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
-_CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
     rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"'
 )
@@ -5288,7 +5285,7 @@ def error_code(reply: Reply) -> str:
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
-        if _CODE.fullmatch(code):
+        if re.fullmatch("[A-Za-z0-9._-]{1,128}", code):
             return code
     found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
     return (found[1] or found[2]).decode() if found else "-"
@@ -5300,8 +5297,8 @@ def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str,
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
-    # In the query protocol, a GET can send messages.
-    idempotent = call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
+    # See RFC 9110, 9.2.2.  In the query protocol, a GET can send messages.
+    idempotent = call.request.method in {*_BODILESS, "PUT"} and isinstance(call.wire, Rest)
     return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
@@ -5420,9 +5417,9 @@ class Upstream:
         """Return the answer for the caller.  Put messages back if the client has left."""
         call, reply = attempt.call, self._exchange(attempt)
         body = reply.body if isinstance(reply.body, bytes) else b""
-        if reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(body):
-            renews = self.credentials(call.caller).expire(attempt.keys)
-            if renews and isinstance(attempt.request.body, io.IOBase):
+        expired = reply.status in _REFUSED and re.search(b"ExpiredToken|RequestExpired", body)
+        if expired and not call.unsigned and self.credentials(call.caller).expire(attempt.keys):
+            if isinstance(attempt.request.body, io.IOBase):
                 reply = self._exchange(attempt)  # signs it again
         if call.action == RECEIVE and call.request.abandoned():
             self._release(call, receipt_handles(reply))
@@ -5460,10 +5457,9 @@ class Upstream:
         target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
-        host = host[len(call.bucket) :]
-        dual_host = "dualstack" in host or ".api.aws" in host
-        if ("fips" in host or dual_host) and is_aws_host(host):
-            fips, dualstack = fips or "fips" in host, dualstack or dual_host
+        if is_aws_host(host := host[len(call.bucket) :]):
+            fips = fips or "fips" in host
+            dualstack = dualstack or "dualstack" in host or ".api.aws" in host
         return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
@@ -8414,7 +8410,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number in the text; ArgumentTypeError if it is out of range."""
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
@@ -8430,13 +8425,10 @@ def _client(text: str) -> Client:
     return Client(key, key, secret)
 
 
-def _matching(pattern: str, form: str) -> Callable[[str], Any]:
-    def _match(text: str) -> Any:
-        if not (found := re.fullmatch(pattern, text)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
-        return found.groups() or text
-
-    return _match
+def _matched(pattern: str, form: str, text: str) -> Any:
+    if not (found := re.fullmatch(pattern, text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    return found.groups() or text
 
 
 def _public_url(text: str) -> str:
@@ -8447,7 +8439,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
+    pattern, target = _matched("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'", text)
     return pattern, _target_name(target)
 
 
@@ -8462,13 +8454,13 @@ def _target_name(text: str) -> str:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, port = _matching(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT")(text)
+    host, port = _matched(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT", text)
     return host, _number(int, 0, 65535)(port)
 
 
-_account_id = _matching(_ACCOUNT_ID.pattern, "12 digits")
-_NAME = _SCOPE_NAME.pattern
-_scope = _matching(f"({_NAME})/({_NAME})", "SERVICE/REGION, as in sqs/us-east-1")
+_account_id = functools.partial(_matched, _ACCOUNT_ID.pattern, "12 digits")
+_SCOPE = f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})"
+_scope = functools.partial(_matched, _SCOPE, "SERVICE/REGION, as in sqs/us-east-1")
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
