@@ -8138,7 +8138,6 @@ class Server(http.server.HTTPServer):
                 break
             held -= len(connection.buffer)
             connection.close()
-        release_memory()
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
@@ -8775,7 +8774,6 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
-        release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
@@ -8914,14 +8912,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     finally:
         writer.close()
-
-
-def release_memory() -> None:
-    """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # [10.6] Routes of the flags
