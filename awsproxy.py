@@ -5224,7 +5224,6 @@ class Pool:
             while idle := self._idle.get(endpoint):
                 kept = idle.pop()
                 if kept.idle_since > oldest and not kept.has_arrived(0):
-                    kept.heard = False
                     return kept
                 kept.close()
         return None
@@ -5253,7 +5252,7 @@ class Pool:
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
-            connection.idle_since = time.monotonic()
+            connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
                 idle = self._idle.setdefault(connection.endpoint, [])
                 if len(idle) < self.MOST:
@@ -5303,11 +5302,9 @@ def is_repeatable(call: Call) -> bool:
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
-    body = _to_json(document)
-    about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
-    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
-    return Request("POST", "/", headers, io.BytesIO(body))
+    """Return a call to Amazon SQS in AWS JSON, without the headers that an Upstream adds."""
+    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
+    return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
 
 
 @dataclass(eq=False)
@@ -5565,8 +5562,7 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            is_kept = connection.idle_since > 0
-            stale = is_kept and not (connection.heard or connection.abandoned())
+            stale = not (connection.heard or connection.abandoned()) and connection.idle_since > 0
             if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
                 unread = stale and call.upstream_seconds + time.monotonic() < STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
@@ -8833,9 +8829,8 @@ def running(
     """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
     `clock` is the time of the queues; `options` are more arguments of Proxy."""
-    sqs = Sqs(clock or steady_time)
-    if clock:
-        clock.wake = sqs.wake
+    sqs = Sqs(clock := clock or MovableClock())
+    clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
     proxy = Proxy(clients, sqs=sqs, status=Status(Metrics(), None, sqs, sqs.reset), **options)
