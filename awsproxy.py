@@ -5169,18 +5169,6 @@ class Connection:
         self.heard = self.heard or bool(data)
         return bool(data)
 
-    def receive(self, method: str, secrets: Iterable[bytes]) -> tuple[ResponseHead, Optional[int]]:
-        """Return the head of the final answer and the body's length, or raise UpstreamError."""
-        self.deadline, source = time.monotonic() + self.timeout, self.source
-        self.socket.settimeout(self.timeout)
-        try:
-            while (head := parse_response_head(hide(read_head(source), secrets))).status < 200:
-                pass
-            return head, response_framing(head, method)
-        except (OSError, ValueError) as error:
-            message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message) from error
-
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
     """Return the way to an endpoint: for https, through HTTPS_PROXY except to this machine."""
@@ -5614,18 +5602,27 @@ class Upstream:
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
-        call, connection = attempt.call, attempt.connection
-        head, length = connection.receive(call.request.method, attempt.secrets)
-        reader: Union[Stream, LengthBody] = connection.source
+        call, connection, secrets = attempt.call, attempt.connection, attempt.secrets
+        source = connection.source
+        connection.deadline = time.monotonic() + connection.timeout
+        connection.socket.settimeout(connection.timeout)
+        try:
+            while (head := parse_response_head(hide(read_head(source), secrets))).status < 200:
+                pass
+            length = response_framing(head, call.request.method)
+        except (OSError, ValueError) as error:
+            why = str(error) or "connection closed"
+            raise UpstreamError(f"no answer from {connection.endpoint.origin}: {why}") from error
+        reader: Union[Stream, LengthBody] = source
         if length is None:
-            reader = ChunkedBody(connection.source, sys.maxsize)
+            reader = ChunkedBody(source, sys.maxsize)
         elif length != UNTIL_CLOSE:
-            reader = LengthBody(connection.source, length)
+            reader = LengthBody(source, length)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
-        start, secrets = b"", attempt.secrets
+        start = b""
         if is_short or call.service == "sqs" or head.status in _REFUSED:
             limit = MAX_SQS_ANSWER if call.service == "sqs" else MAX_WHOLE_REPLY
             try:
