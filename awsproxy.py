@@ -4913,57 +4913,28 @@ class Keyring:
 
 
 # [6.3] Connections
-Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
 POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
-class Mask:
-    """Hides our session token and signature if the answer of an upstream repeats them."""
-
-    def __init__(self, signature: str = "", session_token: str = "") -> None:
-        # AWS has no shorter token.  A short text may occur in any answer by chance.
-        self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
-        self._secrets += (signature.encode(),) if signature else ()
-        self.held = b""  # the last bytes of a stream, if a secret may begin there
-
-    def hide(self, data: bytes) -> bytes:
-        """Return the data with asterisks in place of each secret."""
-        for secret in self._secrets:
-            if secret in data:
-                data = data.replace(secret, b"*" * len(secret))
-        return data
-
-    def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
-        """Return the headers with asterisks in place of each secret."""
-        text = "\n".join([value for _, value in headers])  # no value has a line feed
-        values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
-        return tuple(zip([name for name, _ in headers], values))
-
-    def next(self, block: bytes) -> bytes:
-        """Return a block of a stream without its last bytes if a secret may begin there."""
-        data = self.hide(self.held + block if self.held else block)
-        keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
-        self.held = data[len(data) - keep :]
-        return data[: len(data) - keep] if keep else data
-
-
 @functools.lru_cache(maxsize=64)
-def _forms_of_token(token: str) -> tuple[bytes, ...]:
+def forms_of_token(token: str) -> tuple[bytes, ...]:
+    """Return the texts in which an upstream may repeat our session token."""
+    if len(token) < 16:  # AWS has no shorter token.  A short text may be in any answer by chance.
+        return ()
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
     return tuple(form.encode() for form in forms)
 
 
-def _overlap(data: bytes, secret: bytes) -> int:
-    """Return the length of the secret's beginning with which the data ends."""
-    at = data.find(secret[:1], max(0, len(data) - len(secret) + 1))
-    while at >= 0 and not secret.startswith(data[at:]):
-        at = data.find(secret[:1], at + 1)
-    return len(data) - at if at >= 0 else 0
+def hide(data: bytes, secrets: Iterable[bytes]) -> bytes:
+    """Return the data with asterisks in place of each secret."""
+    for secret in secrets:
+        data = data.replace(secret, b"*" * len(secret))
+    return data
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -4984,10 +4955,9 @@ class Connection:
     def __init__(self, endpoint: Endpoint, connect_timeout: float) -> None:
         self.endpoint = endpoint
         self.timeout = math.inf  # of an exchange: see `Pool.allow`
-        self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.heard = False  # whether any byte of an answer has arrived
-        self.idle_since = self.sent_at = 0.0
+        self.idle_since = 0.0  # that is, it is new
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
@@ -5022,17 +4992,14 @@ class Connection:
         left = memoryview(data)
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
+        self.socket.setblocking(False)
         try:
             while left:
-                if not (ready := poll.poll(self.timeout * 1000)):
+                if not (seen := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
-                if ready[0][1] & ~select.POLLOUT:
-                    self.socket.setblocking(False)
-                    going_on = self.receive_now()
-                    self.socket.settimeout(self.timeout)
-                    if self.source.buffer or not going_on:  # not just a TLS record without data
-                        return False
-                if ready[0][1] & select.POLLOUT:
+                if seen[0][1] != select.POLLOUT and (not self.receive_now() or self.source.buffer):
+                    return False  # otherwise it was a TLS record without data
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
                     left = left[self.socket.send(left) :]
         except OSError:
             return False
@@ -5047,30 +5014,14 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Read what has arrived, up to MAX_WHOLE_REPLY, and return whether more may arrive."""
+        """Read what has arrived, as far as a whole reply, and return whether more may arrive."""
         try:
-            while len(self.source.buffer) <= MAX_WHOLE_REPLY:
-                data = self.socket.recv(65536)
-                self.source.buffer += data
-                self.heard = self.heard or bool(data)
-                if len(data) < 65536:
-                    return bool(data)
+            data = self.socket.recv(MAX_WHOLE_REPLY + 1)
         except OSError as error:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
-        return True
-
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
-        """Return the head, length and body of the final answer, or raise UpstreamError."""
-        self.deadline, source = time.monotonic() + self.timeout, self.source
-        try:
-            while (head := parse_response_head(read_head(source), method)).status < 200:
-                pass
-        except (OSError, ValueError) as error:
-            message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message) from error
-        if (length := head.length) is None:
-            return head, length, ChunkedBody(source, sys.maxsize)
-        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
+        self.source.buffer += data
+        self.heard = self.heard or bool(data)
+        return bool(data)
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5115,7 +5066,6 @@ class Pool:
             while idle := self._idle.get(endpoint):
                 kept = idle.pop()
                 if kept.idle_since > oldest and not kept.has_arrived(0):
-                    kept.reused, kept.heard = True, False
                     return kept
                 kept.close()
         return None
@@ -5131,22 +5081,20 @@ class Pool:
         if call.action == RECEIVE:  # its messages must be put back if the client has left
             connection.timeout = min(POLL_SECONDS, self._timeout)
             connection.abandoned = lambda: self.draining and not connection.heard
-        connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
-            late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
-            for connection in late:
-                self._idle[connection.endpoint].remove(connection)
-                connection.close()
+            for idle in self._idle.values():
+                while idle and idle[0].idle_since < oldest:
+                    idle.pop(0).close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
-            connection.idle_since = time.monotonic()
+            connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
                 idle = self._idle.setdefault(connection.endpoint, [])
                 if len(idle) < self.MOST:
@@ -5160,17 +5108,14 @@ class Pool:
 _mismatch = re.compile("(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch").fullmatch
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
-_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
-_EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
-_CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
     rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"'
 )
@@ -5181,7 +5126,7 @@ def error_code(reply: Reply) -> str:
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
-        if _CODE.fullmatch(code):
+        if re.fullmatch("[A-Za-z0-9._-]{1,128}", code):
             return code
     found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
     return (found[1] or found[2]).decode() if found else "-"
@@ -5193,17 +5138,15 @@ def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str,
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
-    # In the query protocol, a GET can send messages.
-    idempotent = call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
+    # See RFC 9110, 9.2.2.  In the query protocol, a GET can send messages.
+    idempotent = call.request.method in {*_BODILESS, "PUT"} and isinstance(call.wire, Rest)
     return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
-    body = _to_json(document)
-    about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
-    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
-    return Request("POST", "/", headers, io.BytesIO(body))
+    """Return a call to Amazon SQS in AWS JSON, without the headers that an Upstream adds."""
+    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
+    return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
 
 
 @dataclass(eq=False)
@@ -5214,11 +5157,10 @@ class Attempt:
     endpoint: Endpoint
     request: Request
     payload_hash: str
-    declares: bool = False  # whether to send x-amz-content-sha256
     keys: Credentials = NOBODY
     begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
     connection: Connection = field(init=False)
-    mask: Mask = field(default_factory=Mask)
+    secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
 
 @dataclass(eq=False, repr=False)
@@ -5263,11 +5205,10 @@ class Upstream:
         body = read_again(signed.body)
         data = encode_head(signed) + body
         may_stay_unread = body and signed.method in _BODILESS
-        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
-        if not connection:
+        if may_stay_unread or not (kept := self.pool.idle(attempt.endpoint)):
             return None
-        attempt.connection = connection
-        self.pool.allow(connection, call)
+        attempt.connection = kept
+        self.pool.allow(kept, call)
         return attempt, data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
@@ -5282,7 +5223,7 @@ class Upstream:
         if end == 3:
             return None
         try:
-            head = parse_response_head(buffer[:end], call.request.method)
+            head = parse_response_head(hide(buffer[:end], attempt.secrets), call.request.method)
         except ValueError:
             return wait  # it reads the head again, and refuses it
         if (length := head.length) is None or length == UNTIL_CLOSE or head.status < 200:
@@ -5303,8 +5244,7 @@ class Upstream:
     def _put_back(self, attempt: Attempt) -> None:
         connection = attempt.connection
         try:
-            connection.socket.settimeout(connection.timeout)
-            self._release(attempt, receipt_handles(self._reply(attempt)))
+            self._release(attempt.call, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
@@ -5313,9 +5253,14 @@ class Upstream:
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        call, reply = attempt.call, self._answered(attempt)
+        call, reply = attempt.call, self._exchange(attempt)
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        expired = reply.status in _REFUSED and re.search(b"ExpiredToken|RequestExpired", body)
+        if expired and not call.unsigned and self.credentials(call.caller).expire(attempt.keys):
+            if isinstance(attempt.request.body, io.IOBase):
+                reply = self._exchange(attempt)  # signs it again
         if call.action == RECEIVE and call.request.abandoned():
-            self._release(attempt, receipt_handles(reply))
+            self._release(call, receipt_handles(reply))
             reply = no_messages(call, random_id())
         return self._final(call, reply)
 
@@ -5323,8 +5268,7 @@ class Upstream:
         fields = fields_of(reply.headers)
         found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
         call.upstream_id = found[0]
-        if call.upstream_seconds < 0:
-            call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
+        call.upstream_seconds += time.monotonic()
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
             # The upstream's text repeats our signed request, so the caller gets another.
             log.error("the upstream refuses our signature: check the key and clock of the proxy")
@@ -5351,10 +5295,9 @@ class Upstream:
         target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
-        host = host[len(call.bucket) :]
-        dual_host = "dualstack" in host or ".api.aws" in host
-        if ("fips" in host or dual_host) and is_aws_host(host):
-            fips, dualstack = fips or "fips" in host, dualstack or dual_host
+        if is_aws_host(host := host[len(call.bucket) :]):
+            fips = fips or "fips" in host
+            dualstack = dualstack or "dualstack" in host or ".api.aws" in host
         return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
@@ -5403,8 +5346,7 @@ class Upstream:
             headers.append(("Content-Length", str(length)))
         sent = Request(request.method, target, tuple(headers), body, request.peer)
         call.upstream_host = endpoint.authority
-        declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
-        return Attempt(call, endpoint, sent, payload_hash, declares)
+        return Attempt(call, endpoint, sent, payload_hash)
 
     def _body(self, call: Call, endpoint: Endpoint) -> tuple[Body, str]:
         body, payload_hash = call.body, call.payload_hash
@@ -5437,17 +5379,6 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    def _answered(self, attempt: Attempt) -> Reply:
-        """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        call = attempt.call
-        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
-            reply = self._exchange(attempt)
-            text = reply.body if isinstance(reply.body, bytes) else b""
-            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
-            if not expired or not self.credentials(call.caller).expire(attempt.keys):
-                break
-        return reply
-
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, begun, attempt.begun = attempt.call, attempt.begun, False
@@ -5463,7 +5394,6 @@ class Upstream:
                 raise self._given_up(call, error, unread=True) from error
             self.pool.allow(attempt.connection, call)
         connection = attempt.connection
-        connection.socket.settimeout(connection.timeout)
         try:
             if not begun:
                 self._send(attempt)
@@ -5473,9 +5403,9 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and not (connection.heard or connection.abandoned())
+            stale = not (connection.heard or connection.abandoned()) and connection.idle_since > 0
             if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
-                unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                unread = stale and call.upstream_seconds + time.monotonic() < STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
@@ -5496,9 +5426,10 @@ class Upstream:
             return request, _NO_AUTHORIZATION
         amz_date = iso_basic(self.clock())
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
-        payload_hash, declares = attempt.payload_hash, attempt.declares
+        payload_hash, given = attempt.payload_hash, call.request.fields
+        declares = "x-amz-content-sha256" in given or payload_hash == "UNSIGNED-PAYLOAD"
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
-        attempt.mask = Mask(claimed.signature, keys.session_token)
+        attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
@@ -5522,8 +5453,23 @@ class Upstream:
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
-        call, connection = attempt.call, attempt.connection
-        head, length, reader = connection.receive(call.request.method)
+        call, connection, secrets = attempt.call, attempt.connection, attempt.secrets
+        source = connection.source
+        connection.deadline = time.monotonic() + connection.timeout
+        connection.socket.settimeout(connection.timeout)
+        status = 100
+        try:
+            while status < 200:
+                head = parse_response_head(hide(read_head(source), secrets), call.request.method)
+                status, length = head.status, head.length
+        except (OSError, ValueError) as error:
+            why = str(error) or "connection closed"
+            raise UpstreamError(f"no answer from {connection.endpoint.origin}: {why}") from error
+        reader: Union[Stream, LengthBody] = source
+        if length is None:
+            reader = ChunkedBody(source, sys.maxsize)
+        elif length != UNTIL_CLOSE:
+            reader = LengthBody(source, length)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
@@ -5542,45 +5488,42 @@ class Upstream:
             if call.service == "sqs":
                 raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
-            attempt.mask = Mask()  # an object stays as it was stored
+            secrets = ()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        blocks = iter(functools.partial(reader.read_some, 65536), b"")
-        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
-        return Reply(head.status, attempt.mask.headers(headers), body)
+        blocks = itertools.chain((start,), iter(functools.partial(reader.read_some, 65536), b""))
+        shown = (hide(block, secrets) for block in blocks)  # but no secret cut between blocks
+        return Reply(head.status, tuple(headers), self._stream(attempt, shown, keep))
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
         self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
-        headers = attempt.mask.headers(end_to_end(head.headers, dropped))
-        return Reply(head.status, headers, attempt.mask.hide(body))
+        headers = tuple(end_to_end(head.headers, dropped))
+        return Reply(head.status, headers, hide(body, attempt.secrets))
 
-    def _stream(self, attempt: Attempt, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
+    def _stream(self, attempt: Attempt, body: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            yield from filter(None, map(attempt.mask.next, raw))
+            yield from filter(None, body)
             complete = True
-            if attempt.mask.held:
-                yield attempt.mask.held
         finally:
             self.pool.give(attempt.connection, keep and complete)
 
-    def _release(self, received: Attempt, handles: Sequence[str]) -> None:
+    def _release(self, received: Call, handles: Sequence[str]) -> None:
         if not handles:
             return
-        call, endpoint = received.call, received.endpoint
-        url = call.input.get("QueueUrl", call.request.path)
-        url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        now = {"VisibilityTimeout": 0}
+        url = received.input.get("QueueUrl", received.request.path)
+        base, now = received.base_url, {"VisibilityTimeout": 0}
         entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
-        document = {"QueueUrl": url, "Entries": entries}
-        request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
-        payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
+        document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
+        operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
+        request, who = sqs_request(host, operation, document), (received.region, received.caller)
+        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(Attempt(call, endpoint, request, payload_hash)).status
+            status = self.answer(call, "").status
             log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
             log.warning(message, len(handles), error)
@@ -8041,7 +7984,6 @@ class Server(http.server.HTTPServer):
                 break
             held -= len(connection.buffer)
             connection.close()
-        release_memory()
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
@@ -8313,7 +8255,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number in the text; ArgumentTypeError if it is out of range."""
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
@@ -8329,13 +8270,10 @@ def _client(text: str) -> Client:
     return Client(key, key, secret)
 
 
-def _matching(pattern: str, form: str) -> Callable[[str], Any]:
-    def _match(text: str) -> Any:
-        if not (found := re.fullmatch(pattern, text)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
-        return found.groups() or text
-
-    return _match
+def _matched(pattern: str, form: str, text: str) -> Any:
+    if not (found := re.fullmatch(pattern, text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    return found.groups() or text
 
 
 def _public_url(text: str) -> str:
@@ -8346,7 +8284,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
+    pattern, target = _matched("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'", text)
     return pattern, _target_name(target)
 
 
@@ -8361,13 +8299,13 @@ def _target_name(text: str) -> str:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, port = _matching(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT")(text)
+    host, port = _matched(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT", text)
     return host, _number(int, 0, 65535)(port)
 
 
-_account_id = _matching(_ACCOUNT_ID.pattern, "12 digits")
-_NAME = _SCOPE_NAME.pattern
-_scope = _matching(f"({_NAME})/({_NAME})", "SERVICE/REGION, as in sqs/us-east-1")
+_account_id = functools.partial(_matched, _ACCOUNT_ID.pattern, "12 digits")
+_SCOPE = f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})"
+_scope = functools.partial(_matched, _SCOPE, "SERVICE/REGION, as in sqs/us-east-1")
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
@@ -8682,7 +8620,6 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
-        release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
@@ -8742,9 +8679,8 @@ def running(
     """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
     `clock` is the time of the queues; `options` are more arguments of Proxy."""
-    sqs = Sqs(clock or steady_time)
-    if clock:
-        clock.wake = sqs.wake
+    sqs = Sqs(clock := clock or MovableClock())
+    clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
     proxy = Proxy(clients, sqs=sqs, status=Status(Metrics(), None, sqs, sqs.reset), **options)
@@ -8821,14 +8757,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     finally:
         writer.close()
-
-
-def release_memory() -> None:
-    """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # [10.6] Routes of the flags
