@@ -2824,8 +2824,11 @@ S3_ACTIONS = {  # by level, sub-resource and method
 }
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
-# With a versionId, these have another action: GetObject becomes GetObjectVersion.
-_S3_VERSIONED = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
+# The actions of a call with a versionId.
+_S3_VERSIONED = {
+    it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
+    if re.fullmatch("(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)", it)
+}  # fmt: skip
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
@@ -2877,8 +2880,8 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     method = _S3_LIKE.get(request.method, request.method)
     strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
     action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
-    if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
-        action = action.replace("Object", "ObjectVersion", 1)
+    if "versionId" in parameters and level == "object":
+        action = _S3_VERSIONED.get(action, action)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
     return Meaning(action, bucket=of_host)
@@ -9044,8 +9047,7 @@ def nearest_pattern(pattern: str) -> Optional[str]:
 def _known_operations(service: str) -> Mapping[str, str]:
     known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
     if service in ("s3", "s3express"):
-        versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
-        known = sorted({*S3_ACTIONS.values(), *versioned})
+        known = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
     return {name.lower(): name for name in known}
 
 
