@@ -8983,48 +8983,34 @@ def raise_file_limit(wanted: int) -> int:
     return more
 
 
-_REST = {"rest-json", "rest-xml"}
 _NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
 _KNOWN_NAMES = {name.lower(): name for name in _NAMES}
+_OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
+    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
+}  # fmt: skip
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
     """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
-    if set(pattern) == {"*"}:
-        return None
     prefix, colon, operation = pattern.lower().partition(":")
-    services = [name for name in _KNOWN_NAMES if colon and glob_matches(prefix, name)]
-    if any(_can_match(service, operation) for service in services):
+    named = [it for name, it in _KNOWN_NAMES.items() if colon and glob_matches(prefix, name)]
+    if set(pattern) == {"*"} or any(_can_match(service, operation) for service in named):
         return None
-    if services:
-        service, known = services[0], _known_operations(services[0])
-        other = "*" if known or not SPEAKS.get(service, REST_JSON) & _REST else "POST/path"
-        close = difflib.get_close_matches(operation, known, 1, 0.5)
-        return f"{_KNOWN_NAMES[service]}:{known[close[0]] if close else other}"
-    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
-        if prefix in (known := _known_operations(service)):
-            return f"{service}:{known[prefix]}"
-    for service in difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5):
-        return f"{service}:{operation or '*'}"
-    return None if colon else ""  # most services of REST are not known here
-
-
-def _known_operations(service: str) -> Mapping[str, str]:
-    known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
-    if service in ("s3", "s3express"):
-        known = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
-    return {name.lower(): name for name in known}
+    if colon and not named and not difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85):
+        return None  # most services of REST are not known here
+    near = named or _KNOWN_NAMES.values()
+    known = [f"{it}:{name}" for it in near for name in (*_KNOWN_OPERATIONS.get(it, ()), "*")]
+    return "".join(difflib.get_close_matches(pattern, known, 1, 0.4))
 
 
 def _can_match(service: str, pattern: str) -> bool:
-    known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
+    known, spoken = _KNOWN_OPERATIONS.get(service), SPEAKS.get(service, REST_JSON)
     if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
-        return any(glob_matches(pattern, name) for name in known or [pattern])
-    start = re.split("[*?]", pattern, maxsplit=1)[0]
-    return bool(spoken & _REST) and any(
-        f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
-        for name in map(str.lower, METHODS)
-    )
+        return any(glob_matches(pattern, name.lower()) for name in known or [pattern])
+    method = re.sub("[*?].*", "*", pattern).partition("/")[0]
+    is_rest = bool(spoken & {"rest-json", "rest-xml"})
+    return is_rest and any(glob_matches(method, it.lower()) for it in METHODS)
 
 
 if __name__ == "__main__":

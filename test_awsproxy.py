@@ -19375,6 +19375,7 @@ class UnmatchablePatternTest(unittest.TestCase):
         lines = self.warnings(
             "SQS:sendmessage", "sqs:SendMessageBatch", "sqs:Send*", "s3:GetObject", "s3:Put*",
             "s3:GetObjectVersion", "s3:DeleteObjectVersion", "s3:*VersionTagging",
+            "s3express:ListAllMyDirectoryBuckets", "IoTSecuredTunneling:OpenTunnel",
             "s3:GET/v20180820/*", "cloudwatch:DeleteAlarms", "monitoring:*",
             "lambda:POST/2015-03-31/functions/*/invocations", "lambda:POST", "lambda:*",
             "sts:GetSessionToken", "dynamodb:GetItem", "ses:SendEmail", "ec2:Run*", "*:*Message",
