@@ -6905,6 +6905,36 @@ class Route(NamedTuple):
         return not set("*?") & set(pattern) and pattern in whole
 
 
+_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
+_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
+_OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
+    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
+}  # fmt: skip
+
+
+def nearest_pattern(pattern: str) -> Optional[str]:
+    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
+    prefix, colon, operation = pattern.lower().partition(":")
+    named = [it for name, it in _KNOWN_NAMES.items() if colon and glob_matches(prefix, name)]
+    if set(pattern) == {"*"} or any(_can_match(service, operation) for service in named):
+        return None
+    if colon and not named and not difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85):
+        return None  # most services of REST are not known here
+    near = named or _KNOWN_NAMES.values()
+    known = [f"{it}:{name}" for it in near for name in (*_KNOWN_OPERATIONS.get(it, ()), "*")]
+    return "".join(difflib.get_close_matches(pattern, known, 1, 0.4))
+
+
+def _can_match(service: str, pattern: str) -> bool:
+    known, spoken = _KNOWN_OPERATIONS.get(service), SPEAKS.get(service, REST_JSON)
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name.lower()) for name in known or [pattern])
+    method = re.sub("[*?].*", "*", pattern).partition("/")[0]
+    is_rest = bool(spoken & {"rest-json", "rest-xml"})
+    return is_rest and any(glob_matches(method, it.lower()) for it in METHODS)
+
+
 # [8.3] Paths of our own
 _PLAIN = "text/plain; charset=utf-8"
 _FORMS = {  # of the keys that are no attributes
@@ -8981,36 +9011,6 @@ def raise_file_limit(wanted: int) -> int:
         except (OSError, ValueError):  # the system has a lower limit
             return soft
     return more
-
-
-_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
-_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
-_OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
-_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
-    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
-}  # fmt: skip
-
-
-def nearest_pattern(pattern: str) -> Optional[str]:
-    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
-    prefix, colon, operation = pattern.lower().partition(":")
-    named = [it for name, it in _KNOWN_NAMES.items() if colon and glob_matches(prefix, name)]
-    if set(pattern) == {"*"} or any(_can_match(service, operation) for service in named):
-        return None
-    if colon and not named and not difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85):
-        return None  # most services of REST are not known here
-    near = named or _KNOWN_NAMES.values()
-    known = [f"{it}:{name}" for it in near for name in (*_KNOWN_OPERATIONS.get(it, ()), "*")]
-    return "".join(difflib.get_close_matches(pattern, known, 1, 0.4))
-
-
-def _can_match(service: str, pattern: str) -> bool:
-    known, spoken = _KNOWN_OPERATIONS.get(service), SPEAKS.get(service, REST_JSON)
-    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
-        return any(glob_matches(pattern, name.lower()) for name in known or [pattern])
-    method = re.sub("[*?].*", "*", pattern).partition("/")[0]
-    is_rest = bool(spoken & {"rest-json", "rest-xml"})
-    return is_rest and any(glob_matches(method, it.lower()) for it in METHODS)
 
 
 if __name__ == "__main__":
