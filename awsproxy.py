@@ -2205,8 +2205,8 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
-    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
+_NO_INPUT = re.compile(r"""(?x)(?i:x-amz-)|(AWSAccessKeyId|Action|ContentType|Expires|QueueUrl|
+    SecurityToken|Signature(Method|Version)?|Timestamp|Version)(\.|\Z)""")  # of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -2631,14 +2631,11 @@ class AwsQuery(WireProtocol):
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
-        ignored = []
-        for name in [name for name, node in nodes.items() if "." in node]:
-            first = name.partition(".")[0]
-            if first in members:  # which has no such part
+        left = [name for name, node in nodes.items() if "." in node]
+        for name in left:
+            if name.partition(".")[0] in members:  # which has no such part
                 raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
-            if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name)
-        call.ignored = _shown_names(ignored)
+        call.ignored = _shown_names(name for name in left if not _NO_INPUT.match(name))
         return dict(_from_json(shape, given))
 
     def reencode(self, call: Call) -> bytes:
@@ -2647,7 +2644,7 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        names = model.query_names[call.operation]
+        names = model.query_names.get(call.operation, {})
         members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
@@ -6738,7 +6735,10 @@ class Embedded:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
         if call.action == "sts:GetCallerIdentity":
-            return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
+            client = call.caller
+            arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+            identity = {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
+            return call.wire.output(call, _NO_MODEL, identity, request_id)
         if call.service != "sqs":
             raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
@@ -6756,15 +6756,7 @@ class Embedded:
                 error.message += f" ({name} is no parameter{did_you_mean(name, members)})"
             raise
 
-    def get_caller_identity(self, call: Call) -> Members:
-        """Return the account of the caller, and its section as a user."""
-        client = call.caller
-        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
-        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
-
-_IDENTITY = "GetCallerIdentity"
-STS_MODEL = Model(operations(Embedded, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
@@ -8420,8 +8412,7 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
     try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
+        parser.read_string(pathlib.Path(path).read_text("utf-8"), path)
     except configparser.Error as error:
         fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
         lines = getattr(error, "errors", ())
@@ -9006,10 +8997,10 @@ def raise_file_limit(wanted: int) -> int:
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < more:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-        except (OSError, ValueError):  # the system has a lower limit
-            return soft
+            return more
+        return soft
     return more
 
 
