@@ -6785,8 +6785,7 @@ def _actions(table: str) -> set[str]:
 
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
-IAM_PREFIXES = pairs("""
-    cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
+IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
@@ -6805,11 +6804,10 @@ IAM_ACTIONS = pairs(f"""
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = _actions("""
-    account-access GET/access/credentials; awsssoportal GET/federation/credentials; cloudwatch
-    GetSpaceCredentialsForOrganization GetSpaceDataAccess; codepipeline GetJobDetails
-    GetThirdPartyJobDetails PollForJobs; cognito-identity GetCredentialsForIdentity
-    GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
+CREDENTIAL_ACTIONS = _actions("""account-access GET/access/credentials; awsssoportal
+    GET/federation/credentials; cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
+    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs; cognito-identity
+    GetCredentialsForIdentity GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
     GET/v2/domains/*/environments/*/credentials; deadline GET/2023-10-12/farms/*-roles; eks-auth
     POST/clusters/*/assume-role-for-pod-identity; finspace-api GET/credentials/programmatic
     POST/datasets/*/dataviewsv2/*/external-access-details POST/workingLocationV1; gamelift
