@@ -8410,7 +8410,8 @@ def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     parser = configparser.RawConfigParser(default_section="")
     try:
-        parser.read_string(pathlib.Path(path).read_text("utf-8"), path)
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
     except configparser.Error as error:
         fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
         lines = getattr(error, "errors", ())
