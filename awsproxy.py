@@ -2156,10 +2156,15 @@ def read_again(body: Body) -> bytes:
 
 
 # [4.2] Which protocol a service speaks
+# The version of each query API, which its XML namespace ends in.
+QUERY_VERSIONS = pairs("""autoscaling=2011-01-01 cloudformation=2010-05-15 cloudsearch=2013-01-01
+    elasticache=2015-02-02 elasticbeanstalk=2010-12-01 elasticloadbalancing=2015-12-01
+    iam=2010-05-08 importexport=2010-06-01 monitoring=2010-08-01 rds=2014-10-31 redshift=2012-12-01
+    sdb=2009-04-15 ses=2010-12-01 sns=2010-03-31 sqs=2012-11-05 sts=2011-06-15""")
 # The signing names that speak each protocol; a name that is not here speaks REST-JSON alone.  A
 # service of AWS JSON may speak RPC v2 too: a request in it has no X-Amz-Target, so a service that
 # does not know RPC v2 finds no operation.  EC2's own form of AWS Query is under "query".
-_PROTOCOLS = """json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
+_PROTOCOLS = f"""json IoTSecuredTunneling acm acm-pca aco-automation airflow-serverless aoss
     application-autoscaling applicationinsights apprunner appstream arc-region-switch athena
     autoscaling-plans aws-marketplace b2bi backup-gateway bcm-dashboards bcm-data-exports
     bcm-pricing-calculator bcm-recommended-actions bedrock billing budgets cassandra ce cloud9
@@ -2179,8 +2184,7 @@ _PROTOCOLS = """json IoTSecuredTunneling acm acm-pca aco-automation airflow-serv
     shield sms-voice snowball sqs ssm ssm-contacts sso states storagegateway support swf tagging
     textract timestream timestream-influxdb transcribe transfer translate verifiedpermissions
     voiceid waf waf-regional wafv2 workmail workspaces workspaces-instances;
-    query autoscaling cloudformation cloudsearch ec2 elasticache elasticbeanstalk
-    elasticloadbalancing iam importexport monitoring rds redshift sdb ses sns sqs sts;
+    query ec2 {" ".join(QUERY_VERSIONS)};
     rest-json aoss aws-marketplace bedrock cloudsearch iam mediastore payment-cryptography
     personalize s3-outposts sagemaker sdb servicecatalog ses sms-voice;
     rest-xml cloudfront route53 s3 s3-object-lambda s3-outposts s3express"""
@@ -2253,7 +2257,9 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if service == "sqs" and "json" in media_type:
         return AwsJson(version, ("content-type",))
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
-        return AWS_QUERY
+        accepted, wanted = request.header("accept") or "", _query_values(request, b"ContentType")
+        is_json = "application/json" in accepted or "JSON" in wanted
+        return AWS_QUERY_JSON if is_json and service in ("sqs", "sts") else AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
@@ -2652,21 +2658,31 @@ class AwsQuery(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         if error.code == "UnknownOperation":
-            return self._reply(404, request_id, b"<UnknownOperationException/>")
+            return AWS_QUERY._reply(404, request_id, b"<UnknownOperationException/>")
         status, code, _ = self.fault(request, error)
         message = error.message
         if error.code == "QueueDoesNotExist":  # not so in JSON
             message = message.replace("not exist.", "not exist for this wsdl version.", 1)
         fault = {"Type": _side(status), "Code": code, "Message": message}
-        service, root = claim(request)[1].service or "sqs", "ErrorResponse"
-        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        return self._reply(status, request_id, self._error(request, fault, request_id))
+
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
+        versions = _query_values(request, b"Version")  # an unsigned request names no service
+        of_version = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
+        service = claim(request)[1].service or of_version
         if service == "ec2":
             del fault["Type"]
-            root, members = "Response", {"Errors": {"Error": fault}, "RequestID": request_id}
-        return self._reply(status, request_id, self._document(service, root, members))
+            members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
+            return self._document(service, "Response", members)
+        members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
+        return self._document(service, "ErrorResponse", members)
 
     def _document(self, service: str, root: str, members: Members) -> bytes:
-        xmlns = f' xmlns="{_NAMESPACES[service]}"' if service in _NAMESPACES else ""
+        host = "queue" if service == "sqs" else service
+        scheme = "https" if service in ("iam", "sts") else "http"
+        folder = "docs" if service == "elasticbeanstalk" else "doc"
+        version = QUERY_VERSIONS.get(service)
+        xmlns = f' xmlns="{scheme}://{host}.amazonaws.com/{folder}/{version}/"' if version else ""
         return f'<?xml version="1.0"?>{_xml(root, members, xmlns)}'.encode("utf-8", "replace")
 
 
@@ -2674,11 +2690,29 @@ def _shown_names(names: Iterable[str]) -> Sequence[str]:
     return [n if _PARAMETER.fullmatch(n) else "..." for n in itertools.islice(names, MAX_IGNORED)]
 
 
-AWS_QUERY, AWS_QUERY_TARGET = AwsQuery(), AwsQuery()
+class AwsQueryJson(AwsQuery):
+    """AWS Query with the answers in JSON that SQS gives to `Accept: application/json`."""
+
+    content_type = "application/json"
+
+    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+        response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
+        if output is not None:
+            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
+            if whole.get("Messages"):
+                whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
+            result = _spelled(whole, model.query_names[call.operation], in_json=True)
+            response[f"{call.operation}Result"] = result
+        return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
+
+    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
+        return _to_json({"Error": fault, "RequestId": request_id})
+
+
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
 AWS_QUERY_TARGET.reads_target = True
-# Of the answers that the proxy makes.  SDKs read errors of the other services without one.
-_NAMESPACES = pairs("""sqs=http://queue.amazonaws.com/doc/2012-11-05/
-    sts=https://sts.amazonaws.com/doc/2011-06-15/""")
+_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
+_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
@@ -2712,20 +2746,21 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryN
     return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
 
 
-def _spelled(value: Any, names: Names) -> Any:
+def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     """Return a value with the names of AWS Query, where a map is a list of pairs."""
     if isinstance(value, list):
-        return [_spelled(item, names) for item in value]
+        return [_spelled(item, names, in_json) for item in value]
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        return value if isinstance(value, str) else json.dumps(value)
+        return value if in_json or isinstance(value, str) else json.dumps(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
         if key and isinstance(item, dict):
             item = [{key: k, of_value: v} for k, v in item.items()]
-        members[element] = _spelled(item, names)
+        shown = _INTERNAL_NAMES.get(name, name) if in_json else element
+        members[shown] = _spelled(item, names, in_json)
     return members
 
 
