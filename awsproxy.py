@@ -2175,8 +2175,8 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
-    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
+_NO_INPUT = re.compile(r"""(?x)(?i:x-amz-)|(AWSAccessKeyId|Action|ContentType|Expires|QueueUrl|
+    SecurityToken|Signature(Method|Version)?|Timestamp|Version)(\.|\Z)""")  # of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -2603,14 +2603,11 @@ class AwsQuery(WireProtocol):
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
-        ignored = []
-        for name in [name for name, node in nodes.items() if "." in node]:
-            first = name.partition(".")[0]
-            if first in members:  # which has no such part
+        left = [name for name, node in nodes.items() if "." in node]
+        for name in left:
+            if name.partition(".")[0] in members:  # which has no such part
                 raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
-            if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name)
-        call.ignored = _shown_names(ignored)
+        call.ignored = _shown_names(name for name in left if not _NO_INPUT.match(name))
         return dict(_from_json(shape, given))
 
     def reencode(self, call: Call) -> bytes:
@@ -2619,7 +2616,7 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        names = model.query_names[call.operation]
+        names = model.query_names.get(call.operation, {})
         members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
@@ -2790,8 +2787,11 @@ S3_ACTIONS = {  # by level, sub-resource and method
 }
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
-# With a versionId, these have another action: GetObject becomes GetObjectVersion.
-_S3_VERSIONED = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
+# The actions of a call with a versionId.
+_S3_VERSIONED = {
+    it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
+    if re.fullmatch("(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)", it)
+}  # fmt: skip
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
@@ -2843,8 +2843,8 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     method = _S3_LIKE.get(request.method, request.method)
     strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
     action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
-    if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
-        action = action.replace("Object", "ObjectVersion", 1)
+    if "versionId" in parameters and level == "object":
+        action = _S3_VERSIONED.get(action, action)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
     return Meaning(action, bucket=of_host)
@@ -6563,7 +6563,10 @@ class Embedded:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
         if call.action == "sts:GetCallerIdentity":
-            return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
+            client = call.caller
+            arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+            identity = {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
+            return call.wire.output(call, _NO_MODEL, identity, request_id)
         if call.service != "sqs":
             raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
@@ -6581,15 +6584,7 @@ class Embedded:
                 error.message += f" ({name} is no parameter{did_you_mean(name, members)})"
             raise
 
-    def get_caller_identity(self, call: Call) -> Members:
-        """Return the account of the caller, and its section as a user."""
-        client = call.caller
-        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
-        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
-
-_IDENTITY = "GetCallerIdentity"
-STS_MODEL = Model(operations(Embedded, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
@@ -6618,8 +6613,7 @@ def _actions(table: str) -> set[str]:
 
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
-IAM_PREFIXES = pairs("""
-    cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
+IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
@@ -6638,11 +6632,10 @@ IAM_ACTIONS = pairs(f"""
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = _actions("""
-    account-access GET/access/credentials; awsssoportal GET/federation/credentials; cloudwatch
-    GetSpaceCredentialsForOrganization GetSpaceDataAccess; codepipeline GetJobDetails
-    GetThirdPartyJobDetails PollForJobs; cognito-identity GetCredentialsForIdentity
-    GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
+CREDENTIAL_ACTIONS = _actions("""account-access GET/access/credentials; awsssoportal
+    GET/federation/credentials; cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
+    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs; cognito-identity
+    GetCredentialsForIdentity GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
     GET/v2/domains/*/environments/*/credentials; deadline GET/2023-10-12/farms/*-roles; eks-auth
     POST/clusters/*/assume-role-for-pod-identity; finspace-api GET/credentials/programmatic
     POST/datasets/*/dataviewsv2/*/external-access-details POST/workingLocationV1; gamelift
@@ -6728,6 +6721,36 @@ class Route(NamedTuple):
         pattern, names = _folded(self.pattern), names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
+
+
+_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
+_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
+_OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
+    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
+}  # fmt: skip
+
+
+def nearest_pattern(pattern: str) -> Optional[str]:
+    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
+    prefix, colon, operation = pattern.lower().partition(":")
+    named = [it for name, it in _KNOWN_NAMES.items() if colon and glob_matches(prefix, name)]
+    if set(pattern) == {"*"} or any(_can_match(service, operation) for service in named):
+        return None
+    if colon and not named and not difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85):
+        return None  # most services of REST are not known here
+    near = named or _KNOWN_NAMES.values()
+    known = [f"{it}:{name}" for it in near for name in (*_KNOWN_OPERATIONS.get(it, ()), "*")]
+    return "".join(difflib.get_close_matches(pattern, known, 1, 0.4))
+
+
+def _can_match(service: str, pattern: str) -> bool:
+    known, spoken = _KNOWN_OPERATIONS.get(service), SPEAKS.get(service, REST_JSON)
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name.lower()) for name in known or [pattern])
+    method = re.sub("[*?].*", "*", pattern).partition("/")[0]
+    is_rest = bool(spoken & {"rest-json", "rest-xml"})
+    return is_rest and any(glob_matches(method, it.lower()) for it in METHODS)
 
 
 # [8.3] Paths of our own
@@ -8787,56 +8810,11 @@ def raise_file_limit(wanted: int) -> int:
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < more:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-        except (OSError, ValueError):  # the system has a lower limit
-            return soft
+            return more
+        return soft
     return more
-
-
-_REST = {"rest-json", "rest-xml"}
-_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
-_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
-
-
-def nearest_pattern(pattern: str) -> Optional[str]:
-    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
-    if set(pattern) == {"*"}:
-        return None
-    prefix, colon, operation = pattern.lower().partition(":")
-    services = [name for name in _KNOWN_NAMES if colon and glob_matches(prefix, name)]
-    if any(_can_match(service, operation) for service in services):
-        return None
-    if services:
-        service, known = services[0], _known_operations(services[0])
-        other = "*" if known or not SPEAKS.get(service, REST_JSON) & _REST else "POST/path"
-        close = difflib.get_close_matches(operation, known, 1, 0.5)
-        return f"{_KNOWN_NAMES[service]}:{known[close[0]] if close else other}"
-    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
-        if prefix in (known := _known_operations(service)):
-            return f"{service}:{known[prefix]}"
-    for service in difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5):
-        return f"{service}:{operation or '*'}"
-    return None if colon else ""  # most services of REST are not known here
-
-
-def _known_operations(service: str) -> Mapping[str, str]:
-    known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
-    if service in ("s3", "s3express"):
-        versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
-        known = sorted({*S3_ACTIONS.values(), *versioned})
-    return {name.lower(): name for name in known}
-
-
-def _can_match(service: str, pattern: str) -> bool:
-    known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
-    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
-        return any(glob_matches(pattern, name) for name in known or [pattern])
-    start = re.split("[*?]", pattern, maxsplit=1)[0]
-    return bool(spoken & _REST) and any(
-        f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
-        for name in map(str.lower, METHODS)
-    )
 
 
 if __name__ == "__main__":

@@ -19364,6 +19364,8 @@ class UnmatchablePatternTest(unittest.TestCase):
             ("dynamo:*", r"dynamodb:"),
             ("s3:HeadObject", r"s3:GetObject\b"),
             ("s3:ListObjects", r"s3:ListBucket|s3:\w+Object"),
+            ("s3:GetObjectVersions", r"s3:GetObjectVersion\b"),
+            ("s3:r", "can match no action"),
             ("lambda:InvokeFunction", r"lambda:(POST|\*)"),
             ("dynamodb:GET/x", r"dynamodb:[A-Z*]\w*"),
         )
@@ -19377,6 +19379,8 @@ class UnmatchablePatternTest(unittest.TestCase):
     def test_pattern_that_can_match_is_no_warning(self):
         lines = self.warnings(
             "SQS:sendmessage", "sqs:SendMessageBatch", "sqs:Send*", "s3:GetObject", "s3:Put*",
+            "s3:GetObjectVersion", "s3:DeleteObjectVersion", "s3:*VersionTagging",
+            "s3express:ListAllMyDirectoryBuckets", "IoTSecuredTunneling:OpenTunnel",
             "s3:GET/v20180820/*", "cloudwatch:DeleteAlarms", "monitoring:*",
             "lambda:POST/2015-03-31/functions/*/invocations", "lambda:POST", "lambda:*",
             "sts:GetSessionToken", "dynamodb:GetItem", "ses:SendEmail", "ec2:Run*", "*:*Message",
