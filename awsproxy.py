@@ -7833,6 +7833,7 @@ SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 _READ = selectors.EVENT_READ
+_NO_HEAD = re.compile(rb"\A\x16|(?<!\r)\n")  # a ClientHello of TLS (RFC 8446, 5.1), or a bare LF
 _http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
@@ -7878,11 +7879,7 @@ class PeerConnection:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError as error:  # or TLS must send, and the client does not read
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                message = "This port speaks TLS: the URL must begin with https."
-                self._refuse(ServiceError("BadRequest", message), past_tls=True)
-                return
+        except OSError:  # or TLS must send, and the client does not read
             data = b""
         if not data:
             self.close()
@@ -7911,16 +7908,12 @@ class PeerConnection:
         """Parse a head, and return where it and its body end in the buffer.
 
         None if it is incomplete or refused, or if a worker is to read the body."""
-        if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
-            log.warning("%s sent TLS to this plain port: use http:// or add --tls-cert", self.peer)
-            self.close()
-            return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
         if end == 3:
-            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, max(self.scanned - 1, 0)):
+            if len(buffer) <= MAX_HEAD and not _NO_HEAD.search(buffer, max(self.scanned - 1, 0)):
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
@@ -7951,12 +7944,11 @@ class PeerConnection:
         request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         return self._encoded(self.server.proxy.handle(request, error), close=True)
 
-    def _refuse(self, error: ServiceError, past_tls: bool = False) -> None:
+    def _refuse(self, error: ServiceError) -> None:
         """Send a refusal, and linger."""
-        data, sock = self.refusal(error), self.socket
+        data = self.refusal(error)
         with contextlib.suppress(OSError):
-            sent = socket.socket.send(sock, data) if past_tls else sock.send(data)
-            if sent == len(data):
+            if self.socket.send(data) == len(data):
                 self._linger()
                 self.server.park(self)
                 return
@@ -8134,7 +8126,6 @@ class Server(http.server.HTTPServer):
         self._max_connections, self._certificate = max_connections, certificate
         self._when_woken = when_woken
         self._arrived = 0  # bytes, since the last check of MAX_HELD
-        self._longest_lag = 0.0
         self._regular = (self._check_deadlines, every_half_second, self._answer)
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
@@ -8158,7 +8149,6 @@ class Server(http.server.HTTPServer):
         tick = time.monotonic() + poll_interval
         while not self._stopping:
             ready = self._selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
-            looked = time.monotonic()
             for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
@@ -8167,13 +8157,7 @@ class Server(http.server.HTTPServer):
                 tick = time.monotonic() + poll_interval
                 for act in self._regular:
                     self._guarded(act)
-            self._longest_lag = max(self._longest_lag, time.monotonic() - looked)
         self._stopped.set()
-
-    def take_lag(self) -> float:
-        """Return the longest turn of the loop since the last call, in seconds."""
-        lag, self._longest_lag = self._longest_lag, 0.0
-        return lag
 
     def limit_held(self, size: int) -> None:
         """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
@@ -8685,7 +8669,6 @@ class Program:
     def _add_gauges(self) -> None:
         """Add the metrics that a scrape reads on demand."""
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
-        gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
         gauge("log_lines_dropped", "Log lines that were lost.", lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)

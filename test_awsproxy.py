@@ -19051,19 +19051,13 @@ class TlsTest(SocketTest):
         for connection in begun:
             self.assertEqual(connection.recv(1), b"")
 
-    def test_a_plain_http_request_is_told_to_use_https(self):
+    def test_a_plain_http_request_ends_the_connection(self):
         running = self.start(Proxy(DEMO_CLIENTS))
-        nonsense = socket.create_connection(running.address, DEADLINE)
-        self.addCleanup(nonsense.close)
-        nonsense.sendall(b"\0" * 50)
-        for data in (raw_call(), raw_call(body=b"{}".ljust(9000))):
+        for data in (raw_call(), raw_call(body=b"{}".ljust(9000)), b"\0" * 50):
             with socket.create_connection(running.address, DEADLINE) as connection:
                 connection.sendall(data)
-                answer = read_answer(connection.makefile("rb"))
-                self.assertEqual((answer.status, answer.closes), (400, True))
-                self.assertIn(b"https", answer.body)
-        with contextlib.suppress(ConnectionResetError):
-            self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertIn(connection.recv(100)[:1], (b"", b"\x15"))  # an alert
 
     def test_a_slow_and_steady_reader_gets_the_whole_answer(self):
         running = self.start(timeout=0.6)
@@ -19146,15 +19140,14 @@ class TlsTest(SocketTest):
 
 
 class TlsOnPlainPortTest(ProgramTest):
-    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
-        program = self.start("--quiet")
+    def test_tls_sent_to_a_plain_port_ends_at_once(self):
+        program = self.start()
         context = ssl.create_default_context()
         begin = time.monotonic()
         with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
             context.wrap_socket(connection, server_hostname="localhost")
         self.assertLess(time.monotonic() - begin, 20)  # and no timeout
-        line = program.line(3)
-        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assertIn(" 400 BadRequest ", program.line(3))
         self.assert_alive(program)
 
 
@@ -19348,24 +19341,6 @@ class CrowdOfStrangersTest(ProgramTest):
         for connection in crowd[::30]:
             with contextlib.suppress(ConnectionResetError):
                 self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
-
-
-class LagTest(ProgramTest):
-    def test_the_lag_of_the_loop_is_told_and_reset(self):
-        hook = """\
-            import time
-            def observe(exchange):
-                if exchange.call and exchange.call.operation == "ListQueues":
-                    time.sleep(0.3)
-            """
-        program = self.start("--quiet", hook=hook)
-        name = "awsproxy_loop_lag_seconds"
-        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
-        program.caller()("ListQueues")
-        self.assertGreater(metric(program.address, name), 0.25)
-        self.assertLess(metric(program.address, name), 0.25)
-        time.sleep(0.6)  # an idle loop does not lag
-        self.assertLess(metric(program.address, name), 0.25)
 
 
 # ==== 10. Command line ====
