@@ -1455,7 +1455,7 @@ MISTAKES = r"""
     scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
         \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
-    scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
+    scope | ^ | swapped: | ^ | all swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
     string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
         signed another form of the time in the {} than it sent in X-Amz-Date
@@ -1497,8 +1497,6 @@ MISTAKES = r"""
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
     payload | (?s).+ | <empty> | signed the hash of an empty body (curl -T, -F: use --data-binary)
     payload | (?s).+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
-    scope | ^ | decoded: | decoded the secret as base64: take its characters
-    scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
     scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
     string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
         left words of openssl or sha256sum next to the hash of the canonical request
@@ -1569,12 +1567,11 @@ def _others(
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     unsorted = [(name.lower(), value) for name, value in sent]
-    for fault, lines in (
-        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
-        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
-    ):
-        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
-        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    order = "did not write the {} in lower case and sorted"
+    more = "wrote headers that SignedHeaders does not name into the {}"
+    for fault, lines in ((order, unsorted), (order, by_name), (order, sent), (more, unlisted)):
+        yield "headers", fault, "".join(f"{name}:{value}\n" for name, value in lines)
+        yield "signed_headers", fault, ";".join(name for name, _ in lines)
     # If the body streams or is long, only its hash is known.
     hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
     in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
@@ -1696,19 +1693,15 @@ def find_cause(
     singles = _mistakes(request, claimed, secret, parts, body)
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
-    begun = functools.cache(lambda key: hmac.new(key, digestmod="sha256"))  # to copy: it is quick
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
         digest = hash_of(joint, *lines)
         if "@@" in text or "#" in text:
             text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
         signed = text.replace("@", digest).encode("latin-1", "replace")
-        by, of = key_of(first_key, steps), signed
-        if steps.startswith(("all swapped:", "last swapped:")):
-            by, of = of, by
-        mac = begun(by).copy()
-        mac.update(of)
-        if mac.digest() == wanted:
+        given = key_of(first_key, steps), signed
+        by, of = given[::-1] if steps.startswith("all swapped:") else given
+        if hmac.digest(by, of, "sha256") == wanted:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
@@ -1727,15 +1720,10 @@ def _broken_key(secret: str, scope: str) -> bytes:
     """Return a signing key; the words before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
-    if how == "decoded":
-        with contextlib.suppress(ValueError):  # it is no base64
-            key = b"AWS4" + base64.b64decode(key[4:] + b"===")
     for part in rest.encode().split(b"/"):
-        by, of = (part, key) if how in ("swapped", "all swapped") else (key, part)
+        by, of = (part, key) if "swapped" in how else (key, part)
         mac = hmac.digest(by, of, "sha256")
-        key = hashlib.sha256(by + of).digest() if how == "hashed" else mac
-        key = base64.b64encode(key) if how == "base64" else key
-        key = key.hex().encode() if how == "hex" else key
+        key = {"hex": mac.hex().encode(), "base64": base64.b64encode(mac)}.get(how, mac)
     return key.hex().encode() if how == "last hex" else key
 
 
