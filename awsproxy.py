@@ -7296,24 +7296,27 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
+    If `is_sent`, the loop calls `proceed` when `connection` is readable, else a worker `wait`."""
+
+    is_sent = False
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
-        attempt, self._data = begun or (None, b"")
-        self.socket = attempt.connection.socket if attempt else None
-        self.timeout = attempt.connection.timeout if attempt else math.inf
-        self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy, self._exchange, self._act = proxy, exchange, act
-        self._attempt: Any = attempt
+        self._attempt: Any = None
+        if begun:
+            self._attempt, self._data = begun
+            self.connection, call = self._attempt.connection, self._attempt.call
+            self.is_poll = call.action == RECEIVE  # waits for messages
+            self._act = functools.partial(call.route.target._settled, self._attempt)
 
     def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        if self.socket:
-            call, connection = self._attempt.call, self._attempt.connection
-            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-            if not connection.send_now(self._data):
-                connection.close()  # the call was not sent completely
-                self.socket = None
+        if self._attempt:
+            # The upstream's answer adds its own time.
+            self._attempt.call.upstream_seconds = -time.monotonic()
+            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
+            if not self.is_sent:
+                self.connection.close()
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -7323,31 +7326,28 @@ class Pending:
             return self._proxy.refuse(self._exchange, error)
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
-        if result is None:
-            return None
-        self.socket, self._act = None, result
-        return self
+        self.is_sent = result is None
+        return None if self.is_sent else self
 
     def wait(self) -> Reply:
         """Wait for the reply."""
-        if self.socket:  # the call was sent
-            self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
-    def cut_short(self) -> tuple[Reply, Callable[[], None]]:
-        """Return an answer without messages, and a function that puts later messages back."""
+    def cut_short(self) -> Reply:
+        """Return an answer without messages, and let a worker put later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
-        put_back = call.route.target.let_go(self._attempt)
-        return self._proxy.observed(self._exchange, no_messages(call, request_id)), put_back
+        self._proxy.workers.run(call.route.target.let_go(self._attempt))
+        return self._proxy.observed(self._exchange, no_messages(call, request_id))
 
-    def give_up(self, why: str = "it took too long") -> Reply:
+    def give_up(self) -> Reply:
         """Close the connection, and return the refusal of the call."""
-        call, connection = self._attempt.call, self._attempt.connection
-        connection.close()
-        error = UpstreamError(f"no answer from {connection.endpoint.origin}: {why}")
+        self.connection.close()
+        call = self._attempt.call
+        why = "the client has left" if call.request.abandoned() else "it took too long"
+        error = UpstreamError(f"no answer from {self.connection.endpoint.origin}: {why}")
         return self._proxy.refuse(self._exchange, call.route.target._given_up(call, error))
 
 
@@ -7367,9 +7367,8 @@ class Proxy:
     sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
-    hosts: further names of the proxy"""
-
-    _any_address = False  # whether all clients may see our own paths, and nothing else
+    hosts: further names of the proxy
+    admin: True serves the paths of `status` to all clients, and nothing else"""
 
     def __init__(
         self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
@@ -7377,10 +7376,10 @@ class Proxy:
         regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
         scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
         status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = ()
+        hook_seconds: float = 60, hosts: Iterable[str] = (), admin: bool = False
     ) -> None:  # fmt: skip
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._account_id, self._verified = account_id, verified
+        self._account_id, self._verified, self._admin = account_id, verified, admin
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -7391,7 +7390,7 @@ class Proxy:
         self._public_url, self._scheme = public_url.rstrip("/"), scheme
         self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
         self.max_body, self._clock, self._status = max_body, clock, status
-        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
+        self._hooks, self._hook_seconds, self.workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
         self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
@@ -7477,8 +7476,9 @@ class Proxy:
     def _own_path(self, exchange: Exchange) -> None:
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
-        if status and (self._any_address or (own and is_loopback(request.peer))):
-            exchange.outcome = status.reply_to(request, self.hosts, self._any_address)
+        if status and (self._admin or (own and is_loopback(request.peer))):
+            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+            exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
@@ -7498,9 +7498,15 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> None:
-        """Raise ServiceError if the head of a request refuses it; the body is not read."""
-        self._check_head(self._exchange(request))
+    def judge(self, request: Request, length: int) -> int:
+        """Return the limit of the body, or raise ServiceError if the head refuses the request."""
+        streams = claim(request)[1].service in S3_FAMILY  # an object streams without a limit
+        longest = sys.maxsize if streams and not self._admin else self.max_body
+        if length > longest:
+            raise too_large(longest)
+        if not self._admin:
+            self._check_head(self._exchange(request))
+        return longest
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -7626,7 +7632,7 @@ class Proxy:
             except Exception as error:
                 outcome.put((None, error))
 
-        self._workers.run(_run)
+        self.workers.run(_run)
         name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
@@ -7743,12 +7749,6 @@ class Proxy:
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
 
-    def longest_body(self, head: Head) -> int:
-        """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
-        request = Request(head.method, head.target, head.headers, io.BytesIO())
-        streams = claim(request)[1].service in S3_FAMILY and self.max_body > 0  # it is 0 in Admin
-        return sys.maxsize if streams else self.max_body
-
     def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         gathered = body if isinstance(body, io.BytesIO) else None  # by the server
@@ -7770,18 +7770,6 @@ class Proxy:
         if size > self.max_body:
             raise too_large(self.max_body)
         return file, digest.hexdigest()
-
-
-class Admin(Proxy):
-    """Answers on the --admin port, which serves only the `/_awsproxy/` paths."""
-
-    _any_address = True  # Kubernetes probes use the pod's.  DNS rebinding needs a name.
-
-    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        super().__init__({}, hosts=hosts, max_body=0, status=status)
-
-    def _check_head(self, exchange: Exchange) -> None:
-        """Refuse no head: these requests need no signature."""
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -7860,8 +7848,11 @@ class PeerConnection:
         """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
         if self in self.server.queue or not self.parked:  # or a worker owns it
             return
-        if self.pending:
-            self.server.interrupted(self, self.pending)
+        if pending := self.pending:  # what a client says meanwhile can wait
+            self.server.unpark(self)
+            if self.abandoned():
+                end = pending.cut_short if pending.is_poll else pending.give_up
+                self.server.settle(self, end())
             return
         try:
             data = self.socket.recv(65536)
@@ -7913,17 +7904,15 @@ class PeerConnection:
             beyond = end + (length or 0)
             if waits or len(buffer) < beyond:
                 # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-                longest = self.server.proxy.longest_body(head)
-                if beyond - end > longest:
-                    raise too_large(longest)
-                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
+                request = head.request(io.BytesIO(), self.peer, self.abandoned)
+                longest = self.server.proxy.judge(request, length or 0)
         except ServiceError as error:
             self.head = head or salvage_head(buffer[:end])
             self._refuse(error.without_frames())
             return None
         if waits:
             self.buffer = buffer[end:]
-            self.server.work(self, functools.partial(self._converse, length))
+            self.server.work(self, functools.partial(self._converse, length, longest))
             return None
         return end, beyond
 
@@ -7944,8 +7933,8 @@ class PeerConnection:
 
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
-        if isinstance(outcome, Pending) and outcome.socket:
-            self.server.wait(self, outcome, outcome.socket)
+        if isinstance(outcome, Pending) and outcome.is_sent:
+            self.server.wait(self, outcome)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             close = self._closes()
             self._send(self._encoded(outcome, close), close)
@@ -8012,15 +8001,14 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _converse(self, length: Optional[int]) -> bool:
-        """Answer a request while its body arrives."""
+    def _converse(self, length: Optional[int], longest: int) -> bool:
+        """Answer a request while its body arrives: `length` bytes, or chunks up to `longest`."""
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(self.head) else None
-        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(self.head), begin)
-        if length is not None:
-            body = LengthBody(source, length, begin)
+        chunked = ChunkedBody(source, longest, begin)
+        body = chunked if length is None else LengthBody(source, length, begin)
         reply = self.server.proxy.handle(self.head.request(body, self.peer, self.abandoned))
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
@@ -8098,7 +8086,7 @@ class Server(http.server.HTTPServer):
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
     def __init__(
-        self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
+        self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
         max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
@@ -8119,10 +8107,8 @@ class Server(http.server.HTTPServer):
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[Pending] = []  # whose upstreams have sent something
+        self._heard: list[PeerConnection] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
-        # Calls that wait for an upstream: on which socket, and for whom.
-        self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping, self._stopped = False, threading.Event()
@@ -8166,11 +8152,11 @@ class Server(http.server.HTTPServer):
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
-        heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
+        heard = [(c, c.pending.proceed()) for c in self._heard if c.pending]  # not cut short
         self._heard.clear()
-        for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
+        for connection, outcome in heard:
             if outcome is not None:
-                self._settle(pending, outcome)
+                self.settle(connection, outcome)
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
@@ -8213,9 +8199,9 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         self.socket.close()
-        while self._pending:
-            self._pending.popitem()[0].give_up()
         for connection in list(self.connections):
+            if connection.pending:
+                connection.pending.give_up()
             if connection.parked or connection.pending:
                 connection.close()
             else:  # a worker owns it: after a close, it would continue without TLS
@@ -8231,28 +8217,14 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = any(c.writing or c.lingering or not c.parked for c in self.connections)
-        return not (busy or self._pending or self.queue or self._replies)
+        busy = any(c.writing or c.lingering or c.pending or not c.parked for c in self.connections)
+        return not (busy or self.queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
-        for pending in [p for p in self._pending if p.is_poll]:
-            self._cut_short(pending)
-
-    def interrupted(self, connection: PeerConnection, pending: Pending) -> None:
-        """End the call of a client that has hung up; what another client says can wait."""
-        self.unpark(connection)
-        if not connection.abandoned():
-            return
-        if pending.is_poll:
-            self._cut_short(pending)
-        else:
-            self._settle(pending, pending.give_up("the client has left"))
-
-    def _cut_short(self, pending: Pending) -> None:
-        reply, put_back = pending.cut_short()
-        self._settle(pending, reply)
-        self._workers.run(put_back)
+        for connection, pending in [(c, c.pending) for c in self.connections]:
+            if pending and pending.is_poll:
+                self.settle(connection, pending.cut_short())
 
     @property
     def calls(self) -> int:
@@ -8322,23 +8294,25 @@ class Server(http.server.HTTPServer):
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
-            self._settle(pending, pending.give_up())
-        for connection in [c for c in self.connections if c.deadline < now and c.parked]:
-            connection.close()
+        for connection in [c for c in self.connections if c.deadline < now]:
+            if connection.pending:
+                self.settle(connection, connection.pending.give_up())
+            elif connection.parked:
+                connection.close()
         if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
             self._selector.register(self.socket, _READ, self._accept)
 
-    def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
-        self._pending[pending] = (sock, connection)
-        self._selector.register(sock, _READ, functools.partial(self._heard.append, pending))
+        upstream, act = pending.connection, functools.partial(self._heard.append, connection)
+        connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
+        self._selector.register(upstream.socket, _READ, act)
 
-    def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        sock, connection = self._pending.pop(pending)
+    def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
+        """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
+        assert connection.pending
         with contextlib.suppress(KeyError, ValueError):  # it is closed
-            self._selector.unregister(sock)
+            self._selector.unregister(connection.pending.connection.socket)
         connection.pending = None
         if connection in self.connections:
             self.park(connection)
@@ -8650,7 +8624,8 @@ class Program:
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
+            admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
+            most = self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 

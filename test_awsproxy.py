@@ -17638,7 +17638,7 @@ class BrowserTest(MeaningCase):
                  "localhost.evil.example", "1.2.3.4.nip.io")  # fmt: skip
         rows = [(host, (), 200) for host in addresses] + [(host, (), 403) for host in names]
         rows += [("127.0.0.1", headers, 403) for _, headers in self.CROSS]
-        admin = awsproxy.Admin(Status(Metrics()))
+        admin = Proxy({}, max_body=0, status=Status(Metrics()), admin=True)
         for host, headers, status in rows:
             with self.subTest(host, headers=headers):
                 asked = get("/_awsproxy/health", (("Host", host), *headers))
@@ -17648,7 +17648,7 @@ class BrowserTest(MeaningCase):
 class AdminTest(unittest.TestCase):
     def test_it_tells_our_paths_and_no_others(self):
         status = Status(Metrics(), InFlight(None, None))
-        running = Running(awsproxy.Admin(status))
+        running = Running(Proxy({}, max_body=0, status=status, admin=True))
         self.addCleanup(running.stop)
         for method, path, expected in (
             ("GET", "/_awsproxy/health", 200),
@@ -17976,7 +17976,7 @@ class Echo(Proxy):
         self.requests = []
         self.headers = ()
 
-    def judge(self, request):
+    def _check_head(self, exchange):
         return None
 
     def begin(self, requests):
@@ -18762,7 +18762,7 @@ class IdleConnectionTest(SocketTest):
         ("half a head", b"GET /_awsproxy/health HTTP/1.1\r\nHo", 32),
     )
     def test_idle_admin_connections_give_way(self, name, data, count):
-        running = self.start(awsproxy.Admin(Status(Metrics())), 32)
+        running = self.start(Proxy({}, max_body=0, status=Status(Metrics()), admin=True), 32)
         for _ in range(count):
             wire = running.connect()
             wire.send(data)
