@@ -84,7 +84,6 @@ import heapq
 import hmac
 import html
 import http.client
-import http.server
 import importlib.util
 import inspect
 import io
@@ -105,6 +104,7 @@ import selectors
 import shlex
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -7907,8 +7907,8 @@ class PeerConnection:
                 request = head.request(io.BytesIO(), self.peer, self.abandoned)
                 longest = self.server.proxy.judge(request, length or 0)
         except ServiceError as error:
-            self.head = head or salvage_head(buffer[:end])
-            self._refuse(error.without_frames())
+            self.head, self.lingering = head or salvage_head(buffer[:end]), True
+            self._send(self.refusal(error), close=False)
             return None
         if waits:
             self.buffer = buffer[end:]
@@ -7920,16 +7920,6 @@ class PeerConnection:
         """Return the answer that refuses a request, and ends the connection."""
         request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         return self._encoded(self.server.proxy.handle(request, error), close=True)
-
-    def _refuse(self, error: ServiceError) -> None:
-        """Send a refusal, and linger."""
-        data = self.refusal(error)
-        with contextlib.suppress(OSError):
-            if self.socket.send(data) == len(data):
-                self._linger()
-                self.server.park(self)
-                return
-        self.close()
 
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
@@ -7966,7 +7956,9 @@ class PeerConnection:
         if close:
             self.close()
             return
-        if self.writing:
+        if self.lingering:
+            self._linger()
+        if self.writing or self.lingering:
             self.writing = False
             self.server.unpark(self)
             self.server.park(self)
@@ -8079,7 +8071,7 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(http.server.HTTPServer):
+class Server(socketserver.BaseServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
@@ -8091,18 +8083,16 @@ class Server(http.server.HTTPServer):
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
     ) -> None:  # fmt: skip
-        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-        self.socket.close()  # it is not of the right family, nor bound
+        super().__init__(address, socketserver.BaseRequestHandler)  # which makes no socket
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
-        self.server_address = self.socket.getsockname()
+        self.server_address: tuple[Any, ...] = self.socket.getsockname()
         self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections, self._certificate = max_connections, certificate
-        self._when_woken = when_woken
+        self._when_woken, self._every_half_second = when_woken, every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
-        self._regular = (self._check_deadlines, every_half_second, self._answer)
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
@@ -8129,7 +8119,7 @@ class Server(http.server.HTTPServer):
                 self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
-                for act in self._regular:
+                for act in (self._check_deadlines, self._every_half_second, self._answer):
                     self._guarded(act)
         self._stopped.set()
 
@@ -8143,11 +8133,10 @@ class Server(http.server.HTTPServer):
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
         waiting = [c for c in self.connections if c.parked and not c.pending]
-        for connection in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
-            if held <= MAX_HELD * 3 // 4:
-                break
-            held -= len(connection.buffer)
-            connection.close()
+        waiting.sort(key=lambda c: len(c.buffer))
+        while waiting and held > MAX_HELD * 3 // 4:
+            held -= len(waiting[-1].buffer)
+            waiting.pop().close()
         release_memory()
 
     def _answer(self) -> None:
