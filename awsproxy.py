@@ -1437,9 +1437,8 @@ def _parse_query(request: Request) -> Authorization:
 # What a signer computes, in this order.  In `string_to_sign`, @ stands for the hash of the
 # canonical request, @@ for the same in upper case, and # for the canonical request itself.
 # `canonical_request` is what stands between the lines of the canonical request.
-_FIELDS = """
-    method path query headers signed_headers payload string_to_sign secret scope canonical_request
-""".split()
+_FIELDS = """method path query headers signed_headers payload string_to_sign secret scope
+    canonical_request""".split()
 # Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
 # removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
 # The first row that explains a signature wins.
@@ -1513,6 +1512,7 @@ MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
+Mistakes = Iterator[Mistake]
 
 
 def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
@@ -1605,7 +1605,7 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
 
 def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Iterator[Mistake]:
+) -> Mistakes:
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
     extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
     texts = {
@@ -1626,7 +1626,7 @@ def _mistakes(
             yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
-def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
+def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
     """Yield mistakes of which there are many; they are not paired with others."""
     date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
@@ -1654,9 +1654,7 @@ def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]
             yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
 
 
-def _drafts(
-    base: Draft, singles: Iterable[Mistake], families: Iterable[Mistake]
-) -> Iterator[tuple[Draft, str]]:
+def _drafts(base: Draft, singles: Mistakes, families: Mistakes) -> Iterator[tuple[Draft, str]]:
     """Yield what broken signers compute: with one mistake, then with two; and the mistakes."""
     found: dict[Draft, Mistake] = {}
     for mistake in singles:
@@ -7316,7 +7314,7 @@ class Pending:
             self._attempt.call.upstream_seconds = -time.monotonic()
             self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
             if not self.is_sent:
-                self.connection.close()
+                self.connection.close()  # `wait` takes another one
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -7392,7 +7390,7 @@ class Proxy:
         self.max_body, self._clock, self._status = max_body, clock, status
         self._hooks, self._hook_seconds, self.workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
+        self._searches = collections.deque([-math.inf] * MAX_SEARCHES, MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
             self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
@@ -7482,11 +7480,10 @@ class Proxy:
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
-        now, searches = time.monotonic(), self._searches
-        if len(searches) == MAX_SEARCHES and now < searches[0] + 1:
-            return False
-        searches.append(now)
-        return True
+        now, oldest = time.monotonic(), self._searches[0]
+        if may_search := now >= oldest + 1:
+            self._searches.append(now)
+        return may_search
 
     def check(self, request: Request) -> Exchange:
         """Verify a request without answering it."""
