@@ -1415,9 +1415,8 @@ def _parse_query(request: Request) -> Authorization:
 # What a signer computes, in this order.  In `string_to_sign`, @ stands for the hash of the
 # canonical request, @@ for the same in upper case, and # for the canonical request itself.
 # `canonical_request` is what stands between the lines of the canonical request.
-_FIELDS = """
-    method path query headers signed_headers payload string_to_sign secret scope canonical_request
-""".split()
+_FIELDS = """method path query headers signed_headers payload string_to_sign secret scope
+    canonical_request""".split()
 # Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
 # removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
 # The first row that explains a signature wins.
@@ -1433,7 +1432,7 @@ MISTAKES = r"""
     scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
         \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
-    scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
+    scope | ^ | swapped: | ^ | all swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
     string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
         signed another form of the time in the {} than it sent in X-Amz-Date
@@ -1475,8 +1474,6 @@ MISTAKES = r"""
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
     payload | (?s).+ | <empty> | signed the hash of an empty body (curl -T, -F: use --data-binary)
     payload | (?s).+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
-    scope | ^ | decoded: | decoded the secret as base64: take its characters
-    scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
     scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
     string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
         left words of openssl or sha256sum next to the hash of the canonical request
@@ -1493,6 +1490,7 @@ MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
+Mistakes = Iterator[Mistake]
 
 
 def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
@@ -1547,12 +1545,11 @@ def _others(
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     unsorted = [(name.lower(), value) for name, value in sent]
-    for fault, lines in (
-        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
-        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
-    ):
-        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
-        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    order = "did not write the {} in lower case and sorted"
+    more = "wrote headers that SignedHeaders does not name into the {}"
+    for fault, lines in ((order, unsorted), (order, by_name), (order, sent), (more, unlisted)):
+        yield "headers", fault, "".join(f"{name}:{value}\n" for name, value in lines)
+        yield "signed_headers", fault, ";".join(name for name, _ in lines)
     # If the body streams or is long, only its hash is known.
     hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
     in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
@@ -1586,7 +1583,7 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
 
 def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Iterator[Mistake]:
+) -> Mistakes:
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
     extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
     texts = {
@@ -1607,7 +1604,7 @@ def _mistakes(
             yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
-def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
+def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
     """Yield mistakes of which there are many; they are not paired with others."""
     date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
@@ -1635,9 +1632,7 @@ def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]
             yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
 
 
-def _drafts(
-    base: Draft, singles: Iterable[Mistake], families: Iterable[Mistake]
-) -> Iterator[tuple[Draft, str]]:
+def _drafts(base: Draft, singles: Mistakes, families: Mistakes) -> Iterator[tuple[Draft, str]]:
     """Yield what broken signers compute: with one mistake, then with two; and the mistakes."""
     found: dict[Draft, Mistake] = {}
     for mistake in singles:
@@ -1674,19 +1669,15 @@ def find_cause(
     singles = _mistakes(request, claimed, secret, parts, body)
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
-    begun = functools.cache(lambda key: hmac.new(key, digestmod="sha256"))  # to copy: it is quick
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
         digest = hash_of(joint, *lines)
         if "@@" in text or "#" in text:
             text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
         signed = text.replace("@", digest).encode("latin-1", "replace")
-        by, of = key_of(first_key, steps), signed
-        if steps.startswith(("all swapped:", "last swapped:")):
-            by, of = of, by
-        mac = begun(by).copy()
-        mac.update(of)
-        if mac.digest() == wanted:
+        given = key_of(first_key, steps), signed
+        by, of = given[::-1] if steps.startswith("all swapped:") else given
+        if hmac.digest(by, of, "sha256") == wanted:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
@@ -1705,15 +1696,10 @@ def _broken_key(secret: str, scope: str) -> bytes:
     """Return a signing key; the words before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
-    if how == "decoded":
-        with contextlib.suppress(ValueError):  # it is no base64
-            key = b"AWS4" + base64.b64decode(key[4:] + b"===")
     for part in rest.encode().split(b"/"):
-        by, of = (part, key) if how in ("swapped", "all swapped") else (key, part)
+        by, of = (part, key) if "swapped" in how else (key, part)
         mac = hmac.digest(by, of, "sha256")
-        key = hashlib.sha256(by + of).digest() if how == "hashed" else mac
-        key = base64.b64encode(key) if how == "base64" else key
-        key = key.hex().encode() if how == "hex" else key
+        key = {"hex": mac.hex().encode(), "base64": base64.b64encode(mac)}.get(how, mac)
     return key.hex().encode() if how == "last hex" else key
 
 
@@ -7125,24 +7111,27 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
+    If `is_sent`, the loop calls `proceed` when `connection` is readable, else a worker `wait`."""
+
+    is_sent = False
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
-        attempt, self._data = begun or (None, b"")
-        self.socket = attempt.connection.socket if attempt else None
-        self.timeout = attempt.connection.timeout if attempt else math.inf
-        self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy, self._exchange, self._act = proxy, exchange, act
-        self._attempt: Any = attempt
+        self._attempt: Any = None
+        if begun:
+            self._attempt, self._data = begun
+            self.connection, call = self._attempt.connection, self._attempt.call
+            self.is_poll = call.action == RECEIVE  # waits for messages
+            self._act = functools.partial(call.route.target._settled, self._attempt)
 
     def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        if self.socket:
-            call, connection = self._attempt.call, self._attempt.connection
-            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-            if not connection.send_now(self._data):
-                connection.close()  # the call was not sent completely
-                self.socket = None
+        if self._attempt:
+            # The upstream's answer adds its own time.
+            self._attempt.call.upstream_seconds = -time.monotonic()
+            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
+            if not self.is_sent:
+                self.connection.close()  # `wait` takes another one
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -7152,31 +7141,28 @@ class Pending:
             return self._proxy.refuse(self._exchange, error)
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
-        if result is None:
-            return None
-        self.socket, self._act = None, result
-        return self
+        self.is_sent = result is None
+        return None if self.is_sent else self
 
     def wait(self) -> Reply:
         """Wait for the reply."""
-        if self.socket:  # the call was sent
-            self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
-    def cut_short(self) -> tuple[Reply, Callable[[], None]]:
-        """Return an answer without messages, and a function that puts later messages back."""
+    def cut_short(self) -> Reply:
+        """Return an answer without messages, and let a worker put later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
-        put_back = call.route.target.let_go(self._attempt)
-        return self._proxy.observed(self._exchange, no_messages(call, request_id)), put_back
+        self._proxy.workers.run(call.route.target.let_go(self._attempt))
+        return self._proxy.observed(self._exchange, no_messages(call, request_id))
 
-    def give_up(self, why: str = "it took too long") -> Reply:
+    def give_up(self) -> Reply:
         """Close the connection, and return the refusal of the call."""
-        call, connection = self._attempt.call, self._attempt.connection
-        connection.close()
-        error = UpstreamError(f"no answer from {connection.endpoint.origin}: {why}")
+        self.connection.close()
+        call = self._attempt.call
+        why = "the client has left" if call.request.abandoned() else "it took too long"
+        error = UpstreamError(f"no answer from {self.connection.endpoint.origin}: {why}")
         return self._proxy.refuse(self._exchange, call.route.target._given_up(call, error))
 
 
@@ -7196,9 +7182,8 @@ class Proxy:
     sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
-    hosts: further names of the proxy"""
-
-    _any_address = False  # whether all clients may see our own paths, and nothing else
+    hosts: further names of the proxy
+    admin: True serves the paths of `status` to all clients, and nothing else"""
 
     def __init__(
         self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
@@ -7206,10 +7191,10 @@ class Proxy:
         regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
         scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
         status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = ()
+        hook_seconds: float = 60, hosts: Iterable[str] = (), admin: bool = False
     ) -> None:  # fmt: skip
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._account_id, self._verified = account_id, verified
+        self._account_id, self._verified, self._admin = account_id, verified, admin
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -7220,9 +7205,9 @@ class Proxy:
         self._public_url, self._scheme = public_url.rstrip("/"), scheme
         self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
         self.max_body, self._clock, self._status = max_body, clock, status
-        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
+        self._hooks, self._hook_seconds, self.workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
+        self._searches = collections.deque([-math.inf] * MAX_SEARCHES, MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
             self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
@@ -7306,16 +7291,16 @@ class Proxy:
     def _own_path(self, exchange: Exchange) -> None:
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
-        if status and (self._any_address or (own and is_loopback(request.peer))):
-            exchange.outcome = status.reply_to(request, self.hosts, self._any_address)
+        if status and (self._admin or (own and is_loopback(request.peer))):
+            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+            exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
-        now, searches = time.monotonic(), self._searches
-        if len(searches) == MAX_SEARCHES and now < searches[0] + 1:
-            return False
-        searches.append(now)
-        return True
+        now, oldest = time.monotonic(), self._searches[0]
+        if may_search := now >= oldest + 1:
+            self._searches.append(now)
+        return may_search
 
     def check(self, request: Request) -> Exchange:
         """Verify a request without answering it."""
@@ -7327,9 +7312,15 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> None:
-        """Raise ServiceError if the head of a request refuses it; the body is not read."""
-        self._check_head(self._exchange(request))
+    def judge(self, request: Request, length: int) -> int:
+        """Return the limit of the body, or raise ServiceError if the head refuses the request."""
+        streams = claim(request)[1].service in S3_FAMILY  # an object streams without a limit
+        longest = sys.maxsize if streams and not self._admin else self.max_body
+        if length > longest:
+            raise too_large(longest)
+        if not self._admin:
+            self._check_head(self._exchange(request))
+        return longest
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -7455,7 +7446,7 @@ class Proxy:
             except Exception as error:
                 outcome.put((None, error))
 
-        self._workers.run(_run)
+        self.workers.run(_run)
         name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
@@ -7572,12 +7563,6 @@ class Proxy:
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
 
-    def longest_body(self, head: Head) -> int:
-        """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
-        request = Request(head.method, head.target, head.headers, io.BytesIO())
-        streams = claim(request)[1].service in S3_FAMILY and self.max_body > 0  # it is 0 in Admin
-        return sys.maxsize if streams else self.max_body
-
     def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
         gathered = body if isinstance(body, io.BytesIO) else None  # by the server
@@ -7599,18 +7584,6 @@ class Proxy:
         if size > self.max_body:
             raise too_large(self.max_body)
         return file, digest.hexdigest()
-
-
-class Admin(Proxy):
-    """Answers on the --admin port, which serves only the `/_awsproxy/` paths."""
-
-    _any_address = True  # Kubernetes probes use the pod's.  DNS rebinding needs a name.
-
-    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        super().__init__({}, hosts=hosts, max_body=0, status=status)
-
-    def _check_head(self, exchange: Exchange) -> None:
-        """Refuse no head: these requests need no signature."""
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -7650,6 +7623,7 @@ SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 _READ = selectors.EVENT_READ
+_NO_HEAD = re.compile(rb"\A\x16|(?<!\r)\n")  # a ClientHello of TLS (RFC 8446, 5.1), or a bare LF
 _http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
@@ -7688,18 +7662,17 @@ class PeerConnection:
         """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
         if self in self.server.queue or not self.parked:  # or a worker owns it
             return
-        if self.pending:
-            self.server.interrupted(self, self.pending)
+        if pending := self.pending:  # what a client says meanwhile can wait
+            self.server.unpark(self)
+            if self.abandoned():
+                end = pending.cut_short if pending.is_poll else pending.give_up
+                self.server.settle(self, end())
             return
         try:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError as error:  # or TLS must send, and the client does not read
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                message = "This port speaks TLS: the URL must begin with https."
-                self._refuse(ServiceError("BadRequest", message), past_tls=True)
-                return
+        except OSError:  # or TLS must send, and the client does not read
             data = b""
         if not data:
             self.close()
@@ -7728,16 +7701,12 @@ class PeerConnection:
         """Parse a head, and return where it and its body end in the buffer.
 
         None if it is incomplete or refused, or if a worker is to read the body."""
-        if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
-            log.warning("%s sent TLS to this plain port: use http:// or add --tls-cert", self.peer)
-            self.close()
-            return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
         if end == 3:
-            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, max(self.scanned - 1, 0)):
+            if len(buffer) <= MAX_HEAD and not _NO_HEAD.search(buffer, max(self.scanned - 1, 0)):
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
@@ -7749,17 +7718,15 @@ class PeerConnection:
             beyond = end + (length or 0)
             if waits or len(buffer) < beyond:
                 # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-                longest = self.server.proxy.longest_body(head)
-                if beyond - end > longest:
-                    raise too_large(longest)
-                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
+                request = head.request(io.BytesIO(), self.peer, self.abandoned)
+                longest = self.server.proxy.judge(request, length or 0)
         except ServiceError as error:
-            self.head = head or salvage_head(buffer[:end])
-            self._refuse(error.without_frames())
+            self.head, self.lingering = head or salvage_head(buffer[:end]), True
+            self._send(self.refusal(error), close=False)
             return None
         if waits:
             self.buffer = buffer[end:]
-            self.server.work(self, functools.partial(self._converse, length))
+            self.server.work(self, functools.partial(self._converse, length, longest))
             return None
         return end, beyond
 
@@ -7768,21 +7735,10 @@ class PeerConnection:
         request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         return self._encoded(self.server.proxy.handle(request, error), close=True)
 
-    def _refuse(self, error: ServiceError, past_tls: bool = False) -> None:
-        """Send a refusal, and linger."""
-        data, sock = self.refusal(error), self.socket
-        with contextlib.suppress(OSError):
-            sent = socket.socket.send(sock, data) if past_tls else sock.send(data)
-            if sent == len(data):
-                self._linger()
-                self.server.park(self)
-                return
-        self.close()
-
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
-        if isinstance(outcome, Pending) and outcome.socket:
-            self.server.wait(self, outcome, outcome.socket)
+        if isinstance(outcome, Pending) and outcome.is_sent:
+            self.server.wait(self, outcome)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             close = self._closes()
             self._send(self._encoded(outcome, close), close)
@@ -7814,7 +7770,9 @@ class PeerConnection:
         if close:
             self.close()
             return
-        if self.writing:
+        if self.lingering:
+            self._linger()
+        if self.writing or self.lingering:
             self.writing = False
             self.server.unpark(self)
             self.server.park(self)
@@ -7849,15 +7807,14 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _converse(self, length: Optional[int]) -> bool:
-        """Answer a request while its body arrives."""
+    def _converse(self, length: Optional[int], longest: int) -> bool:
+        """Answer a request while its body arrives: `length` bytes, or chunks up to `longest`."""
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(self.head) else None
-        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(self.head), begin)
-        if length is not None:
-            body = LengthBody(source, length, begin)
+        chunked = ChunkedBody(source, longest, begin)
+        body = chunked if length is None else LengthBody(source, length, begin)
         reply = self.server.proxy.handle(self.head.request(body, self.peer, self.abandoned))
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
@@ -7935,7 +7892,7 @@ class Server(http.server.HTTPServer):
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
     def __init__(
-        self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
+        self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
         max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
@@ -7949,18 +7906,14 @@ class Server(http.server.HTTPServer):
         self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections, self._certificate = max_connections, certificate
-        self._when_woken = when_woken
+        self._when_woken, self._every_half_second = when_woken, every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
-        self._longest_lag = 0.0
-        self._regular = (self._check_deadlines, every_half_second, self._answer)
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[Pending] = []  # whose upstreams have sent something
+        self._heard: list[PeerConnection] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
-        # Calls that wait for an upstream: on which socket, and for whom.
-        self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping, self._stopped = False, threading.Event()
@@ -7975,22 +7928,15 @@ class Server(http.server.HTTPServer):
         tick = time.monotonic() + poll_interval
         while not self._stopping:
             ready = self._selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
-            looked = time.monotonic()
             for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
                 self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
-                for act in self._regular:
+                for act in (self._check_deadlines, self._every_half_second, self._answer):
                     self._guarded(act)
-            self._longest_lag = max(self._longest_lag, time.monotonic() - looked)
         self._stopped.set()
-
-    def take_lag(self) -> float:
-        """Return the longest turn of the loop since the last call, in seconds."""
-        lag, self._longest_lag = self._longest_lag, 0.0
-        return lag
 
     def limit_held(self, size: int) -> None:
         """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
@@ -8002,19 +7948,18 @@ class Server(http.server.HTTPServer):
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
         waiting = [c for c in self.connections if c.parked and not c.pending]
-        for connection in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
-            if held <= MAX_HELD * 3 // 4:
-                break
-            held -= len(connection.buffer)
-            connection.close()
+        waiting.sort(key=lambda c: len(c.buffer))
+        while waiting and held > MAX_HELD * 3 // 4:
+            held -= len(waiting[-1].buffer)
+            waiting.pop().close()
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
-        heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
+        heard = [(c, c.pending.proceed()) for c in self._heard if c.pending]  # not cut short
         self._heard.clear()
-        for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
+        for connection, outcome in heard:
             if outcome is not None:
-                self._settle(pending, outcome)
+                self.settle(connection, outcome)
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
@@ -8057,9 +8002,9 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         self.socket.close()
-        while self._pending:
-            self._pending.popitem()[0].give_up()
         for connection in list(self.connections):
+            if connection.pending:
+                connection.pending.give_up()
             if connection.parked or connection.pending:
                 connection.close()
             else:  # a worker owns it: after a close, it would continue without TLS
@@ -8075,28 +8020,14 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = any(c.writing or c.lingering or not c.parked for c in self.connections)
-        return not (busy or self._pending or self.queue or self._replies)
+        busy = any(c.writing or c.lingering or c.pending or not c.parked for c in self.connections)
+        return not (busy or self.queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
-        for pending in [p for p in self._pending if p.is_poll]:
-            self._cut_short(pending)
-
-    def interrupted(self, connection: PeerConnection, pending: Pending) -> None:
-        """End the call of a client that has hung up; what another client says can wait."""
-        self.unpark(connection)
-        if not connection.abandoned():
-            return
-        if pending.is_poll:
-            self._cut_short(pending)
-        else:
-            self._settle(pending, pending.give_up("the client has left"))
-
-    def _cut_short(self, pending: Pending) -> None:
-        reply, put_back = pending.cut_short()
-        self._settle(pending, reply)
-        self._workers.run(put_back)
+        for connection, pending in [(c, c.pending) for c in self.connections]:
+            if pending and pending.is_poll:
+                self.settle(connection, pending.cut_short())
 
     @property
     def calls(self) -> int:
@@ -8166,23 +8097,25 @@ class Server(http.server.HTTPServer):
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
-            self._settle(pending, pending.give_up())
-        for connection in [c for c in self.connections if c.deadline < now and c.parked]:
-            connection.close()
+        for connection in [c for c in self.connections if c.deadline < now]:
+            if connection.pending:
+                self.settle(connection, connection.pending.give_up())
+            elif connection.parked:
+                connection.close()
         if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
             self._selector.register(self.socket, _READ, self._accept)
 
-    def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
-        self._pending[pending] = (sock, connection)
-        self._selector.register(sock, _READ, functools.partial(self._heard.append, pending))
+        upstream, act = pending.connection, functools.partial(self._heard.append, connection)
+        connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
+        self._selector.register(upstream.socket, _READ, act)
 
-    def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        sock, connection = self._pending.pop(pending)
+    def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
+        """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
+        assert connection.pending
         with contextlib.suppress(KeyError, ValueError):  # it is closed
-            self._selector.unregister(sock)
+            self._selector.unregister(connection.pending.connection.socket)
         connection.pending = None
         if connection in self.connections:
             self.park(connection)
@@ -8490,14 +8423,14 @@ class Program:
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
+            admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
+            most = self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
         """Add the metrics that a scrape reads on demand."""
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
-        gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
         gauge("log_lines_dropped", "Log lines that were lost.", lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)

@@ -3597,7 +3597,6 @@ BROKEN_SIGNERS = [
         JSON_TRIAL._replace(block=lambda v: v.replace(":8081", ""), text=lambda v: v + "\n"),
     ),
     ("swapped key and message", JSON_TRIAL._replace(key=swapped, mac=lambda k, t: hmac_sha256(t, k))),
-    ("swapped key and message", JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(t, k))),
     (
         "derived key in hex",
         JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(k.hex().encode(), t)),
@@ -3654,13 +3653,8 @@ BROKEN_SIGNERS = [
         target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2", secret=lambda v: v[4:])),
     ("backslash.*string to sign, and it .*backslash", JSON_TRIAL._replace(
         whole=replaced("\n", "\\n"), text=replaced("\n", "\\n"))),
-    ("base64: take its characters", JSON_TRIAL._replace(
-        secret=lambda v: base64.b64decode(v[4:] + "===").decode("latin-1"),
-        key=lambda k, steps: chained(b"AWS4" + k.decode().encode("latin-1"), steps))),
     ("derived key in hex or base64", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
         lambda k, it: base64.b64encode(hmac_sha256(k, it.encode())), steps, k))),
-    ("SHA-256 of key and message", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
-        lambda k, it: hashlib.sha256(k + it.encode()).digest(), steps, k))),
     ("AWS4.*region us-east-1|region us-east-1.*AWS4", JSON_TRIAL._replace(
         secret=lambda v: v[4:], steps=lambda s: [s[0], "us-east-1", *s[2:]])),
     ("form of the time in the string to sign", JSON_TRIAL._replace(
@@ -17549,7 +17543,7 @@ class BrowserTest(MeaningCase):
                  "localhost.evil.example", "1.2.3.4.nip.io")  # fmt: skip
         rows = [(host, (), 200) for host in addresses] + [(host, (), 403) for host in names]
         rows += [("127.0.0.1", headers, 403) for _, headers in self.CROSS]
-        admin = awsproxy.Admin(Status(Metrics()))
+        admin = Proxy({}, max_body=0, status=Status(Metrics()), admin=True)
         for host, headers, status in rows:
             with self.subTest(host, headers=headers):
                 asked = get("/_awsproxy/health", (("Host", host), *headers))
@@ -17559,7 +17553,7 @@ class BrowserTest(MeaningCase):
 class AdminTest(unittest.TestCase):
     def test_it_tells_our_paths_and_no_others(self):
         status = Status(Metrics(), InFlight(None, None))
-        running = Running(awsproxy.Admin(status))
+        running = Running(Proxy({}, max_body=0, status=status, admin=True))
         self.addCleanup(running.stop)
         for method, path, expected in (
             ("GET", "/_awsproxy/health", 200),
@@ -17887,7 +17881,7 @@ class Echo(Proxy):
         self.requests = []
         self.headers = ()
 
-    def judge(self, request):
+    def _check_head(self, exchange):
         return None
 
     def begin(self, requests):
@@ -18673,7 +18667,7 @@ class IdleConnectionTest(SocketTest):
         ("half a head", b"GET /_awsproxy/health HTTP/1.1\r\nHo", 32),
     )
     def test_idle_admin_connections_give_way(self, name, data, count):
-        running = self.start(awsproxy.Admin(Status(Metrics())), 32)
+        running = self.start(Proxy({}, max_body=0, status=Status(Metrics()), admin=True), 32)
         for _ in range(count):
             wire = running.connect()
             wire.send(data)
@@ -18956,19 +18950,13 @@ class TlsTest(SocketTest):
         for connection in begun:
             self.assertEqual(connection.recv(1), b"")
 
-    def test_a_plain_http_request_is_told_to_use_https(self):
+    def test_a_plain_http_request_ends_the_connection(self):
         running = self.start(Proxy(DEMO_CLIENTS))
-        nonsense = socket.create_connection(running.address, DEADLINE)
-        self.addCleanup(nonsense.close)
-        nonsense.sendall(b"\0" * 50)
-        for data in (raw_call(), raw_call(body=b"{}".ljust(9000))):
+        for data in (raw_call(), raw_call(body=b"{}".ljust(9000)), b"\0" * 50):
             with socket.create_connection(running.address, DEADLINE) as connection:
                 connection.sendall(data)
-                answer = read_answer(connection.makefile("rb"))
-                self.assertEqual((answer.status, answer.closes), (400, True))
-                self.assertIn(b"https", answer.body)
-        with contextlib.suppress(ConnectionResetError):
-            self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertIn(connection.recv(100)[:1], (b"", b"\x15"))  # an alert
 
     def test_a_slow_and_steady_reader_gets_the_whole_answer(self):
         running = self.start(timeout=0.6)
@@ -19051,15 +19039,14 @@ class TlsTest(SocketTest):
 
 
 class TlsOnPlainPortTest(ProgramTest):
-    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
-        program = self.start("--quiet")
+    def test_tls_sent_to_a_plain_port_ends_at_once(self):
+        program = self.start()
         context = ssl.create_default_context()
         begin = time.monotonic()
         with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
             context.wrap_socket(connection, server_hostname="localhost")
         self.assertLess(time.monotonic() - begin, 20)  # and no timeout
-        line = program.line(3)
-        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assertIn(" 400 BadRequest ", program.line(3))
         self.assert_alive(program)
 
 
@@ -19253,24 +19240,6 @@ class CrowdOfStrangersTest(ProgramTest):
         for connection in crowd[::30]:
             with contextlib.suppress(ConnectionResetError):
                 self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
-
-
-class LagTest(ProgramTest):
-    def test_the_lag_of_the_loop_is_told_and_reset(self):
-        hook = """\
-            import time
-            def observe(exchange):
-                if exchange.call and exchange.call.operation == "ListQueues":
-                    time.sleep(0.3)
-            """
-        program = self.start("--quiet", hook=hook)
-        name = "awsproxy_loop_lag_seconds"
-        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
-        program.caller()("ListQueues")
-        self.assertGreater(metric(program.address, name), 0.25)
-        self.assertLess(metric(program.address, name), 0.25)
-        time.sleep(0.6)  # an idle loop does not lag
-        self.assertLess(metric(program.address, name), 0.25)
 
 
 # ==== 10. Command line ====
