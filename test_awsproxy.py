@@ -15934,7 +15934,7 @@ class ForwardedInFlightTest(ForwardCase):
                 protection = awsproxy.TaskProtection(
                     "http://agent", lambda *_: 30, lambda act: act(), Clock()
                 )
-                protection._fetch = lambda *_: b'{"protection":{}}'
+                protection._fetch = lambda *_, **how: b'{"protection":{}}'
                 proxy = self.proxy(upstream, hooks=[protection])
                 with contextlib.redirect_stderr(io.StringIO()):
                     reply = proxy.handle(self.request(operation, **given))
@@ -15989,8 +15989,8 @@ class TaskProtectionTest(LedgerCase):
     def test_an_agent_that_hangs_is_not_asked_again_at_once(self):
         caller = self.protecting()
 
-        def hang(url, headers, body, method, timeout):
-            self.asked_of_agent.append((url, json.loads(body)))
+        def hang(url, headers, timeout, data, method):
+            self.asked_of_agent.append((url, json.loads(data)))
             caller.clock.now += timeout
             raise NoKeys("it did not answer")
 
