@@ -6571,26 +6571,19 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
-  --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ee; --paper: #151a21; --line: #39424f;
-  --soft: #1e252e; --good: #6fd39b; --bad: #ff8a80; --mark: #7a4a10 } }
-body { margin: 0 auto; max-width: 75rem; padding: 0 1rem 2rem; color: var(--ink);
-  background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline }
+:root { color-scheme: light dark } a { color: inherit } input, button { font: inherit }
+body { margin: auto; max-width: 75rem; padding: 0 1rem 2rem; font: 15px/1.5 system-ui, sans-serif }
+header, summary { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
 h1, h2 { font-size: 1.25rem; margin: 1rem 0 .5rem } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
-a { color: inherit } input, button { font: inherit; padding: .2rem .5rem }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .3rem 0; overflow: hidden }
-summary { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .3rem .6rem; cursor: pointer;
-  background: var(--soft) }
-summary b { min-width: 2.5rem } .good { color: var(--good) } .bad { color: var(--bad) }
-details > div { padding: 0 .6rem .6rem } fieldset { border: 1px solid var(--line) }
+details, fieldset { border: 1px solid #8888; margin: .3rem 0 }
+summary { padding: .3rem .6rem; background: #8882; cursor: pointer } summary b { width: 2.5rem }
+.good { color: light-dark(#14713d, #6fd39b) } .bad { color: light-dark(#b3261e, #ff8a80) }
+details > div { padding: 0 .6rem .6rem } #table { display: block; overflow-x: auto }
 pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-#switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
+fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6598,19 +6591,20 @@ th { font-weight: normal; opacity: .7; white-space: nowrap }
 <main><section id="calls" aria-label="Calls, the last one first"></section>
 <section id="lab"><h2>Laboratory</h2>
 <p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
-<fieldset><legend>Mistakes</legend><div id="switches"></div></fieldset>
+<fieldset id="switches"><legend>Mistakes</legend></fieldset>
 <p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
 <div id="steps"></div></section>
 <section><h2 id="queues">Queues</h2><table id="table"></table></section></main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, ...inner) => {
+const say = (id, text) => { $(id).textContent = text; };
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+function make(tag, ...inner) {
   const made = document.createElement(tag);
   made.append(...inner);
   return made;
-};
-const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+}
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
@@ -6634,6 +6628,7 @@ function step([title, lines], theirs) {
   return [make("h3", title), table];
 }
 
+let last = 0;
 function add(call) {
   const status = make("b", call.status);
   status.className = call.status < 400 ? "good" : "bad";
@@ -6643,9 +6638,9 @@ function add(call) {
   entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
-  if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  $("calls").children[200]?.remove();
   last = call.number;
-  $("state").textContent = `${last} calls.`;
+  say("state", `${last} calls.`);
 }
 
 function filter() {
@@ -6653,29 +6648,24 @@ function filter() {
   for (const entry of $("calls").children) entry.hidden = !entry.dataset.text.includes(wanted);
 }
 
-let last = 0;
 async function update() {
-  try {
-    const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
-    calls.forEach(add);
-    filter();
-    const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["region", "account", "visible", "in_flight", "delayed"];
-    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
-  } catch (error) {
-    $("state").textContent = `awsproxy does not answer: ${error.message}`;
-  }
-  setTimeout(update, 1000);
+  const calls = await (await fetch(`calls?after=${last}`)).json();
+  if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
+  calls.forEach(add);
+  filter();
+  const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
+  const names = ["region", "account", "visible", "in_flight", "delayed"];
+  $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+    ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
 }
+const poll = () => update()
+  .catch((error) => say("state", `awsproxy does not answer: ${error.message}`))
+  .finally(() => setTimeout(poll, 1000));
 
 const MISTAKES = {
-  sort: "do not sort the query", plus: "write a blank of the query as +",
-  twice: "percent-encode the query twice", port: "sign the Host without its port",
-  blanks: "keep two blanks in a header", newline: "leave out the blank line after the headers",
+  sort: "do not sort the query", twice: "percent-encode the query twice",
+  port: "sign the Host without its port", blanks: "keep two blanks in a header",
   method: "sign the method in lower case", body: "hash another body",
-  hash: "do not hash the canonical request", chain: "pass the key's steps on in hex",
   region: "derive the key for another region", secret: "keep a newline after the secret",
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
@@ -6688,47 +6678,39 @@ async function hmac(key, text) {
   return crypto.subtle.sign("HMAC", imported, bytes(text));
 }
 
-async function sign(wrong) {
-  const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
-  const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
+async function send() {
+  const wrong = (name) => $(name).checked, body = "Action=ListQueues";
+  const at = new Date(Date.now() + (wrong("clock") ? 7200000 : 0));
+  const date = at.toISOString().replace(/[:-]|\.\d+/g, "");
   const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
-  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
-  if (wrong.plus) query = query.replaceAll("%20", "+");
-  if (wrong.twice) query = query.replaceAll("%", "%25");
+  const sorted = wrong("sort") ? asked : asked.split("&").sort().join("&");
+  const query = wrong("twice") ? sorted.replaceAll("%", "%25") : sorted;
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
     "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
-  const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
-  if (!wrong.blanks) signed["x-note"] = "two blanks";
-  const names = Object.keys(sent).join(";");
+  const signed = { ...sent, host: wrong("port") ? location.hostname : location.host,
+    "x-note": wrong("blanks") ? "two  blanks" : "two blanks" };
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
-  const block = wrong.newline ? headers.slice(0, -1) : headers;
-  const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
-  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
-  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
-  for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
+  const names = Object.keys(sent).join(";"), method = wrong("method") ? "post" : "POST";
+  const payload = await sha256(wrong("body") ? `${body}\n` : body);
+  const canonical = [method, "/", query, headers, names, payload].join("\n");
+  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"], chain = [];
+  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), await sha256(canonical)].join("\n");
+  let key = bytes((wrong("prefix") ? "" : "AWS4") + "dummysecret" + (wrong("secret") ? "\n" : ""));
+  for (const part of wrong("region") ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
-    if (wrong.chain) key = bytes(hex(key));
   }
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
-  return [request, { "1 canonical request": canonical, "2 string to sign": text,
-    "3 signing key": chain.join("\n"), "4 signature": signature }];
-}
-
-async function send() {
-  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
-  const [request, steps] = await sign(Object.fromEntries(ticked));
-  const answer = await fetch(request), text = await answer.text();
-  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
-  $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
-  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+  const reply = await fetch(`/?${asked}`, { method: "POST", headers: sent, body });
+  const answer = await reply.text();
+  const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
+  $("result").className = reply.ok ? "good" : "bad";
+  say("result", `${reply.status} ${reply.ok ? "The signature is right." : cause}`);
+  const steps = { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature, answer };
+  $("steps").replaceChildren(...Object.entries(steps).flatMap(
     ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
@@ -6736,11 +6718,10 @@ for (const [name, words] of Object.entries(MISTAKES)) {
   const box = Object.assign(make("input"), { type: "checkbox", id: name });
   $("switches").append(make("label", box, ` ${words}`));
 }
-$("filter").addEventListener("input", filter);
-$("send").addEventListener("click", () => send().catch((error) => {
-  $("result").textContent = `${error.message} (Web Crypto needs https or localhost.)`;
-}));
-update();
+$("filter").oninput = filter;
+$("send").onclick = () => send().catch((error) =>
+  say("result", `${error.message} (Web Crypto needs https or localhost.)`));
+poll();
 </script>
 """
 
