@@ -5793,12 +5793,11 @@ class Exchange:
     unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
-    status = 0
+    status = reply_bytes = 0
     error = "-"  # the error code in the answer
     reason = ""  # the row of REFUSALS, if the signature was refused
     refused: Optional[ServiceError] = None
     seconds = 0.0
-    reply_bytes = 0
     reply: Optional[Reply] = None
 
     def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
@@ -5896,8 +5895,7 @@ class Watched:
     """Keeps the value of `read` for a file, and reads again if this file or `more` changes."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
-        self._read = read
-        self._paths = (path, more)
+        self._read, self._paths = read, (path, more)
         self._stamps = list(map(stamp_of, self._paths))
         self.value = read(path)
 
@@ -5986,14 +5984,13 @@ class LineWriter:
             time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
-            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._batch = []
-            for act in acts:
+            batch, self._batch = self._batch, []
+            for act in filter(callable, batch):
                 act()
 
     def _open(self) -> None:
@@ -6075,8 +6072,7 @@ Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their la
 _SECRET = re.compile(  # a header, or a parameter of a query
     rf"(?is)^((?:cookie2?|proxy-authorization|[\w-]{{0,99}}(?:token|customer-key)"
     rf"|authorization(?!: (?-i:{ALGORITHM}) )): ?).*"
-    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*"
-)
+    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*")  # fmt: skip
 _SIGNATURE_SHOWN = re.compile("(?i)(Signature=[^&, ]{12})[^&, ]*")
 MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
@@ -6123,10 +6119,9 @@ def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
 
 def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     claimed = authorization_of(request)
-    method, path, query, headers, names, payload = proof.parts
+    method, path, query, block, names, payload = proof.parts
     canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
-    lines = headers.removesuffix("\n").split("\n")
-    canonical += [("header", _without_secrets(line)) for line in lines]
+    canonical += [("header", _without_secrets(it)) for it in block.removesuffix("\n").split("\n")]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
@@ -6221,14 +6216,13 @@ class Metrics(Hook):
 
     def _new_row(self, key: tuple[Any, ...]) -> list[int]:
         """Return the row that counts such calls, a common one if there are too many."""
-        client, *operation, status, code, attempt = key
+        client, service, operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
-            self._operations.add((operation[0], operation[1]))
-        if tuple(operation) not in self._operations:
-            operation = ["other", "other"]
-        if len(self._rows) >= self.MAX_ROWS:
-            code = "other"
-        key = (client, *operation, status, code, min(attempt, 10))
+            self._operations.add((service, operation))
+        if (service, operation) not in self._operations:
+            service = operation = "other"
+        code = code if len(self._rows) < self.MAX_ROWS else "other"
+        key = (client, service, operation, status, code, min(attempt, 10))
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
             key = ("other", "other", "other", status // 100 * 100, "other", 0)
         return self._rows.setdefault(key, [0, 0, 0])
@@ -6257,8 +6251,7 @@ class Metrics(Hook):
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
                 ("bytes", "direction", "Bytes of bodies.", totals),
-                ("throttles", "", "Answers that throttle.", throttles),
-            ):
+                ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
                 buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(counted))
@@ -6310,7 +6303,8 @@ class InFlight(Hook):
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
+        # By the hash of a receipt handle: a handle of AWS's is up to 1,024 bytes long.
+        self._messages: OrderedDict[int, tuple[str, str]] = OrderedDict()
         self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
@@ -6374,7 +6368,7 @@ class InFlight(Hook):
             for message_id, handle in zip(ids, receipt_handles(reply)):
                 if self._deleted.get(message_id, -math.inf) > call.began:
                     continue  # by another handle, while this answer was on its way
-                self._messages[_digest(handle)] = message_id, queue
+                self._messages[hash(handle)] = message_id, queue
                 self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
             while len(self._messages) > self.REMEMBERED:
                 self._messages.popitem(last=False)
@@ -6408,7 +6402,7 @@ class InFlight(Hook):
         """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
             for entry in entries:
-                handle = _digest(entry["ReceiptHandle"])
+                handle = hash(entry["ReceiptHandle"])
                 message_id, queue = self._messages.get(handle, ("", ""))
                 hold = self._held.get(message_id)
                 if not queue or (hold and hold.queue != queue):
@@ -6432,11 +6426,6 @@ class InFlight(Hook):
             hold = self._held.get(message_id)
             if hold and hold.until == until:
                 del self._held[message_id]
-
-
-def _digest(handle: str) -> bytes:
-    """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
-    return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 # [7.7] Protection of an ECS task
@@ -6608,13 +6597,12 @@ function make(tag, ...inner) {
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  let start = 0, end = 0;
-  while (start < text.length && text[start] === other[start]) start++;
-  const most = Math.min(text.length, other.length) - start;
-  while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
-  const stop = text.length - end;
-  const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  return make("td", text.slice(0, start), middle, text.slice(stop));
+  const longer = other.length - text.length;
+  let start = 0, end = text.length;
+  while (start < end && text[start] === other[start]) start++;
+  while (end > Math.max(start, start - longer) && text[end - 1] === other[end - 1 + longer]) end--;
+  const middle = text === other ? "" : make("mark", text.slice(start, end) || "\u2038");
+  return make("td", text.slice(0, start), middle, text.slice(end));
 }
 
 function step([title, lines], theirs) {
@@ -6924,12 +6912,10 @@ _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
-    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
-}
+    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas")}  # fmt: skip
 # The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
+    "^(analytics|(control-)?storage|data|query|runtime|stream|sync|tags|workflows)-")  # fmt: skip
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -7002,9 +6988,8 @@ class Status:
     inspector: Optional[Inspector] = None
     draining: bool = False
 
-    def reply_to(
-        self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
-    ) -> Reply:
+    def reply_to(self, request: Request, hosts: frozenset[str] = frozenset(),
+            any_address: bool = False) -> Reply:  # fmt: skip
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
@@ -7015,7 +7000,7 @@ class Status:
             return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
-            return _status_reply(500, "the request failed; see standard error\n")
+            return _own_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
         given = _query_values(request, b"queue")
@@ -7023,33 +7008,32 @@ class Status:
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
-            return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
+            return _own_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
         if page in ("health", "ready"):
             leaves = page == "ready" and self.draining
-            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
+            return _own_reply(503, "draining\n") if leaves else _own_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
-            return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
+            return _own_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
-            kind = "text/plain; version=0.0.4; charset=utf-8"
-            return _status_reply(200, self.metrics.text(), kind)
+            return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
             if "" in given or len(given) > 1:  # an empty variable must not drop all queues
-                return _status_reply(400, "queue must name one queue\n")
-            return _status_json({"queues": self.reset("".join(given))})
+                return _own_reply(400, "queue must name one queue\n")
+            return _own_json({"queues": self.reset("".join(given))})
         if page == "queues" and self.sqs:
-            return _status_json(self.sqs.overview())
+            return _own_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
             _, region, account, name = page.split("/")
-            return _status_json(self.sqs.look(region, account, name, min(limit, 1000)))
+            return _own_json(self.sqs.look(region, account, name, min(limit, 1000)))
         if page == "calls" and self.inspector:
-            return _status_reply(200, self.inspector.since(after), "application/json")
+            return _own_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
-            return _status_reply(200, PAGE, "text/html", page_policy())
+            return _own_reply(200, PAGE, "text/html", page_policy())
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
-        return _status_reply(404, f"the paths are {names}\n")
+        return _own_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
+def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -7076,13 +7060,12 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
             attributes["IsDelayed"] = str(message["State"] == "delayed").lower()
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
-    output = {"Messages": messages} if messages else {}
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
-    reply = AWS_QUERY.output(call, SQS_MODEL, output, random_id())
+    reply = AWS_QUERY.output(call, SQS_MODEL, {"Messages": messages}, random_id())
     if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
         return reply
     root = ElementTree.fromstring(reply.body)
-    return _status_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
+    return _own_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
 
 
 def _json_of_xml(element: ElementTree.Element) -> Any:
@@ -7094,8 +7077,8 @@ def _json_of_xml(element: ElementTree.Element) -> Any:
     return single or element.text
 
 
-def _status_json(document: Any) -> Reply:
-    return _status_reply(200, _to_json(document).decode(), "application/json")
+def _own_json(document: Any) -> Reply:
+    return _own_reply(200, _to_json(document).decode(), "application/json")
 
 
 def is_preflight(request: Request) -> bool:
@@ -7108,9 +7091,8 @@ def is_preflight(request: Request) -> bool:
     return request.method == "OPTIONS" and asked and unsigned and empty
 
 
-def check_page(
-    request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
-) -> None:
+def check_page(request: Request, hosts: frozenset[str], any_address: bool = False,
+        preflight: bool = False) -> None:  # fmt: skip
     """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
     Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
