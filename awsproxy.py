@@ -5882,13 +5882,12 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
     """Return values that change with a file: () for no file, None for a pipe or a device."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return ()
-    if not stat.S_ISREG(status.st_mode):
-        return None  # it is read only once: to open a FIFO may wait for its writer
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+        if not stat.S_ISREG(status.st_mode):
+            return None  # it is read only once: to open a FIFO may wait for its writer
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+    return ()
 
 
 class Watched:
@@ -6112,9 +6111,8 @@ def _without_secrets(text: str) -> str:
 
 
 def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
-    lines = [f"{request.method} {_without_secrets(request.target)} HTTP/1.1"]
-    lines += [_without_secrets(f"{name}: {value}") for name, value in request.headers]
-    return [("", line) for line in lines]
+    head = f"{request.method} {_without_secrets(request.target)} HTTP/1.1"
+    return [("", head), *(("", _without_secrets(f"{name}: {it}")) for name, it in request.headers)]
 
 
 def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
@@ -6243,8 +6241,7 @@ class Metrics(Hook):
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
                 totals.update({("in",): came, ("out",): went})
-                if code in self.THROTTLES or status == 429:
-                    throttles[()] += count
+                throttles[()] += count if code in self.THROTTLES or status == 429 else 0
             for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
@@ -6290,7 +6287,6 @@ class InFlight(Hook):
 
     A worker holds a message from its receive until it is deleted, made visible, or times out."""
 
-    FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
     XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
@@ -6308,7 +6304,7 @@ class InFlight(Hook):
         self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
+        self._timeouts: dict[tuple[str, float], int] = {}  # by queue and minute
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are held, by queue."""
@@ -6351,7 +6347,7 @@ class InFlight(Hook):
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
         else:
-            self._timeouts.pop(queue, None)
+            self._timeouts.clear()
             if operation != "SetQueueAttributes":
                 self.forget(queue)
 
@@ -6360,9 +6356,8 @@ class InFlight(Hook):
         if not ids:
             return
         now = self._clock()
-        known = self._timeouts.get(queue, (0, -math.inf))
-        if timeout is None and now < known[1] + self.FORGET_SECONDS:
-            timeout = known[0]
+        if timeout is None:
+            timeout = self._timeouts.get((queue, now // 60))
         with self._lock:
             self._expire()
             for message_id, handle in zip(ids, receipt_handles(reply)):
@@ -6383,9 +6378,9 @@ class InFlight(Hook):
             log.warning("the timeout of %s is not known, assuming 30 s: %s", queue, error)
             timeout = 30  # the default of SQS
         with self._lock:
-            self._timeouts[queue] = (timeout, self._clock())
-            while len(self._timeouts) > 1000:
-                self._timeouts.pop(next(iter(self._timeouts)), None)
+            if len(self._timeouts) >= 1000:
+                self._timeouts.clear()
+            self._timeouts[queue, self._clock() // 60] = timeout
             for message_id in ids:
                 hold = self._held.get(message_id)
                 if hold and hold.queue == queue and hold.until == math.inf:
@@ -6582,8 +6577,7 @@ fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem,
 <p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
 <fieldset id="switches"><legend>Mistakes</legend></fieldset>
 <p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
-<div id="steps"></div></section>
-<section><h2 id="queues">Queues</h2><table id="table"></table></section></main>
+<div id="steps"></div></section><h2 id="queues">Queues</h2><table id="table"></table></main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
@@ -6621,9 +6615,8 @@ function add(call) {
   const status = make("b", call.status);
   status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
-  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
-  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))),
+    make("div", ...call.steps.flatMap((it) => step(it, call.theirs))));
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
   $("calls").children[200]?.remove();
@@ -6660,11 +6653,9 @@ const MISTAKES = {
 const bytes = (text) => new TextEncoder().encode(text);
 const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-async function hmac(key, text) {
-  const how = { name: "HMAC", hash: "SHA-256" };
-  const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
-  return crypto.subtle.sign("HMAC", imported, bytes(text));
-}
+const HMAC = { name: "HMAC", hash: "SHA-256" };
+const imported = (key) => crypto.subtle.importKey("raw", key, HMAC, false, ["sign"]);
+const hmac = async (key, text) => crypto.subtle.sign("HMAC", await imported(key), bytes(text));
 
 async function send() {
   const wrong = (name) => $(name).checked, body = "Action=ListQueues";

@@ -15629,9 +15629,9 @@ class InFlightTest(LedgerCase):
         self.caller()
         self.ledger._ask = lambda *_: 30
         for number in range(1200):
-            self.ledger._learn(SimpleNamespace(), ("us-east-1", f"1/q{number}"), 0, ())
-        self.assertEqual(len(self.ledger._timeouts), 1000)
-        self.assertIn(("us-east-1", "1/q1199"), self.ledger._timeouts)
+            self.ledger._learn(SimpleNamespace(), f"us-east-1/1/q{number}", 0, ())
+        self.assertLessEqual(len(self.ledger._timeouts), 1000)
+        self.assertIn("us-east-1/1/q1199", [queue for queue, _ in self.ledger._timeouts])
 
     def test_the_timeout_is_that_of_the_call_or_asked_for_once(self):
         caller = self.caller()
