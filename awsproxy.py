@@ -5572,12 +5572,11 @@ class Exchange:
     unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
-    status = 0
+    status = reply_bytes = 0
     error = "-"  # the error code in the answer
     reason = ""  # the row of REFUSALS, if the signature was refused
     refused: Optional[ServiceError] = None
     seconds = 0.0
-    reply_bytes = 0
     reply: Optional[Reply] = None
 
     def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
@@ -5662,21 +5661,19 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
     """Return values that change with a file: () for no file, None for a pipe or a device."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return ()
-    if not stat.S_ISREG(status.st_mode):
-        return None  # it is read only once: to open a FIFO may wait for its writer
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+        if not stat.S_ISREG(status.st_mode):
+            return None  # it is read only once: to open a FIFO may wait for its writer
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+    return ()
 
 
 class Watched:
     """Keeps the value of `read` for a file, and reads again if this file or `more` changes."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
-        self._read = read
-        self._paths = (path, more)
+        self._read, self._paths = read, (path, more)
         self._stamps = list(map(stamp_of, self._paths))
         self.value = read(path)
 
@@ -5765,14 +5762,13 @@ class LineWriter:
             time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
-            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._batch = []
-            for act in acts:
+            batch, self._batch = self._batch, []
+            for act in filter(callable, batch):
                 act()
 
     def _open(self) -> None:
@@ -5854,8 +5850,7 @@ Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their la
 _SECRET = re.compile(  # a header, or a parameter of a query
     rf"(?is)^((?:cookie2?|proxy-authorization|[\w-]{{0,99}}(?:token|customer-key)"
     rf"|authorization(?!: (?-i:{ALGORITHM}) )): ?).*"
-    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*"
-)
+    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*")  # fmt: skip
 _SIGNATURE_SHOWN = re.compile("(?i)(Signature=[^&, ]{12})[^&, ]*")
 MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
@@ -5895,17 +5890,15 @@ def _without_secrets(text: str) -> str:
 
 
 def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
-    lines = [f"{request.method} {_without_secrets(request.target)} HTTP/1.1"]
-    lines += [_without_secrets(f"{name}: {value}") for name, value in request.headers]
-    return [("", line) for line in lines]
+    head = f"{request.method} {_without_secrets(request.target)} HTTP/1.1"
+    return [("", head), *(("", _without_secrets(f"{name}: {it}")) for name, it in request.headers)]
 
 
 def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     claimed = authorization_of(request)
-    method, path, query, headers, names, payload = proof.parts
+    method, path, query, block, names, payload = proof.parts
     canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
-    lines = headers.removesuffix("\n").split("\n")
-    canonical += [("header", _without_secrets(line)) for line in lines]
+    canonical += [("header", _without_secrets(it)) for it in block.removesuffix("\n").split("\n")]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
@@ -6000,14 +5993,13 @@ class Metrics(Hook):
 
     def _new_row(self, key: tuple[Any, ...]) -> list[int]:
         """Return the row that counts such calls, a common one if there are too many."""
-        client, *operation, status, code, attempt = key
+        client, service, operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
-            self._operations.add((operation[0], operation[1]))
-        if tuple(operation) not in self._operations:
-            operation = ["other", "other"]
-        if len(self._rows) >= self.MAX_ROWS:
-            code = "other"
-        key = (client, *operation, status, code, min(attempt, 10))
+            self._operations.add((service, operation))
+        if (service, operation) not in self._operations:
+            service = operation = "other"
+        code = code if len(self._rows) < self.MAX_ROWS else "other"
+        key = (client, service, operation, status, code, min(attempt, 10))
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
             key = ("other", "other", "other", status // 100 * 100, "other", 0)
         return self._rows.setdefault(key, [0, 0, 0])
@@ -6028,16 +6020,14 @@ class Metrics(Hook):
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
                 totals.update({("in",): came, ("out",): went})
-                if code in self.THROTTLES or status == 429:
-                    throttles[()] += count
+                throttles[()] += count if code in self.THROTTLES or status == 429 else 0
             for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
                 ("bytes", "direction", "Bytes of bodies.", totals),
-                ("throttles", "", "Answers that throttle.", throttles),
-            ):
+                ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
                 buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(counted))
@@ -6076,7 +6066,6 @@ class InFlight(Hook):
 
     A worker holds a message from its receive until it is deleted, made visible, or times out."""
 
-    FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
     XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
@@ -6089,11 +6078,12 @@ class InFlight(Hook):
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
+        # By the hash of a receipt handle: a handle of AWS's is up to 1,024 bytes long.
+        self._messages: OrderedDict[int, tuple[str, str]] = OrderedDict()
         self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
+        self._timeouts: dict[tuple[str, float], int] = {}  # by queue and minute
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are held, by queue."""
@@ -6136,7 +6126,7 @@ class InFlight(Hook):
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
         else:
-            self._timeouts.pop(queue, None)
+            self._timeouts.clear()
             if operation != "SetQueueAttributes":
                 self.forget(queue)
 
@@ -6145,15 +6135,14 @@ class InFlight(Hook):
         if not ids:
             return
         now = self._clock()
-        known = self._timeouts.get(queue, (0, -math.inf))
-        if timeout is None and now < known[1] + self.FORGET_SECONDS:
-            timeout = known[0]
+        if timeout is None:
+            timeout = self._timeouts.get((queue, now // 60))
         with self._lock:
             self._expire()
             for message_id, handle in zip(ids, receipt_handles(reply)):
                 if self._deleted.get(message_id, -math.inf) > call.began:
                     continue  # by another handle, while this answer was on its way
-                self._messages[_digest(handle)] = message_id, queue
+                self._messages[hash(handle)] = message_id, queue
                 self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
             while len(self._messages) > self.REMEMBERED:
                 self._messages.popitem(last=False)
@@ -6168,9 +6157,9 @@ class InFlight(Hook):
             log.warning("the timeout of %s is not known, assuming 30 s: %s", queue, error)
             timeout = 30  # the default of SQS
         with self._lock:
-            self._timeouts[queue] = (timeout, self._clock())
-            while len(self._timeouts) > 1000:
-                self._timeouts.pop(next(iter(self._timeouts)), None)
+            if len(self._timeouts) >= 1000:
+                self._timeouts.clear()
+            self._timeouts[queue, self._clock() // 60] = timeout
             for message_id in ids:
                 hold = self._held.get(message_id)
                 if hold and hold.queue == queue and hold.until == math.inf:
@@ -6187,7 +6176,7 @@ class InFlight(Hook):
         """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
             for entry in entries:
-                handle = _digest(entry["ReceiptHandle"])
+                handle = hash(entry["ReceiptHandle"])
                 message_id, queue = self._messages.get(handle, ("", ""))
                 hold = self._held.get(message_id)
                 if not queue or (hold and hold.queue != queue):
@@ -6211,11 +6200,6 @@ class InFlight(Hook):
             hold = self._held.get(message_id)
             if hold and hold.until == until:
                 del self._held[message_id]
-
-
-def _digest(handle: str) -> bytes:
-    """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
-    return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 # [7.7] Protection of an ECS task
@@ -6350,26 +6334,19 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
-  --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ee; --paper: #151a21; --line: #39424f;
-  --soft: #1e252e; --good: #6fd39b; --bad: #ff8a80; --mark: #7a4a10 } }
-body { margin: 0 auto; max-width: 75rem; padding: 0 1rem 2rem; color: var(--ink);
-  background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline }
+:root { color-scheme: light dark } a { color: inherit } input, button { font: inherit }
+body { margin: auto; max-width: 75rem; padding: 0 1rem 2rem; font: 15px/1.5 system-ui, sans-serif }
+header, summary { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
 h1, h2 { font-size: 1.25rem; margin: 1rem 0 .5rem } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
-a { color: inherit } input, button { font: inherit; padding: .2rem .5rem }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .3rem 0; overflow: hidden }
-summary { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .3rem .6rem; cursor: pointer;
-  background: var(--soft) }
-summary b { min-width: 2.5rem } .good { color: var(--good) } .bad { color: var(--bad) }
-details > div { padding: 0 .6rem .6rem } fieldset { border: 1px solid var(--line) }
+details, fieldset { border: 1px solid #8888; margin: .3rem 0 }
+summary { padding: .3rem .6rem; background: #8882; cursor: pointer } summary b { width: 2.5rem }
+.good { color: light-dark(#14713d, #6fd39b) } .bad { color: light-dark(#b3261e, #ff8a80) }
+details > div { padding: 0 .6rem .6rem } #table { display: block; overflow-x: auto }
 pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-#switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
+fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6377,29 +6354,28 @@ th { font-weight: normal; opacity: .7; white-space: nowrap }
 <main><section id="calls" aria-label="Calls, the last one first"></section>
 <section id="lab"><h2>Laboratory</h2>
 <p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
-<fieldset><legend>Mistakes</legend><div id="switches"></div></fieldset>
+<fieldset id="switches"><legend>Mistakes</legend></fieldset>
 <p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
-<div id="steps"></div></section>
-<section><h2 id="queues">Queues</h2><table id="table"></table></section></main>
+<div id="steps"></div></section><h2 id="queues">Queues</h2><table id="table"></table></main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, ...inner) => {
+const say = (id, text) => { $(id).textContent = text; };
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+function make(tag, ...inner) {
   const made = document.createElement(tag);
   made.append(...inner);
   return made;
-};
-const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+}
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  let start = 0, end = 0;
-  while (start < text.length && text[start] === other[start]) start++;
-  const most = Math.min(text.length, other.length) - start;
-  while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
-  const stop = text.length - end;
-  const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  return make("td", text.slice(0, start), middle, text.slice(stop));
+  const longer = other.length - text.length;
+  let start = 0, end = text.length;
+  while (start < end && text[start] === other[start]) start++;
+  while (end > Math.max(start, start - longer) && text[end - 1] === other[end - 1 + longer]) end--;
+  const middle = text === other ? "" : make("mark", text.slice(start, end) || "\u2038");
+  return make("td", text.slice(0, start), middle, text.slice(end));
 }
 
 function step([title, lines], theirs) {
@@ -6413,18 +6389,18 @@ function step([title, lines], theirs) {
   return [make("h3", title), table];
 }
 
+let last = 0;
 function add(call) {
   const status = make("b", call.status);
   status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
-  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
-  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))),
+    make("div", ...call.steps.flatMap((it) => step(it, call.theirs))));
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
-  if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  $("calls").children[200]?.remove();
   last = call.number;
-  $("state").textContent = `${last} calls.`;
+  say("state", `${last} calls.`);
 }
 
 function filter() {
@@ -6432,82 +6408,67 @@ function filter() {
   for (const entry of $("calls").children) entry.hidden = !entry.dataset.text.includes(wanted);
 }
 
-let last = 0;
 async function update() {
-  try {
-    const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
-    calls.forEach(add);
-    filter();
-    const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["region", "account", "visible", "in_flight", "delayed"];
-    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
-  } catch (error) {
-    $("state").textContent = `awsproxy does not answer: ${error.message}`;
-  }
-  setTimeout(update, 1000);
+  const calls = await (await fetch(`calls?after=${last}`)).json();
+  if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
+  calls.forEach(add);
+  filter();
+  const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
+  const names = ["region", "account", "visible", "in_flight", "delayed"];
+  $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+    ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
 }
+const poll = () => update()
+  .catch((error) => say("state", `awsproxy does not answer: ${error.message}`))
+  .finally(() => setTimeout(poll, 1000));
 
 const MISTAKES = {
-  sort: "do not sort the query", plus: "write a blank of the query as +",
-  twice: "percent-encode the query twice", port: "sign the Host without its port",
-  blanks: "keep two blanks in a header", newline: "leave out the blank line after the headers",
+  sort: "do not sort the query", twice: "percent-encode the query twice",
+  port: "sign the Host without its port", blanks: "keep two blanks in a header",
   method: "sign the method in lower case", body: "hash another body",
-  hash: "do not hash the canonical request", chain: "pass the key's steps on in hex",
   region: "derive the key for another region", secret: "keep a newline after the secret",
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
 const bytes = (text) => new TextEncoder().encode(text);
 const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-async function hmac(key, text) {
-  const how = { name: "HMAC", hash: "SHA-256" };
-  const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
-  return crypto.subtle.sign("HMAC", imported, bytes(text));
-}
+const HMAC = { name: "HMAC", hash: "SHA-256" };
+const imported = (key) => crypto.subtle.importKey("raw", key, HMAC, false, ["sign"]);
+const hmac = async (key, text) => crypto.subtle.sign("HMAC", await imported(key), bytes(text));
 
-async function sign(wrong) {
-  const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
-  const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
+async function send() {
+  const wrong = (name) => $(name).checked, body = "Action=ListQueues";
+  const at = new Date(Date.now() + (wrong("clock") ? 7200000 : 0));
+  const date = at.toISOString().replace(/[:-]|\.\d+/g, "");
   const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
-  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
-  if (wrong.plus) query = query.replaceAll("%20", "+");
-  if (wrong.twice) query = query.replaceAll("%", "%25");
+  const sorted = wrong("sort") ? asked : asked.split("&").sort().join("&");
+  const query = wrong("twice") ? sorted.replaceAll("%", "%25") : sorted;
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
     "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
-  const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
-  if (!wrong.blanks) signed["x-note"] = "two blanks";
-  const names = Object.keys(sent).join(";");
+  const signed = { ...sent, host: wrong("port") ? location.hostname : location.host,
+    "x-note": wrong("blanks") ? "two  blanks" : "two blanks" };
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
-  const block = wrong.newline ? headers.slice(0, -1) : headers;
-  const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
-  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
-  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
-  for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
+  const names = Object.keys(sent).join(";"), method = wrong("method") ? "post" : "POST";
+  const payload = await sha256(wrong("body") ? `${body}\n` : body);
+  const canonical = [method, "/", query, headers, names, payload].join("\n");
+  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"], chain = [];
+  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), await sha256(canonical)].join("\n");
+  let key = bytes((wrong("prefix") ? "" : "AWS4") + "dummysecret" + (wrong("secret") ? "\n" : ""));
+  for (const part of wrong("region") ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
-    if (wrong.chain) key = bytes(hex(key));
   }
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
-  return [request, { "1 canonical request": canonical, "2 string to sign": text,
-    "3 signing key": chain.join("\n"), "4 signature": signature }];
-}
-
-async function send() {
-  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
-  const [request, steps] = await sign(Object.fromEntries(ticked));
-  const answer = await fetch(request), text = await answer.text();
-  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
-  $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
-  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+  const reply = await fetch(`/?${asked}`, { method: "POST", headers: sent, body });
+  const answer = await reply.text();
+  const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
+  $("result").className = reply.ok ? "good" : "bad";
+  say("result", `${reply.status} ${reply.ok ? "The signature is right." : cause}`);
+  const steps = { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature, answer };
+  $("steps").replaceChildren(...Object.entries(steps).flatMap(
     ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
@@ -6515,11 +6476,10 @@ for (const [name, words] of Object.entries(MISTAKES)) {
   const box = Object.assign(make("input"), { type: "checkbox", id: name });
   $("switches").append(make("label", box, ` ${words}`));
 }
-$("filter").addEventListener("input", filter);
-$("send").addEventListener("click", () => send().catch((error) => {
-  $("result").textContent = `${error.message} (Web Crypto needs https or localhost.)`;
-}));
-update();
+$("filter").oninput = filter;
+$("send").onclick = () => send().catch((error) =>
+  say("result", `${error.message} (Web Crypto needs https or localhost.)`));
+poll();
 </script>
 """
 
@@ -6745,12 +6705,10 @@ _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
-    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
-}
+    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas")}  # fmt: skip
 # The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
+    "^(analytics|(control-)?storage|data|query|runtime|stream|sync|tags|workflows)-")  # fmt: skip
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -6823,9 +6781,8 @@ class Status:
     inspector: Optional[Inspector] = None
     draining: bool = False
 
-    def reply_to(
-        self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
-    ) -> Reply:
+    def reply_to(self, request: Request, hosts: frozenset[str] = frozenset(),
+            any_address: bool = False) -> Reply:  # fmt: skip
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
@@ -6836,7 +6793,7 @@ class Status:
             return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
-            return _status_reply(500, "the request failed; see standard error\n")
+            return _own_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
         given = _query_values(request, b"queue")
@@ -6844,33 +6801,32 @@ class Status:
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
-            return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
+            return _own_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
         if page in ("health", "ready"):
             leaves = page == "ready" and self.draining
-            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
+            return _own_reply(503, "draining\n") if leaves else _own_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
-            return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
+            return _own_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
-            kind = "text/plain; version=0.0.4; charset=utf-8"
-            return _status_reply(200, self.metrics.text(), kind)
+            return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
             if "" in given or len(given) > 1:  # an empty variable must not drop all queues
-                return _status_reply(400, "queue must name one queue\n")
-            return _status_json({"queues": self.reset("".join(given))})
+                return _own_reply(400, "queue must name one queue\n")
+            return _own_json({"queues": self.reset("".join(given))})
         if page == "queues" and self.sqs:
-            return _status_json(self.sqs.overview())
+            return _own_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
             _, region, account, name = page.split("/")
-            return _status_json(self.sqs.look(region, account, name, min(limit, 1000)))
+            return _own_json(self.sqs.look(region, account, name, min(limit, 1000)))
         if page == "calls" and self.inspector:
-            return _status_reply(200, self.inspector.since(after), "application/json")
+            return _own_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
-            return _status_reply(200, PAGE, "text/html", page_policy())
+            return _own_reply(200, PAGE, "text/html", page_policy())
         names = "health, ready, metrics, in-flight, queues, queues/REGION/ACCOUNT/NAME and reset"
-        return _status_reply(404, f"the paths are {names}\n")
+        return _own_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
+def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -6897,13 +6853,12 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
             attributes["IsDelayed"] = str(message["State"] == "delayed").lower()
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
-    output = {"Messages": messages} if messages else {}
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
-    reply = AWS_QUERY.output(call, SQS_MODEL, output, random_id())
+    reply = AWS_QUERY.output(call, SQS_MODEL, {"Messages": messages}, random_id())
     if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
         return reply
     root = ElementTree.fromstring(reply.body)
-    return _status_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
+    return _own_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
 
 
 def _json_of_xml(element: ElementTree.Element) -> Any:
@@ -6915,8 +6870,8 @@ def _json_of_xml(element: ElementTree.Element) -> Any:
     return single or element.text
 
 
-def _status_json(document: Any) -> Reply:
-    return _status_reply(200, _to_json(document).decode(), "application/json")
+def _own_json(document: Any) -> Reply:
+    return _own_reply(200, _to_json(document).decode(), "application/json")
 
 
 def is_preflight(request: Request) -> bool:
@@ -6929,9 +6884,8 @@ def is_preflight(request: Request) -> bool:
     return request.method == "OPTIONS" and asked and unsigned and empty
 
 
-def check_page(
-    request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
-) -> None:
+def check_page(request: Request, hosts: frozenset[str], any_address: bool = False,
+        preflight: bool = False) -> None:  # fmt: skip
     """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
     Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the

@@ -15528,9 +15528,9 @@ class InFlightTest(LedgerCase):
         self.caller()
         self.ledger._ask = lambda *_: 30
         for number in range(1200):
-            self.ledger._learn(SimpleNamespace(), ("us-east-1", f"1/q{number}"), 0, ())
-        self.assertEqual(len(self.ledger._timeouts), 1000)
-        self.assertIn(("us-east-1", "1/q1199"), self.ledger._timeouts)
+            self.ledger._learn(SimpleNamespace(), f"us-east-1/1/q{number}", 0, ())
+        self.assertLessEqual(len(self.ledger._timeouts), 1000)
+        self.assertIn("us-east-1/1/q1199", [queue for queue, _ in self.ledger._timeouts])
 
     def test_the_timeout_is_that_of_the_call_or_asked_for_once(self):
         caller = self.caller()
@@ -15833,7 +15833,7 @@ class ForwardedInFlightTest(ForwardCase):
                 protection = awsproxy.TaskProtection(
                     "http://agent", lambda *_: 30, lambda act: act(), Clock()
                 )
-                protection._fetch = lambda *_: b'{"protection":{}}'
+                protection._fetch = lambda *_, **how: b'{"protection":{}}'
                 proxy = self.proxy(upstream, hooks=[protection])
                 with contextlib.redirect_stderr(io.StringIO()):
                     reply = proxy.handle(self.request(operation, **given))
@@ -15888,8 +15888,8 @@ class TaskProtectionTest(LedgerCase):
     def test_an_agent_that_hangs_is_not_asked_again_at_once(self):
         caller = self.protecting()
 
-        def hang(url, headers, body, method, timeout):
-            self.asked_of_agent.append((url, json.loads(body)))
+        def hang(url, headers, timeout, data, method):
+            self.asked_of_agent.append((url, json.loads(data)))
             caller.clock.now += timeout
             raise NoKeys("it did not answer")
 
@@ -21341,12 +21341,11 @@ class ChromiumTest(unittest.TestCase):
 
     def test_each_mistake_of_the_laboratory_is_refused_with_its_cause(self):
         causes = {
-            "sort": "sort its parameters", "plus": r"as \+, not %20", "twice": "query too often",
-            "port": "Host without its port", "blanks": "several blanks", "newline": "blank line",
+            "sort": "sort its parameters", "twice": "query too often",
+            "port": "Host without its port", "blanks": "several blanks",
             "method": "method in lower case", "body": "other newlines than it sent",
-            "hash": "did not hash", "chain": "in hex", "region": "region eu-west-1",
-            "secret": "space around the secret", "prefix": "prefix AWS4",
-            "clock": r"clock is \+2 hours off",
+            "region": "region eu-west-1", "secret": "space around the secret",
+            "prefix": "prefix AWS4", "clock": r"clock is \+2 hours off",
         }  # fmt: skip
         self.assertEqual(sorted(causes), sorted(self.browser.run("return Object.keys(MISTAKES)")))
         for at, (name, cause) in enumerate(causes.items()):
