@@ -294,11 +294,6 @@ class Call:
         """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
 
-    @property
-    def is_read(self) -> bool:
-        """Return whether the input was decoded or replaced."""
-        return "input" in self.__dict__
-
     @functools.cached_property
     def input(self) -> dict[str, Any]:
         """Return the operation's input; its keys are the names in the service's model."""
@@ -331,8 +326,7 @@ _CORAL = "com.amazon.coral.service#"
 _SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
 # A line: the code in XML, the type in JSON, and the errors; * is the error's name.  The status is
 # 400 unless another follows the name.  Sources: the SQS service model; "Common Error Types" of the
-# API references; "Error responses" of Amazon S3; recorded answers.  No model has names for errors
-# of HTTP framing.
+# API references; "Error responses" of Amazon S3; recorded answers.  HTTP framing has no model.
 _FAULTS = f"""
     * {_CORAL}*Exception AccessDenied:403 AuthFailure:401 AuthorizationHeaderMalformed \
         AuthorizationQueryParametersError BadDigest BadRequest ExpectationFailed:417 \
@@ -647,6 +641,7 @@ class ResponseHead(NamedTuple):
     status: int
     headers: Headers
     keeps: bool
+    length: Optional[int]  # of the body, None if chunked, or UNTIL_CLOSE
 
 
 def read_head(source: Stream) -> bytes:
@@ -663,22 +658,16 @@ def read_head(source: Stream) -> bytes:
     return b""
 
 
-def parse_response_head(raw: bytes) -> ResponseHead:
-    """Return the parts of a response head; ValueError if it is malformed."""
+def parse_response_head(raw: bytes, method: str) -> ResponseHead:
+    """Return the head of an answer to a request of this method; ValueError if it is malformed."""
     status_line, _, block = (raw.decode("latin-1").rstrip(CRLF) + CRLF).partition(CRLF)
     if not (match := _STATUS_LINE.fullmatch(status_line)):
         raise ValueError(f"it begins with {status_line[:40]!r}")
-    headers = _parse_fields(block)
-    options = ",".join(fields_of(headers).get("connection", ())).lower()
+    headers, status = _parse_fields(block), int(match[2])
+    fields, bodiless = fields_of(headers), method == "HEAD" or status < 200 or status in (204, 304)
+    options = ",".join(fields.get("connection", ())).lower()
     keeps = "close" not in options and (match[1] == "1" or "keep-alive" in options)
-    return ResponseHead(int(match[2]), headers, keeps)
-
-
-def response_framing(head: ResponseHead, method: str) -> Optional[int]:
-    """Return the length of the body, None if chunked, or UNTIL_CLOSE; ValueError if in doubt."""
-    if method == "HEAD" or head.status in (204, 304):
-        return 0
-    return _framing(fields_of(head.headers), UNTIL_CLOSE)
+    return ResponseHead(status, headers, keeps, 0 if bodiless else _framing(fields, UNTIL_CLOSE))
 
 
 def _encode_lines(lines: Sequence[str]) -> bytes:
@@ -772,14 +761,11 @@ _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
 _usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-REGIONS = """
-    us-east-1 us-east-2 us-west-1 us-west-2 us-gov-east-1 us-gov-west-1 eu-central-1 eu-central-2
-    eu-north-1 eu-south-1 eu-south-2 eu-west-1 eu-west-2 eu-west-3 ap-east-1 ap-east-2 ap-south-1
-    ap-south-2 ap-northeast-1 ap-northeast-2 ap-northeast-3 ap-southeast-1 ap-southeast-2
-    ap-southeast-3 ap-southeast-4 ap-southeast-5 ap-southeast-6 ap-southeast-7 ca-central-1
-    ca-west-1 sa-east-1 mx-central-1 me-central-1 me-south-1 il-central-1 af-south-1 cn-north-1
-    cn-northwest-1
-""".split()
+_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1
+    eu-south=2 eu-west=3 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1
+    sa-east=1 mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1
+    cn-northwest=1""")
+REGIONS = [f"{area}-{n + 1}" for area, count in _AREAS.items() for n in range(int(count))]
 
 
 def authorization_of(request: Request) -> Authorization:
@@ -795,11 +781,13 @@ def parse_authorization(request: Request) -> Authorization:
     headers = request.fields.get("authorization", ())
     if len(headers) == 1 and "?" not in request.target:
         return _parse_header(request, headers[0])
-    if BROKEN_ESCAPE.search(request.target.partition("?")[2]):
+    query = request.target.partition("?")[2]
+    if BROKEN_ESCAPE.search(query):
         raise refusal("query", request)
-    if escaped := _ESCAPED_NAME.search(request.target):
-        name = urllib.parse.unquote(escaped[1], "latin-1")[:40]
-        raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
+    # Some readers look at the raw query and some at the decoded one; no client escapes these.
+    for escaped in re.findall("(?:^|&)([^=&%]*%[^=&]*)", query):
+        if "x-amz-" in (name := urllib.parse.unquote(escaped, "latin-1")[:40]).lower():
+            raise refusal("query parameter", request, f"Spell '{name}' without percent-encoding.")
     names = {name.lower() for name, _ in request.query}
     presigned = not names.isdisjoint({b"x-amz-algorithm", b"x-amz-credential", b"x-amz-signature"})
     if len(headers) + presigned > 1:
@@ -1099,7 +1087,7 @@ def verify_head(
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
-        proven = proven._replace(proof=_check_signature(request, proven, declared))
+        proven = proven._replace(proof=_check_signature(request, proven, declared, io.BytesIO()))
     return proven
 
 
@@ -1108,8 +1096,7 @@ def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
-        key = signing_key(client.secret_access_key, scope)
-        body = streamed_body(request, claimed, declared, key)
+        body = streamed_body(request, declared, ChunkSigner(client.secret_access_key, claimed))
         return Verified(client, scope, body, declared, presigned, signed, proof)
     body, computed = spool(request.body)
     if declared is None:
@@ -1232,8 +1219,8 @@ def _declared_payload(
         raise refusal("no payload", request)
     if _SHA256_HEX.fullmatch(value) or (value == "UNSIGNED-PAYLOAD" and profile.declared_payload):
         return value
-    streaming = (STREAMING, STREAMING_TRAILER, STREAMING_UNSIGNED)
-    if not profile.declared_payload or value not in streaming:
+    streams = value in (STREAMING, f"{STREAMING}-TRAILER", STREAMING_UNSIGNED)
+    if not (profile.declared_payload and streams):
         version_4a = profile.declared_payload and re.match("STREAMING.*-ECDSA-", value)
         raise refusal("streaming" if version_4a else "payload", request, value[:60])
     if request.method != "PUT":  # only PutObject and UploadPart take one
@@ -1248,9 +1235,7 @@ def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
     return Proof(parts, text, signature(secret, claimed.scope, text))
 
 
-def _check_signature(
-    request: Request, proven: Proven, payload_hash: str, body: Optional[Body] = None
-) -> Proof:
+def _check_signature(request: Request, proven: Proven, payload_hash: str, body: Body) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
     claimed, profile, client, _, other_host, *_ = proven
     secret = client.secret_access_key
@@ -1385,13 +1370,11 @@ def claim(request: Request) -> Claim:
 
 
 def _salvaged_claim(request: Request) -> Claim:
-    if header := request.header("authorization"):
-        texts = re.findall("Credential=([^,]{0,300})", header)
-    else:
-        found = re.findall("[?&](?i:x-amz-credential)=([^&]{0,600})", request.target)
-        texts = [urllib.parse.unquote(text, "latin-1") for text in found]
-    for match in filter(None, map(_CLAIM.match, texts)):
-        return match[1], CredentialScope(match[2], match[3], match[4])
+    header = request.header("authorization")
+    pattern = "Credential=([^,]{0,300})" if header else "[?&](?i:x-amz-credential)=([^&]{0,600})"
+    for text in re.findall(pattern, header or request.target):
+        if match := _CLAIM.match(text if header else urllib.parse.unquote(text, "latin-1")):
+            return match[1], CredentialScope(match[2], match[3], match[4])
     return "", CredentialScope("", "", "")
 
 
@@ -1400,11 +1383,6 @@ _QUERY_PARAMETERS = {
     f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
     for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
 }
-# Some readers look at the raw query string and some at the decoded one; no client escapes these.
-_ESCAPED_NAME = re.compile(
-    "(?i)[?&](?=[^=&%]{0,40}%)"
-    f"({''.join(f'(?:{c}|%{ord(c):x}|%{ord(c.upper()):x})' for c in 'x-amz-')}[^=&]{{0,400}})"
-)
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1443,9 +1421,8 @@ def _parse_query(request: Request) -> Authorization:
 # What a signer computes, in this order.  In `string_to_sign`, @ stands for the hash of the
 # canonical request, @@ for the same in upper case, and # for the canonical request itself.
 # `canonical_request` is what stands between the lines of the canonical request.
-_FIELDS = """
-    method path query headers signed_headers payload string_to_sign secret scope canonical_request
-""".split()
+_FIELDS = """method path query headers signed_headers payload string_to_sign secret scope
+    canonical_request""".split()
 # Fields; pairs of a pattern in their right value, and what signers write instead (- is nothing, \b
 # removes the line, <...> is a text of _mistakes); and what the mistake is, where {} is the field.
 # The first row that explains a signature wins.
@@ -1461,7 +1438,7 @@ MISTAKES = r"""
     scope | (.+?)/(.+?)/ | \2/\1/ | /(.+)/(.+)/ | /\2/\1/ | ^([^/]+)/([^/]+)/([^/]+)/ | \
         \3/\2/\1/ | derived the key in the wrong order: it is date, region, service, aws4_request
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
-    scope | ^ | swapped: | ^ | all swapped: | ^ | last swapped: | swapped key and message of HMAC
+    scope | ^ | swapped: | ^ | all swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
     string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
         signed another form of the time in the {} than it sent in X-Amz-Date
@@ -1503,8 +1480,6 @@ MISTAKES = r"""
     payload | ^UNSIGNED-PAYLOAD | <empty> | signed the hash of an empty body, not UNSIGNED-PAYLOAD
     payload | (?s).+ | <empty> | signed the hash of an empty body (curl -T, -F: use --data-binary)
     payload | (?s).+ | UNSIGNED-PAYLOAD | signed UNSIGNED-PAYLOAD instead of the body's hash
-    scope | ^ | decoded: | decoded the secret as base64: take its characters
-    scope | ^ | hashed: | derived the key with SHA-256 of key and message: take HMAC
     scope | ^([^/]+)/[^/]+ | \1/us-east-1 | derived the key for the region us-east-1, not its own
     string_to_sign | @ | (stdin)=<blank>@ | @ | SHA2-256(stdin)=<blank>@ | @ | @<blank><blank>- | \
         left words of openssl or sha256sum next to the hash of the canonical request
@@ -1521,6 +1496,7 @@ MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
+Mistakes = Iterator[Mistake]
 
 
 def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
@@ -1575,12 +1551,11 @@ def _others(
     every = sorted((n.lower(), " ".join(v.split())) for n, v in request.headers)
     unlisted = [(n, v) for n, v in every if n not in ("authorization", "user-agent")]
     unsorted = [(name.lower(), value) for name, value in sent]
-    for fault, lines in (
-        ("did not write the {} in lower case and sorted", (unsorted, by_name, sent)),
-        ("wrote headers that SignedHeaders does not name into the {}", (unlisted,)),
-    ):
-        yield "headers", fault, *["".join(f"{n}:{v}\n" for n, v in it) for it in lines]
-        yield "signed_headers", fault, *[";".join(n for n, _ in it) for it in lines]
+    order = "did not write the {} in lower case and sorted"
+    more = "wrote headers that SignedHeaders does not name into the {}"
+    for fault, lines in ((order, unsorted), (order, by_name), (order, sent), (more, unlisted)):
+        yield "headers", fault, "".join(f"{name}:{value}\n" for name, value in lines)
+        yield "signed_headers", fault, ";".join(name for name, _ in lines)
     # If the body streams or is long, only its hash is known.
     hashed = parts[5] if _SHA256_HEX.fullmatch(parts[5]) else hashlib.sha256(body).hexdigest()
     in_base64 = base64.b64encode(bytes.fromhex(hashed)).decode()
@@ -1614,7 +1589,7 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
 
 def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Iterator[Mistake]:
+) -> Mistakes:
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
     extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
     texts = {
@@ -1635,7 +1610,7 @@ def _mistakes(
             yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
 
 
-def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]:
+def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
     """Yield mistakes of which there are many; they are not paired with others."""
     date, region, service, _ = claimed.scope
     for method in sorted(METHODS):
@@ -1663,9 +1638,7 @@ def _families(claimed: Authorization, parts: Sequence[str]) -> Iterator[Mistake]
             yield 8, "^[0-9]+", there[:8], f"{words}: write UTC"
 
 
-def _drafts(
-    base: Draft, singles: Iterable[Mistake], families: Iterable[Mistake]
-) -> Iterator[tuple[Draft, str]]:
+def _drafts(base: Draft, singles: Mistakes, families: Mistakes) -> Iterator[tuple[Draft, str]]:
     """Yield what broken signers compute: with one mistake, then with two; and the mistakes."""
     found: dict[Draft, Mistake] = {}
     for mistake in singles:
@@ -1702,19 +1675,15 @@ def find_cause(
     singles = _mistakes(request, claimed, secret, parts, body)
     wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
-    begun = functools.cache(lambda key: hmac.new(key, digestmod="sha256"))  # to copy: it is quick
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
         digest = hash_of(joint, *lines)
         if "@@" in text or "#" in text:
             text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
         signed = text.replace("@", digest).encode("latin-1", "replace")
-        by, of = key_of(first_key, steps), signed
-        if steps.startswith(("all swapped:", "last swapped:")):
-            by, of = of, by
-        mac = begun(by).copy()
-        mac.update(of)
-        if mac.digest() == wanted:
+        given = key_of(first_key, steps), signed
+        by, of = given[::-1] if steps.startswith("all swapped:") else given
+        if hmac.digest(by, of, "sha256") == wanted:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
@@ -1733,15 +1702,10 @@ def _broken_key(secret: str, scope: str) -> bytes:
     """Return a signing key; the words before the scope say how it is derived."""
     how, _, rest = scope.rpartition(":")
     key = secret.encode()
-    if how == "decoded":
-        with contextlib.suppress(ValueError):  # it is no base64
-            key = b"AWS4" + base64.b64decode(key[4:] + b"===")
     for part in rest.encode().split(b"/"):
-        by, of = (part, key) if how in ("swapped", "all swapped") else (key, part)
+        by, of = (part, key) if "swapped" in how else (key, part)
         mac = hmac.digest(by, of, "sha256")
-        key = hashlib.sha256(by + of).digest() if how == "hashed" else mac
-        key = base64.b64encode(key) if how == "base64" else key
-        key = key.hex().encode() if how == "hex" else key
+        key = {"hex": mac.hex().encode(), "base64": base64.b64encode(mac)}.get(how, mac)
     return key.hex().encode() if how == "last hex" else key
 
 
@@ -1749,7 +1713,6 @@ def _broken_key(secret: str, scope: str) -> bytes:
 # Each reader returns its last byte only after it has checked the whole body.  So a sender that
 # passes the body on can stop before the body is complete.
 STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-STREAMING_TRAILER = STREAMING + "-TRAILER"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
@@ -1784,10 +1747,10 @@ def hashed_blocks(request: Request, declared: str) -> Iterator[bytes]:
 class ChunkSigner:
     """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
-    def __init__(self, key: bytes, scope: CredentialScope, amz_date: str, seed: str) -> None:
-        self._key = key
-        self._about = f"{amz_date}\n{scope}"
-        self._previous = seed
+    def __init__(self, secret: str, claimed: Authorization) -> None:
+        self._key = signing_key(secret, claimed.scope)
+        self._about = f"{claimed.amz_date}\n{claimed.scope}"
+        self._previous = claimed.signature
 
     def chunk(self, data: bytes) -> str:
         """Return the signature of the next chunk."""
@@ -1815,9 +1778,8 @@ CHECKSUM_LENGTHS = {  # in base64
     "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
 }  # fmt: skip
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
-# minio-go ends a trailer with LF CR LF.
-_TRAILERS = re.compile(rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)")
-_LAST = (b"\r\n", b"")  # some clients leave the very last line out
+# minio-go ends a trailer with LF CR LF, and some clients leave the very last line out.
+_TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\n(.*))?".encode())
 _incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
@@ -1877,8 +1839,7 @@ def _chunks(
         raise ServiceError("MalformedTrailerError", "The trailers are not those of x-amz-trailer.")
     if signer and announced:
         _compare(signer.trailers(trailers), signed_with, "the trailers")
-    sums = {_CRC32: crc.to_bytes(4, "big")}
-    sums.update((name, check.digest()) for name, check in checks.items())
+    sums = {_CRC32: crc.to_bytes(4, "big"), **{n: check.digest() for n, check in checks.items()}}
     for name, value in trailers.items():
         length, computed = CHECKSUM_LENGTHS.get(name), sums.get(name)
         if length and not (len(value) == length and BASE64.fullmatch(value)):
@@ -1892,15 +1853,13 @@ def _chunks(
 
 def _read_trailers(stream: Stream, trailers: dict[str, str], may_be_signed: bool) -> bytes:
     """Read the rest of a body into `trailers`, and return their signature, b"" if it has none."""
-    data = stream.read(65536)
-    match = _TRAILERS.match(data)
-    block, rest = (match[0], data[match.end() :]) if match else (b"", data)
-    lines = [line.partition(":") for line in block.decode("ascii").splitlines() if line]
-    found = [(name.lower(), value.strip(" \t")) for name, _, value in lines]
+    match = _TRAILERS.fullmatch(stream.read(65536))
+    text = match[1].decode("ascii") if match else ""
+    found = [(name.lower(), value.strip()) for name, value in re.findall("(.+?):(.*)", text)]
     trailers.update(found)
-    if len(trailers) < len(found) or not all(trailers.values()) or rest[:2] not in _LAST:
+    if not match or len(trailers) < len(found) or not all(trailers.values()):
         raise ServiceError("MalformedTrailerError", "The trailers of the body are malformed.")
-    if rest not in _LAST or stream.read(1):
+    if match[2] or stream.read(1):
         raise ServiceError("BadRequest", "Something follows the last chunk.")
     is_signed = may_be_signed and found and found[-1][0] == "x-amz-trailer-signature"
     return trailers.popitem()[1].encode() if is_signed else b""
@@ -1938,12 +1897,10 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
     return total
 
 
-def streamed_body(
-    request: Request, claimed: Authorization, declared: str, key: bytes, checked: bool = True
-) -> Body:
-    """Return the reader for a body of Amazon S3's family; checked=False makes it only decode."""
+def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
+    """Return the reader for a body of Amazon S3's family; without a signer, it only decodes."""
     if not declared.startswith("STREAMING-"):
-        unchecked = declared == "UNSIGNED-PAYLOAD" or not checked
+        unchecked = declared == "UNSIGNED-PAYLOAD" or not signer
         body = request.body if unchecked else CheckedBody(hashed_blocks(request, declared))
         # An empty body has no last byte to keep until its hash is known.
         has_length = (request.header("content-length") or "").strip("0")
@@ -1957,10 +1914,8 @@ def streamed_body(
     announced = tuple(filter(None, map(str.strip, named.split(","))))
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
-    signer = None
-    if declared != STREAMING_UNSIGNED and checked:
-        signer = ChunkSigner(key, claimed.scope, claimed.amz_date, claimed.signature)
-    return AwsChunkedBody(request, int(length), signer, announced, checked)
+    of_chunks = None if declared == STREAMING_UNSIGNED else signer
+    return AwsChunkedBody(request, int(length), of_chunks, announced, checked=bool(signer))
 
 
 # [3.10] Signing
@@ -2013,7 +1968,8 @@ _SET_AGAIN = HOP_BY_HOP | frozenset(
     "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
     " x-amz-s3session-token x-amz-security-token".split()
 )
-_REPLACED = _SET_AGAIN | _OF_THE_WAY
+# Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448).
+_UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\Z)")
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 
 
@@ -2036,17 +1992,13 @@ def strip_presigned(target: str) -> tuple[str, list[tuple[str, str]]]:
     for part in query.split("&"):
         name, _, value = part.partition("=")
         lower = urllib.parse.unquote(name, "latin-1").lower()
-        if lower.encode("latin-1") in _QUERY_PARAMETERS or lower == "x-amz-content-sha256":
-            continue
-        if lower.startswith("x-amz-checksum-") or lower == "x-amz-sdk-checksum-algorithm":
-            continue  # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448)
-        if lower.startswith("x-amz-"):
+        if not lower.startswith("x-amz-"):
+            kept.append(part)
+        elif lower.encode("latin-1") not in _QUERY_PARAMETERS and not _UNUSED.match(lower):
             header = urllib.parse.unquote_plus(value, "latin-1")
             if not _FIELD_LINE.fullmatch(f"{lower}:{header}"):
                 raise ServiceError("BadRequest", f"{name[:80]} cannot be a header.")
             hoisted.append((lower, header))
-        else:
-            kept.append(part)
     return (f"{path}?{'&'.join(kept)}" if mark and kept else path), hoisted
 
 
@@ -2054,11 +2006,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the headers of a body that leaves its aws-chunked form."""
     kept = []
     for name, value in headers:
-        is_coding = name.lower() == "content-encoding"
-        if is_coding:
+        if name.lower() == "content-encoding":
             codings = map(str.strip, value.split(","))
             value = ",".join(coding for coding in codings if coding.lower() != "aws-chunked")
-        if name.lower() != "x-amz-decoded-content-length" and (value or not is_coding):
+            kept += [(name, value)] if value else []
+        elif name.lower() != "x-amz-decoded-content-length":
             kept.append((name, value))
     return kept
 
@@ -2215,8 +2167,8 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-_NO_INPUT = """AWSAccessKeyId Action ContentType Expires QueueUrl SecurityToken Signature
-    SignatureMethod SignatureVersion Timestamp Version""".split()  # parameters of a query call
+_NO_INPUT = re.compile(r"""(?x)(?i:x-amz-)|(AWSAccessKeyId|Action|ContentType|Expires|QueueUrl|
+    SecurityToken|Signature(Method|Version)?|Timestamp|Version)(\.|\Z)""")  # of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -2643,14 +2595,11 @@ class AwsQuery(WireProtocol):
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
-        ignored = []
-        for name in [name for name, node in nodes.items() if "." in node]:
-            first = name.partition(".")[0]
-            if first in members:  # which has no such part
+        left = [name for name, node in nodes.items() if "." in node]
+        for name in left:
+            if name.partition(".")[0] in members:  # which has no such part
                 raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
-            if first not in _NO_INPUT and not name.lower().startswith("x-amz-"):
-                ignored.append(name)
-        call.ignored = _shown_names(ignored)
+        call.ignored = _shown_names(name for name in left if not _NO_INPUT.match(name))
         return dict(_from_json(shape, given))
 
     def reencode(self, call: Call) -> bytes:
@@ -2659,7 +2608,7 @@ class AwsQuery(WireProtocol):
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        names = model.query_names[call.operation]
+        names = model.query_names.get(call.operation, {})
         members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
@@ -2830,8 +2779,11 @@ S3_ACTIONS = {  # by level, sub-resource and method
 }
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 _S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
-# With a versionId, these have another action: GetObject becomes GetObjectVersion.
-_S3_VERSIONED = "(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)"
+# The actions of a call with a versionId.
+_S3_VERSIONED = {
+    it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
+    if re.fullmatch("(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)", it)
+}  # fmt: skip
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
 _BUCKET = re.compile("[A-Za-z0-9._-]{1,255}")
 _ODD_PATH = re.compile("//|/[.]|%|;|[^!-~]")
@@ -2883,8 +2835,8 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     method = _S3_LIKE.get(request.method, request.method)
     strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
     action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
-    if "versionId" in parameters and level == "object" and re.fullmatch(_S3_VERSIONED, action):
-        action = action.replace("Object", "ObjectVersion", 1)
+    if "versionId" in parameters and level == "object":
+        action = _S3_VERSIONED.get(action, action)
     if service == "s3express" and action == "ListAllMyBuckets":
         action = "ListAllMyDirectoryBuckets"
     return Meaning(action, bucket=of_host)
@@ -2986,7 +2938,7 @@ class RpcV2(WireProtocol):
         return self._reply(status, request_id, body, ("Smithy-Protocol", self.protocol), in_query)
 
 
-# ==== 5. SQS in memory: Message, Queue, FifoQueue, Sqs, OPERATIONS ====
+# ==== 5. SQS in memory: Message, Queue, Sqs, OPERATIONS ====
 # The answers follow recordings of Amazon SQS, not its emulators.  One lock protects all state.
 # Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
@@ -3097,47 +3049,55 @@ class Message:
     is_saved: bool = False  # whether a store has the message in its present queue
 
 
-class Changes:
+class Changes(NamedTuple):
     """The changes since a store last saved the queues."""
 
-    def __init__(self) -> None:
-        self.messages: dict[tuple[int, str], tuple[Queue, Message]] = {}  # by serial and id
-        self.queues: set[Queue] = set()  # whose settings, tags or tasks have changed
-        self.memory: dict[tuple[int, str], tuple[Any, ...]] = {}  # rows by serial and key
-        self.cleared: set[int] = set()  # the serials of queues that lost all messages
-
-    def __bool__(self) -> bool:
-        return bool(self.messages or self.queues or self.memory or self.cleared)
+    messages: dict[tuple[int, str], tuple[Queue, Message]]  # by serial and id
+    queues: set[Queue]  # whose settings, tags or tasks have changed
+    memory: list[tuple[Any, ...]]  # rows of a table
+    cleared: set[int]  # the serials of queues that lost all messages
 
 
 class Queue:
-    """A standard queue.  Operations on a message are O(log n) or better in their number."""
+    """A standard or FIFO queue ("FIFO delivery logic").
 
-    fifo = False
+    Operations on a message are O(log n) or better in their number."""
+
     changes: Optional[Changes] = None  # for a store
 
     def __init__(self, arn: str, serial: int, settings: Settings, now: float, lock: Any) -> None:
         self.arn = arn
         self.region, self.account, self.name = arn.split(":")[3:]
         self.serial = serial  # distinguishes queues that had the same name one after another
+        self.fifo = "FifoQueue" in settings
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
         self.created = now
         self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
+        self._order = itertools.count()
+        # AWS accepts a later change of the scope, and ignores it.
+        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        self.clear()
+        self.change(settings, now)
+
+    def clear(self) -> None:
+        """Drop all messages."""
         self.messages: OrderedDict[str, Message] = OrderedDict()  # in the order of arrival
         self.delayed = self.in_flight = 0
         self._ready: OrderedDict[str, Message] = OrderedDict()  # by id or group, the next first
         self._hidden: list[tuple[float, int, Message]] = []  # a heap; stale entries are skipped
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
-        self._order = itertools.count()
-        # Of FIFO queues alone.  AWS accepts a later change of the scope, and ignores it.
-        self.scoped_to_group = settings.get("DeduplicationScope") == "messageGroup"
+        # Of FIFO queues alone.
         self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
         self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
-        self._sent: Memory = OrderedDict()  # by group and deduplication id: see `first_sent`
-        self.change(settings, now)
+        self.sends: Memory = OrderedDict()  # by group and deduplication id: id, sequence number
+        if self.changes is not None:
+            self.changes.cleared.add(self.serial)
+            self.changes.queues.add(self)
+            self.changes.memory[:] = [row for row in self.changes.memory if row[0] != self.serial]
+        self.changed.notify_all()
 
     def change(self, settings: Settings, now: float) -> None:
         """Change settings, given in their normal form; "" unsets one."""
@@ -3201,19 +3161,6 @@ class Queue:
         del self.messages[message.message_id]
         self.hide(message, 0.0)
 
-    def clear(self) -> None:
-        """Drop all messages."""
-        everything = (self.messages, self._ready, self._hidden, self._by_age)
-        for held in (*everything, self.attempts, self._groups, self._sent):
-            held.clear()
-        self.delayed = self.in_flight = 0
-        if self.changes is not None:
-            self.changes.cleared.add(self.serial)
-            self.changes.queues.add(self)
-            for key in [key for key in self.changes.memory if key[0] == self.serial]:
-                del self.changes.memory[key]
-        self.changed.notify_all()
-
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
         times = {"created": self.created, "modified": self.modified, "purged": self.purged}
@@ -3225,8 +3172,8 @@ class Queue:
         """Note a send or an attempt, which must survive a restart; its time is the first."""
         memory[key] = noted
         if self.changes is not None:
-            about = self.serial, json.dumps(key)
-            self.changes.memory[about] = (*about, noted[0], json.dumps(noted))
+            row = (self.serial, json.dumps(key), noted[0], json.dumps(noted))
+            self.changes.memory.append(row)
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -3244,6 +3191,9 @@ class Queue:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
             if expired and expired.sent <= oldest:
                 self.remove(expired)
+        for memory in (self.attempts, self.sends) if self.fifo else ():
+            while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
+                memory.popitem(last=False)
 
     def next_change(self, deadline: float) -> float:
         """Return when a message may come back or expire, which may free its group."""
@@ -3252,69 +3202,36 @@ class Queue:
         return min([deadline, *back, *ends])
 
     def pick(self, limit: int) -> list[Message]:
-        """Return up to `limit` messages that may be received now, in their order."""
-        return list(itertools.islice(self._ready.values(), limit))
+        """Return up to `limit` messages that may be received now, in their order.
+
+        Those of a FIFO queue are a group's before its first hidden one, then the next group's."""
+        if not self.fifo:
+            return list(itertools.islice(self._ready.values(), limit))
+        groups = (self._groups[name].values() for name in self._ready)
+        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
+        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
 
     def holds(self, message: Message, until: float) -> bool:
         """Return whether the queue has this message, and hides it until that time."""
         return self.messages.get(message.message_id) is message and message.hidden_until == until
 
     def _turn(self, message: Message) -> None:
-        """Add a message to the end of `_ready` if a receive may take it, otherwise remove it."""
-        self._ready.pop(message.message_id, None)
-        if message.message_id in self.messages and not message.hidden_until:
-            self._ready[message.message_id] = message
-            self.changed.notify()
-
-
-def _recent(memory: Memory, now: float) -> Memory:
-    """Forget what is five minutes old, and return the memory."""
-    while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
-        memory.popitem(last=False)
-    return memory
-
-
-class FifoQueue(Queue):
-    """A queue that keeps the order of groups, and drops repeated sends ("FIFO delivery logic")."""
-
-    fifo = True
-
-    def first_sent(self, system: Mapping[str, str], now: float, new_id: str) -> tuple[Any, ...]:
-        """Return the time, message id and sequence number of the first such send, or of this."""
-        group = system["MessageGroupId"] if self.scoped_to_group else ""
-        key, memory = (group, system["MessageDeduplicationId"]), _recent(self._sent, now)
-        if key not in memory:
-            self.remember(memory, key, now, new_id, system["SequenceNumber"])
-        return memory[key]
-
-    def recall(self, key: str, noted: str) -> None:
-        """Take up what `remember` noted."""
-        names = tuple(json.loads(key))
-        memory = self._sent if len(names) > 1 else self.attempts
-        memory[names] = tuple(json.loads(noted))
-
-    def pick(self, limit: int) -> list[Message]:
-        """Return a group's messages before its first hidden one, then the next group's."""
-        groups = (self._groups[name].values() for name in self._ready)
-        ready = (itertools.takewhile(lambda it: not it.hidden_until, group) for group in groups)
-        return list(itertools.islice(itertools.chain.from_iterable(ready), limit))
-
-    def _turn(self, message: Message) -> None:
-        """Update the group, and add it to `_ready` only if its first message is visible."""
-        name = message.system["MessageGroupId"]
-        group = self._groups[name]
-        if message.message_id in self.messages:
-            group[message.message_id] = message  # keeps its place
-        else:
-            del group[message.message_id]
-        first = next(iter(group.values()), None)
+        """Keep in `_ready` what a receive may take: a message, or a group by its first one."""
+        name, first = message.message_id, self.messages.get(message.message_id)
+        if self.fifo:
+            group = self._groups[message.system["MessageGroupId"]]
+            if first:
+                group[name] = message  # keeps its place
+            else:
+                del group[name]
+            name, first = message.system["MessageGroupId"], next(iter(group.values()), None)
+            if not group:
+                del self._groups[name]
+        if not self.fifo or not first or first.hidden_until:
+            self._ready.pop(name, None)  # a group keeps its place, a message takes the last one
         if first and not first.hidden_until:
             self._ready[name] = first
             self.changed.notify()
-        else:
-            self._ready.pop(name, None)
-        if not group:
-            del self._groups[name]
 
 
 @dataclass(eq=False)
@@ -3384,16 +3301,15 @@ def _redrive_policy(text: str) -> str:
 
 
 def _redrive_allow_policy(text: str) -> str:
-    policy: dict[str, Any] = {}
+    reason = "Amazon SQS can't read the policy."
     with contextlib.suppress(ValueError):
         policy = json.loads(_policy(text))
-    permission, sources = policy.get("redrivePermission"), policy.get("sourceQueueArns", [])
-    if permission not in ("allowAll", "denyAll", "byQueue") or not isinstance(sources, list):
-        raise sqs_refusal("value", text, "RedriveAllowPolicy", "Amazon SQS can't read the policy.")
-    if (permission == "byQueue") != bool(sources) or len(sources) > 10:
-        reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
-        raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
-    return text
+        permission, sources = policy.get("redrivePermission"), policy.get("sourceQueueArns", [])
+        if permission in ("allowAll", "denyAll", "byQueue") and isinstance(sources, list):
+            if (permission == "byQueue") == bool(sources) and len(sources) <= 10:
+                return text
+            reason = "sourceQueueArns, from 1 to 10, go with byQueue and with nothing else."
+    raise sqs_refusal("value", text, "RedriveAllowPolicy", reason)
 
 
 # What callers can set: the default, "" for none, and the normal form or ValueError or KeyError.
@@ -3429,8 +3345,6 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
             settings[name] = normal(text) if text or default else ""
         except (ValueError, KeyError) as error:
             raise sqs_refusal("attribute value", name) from error
-    if settings.get("KmsDataKeyReusePeriodSeconds") == "300":
-        settings["KmsDataKeyReusePeriodSeconds"] = ""  # the default is not shown
     refuse_if(settings.get("FifoQueue") == "false", "queue type")
     key = {**current, **settings}.get("KmsMasterKeyId")
     refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
@@ -3444,10 +3358,6 @@ _GROUP_ID = re.compile("[!-~]{1,128}")
 _ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
 _DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_RANGES = {  # how AWS spells the range of a number, if not in its usual way
-    "DelaySeconds": "DelaySeconds must be >= {} and <= {}.",
-    "WaitTimeSeconds": "Must be >= {} and <= {}, if provided.",
-}
 _UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
 _BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
@@ -3493,11 +3403,10 @@ def _size(entry: Members) -> int:
     return sum(len(p.encode("utf-8", "surrogatepass") if type(p) is str else p) for p in parts)
 
 
-def _in_range(given: Members, parameter: str, default: int, low: int, high: int) -> int:
-    value: int = given.get(parameter, default)
+def _in_range(given: Members, name: str, default: int, low: int, high: int) -> int:
+    value: int = given.get(name, default)
     if not low <= value <= high:
-        reason = _RANGES.get(parameter, "Must be between {} and {}, if provided.")
-        raise sqs_refusal("value", value, parameter, reason.format(low, high))
+        raise sqs_refusal("value", value, name, f"Must be between {low} and {high}, if provided.")
     return value
 
 
@@ -3591,7 +3500,7 @@ class Sqs:
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
         self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
-        self._queues: dict[str, Queue] = {}  # by ARN
+        self.queues: dict[str, Queue] = {}  # by ARN
         self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
         self.serials = itertools.count(1)
@@ -3608,17 +3517,13 @@ class Sqs:
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
         kept = json.loads(more)
-        settings, kind = kept["settings"], FifoQueue if "FifoQueue" in kept["settings"] else Queue
-        queue = self._queues[arn] = kind(arn, serial, settings, kept["modified"], self.lock)
+        queue = Queue(arn, serial, kept["settings"], kept["modified"], self.lock)
+        self.queues[arn] = queue
         queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
         queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
         queue.scoped_to_group = kept["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
-
-    def has(self, queue: Queue) -> bool:
-        """Return whether a queue was not deleted."""
-        return self._queues.get(queue.arn) is queue
 
     def drain(self) -> None:
         """Make all calls that wait for messages return without messages."""
@@ -3628,15 +3533,15 @@ class Sqs:
     def wake(self) -> None:
         """Make all calls that wait for messages look at their queue again."""
         with self.lock:
-            for queue in self._queues.values():
+            for queue in self.queues.values():
                 queue.changed.notify_all()
 
     def overview(self, limit: int = 10000) -> Sequence[Members]:
         """Return the first queues with their counts, attributes and tags."""
         described = []
         with self.lock:
-            for arn in heapq.nsmallest(limit, self._queues):
-                now, it = self._clock(), self._queues[arn]
+            for arn in heapq.nsmallest(limit, self.queues):
+                now, it = self._clock(), self.queues[arn]
                 it.advance(now)
                 oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
                 described.append({
@@ -3654,7 +3559,7 @@ class Sqs:
         found: list[Members] = []
         hidden_groups, room = set(), MAX_LOOK
         with self.lock:
-            queue = next((it for arn, it in self._queues.items() if arn.endswith(ending)), None)
+            queue = next((it for arn, it in self.queues.items() if arn.endswith(ending)), None)
             if queue is None:
                 raise sqs_refusal("no queue")
             queue.advance(self._clock())
@@ -3675,11 +3580,11 @@ class Sqs:
     def reset(self, name: str = "") -> int:
         """Drop all queues, or the messages of the queues of one name.  Return how many queues."""
         with self.lock:
-            chosen = [it for it in self._queues.values() if name in ("", it.name)]
+            chosen = [it for it in self.queues.values() if name in ("", it.name)]
             for queue in chosen:
                 queue.clear()
             if not name:
-                for held in (self._queues, self._deleted, self._running):
+                for held in (self.queues, self._deleted, self._running):
                     held.clear()
             return len(chosen)
 
@@ -3690,11 +3595,11 @@ class Sqs:
         return self._found(call, _arn(call, account, name), "no queue")
 
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
-        queue = self._queues.get(arn)
+        queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
             error = sqs_refusal(*refusal)
             own = f":{call.caller.account_id}:{arn.rpartition(':')[2]}"
-            places = [it.split(":")[3] for it in self._queues if it.endswith(own)]
+            places = [it.split(":")[3] for it in self.queues if it.endswith(own)]
             if places and refusal == ("no queue",):
                 error.message += f" (Your account has a queue of this name in {places[0]}.)"
             raise error
@@ -3710,17 +3615,16 @@ class Sqs:
             raise sqs_refusal("fifo name" if fifo else "name")
         settings = normal_settings(given, fifo, {})
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
-        queue = self._queues.get(arn)
+        queue = self.queues.get(arn)
         if queue is None:
             refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
             defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
-            kind = FifoQueue if fifo else Queue
-            queue = kind(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
+            queue = Queue(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
             self._check_redrive(queue, settings)
             queue.tags, queue.changes = dict(call.input.get("tags", {})), self.changes
         for attribute, value in settings.items():
             refuse_if(queue.settings.get(attribute, "") != value, "exists", attribute)
-        self._queues[arn] = queue
+        self.queues[arn] = queue
         return self.get_queue_url(call)
 
     def _check_redrive(self, queue: Queue, settings: Settings) -> None:
@@ -3728,7 +3632,7 @@ class Sqs:
         if not text:
             return
         arn = json.loads(text)["deadLetterTargetArn"]
-        target = queue if arn == queue.arn else self._queues.get(arn)
+        target = queue if arn == queue.arn else self.queues.get(arn)
         if target is None or (target.region, target.account) != (queue.region, queue.account):
             raise sqs_refusal("value", text, "RedrivePolicy", "Dead letter target does not exist.")
         reason = "Dead-letter queue must be same type of queue as the source."
@@ -3763,13 +3667,13 @@ class Sqs:
         return output
 
     def list_queues(self, call: Call) -> Mapping[str, Any]:
-        return self._page(call, "QueueUrls", self._queues.values())
+        return self._page(call, "QueueUrls", self.queues.values())
 
     def list_dead_letter_source_queues(self, call: Call) -> Mapping[str, Any]:
         return self._page(call, "queueUrls", self._sources_of(self._queue(call)))
 
     def _sources_of(self, target: Queue) -> list[Queue]:
-        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self._queues.values()]
+        policies = [(queue, queue.policy("RedrivePolicy")) for queue in self.queues.values()]
         return [q for q, policy in policies if policy.get("deadLetterTargetArn") == target.arn]
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
@@ -3802,7 +3706,7 @@ class Sqs:
 
     def delete_queue(self, call: Call) -> None:
         queue, now = self._queue(call), self._clock()
-        del self._queues[queue.arn]
+        del self.queues[queue.arn]
         queue.clear()  # a store must not save what the queue holds
         self._running.pop(queue.arn, None)
         recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
@@ -3892,11 +3796,15 @@ class Sqs:
             output["MD5OfMessageAttributes"] = attributes_md5(attributes)
         if system:
             output["MD5OfMessageSystemAttributes"] = attributes_md5(system)
-        if isinstance(queue, FifoQueue):
+        if queue.fifo:
             by_content = hashlib.sha256(body.encode()).hexdigest
             kept["MessageDeduplicationId"] = entry.get("MessageDeduplicationId") or by_content()
             kept["SequenceNumber"] = f"{next(self.serials):020d}"
-            _, output["MessageId"], output["SequenceNumber"] = queue.first_sent(kept, now, new_id)
+            group = kept["MessageGroupId"] if queue.scoped_to_group else ""
+            key = (group, kept["MessageDeduplicationId"])
+            if key not in queue.sends:
+                queue.remember(queue.sends, key, now, new_id, kept["SequenceNumber"])
+            _, output["MessageId"], output["SequenceNumber"] = queue.sends[key]  # of the first
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
         return output
@@ -3941,7 +3849,7 @@ class Sqs:
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
         """Receive up to `limit` messages; move messages that were received too often."""
         policy = queue.policy("RedrivePolicy")
-        target = self._queues.get(policy.get("deadLetterTargetArn", ""))
+        target = self.queues.get(policy.get("deadLetterTargetArn", ""))
         taken: list[Message] = []
         dead: list[Message] = []
         most = limit if queue.fifo else min(limit, MAX_IN_FLIGHT - queue.in_flight)
@@ -3970,7 +3878,7 @@ class Sqs:
 
     def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
         """Return the messages that the same attempt received, if none has changed since."""
-        _, until, ids = _recent(queue.attempts, now).pop((attempt,), (now, now, ()))
+        _, until, ids = queue.attempts.pop((attempt,), (now, now, ()))
         received = [queue.messages[it] for it in ids if it in queue.messages]
         if len(received) < len(ids) or any(it.hidden_until != until for it in received):
             return []
@@ -4010,8 +3918,7 @@ class Sqs:
         text = raw[12:]
         genuine = hmac.compare_digest(hmac.digest(self.secret, text, "sha256")[:12], raw[:12])
         serial, message_id, count = (text.decode() if genuine else "::").split(":", 2)
-        if not handle.startswith("AQEB") or serial != str(queue.serial):
-            raise sqs_refusal("handle", handle)
+        refuse_if(not handle.startswith("AQEB") or serial != str(queue.serial), "handle", handle)
         message = queue.messages.get(message_id)
         held = message is not None and message.hidden_until > 0 and count == str(message.received)
         return message, held
@@ -4090,7 +3997,7 @@ class Sqs:
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
-        source = self._queues[task.given["SourceArn"]]
+        source = self.queues[task.given["SourceArn"]]
         source.advance(now)
         if self.changes is not None:
             self.changes.queues.add(source)
@@ -4099,7 +4006,7 @@ class Sqs:
                 return "RUNNING"
             dead, system = picked[0], dict(picked[0].system)
             of_source = system.pop("DeadLetterQueueSourceArn", "")
-            target = self._queues.get(task.given.get("DestinationArn", of_source))
+            target = self.queues.get(task.given.get("DestinationArn", of_source))
             if target is None:
                 return "FAILED"
             if target.fifo:
@@ -4172,11 +4079,10 @@ SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _IN_QUERY, frozenset({"CreateQueue
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
-_URL_MEMBERS = frozenset({"QueueUrl", "QueueUrls", "queueUrls"})
-_URL_OPERATIONS = {n for n, it in OPERATIONS.items() if _URL_MEMBERS.intersection(it.output or ())}
+_URL_OPERATIONS = {name for name, it in OPERATIONS.items() if "Url" in str(it.output)}
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of a document that makes no sense
-_XML_URL = re.compile(rb"(<QueueUrl>)https?://[^/<]*")
-_XML_HANDLE = re.compile(rb"<ReceiptHandle>([^<]*)<")
+# In an answer in XML or JSON, up to the path.
+_QUEUE_URL = re.compile(rb'(<QueueUrl>|[:,\[]\s*")https?:(?:\\?/){2}[^/<"\\]*(?=\\?/[^"])')
 
 
 def _upstream_url(url: str, call: Call, endpoint: Endpoint) -> str:
@@ -4198,18 +4104,12 @@ def restore_queue_url(text: str, call: Call, endpoint: Endpoint) -> str:
 
 def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
     """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
-    if call.base_url.encode() not in body.replace(b"\\/", b"/"):
-        return body
     with contextlib.suppress(*_MALFORMED):  # the upstream refuses such documents
-        document = read_json(body.decode("utf-8"))
-        restored = _upstream_url(document["QueueUrl"], call, endpoint)
-        if restored != document["QueueUrl"]:
-            return _to_json({**document, "QueueUrl": restored})
+        given = (call.input if call.changed else call.encoded)["QueueUrl"]
+        restored = _upstream_url(given, call, endpoint)
+        if restored != given:
+            return _to_json({**read_json(body.decode("utf-8")), "QueueUrl": restored})
     return body
-
-
-def _is_json(reply: Reply) -> bool:
-    return any(n.lower() == "content-type" and "json" in v for n, v in reply.headers)
 
 
 def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
@@ -4217,24 +4117,15 @@ def rewrite_queue_urls(call: Call, reply: Reply) -> Reply:
     is_output = reply.status == 200 and call.operation in _URL_OPERATIONS
     if not is_output or not isinstance(reply.body, bytes):
         return reply
-    if not _is_json(reply):
-        base = call.base_url.encode()
-        return reply._replace(body=_XML_URL.sub(lambda match: match[1] + base, reply.body))
-    ours = functools.partial(re.sub, "https?://[^/]*", call.base_url, count=1)
-    with contextlib.suppress(*_MALFORMED):
-        document = read_json(reply.body.decode("utf-8"))
-        for member in _URL_MEMBERS.intersection(document):
-            value = document[member]
-            document[member] = ours(value) if type(value) is str else [ours(url) for url in value]
-        return reply._replace(body=_to_json(document))
-    return reply
+    base = call.base_url.encode()
+    return reply._replace(body=_QUEUE_URL.sub(lambda match: match[1] + base, reply.body))
 
 
 def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) -> list[str]:
     """Return each `key` in a list of an SQS answer, or in XML each match of `element`."""
     body = reply.body if reply.status == 200 and isinstance(reply.body, bytes) else b"{}"
     with contextlib.suppress(*_MALFORMED):
-        if not _is_json(reply):
+        if not any(n.lower() == "content-type" and "json" in v for n, v in reply.headers):
             return [html.unescape(found.decode()) for found in element.findall(body)]
         output = read_json(body.decode())
         for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
@@ -4245,7 +4136,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
 
 def receipt_handles(reply: Reply) -> list[str]:
     """Return the receipt handles of an answer to ReceiveMessage."""
-    return found_in(reply, _XML_HANDLE, "Messages", "ReceiptHandle")
+    return found_in(reply, re.compile(rb"<ReceiptHandle>([^<]*)<"), "Messages", "ReceiptHandle")
 
 
 # ==== 6. Upstream: endpoint_for, CredentialChain, Pool, Upstream ====
@@ -4367,22 +4258,19 @@ VARIANT_PREFIXES = pairs("""
     api.detective@dual=detective api.ecr@dual=ecr api.tunneling.iot@dual=api.iot-tunneling
     ingest.timestream@dual=timestream-ingest es@dual=aos query.timestream@dual=timestream-query
     elasticfilesystem@dual=efs streams.dynamodb@dual=streams-dynamodb kafka@dual=kafka-api""")
-# The region in the hosts of global services, by partition or region; "-" stands for none.
-GLOBAL_REGIONS: Mapping[tuple[str, str], str] = {
-    (place, prefix): region.strip("-")
-    for place, region, *prefixes in map(str.split, """
-    aws - budgets cloudfront iam importexport route53 savingsplans waf; aws global codecatalyst
-    partnercentral-channel partnercentral-prm; aws us-east-1 account
-    arc-region-switch-control-plane artifact bcm-dashboards bcm-data-exports bcm-pricing-calculator
-    bcm-recommended-actions billing billingconductor ce chime freetier invoicing
-    notifications-contacts organizations payments pricingplanmanager route53domains shield support
-    tax; aws us-west-2 globalaccelerator networkmanager route53-recovery-control-config; us-east-1
-    - sdb; aws-cn - budgets route53; aws-cn cn-north-1 iam support; aws-cn cn-northwest-1 account
-    artifact bcm-pricing-calculator billing ce cloudfront invoicing networkmanager organizations
-    route53-recovery-control-config tax; aws-us-gov us-gov iam route53; aws-us-gov - budgets
-    cloudfront; aws-us-gov us-gov-west-1 account artifact bcm-pricing-calculator billing ce
-    invoicing networkmanager organizations route53-recovery-control-config support tax; aws-iso -
-    budgets route53; aws-iso-b - route53""".split(";")) for prefix in prefixes
+# The region in the hosts of global services, by PREFIX, PREFIX@PARTITION or PREFIX@REGION; "-"
+# stands for none, "main" for the region that they are signed for.
+GLOBAL_REGIONS = {
+    prefix: region.strip("-") for region, *prefixes in map(str.split, """
+    - budgets cloudfront iam@aws importexport@aws route53 savingsplans@aws sdb@us-east-1 waf@aws;
+    global codecatalyst@aws partnercentral-channel@aws partnercentral-prm@aws; us-gov
+    iam@aws-us-gov route53@aws-us-gov; us-west-2 globalaccelerator@aws networkmanager@aws
+    route53-recovery-control-config@aws; cn-north-1 iam@aws-cn support@aws-cn; main account
+    arc-region-switch-control-plane@aws artifact bcm-dashboards bcm-data-exports
+    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws ce chime@aws
+    cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
+    organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
+    shield@aws support tax""".split(";")) for prefix in prefixes
 }  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
@@ -4440,7 +4328,8 @@ def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
     _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
     fips, dualstack = variants
     ending = "-fips" if fips else ""
-    place = GLOBAL_REGIONS.get((region, prefix), GLOBAL_REGIONS.get((partition, prefix), region))
+    places = map(GLOBAL_REGIONS.get, (f"{prefix}@{region}", f"{prefix}@{partition}", prefix))
+    place = next((it for it in places if it is not None), region).replace("main", main)
     if dualstack and prefix in ("s3", "s3-control", "s3express-control"):
         prefix += f"{ending}.dualstack"
     elif DUAL_STACK_ONLY.fullmatch(prefix) or (dualstack and prefix != "secretsmanager"):
@@ -4611,7 +4500,6 @@ _MESSAGE = re.compile('<Message>([^<]{1,300})|"(?:m|M)essage" *: *"([^"]{1,300})
 _CONTAINER_HOSTS = ("169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-_MEMBERS = ("accessKeyId", "secretAccessKey", "sessionToken")  # of the SSO portal and `aws login`
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
@@ -4648,22 +4536,20 @@ class CredentialChain:
         if self.chosen:
             sources = sources[2:3]
         elif settings.get("role_arn") and not settings.get("web_identity_token_file"):
-            # A role of the profile comes before web identity.
-            sources[1], sources[2] = sources[2], sources[1]
-        tried, passing = [], False
+            sources[1:3] = sources[2], sources[1]  # a role of the profile before web identity
+        tried: list[str] = []
         for name, source in sources:
             try:
                 found = source()
-            except NoKeys as reason:
-                tried.append(f"{name}: {reason}")
-                exists = name != "EC2 metadata" or " answered " in str(reason)
-                passing = reason.passing and exists
-                if isinstance(reason, NotSetUp):
+            except NoKeys as error:
+                tried.append(f"{name}: {error}")
+                if isinstance(error, NotSetUp):
                     continue
-                break  # another source would be another identity
+                passing = error.passing and (name != "EC2 metadata" or " answered " in str(error))
+                raise NoKeys("; ".join(tried), passing) from error  # the next is another identity
             role = {"role_arn": self.role_arn, "role_session_name": self.session_name}
             return self._assume(found, role) if self.role_arn else found
-        raise NoKeys("; ".join(tried), passing)
+        raise NoKeys("; ".join(tried))
 
     def _from_environment(self) -> Credentials:
         key, secret, token = map(self.environ.get, map(str.upper, _KEY_SETTINGS))
@@ -4737,10 +4623,11 @@ class CredentialChain:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         own = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials").get(profile, {})
         settings: dict[str, str] = {}
-        # [profile default] has the last word over [default].
-        for section in sorted(config, key="default".__ne__):
-            if _profile_of(section) == profile:
-                settings.update(config[section])
+        # [profile default] has the last word over [default]; a name with blanks may be quoted.
+        names = ["default"] if profile == "default" else []
+        names += (f"profile {it}" for it in (profile, f"'{profile}'", f'"{profile}"'))
+        for name in names:
+            settings.update(config.get(name, {}))
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
             settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
@@ -4748,8 +4635,7 @@ class CredentialChain:
         if not settings:
             reason = "there is no such section in ~/.aws/config and ~/.aws/credentials"
             raise NotSetUp(reason) if profile == "default" else NoKeys(reason)
-        if settings.get("sso_session"):
-            settings.update(config.get(f"sso-session {settings['sso_session']}", {}))
+        settings.update(config.get(f"sso-session {settings.get('sso_session', '')}", {}))
         return settings
 
     def _settings(self) -> Section:
@@ -4766,12 +4652,13 @@ class CredentialChain:
             raise NoKeys(f"the profile {profile} is, by way of others, its own source")
         if keys and (visited or not (role or account)):  # a source profile gives its keys first
             return _credentials(*map(settings.get, _KEY_SETTINGS))
+        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
+        remedy = f"credential_process = {command} --format process"
         if role:
             path = settings.get("web_identity_token_file")
             if path:
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
-                remedy = "credential_process = aws configure export-credentials --format process"
                 raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
             return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
@@ -4779,7 +4666,7 @@ class CredentialChain:
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
-            return self._from_login(settings["login_session"], profile)
+            raise NoKeys(f"the proxy cannot use its login_session; add to its profile: {remedy}")
         partly = settings.get("aws_access_key_id") or settings.get("sso_role_name")
         reason = "it has no keys, process, role, SSO account or login session"
         raise NoKeys(reason) if partly else NotSetUp(reason)
@@ -4810,9 +4697,9 @@ class CredentialChain:
             remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
         with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
-            keys = _document(answer)["roleCredentials"]
-            found = _credentials(*(keys[name] for name in _MEMBERS))
-            return found._replace(expires=keys["expiration"] / 1000)
+            got = _document(answer)["roleCredentials"]
+            found = _credentials(got["accessKeyId"], got["secretAccessKey"], got["sessionToken"])
+            return found._replace(expires=got["expiration"] / 1000)
 
     def _sso_token(self, settings: Section) -> str:
         """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
@@ -4849,45 +4736,25 @@ class CredentialChain:
         given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
         headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
         answer = _document(self.fetch(url, headers, data=body))
-        token, seconds = answer.get("accessToken"), answer.get("expiresIn")
-        if not isinstance(seconds, int) or not 0 < seconds < 10**9:
-            raise NoKeys("the answer of SSO holds no valid expiresIn")
-        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
-            raise NoKeys("the answer of SSO holds no token")
+        token, seconds = answer.get("accessToken", ""), answer.get("expiresIn", 0)
+        valid = isinstance(seconds, int) and 0 < seconds < 10**9 and isinstance(token, str)
+        if not valid or not re.fullmatch("[!-~]+", token):
+            raise NoKeys("the answer of SSO holds no valid token and expiresIn")
         new = {
             **{name: cached[name] for name in names if name != "refreshToken"},
             **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
             "startUrl": settings.get("sso_start_url", ""), "region": region,
             "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
-        temporary = ""
         try:  # replace the file in one step; only its owner can read it
-            opened, temporary = tempfile.mkstemp(".tmp", dir=os.path.dirname(path))
-            with os.fdopen(opened, "w", encoding="utf-8") as file:
-                json.dump(new, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+                file = pathlib.Path(folder, "token")
+                file.touch(0o600)
+                file.write_text(json.dumps(new), "utf-8")
+                file.replace(path)
         except OSError as error:
             log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        return token
-
-    def _from_login(self, session: str, profile: str) -> Credentials:
-        """Return the keys that `aws login` has cached (LoginTokenLoader of botocore)."""
-        # A refresh needs a signature with an elliptic curve, which the standard library lacks.
-        given = self.environ.get("AWS_LOGIN_CACHE_DIRECTORY") or "~/.aws/login/cache"
-        name = f"{hashlib.sha256(session.encode()).hexdigest()}.json"
-        command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
-        remedy = f"add to its profile: credential_process = {command} --format process"
-        path, told = os.path.expandvars(given), "its login is not cached; run 'aws login', and "
-        with _no_keys(told + remedy, KeyError, TypeError):
-            keys = _document(_read_text(os.path.join(path, name)).encode())["accessToken"]
-            found = _credentials(*(keys[name] for name in (*_MEMBERS, "expiresAt")))
-        if found.expires <= self.clock():
-            raise NoKeys(f"the cached keys of its login have expired; {remedy}")
-        return found
+        return str(token)
 
     @functools.cached_property
     def variants(self) -> Variants:
@@ -4913,16 +4780,17 @@ class CredentialChain:
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
         region = self.region()
         endpoint = endpoint_for("sts", region, variants=self.variants)
-        fields["RoleSessionName"] = session_name(fields["RoleSessionName"])
+        name = fields["RoleSessionName"] or "awsproxy"
+        # AssumeRole takes 2 to 64 of these characters.
+        fields["RoleSessionName"] = re.sub("[^A-Za-z0-9_+=,.@-]", "-", name)[:64].ljust(2, "-")
         form = {"Version": "2011-06-15", **{key: it for key, it in fields.items() if it}}
         body = urllib.parse.urlencode(form).encode()
         headers: Headers = (("Host", endpoint.authority), ("Content-Type", _FORM))
         if source:
             request = Request("POST", "/", headers, io.BytesIO(body))
-            amz_date = iso_basic(self.clock())
-            scope = CredentialScope(amz_date[:8], region, "sts")
-            payload_hash = hashlib.sha256(body).hexdigest()
-            headers = sign(request, payload_hash, source, scope, amz_date)[0].headers
+            date, payload_hash = iso_basic(self.clock()), hashlib.sha256(body).hexdigest()
+            scope = CredentialScope(date[:8], region, "sts")
+            headers = sign(request, payload_hash, source, scope, date)[0].headers
         answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
         found = dict(_STS_FIELD.findall(answer))
         if len(found) < 4:
@@ -4930,23 +4798,9 @@ class CredentialChain:
         return _credentials(*map(found.get, _STS_FIELDS))
 
 
-def session_name(name: Optional[str]) -> str:
-    """Return a valid name of a role session, 2 to 64 characters long (AssumeRole)."""
-    return re.sub("[^A-Za-z0-9_+=,.@-]", "-", name or "awsproxy")[:64].ljust(2, "-")
-
-
 def _read_text(path: str) -> str:
     with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         return pathlib.Path(os.path.expanduser(path)).read_text("utf-8").strip()
-
-
-def _profile_of(section: str) -> str:
-    """Return the profile of a section in ~/.aws/config, "" for none."""
-    with contextlib.suppress(ValueError):
-        kind, *names = shlex.split(section)  # a name with blanks may be quoted
-        if kind == "profile":
-            return " ".join(names)
-    return "default" if section == "default" else ""
 
 
 def _from_process(command: str) -> Credentials:
@@ -4969,65 +4823,52 @@ class CredentialCache:
 
     AHEAD = 300  # seconds before the expiration at which the first renewal is tried
     RETRY = 10  # seconds between tries that fail; 1 if the failure may pass
-    PAUSES = (0.2, 0.8)  # seconds before a failure that may pass is a refusal
 
     chain: CredentialChain
     clock: Clock = time.time
-    sleep: Callable[[float], None] = time.sleep
     variants: Variants = (False, False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _current: Credentials = field(default=Credentials("", "", expires=math.nan), init=False)
-    _renew_at: float = field(default=-math.inf, init=False)
-    _next_try: float = field(default=-math.inf, init=False)
-    _failure: Optional[tuple[str, bool]] = field(default=None, init=False)  # of the last try
+    _next_try: float = field(default=-math.inf, init=False)  # and -inf once AWS has refused them
+    _failure: Optional[NoKeys] = field(default=None, init=False)  # of the last try
 
     def ready(self) -> Optional[Credentials]:
         """Return credentials if they need no renewal, and so no waiting."""
-        return self._current if self.clock() < self._renew_at else None
+        now, keys = self.clock(), self._current
+        return keys if now < self._next_try and now < keys.expires else None
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        now = self.clock()
-        valid = self._current.expires > now
+        valid = self._current.expires > self.clock()
         if not self._lock.acquire(blocking=not valid):
             return self._current  # somebody is renewing them
         try:
-            return self.ready() or self._renew(now)
+            return self.ready() or self._renew(self.clock())
         finally:
             self._lock.release()
 
     def _renew(self, now: float) -> Credentials:
-        valid = self._current.expires > now
-        if now < self._next_try and valid:
-            return self._current
-        if now < self._next_try and self._failure:
-            raise NoKeys(*self._failure)
-        self._next_try = now + self.RETRY
-        pauses = [] if valid else list(self.PAUSES)
-        while True:
-            try:
-                found = self.chain.find()
-                if found.expires <= now:
-                    raise NoKeys("the credentials found have expired")
-                self._current, self._failure = found, None  # first: `ready` takes no lock
-                self._renew_at = found.expires - self.AHEAD
-                return found
-            except NoKeys as reason:
-                if reason.passing and pauses:
-                    self.sleep(pauses.pop(0))
-                    continue
-                self._failure = (str(reason), reason.passing)
-                self._next_try = now + (1 if reason.passing else self.RETRY)
-                log.warning("credentials not renewed: %s", reason)
-                if valid:
-                    return self._current
+        if self._failure and now < self._next_try:
+            raise NoKeys(str(self._failure), self._failure.passing)
+        try:
+            found = self.chain.find()
+            if found.expires <= now:
+                raise NoKeys("the credentials found have expired")
+            self._current, self._failure = found, None  # first: `ready` takes no lock
+            self._next_try = max(found.expires - self.AHEAD, now + self.RETRY)
+        except NoKeys as reason:
+            self._failure = reason
+            self._next_try = now + (1 if reason.passing else self.RETRY)
+            log.warning("credentials not renewed: %s", reason)
+            if not self._current.expires > now:
                 raise
+        return self._current
 
     def expire(self, refused: Credentials) -> bool:
         """Mark credentials as refused by AWS, and return whether a renewal may help."""
-        fresh = refused is self._current and self._renew_at > -math.inf
+        fresh = refused is self._current and not self._failure and self._next_try > -math.inf
         if fresh:
-            self._renew_at = self._next_try = -math.inf
+            self._next_try = -math.inf
         return fresh or refused is not self._current
 
     @property
@@ -5049,8 +4890,7 @@ class Keyring:
 
     def seconds_left(self) -> float:
         """Return how long the credentials that end first are good."""
-        with self._lock:
-            seconds = [cache.seconds_left for cache in self._caches.values()]
+        seconds = [cache.seconds_left for cache in list(self._caches.values())]
         return min((it for it in seconds if not math.isnan(it)), default=math.nan)
 
     def of(self, client: Client) -> CredentialCache:
@@ -5065,57 +4905,28 @@ class Keyring:
 
 
 # [6.3] Connections
-Reader = Union[Stream, LengthBody]  # of a body
 RECEIVE = "sqs:ReceiveMessage"
 UPSTREAM_SECONDS = 900  # the longest wait for an answer: as long as AWS Lambda runs a function
 STALE_SECONDS = 1  # a kept connection that ends so soon was closed before the call arrived
 POLL_SECONDS = 65  # the longest wait for ReceiveMessage: longer than the longest poll
 
 
-class Mask:
-    """Hides our session token and signature if the answer of an upstream repeats them."""
-
-    def __init__(self, signature: str = "", session_token: str = "") -> None:
-        # AWS has no shorter token.  A short text may occur in any answer by chance.
-        self._secrets = _forms_of_token(session_token) if len(session_token) >= 16 else ()
-        self._secrets += (signature.encode(),) if signature else ()
-        self.held = b""  # the last bytes of a stream, if a secret may begin there
-
-    def hide(self, data: bytes) -> bytes:
-        """Return the data with asterisks in place of each secret."""
-        for secret in self._secrets:
-            if secret in data:
-                data = data.replace(secret, b"*" * len(secret))
-        return data
-
-    def headers(self, headers: Sequence[tuple[str, str]]) -> Headers:
-        """Return the headers with asterisks in place of each secret."""
-        text = "\n".join([value for _, value in headers])  # no value has a line feed
-        values = self.hide(text.encode("latin-1")).decode("latin-1").split("\n")
-        return tuple(zip([name for name, _ in headers], values))
-
-    def next(self, block: bytes) -> bytes:
-        """Return a block of a stream without its last bytes if a secret may begin there."""
-        data = self.hide(self.held + block if self.held else block)
-        keep = max((_overlap(data, secret) for secret in self._secrets), default=0)
-        self.held = data[len(data) - keep :]
-        return data[: len(data) - keep] if keep else data
-
-
 @functools.lru_cache(maxsize=64)
-def _forms_of_token(token: str) -> tuple[bytes, ...]:
+def forms_of_token(token: str) -> tuple[bytes, ...]:
+    """Return the texts in which an upstream may repeat our session token."""
+    if len(token) < 16:  # AWS has no shorter token.  A short text may be in any answer by chance.
+        return ()
     quoted = {urllib.parse.quote(token, safe=safe) for safe in ("", "/", "/+=")}
     lower = {re.sub("%..", lambda escape: escape[0].lower(), form) for form in quoted}
     forms = {token, token.replace("/", r"\/"), token.encode().hex(" "), *quoted, *lower}
     return tuple(form.encode() for form in forms)
 
 
-def _overlap(data: bytes, secret: bytes) -> int:
-    """Return the length of the secret's beginning with which the data ends."""
-    at = data.find(secret[:1], max(0, len(data) - len(secret) + 1))
-    while at >= 0 and not secret.startswith(data[at:]):
-        at = data.find(secret[:1], at + 1)
-    return len(data) - at if at >= 0 else 0
+def hide(data: bytes, secrets: Iterable[bytes]) -> bytes:
+    """Return the data with asterisks in place of each secret."""
+    for secret in secrets:
+        data = data.replace(secret, b"*" * len(secret))
+    return data
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -5136,10 +4947,9 @@ class Connection:
     def __init__(self, endpoint: Endpoint, connect_timeout: float) -> None:
         self.endpoint = endpoint
         self.timeout = math.inf  # of an exchange: see `Pool.allow`
-        self.reused = False
         self.spoiled = False  # whether a request was not sent completely, or may stay unread
         self.heard = False  # whether any byte of an answer has arrived
-        self.idle_since = self.sent_at = 0.0
+        self.idle_since = 0.0  # that is, it is new
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
         try:
@@ -5174,17 +4984,14 @@ class Connection:
         left = memoryview(data)
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
+        self.socket.setblocking(False)
         try:
             while left:
-                if not (ready := poll.poll(self.timeout * 1000)):
+                if not (seen := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
-                if ready[0][1] & ~select.POLLOUT:
-                    self.socket.setblocking(False)
-                    going_on = self.receive_now()
-                    self.socket.settimeout(self.timeout)
-                    if self.source.buffer or not going_on:  # not just a TLS record without data
-                        return False
-                if ready[0][1] & select.POLLOUT:
+                if seen[0][1] != select.POLLOUT and (not self.receive_now() or self.source.buffer):
+                    return False  # otherwise it was a TLS record without data
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
                     left = left[self.socket.send(left) :]
         except OSError:
             return False
@@ -5199,31 +5006,14 @@ class Connection:
             return False
 
     def receive_now(self) -> bool:
-        """Read what has arrived, up to MAX_WHOLE_REPLY, and return whether more may arrive."""
+        """Read what has arrived, as far as a whole reply, and return whether more may arrive."""
         try:
-            while len(self.source.buffer) <= MAX_WHOLE_REPLY:
-                data = self.socket.recv(65536)
-                self.source.buffer += data
-                self.heard = self.heard or bool(data)
-                if len(data) < 65536:
-                    return bool(data)
+            data = self.socket.recv(MAX_WHOLE_REPLY + 1)
         except OSError as error:
             return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
-        return True
-
-    def receive(self, method: str) -> tuple[ResponseHead, Optional[int], Reader]:
-        """Return the head, length and body of the final answer, or raise UpstreamError."""
-        self.deadline, source = time.monotonic() + self.timeout, self.source
-        try:
-            while (head := parse_response_head(read_head(source))).status < 200:
-                pass
-            length = response_framing(head, method)
-        except (OSError, ValueError) as error:
-            message = f"no answer from {self.endpoint.origin}: {error or 'connection closed'}"
-            raise UpstreamError(message) from error
-        if length is None:
-            return head, length, ChunkedBody(source, sys.maxsize)
-        return head, length, source if length == UNTIL_CLOSE else LengthBody(source, length)
+        self.source.buffer += data
+        self.heard = self.heard or bool(data)
+        return bool(data)
 
 
 def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection:
@@ -5268,7 +5058,6 @@ class Pool:
             while idle := self._idle.get(endpoint):
                 kept = idle.pop()
                 if kept.idle_since > oldest and not kept.has_arrived(0):
-                    kept.reused, kept.heard = True, False
                     return kept
                 kept.close()
         return None
@@ -5284,22 +5073,20 @@ class Pool:
         if call.action == RECEIVE:  # its messages must be put back if the client has left
             connection.timeout = min(POLL_SECONDS, self._timeout)
             connection.abandoned = lambda: self.draining and not connection.heard
-        connection.sent_at = time.monotonic()
 
     def close_idle(self) -> None:
         """Close the connections that have idled for too long."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
-            late = [c for idle in self._idle.values() for c in idle if c.idle_since < oldest]
-            for connection in late:
-                self._idle[connection.endpoint].remove(connection)
-                connection.close()
+            for idle in self._idle.values():
+                while idle and idle[0].idle_since < oldest:
+                    idle.pop(0).close()
             self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
-            connection.idle_since = time.monotonic()
+            connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
                 idle = self._idle.setdefault(connection.endpoint, [])
                 if len(idle) < self.MOST:
@@ -5313,17 +5100,14 @@ class Pool:
 _mismatch = re.compile("(Incomplete|Invalid)Signature(Exception)?|SignatureDoesNotMatch").fullmatch
 _REFUSED = (400, 401, 403)
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})  # some servers ignore their bodies
-_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answer itself
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
-_EXPIRED = re.compile(rb"ExpiredToken|RequestExpired")
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
-_CODE = re.compile("[A-Za-z0-9._-]{1,128}")
 _CODE_IN_BODY = re.compile(
     rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"'
 )
@@ -5334,7 +5118,7 @@ def error_code(reply: Reply) -> str:
     fields = fields_of(reply.headers)
     for name, end in (("x-amzn-query-error", ";"), ("x-amzn-errortype", ":")):
         code = fields.get(name, [""])[0].partition(end)[0].rpartition("#")[2]
-        if _CODE.fullmatch(code):
+        if re.fullmatch("[A-Za-z0-9._-]{1,128}", code):
             return code
     found = _CODE_IN_BODY.search(reply.body) if isinstance(reply.body, bytes) else None
     return (found[1] or found[2]).decode() if found else "-"
@@ -5346,17 +5130,15 @@ def _without(headers: Iterable[tuple[str, str]], *names: str) -> list[tuple[str,
 
 def is_repeatable(call: Call) -> bool:
     """Return whether a second run of the call changes nothing more."""
-    # In the query protocol, a GET can send messages.
-    idempotent = call.request.method in _IDEMPOTENT and isinstance(call.wire, Rest)
+    # See RFC 9110, 9.2.2.  In the query protocol, a GET can send messages.
+    idempotent = call.request.method in {*_BODILESS, "PUT"} and isinstance(call.wire, Rest)
     return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
 def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, not yet signed."""
-    body = _to_json(document)
-    about = (("Content-Type", "application/x-amz-json-1.0"), ("Content-Length", str(len(body))))
-    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"), *about)
-    return Request("POST", "/", headers, io.BytesIO(body))
+    """Return a call to Amazon SQS in AWS JSON, without the headers that an Upstream adds."""
+    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
+    return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
 
 
 @dataclass(eq=False)
@@ -5367,11 +5149,10 @@ class Attempt:
     endpoint: Endpoint
     request: Request
     payload_hash: str
-    declares: bool = False  # whether to send x-amz-content-sha256
     keys: Credentials = NOBODY
     begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
     connection: Connection = field(init=False)
-    mask: Mask = field(default_factory=Mask)
+    secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
 
 @dataclass(eq=False, repr=False)
@@ -5416,11 +5197,10 @@ class Upstream:
         body = read_again(signed.body)
         data = encode_head(signed) + body
         may_stay_unread = body and signed.method in _BODILESS
-        connection = None if may_stay_unread else self.pool.idle(attempt.endpoint)
-        if not connection:
+        if may_stay_unread or not (kept := self.pool.idle(attempt.endpoint)):
             return None
-        attempt.connection = connection
-        self.pool.allow(connection, call)
+        attempt.connection = kept
+        self.pool.allow(kept, call)
         return attempt, data
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
@@ -5435,11 +5215,10 @@ class Upstream:
         if end == 3:
             return None
         try:
-            head = parse_response_head(buffer[:end])
-            length = response_framing(head, call.request.method)
+            head = parse_response_head(hide(buffer[:end], attempt.secrets), call.request.method)
         except ValueError:
             return wait  # it reads the head again, and refuses it
-        if length is None or length == UNTIL_CLOSE or head.status < 200:
+        if (length := head.length) is None or length == UNTIL_CLOSE or head.status < 200:
             return wait
         if len(buffer) < end + length:
             return None
@@ -5457,8 +5236,7 @@ class Upstream:
     def _put_back(self, attempt: Attempt) -> None:
         connection = attempt.connection
         try:
-            connection.socket.settimeout(connection.timeout)
-            self._release(attempt, receipt_handles(self._reply(attempt)))
+            self._release(attempt.call, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
             connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
@@ -5467,9 +5245,14 @@ class Upstream:
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
-        call, reply = attempt.call, self._answered(attempt)
+        call, reply = attempt.call, self._exchange(attempt)
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        expired = reply.status in _REFUSED and re.search(b"ExpiredToken|RequestExpired", body)
+        if expired and not call.unsigned and self.credentials(call.caller).expire(attempt.keys):
+            if isinstance(attempt.request.body, io.IOBase):
+                reply = self._exchange(attempt)  # signs it again
         if call.action == RECEIVE and call.request.abandoned():
-            self._release(attempt, receipt_handles(reply))
+            self._release(call, receipt_handles(reply))
             reply = no_messages(call, random_id())
         return self._final(call, reply)
 
@@ -5477,8 +5260,7 @@ class Upstream:
         fields = fields_of(reply.headers)
         found = fields.get("x-amzn-requestid") or fields.get("x-amz-request-id") or ["-"]
         call.upstream_id = found[0]
-        if call.upstream_seconds < 0:
-            call.upstream_seconds = max(0.0, call.upstream_seconds + time.monotonic())
+        call.upstream_seconds += time.monotonic()
         if reply.status in _REFUSED and not call.unsigned and _mismatch(error_code(reply)):
             # The upstream's text repeats our signed request, so the caller gets another.
             log.error("the upstream refuses our signature: check the key and clock of the proxy")
@@ -5505,10 +5287,9 @@ class Upstream:
         target, method = call.request.header("x-amz-target") or "", call.request.method
         path = call.request.path if call.wire.is_opaque else call.path or "/"
         fips, dualstack = self.credentials(call.caller).variants
-        host = host[len(call.bucket) :]
-        dual_host = "dualstack" in host or ".api.aws" in host
-        if ("fips" in host or dual_host) and is_aws_host(host):
-            fips, dualstack = fips or "fips" in host, dualstack or dual_host
+        if is_aws_host(host := host[len(call.bucket) :]):
+            fips = fips or "fips" in host
+            dualstack = dualstack or "dualstack" in host or ".api.aws" in host
         return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
@@ -5557,8 +5338,7 @@ class Upstream:
             headers.append(("Content-Length", str(length)))
         sent = Request(request.method, target, tuple(headers), body, request.peer)
         call.upstream_host = endpoint.authority
-        declares = "x-amz-content-sha256" in request.fields or payload_hash == "UNSIGNED-PAYLOAD"
-        return Attempt(call, endpoint, sent, payload_hash, declares)
+        return Attempt(call, endpoint, sent, payload_hash)
 
     def _body(self, call: Call, endpoint: Endpoint) -> tuple[Body, str]:
         body, payload_hash = call.body, call.payload_hash
@@ -5591,17 +5371,6 @@ class Upstream:
             return f"/{bucket}{target}", endpoint
         return target, endpoint._replace(host=f"{bucket}.{endpoint.host}")
 
-    def _answered(self, attempt: Attempt) -> Reply:
-        """Return the answer.  Sign again, once, if AWS says that our token expired."""
-        call = attempt.call
-        for _ in range(2 if isinstance(attempt.request.body, io.IOBase) else 1):
-            reply = self._exchange(attempt)
-            text = reply.body if isinstance(reply.body, bytes) else b""
-            expired = reply.status in _REFUSED and not call.unsigned and _EXPIRED.search(text)
-            if not expired or not self.credentials(call.caller).expire(attempt.keys):
-                break
-        return reply
-
     def _exchange(self, attempt: Attempt, fresh: bool = False) -> Reply:
         """Return the answer.  If a kept connection has ended, send a repeatable call once more."""
         call, begun, attempt.begun = attempt.call, attempt.begun, False
@@ -5617,7 +5386,6 @@ class Upstream:
                 raise self._given_up(call, error, unread=True) from error
             self.pool.allow(attempt.connection, call)
         connection = attempt.connection
-        connection.socket.settimeout(connection.timeout)
         try:
             if not begun:
                 self._send(attempt)
@@ -5627,9 +5395,9 @@ class Upstream:
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
                 return no_messages(call, random_id())
             connection.close()
-            stale = connection.reused and not (connection.heard or connection.abandoned())
+            stale = not (connection.heard or connection.abandoned()) and connection.idle_since > 0
             if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
-                unread = stale and time.monotonic() < connection.sent_at + STALE_SECONDS
+                unread = stale and call.upstream_seconds + time.monotonic() < STALE_SECONDS
                 raise self._given_up(call, error, unread) from error
         except Exception:
             connection.close()  # the body was wrong, and was not sent completely
@@ -5650,10 +5418,11 @@ class Upstream:
             return request, _NO_AUTHORIZATION
         amz_date = iso_basic(self.clock())
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
-        payload_hash, declares = attempt.payload_hash, attempt.declares
         call.upstream_key = keys.access_key_id
+        payload_hash, given = attempt.payload_hash, call.request.fields
+        declares = "x-amz-content-sha256" in given or payload_hash == "UNSIGNED-PAYLOAD"
         call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
-        attempt.mask = Mask(claimed.signature, keys.session_token)
+        attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
 
     def _send(self, attempt: Attempt) -> None:
@@ -5663,10 +5432,8 @@ class Upstream:
             body.seek(0)
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
-            _, scope, _, seed, amz_date, *_ = claimed
-            key = signing_key(attempt.keys.secret_access_key, scope)
-            signer = ChunkSigner(key, scope, amz_date, seed) if body.signed else None
-            blocks = aws_chunks(body, signer)
+            secret = attempt.keys.secret_access_key
+            blocks = aws_chunks(body, ChunkSigner(secret, claimed) if body.signed else None)
         if "transfer-encoding" in signed.fields:
             framed = itertools.chain(blocks, (b"",))
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
@@ -5679,8 +5446,23 @@ class Upstream:
 
     def _reply(self, attempt: Attempt) -> Reply:
         """Return the answer; its body streams if it is long."""
-        call, connection = attempt.call, attempt.connection
-        head, length, reader = connection.receive(call.request.method)
+        call, connection, secrets = attempt.call, attempt.connection, attempt.secrets
+        source = connection.source
+        connection.deadline = time.monotonic() + connection.timeout
+        connection.socket.settimeout(connection.timeout)
+        status = 100
+        try:
+            while status < 200:
+                head = parse_response_head(hide(read_head(source), secrets), call.request.method)
+                status, length = head.status, head.length
+        except (OSError, ValueError) as error:
+            why = str(error) or "connection closed"
+            raise UpstreamError(f"no answer from {connection.endpoint.origin}: {why}") from error
+        reader: Union[Stream, LengthBody] = source
+        if length is None:
+            reader = ChunkedBody(source, sys.maxsize)
+        elif length != UNTIL_CLOSE:
+            reader = LengthBody(source, length)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
@@ -5699,45 +5481,42 @@ class Upstream:
             if call.service == "sqs":
                 raise UpstreamError("an answer of Amazon SQS is too long")
         elif head.status < 300 and call.service in ("s3", "s3express"):
-            attempt.mask = Mask()  # an object stays as it was stored
+            secrets = ()  # an object stays as it was stored
         headers = end_to_end(head.headers, _ANSWER_DROPS if length is None else HOP_BY_HOP)
-        blocks = iter(functools.partial(reader.read_some, 65536), b"")
-        body = self._stream(attempt, itertools.chain((start,), blocks), keep)
-        return Reply(head.status, attempt.mask.headers(headers), body)
+        blocks = itertools.chain((start,), iter(functools.partial(reader.read_some, 65536), b""))
+        shown = (hide(block, secrets) for block in blocks)  # but no secret cut between blocks
+        return Reply(head.status, tuple(headers), self._stream(attempt, shown, keep))
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
         """Return an answer with its body, and keep or close its connection."""
         self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
-        headers = attempt.mask.headers(end_to_end(head.headers, dropped))
-        return Reply(head.status, headers, attempt.mask.hide(body))
+        headers = tuple(end_to_end(head.headers, dropped))
+        return Reply(head.status, headers, hide(body, attempt.secrets))
 
-    def _stream(self, attempt: Attempt, raw: Iterable[bytes], keep: bool) -> Iterator[bytes]:
+    def _stream(self, attempt: Attempt, body: Iterable[bytes], keep: bool) -> Iterator[bytes]:
         """Yield the answer's body.  Raise OSError or ServiceError if it is incomplete."""
         complete = False
         try:
-            yield from filter(None, map(attempt.mask.next, raw))
+            yield from filter(None, body)
             complete = True
-            if attempt.mask.held:
-                yield attempt.mask.held
         finally:
             self.pool.give(attempt.connection, keep and complete)
 
-    def _release(self, received: Attempt, handles: Sequence[str]) -> None:
+    def _release(self, received: Call, handles: Sequence[str]) -> None:
         if not handles:
             return
-        call, endpoint = received.call, received.endpoint
-        url = call.input.get("QueueUrl", call.request.path)
-        url = endpoint.origin + url if url[:1] == "/" else _upstream_url(url, call, endpoint)
-        now = {"VisibilityTimeout": 0}
+        url = received.input.get("QueueUrl", received.request.path)
+        base, now = received.base_url, {"VisibilityTimeout": 0}
         entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
-        document = {"QueueUrl": url, "Entries": entries}
-        request = sqs_request(endpoint.authority, "ChangeMessageVisibilityBatch", document)
-        payload_hash = hashlib.sha256(read_again(request.body)).hexdigest()
+        document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
+        operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
+        request, who = sqs_request(host, operation, document), (received.region, received.caller)
+        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
-            status = self._answered(Attempt(call, endpoint, request, payload_hash)).status
+            status = self.answer(call, "").status
             log.warning(message, len(handles), f"the upstream answered {status}")
         except ServiceError as error:
             log.warning(message, len(handles), error)
@@ -5800,12 +5579,11 @@ class Exchange:
     unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
-    status = 0
+    status = reply_bytes = 0
     error = "-"  # the error code in the answer
     reason = ""  # the row of REFUSALS, if the signature was refused
     refused: Optional[ServiceError] = None
     seconds = 0.0
-    reply_bytes = 0
     reply: Optional[Reply] = None
 
     def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
@@ -5890,21 +5668,19 @@ def run_hook(act: Callable[..., Any], *given: Any) -> Any:
 
 def stamp_of(path: str) -> Optional[tuple[int, ...]]:
     """Return values that change with a file: () for no file, None for a pipe or a device."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return ()
-    if not stat.S_ISREG(status.st_mode):
-        return None  # it is read only once: to open a FIFO may wait for its writer
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+        if not stat.S_ISREG(status.st_mode):
+            return None  # it is read only once: to open a FIFO may wait for its writer
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+    return ()
 
 
 class Watched:
     """Keeps the value of `read` for a file, and reads again if this file or `more` changes."""
 
     def __init__(self, read: Callable[[str], Any], path: str, more: str = "") -> None:
-        self._read = read
-        self._paths = (path, more)
+        self._read, self._paths = read, (path, more)
         self._stamps = list(map(stamp_of, self._paths))
         self.value = read(path)
 
@@ -5993,14 +5769,13 @@ class LineWriter:
             time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
-            acts = [it for it in self._batch if not isinstance(it, str)]
             try:
                 self._stream.write("".join(lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
-            self._batch = []
-            for act in acts:
+            batch, self._batch = self._batch, []
+            for act in filter(callable, batch):
                 act()
 
     def _open(self) -> None:
@@ -6090,8 +5865,7 @@ Step = tuple[str, Sequence[tuple[str, str]]]  # a title, and lines with their la
 _SECRET = re.compile(  # a header, or a parameter of a query
     rf"(?is)^((?:cookie2?|proxy-authorization|[\w-]{{0,99}}(?:token|customer-key)"
     rf"|authorization(?!: (?-i:{ALGORITHM}) )): ?).*"
-    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*"
-)
+    r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*")  # fmt: skip
 _SIGNATURE_SHOWN = re.compile("(?i)(Signature=[^&, ]{12})[^&, ]*")
 MAX_EXPLANATION = 16384  # characters
 _UNPRINTABLE = re.compile("[^ -~]")
@@ -6131,17 +5905,15 @@ def _without_secrets(text: str) -> str:
 
 
 def _shown_request(request: Request) -> Sequence[tuple[str, str]]:
-    lines = [f"{request.method} {_without_secrets(request.target)} HTTP/1.1"]
-    lines += [_without_secrets(f"{name}: {value}") for name, value in request.headers]
-    return [("", line) for line in lines]
+    head = f"{request.method} {_without_secrets(request.target)} HTTP/1.1"
+    return [("", head), *(("", _without_secrets(f"{name}: {it}")) for name, it in request.headers)]
 
 
 def _explained_signature(request: Request, proof: Proof) -> Sequence[Step]:
     claimed = authorization_of(request)
-    method, path, query, headers, names, payload = proof.parts
+    method, path, query, block, names, payload = proof.parts
     canonical = [("method", method), ("path", path), ("query", _without_secrets(query))]
-    lines = headers.removesuffix("\n").split("\n")
-    canonical += [("header", _without_secrets(line)) for line in lines]
+    canonical += [("header", _without_secrets(it)) for it in block.removesuffix("\n").split("\n")]
     canonical += [("", ""), ("signed headers", names), ("payload hash", payload)]
     about = ("algorithm", "time", "scope", "hash of step 1")
     text = [*zip(about, proof.string_to_sign.decode("latin-1").split("\n"))]
@@ -6236,14 +6008,13 @@ class Metrics(Hook):
 
     def _new_row(self, key: tuple[Any, ...]) -> list[int]:
         """Return the row that counts such calls, a common one if there are too many."""
-        client, *operation, status, code, attempt = key
+        client, service, operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
-            self._operations.add((operation[0], operation[1]))
-        if tuple(operation) not in self._operations:
-            operation = ["other", "other"]
-        if len(self._rows) >= self.MAX_ROWS:
-            code = "other"
-        key = (client, *operation, status, code, min(attempt, 10))
+            self._operations.add((service, operation))
+        if (service, operation) not in self._operations:
+            service = operation = "other"
+        code = code if len(self._rows) < self.MAX_ROWS else "other"
+        key = (client, service, operation, status, code, min(attempt, 10))
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
             key = ("other", "other", "other", status // 100 * 100, "other", 0)
         return self._rows.setdefault(key, [0, 0, 0])
@@ -6264,16 +6035,14 @@ class Metrics(Hook):
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
                 totals.update({("in",): came, ("out",): went})
-                if code in self.THROTTLES or status == 429:
-                    throttles[()] += count
+                throttles[()] += count if code in self.THROTTLES or status == 429 else 0
             for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
                 ("bytes", "direction", "Bytes of bodies.", totals),
-                ("throttles", "", "Answers that throttle.", throttles),
-            ):
+                ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
                 buckets = zip(zip((*self.BOUNDS, "+Inf")), itertools.accumulate(counted))
@@ -6312,7 +6081,6 @@ class InFlight(Hook):
 
     A worker holds a message from its receive until it is deleted, made visible, or times out."""
 
-    FORGET_SECONDS = 60  # before a known timeout is asked for again
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
     XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
     XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
@@ -6325,11 +6093,12 @@ class InFlight(Hook):
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask, self._run, self._clock = ask, run, clock
         self._lock = threading.Lock()
-        self._messages: OrderedDict[bytes, tuple[str, str]] = OrderedDict()  # by handle
+        # By the hash of a receipt handle: a handle of AWS's is up to 1,024 bytes long.
+        self._messages: OrderedDict[int, tuple[str, str]] = OrderedDict()
         self._held: dict[str, InFlight.Hold] = {}  # by message id
         self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
         self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
-        self._timeouts: dict[str, tuple[int, float]] = {}  # a timeout and its time
+        self._timeouts: dict[tuple[str, float], int] = {}  # by queue and minute
 
     def counts(self) -> dict[str, int]:
         """Return how many messages are held, by queue."""
@@ -6372,7 +6141,7 @@ class InFlight(Hook):
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
         else:
-            self._timeouts.pop(queue, None)
+            self._timeouts.clear()
             if operation != "SetQueueAttributes":
                 self.forget(queue)
 
@@ -6381,15 +6150,14 @@ class InFlight(Hook):
         if not ids:
             return
         now = self._clock()
-        known = self._timeouts.get(queue, (0, -math.inf))
-        if timeout is None and now < known[1] + self.FORGET_SECONDS:
-            timeout = known[0]
+        if timeout is None:
+            timeout = self._timeouts.get((queue, now // 60))
         with self._lock:
             self._expire()
             for message_id, handle in zip(ids, receipt_handles(reply)):
                 if self._deleted.get(message_id, -math.inf) > call.began:
                     continue  # by another handle, while this answer was on its way
-                self._messages[_digest(handle)] = message_id, queue
+                self._messages[hash(handle)] = message_id, queue
                 self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
             while len(self._messages) > self.REMEMBERED:
                 self._messages.popitem(last=False)
@@ -6404,9 +6172,9 @@ class InFlight(Hook):
             log.warning("the timeout of %s is not known, assuming 30 s: %s", queue, error)
             timeout = 30  # the default of SQS
         with self._lock:
-            self._timeouts[queue] = (timeout, self._clock())
-            while len(self._timeouts) > 1000:
-                self._timeouts.pop(next(iter(self._timeouts)), None)
+            if len(self._timeouts) >= 1000:
+                self._timeouts.clear()
+            self._timeouts[queue, self._clock() // 60] = timeout
             for message_id in ids:
                 hold = self._held.get(message_id)
                 if hold and hold.queue == queue and hold.until == math.inf:
@@ -6423,7 +6191,7 @@ class InFlight(Hook):
         """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
             for entry in entries:
-                handle = _digest(entry["ReceiptHandle"])
+                handle = hash(entry["ReceiptHandle"])
                 message_id, queue = self._messages.get(handle, ("", ""))
                 hold = self._held.get(message_id)
                 if not queue or (hold and hold.queue != queue):
@@ -6447,11 +6215,6 @@ class InFlight(Hook):
             hold = self._held.get(message_id)
             if hold and hold.until == until:
                 del self._held[message_id]
-
-
-def _digest(handle: str) -> bytes:
-    """Return a short digest of a receipt handle: a handle of AWS's is up to 1,024 bytes long."""
-    return hashlib.blake2b(handle.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 # [7.7] Protection of an ECS task
@@ -6586,26 +6349,19 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1; --soft: #f3f5f8;
-  --good: #14713d; --bad: #b3261e; --mark: #ffd9a8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ee; --paper: #151a21; --line: #39424f;
-  --soft: #1e252e; --good: #6fd39b; --bad: #ff8a80; --mark: #7a4a10 } }
-body { margin: 0 auto; max-width: 75rem; padding: 0 1rem 2rem; color: var(--ink);
-  background: var(--paper); font: 15px/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline }
+:root { color-scheme: light dark } a { color: inherit } input, button { font: inherit }
+body { margin: auto; max-width: 75rem; padding: 0 1rem 2rem; font: 15px/1.5 system-ui, sans-serif }
+header, summary { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
 h1, h2 { font-size: 1.25rem; margin: 1rem 0 .5rem } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
-a { color: inherit } input, button { font: inherit; padding: .2rem .5rem }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .3rem 0; overflow: hidden }
-summary { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .3rem .6rem; cursor: pointer;
-  background: var(--soft) }
-summary b { min-width: 2.5rem } .good { color: var(--good) } .bad { color: var(--bad) }
-details > div { padding: 0 .6rem .6rem } fieldset { border: 1px solid var(--line) }
+details, fieldset { border: 1px solid #8888; margin: .3rem 0 }
+summary { padding: .3rem .6rem; background: #8882; cursor: pointer } summary b { width: 2.5rem }
+.good { color: light-dark(#14713d, #6fd39b) } .bad { color: light-dark(#b3261e, #ff8a80) }
+details > div { padding: 0 .6rem .6rem } #table { display: block; overflow-x: auto }
 pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
 pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-#switches { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-#table { display: block; overflow-x: auto } mark { background: var(--mark); color: inherit }
+fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 </style>
 <header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
@@ -6613,29 +6369,28 @@ th { font-weight: normal; opacity: .7; white-space: nowrap }
 <main><section id="calls" aria-label="Calls, the last one first"></section>
 <section id="lab"><h2>Laboratory</h2>
 <p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
-<fieldset><legend>Mistakes</legend><div id="switches"></div></fieldset>
+<fieldset id="switches"><legend>Mistakes</legend></fieldset>
 <p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
-<div id="steps"></div></section>
-<section><h2 id="queues">Queues</h2><table id="table"></table></section></main>
+<div id="steps"></div></section><h2 id="queues">Queues</h2><table id="table"></table></main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const make = (tag, ...inner) => {
+const say = (id, text) => { $(id).textContent = text; };
+const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+function make(tag, ...inner) {
   const made = document.createElement(tag);
   made.append(...inner);
   return made;
-};
-const row = (label, ...cells) => make("tr", make("th", label), ...cells);
+}
 
 // Mark the characters of a text between the beginning and the end that it shares with another.
 function marked(text, other) {
-  let start = 0, end = 0;
-  while (start < text.length && text[start] === other[start]) start++;
-  const most = Math.min(text.length, other.length) - start;
-  while (end < most && text.at(-1 - end) === other.at(-1 - end)) end++;
-  const stop = text.length - end;
-  const middle = text === other ? "" : make("mark", text.slice(start, stop) || "\u2038");
-  return make("td", text.slice(0, start), middle, text.slice(stop));
+  const longer = other.length - text.length;
+  let start = 0, end = text.length;
+  while (start < end && text[start] === other[start]) start++;
+  while (end > Math.max(start, start - longer) && text[end - 1] === other[end - 1 + longer]) end--;
+  const middle = text === other ? "" : make("mark", text.slice(start, end) || "\u2038");
+  return make("td", text.slice(0, start), middle, text.slice(end));
 }
 
 function step([title, lines], theirs) {
@@ -6649,18 +6404,18 @@ function step([title, lines], theirs) {
   return [make("h3", title), table];
 }
 
+let last = 0;
 function add(call) {
   const status = make("b", call.status);
   status.className = call.status < 400 ? "good" : "bad";
   const about = [call.time, call.action, `${call.ms} ms`, call.key, call.error];
-  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))));
-  const steps = () => make("div", ...call.steps.flatMap((it) => step(it, call.theirs)));
-  entry.addEventListener("toggle", () => entry.append(steps()), { once: true });
+  const entry = make("details", make("summary", status, ...about.map((it) => make("span", it))),
+    make("div", ...call.steps.flatMap((it) => step(it, call.theirs))));
   entry.dataset.text = [call.status, ...about].join(" ").toLowerCase();
   $("calls").prepend(entry);
-  if ($("calls").children.length > 200) $("calls").lastChild.remove();
+  $("calls").children[200]?.remove();
   last = call.number;
-  $("state").textContent = `${last} calls.`;
+  say("state", `${last} calls.`);
 }
 
 function filter() {
@@ -6668,82 +6423,67 @@ function filter() {
   for (const entry of $("calls").children) entry.hidden = !entry.dataset.text.includes(wanted);
 }
 
-let last = 0;
 async function update() {
-  try {
-    const calls = await (await fetch(`calls?after=${last}`)).json();
-    if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
-    calls.forEach(add);
-    filter();
-    const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
-    const names = ["region", "account", "visible", "in_flight", "delayed"];
-    $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
-      ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
-  } catch (error) {
-    $("state").textContent = `awsproxy does not answer: ${error.message}`;
-  }
-  setTimeout(update, 1000);
+  const calls = await (await fetch(`calls?after=${last}`)).json();
+  if (calls[0]?.number <= last) $("calls").replaceChildren();  // it was restarted
+  calls.forEach(add);
+  filter();
+  const answer = await fetch("queues"), queues = answer.ok ? await answer.json() : [];
+  const names = ["region", "account", "visible", "in_flight", "delayed"];
+  $("table").replaceChildren(row("name", ...names.map((name) => make("th", name))),
+    ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
 }
+const poll = () => update()
+  .catch((error) => say("state", `awsproxy does not answer: ${error.message}`))
+  .finally(() => setTimeout(poll, 1000));
 
 const MISTAKES = {
-  sort: "do not sort the query", plus: "write a blank of the query as +",
-  twice: "percent-encode the query twice", port: "sign the Host without its port",
-  blanks: "keep two blanks in a header", newline: "leave out the blank line after the headers",
+  sort: "do not sort the query", twice: "percent-encode the query twice",
+  port: "sign the Host without its port", blanks: "keep two blanks in a header",
   method: "sign the method in lower case", body: "hash another body",
-  hash: "do not hash the canonical request", chain: "pass the key's steps on in hex",
   region: "derive the key for another region", secret: "keep a newline after the secret",
   prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
 };
 const bytes = (text) => new TextEncoder().encode(text);
 const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
 const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-async function hmac(key, text) {
-  const how = { name: "HMAC", hash: "SHA-256" };
-  const imported = await crypto.subtle.importKey("raw", key, how, false, ["sign"]);
-  return crypto.subtle.sign("HMAC", imported, bytes(text));
-}
+const HMAC = { name: "HMAC", hash: "SHA-256" };
+const imported = (key) => crypto.subtle.importKey("raw", key, HMAC, false, ["sign"]);
+const hmac = async (key, text) => crypto.subtle.sign("HMAC", await imported(key), bytes(text));
 
-async function sign(wrong) {
-  const at = new Date(Date.now() + (wrong.clock ? 7200000 : 0));
-  const date = at.toISOString().replace(/[:-]|\.\d+/g, ""), body = "Action=ListQueues";
+async function send() {
+  const wrong = (name) => $(name).checked, body = "Action=ListQueues";
+  const at = new Date(Date.now() + (wrong("clock") ? 7200000 : 0));
+  const date = at.toISOString().replace(/[:-]|\.\d+/g, "");
   const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
-  let query = wrong.sort ? asked : asked.split("&").sort().join("&");
-  if (wrong.plus) query = query.replaceAll("%20", "+");
-  if (wrong.twice) query = query.replaceAll("%", "%25");
+  const sorted = wrong("sort") ? asked : asked.split("&").sort().join("&");
+  const query = wrong("twice") ? sorted.replaceAll("%", "%25") : sorted;
   const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
     "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
-  const signed = { ...sent, host: wrong.port ? location.hostname : location.host };
-  if (!wrong.blanks) signed["x-note"] = "two blanks";
-  const names = Object.keys(sent).join(";");
+  const signed = { ...sent, host: wrong("port") ? location.hostname : location.host,
+    "x-note": wrong("blanks") ? "two  blanks" : "two blanks" };
   const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
-  const block = wrong.newline ? headers.slice(0, -1) : headers;
-  const payload = await sha256(wrong.body ? `${body}\n` : body);
-  const canonical = [wrong.method ? "post" : "POST", "/", query, block, names, payload].join("\n");
-  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"];
-  const hashed = wrong.hash ? canonical : await sha256(canonical), chain = [];
-  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), hashed].join("\n");
-  let key = bytes((wrong.prefix ? "" : "AWS4") + "dummysecret" + (wrong.secret ? "\n" : ""));
-  for (const part of wrong.region ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
+  const names = Object.keys(sent).join(";"), method = wrong("method") ? "post" : "POST";
+  const payload = await sha256(wrong("body") ? `${body}\n` : body);
+  const canonical = [method, "/", query, headers, names, payload].join("\n");
+  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"], chain = [];
+  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), await sha256(canonical)].join("\n");
+  let key = bytes((wrong("prefix") ? "" : "AWS4") + "dummysecret" + (wrong("secret") ? "\n" : ""));
+  for (const part of wrong("region") ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
     key = await hmac(key, part);
     chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
-    if (wrong.chain) key = bytes(hex(key));
   }
   const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
   sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
     + `Signature=${signature}`;
-  const request = new Request(`/?${asked}`, { method: "POST", headers: sent, body });
-  return [request, { "1 canonical request": canonical, "2 string to sign": text,
-    "3 signing key": chain.join("\n"), "4 signature": signature }];
-}
-
-async function send() {
-  const ticked = Object.keys(MISTAKES).map((name) => [name, $(name).checked]);
-  const [request, steps] = await sign(Object.fromEntries(ticked));
-  const answer = await fetch(request), text = await answer.text();
-  const verdict = text.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
-  $("result").className = answer.ok ? "good" : "bad";
-  $("result").textContent = `${answer.status} ${answer.ok ? "The signature is right." : verdict}`;
-  $("steps").replaceChildren(...Object.entries({ ...steps, answer: text }).flatMap(
+  const reply = await fetch(`/?${asked}`, { method: "POST", headers: sent, body });
+  const answer = await reply.text();
+  const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
+  $("result").className = reply.ok ? "good" : "bad";
+  say("result", `${reply.status} ${reply.ok ? "The signature is right." : cause}`);
+  const steps = { "1 canonical request": canonical, "2 string to sign": text,
+    "3 signing key": chain.join("\n"), "4 signature": signature, answer };
+  $("steps").replaceChildren(...Object.entries(steps).flatMap(
     ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
@@ -6751,11 +6491,10 @@ for (const [name, words] of Object.entries(MISTAKES)) {
   const box = Object.assign(make("input"), { type: "checkbox", id: name });
   $("switches").append(make("label", box, ` ${words}`));
 }
-$("filter").addEventListener("input", filter);
-$("send").addEventListener("click", () => send().catch((error) => {
-  $("result").textContent = `${error.message} (Web Crypto needs https or localhost.)`;
-}));
-update();
+$("filter").oninput = filter;
+$("send").onclick = () => send().catch((error) =>
+  say("result", `${error.message} (Web Crypto needs https or localhost.)`));
+poll();
 </script>
 """
 
@@ -6785,7 +6524,10 @@ class Embedded:
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
         if call.action == "sts:GetCallerIdentity":
-            return call.wire.output(call, STS_MODEL, self.get_caller_identity(call), request_id)
+            client = call.caller
+            arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
+            identity = {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
+            return call.wire.output(call, _NO_MODEL, identity, request_id)
         if call.service != "sqs":
             raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
@@ -6803,15 +6545,7 @@ class Embedded:
                 error.message += f" ({name} is no parameter{did_you_mean(name, members)})"
             raise
 
-    def get_caller_identity(self, call: Call) -> Members:
-        """Return the account of the caller, and its section as a user."""
-        client = call.caller
-        arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
-        return {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
 
-
-_IDENTITY = "GetCallerIdentity"
-STS_MODEL = Model(operations(Embedded, {}, f"{_IDENTITY} -> Arn UserId Account"), {_IDENTITY: {}})
 DEFAULT_ROUTES = (("sqs:*", "embedded"), ("sts:GetCallerIdentity", "embedded"))
 
 
@@ -6840,8 +6574,7 @@ def _actions(table: str) -> set[str]:
 
 # IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
 # services", Service Authorization Reference).
-IAM_PREFIXES = pairs("""
-    cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
+IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
@@ -6860,11 +6593,10 @@ IAM_ACTIONS = pairs(f"""
 _BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
-CREDENTIAL_ACTIONS = _actions("""
-    account-access GET/access/credentials; awsssoportal GET/federation/credentials; cloudwatch
-    GetSpaceCredentialsForOrganization GetSpaceDataAccess; codepipeline GetJobDetails
-    GetThirdPartyJobDetails PollForJobs; cognito-identity GetCredentialsForIdentity
-    GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
+CREDENTIAL_ACTIONS = _actions("""account-access GET/access/credentials; awsssoportal
+    GET/federation/credentials; cloudwatch GetSpaceCredentialsForOrganization GetSpaceDataAccess;
+    codepipeline GetJobDetails GetThirdPartyJobDetails PollForJobs; cognito-identity
+    GetCredentialsForIdentity GetOpenIdToken*; datazone GET/v2/domains/*/connections/*
     GET/v2/domains/*/environments/*/credentials; deadline GET/2023-10-12/farms/*-roles; eks-auth
     POST/clusters/*/assume-role-for-pod-identity; finspace-api GET/credentials/programmatic
     POST/datasets/*/dataviewsv2/*/external-access-details POST/workingLocationV1; gamelift
@@ -6955,6 +6687,36 @@ class Route(NamedTuple):
         pattern, names = _folded(self.pattern), names_of(action)
         whole = [name for name in names if "/" in name] or names
         return not set("*?") & set(pattern) and pattern in whole
+
+
+_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
+_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
+_OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
+    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
+}  # fmt: skip
+
+
+def nearest_pattern(pattern: str) -> Optional[str]:
+    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
+    prefix, colon, operation = pattern.lower().partition(":")
+    named = [it for name, it in _KNOWN_NAMES.items() if colon and glob_matches(prefix, name)]
+    if set(pattern) == {"*"} or any(_can_match(service, operation) for service in named):
+        return None
+    if colon and not named and not difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85):
+        return None  # most services of REST are not known here
+    near = named or _KNOWN_NAMES.values()
+    known = [f"{it}:{name}" for it in near for name in (*_KNOWN_OPERATIONS.get(it, ()), "*")]
+    return "".join(difflib.get_close_matches(pattern, known, 1, 0.4))
+
+
+def _can_match(service: str, pattern: str) -> bool:
+    known, spoken = _KNOWN_OPERATIONS.get(service), SPEAKS.get(service, REST_JSON)
+    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
+        return any(glob_matches(pattern, name.lower()) for name in known or [pattern])
+    method = re.sub("[*?].*", "*", pattern).partition("/")[0]
+    is_rest = bool(spoken & {"rest-json", "rest-xml"})
+    return is_rest and any(glob_matches(method, it.lower()) for it in METHODS)
 
 
 # [8.3] Policies
@@ -7226,7 +6988,7 @@ _ARN = re.compile(
     "arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:([A-Za-z0-9_./:$#+=,@-]+)"
 )
 _PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
-_QUEUE_URL = re.compile(
+_QUEUE_ADDRESS = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
     r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
 )
@@ -7343,7 +7105,7 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
         return UNKNOWN
     name = value
     if mark == "@":
-        url = _QUEUE_URL.fullmatch(value)
+        url = _QUEUE_ADDRESS.fullmatch(value)
         region = service_of_host(value.partition("://")[2].partition("/")[0])[1]
         if not url or region not in ("", call.region) or "/queue/" in value:
             return UNKNOWN
@@ -7631,7 +7393,10 @@ def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, A
             return [*map(_based, url)]
         return base + re.sub("^https?://[^/]*", "", str(url).removeprefix(call.base_url))
 
-    return {k: _based(it) if k in _URL_MEMBERS else it for k, it in document.items()}
+    return {
+        k: _based(it) if k.lower() in ("queueurl", "queueurls") else it
+        for k, it in document.items()
+    }
 
 
 def hash_body(call: Call) -> Callable[[], str]:
@@ -7898,12 +7663,10 @@ _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
     "account": ("([0-9]{12})?", "12 digits"),
     "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
-    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas"),
-}
+    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas")}  # fmt: skip
 # The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
-    "^(?:analytics|control-storage|data|query|runtime|storage|stream|sync|tags|workflows)-"
-)
+    "^(analytics|(control-)?storage|data|query|runtime|stream|sync|tags|workflows)-")  # fmt: skip
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -7977,9 +7740,8 @@ class Status:
     guard: Optional[Guard] = None
     draining: bool = False
 
-    def reply_to(
-        self, request: Request, hosts: frozenset[str] = frozenset(), any_address: bool = False
-    ) -> Reply:
+    def reply_to(self, request: Request, hosts: frozenset[str] = frozenset(),
+            any_address: bool = False) -> Reply:  # fmt: skip
         """Return the reply for a path, or the refusal of a web page's request.  Never raises."""
         try:
             check_page(request, hosts, any_address)
@@ -7990,7 +7752,7 @@ class Status:
             return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
-            return _status_reply(500, "the request failed; see standard error\n")
+            return _own_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
         given = _query_values(request, b"queue")
@@ -7998,41 +7760,40 @@ class Status:
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
-            return _status_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
+            return _own_reply(405, "only GET and HEAD are allowed, and POST for reset\n")
         if page in ("health", "ready"):
             leaves = page == "ready" and self.draining
-            return _status_reply(503, "draining\n") if leaves else _status_reply(200, "ok\n")
+            return _own_reply(503, "draining\n") if leaves else _own_reply(200, "ok\n")
         if page == "in-flight" and self.in_flight:
-            return _status_reply(200, json.dumps(self.in_flight.counts()), "application/json")
+            return _own_reply(200, json.dumps(self.in_flight.counts()), "application/json")
         if page == "metrics":
-            kind = "text/plain; version=0.0.4; charset=utf-8"
-            return _status_reply(200, self.metrics.text(), kind)
+            return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
             if "" in given or len(given) > 1:  # an empty variable must not drop all queues
-                return _status_reply(400, "queue must name one queue\n")
-            return _status_json({"queues": self.reset("".join(given))})
+                return _own_reply(400, "queue must name one queue\n")
+            return _own_json({"queues": self.reset("".join(given))})
         if page == "policy" and self.guard:
             client = _query_values(request, b"client")
-            refused = "refused" in _query_values(request, b"of")
             if len(client) != 1:
-                return _status_reply(400, "client must name one client\n")
-            return _status_json(self.guard.learned(client[0], refused))
+                return _own_reply(400, "client must name one client\n")
+            of_refused = "refused" in _query_values(request, b"of")
+            return _own_json(self.guard.learned(client[0], of_refused))
         if page == "queues" and self.sqs:
-            return _status_json(self.sqs.overview())
+            return _own_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
             _, region, account, name = page.split("/")
-            return _status_json(self.sqs.look(region, account, name, min(limit, 1000)))
+            return _own_json(self.sqs.look(region, account, name, min(limit, 1000)))
         if page == "calls" and self.inspector:
-            return _status_reply(200, self.inspector.since(after), "application/json")
+            return _own_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
-            return _status_reply(200, PAGE, "text/html", page_policy())
+            return _own_reply(200, PAGE, "text/html", page_policy())
         names = (
             "health, ready, metrics, in-flight, policy, queues, queues/REGION/ACCOUNT/NAME, reset"
         )
-        return _status_reply(404, f"the paths are {names}\n")
+        return _own_reply(404, f"the paths are {names}\n")
 
 
-def _status_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
+def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
 
@@ -8059,13 +7820,12 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
             attributes["IsDelayed"] = str(message["State"] == "delayed").lower()
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
-    output = {"Messages": messages} if messages else {}
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
-    reply = AWS_QUERY.output(call, SQS_MODEL, output, random_id())
+    reply = AWS_QUERY.output(call, SQS_MODEL, {"Messages": messages}, random_id())
     if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
         return reply
     root = ElementTree.fromstring(reply.body)
-    return _status_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
+    return _own_json({root.tag.rpartition("}")[2]: _json_of_xml(root)})
 
 
 def _json_of_xml(element: ElementTree.Element) -> Any:
@@ -8077,8 +7837,8 @@ def _json_of_xml(element: ElementTree.Element) -> Any:
     return single or element.text
 
 
-def _status_json(document: Any) -> Reply:
-    return _status_reply(200, _to_json(document).decode(), "application/json")
+def _own_json(document: Any) -> Reply:
+    return _own_reply(200, _to_json(document).decode(), "application/json")
 
 
 def is_preflight(request: Request) -> bool:
@@ -8091,9 +7851,8 @@ def is_preflight(request: Request) -> bool:
     return request.method == "OPTIONS" and asked and unsigned and empty
 
 
-def check_page(
-    request: Request, hosts: frozenset[str], any_address: bool = False, preflight: bool = False
-) -> None:
+def check_page(request: Request, hosts: frozenset[str], any_address: bool = False,
+        preflight: bool = False) -> None:  # fmt: skip
     """Raise ServiceError AccessDenied for a request that another site's web page may have sent.
 
     Browsers name the page's origin (Fetch Metadata Request Headers, 2.3; RFC 6454, 7).  If the
@@ -8149,7 +7908,8 @@ class Store:
 
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
-        self._sqs, self._changes, self._lock = sqs, Changes(), threading.Lock()
+        self._sqs, self._changes = sqs, Changes({}, set(), [], set())
+        self._lock = threading.Lock()
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._cleaned = 0.0
         try:
@@ -8196,9 +7956,9 @@ class Store:
                 told = time.monotonic()
                 log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
-            queue = queues[serial]
-            if isinstance(queue, FifoQueue):
-                queue.recall(key, kept)
+            names, queue = tuple(json.loads(key)), queues[serial]
+            memory = queue.sends if len(names) > 1 else queue.attempts
+            memory[names] = tuple(json.loads(kept))
         for queue in queues.values():
             queue.changes = self._changes
         sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]
@@ -8206,7 +7966,7 @@ class Store:
 
     def commit(self) -> None:
         """Save all changes.  Raise ServiceError ServiceUnavailable if the disk takes none."""
-        if not (self._changes or self._lock.locked() or self._unsaved):
+        if not (any(self._changes) or self._lock.locked() or self._unsaved):
             return
         with self._lock:
             with self._sqs.lock:
@@ -8244,7 +8004,7 @@ class Store:
                 more = _to_json(it.attributes) if it.attributes else b""
                 fixed = (it.sent, _to_json(it.system), it.body, more)
                 new.append((serial, message_id, *state, it.hidden_until, *fixed))
-        there = set(filter(self._sqs.has, changes.queues))
+        there = {it for it in changes.queues if self._sqs.queues.get(it.arn) is it}
         ended = [(it.serial,) for it in changes.queues - there]
         emptied = [*ended, *((serial,) for serial in changes.cleared)]
         taken = (
@@ -8256,9 +8016,9 @@ class Store:
             ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
              " where serial = ? and id = ?", changed),
             (f"replace into messages values (null{', ?' * 11})", new),
-            ("replace into memory values (?, ?, ?, ?)", list(changes.memory.values())),
+            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()),
         )  # fmt: skip
-        for held in (changes.messages, changes.queues, changes.memory, changes.cleared):
+        for held in changes:
             held.clear()
         return [(statement, rows) for statement, rows in taken if rows]
 
@@ -8272,24 +8032,27 @@ class Store:
 class Pending:
     """A call that waits for its reply.
 
-    The loop calls `proceed` when `socket` is readable.  Without one, a worker calls `wait`."""
+    If `is_sent`, the loop calls `proceed` when `connection` is readable, else a worker `wait`."""
+
+    is_sent = False
 
     def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
-        attempt, self._data = begun or (None, b"")
-        self.socket = attempt.connection.socket if attempt else None
-        self.timeout = attempt.connection.timeout if attempt else math.inf
-        self.is_poll = bool(attempt and attempt.call.action == RECEIVE)  # waits for messages
         self._proxy, self._exchange, self._act = proxy, exchange, act
-        self._attempt: Any = attempt
+        self._attempt: Any = None
+        if begun:
+            self._attempt, self._data = begun
+            self.connection, call = self._attempt.connection, self._attempt.call
+            self.is_poll = call.action == RECEIVE  # waits for messages
+            self._act = functools.partial(call.route.target._settled, self._attempt)
 
     def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
-        if self.socket:
-            call, connection = self._attempt.call, self._attempt.connection
-            call.upstream_seconds = -time.monotonic()  # the upstream's answer adds its own time
-            if not connection.send_now(self._data):
-                connection.close()  # the call was not sent completely
-                self.socket = None
+        if self._attempt:
+            # The upstream's answer adds its own time.
+            self._attempt.call.upstream_seconds = -time.monotonic()
+            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
+            if not self.is_sent:
+                self.connection.close()  # `wait` takes another one
 
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
@@ -8299,31 +8062,28 @@ class Pending:
             return self._proxy.refuse(self._exchange, error)
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
-        if result is None:
-            return None
-        self.socket, self._act = None, result
-        return self
+        self.is_sent = result is None
+        return None if self.is_sent else self
 
     def wait(self) -> Reply:
         """Wait for the reply."""
-        if self.socket:  # the call was sent
-            self._act = functools.partial(self._attempt.call.route.target._settled, self._attempt)
         try:
             return self._proxy.observed(self._exchange, self._act())
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
-    def cut_short(self) -> tuple[Reply, Callable[[], None]]:
-        """Return an answer without messages, and a function that puts later messages back."""
+    def cut_short(self) -> Reply:
+        """Return an answer without messages, and let a worker put later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
-        put_back = call.route.target.let_go(self._attempt)
-        return self._proxy.observed(self._exchange, no_messages(call, request_id)), put_back
+        self._proxy.workers.run(call.route.target.let_go(self._attempt))
+        return self._proxy.observed(self._exchange, no_messages(call, request_id))
 
-    def give_up(self, why: str = "it took too long") -> Reply:
+    def give_up(self) -> Reply:
         """Close the connection, and return the refusal of the call."""
-        call, connection = self._attempt.call, self._attempt.connection
-        connection.close()
-        error = UpstreamError(f"no answer from {connection.endpoint.origin}: {why}")
+        self.connection.close()
+        call = self._attempt.call
+        why = "the client has left" if call.request.abandoned() else "it took too long"
+        error = UpstreamError(f"no answer from {self.connection.endpoint.origin}: {why}")
         return self._proxy.refuse(self._exchange, call.route.target._given_up(call, error))
 
 
@@ -8344,9 +8104,8 @@ class Proxy:
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
     hosts: further names of the proxy
-    guard: checks the clients' policies"""
-
-    _any_address = False  # whether all clients may see our own paths, and nothing else
+    guard: checks the clients' policies
+    admin: True serves the paths of `status` to all clients, and nothing else"""
 
     def __init__(
         self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
@@ -8354,11 +8113,12 @@ class Proxy:
         regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
         scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
         status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = (), guard: Optional[Guard] = None
+        hook_seconds: float = 60, hosts: Iterable[str] = (), admin: bool = False,
+        guard: Optional[Guard] = None
     ) -> None:  # fmt: skip
         self._guard = guard or Guard()
         self.draining = False  # whether the process ends soon: calls receive no messages
-        self._account_id, self._verified = account_id, verified
+        self._account_id, self._verified, self._admin = account_id, verified, admin
         self.clients = clients
         self.sqs = sqs or Sqs(steady_time if clock is time.time else clock)
         default = [Route(pattern, Embedded(self.sqs)) for pattern, _ in DEFAULT_ROUTES]
@@ -8369,9 +8129,9 @@ class Proxy:
         self._public_url, self._scheme = public_url.rstrip("/"), scheme
         self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
         self.max_body, self._clock, self._status = max_body, clock, status
-        self._hooks, self._hook_seconds, self._workers = hooks, hook_seconds, Workers()
+        self._hooks, self._hook_seconds, self.workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
-        self._searches: collections.deque[float] = collections.deque(maxlen=MAX_SEARCHES)
+        self._searches = collections.deque([-math.inf] * MAX_SEARCHES, MAX_SEARCHES)
         self._steps = (self._own_path, self._verify, self._find_call, self._find_target,
             self._act, self._save)  # fmt: skip
         self._known_route = functools.lru_cache(maxsize=1024)(self._find_route)
@@ -8455,16 +8215,16 @@ class Proxy:
     def _own_path(self, exchange: Exchange) -> None:
         request, status = exchange.request, self._status
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
-        if status and (self._any_address or (own and is_loopback(request.peer))):
-            exchange.outcome = status.reply_to(request, self.hosts, self._any_address)
+        if status and (self._admin or (own and is_loopback(request.peer))):
+            # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
+            exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
 
     def _may_search(self) -> bool:
         """Return whether fewer than MAX_SEARCHES began within a second."""
-        now, searches = time.monotonic(), self._searches
-        if len(searches) == MAX_SEARCHES and now < searches[0] + 1:
-            return False
-        searches.append(now)
-        return True
+        now, oldest = time.monotonic(), self._searches[0]
+        if may_search := now >= oldest + 1:
+            self._searches.append(now)
+        return may_search
 
     def check(self, request: Request) -> Exchange:
         """Verify a request without answering it."""
@@ -8476,9 +8236,15 @@ class Proxy:
             exchange.refused, exchange.error = error, error.code
         return exchange
 
-    def judge(self, request: Request) -> None:
-        """Raise ServiceError if the head of a request refuses it; the body is not read."""
-        self._check_head(self._exchange(request))
+    def judge(self, request: Request, length: int) -> int:
+        """Return the limit of the body, or raise ServiceError if the head refuses the request."""
+        streams = claim(request)[1].service in S3_FAMILY  # an object streams without a limit
+        longest = sys.maxsize if streams and not self._admin else self.max_body
+        if length > longest:
+            raise too_large(longest)
+        if not self._admin:
+            self._check_head(self._exchange(request))
+        return longest
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
@@ -8589,7 +8355,7 @@ class Proxy:
         answers = (self._bounded(Reply, it.before, call) for it in hooks if it.before)
         reply = next(filter(None, answers), None)
         if reply is None:
-            call.changed = call.is_read and call.wire.input(call) != call.input
+            call.changed = "input" in call.__dict__ and call.wire.input(call) != call.input
             bounded = functools.partial(self._bounded, Request)
             call.rewrites = [functools.partial(bounded, it.rewrite) for it in hooks if it.rewrite]
             reply = act()
@@ -8608,7 +8374,7 @@ class Proxy:
             except Exception as error:
                 outcome.put((None, error))
 
-        self._workers.run(_run)
+        self.workers.run(_run)
         name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
         try:
             result, error = outcome.get(timeout=self._hook_seconds)
@@ -8720,16 +8486,10 @@ class Proxy:
         presigned = "authorization" not in request.fields and not exchange.unsigned
         if name in S3_FAMILY:
             declared = request.header("x-amz-content-sha256") or "UNSIGNED-PAYLOAD"
-            body = streamed_body(request, _NO_AUTHORIZATION, declared, b"", checked=False)
+            body = streamed_body(request, declared, None)
             return Verified(client, scope, body, "UNSIGNED-PAYLOAD", presigned)
         body, payload_hash = self._spool(exchange, request.body)
         return Verified(client, scope, body, payload_hash, presigned)
-
-    def longest_body(self, head: Head) -> int:
-        """Return the limit of a request's body; the objects of Amazon S3 stream without one."""
-        request = Request(head.method, head.target, head.headers, io.BytesIO())
-        streams = claim(request)[1].service in S3_FAMILY and self.max_body > 0  # it is 0 in Admin
-        return sys.maxsize if streams else self.max_body
 
     def _spool(self, exchange: Exchange, body: Body) -> tuple[Body, str]:
         """Return a body that can be read again, and its SHA-256; a long one is in a file."""
@@ -8752,18 +8512,6 @@ class Proxy:
         if size > self.max_body:
             raise too_large(self.max_body)
         return file, digest.hexdigest()
-
-
-class Admin(Proxy):
-    """Answers on the --admin port, which serves only the `/_awsproxy/` paths."""
-
-    _any_address = True  # Kubernetes probes use the pod's.  DNS rebinding needs a name.
-
-    def __init__(self, status: Status, hosts: Iterable[str] = ()) -> None:
-        super().__init__({}, hosts=hosts, max_body=0, status=status)
-
-    def _check_head(self, exchange: Exchange) -> None:
-        """Refuse no head: these requests need no signature."""
 
 
 def has_demo_key(clients: Clients) -> bool:
@@ -8803,6 +8551,7 @@ SECONDS_LINGERING = 2
 MAX_HELD = 50331648  # bytes of incomplete requests, of all connections together
 _HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR
 _READ = selectors.EVENT_READ
+_NO_HEAD = re.compile(rb"\A\x16|(?<!\r)\n")  # a ClientHello of TLS (RFC 8446, 5.1), or a bare LF
 _http_date = functools.lru_cache(maxsize=4)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
@@ -8841,18 +8590,17 @@ class PeerConnection:
         """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
         if self in self.server.queue or not self.parked:  # or a worker owns it
             return
-        if self.pending:
-            self.server.interrupted(self, self.pending)
+        if pending := self.pending:  # what a client says meanwhile can wait
+            self.server.unpark(self)
+            if self.abandoned():
+                end = pending.cut_short if pending.is_poll else pending.give_up
+                self.server.settle(self, end())
             return
         try:
             data = self.socket.recv(65536)
         except (BlockingIOError, ssl.SSLWantReadError):
             return
-        except OSError as error:  # or TLS must send, and the client does not read
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                message = "This port speaks TLS: the URL must begin with https."
-                self._refuse(ServiceError("BadRequest", message), past_tls=True)
-                return
+        except OSError:  # or TLS must send, and the client does not read
             data = b""
         if not data:
             self.close()
@@ -8881,16 +8629,12 @@ class PeerConnection:
         """Parse a head, and return where it and its body end in the buffer.
 
         None if it is incomplete or refused, or if a worker is to read the body."""
-        if self.buffer[:2] == b"\x16\x03":  # a ClientHello (RFC 8446, 5.1)
-            log.warning("%s sent TLS to this plain port: use http:// or add --tls-cert", self.peer)
-            self.close()
-            return None
         if self.buffer[:2] == b"\r\n":  # RFC 9112, 2.2
             self.buffer = re.sub(rb"\A(?:\r\n)+", b"", self.buffer)
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", max(self.scanned - 3, 0)) + 4
         if end == 3:
-            if len(buffer) <= MAX_HEAD and not BARE_LF.search(buffer, max(self.scanned - 1, 0)):
+            if len(buffer) <= MAX_HEAD and not _NO_HEAD.search(buffer, max(self.scanned - 1, 0)):
                 self.scanned = len(buffer)
                 return None
             end = len(buffer)
@@ -8902,17 +8646,15 @@ class PeerConnection:
             beyond = end + (length or 0)
             if waits or len(buffer) < beyond:
                 # Nothing is kept for somebody who will be refused anyway, and no thread waits.
-                longest = self.server.proxy.longest_body(head)
-                if beyond - end > longest:
-                    raise too_large(longest)
-                self.server.proxy.judge(head.request(io.BytesIO(), self.peer, self.abandoned))
+                request = head.request(io.BytesIO(), self.peer, self.abandoned)
+                longest = self.server.proxy.judge(request, length or 0)
         except ServiceError as error:
-            self.head = head or salvage_head(buffer[:end])
-            self._refuse(error.without_frames())
+            self.head, self.lingering = head or salvage_head(buffer[:end]), True
+            self._send(self.refusal(error), close=False)
             return None
         if waits:
             self.buffer = buffer[end:]
-            self.server.work(self, functools.partial(self._converse, length))
+            self.server.work(self, functools.partial(self._converse, length, longest))
             return None
         return end, beyond
 
@@ -8921,21 +8663,10 @@ class PeerConnection:
         request = self.head.request(io.BytesIO(), self.peer, self.abandoned)
         return self._encoded(self.server.proxy.handle(request, error), close=True)
 
-    def _refuse(self, error: ServiceError, past_tls: bool = False) -> None:
-        """Send a refusal, and linger."""
-        data, sock = self.refusal(error), self.socket
-        with contextlib.suppress(OSError):
-            sent = socket.socket.send(sock, data) if past_tls else sock.send(data)
-            if sent == len(data):
-                self._linger()
-                self.server.park(self)
-                return
-        self.close()
-
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
-        if isinstance(outcome, Pending) and outcome.socket:
-            self.server.wait(self, outcome, outcome.socket)
+        if isinstance(outcome, Pending) and outcome.is_sent:
+            self.server.wait(self, outcome)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
             close = self._closes()
             self._send(self._encoded(outcome, close), close)
@@ -8967,7 +8698,9 @@ class PeerConnection:
         if close:
             self.close()
             return
-        if self.writing:
+        if self.lingering:
+            self._linger()
+        if self.writing or self.lingering:
             self.writing = False
             self.server.unpark(self)
             self.server.park(self)
@@ -9002,15 +8735,14 @@ class PeerConnection:
 
     # ---- In a worker, which may wait; each returns whether the connection stays open ----
 
-    def _converse(self, length: Optional[int]) -> bool:
-        """Answer a request while its body arrives."""
+    def _converse(self, length: Optional[int], longest: int) -> bool:
+        """Answer a request while its body arrives: `length` bytes, or chunks up to `longest`."""
         source = Stream(self._receive, self.buffer)
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(self.head) else None
-        body: LengthBody = ChunkedBody(source, self.server.proxy.longest_body(self.head), begin)
-        if length is not None:
-            body = LengthBody(source, length, begin)
+        chunked = ChunkedBody(source, longest, begin)
+        body = chunked if length is None else LengthBody(source, length, begin)
         reply = self.server.proxy.handle(self.head.request(body, self.peer, self.abandoned))
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer
@@ -9088,7 +8820,7 @@ class Server(http.server.HTTPServer):
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
     def __init__(
-        self, address: tuple[str, int], proxy: Union[Proxy, Admin], *, timeout: float = 60,
+        self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
         max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
@@ -9102,18 +8834,14 @@ class Server(http.server.HTTPServer):
         self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections, self._certificate = max_connections, certificate
-        self._when_woken = when_woken
+        self._when_woken, self._every_half_second = when_woken, every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
-        self._longest_lag = 0.0
-        self._regular = (self._check_deadlines, every_half_second, self._answer)
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[Pending] = []  # whose upstreams have sent something
+        self._heard: list[PeerConnection] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
-        # Calls that wait for an upstream: on which socket, and for whom.
-        self._pending: dict[Pending, tuple[socket.socket, PeerConnection]] = {}
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping, self._stopped = False, threading.Event()
@@ -9128,22 +8856,15 @@ class Server(http.server.HTTPServer):
         tick = time.monotonic() + poll_interval
         while not self._stopping:
             ready = self._selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
-            looked = time.monotonic()
             for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
                 self._guarded(self._answer)
             if time.monotonic() >= tick:
                 tick = time.monotonic() + poll_interval
-                for act in self._regular:
+                for act in (self._check_deadlines, self._every_half_second, self._answer):
                     self._guarded(act)
-            self._longest_lag = max(self._longest_lag, time.monotonic() - looked)
         self._stopped.set()
-
-    def take_lag(self) -> float:
-        """Return the longest turn of the loop since the last call, in seconds."""
-        lag, self._longest_lag = self._longest_lag, 0.0
-        return lag
 
     def limit_held(self, size: int) -> None:
         """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
@@ -9155,20 +8876,18 @@ class Server(http.server.HTTPServer):
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
         waiting = [c for c in self.connections if c.parked and not c.pending]
-        for connection in sorted(waiting, key=lambda c: len(c.buffer), reverse=True):
-            if held <= MAX_HELD * 3 // 4:
-                break
-            held -= len(connection.buffer)
-            connection.close()
-        release_memory()
+        waiting.sort(key=lambda c: len(c.buffer))
+        while waiting and held > MAX_HELD * 3 // 4:
+            held -= len(waiting[-1].buffer)
+            waiting.pop().close()
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
-        heard = [pending for pending in self._heard if pending in self._pending]  # not cut short
+        heard = [(c, c.pending.proceed()) for c in self._heard if c.pending]  # not cut short
         self._heard.clear()
-        for pending, outcome in [(pending, pending.proceed()) for pending in heard]:
+        for connection, outcome in heard:
             if outcome is not None:
-                self._settle(pending, outcome)
+                self.settle(connection, outcome)
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
@@ -9211,9 +8930,9 @@ class Server(http.server.HTTPServer):
     def server_close(self) -> None:
         """Close the listener and all connections."""
         self.socket.close()
-        while self._pending:
-            self._pending.popitem()[0].give_up()
         for connection in list(self.connections):
+            if connection.pending:
+                connection.pending.give_up()
             if connection.parked or connection.pending:
                 connection.close()
             else:  # a worker owns it: after a close, it would continue without TLS
@@ -9229,28 +8948,14 @@ class Server(http.server.HTTPServer):
     @property
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
-        busy = any(c.writing or c.lingering or not c.parked for c in self.connections)
-        return not (busy or self._pending or self.queue or self._replies)
+        busy = any(c.writing or c.lingering or c.pending or not c.parked for c in self.connections)
+        return not (busy or self.queue or self._replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
-        for pending in [p for p in self._pending if p.is_poll]:
-            self._cut_short(pending)
-
-    def interrupted(self, connection: PeerConnection, pending: Pending) -> None:
-        """End the call of a client that has hung up; what another client says can wait."""
-        self.unpark(connection)
-        if not connection.abandoned():
-            return
-        if pending.is_poll:
-            self._cut_short(pending)
-        else:
-            self._settle(pending, pending.give_up("the client has left"))
-
-    def _cut_short(self, pending: Pending) -> None:
-        reply, put_back = pending.cut_short()
-        self._settle(pending, reply)
-        self._workers.run(put_back)
+        for connection, pending in [(c, c.pending) for c in self.connections]:
+            if pending and pending.is_poll:
+                self.settle(connection, pending.cut_short())
 
     @property
     def calls(self) -> int:
@@ -9320,23 +9025,25 @@ class Server(http.server.HTTPServer):
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        for pending in [p for p, (_, c) in self._pending.items() if c.deadline < now]:
-            self._settle(pending, pending.give_up())
-        for connection in [c for c in self.connections if c.deadline < now and c.parked]:
-            connection.close()
+        for connection in [c for c in self.connections if c.deadline < now]:
+            if connection.pending:
+                self.settle(connection, connection.pending.give_up())
+            elif connection.parked:
+                connection.close()
         if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
             self._selector.register(self.socket, _READ, self._accept)
 
-    def wait(self, connection: PeerConnection, pending: Pending, sock: socket.socket) -> None:
+    def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        connection.pending, connection.deadline = pending, time.monotonic() + pending.timeout
-        self._pending[pending] = (sock, connection)
-        self._selector.register(sock, _READ, functools.partial(self._heard.append, pending))
+        upstream, act = pending.connection, functools.partial(self._heard.append, connection)
+        connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
+        self._selector.register(upstream.socket, _READ, act)
 
-    def _settle(self, pending: Pending, outcome: Outcome) -> None:
-        sock, connection = self._pending.pop(pending)
+    def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
+        """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
+        assert connection.pending
         with contextlib.suppress(KeyError, ValueError):  # it is closed
-            self._selector.unregister(sock)
+            self._selector.unregister(connection.pending.connection.socket)
         connection.pending = None
         if connection in self.connections:
             self.park(connection)
@@ -9453,7 +9160,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
-        """Return the number in the text; ArgumentTypeError if it is out of range."""
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
@@ -9469,13 +9175,10 @@ def _client(text: str) -> Client:
     return Client(key, key, secret)
 
 
-def _matching(pattern: str, form: str) -> Callable[[str], Any]:
-    def _match(text: str) -> Any:
-        if not (found := re.fullmatch(pattern, text)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
-        return found.groups() or text
-
-    return _match
+def _matched(pattern: str, form: str, text: str) -> Any:
+    if not (found := re.fullmatch(pattern, text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    return found.groups() or text
 
 
 def _public_url(text: str) -> str:
@@ -9486,7 +9189,7 @@ def _public_url(text: str) -> str:
 
 
 def _route(text: str) -> tuple[str, str]:
-    pattern, target = _matching("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'")(text)
+    pattern, target = _matched("([!-~]+)=([^=]*)", "PATTERN=TARGET, as in 's3:Get*=aws'", text)
     return pattern, _target_name(target)
 
 
@@ -9503,13 +9206,13 @@ def _target_name(text: str) -> str:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, port = _matching(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT")(text)
+    host, port = _matched(r"\[?(.+?)\]?:([0-9]+)", "HOST:PORT", text)
     return host, _number(int, 0, 65535)(port)
 
 
-_account_id = _matching(_ACCOUNT_ID.pattern, "12 digits")
-_NAME = _SCOPE_NAME.pattern
-_scope = _matching(f"({_NAME})/({_NAME})", "SERVICE/REGION, as in sqs/us-east-1")
+_account_id = functools.partial(_matched, _ACCOUNT_ID.pattern, "12 digits")
+_SCOPE = f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})"
+_scope = functools.partial(_matched, _SCOPE, "SERVICE/REGION, as in sqs/us-east-1")
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
@@ -9677,14 +9380,14 @@ class Program:
             reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
-            admin, most = Admin(self._status, self.proxy.hosts), self.ADMIN_CONNECTIONS
+            admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
+            most = self.ADMIN_CONNECTIONS
             self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
         """Add the metrics that a scrape reads on demand."""
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
-        gauge("loop_lag_seconds", "Longest loop delay since the last scrape.", server.take_lag)
         gauge("log_lines_dropped", "Log lines that were lost.", lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
         gauge("calls", "Calls in progress.", lambda: server.calls)
@@ -9838,7 +9541,6 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
-        release_memory()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
@@ -9898,9 +9600,8 @@ def running(
     """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
     `clock` is the time of the queues; `options` are more arguments of Proxy."""
-    sqs = Sqs(clock or steady_time)
-    if clock:
-        clock.wake = sqs.wake
+    sqs = Sqs(clock := clock or MovableClock())
+    clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
     guard = options.setdefault("guard", Guard())
@@ -9981,14 +9682,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         writer.close()
 
 
-def release_memory() -> None:
-    """Return the memory that compiled this file, some 15 MB, to the system, if glibc can."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 # [10.6] Routes of the flags
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
@@ -10020,56 +9713,11 @@ def raise_file_limit(wanted: int) -> int:
     soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
     more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < more:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-        except (OSError, ValueError):  # the system has a lower limit
-            return soft
+            return more
+        return soft
     return more
-
-
-_REST = {"rest-json", "rest-xml"}
-_NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
-_KNOWN_NAMES = {name.lower(): name for name in _NAMES}
-
-
-def nearest_pattern(pattern: str) -> Optional[str]:
-    """Return None if a pattern can match an action; otherwise a similar pattern, or ""."""
-    if set(pattern) == {"*"}:
-        return None
-    prefix, colon, operation = pattern.lower().partition(":")
-    services = [name for name in _KNOWN_NAMES if colon and glob_matches(prefix, name)]
-    if any(_can_match(service, operation) for service in services):
-        return None
-    if services:
-        service, known = services[0], _known_operations(services[0])
-        other = "*" if known or not SPEAKS.get(service, REST_JSON) & _REST else "POST/path"
-        close = difflib.get_close_matches(operation, known, 1, 0.5)
-        return f"{_KNOWN_NAMES[service]}:{known[close[0]] if close else other}"
-    for service in ("sqs", "s3") if not colon else ():  # the pattern may be an operation
-        if prefix in (known := _known_operations(service)):
-            return f"{service}:{known[prefix]}"
-    for service in difflib.get_close_matches(prefix, _KNOWN_NAMES, 1, 0.85 if colon else 0.5):
-        return f"{service}:{operation or '*'}"
-    return None if colon else ""  # most services of REST are not known here
-
-
-def _known_operations(service: str) -> Mapping[str, str]:
-    known: Iterable[str] = MODELS[service].operations if service in MODELS else ()
-    if service in ("s3", "s3express"):
-        versioned = (name.replace("Object", "ObjectVersion", 1) for name in _S3_VERSIONED)
-        known = sorted({*S3_ACTIONS.values(), *versioned})
-    return {name.lower(): name for name in known}
-
-
-def _can_match(service: str, pattern: str) -> bool:
-    known, spoken = _known_operations(service), SPEAKS.get(service, REST_JSON)
-    if pattern and "/" not in pattern and (known or spoken & {"json", "query"}):
-        return any(glob_matches(pattern, name) for name in known or [pattern])
-    start = re.split("[*?]", pattern, maxsplit=1)[0]
-    return bool(spoken & _REST) and any(
-        f"{start}/".startswith(f"{name}/") or (start != pattern and name.startswith(start))
-        for name in map(str.lower, METHODS)
-    )
 
 
 if __name__ == "__main__":

@@ -3597,7 +3597,6 @@ BROKEN_SIGNERS = [
         JSON_TRIAL._replace(block=lambda v: v.replace(":8081", ""), text=lambda v: v + "\n"),
     ),
     ("swapped key and message", JSON_TRIAL._replace(key=swapped, mac=lambda k, t: hmac_sha256(t, k))),
-    ("swapped key and message", JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(t, k))),
     (
         "derived key in hex",
         JSON_TRIAL._replace(mac=lambda k, t: hmac_sha256(k.hex().encode(), t)),
@@ -3654,13 +3653,8 @@ BROKEN_SIGNERS = [
         target="/?b=1&B=2&a=3", query=lambda v: "a=3&b=1&B=2", secret=lambda v: v[4:])),
     ("backslash.*string to sign, and it .*backslash", JSON_TRIAL._replace(
         whole=replaced("\n", "\\n"), text=replaced("\n", "\\n"))),
-    ("base64: take its characters", JSON_TRIAL._replace(
-        secret=lambda v: base64.b64decode(v[4:] + "===").decode("latin-1"),
-        key=lambda k, steps: chained(b"AWS4" + k.decode().encode("latin-1"), steps))),
     ("derived key in hex or base64", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
         lambda k, it: base64.b64encode(hmac_sha256(k, it.encode())), steps, k))),
-    ("SHA-256 of key and message", JSON_TRIAL._replace(key=lambda k, steps: functools.reduce(
-        lambda k, it: hashlib.sha256(k + it.encode()).digest(), steps, k))),
     ("AWS4.*region us-east-1|region us-east-1.*AWS4", JSON_TRIAL._replace(
         secret=lambda v: v[4:], steps=lambda s: [s[0], "us-east-1", *s[2:]])),
     ("form of the time in the string to sign", JSON_TRIAL._replace(
@@ -4353,8 +4347,6 @@ class AwsChunkedTest(unittest.TestCase):
         }
         target = "/examplebucket/chunkObject.txt"
         clients = {S3_EXAMPLE.access_key_id: [S3_EXAMPLE]}
-        scope = CredentialScope("20130524", "us-east-1", "s3")
-        key = awsproxy.signing_key(S3_EXAMPLE.secret_access_key, scope)
         for size in SIZES:
             request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
             body = verify(request, clients, S3_TIME).body
@@ -4362,7 +4354,8 @@ class AwsChunkedTest(unittest.TestCase):
                 self.assertEqual(taken(body, size), (b"a" * 66560, None))
         request = Request("PUT", target, tuple(headers.items()), io.BytesIO(wire))
         body = verify(request, clients, S3_TIME).body
-        signer = awsproxy.ChunkSigner(key, scope, "20130524T000000Z", seed)
+        claimed = awsproxy.parse_authorization(request)
+        signer = awsproxy.ChunkSigner(S3_EXAMPLE.secret_access_key, claimed)
         self.assertEqual(b"".join(awsproxy.aws_chunks(body, signer)), wire)
         self.assertEqual(awsproxy.aws_chunked_length(body), len(wire))
 
@@ -4432,7 +4425,6 @@ class AwsChunkedTest(unittest.TestCase):
         names = ("crc32", "crc32c", "crc64nvme", "sha1", "sha256")
         random_lengths = random.Random(1).sample(range(300000), 20)
         lengths = (0, 1, 15, 16, 255, 256, 65535, 65536, 65537, 131072, 200000, *random_lengths)
-        scope = CredentialScope("20150830", "us-east-1", "s3")
         values = {"crc32c": "mnG7TA==", "crc64nvme": "AAAAAAAAAAA="}
         for length in lengths:
             data = b"x" * length
@@ -4443,7 +4435,8 @@ class AwsChunkedTest(unittest.TestCase):
                 for kind in (CHUNKS_TRAILER, UNSIGNED_TRAILER) if chosen else (CHUNKS,):
                     made, wire = streamed(kind, (data,) if data else (), given)
                     body = checked_body(made, wire)
-                    signer = awsproxy.ChunkSigner(b"k", scope, "", "") if body.signed else None
+                    claimed = awsproxy.Authorization("", CredentialScope("", "", "s3"), (), "", "")
+                    signer = awsproxy.ChunkSigner("k", claimed) if body.signed else None
                     for size in (65536, 1000):
                         body = checked_body(made, wire)
                         with self.subTest(length=length, kind=kind, names=chosen, size=size):
@@ -7689,7 +7682,7 @@ class AttributesTest(Spoken):
                 "KmsDataKeyReusePeriodSeconds": "600",
             },
         )
-        self.set(url, KmsMasterKeyId="", KmsDataKeyReusePeriodSeconds="300")
+        self.set(url, KmsMasterKeyId="", KmsDataKeyReusePeriodSeconds="")
         self.assertEqual(self.attributes(url, *asked), {"SqsManagedSseEnabled": "false"})
         self.set(url, SqsManagedSseEnabled="true")
         self.assertEqual(self.attributes(url, *asked), {"SqsManagedSseEnabled": "true"})
@@ -8849,8 +8842,8 @@ class ReceiveTest(Spoken):
             ("MaxNumberOfMessages", 0, "Must be between 1 and 10, if provided."),
             ("MaxNumberOfMessages", 11, "Must be between 1 and 10, if provided."),
             ("MaxNumberOfMessages", -1, "Must be between 1 and 10, if provided."),
-            ("WaitTimeSeconds", -1, "Must be >= 0 and <= 20, if provided."),
-            ("WaitTimeSeconds", 21, "Must be >= 0 and <= 20, if provided."),
+            ("WaitTimeSeconds", -1, "Must be between 0 and 20, if provided."),
+            ("WaitTimeSeconds", 21, "Must be between 0 and 20, if provided."),
             ("VisibilityTimeout", -1, None),
             ("VisibilityTimeout", 43201, None),
         ):
@@ -11101,11 +11094,17 @@ class RoleTest(ChainTest):
             ("demo", "demo"), ("x" * 64, "x" * 64), ("x" * 65, "x" * 64), (None, "awsproxy"),
             ("", "awsproxy"), ("a b/c:d", "a-b-c-d"), ("A_1+=,.@-z", "A_1+=,.@-z"),
         ]  # fmt: skip
+
+        def session_name(given):
+            role_arn = "arn:aws:iam::1:role/A"
+            self.found(environment("E"), role_arn=role_arn, session_name=given)
+            return self.assumed[-1][2]["RoleSessionName"]
+
         for given, expected in rows:
-            self.assertEqual(awsproxy.session_name(given), expected)
+            self.assertEqual(session_name(given), expected)
         for given in ("a", "-", "\u00e9", "a\n", " ", "-" * 70, "\u0662\u0662", "x" * 63 + "\n"):
             with self.subTest(given):
-                made = awsproxy.session_name(given)
+                made = session_name(given)
                 self.assertRegex(made, r"\A[A-Za-z0-9_+=,.@-]{2,64}\Z")
 
 
@@ -11249,25 +11248,6 @@ class NoOtherIdentityTest(ChainTest):
         config = f"[default]\ncredential_process = {command}\n"
         self.assertIn("its process ended with 1: no ticket", self.skipped(config=config))
 
-    @each(
-        (True, 1, [0.2]),
-        (True, 2, [0.2, 0.8]),
-        (True, 3, [0.2, 0.8]),
-        (False, 1, []),
-    )
-    def test_failure_that_may_pass_is_tried_again(self, passing, results, slept):
-        pauses, clock = [], Clock()
-        good = Credentials("dummykey", "dummysecret")
-        chain = Finding(*[NoKeys("down", passing)] * results, good)
-        cache = CredentialCache(chain, clock, pauses.append)
-        if passing and results < 3:
-            self.assertIs(cache.get(), good)
-        else:
-            with self.assertRaisesRegex(NoKeys, "down") as caught:
-                cache.get()
-            self.assertEqual(caught.exception.passing, passing)
-        self.assertEqual(pauses, slept)
-
     def test_refusal_is_repeated_by_sdks_only_if_the_failure_may_pass(self):
         reason = "profile a: the role arn:aws:iam::111122223333:role/Secret cannot be assumed: "
         reason += "/home/somebody/token cannot be read"
@@ -11275,7 +11255,7 @@ class NoOtherIdentityTest(ChainTest):
             (True, 503, "ServiceUnavailable"),
             (False, 403, "AccessDeniedException"),
         ):
-            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock(), lambda _: None)
+            cache = CredentialCache(Finding(NoKeys(reason, passing)), Clock())
             upstream = Upstream(
                 Endpoint("http", "127.0.0.1", 1), lambda _, cache=cache: cache, Nowhere()
             )
@@ -11622,7 +11602,7 @@ class SsoRefreshTest(ChainTest):
         self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
         self.assertEqual(self.asked, [])
 
-    @each("tempfile.mkstemp", "os.replace")
+    @each("tempfile.mkdtemp", "pathlib.Path.replace")
     def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self, function):
         self.cache_for(0)
         chain, before = self.chain(**self.SESSION), self.cached()
@@ -11674,100 +11654,20 @@ class SsoRefreshTest(ChainTest):
 
 
 class LoginSessionTest(ChainTest):
-    """The keys of `aws login` are used while they are valid (LoginProvider of botocore)."""
+    """A profile of `aws login` is refused with the remedy: its keys are not read."""
 
-    SESSION = "arn:aws:iam::111122223333:user/somebody"
-    # hashlib.sha256(SESSION.encode()).hexdigest(): generate_login_cache_key of botocore
-    NAME = "3ea6d1a7586bb9145ea2770a6c5b2f4e21d50546988a8ca67bf20a82ed1ee82d.json"
-    CONFIG = f"[profile x]\nlogin_session = {SESSION}\nregion = eu-west-1\n"
+    LOGIN = "login_session = arn:aws:iam::111122223333:user/somebody\n"
     REMEDY = "credential_process = aws configure export-credentials .*--format process"
 
-    def cache_keys(self, where=".aws/login/cache", name="L", seconds=3600, **changed):
-        names = ("accessKeyId", "secretAccessKey", "sessionToken")
-        inner = {**dict(zip(names, lasting(name))), "expiresAt": zulu(seconds), **changed}
-        token = {
-            "accessToken": {key: value for key, value in inner.items() if value != "-"},
-            "tokenType": "aws_sigv4",
-            "clientId": "arn:aws:signin:::devtools/same-device",
-            "refreshToken": "dummysecretRefresh",
-            "idToken": "dummysecretId",
-            "dpopKey": "-----BEGIN EC PRIVATE KEY-----\ndummysecret\n",
-        }
-        os.makedirs(os.path.join(self.home, where), exist_ok=True)
-        self.put(f"{where}/{self.NAME}", json.dumps(token))
-
-    def test_unexpired_keys_are_found_in_the_folder_of_the_environment(self):
-        variable = "AWS_LOGIN_CACHE_DIRECTORY"
-        rows = [
-            ("default", {}, ".aws/login/cache"),
-            ("set", {variable: f"{self.home}/other"}, "other"),
-            ("home", {variable: "~/third"}, "third"),
-            ("variable", {variable: "$HOME/fourth"}, "fourth"),
-        ]
-        for name, environ, where in rows:
-            with self.subTest(name):
-                environ = {**NO_METADATA, **environ}
-                self.assertRegex(self.skipped(environ, self.CONFIG, profile="x"), "aws login")
-                self.cache_keys(where)
-                self.assertEqual(self.found(environ, self.CONFIG, profile="x"), lasting("L"))
-                self.assertEqual(self.asked, [])
-
-    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
-    def test_botocore_uses_the_same_file_name(self):
-        from botocore.utils import generate_login_cache_key
-
-        self.assertEqual(generate_login_cache_key(self.SESSION) + ".json", self.NAME)
-
-    def test_keys_that_the_command_line_renewed_are_read_again(self):
-        self.cache_keys(seconds=900)
-        clock = Clock()
-        chain = self.chain(config=self.CONFIG, profile="x", clock=clock)
-        cache = CredentialCache(chain, clock)
-        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 900)
-        self.cache_keys(name="M", seconds=1800)
-        clock.now += 600
-        self.assertEqual(cache.get().access_key_id, "dummykeyM")
-
-    def test_expired_keys_are_refused_with_the_remedy(self):
-        for seconds in (0, -1, -86400):
-            with self.subTest(seconds):
-                self.cache_keys(seconds=seconds)
-                reason = self.skipped(config=self.CONFIG, profile="x")
-                self.assertRegex(reason, f"profile x: .*expired.*{self.REMEDY}")
-        with self.subTest("no login yet"):
-            os.remove(os.path.join(self.home, ".aws/login/cache", self.NAME))
-            reason = self.skipped(config=self.CONFIG, profile="x")
-            self.assertRegex(reason, f"profile x: .*aws login.*{self.REMEDY}")
-
-    def test_malformed_files_are_refused(self):
-        bodies = [b"", b"[]", b"null", b"\xff", b"[" * 100000, b'{"accessToken": "dummysecret"}']
-        for body in bodies:
-            with self.subTest(body=body[:99]):
-                self.cache_keys()
-                self.put(f".aws/login/cache/{self.NAME}", body)
-                self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-        names = ("accessKeyId", "secretAccessKey", "sessionToken", "expiresAt")
-        values = ("-", 5, {"dummysecret": 1}, "dummysecret\nmore")
-        for name in names:
-            for value in values:
-                with self.subTest(name, value=value):
-                    self.cache_keys(**{name: value})
-                    self.assertIn("aws login", self.skipped(config=self.CONFIG, profile="x"))
-
-    def test_a_login_can_be_the_source_of_a_role(self):
-        self.cache_keys()
-        self.known["dummykeyL"] = [Client("", *lasting("L")[:3])]
-        config = role("y", "A", source_profile="x") + self.CONFIG
-        self.assertEqual(self.found(config=config, profile="y"), lasting("A"))
-        self.assertEqual([who for who, _, _ in self.assumed], ["L"])
+    def test_a_login_is_refused_with_the_remedy(self):
+        reason = self.skipped(config=f"[profile x]\n{self.LOGIN}", profile="x")
+        self.assertRegex(reason, f"profile x: .*login_session.*{self.REMEDY}")
 
     def test_no_other_identity_takes_the_place_of_a_login(self):
-        self.cache_keys()
         self.web = self.metadata
-        config = "[default]\nlogin_session = arn:aws:iam::111122223333:user/else\n"
-        self.assertRegex(self.skipped({}, config), "profile default: .*aws login")
+        self.assertRegex(self.skipped({}, f"[default]\n{self.LOGIN}"), "default: .*login")
         self.assertEqual(self.asked, [])
-        both = self.CONFIG + keys("P")
+        both = f"[profile x]\n{self.LOGIN}{keys('P')}"
         self.assertEqual(self.found(config=both, profile="x"), fixed("P"))
 
 
@@ -12002,8 +11902,7 @@ class PartlySetUpTest(ChainTest):
         self.assertEqual(self.found(environ, config), lasting("I"))
 
     def test_one_failure_while_renewing_changes_no_identity(self):
-        clock, pauses = Clock(), []
-        down = [False]
+        clock, down = Clock(), [False]
 
         def fetch(url, headers, **how):
             if down[0] and url.startswith("http://169.254.170.2/"):
@@ -12012,14 +11911,13 @@ class PartlySetUpTest(ChainTest):
 
         self.web = {"http://169.254.170.2/": document("C"), **self.metadata}
         chain = self.chain(RELATIVE, fetch=fetch, clock=clock)
-        cache = CredentialCache(chain, clock, pauses.append)
+        cache = CredentialCache(chain, clock)
         self.assertEqual(cache.get(), lasting("C"))
         down[0] = True
         with self.assertLogs("awsproxy", "WARNING") as logged:
             for seconds in (3300, 3310, 3599):
                 clock.now = EXAMPLE_TIME + seconds
                 self.assertEqual(cache.get(), lasting("C"))
-            self.assertEqual(pauses, [])  # nobody waits while there are good ones
             clock.now = EXAMPLE_TIME + 3600
             with self.assertRaisesRegex(NoKeys, "container: .*503") as caught:
                 cache.get()
@@ -12035,7 +11933,7 @@ class PartlySetUpTest(ChainTest):
     def test_a_failure_that_may_pass_is_remembered_for_one_second(self, passing, seconds):
         clock = Clock()
         chain = Finding(NoKeys("down", passing))
-        cache = CredentialCache(chain, clock, lambda _: None)
+        cache = CredentialCache(chain, clock)
         for now, asked in ((0, True), (seconds - 0.1, False), (seconds, True)):
             clock.now, before = EXAMPLE_TIME + now, chain.times
             with self.assertRaisesRegex(NoKeys, "down"):
@@ -12102,7 +12000,7 @@ class FailureReasonTest(ChainTest):
                 _, url = self.serve((403, body.encode()))
                 fetch = functools.partial(self.redirected, url)
                 chain = self.chain({**NO_METADATA, **BY_IDENTITY}, fetch=fetch)
-                cache = CredentialCache(chain, lambda: EXAMPLE_TIME, lambda _: None)
+                cache = CredentialCache(chain, lambda: EXAMPLE_TIME)
                 with self.assertLogs("awsproxy", "WARNING") as logged:
                     with self.assertRaisesRegex(NoKeys, f"answered 403: {no}"):
                         cache.get()
@@ -12336,7 +12234,7 @@ class Through(unittest.TestCase):
             reused = True
             while reused:
                 connection = pool.take(endpoint)
-                reused = connection.reused
+                reused = connection.idle_since > 0
                 connection.close()
 
     def put(self, raw, method="GET", wire=None):
@@ -14175,6 +14073,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
                 attempt = awsproxy.Attempt(call, None, None, "")
                 connection = attempt.connection = object.__new__(awsproxy.Connection)
                 connection.endpoint, connection.timeout = upstream.endpoint, DEADLINE
+                connection.socket = mock.Mock()
                 connection.source = awsproxy.Stream(
                     lambda size: taken.append(1) or bytes(size), b"HTTP/1.1 200 OK\r\n\r\n"
                 )
@@ -14190,7 +14089,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
         self.assertLess(len(taken), 300)
 
     def test_forms_of_the_session_token_are_masked(self):
-        mask = awsproxy.Mask(session_token=TOKEN)
+        secrets = awsproxy.forms_of_token(TOKEN)
         quoted = TOKEN.replace("+", "%2b").replace("=", "%3d")
         for form in (
             TOKEN,
@@ -14205,7 +14104,7 @@ class AnotherReaderForwardedTest(ForwardMeaning):
             " ".join(f"{byte:02x}" for byte in TOKEN.encode()),
         ):
             with self.subTest(form):
-                hidden = mask.hide(f"<a>{form}</a>".encode())
+                hidden = awsproxy.hide(f"<a>{form}</a>".encode(), secrets)
                 self.assertEqual(hidden, b"<a>" + b"*" * len(form) + b"</a>")
 
     def test_json_is_not_forwarded_as_a_form(self):
@@ -15189,7 +15088,7 @@ class StoreTest(unittest.TestCase):
                 self.assertEqual(caught.exception.code, "ServiceUnavailable")
         self.assertEqual(len(logged.output), 1)
         self.assertEqual(
-            len(caller.sqs._queues["arn:aws:sqs:us-east-1:000000000000:jobs"].messages), 2
+            len(caller.sqs.queues["arn:aws:sqs:us-east-1:000000000000:jobs"].messages), 2
         )  # not one for each try
         self.assertEqual(self.killed().bodies(url, MaxNumberOfMessages=10), ["kept"])
         caller.store._file.execute("pragma max_page_count = 100000")
@@ -15629,9 +15528,9 @@ class InFlightTest(LedgerCase):
         self.caller()
         self.ledger._ask = lambda *_: 30
         for number in range(1200):
-            self.ledger._learn(SimpleNamespace(), ("us-east-1", f"1/q{number}"), 0, ())
-        self.assertEqual(len(self.ledger._timeouts), 1000)
-        self.assertIn(("us-east-1", "1/q1199"), self.ledger._timeouts)
+            self.ledger._learn(SimpleNamespace(), f"us-east-1/1/q{number}", 0, ())
+        self.assertLessEqual(len(self.ledger._timeouts), 1000)
+        self.assertIn("us-east-1/1/q1199", [queue for queue, _ in self.ledger._timeouts])
 
     def test_the_timeout_is_that_of_the_call_or_asked_for_once(self):
         caller = self.caller()
@@ -15934,7 +15833,7 @@ class ForwardedInFlightTest(ForwardCase):
                 protection = awsproxy.TaskProtection(
                     "http://agent", lambda *_: 30, lambda act: act(), Clock()
                 )
-                protection._fetch = lambda *_: b'{"protection":{}}'
+                protection._fetch = lambda *_, **how: b'{"protection":{}}'
                 proxy = self.proxy(upstream, hooks=[protection])
                 with contextlib.redirect_stderr(io.StringIO()):
                     reply = proxy.handle(self.request(operation, **given))
@@ -19251,7 +19150,7 @@ class BrowserTest(MeaningCase):
                  "localhost.evil.example", "1.2.3.4.nip.io")  # fmt: skip
         rows = [(host, (), 200) for host in addresses] + [(host, (), 403) for host in names]
         rows += [("127.0.0.1", headers, 403) for _, headers in self.CROSS]
-        admin = awsproxy.Admin(Status(Metrics()))
+        admin = Proxy({}, max_body=0, status=Status(Metrics()), admin=True)
         for host, headers, status in rows:
             with self.subTest(host, headers=headers):
                 asked = get("/_awsproxy/health", (("Host", host), *headers))
@@ -19261,7 +19160,7 @@ class BrowserTest(MeaningCase):
 class AdminTest(unittest.TestCase):
     def test_it_tells_our_paths_and_no_others(self):
         status = Status(Metrics(), InFlight(None, None))
-        running = Running(awsproxy.Admin(status))
+        running = Running(Proxy({}, max_body=0, status=status, admin=True))
         self.addCleanup(running.stop)
         for method, path, expected in (
             ("GET", "/_awsproxy/health", 200),
@@ -19589,7 +19488,7 @@ class Echo(Proxy):
         self.requests = []
         self.headers = ()
 
-    def judge(self, request):
+    def _check_head(self, exchange):
         return None
 
     def begin(self, requests):
@@ -20375,7 +20274,7 @@ class IdleConnectionTest(SocketTest):
         ("half a head", b"GET /_awsproxy/health HTTP/1.1\r\nHo", 32),
     )
     def test_idle_admin_connections_give_way(self, name, data, count):
-        running = self.start(awsproxy.Admin(Status(Metrics())), 32)
+        running = self.start(Proxy({}, max_body=0, status=Status(Metrics()), admin=True), 32)
         for _ in range(count):
             wire = running.connect()
             wire.send(data)
@@ -20658,19 +20557,13 @@ class TlsTest(SocketTest):
         for connection in begun:
             self.assertEqual(connection.recv(1), b"")
 
-    def test_a_plain_http_request_is_told_to_use_https(self):
+    def test_a_plain_http_request_ends_the_connection(self):
         running = self.start(Proxy(DEMO_CLIENTS))
-        nonsense = socket.create_connection(running.address, DEADLINE)
-        self.addCleanup(nonsense.close)
-        nonsense.sendall(b"\0" * 50)
-        for data in (raw_call(), raw_call(body=b"{}".ljust(9000))):
+        for data in (raw_call(), raw_call(body=b"{}".ljust(9000)), b"\0" * 50):
             with socket.create_connection(running.address, DEADLINE) as connection:
                 connection.sendall(data)
-                answer = read_answer(connection.makefile("rb"))
-                self.assertEqual((answer.status, answer.closes), (400, True))
-                self.assertIn(b"https", answer.body)
-        with contextlib.suppress(ConnectionResetError):
-            self.assertEqual(nonsense.recv(100)[:1], b"\x15")  # an alert
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertIn(connection.recv(100)[:1], (b"", b"\x15"))  # an alert
 
     def test_a_slow_and_steady_reader_gets_the_whole_answer(self):
         running = self.start(timeout=0.6)
@@ -20753,15 +20646,14 @@ class TlsTest(SocketTest):
 
 
 class TlsOnPlainPortTest(ProgramTest):
-    def test_tls_sent_to_a_plain_port_ends_at_once_and_is_logged(self):
-        program = self.start("--quiet")
+    def test_tls_sent_to_a_plain_port_ends_at_once(self):
+        program = self.start()
         context = ssl.create_default_context()
         begin = time.monotonic()
         with self.connect(program) as connection, self.assertRaises((ssl.SSLError, OSError)):
             context.wrap_socket(connection, server_hostname="localhost")
         self.assertLess(time.monotonic() - begin, 20)  # and no timeout
-        line = program.line(3)
-        self.assertRegex(line, "127.0.0.1 sent TLS to this plain port: .* --tls-cert")
+        self.assertIn(" 400 BadRequest ", program.line(3))
         self.assert_alive(program)
 
 
@@ -20957,24 +20849,6 @@ class CrowdOfStrangersTest(ProgramTest):
                 self.assertRegex(connection.recv(12), b"^HTTP/1.1 40[03]$")
 
 
-class LagTest(ProgramTest):
-    def test_the_lag_of_the_loop_is_told_and_reset(self):
-        hook = """\
-            import time
-            def observe(exchange):
-                if exchange.call and exchange.call.operation == "ListQueues":
-                    time.sleep(0.3)
-            """
-        program = self.start("--quiet", hook=hook)
-        name = "awsproxy_loop_lag_seconds"
-        self.assertIsNotNone(metric(program.address, name), "there is no such gauge")
-        program.caller()("ListQueues")
-        self.assertGreater(metric(program.address, name), 0.25)
-        self.assertLess(metric(program.address, name), 0.25)
-        time.sleep(0.6)  # an idle loop does not lag
-        self.assertLess(metric(program.address, name), 0.25)
-
-
 # ==== 10. Command line ====
 
 
@@ -21066,6 +20940,8 @@ class UnmatchablePatternTest(unittest.TestCase):
             ("dynamo:*", r"dynamodb:"),
             ("s3:HeadObject", r"s3:GetObject\b"),
             ("s3:ListObjects", r"s3:ListBucket|s3:\w+Object"),
+            ("s3:GetObjectVersions", r"s3:GetObjectVersion\b"),
+            ("s3:r", "can match no action"),
             ("lambda:InvokeFunction", r"lambda:(POST|\*)"),
             ("dynamodb:GET/x", r"dynamodb:[A-Z*]\w*"),
         )
@@ -21079,6 +20955,8 @@ class UnmatchablePatternTest(unittest.TestCase):
     def test_pattern_that_can_match_is_no_warning(self):
         lines = self.warnings(
             "SQS:sendmessage", "sqs:SendMessageBatch", "sqs:Send*", "s3:GetObject", "s3:Put*",
+            "s3:GetObjectVersion", "s3:DeleteObjectVersion", "s3:*VersionTagging",
+            "s3express:ListAllMyDirectoryBuckets", "IoTSecuredTunneling:OpenTunnel",
             "s3:GET/v20180820/*", "cloudwatch:DeleteAlarms", "monitoring:*",
             "lambda:POST/2015-03-31/functions/*/invocations", "lambda:POST", "lambda:*",
             "sts:GetSessionToken", "dynamodb:GetItem", "ses:SendEmail", "ec2:Run*", "*:*Message",
@@ -23070,12 +22948,11 @@ class ChromiumTest(unittest.TestCase):
 
     def test_each_mistake_of_the_laboratory_is_refused_with_its_cause(self):
         causes = {
-            "sort": "sort its parameters", "plus": r"as \+, not %20", "twice": "query too often",
-            "port": "Host without its port", "blanks": "several blanks", "newline": "blank line",
+            "sort": "sort its parameters", "twice": "query too often",
+            "port": "Host without its port", "blanks": "several blanks",
             "method": "method in lower case", "body": "other newlines than it sent",
-            "hash": "did not hash", "chain": "in hex", "region": "region eu-west-1",
-            "secret": "space around the secret", "prefix": "prefix AWS4",
-            "clock": r"clock is \+2 hours off",
+            "region": "region eu-west-1", "secret": "space around the secret",
+            "prefix": "prefix AWS4", "clock": r"clock is \+2 hours off",
         }  # fmt: skip
         self.assertEqual(sorted(causes), sorted(self.browser.run("return Object.keys(MISTAKES)")))
         for at, (name, cause) in enumerate(causes.items()):
