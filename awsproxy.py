@@ -2656,10 +2656,11 @@ class AwsQueryJson(AwsQuery):
     def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
+            operation = model.operations.get(call.operation)
+            whole = {**dict.fromkeys((operation and operation.output) or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            result = _spelled(whole, model.query_names[call.operation], in_json=True)
+            result = _spelled(whole, model.query_names.get(call.operation, {}), in_json=True)
             response[f"{call.operation}Result"] = result
         return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
@@ -5513,7 +5514,8 @@ class Upstream:
         document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
         operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
         request, who = sqs_request(host, operation, document), (received.region, received.caller)
-        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
+        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body)
+        call.encoded, call.base_url = document, base
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
             status = self.answer(call, "").status
