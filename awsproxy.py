@@ -177,17 +177,14 @@ class Body(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
-
-    `target` is the raw request target.  Encoding text as latin-1 gives back the signed bytes.
-    `peer` is the client's address.  `abandoned()` returns whether the client has hung up."""
+    """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed."""
 
     method: str
-    target: str
+    target: str  # raw; encoding it as latin-1 gives back the signed bytes, as of a header
     headers: Headers
     body: Body
-    peer: str = ""
-    abandoned: Callable[[], bool] = lambda: False
+    peer: str = ""  # the client's address
+    abandoned: Callable[[], bool] = lambda: False  # returns whether the client has hung up
 
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
@@ -253,10 +250,7 @@ class Client(NamedTuple):
 
 @dataclass
 class Call:
-    """A Request whose caller, operation and input are known.
-
-    `body` and `payload_hash` are verified.  The signature covers `signed_headers`.  `rewrites`
-    are hooks that change the forwarded request.  `began` is on the monotonic clock."""
+    """A Request whose caller, operation and input are known."""
 
     request: Request
     wire: WireProtocol
@@ -264,14 +258,14 @@ class Call:
     operation: str
     region: str
     caller: Client
-    body: Body
-    payload_hash: str = ""
+    body: Body  # verified
+    payload_hash: str = ""  # verified
     presigned: bool = False
     base_url: str = ""  # the beginning of a QueueUrl
     encoded: Any = None  # the form from which `input` is decoded
-    began: float = math.inf
+    began: float = math.inf  # on the monotonic clock
     path: str = ""  # of a REST call, as patterns spell it
-    signed_headers: Sequence[str] = ()
+    signed_headers: Sequence[str] = ()  # the signature covers them
     bucket: str = ""  # of Amazon S3, if the Host names it
     other_paths: Sequence[str] = ()  # other readings of the path, which need the same route
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
@@ -287,7 +281,7 @@ class Call:
     body_hash: Callable[[], str] = field(default=str, init=False)  # of a recorded call
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
-    rewrites: Sequence[Rewrite] = field(default=(), init=False)
+    rewrites: Sequence[Rewrite] = field(default=(), init=False)  # change the forwarded request
 
     @property
     def action(self) -> str:
@@ -358,16 +352,14 @@ ERRORS: Mapping[str, Fault] = {
 
 
 class ServiceError(Exception):
-    """An answer that is not a success; the caller's wire protocol renders it.
-
-    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document."""
+    """An answer that is not a success; the caller's wire protocol renders it."""
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = code  # a key of ERRORS
         self.fault = ERRORS[code]
         self.message = message
-        self.detail = detail
+        self.detail = detail  # more elements of Amazon S3's error document
         self.reason = ""  # the row of REFUSALS, if it is one
         self.proof: Optional[Proof] = None  # of a wrong signature
         self.cause = ""  # why the signature is wrong, if that is known
