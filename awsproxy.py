@@ -393,23 +393,20 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 _REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
-_FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
-    (re.compile("\0"), "a NUL"),
-    (re.compile("\r"), "a CR that no LF follows"),
-    (re.compile("\n"), "a LF that no CR precedes"),
-    (re.compile("^[ \t]"), "a continued (folded) header line"),
-    (re.compile("^[^:]*$"), "a header line without a colon"),
-    (re.compile("^[^:]*[ \t]:"), "a blank before the colon of a header line"),
-    (re.compile(f"^(?!{_TOKEN}:)"), "a header name that is not a token"),
-    (re.compile(""), "a control character in a header value"),
-)
+_FIELD_FAULTS = {  # of a line that _FIELD_LINE does not match; the first pattern that it contains
+    "\0": "a NUL", "\r": "a CR that no LF follows", "\n": "a LF that no CR precedes",
+    "^[ \t]": "a continued (folded) header line", "^[^:]*$": "a header line without a colon",
+    "^[^:]*[ \t]:": "a blank before the colon of a header line",
+    f"^(?!{_TOKEN}:)": "a header name that is not a token",
+    "": "a control character in a header value",
+}  # fmt: skip
 
 
 def _parse_fields(block: str) -> Headers:
     lines = block.split(CRLF)
     if not _FIELD_LINES.fullmatch(block):
         wrong = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
-        fault = next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(wrong))
+        fault = next(it for pattern, it in _FIELD_FAULTS.items() if re.search(pattern, wrong))
         raise ValueError(f"contains {fault}")  # no value, which may repeat a secret
     fields = [line.partition(":") for line in lines[:-1]]
     return tuple([(name, value.strip(" \t")) for name, _, value in fields])
@@ -453,11 +450,9 @@ def parse_head(raw: bytes) -> Head:
         headers = _parse_fields(block)
     except ValueError as error:
         raise ServiceError("BadRequest", f"The request head {error}.") from error
-    fields: Fields = {name.lower(): [value] for name, value in headers}
-    if len(fields) < len(headers):
-        fields = fields_of(headers)  # a name is repeated
     if len(headers) > MAX_HEADERS:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"More than {MAX_HEADERS} headers.")
+    fields = fields_of(headers)
     hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
@@ -482,23 +477,20 @@ def salvage_head(raw: bytes) -> Head:
 
 def expects_continue(head: Head) -> bool:
     """Return whether the client waits for `100 Continue`; refuse any other expectation."""
-    expected = head.fields.get("expect")
-    if not expected or head.version == "1.0":
-        return False
-    if {value.lower() for value in expected} != {"100-continue"}:
+    expected = head.fields.get("expect") if head.version == "1.1" else None
+    if expected and {value.lower() for value in expected} != {"100-continue"}:
         raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
-    return True
+    return expected is not None
 
 
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
-    fields = head.fields
     try:
-        if "transfer-encoding" in fields and head.version == "1.0":
+        if "transfer-encoding" in head.fields and head.version == "1.0":
             raise ValueError("HTTP/1.0 has no Transfer-Encoding")
-        if "transfer-encoding" in fields and "content-length" in fields:
+        if "transfer-encoding" in head.fields and "content-length" in head.fields:
             raise ValueError("Content-Length excludes Transfer-Encoding")
-        return _framing(fields, 0)
+        return _framing(head.fields, 0)
     except ValueError as error:
         raise ServiceError("BadRequest", f"{error}.") from error
 
