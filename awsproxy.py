@@ -815,20 +815,16 @@ def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[
     given: dict[str, str] = {}
     for part in rest.split(",") if rest else ():
         name, equals, value = part.strip(" \t").partition("=")
-        if not equals:
-            fault = f"'{name[:40]}' not a valid key=value pair (missing equal-sign)."
-            raise refusal(reason, request, fault)
-        if name not in _PARAMETERS or name in given:
+        if not equals or name not in _PARAMETERS or name in given:
             fault = "is given twice" if name in given else "is no parameter of this algorithm"
+            fault = fault if equals else "not a valid key=value pair (missing equal-sign)"
             raise refusal(reason, request, f"'{name[:40]}' {fault}.")
         given[name] = value
     requires = "Authorization header requires"
     faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
     if faults and "," not in rest and " " in rest.strip():
         faults.append("Separate the parameters with commas.")
-    if date is None:
-        date = _date_header(request)
-    if date is None:
+    if date is None and (date := _date_header(request)) is None:
         reason = "header parameter" if faults else "no date"
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if date is None or faults:
@@ -927,10 +923,8 @@ def canonical_parts(
     """Return the lines of a canonical request: method, path, query, headers, names, payload."""
     path, _, query = request.target.partition("?")
     if query:
-        without = [b"X-Amz-Signature"] if authorization.presigned else []
-        if authorization.presigned and profile.unsigned_token:
-            without.append(b"X-Amz-Security-Token")
-        query = canonical_query(request.query, without)
+        unsigned = [b"X-Amz-Signature"] + [b"X-Amz-Security-Token"] * profile.unsigned_token
+        query = canonical_query(request.query, unsigned if authorization.presigned else ())
     path, signed = canonical_path(path, profile.normalize_path), authorization.signed_headers
     headers = canonical_headers(request.fields, signed)
     return request.method, path, query, headers, ";".join(signed), payload_hash
@@ -1393,9 +1387,8 @@ def _parse_query(request: Request) -> Authorization:
     seconds = int(expires) if expires else None
     if seconds is not None and not 1 <= seconds <= 604800:
         raise refusal(reason, request, "X-Amz-Expires must be from 1 to 604800 seconds (a week).")
-    token = given.get("X-Amz-Security-Token")
     made, amz_date = given["X-Amz-Signature"], given["X-Amz-Date"]
-    return Authorization(*claims, made, amz_date, seconds, True, token)
+    return Authorization(*claims, made, amz_date, seconds, True, given.get("X-Amz-Security-Token"))
 
 
 # [3.8] Mistakes of signers
