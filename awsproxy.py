@@ -34,9 +34,8 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     4 Wire protocols: [4.1] Operations and the shapes of their input
         [4.2] Which protocol a service speaks  [4.3] AWS JSON  [4.4] AWS Query
         [4.5] Actions of Amazon S3  [4.6] REST  [4.7] RPC v2 CBOR
-    5 SQS in memory: [5.1] Limits and refusals  [5.2] Messages and queues
-        [5.3] Queue attributes, and checks of messages  [5.4] The operations
-        [5.5] The model of Amazon SQS
+    5 SQS in memory: [5.1] Limits and refusals  [5.2] Messages and queues  [5.3] Queue attributes,
+        and checks of messages  [5.4] The operations  [5.5] The model of Amazon SQS
         [5.6] Queue URLs: the caller gets ours, the upstream gets its own
     6 Upstream: [6.1] Endpoints  [6.2] Our own credentials  [6.3] Connections  [6.4] Forwarding
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
@@ -180,7 +179,7 @@ class Request:
     """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed."""
 
     method: str
-    target: str  # raw; encoding it as latin-1 gives back the signed bytes, as of a header
+    target: str  # raw; text that is encoded as latin-1 gives back the signed bytes
     headers: Headers
     body: Body
     peer: str = ""  # the client's address
@@ -211,8 +210,7 @@ class Request:
     def query(self) -> Sequence[tuple[bytes, bytes]]:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
-        `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
-        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
+        `k` alone means `k=`; `+` is a space, as AWS reads it.  Or raise MalformedQueryString."""
         text = self.target.partition("?")[2]
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
@@ -416,7 +414,7 @@ class Head(NamedTuple):
     """A request line and its header lines."""
 
     method: str
-    target: str
+    target: str  # as it is, to the byte
     version: str  # "1.0" or "1.1"
     headers: Headers
     fields: Fields
@@ -429,10 +427,7 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes) -> Head:
-    """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
-
-    The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
-    ServiceError BadRequest, NotImplemented (RFC 9110, 9.1) or RequestHeaderFieldsTooLarge."""
+    """Return the parts of a head that ends with a blank line (RFC 9112, 2-5); or ServiceError."""
     if len(raw) > MAX_HEAD:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
@@ -442,9 +437,9 @@ def parse_head(raw: bytes) -> Head:
     if not (match := _REQUEST_LINE.fullmatch(request_line)):
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
-    if method not in METHODS:
+    if method not in METHODS:  # RFC 9110, 9.1
         raise not_implemented(method)
-    if not target.startswith("/") or "#" in target:
+    if not target.startswith("/") or "#" in target:  # AWS, too, refuses an absolute-form (3.2.2)
         raise ServiceError("BadRequest", "The target must be a path, with or without a query.")
     try:
         headers = _parse_fields(block)
@@ -564,7 +559,7 @@ class LengthBody:
         if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
             self._begin()
             self._begin = None
-        if not self._has_more():
+        if not (self._left or self._has_more()):
             return b""
         if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
@@ -574,7 +569,7 @@ class LengthBody:
         return data
 
     def _has_more(self) -> bool:
-        return self.unread
+        return False
 
     def _end(self) -> None:
         self.unread = False
@@ -593,24 +588,22 @@ class ChunkedBody(LengthBody):
             raise ServiceError("BadRequest", "A chunk is longer than its size.")
 
     def _has_more(self) -> bool:
-        """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
-        if self._left or not self.unread:
-            return self.unread
+        """Return whether a chunk follows; read its size, or all that stands after the last one."""
+        if not self.unread:
+            return False
         if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
         self._room -= self._left
         if self._room < 0:
             raise too_large(self._limit)
-        if self._left:
-            return True
-        for count, trailer in enumerate(iter(self._line, b"\r\n")):
+        for count, trailer in enumerate(() if self._left else iter(self._line, b"\r\n")):
             if count >= MAX_HEADERS:
                 raise ServiceError("RequestHeaderFieldsTooLarge", "There are too many trailers.")
             if not _FIELD_LINES.fullmatch(trailer.decode("latin-1")):
                 raise ServiceError("BadRequest", "A trailer is not a header line.")
-        self.unread = False
-        return False
+        self.unread = self._left > 0
+        return self.unread
 
     def _line(self) -> bytes:
         if not (line := self._source.readline(4096)):
@@ -877,16 +870,13 @@ def _date_header(request: Request) -> Optional[str]:
 
 # [3.2] Canonical request
 def canonical_path(path: str, normalize: bool) -> str:
-    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
-
-    `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
-    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay."""
+    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI."""
     if path in ("", "/"):
         return "/"
     if BROKEN_ESCAPE.search(path):
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = path.encode("latin-1").split(b"/")
-    if not normalize:
+    if not normalize:  # in S3's family `//`, `..` and `%2F` are parts of an object key, and stay
         return "/".join(quote(unquote_to_bytes(segment), safe="") for segment in segments)
     kept: list[bytes] = []
     for segment in segments:
@@ -897,7 +887,7 @@ def canonical_path(path: str, normalize: bool) -> str:
         elif segment not in (b"", b"."):
             kept.append(segment)
     slash = b"/" if kept and path.endswith("/") else b""
-    return quote(b"/" + b"/".join(kept) + slash, safe="/")
+    return quote(b"/" + b"/".join(kept) + slash, safe="/")  # each byte once more, `%` too
 
 
 def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
@@ -1140,8 +1130,7 @@ def _check_scope(
 
 
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
-    candidates = clients.get(claimed.access_key_id)
-    if not candidates:
+    if not (candidates := clients.get(claimed.access_key_id)):
         told = _DEMO in clients.get(_DEMO.access_key_id, ())  # other keys are not
         hint = " (awsproxy knows the key dummykey, with the secret dummysecret)" if told else ""
         raise refusal("key", request, hint, AWSAccessKeyId=claimed.access_key_id[:128])
@@ -1750,10 +1739,8 @@ MAX_TRAILERS = 16
 _CRC32 = "x-amz-checksum-crc32"
 # The checksums of hashlib.  CRC-32 comes from zlib; crc32c and crc64nvme are not in Python.
 CHECKSUMS = {"x-amz-checksum-sha1": hashlib.sha1, "x-amz-checksum-sha256": hashlib.sha256}
-CHECKSUM_LENGTHS = {  # in base64
-    "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
-    "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
-}  # fmt: skip
+_IN_BASE64 = {"crc32": 8, "crc32c": 8, "crc64nvme": 12, "sha1": 28, "sha256": 44}  # characters
+CHECKSUM_LENGTHS = {f"x-amz-checksum-{name}": length for name, length in _IN_BASE64.items()}
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 # minio-go ends a trailer with LF CR LF, and some clients leave the very last line out.
 _TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\n(.*))?".encode())
@@ -1798,8 +1785,7 @@ def _chunks(
             raise _incomplete("The body ended within a chunk.")
         if signer:
             _compare(signer.chunk(data), given, "a chunk of the body")
-        left -= wanted
-        unread -= wanted
+        left, unread = left - wanted, unread - wanted
         if unread < 0:
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
         for check in checks.values():
@@ -1934,17 +1920,13 @@ def sign(
 
 
 # [3.11] Removing a signature
-HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
+HOP_BY_HOP = frozenset("""connection keep-alive proxy-authenticate proxy-authorization te upgrade
+    proxy-connection trailer transfer-encoding""".split())  # RFC 9110, 7.6.1  # fmt: skip
 # Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
 _OF_THE_WAY = frozenset({"forwarded", "via"})
 # Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
-_SET_AGAIN = HOP_BY_HOP | frozenset(
-    "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
-    " x-amz-s3session-token x-amz-security-token".split()
-)
+_SET_AGAIN = HOP_BY_HOP.union("""authorization content-length date expect host x-amz-date
+    x-amz-content-sha256 x-amz-s3session-token x-amz-security-token""".split())  # fmt: skip
 # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448).
 _UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\Z)")
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
@@ -1954,8 +1936,7 @@ def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
     """Return the headers without those dropped and the unsigned ones that Connection names."""
-    listed = ",".join([value for name, value in headers if name.lower() == "connection"])
-    if listed:
+    if listed := ",".join([value for name, value in headers if name.lower() == "connection"]):
         # Signed headers decide what the request means; Connection must not remove them.
         named = {token.strip().lower() for token in listed.split(",")} - {*_SIGNED, *signed}
         dropped = dropped.union(n for n in named if not n.startswith(("x-amz-", "content-")))
