@@ -127,11 +127,9 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
-__all__ = [
-    "DEMO_CLIENTS", "Client", "Guard", "Hook", "MovableClock", "Policy", "Proxy", "Recorder",
-    "Reply", "Request", "Route", "Server", "ServiceError", "Sqs", "Store", "Tape", "main",
-    "running",
-]  # fmt: skip
+__all__ = ["DEMO_CLIENTS", "Client", "Guard", "Hook", "MovableClock", "Policy", "Proxy",
+    "Recorder", "Reply", "Request", "Route", "Server", "ServiceError", "Sqs", "Store", "Tape",
+    "main", "running"]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
 
@@ -517,14 +515,13 @@ class Stream:
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, which is no less than 0; fewer only at the end of the stream."""
-        buffer = self.buffer
-        if len(buffer) < size:
-            whole = bytearray(buffer)  # small parts kept one by one would take much more room
+        if len(self.buffer) < size:
+            whole = bytearray(self.buffer)  # small parts kept one by one would take more room
             while len(whole) < size and (data := self._receive(min(size - len(whole), 262144))):
                 whole += data
-            buffer = bytes(whole)
-        self.buffer = buffer[size:]
-        return buffer[:size]
+            self.buffer = bytes(whole)
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes, as soon as there are any."""
@@ -738,10 +735,9 @@ _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
 _usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1
-    eu-south=2 eu-west=3 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1
-    sa-east=1 mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1
-    cn-northwest=1""")
+_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1 eu-west=3
+    eu-south=2 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1 sa-east=1
+    mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1 cn-northwest=1""")
 REGIONS = [f"{area}-{n + 1}" for area, count in _AREAS.items() for n in range(int(count))]
 
 
@@ -1346,10 +1342,8 @@ def _salvaged_claim(request: Request) -> Claim:
 
 
 # [3.7] Presigned URLs
-_QUERY_PARAMETERS = {
-    f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
-    for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
-}
+_PRESIGNED = "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
+_QUERY_PARAMETERS = {f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}" for name in _PRESIGNED}
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1363,9 +1357,8 @@ def _parse_query(request: Request) -> Authorization:
             given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
-    if not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4]):
-        optional.remove("X-Amz-Expires")
+    of_s3 = not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4])
+    optional = {"X-Amz-Security-Token"} if of_s3 else {"X-Amz-Security-Token", "X-Amz-Expires"}
     for name in _QUERY_PARAMETERS.values():
         if not given.get(name) and name not in optional:
             raise refusal(reason, request, f"AWS query-string parameters must include '{name}'.")
@@ -1855,9 +1848,8 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
     chunks = ((size, whole), (rest, bool(rest)), (0, 1))
     total = sum((len(f"{n:x}\r\n\r\n") + signed + n) * count for n, count in chunks)
     total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
-    if body.signed and body.announced:
-        total += len("x-amz-trailer-signature:\r\n") + 64
-    return total
+    closing = len("x-amz-trailer-signature:\r\n") + 64 if body.signed and body.announced else 0
+    return total + closing
 
 
 def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
