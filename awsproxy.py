@@ -34,9 +34,8 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
     4 Wire protocols: [4.1] Operations and the shapes of their input
         [4.2] Which protocol a service speaks  [4.3] AWS JSON  [4.4] AWS Query
         [4.5] Actions of Amazon S3  [4.6] REST  [4.7] RPC v2 CBOR
-    5 SQS in memory: [5.1] Limits and refusals  [5.2] Messages and queues
-        [5.3] Queue attributes, and checks of messages  [5.4] The operations
-        [5.5] The model of Amazon SQS
+    5 SQS in memory: [5.1] Limits and refusals  [5.2] Messages and queues  [5.3] Queue attributes,
+        and checks of messages  [5.4] The operations  [5.5] The model of Amazon SQS
         [5.6] Queue URLs: the caller gets ours, the upstream gets its own
     6 Upstream: [6.1] Endpoints  [6.2] Our own credentials  [6.3] Connections  [6.4] Forwarding
     7 Hooks: [7.1] Workers and exchanges  [7.2] The interface of hooks  [7.3] The access log
@@ -128,11 +127,9 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 __version__ = "0.2.0"
-__all__ = [
-    "DEMO_CLIENTS", "Client", "Guard", "Hook", "MovableClock", "Policy", "Proxy", "Recorder",
-    "Reply", "Request", "Route", "Server", "ServiceError", "Sqs", "Store", "Tape", "main",
-    "running",
-]  # fmt: skip
+__all__ = ["DEMO_CLIENTS", "Client", "Guard", "Hook", "MovableClock", "Policy", "Proxy",
+    "Recorder", "Reply", "Request", "Route", "Server", "ServiceError", "Sqs", "Store", "Tape",
+    "main", "running"]  # fmt: skip
 
 log = logging.getLogger("awsproxy")
 
@@ -177,17 +174,14 @@ class Body(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed.
-
-    `target` is the raw request target.  Encoding text as latin-1 gives back the signed bytes.
-    `peer` is the client's address.  `abandoned()` returns whether the client has hung up."""
+    """An HTTP request as it arrived: nothing decoded or merged, the body unread, never changed."""
 
     method: str
-    target: str
+    target: str  # raw; text that is encoded as latin-1 gives back the signed bytes
     headers: Headers
     body: Body
-    peer: str = ""
-    abandoned: Callable[[], bool] = lambda: False
+    peer: str = ""  # the client's address
+    abandoned: Callable[[], bool] = lambda: False  # returns whether the client has hung up
 
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
@@ -214,8 +208,7 @@ class Request:
     def query(self) -> Sequence[tuple[bytes, bytes]]:
         """Return the decoded (name, value) pairs of the query string, in order, repeats kept.
 
-        `k` alone means `k=`; `+` is a space, as AWS reads it.  Raise ServiceError
-        MalformedQueryString for a broken escape or more than MAX_PARAMETERS pairs."""
+        `k` alone means `k=`; `+` is a space, as AWS reads it.  Or raise MalformedQueryString."""
         text = self.target.partition("?")[2]
         if BROKEN_ESCAPE.search(text):
             raise ServiceError("MalformedQueryString", "The query string has a broken escape.")
@@ -253,10 +246,7 @@ class Client(NamedTuple):
 
 @dataclass
 class Call:
-    """A Request whose caller, operation and input are known.
-
-    `body` and `payload_hash` are verified.  The signature covers `signed_headers`.  `rewrites`
-    are hooks that change the forwarded request.  `began` is on the monotonic clock."""
+    """A Request whose caller, operation and input are known."""
 
     request: Request
     wire: WireProtocol
@@ -264,14 +254,14 @@ class Call:
     operation: str
     region: str
     caller: Client
-    body: Body
-    payload_hash: str = ""
+    body: Body  # verified
+    payload_hash: str = ""  # verified
     presigned: bool = False
     base_url: str = ""  # the beginning of a QueueUrl
     encoded: Any = None  # the form from which `input` is decoded
-    began: float = math.inf
+    began: float = math.inf  # on the monotonic clock
     path: str = ""  # of a REST call, as patterns spell it
-    signed_headers: Sequence[str] = ()
+    signed_headers: Sequence[str] = ()  # the signature covers them
     bucket: str = ""  # of Amazon S3, if the Host names it
     other_paths: Sequence[str] = ()  # other readings of the path, which need the same route
     route: Optional[Route] = field(default=None, init=False)  # the route that decided
@@ -287,7 +277,7 @@ class Call:
     body_hash: Callable[[], str] = field(default=str, init=False)  # of a recorded call
     unsigned: bool = field(default=False, init=False)  # whether it goes upstream unsigned
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
-    rewrites: Sequence[Rewrite] = field(default=(), init=False)
+    rewrites: Sequence[Rewrite] = field(default=(), init=False)  # change the forwarded request
 
     @property
     def action(self) -> str:
@@ -358,16 +348,14 @@ ERRORS: Mapping[str, Fault] = {
 
 
 class ServiceError(Exception):
-    """An answer that is not a success; the caller's wire protocol renders it.
-
-    `code` is a key of ERRORS.  `detail` holds more elements of Amazon S3's error document."""
+    """An answer that is not a success; the caller's wire protocol renders it."""
 
     def __init__(self, code: str, message: str, **detail: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = code  # a key of ERRORS
         self.fault = ERRORS[code]
         self.message = message
-        self.detail = detail
+        self.detail = detail  # more elements of Amazon S3's error document
         self.reason = ""  # the row of REFUSALS, if it is one
         self.proof: Optional[Proof] = None  # of a wrong signature
         self.cause = ""  # why the signature is wrong, if that is known
@@ -401,23 +389,20 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
 _REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
-_FIELD_FAULTS = (  # of a line that _FIELD_LINE does not match; the first that applies
-    (re.compile("\0"), "a NUL"),
-    (re.compile("\r"), "a CR that no LF follows"),
-    (re.compile("\n"), "a LF that no CR precedes"),
-    (re.compile("^[ \t]"), "a continued (folded) header line"),
-    (re.compile("^[^:]*$"), "a header line without a colon"),
-    (re.compile("^[^:]*[ \t]:"), "a blank before the colon of a header line"),
-    (re.compile(f"^(?!{_TOKEN}:)"), "a header name that is not a token"),
-    (re.compile(""), "a control character in a header value"),
-)
+_FIELD_FAULTS = {  # of a line that _FIELD_LINE does not match; the first pattern that it contains
+    "\0": "a NUL", "\r": "a CR that no LF follows", "\n": "a LF that no CR precedes",
+    "^[ \t]": "a continued (folded) header line", "^[^:]*$": "a header line without a colon",
+    "^[^:]*[ \t]:": "a blank before the colon of a header line",
+    f"^(?!{_TOKEN}:)": "a header name that is not a token",
+    "": "a control character in a header value",
+}  # fmt: skip
 
 
 def _parse_fields(block: str) -> Headers:
     lines = block.split(CRLF)
     if not _FIELD_LINES.fullmatch(block):
         wrong = next(line for line in lines if not _FIELD_LINE.fullmatch(line))
-        fault = next(fault for pattern, fault in _FIELD_FAULTS if pattern.search(wrong))
+        fault = next(it for pattern, it in _FIELD_FAULTS.items() if re.search(pattern, wrong))
         raise ValueError(f"contains {fault}")  # no value, which may repeat a secret
     fields = [line.partition(":") for line in lines[:-1]]
     return tuple([(name, value.strip(" \t")) for name, _, value in fields])
@@ -427,7 +412,7 @@ class Head(NamedTuple):
     """A request line and its header lines."""
 
     method: str
-    target: str
+    target: str  # as it is, to the byte
     version: str  # "1.0" or "1.1"
     headers: Headers
     fields: Fields
@@ -440,10 +425,7 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes) -> Head:
-    """Return the parts of a request head, which ends with a blank line (RFC 9112, 2 to 5).
-
-    The target stays as it is, to the byte.  An absolute-form (3.2.2) is refused, as by AWS.
-    ServiceError BadRequest, NotImplemented (RFC 9110, 9.1) or RequestHeaderFieldsTooLarge."""
+    """Return the parts of a head that ends with a blank line (RFC 9112, 2-5); or ServiceError."""
     if len(raw) > MAX_HEAD:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"The head exceeds {MAX_HEAD} bytes.")
     text = raw.decode("latin-1")
@@ -453,19 +435,17 @@ def parse_head(raw: bytes) -> Head:
     if not (match := _REQUEST_LINE.fullmatch(request_line)):
         raise ServiceError("BadRequest", "The request line is not 'METHOD /target HTTP/1.1'.")
     method, target, minor = match.groups()
-    if method not in METHODS:
+    if method not in METHODS:  # RFC 9110, 9.1
         raise not_implemented(method)
-    if not target.startswith("/") or "#" in target:
+    if not target.startswith("/") or "#" in target:  # AWS, too, refuses an absolute-form (3.2.2)
         raise ServiceError("BadRequest", "The target must be a path, with or without a query.")
     try:
         headers = _parse_fields(block)
     except ValueError as error:
         raise ServiceError("BadRequest", f"The request head {error}.") from error
-    fields: Fields = {name.lower(): [value] for name, value in headers}
-    if len(fields) < len(headers):
-        fields = fields_of(headers)  # a name is repeated
     if len(headers) > MAX_HEADERS:
         raise ServiceError("RequestHeaderFieldsTooLarge", f"More than {MAX_HEADERS} headers.")
+    fields = fields_of(headers)
     hosts = fields.get("host", ())
     if len(hosts) > 1 or (not hosts and minor == "1"):
         raise ServiceError("BadRequest", "The request must have one Host header.")
@@ -490,23 +470,20 @@ def salvage_head(raw: bytes) -> Head:
 
 def expects_continue(head: Head) -> bool:
     """Return whether the client waits for `100 Continue`; refuse any other expectation."""
-    expected = head.fields.get("expect")
-    if not expected or head.version == "1.0":
-        return False
-    if {value.lower() for value in expected} != {"100-continue"}:
+    expected = head.fields.get("expect") if head.version == "1.1" else None
+    if expected and {value.lower() for value in expected} != {"100-continue"}:
         raise ServiceError("ExpectationFailed", "The only Expect is 100-continue.")
-    return True
+    return expected is not None
 
 
 def body_framing(head: Head) -> Optional[int]:
     """Return the length of the body, None if chunked; ServiceError if in doubt (RFC 9112, 6)."""
-    fields = head.fields
     try:
-        if "transfer-encoding" in fields and head.version == "1.0":
+        if "transfer-encoding" in head.fields and head.version == "1.0":
             raise ValueError("HTTP/1.0 has no Transfer-Encoding")
-        if "transfer-encoding" in fields and "content-length" in fields:
+        if "transfer-encoding" in head.fields and "content-length" in head.fields:
             raise ValueError("Content-Length excludes Transfer-Encoding")
-        return _framing(fields, 0)
+        return _framing(head.fields, 0)
     except ValueError as error:
         raise ServiceError("BadRequest", f"{error}.") from error
 
@@ -538,14 +515,13 @@ class Stream:
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, which is no less than 0; fewer only at the end of the stream."""
-        buffer = self.buffer
-        if len(buffer) < size:
-            whole = bytearray(buffer)  # small parts kept one by one would take much more room
+        if len(self.buffer) < size:
+            whole = bytearray(self.buffer)  # small parts kept one by one would take more room
             while len(whole) < size and (data := self._receive(min(size - len(whole), 262144))):
                 whole += data
-            buffer = bytes(whole)
-        self.buffer = buffer[size:]
-        return buffer[:size]
+            self.buffer = bytes(whole)
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
 
     def read_some(self, size: int) -> bytes:
         """Return up to `size` bytes, as soon as there are any."""
@@ -580,7 +556,7 @@ class LengthBody:
         if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
             self._begin()
             self._begin = None
-        if not self._has_more():
+        if not (self._left or self._has_more()):
             return b""
         if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
@@ -590,7 +566,7 @@ class LengthBody:
         return data
 
     def _has_more(self) -> bool:
-        return self.unread
+        return False
 
     def _end(self) -> None:
         self.unread = False
@@ -609,24 +585,22 @@ class ChunkedBody(LengthBody):
             raise ServiceError("BadRequest", "A chunk is longer than its size.")
 
     def _has_more(self) -> bool:
-        """Return whether bytes of a chunk follow; read the size of the next one if necessary."""
-        if self._left or not self.unread:
-            return self.unread
+        """Return whether a chunk follows; read its size, or all that stands after the last one."""
+        if not self.unread:
+            return False
         if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
         self._room -= self._left
         if self._room < 0:
             raise too_large(self._limit)
-        if self._left:
-            return True
-        for count, trailer in enumerate(iter(self._line, b"\r\n")):
+        for count, trailer in enumerate(() if self._left else iter(self._line, b"\r\n")):
             if count >= MAX_HEADERS:
                 raise ServiceError("RequestHeaderFieldsTooLarge", "There are too many trailers.")
             if not _FIELD_LINES.fullmatch(trailer.decode("latin-1")):
                 raise ServiceError("BadRequest", "A trailer is not a header line.")
-        self.unread = False
-        return False
+        self.unread = self._left > 0
+        return self.unread
 
     def _line(self) -> bytes:
         if not (line := self._source.readline(4096)):
@@ -761,10 +735,9 @@ _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
 _usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
-_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1
-    eu-south=2 eu-west=3 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1
-    sa-east=1 mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1
-    cn-northwest=1""")
+_AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1 eu-west=3
+    eu-south=2 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1 sa-east=1
+    mx-central=1 me-central=1 me-south=1 il-central=1 af-south=1 cn-north=1 cn-northwest=1""")
 REGIONS = [f"{area}-{n + 1}" for area, count in _AREAS.items() for n in range(int(count))]
 
 
@@ -831,20 +804,16 @@ def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[
     given: dict[str, str] = {}
     for part in rest.split(",") if rest else ():
         name, equals, value = part.strip(" \t").partition("=")
-        if not equals:
-            fault = f"'{name[:40]}' not a valid key=value pair (missing equal-sign)."
-            raise refusal(reason, request, fault)
-        if name not in _PARAMETERS or name in given:
+        if not equals or name not in _PARAMETERS or name in given:
             fault = "is given twice" if name in given else "is no parameter of this algorithm"
+            fault = fault if equals else "not a valid key=value pair (missing equal-sign)"
             raise refusal(reason, request, f"'{name[:40]}' {fault}.")
         given[name] = value
     requires = "Authorization header requires"
     faults = [f"{requires} '{name}' parameter." for name in _PARAMETERS if not given.get(name)]
     if faults and "," not in rest and " " in rest.strip():
         faults.append("Separate the parameters with commas.")
-    if date is None:
-        date = _date_header(request)
-    if date is None:
+    if date is None and (date := _date_header(request)) is None:
         reason = "header parameter" if faults else "no date"
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if date is None or faults:
@@ -897,16 +866,13 @@ def _date_header(request: Request) -> Optional[str]:
 
 # [3.2] Canonical request
 def canonical_path(path: str, normalize: bool) -> str:
-    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI.
-
-    `normalize` resolves empty and dot segments, then encodes each byte again, `%` too.  Without
-    it (S3's family), `//`, `..` and `%2F` are parts of an object key and stay."""
+    """Return the canonical URI of a raw path, or raise ServiceError InvalidURI."""
     if path in ("", "/"):
         return "/"
     if BROKEN_ESCAPE.search(path):
         raise ServiceError("InvalidURI", REFUSALS["uri"][2])
     segments = path.encode("latin-1").split(b"/")
-    if not normalize:
+    if not normalize:  # in S3's family `//`, `..` and `%2F` are parts of an object key, and stay
         return "/".join(quote(unquote_to_bytes(segment), safe="") for segment in segments)
     kept: list[bytes] = []
     for segment in segments:
@@ -917,7 +883,7 @@ def canonical_path(path: str, normalize: bool) -> str:
         elif segment not in (b"", b"."):
             kept.append(segment)
     slash = b"/" if kept and path.endswith("/") else b""
-    return quote(b"/" + b"/".join(kept) + slash, safe="/")
+    return quote(b"/" + b"/".join(kept) + slash, safe="/")  # each byte once more, `%` too
 
 
 def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[bytes] = ()) -> str:
@@ -943,10 +909,8 @@ def canonical_parts(
     """Return the lines of a canonical request: method, path, query, headers, names, payload."""
     path, _, query = request.target.partition("?")
     if query:
-        without = [b"X-Amz-Signature"] if authorization.presigned else []
-        if authorization.presigned and profile.unsigned_token:
-            without.append(b"X-Amz-Security-Token")
-        query = canonical_query(request.query, without)
+        unsigned = [b"X-Amz-Signature"] + [b"X-Amz-Security-Token"] * profile.unsigned_token
+        query = canonical_query(request.query, unsigned if authorization.presigned else ())
     path, signed = canonical_path(path, profile.normalize_path), authorization.signed_headers
     headers = canonical_headers(request.fields, signed)
     return request.method, path, query, headers, ";".join(signed), payload_hash
@@ -1162,8 +1126,7 @@ def _check_scope(
 
 
 def _find_client(request: Request, claimed: Authorization, clients: Clients) -> Client:
-    candidates = clients.get(claimed.access_key_id)
-    if not candidates:
+    if not (candidates := clients.get(claimed.access_key_id)):
         told = _DEMO in clients.get(_DEMO.access_key_id, ())  # other keys are not
         hint = " (awsproxy knows the key dummykey, with the secret dummysecret)" if told else ""
         raise refusal("key", request, hint, AWSAccessKeyId=claimed.access_key_id[:128])
@@ -1379,10 +1342,8 @@ def _salvaged_claim(request: Request) -> Claim:
 
 
 # [3.7] Presigned URLs
-_QUERY_PARAMETERS = {
-    f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}"
-    for name in "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
-}
+_PRESIGNED = "Algorithm Credential Date Expires SignedHeaders Signature Security-Token".split()
+_QUERY_PARAMETERS = {f"x-amz-{name.lower()}".encode(): f"X-Amz-{name}" for name in _PRESIGNED}
 
 
 def _parse_query(request: Request) -> Authorization:
@@ -1396,9 +1357,8 @@ def _parse_query(request: Request) -> Authorization:
             given[name] = raw_value.decode("latin-1")
     if given.get("X-Amz-Algorithm", ALGORITHM) not in (ALGORITHM, ""):
         raise refusal("query algorithm", request, given["X-Amz-Algorithm"][:40])
-    optional = {"X-Amz-Security-Token", "X-Amz-Expires"}
-    if not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4]):
-        optional.remove("X-Amz-Expires")
+    of_s3 = not S3_FAMILY.isdisjoint(given.get("X-Amz-Credential", "").split("/")[3:4])
+    optional = {"X-Amz-Security-Token"} if of_s3 else {"X-Amz-Security-Token", "X-Amz-Expires"}
     for name in _QUERY_PARAMETERS.values():
         if not given.get(name) and name not in optional:
             raise refusal(reason, request, f"AWS query-string parameters must include '{name}'.")
@@ -1409,9 +1369,8 @@ def _parse_query(request: Request) -> Authorization:
     seconds = int(expires) if expires else None
     if seconds is not None and not 1 <= seconds <= 604800:
         raise refusal(reason, request, "X-Amz-Expires must be from 1 to 604800 seconds (a week).")
-    token = given.get("X-Amz-Security-Token")
     made, amz_date = given["X-Amz-Signature"], given["X-Amz-Date"]
-    return Authorization(*claims, made, amz_date, seconds, True, token)
+    return Authorization(*claims, made, amz_date, seconds, True, given.get("X-Amz-Security-Token"))
 
 
 # [3.8] Mistakes of signers
@@ -1773,10 +1732,8 @@ MAX_TRAILERS = 16
 _CRC32 = "x-amz-checksum-crc32"
 # The checksums of hashlib.  CRC-32 comes from zlib; crc32c and crc64nvme are not in Python.
 CHECKSUMS = {"x-amz-checksum-sha1": hashlib.sha1, "x-amz-checksum-sha256": hashlib.sha256}
-CHECKSUM_LENGTHS = {  # in base64
-    "x-amz-checksum-crc32": 8, "x-amz-checksum-crc32c": 8, "x-amz-checksum-crc64nvme": 12,
-    "x-amz-checksum-sha1": 28, "x-amz-checksum-sha256": 44,
-}  # fmt: skip
+_IN_BASE64 = {"crc32": 8, "crc32c": 8, "crc64nvme": 12, "sha1": 28, "sha256": 44}  # characters
+CHECKSUM_LENGTHS = {f"x-amz-checksum-{name}": length for name, length in _IN_BASE64.items()}
 _CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,10})(?:;chunk-signature=([0-9a-f]{64}))?\r\n")
 # minio-go ends a trailer with LF CR LF, and some clients leave the very last line out.
 _TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\n(.*))?".encode())
@@ -1821,8 +1778,7 @@ def _chunks(
             raise _incomplete("The body ended within a chunk.")
         if signer:
             _compare(signer.chunk(data), given, "a chunk of the body")
-        left -= wanted
-        unread -= wanted
+        left, unread = left - wanted, unread - wanted
         if unread < 0:
             raise _incomplete("The chunks hold more than x-amz-decoded-content-length.")
         for check in checks.values():
@@ -1892,9 +1848,8 @@ def aws_chunked_length(body: AwsChunkedBody, size: int = 65536) -> Optional[int]
     chunks = ((size, whole), (rest, bool(rest)), (0, 1))
     total = sum((len(f"{n:x}\r\n\r\n") + signed + n) * count for n, count in chunks)
     total += sum(len(f"{name}:\r\n") + CHECKSUM_LENGTHS[name] for name in body.announced)
-    if body.signed and body.announced:
-        total += len("x-amz-trailer-signature:\r\n") + 64
-    return total
+    closing = len("x-amz-trailer-signature:\r\n") + 64 if body.signed and body.announced else 0
+    return total + closing
 
 
 def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
@@ -1957,17 +1912,13 @@ def sign(
 
 
 # [3.11] Removing a signature
-HOP_BY_HOP = frozenset(  # RFC 9110, 7.6.1
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
+HOP_BY_HOP = frozenset("""connection keep-alive proxy-authenticate proxy-authorization te upgrade
+    proxy-connection trailer transfer-encoding""".split())  # RFC 9110, 7.6.1  # fmt: skip
 # Headers of other proxies; they and X-Forwarded-* stay only if the caller signed them.
 _OF_THE_WAY = frozenset({"forwarded", "via"})
 # Hop-by-hop headers, the caller's signature, and headers that forwarding sets again.
-_SET_AGAIN = HOP_BY_HOP | frozenset(
-    "authorization content-length date expect host x-amz-content-sha256 x-amz-date"
-    " x-amz-s3session-token x-amz-security-token".split()
-)
+_SET_AGAIN = HOP_BY_HOP.union("""authorization content-length date expect host x-amz-date
+    x-amz-content-sha256 x-amz-s3session-token x-amz-security-token""".split())  # fmt: skip
 # Amazon S3 ignores checksums of an empty body (aws-sdk-js-v3#4448).
 _UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\Z)")
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
@@ -1977,8 +1928,7 @@ def end_to_end(
     headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
     """Return the headers without those dropped and the unsigned ones that Connection names."""
-    listed = ",".join([value for name, value in headers if name.lower() == "connection"])
-    if listed:
+    if listed := ",".join([value for name, value in headers if name.lower() == "connection"]):
         # Signed headers decide what the request means; Connection must not remove them.
         named = {token.strip().lower() for token in listed.split(",")} - {*_SIGNED, *signed}
         dropped = dropped.union(n for n in named if not n.startswith(("x-amz-", "content-")))
