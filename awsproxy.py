@@ -1440,7 +1440,7 @@ MISTAKES = r"""
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
     scope | ^ | swapped: | ^ | all swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
-    string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
+    string_to_sign headers | <date> | <extended>Z | <date> | <extended>.000Z | T[0-9]+Z$ | - | \
         signed another form of the time in the {} than it sent in X-Amz-Date
     string_to_sign | /aws4_request | - | <scope> | <key>/<scope> | <region>/<service> | \
         <service>/<region> | did not write the scope as date/region/service/aws4_request in the {}
@@ -1465,9 +1465,9 @@ MISTAKES = r"""
     headers | ^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
     headers | ^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a reverse \
         proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
-    headers | ^host:.* | host:<aws> | ^host:.* | host:<global> | host:127.0.0.1 | \
-        host:localhost | host:localhost | host:127.0.0.1 | signed the Host of AWS, or swapped \
-        localhost and 127.0.0.1: sign the host that you call
+    headers | ^host:.* | host:<service>.<region>.<aws> | ^host:.* | host:<service>.<aws> | \
+        host:127.0.0.1 | host:localhost | host:localhost | host:127.0.0.1 | signed the Host of \
+        AWS, or swapped localhost and 127.0.0.1: sign the host that you call
     headers | ^host:.* | \g<0>:80 | ^host:.* | \g<0>:443 | ^host: | host:http:// | ^host: | \
         host:https:// | signed the Host with a default port or with http://: leave them out
     headers | \n\Z | - | \Z | \n | wrote no blank line after the canonical headers, or two
@@ -1499,12 +1499,8 @@ Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is writte
 Mistakes = Iterator[Mistake]
 
 
-def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
-    return _FIELDS.index(name), pattern, written, words.format(name.replace("_", " "))
-
-
-_ROWS = [
-    _mistake(name, pattern, written.lstrip("-"), words)
+_ROWS: list[Mistake] = [
+    (_FIELDS.index(name), pattern, written.lstrip("-"), words.format(name.replace("_", " ")))
     for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
     for names, *changes, words in [row.strip().split(" | ")]
     for name in names.split()
@@ -1591,13 +1587,11 @@ def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
 ) -> Mistakes:
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
-    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
     texts = {
         "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
+        "date": date, "extended": re.sub("(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date),
         "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
-        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
-        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
+        "bucket": host.partition(".")[0], "aws": "amazonaws.com", "empty": EMPTY_SHA256,
         "count": str(len(body.decode("utf-8", "replace"))),
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
     }  # fmt: skip
@@ -1606,8 +1600,9 @@ def _mistakes(
         written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
         yield at, pattern, written, words
     for name, words, *others in _others(request, claimed, parts, body):
+        at, words = _FIELDS.index(name), words.format(name.replace("_", " "))
         for other in others:
-            yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
+            yield at, "(?s).+", other.replace("\\", r"\\"), words
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
@@ -1673,7 +1668,6 @@ def find_cause(
     text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
     base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
     singles = _mistakes(request, claimed, secret, parts, body)
-    wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
@@ -1683,7 +1677,7 @@ def find_cause(
         signed = text.replace("@", digest).encode("latin-1", "replace")
         given = key_of(first_key, steps), signed
         by, of = given[::-1] if steps.startswith("all swapped:") else given
-        if hmac.digest(by, of, "sha256") == wanted:
+        if hmac.digest(by, of, "sha256").hex() == claimed.signature:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
