@@ -5791,15 +5791,14 @@ class AccessLog(Hook):
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
         second, fraction = divmod(exchange.started, 1)
-        call, request = exchange.call, exchange.request
+        call, route = exchange.call, exchange.call and exchange.call.route
         fields = {
             "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
-            "peer": request.peer, "key": exchange.access_key_id,
+            "peer": exchange.request.peer, "key": exchange.access_key_id,
             "action": exchange.action[:MAX_SHOWN], "status": exchange.status,
             "error": exchange.error, "ms": round(exchange.seconds * 1000, 2),
             "request_id": exchange.request_id,
-            "route": call.route.pattern if call and call.route else "-",
-            "target": exchange.answered_by,
+            "route": route.pattern if route else "-", "target": exchange.answered_by,
             "upstream_request_id": (call and call.upstream_id) or "-",
             "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
@@ -5813,11 +5812,11 @@ class AccessLog(Hook):
                 "upstream_key": key or "-",
                 "upstream_role": (call and key and call.caller.upstream_role_arn) or "-",
                 "client": call.caller.name if call else "-",
-                "region": call.region if call else claim(request)[1].region or "-",
+                "region": call.region if call else claim(exchange.request)[1].region or "-",
                 "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
                 "request_bytes": exchange.request_bytes, "reply_bytes": exchange.reply_bytes,
                 "attempt": exchange.attempt,
-                "user_agent": request.header("user-agent") or "-"}  # fmt: skip
+                "user_agent": exchange.request.header("user-agent") or "-"}  # fmt: skip
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
@@ -5963,8 +5962,8 @@ class Metrics(Hook):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._operations: set[tuple[str, str]] = {("-", "-")}
-        # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
-        self._rows: dict[tuple[Any, ...], list[int]] = {}
+        self._rows = Counts()  # by client, service, operation, status, code, attempt
+        self._bytes = Counts({("in",): 0, ("out",): 0})
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._sums = {"request": 0.0, "upstream": 0.0}  # of seconds
@@ -5981,10 +5980,9 @@ class Metrics(Hook):
         of_call = (call.caller.name, call.service, call.operation) if call else ("-", "-", "-")
         key = (*of_call, exchange.status, exchange.error, exchange.attempt)
         with self._lock:
-            row = self._rows.get(key) or self._new_row(key)
-            row[0] += 1
-            row[1] += exchange.request_bytes
-            row[2] += exchange.reply_bytes
+            self._rows[key if key in self._rows else self._new_row(key)] += 1
+            self._bytes[("in",)] += exchange.request_bytes
+            self._bytes[("out",)] += exchange.reply_bytes
             self._time("request", exchange.seconds)
             if call and call.upstream_seconds > 0:
                 self._time("upstream", call.upstream_seconds)
@@ -6000,8 +5998,8 @@ class Metrics(Hook):
         self._times[name][bisect.bisect_left(self.BOUNDS, seconds)] += 1
         self._sums[name] += seconds
 
-    def _new_row(self, key: tuple[Any, ...]) -> list[int]:
-        """Return the row that counts such calls, a common one if there are too many."""
+    def _new_row(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the key that counts such calls, a common one if there are too many."""
         client, service, operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
             self._operations.add((service, operation))
@@ -6010,8 +6008,8 @@ class Metrics(Hook):
         code = code if len(self._rows) < self.MAX_ROWS else "other"
         key = (client, service, operation, status, code, min(attempt, 10))
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
-            key = ("other", "other", "other", status // 100 * 100, "other", 0)
-        return self._rows.setdefault(key, [0, 0, 0])
+            return ("other", "other", "other", status // 100 * 100, "other", 0)
+        return key
 
     @property
     def total(self) -> int:
@@ -6022,20 +6020,18 @@ class Metrics(Hook):
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
         page: list[str] = []
         calls, attempts, throttles = Counts(), Counts(), Counts({(): 0})
-        totals = Counts({("in",): 0, ("out",): 0})
         with self._lock:
-            for key, (count, came, went) in self._rows.items():
+            for key, count in self._rows.items():
                 *_, status, code, attempt = key
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
-                totals.update({("in",): came, ("out",): went})
                 throttles[()] += count if code in self.THROTTLES or status == 429 else 0
             for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
-                ("bytes", "direction", "Bytes of bodies.", totals),
+                ("bytes", "direction", "Bytes of bodies.", self._bytes),
                 ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
@@ -6270,10 +6266,9 @@ class TaskProtection(InFlight):
             wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
-            of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
-            about = functools.partial(self._fetch, data=body, method="PUT")
+            given = (self._url, {"Content-Type": "application/json"}, self.PATIENCE)
             try:
-                answer = json.loads(about(self._url, of_json, self.PATIENCE))
+                answer = json.loads(self._fetch(*given, data=_to_json(wanted), method="PUT"))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
