@@ -1640,8 +1640,7 @@ def _drafts(base: Draft, singles: Mistakes, families: Mistakes) -> Iterator[tupl
         draft = _with(base, mistake)
         if draft != base and found.setdefault(draft, mistake) is mistake:
             yield draft, mistake[3]
-    for mistake in families:
-        yield _with(base, mistake), mistake[3]
+    yield from ((_with(base, mistake), mistake[3]) for mistake in families)
     every = itertools.combinations(found.items(), 2)
     pairs = (it for it in every if it[0][1][:2] != it[1][1][:2])  # they replace the same text
     for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
@@ -5893,7 +5892,6 @@ def explain(exchange: Exchange) -> Iterator[Step]:
 
 
 def _without_secrets(text: str) -> str:
-    """Return a header, target or query with its secrets hidden and its signature cut."""
     return _SIGNATURE_SHOWN.sub(r"\1...", _SECRET.sub(r"\1\2<hidden>", text))
 
 
@@ -6364,7 +6362,6 @@ fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem,
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const say = (id, text) => { $(id).textContent = text; };
 const row = (label, ...cells) => make("tr", make("th", label), ...cells);
 function make(tag, ...inner) {
   const made = document.createElement(tag);
@@ -6404,7 +6401,7 @@ function add(call) {
   $("calls").prepend(entry);
   $("calls").children[200]?.remove();
   last = call.number;
-  say("state", `${last} calls.`);
+  $("state").replaceChildren(`${last} calls.`);
 }
 
 function filter() {
@@ -6423,7 +6420,7 @@ async function update() {
     ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
 }
 const poll = () => update()
-  .catch((error) => say("state", `awsproxy does not answer: ${error.message}`))
+  .catch((error) => $("state").replaceChildren(`awsproxy does not answer: ${error.message}`))
   .finally(() => setTimeout(poll, 1000));
 
 const MISTAKES = {
@@ -6469,7 +6466,7 @@ async function send() {
   const answer = await reply.text();
   const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
   $("result").className = reply.ok ? "good" : "bad";
-  say("result", `${reply.status} ${reply.ok ? "The signature is right." : cause}`);
+  $("result").replaceChildren(`${reply.status} ${reply.ok ? "The signature is right." : cause}`);
   const steps = { "1 canonical request": canonical, "2 string to sign": text,
     "3 signing key": chain.join("\n"), "4 signature": signature, answer };
   $("steps").replaceChildren(...Object.entries(steps).flatMap(
@@ -6482,7 +6479,7 @@ for (const [name, words] of Object.entries(MISTAKES)) {
 }
 $("filter").oninput = filter;
 $("send").onclick = () => send().catch((error) =>
-  say("result", `${error.message} (Web Crypto needs https or localhost.)`));
+  $("result").replaceChildren(`${error.message} (Web Crypto needs https or localhost.)`));
 poll();
 </script>
 """
