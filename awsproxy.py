@@ -1399,7 +1399,7 @@ MISTAKES = r"""
     scope | ^ | hex: | ^ | base64: | ^ | last hex: | took a derived key in hex or base64, not bytes
     scope | ^ | swapped: | ^ | all swapped: | swapped key and message of HMAC
     string_to_sign | \A.*\n | - | <date>\n | - | <scope>\n | - | left out a line of the {}
-    string_to_sign headers | <date> | <extended> | <date> | <milliseconds> | T[0-9]+Z$ | - | \
+    string_to_sign headers | <date> | <extended>Z | <date> | <extended>.000Z | T[0-9]+Z$ | - | \
         signed another form of the time in the {} than it sent in X-Amz-Date
     string_to_sign | /aws4_request | - | <scope> | <key>/<scope> | <region>/<service> | \
         <service>/<region> | did not write the scope as date/region/service/aws4_request in the {}
@@ -1424,9 +1424,9 @@ MISTAKES = r"""
     headers | ^(host:.*):\d+$ | \1 | signed the Host without its port, as curl before 7.86 does
     headers | ^host:.* | host:<forwarded> | signed the Host of X-Forwarded-Host, which a reverse \
         proxy changed: set 'proxy_set_header Host $http_host;' in nginx, or --public-url
-    headers | ^host:.* | host:<aws> | ^host:.* | host:<global> | host:127.0.0.1 | \
-        host:localhost | host:localhost | host:127.0.0.1 | signed the Host of AWS, or swapped \
-        localhost and 127.0.0.1: sign the host that you call
+    headers | ^host:.* | host:<service>.<region>.<aws> | ^host:.* | host:<service>.<aws> | \
+        host:127.0.0.1 | host:localhost | host:localhost | host:127.0.0.1 | signed the Host of \
+        AWS, or swapped localhost and 127.0.0.1: sign the host that you call
     headers | ^host:.* | \g<0>:80 | ^host:.* | \g<0>:443 | ^host: | host:http:// | ^host: | \
         host:https:// | signed the Host with a default port or with http://: leave them out
     headers | \n\Z | - | \Z | \n | wrote no blank line after the canonical headers, or two
@@ -1458,12 +1458,8 @@ Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is writte
 Mistakes = Iterator[Mistake]
 
 
-def _mistake(name: str, pattern: str, written: str, words: str) -> Mistake:
-    return _FIELDS.index(name), pattern, written, words.format(name.replace("_", " "))
-
-
-_ROWS = [
-    _mistake(name, pattern, written.lstrip("-"), words)
+_ROWS: list[Mistake] = [
+    (_FIELDS.index(name), pattern, written.lstrip("-"), words.format(name.replace("_", " ")))
     for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
     for names, *changes, words in [row.strip().split(" | ")]
     for name in names.split()
@@ -1550,13 +1546,11 @@ def _mistakes(
     request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
 ) -> Mistakes:
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
-    extended = re.sub(r"(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date)
     texts = {
         "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
-        "date": date, "extended": f"{extended}Z", "milliseconds": f"{extended}.000Z",
+        "date": date, "extended": re.sub("(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date),
         "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
-        "aws": f"{scope.service}.{scope.region}.amazonaws.com", "bucket": host.partition(".")[0],
-        "global": f"{scope.service}.amazonaws.com", "empty": EMPTY_SHA256,
+        "bucket": host.partition(".")[0], "aws": "amazonaws.com", "empty": EMPTY_SHA256,
         "count": str(len(body.decode("utf-8", "replace"))),
         "forwarded": (request.header("x-forwarded-host") or "").partition(",")[0].strip(),
     }  # fmt: skip
@@ -1565,8 +1559,9 @@ def _mistakes(
         written = _NAME_OF_TEXT.sub(lambda it: texts[it[1]].replace("\\", r"\\"), written)
         yield at, pattern, written, words
     for name, words, *others in _others(request, claimed, parts, body):
+        at, words = _FIELDS.index(name), words.format(name.replace("_", " "))
         for other in others:
-            yield _mistake(name, "(?s).+", other.replace("\\", r"\\"), words)
+            yield at, "(?s).+", other.replace("\\", r"\\"), words
 
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
@@ -1604,8 +1599,7 @@ def _drafts(base: Draft, singles: Mistakes, families: Mistakes) -> Iterator[tupl
         draft = _with(base, mistake)
         if draft != base and found.setdefault(draft, mistake) is mistake:
             yield draft, mistake[3]
-    for mistake in families:
-        yield _with(base, mistake), mistake[3]
+    yield from ((_with(base, mistake), mistake[3]) for mistake in families)
     every = itertools.combinations(found.items(), 2)
     pairs = (it for it in every if it[0][1][:2] != it[1][1][:2])  # they replace the same text
     for (one, first), (other, second) in itertools.islice(pairs, MAX_CANDIDATES):
@@ -1632,7 +1626,6 @@ def find_cause(
     text = f"{ALGORITHM}\n{claimed.amz_date}\n{claimed.scope}\n@"
     base = (*parts, text, f"AWS4{secret}", str(claimed.scope), "\n")
     singles = _mistakes(request, claimed, secret, parts, body)
-    wanted = bytes.fromhex(claimed.signature)
     key_of, hash_of = functools.cache(_broken_key), functools.cache(_broken_hash)
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
@@ -1642,7 +1635,7 @@ def find_cause(
         signed = text.replace("@", digest).encode("latin-1", "replace")
         given = key_of(first_key, steps), signed
         by, of = given[::-1] if steps.startswith("all swapped:") else given
-        if hmac.digest(by, of, "sha256") == wanted:
+        if hmac.digest(by, of, "sha256").hex() == claimed.signature:
             return f"Your signer {words}.", Proof(draft[:6], signed, claimed.signature)
     arrived = f" ({sent} bytes of it arrived)" if sent else ""
     return (
@@ -5749,15 +5742,14 @@ class AccessLog(Hook):
     def observe(self, exchange: Exchange) -> None:
         """Write one line, in one write; what callers wrote is escaped and cut."""
         second, fraction = divmod(exchange.started, 1)
-        call, request = exchange.call, exchange.request
+        call, route = exchange.call, exchange.call and exchange.call.route
         fields = {
             "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
-            "peer": request.peer, "key": exchange.access_key_id,
+            "peer": exchange.request.peer, "key": exchange.access_key_id,
             "action": exchange.action[:MAX_SHOWN], "status": exchange.status,
             "error": exchange.error, "ms": round(exchange.seconds * 1000, 2),
             "request_id": exchange.request_id,
-            "route": call.route.pattern if call and call.route else "-",
-            "target": exchange.answered_by,
+            "route": route.pattern if route else "-", "target": exchange.answered_by,
             "upstream_request_id": (call and call.upstream_id) or "-",
             "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
@@ -5771,11 +5763,11 @@ class AccessLog(Hook):
                 "upstream_key": key or "-",
                 "upstream_role": (call and key and call.caller.upstream_role_arn) or "-",
                 "client": call.caller.name if call else "-",
-                "region": call.region if call else claim(request)[1].region or "-",
+                "region": call.region if call else claim(exchange.request)[1].region or "-",
                 "upstream_ms": round(max(0.0, call.upstream_seconds if call else 0.0) * 1000, 2),
                 "request_bytes": exchange.request_bytes, "reply_bytes": exchange.reply_bytes,
                 "attempt": exchange.attempt,
-                "user_agent": request.header("user-agent") or "-"}  # fmt: skip
+                "user_agent": exchange.request.header("user-agent") or "-"}  # fmt: skip
             line = json.dumps({name: _cut(value) for name, value in fields.items()})
         elif self._form == "text":
             line = " ".join(map(str, fields.values()))
@@ -5852,7 +5844,6 @@ def explain(exchange: Exchange) -> Iterator[Step]:
 
 
 def _without_secrets(text: str) -> str:
-    """Return a header, target or query with its secrets hidden and its signature cut."""
     return _SIGNATURE_SHOWN.sub(r"\1...", _SECRET.sub(r"\1\2<hidden>", text))
 
 
@@ -5921,8 +5912,8 @@ class Metrics(Hook):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._operations: set[tuple[str, str]] = {("-", "-")}
-        # Calls, bytes in and bytes out by client, service, operation, status, code, attempt.
-        self._rows: dict[tuple[Any, ...], list[int]] = {}
+        self._rows = Counts()  # by client, service, operation, status, code, attempt
+        self._bytes = Counts({("in",): 0, ("out",): 0})
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._sums = {"request": 0.0, "upstream": 0.0}  # of seconds
@@ -5939,10 +5930,9 @@ class Metrics(Hook):
         of_call = (call.caller.name, call.service, call.operation) if call else ("-", "-", "-")
         key = (*of_call, exchange.status, exchange.error, exchange.attempt)
         with self._lock:
-            row = self._rows.get(key) or self._new_row(key)
-            row[0] += 1
-            row[1] += exchange.request_bytes
-            row[2] += exchange.reply_bytes
+            self._rows[key if key in self._rows else self._new_row(key)] += 1
+            self._bytes[("in",)] += exchange.request_bytes
+            self._bytes[("out",)] += exchange.reply_bytes
             self._time("request", exchange.seconds)
             if call and call.upstream_seconds > 0:
                 self._time("upstream", call.upstream_seconds)
@@ -5958,8 +5948,8 @@ class Metrics(Hook):
         self._times[name][bisect.bisect_left(self.BOUNDS, seconds)] += 1
         self._sums[name] += seconds
 
-    def _new_row(self, key: tuple[Any, ...]) -> list[int]:
-        """Return the row that counts such calls, a common one if there are too many."""
+    def _new_row(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the key that counts such calls, a common one if there are too many."""
         client, service, operation, status, code, attempt = key
         if len(self._operations) <= self.MAX_OPERATIONS:
             self._operations.add((service, operation))
@@ -5968,8 +5958,8 @@ class Metrics(Hook):
         code = code if len(self._rows) < self.MAX_ROWS else "other"
         key = (client, service, operation, status, code, min(attempt, 10))
         if len(self._rows) >= 2 * self.MAX_ROWS and key not in self._rows:
-            key = ("other", "other", "other", status // 100 * 100, "other", 0)
-        return self._rows.setdefault(key, [0, 0, 0])
+            return ("other", "other", "other", status // 100 * 100, "other", 0)
+        return key
 
     @property
     def total(self) -> int:
@@ -5980,20 +5970,18 @@ class Metrics(Hook):
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
         page: list[str] = []
         calls, attempts, throttles = Counts(), Counts(), Counts({(): 0})
-        totals = Counts({("in",): 0, ("out",): 0})
         with self._lock:
-            for key, (count, came, went) in self._rows.items():
+            for key, count in self._rows.items():
                 *_, status, code, attempt = key
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
-                totals.update({("in",): came, ("out",): went})
                 throttles[()] += count if code in self.THROTTLES or status == 429 else 0
             for name, names, about, counts in (
                 ("requests", "client service operation status code", "Requests answered.", calls),
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
-                ("bytes", "direction", "Bytes of bodies.", totals),
+                ("bytes", "direction", "Bytes of bodies.", self._bytes),
                 ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
@@ -6228,10 +6216,9 @@ class TaskProtection(InFlight):
             wanted = {"ProtectionEnabled": busy, **({"ExpiresInMinutes": minutes} if busy else {})}
             if not busy:  # the next receive must wait, and ask again
                 self._protected_until = min(self._protected_until, now)
-            of_json, body = {"Content-Type": "application/json"}, _to_json(wanted)
-            about = functools.partial(self._fetch, data=body, method="PUT")
+            given = (self._url, {"Content-Type": "application/json"}, self.PATIENCE)
             try:
-                answer = json.loads(about(self._url, of_json, self.PATIENCE))
+                answer = json.loads(self._fetch(*given, data=_to_json(wanted), method="PUT"))
                 if failure := answer.get("failure") or answer.get("error"):
                     raise ValueError(failure.get("Reason") or failure.get("Code"))
             except (NoKeys, ValueError, AttributeError, RecursionError) as error:
@@ -6327,7 +6314,6 @@ fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem,
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const say = (id, text) => { $(id).textContent = text; };
 const row = (label, ...cells) => make("tr", make("th", label), ...cells);
 function make(tag, ...inner) {
   const made = document.createElement(tag);
@@ -6367,7 +6353,7 @@ function add(call) {
   $("calls").prepend(entry);
   $("calls").children[200]?.remove();
   last = call.number;
-  say("state", `${last} calls.`);
+  $("state").replaceChildren(`${last} calls.`);
 }
 
 function filter() {
@@ -6386,7 +6372,7 @@ async function update() {
     ...queues.map((it) => row(it.name, ...names.map((name) => make("td", it[name])))));
 }
 const poll = () => update()
-  .catch((error) => say("state", `awsproxy does not answer: ${error.message}`))
+  .catch((error) => $("state").replaceChildren(`awsproxy does not answer: ${error.message}`))
   .finally(() => setTimeout(poll, 1000));
 
 const MISTAKES = {
@@ -6432,7 +6418,7 @@ async function send() {
   const answer = await reply.text();
   const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
   $("result").className = reply.ok ? "good" : "bad";
-  say("result", `${reply.status} ${reply.ok ? "The signature is right." : cause}`);
+  $("result").replaceChildren(`${reply.status} ${reply.ok ? "The signature is right." : cause}`);
   const steps = { "1 canonical request": canonical, "2 string to sign": text,
     "3 signing key": chain.join("\n"), "4 signature": signature, answer };
   $("steps").replaceChildren(...Object.entries(steps).flatMap(
@@ -6445,7 +6431,7 @@ for (const [name, words] of Object.entries(MISTAKES)) {
 }
 $("filter").oninput = filter;
 $("send").onclick = () => send().catch((error) =>
-  say("result", `${error.message} (Web Crypto needs https or localhost.)`));
+  $("result").replaceChildren(`${error.message} (Web Crypto needs https or localhost.)`));
 poll();
 </script>
 """
