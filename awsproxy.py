@@ -5141,6 +5141,12 @@ def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Reque
     return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
 
 
+def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
+    """Return a call to Amazon SQS that the proxy makes itself."""
+    request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
+    return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
+
+
 @dataclass(eq=False)
 class Attempt:
     """A call for an upstream: its request before it is signed, and how to send that."""
@@ -7717,12 +7723,6 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
         policy = {"deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}", "maxReceiveCount": count}
         if target:
             _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
-
-
-def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
-    """Return a call to Amazon SQS that the proxy makes itself."""
-    request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
-    return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
 
 
 @dataclass
