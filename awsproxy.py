@@ -5135,16 +5135,21 @@ def is_repeatable(call: Call) -> bool:
     return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
-def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, without the headers that an Upstream adds."""
-    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
-    return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
-
-
 def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
     """Return a call to Amazon SQS that the proxy makes itself."""
-    request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
+    headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
+    request, wire = Request("POST", "/", headers, io.BytesIO(_to_json(document))), AWS_JSON["1.0"]
     return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
+
+
+def queue_call(call: Call, operation: str, **more: Any) -> Call:
+    """Return a call that the proxy makes itself about the queue of another call."""
+    url = call.input.get("QueueUrl") or call.request.path
+    document = {"QueueUrl": call.base_url + url if url.startswith("/") else url, **more}
+    host = call.request.header("host") or "localhost"
+    made = sqs_call(host, operation, document, call.region, call.caller)
+    made.base_url = call.base_url
+    return made
 
 
 @dataclass(eq=False)
@@ -5513,13 +5518,9 @@ class Upstream:
     def _release(self, received: Call, handles: Sequence[str]) -> None:
         if not handles:
             return
-        url = received.input.get("QueueUrl", received.request.path)
-        base, now = received.base_url, {"VisibilityTimeout": 0}
+        now = {"VisibilityTimeout": 0}
         entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
-        document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
-        operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
-        request, who = sqs_request(host, operation, document), (received.region, received.caller)
-        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
+        call = queue_call(received, "ChangeMessageVisibilityBatch", Entries=entries)
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
             status = self.answer(call, "").status
@@ -8422,12 +8423,8 @@ class Proxy:
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
         """Return the visibility timeout of a call's queue, in seconds, as its target answers."""
-        url = call.input.get("QueueUrl") or call.request.path
-        url = call.base_url + url if url.startswith("/") else url
-        document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
-        host = call.request.header("host") or "localhost"
-        asked = sqs_call(host, "GetQueueAttributes", document, call.region, call.caller)
-        asked.base_url, asked.route = call.base_url, self._route(asked.action)
+        asked = queue_call(call, "GetQueueAttributes", AttributeNames=["VisibilityTimeout"])
+        asked.route = self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
         reply = asked.route.target.answer(asked, "")
