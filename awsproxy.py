@@ -4308,15 +4308,13 @@ def endpoint_for(
 
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
     endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
+    rpc = _RPC_PATH.fullmatch(path)
+    operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
     prefix = service
-    if service in ENDPOINT_PREFIXES:
-        rpc = _RPC_PATH.fullmatch(path)
-        operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
-        for template, pattern in ENDPOINT_PREFIXES[service]:
-            match = re.match(pattern, operation)
-            if match:
-                prefix = match.expand(template.replace("&", service))
-                break
+    for template, pattern in ENDPOINT_PREFIXES.get(service, ()):
+        if match := re.match(pattern, operation):
+            prefix = match.expand(template.replace("&", service))
+            break
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
@@ -4467,11 +4465,10 @@ def split_url(url: str) -> tuple[str, str]:
 @functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Return whether the name or address of a host means this machine."""
-    try:
+    with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return host == "localhost"
 
 
 def _expiry(text: Any) -> float:
@@ -4611,7 +4608,6 @@ class CredentialChain:
         return _credentials(*map(_document(answer).get, _HOST_FIELDS))
 
     def _file(self, variable: str, default: str) -> Mapping[str, Section]:
-        """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
         text = _read_text(path) if os.path.exists(path) else ""
@@ -4639,7 +4635,6 @@ class CredentialChain:
         return settings
 
     def _settings(self) -> Section:
-        """Return the settings of the chosen profile, none if they cannot be read."""
         with contextlib.suppress(NoKeys):
             return self._section(self.profile)
         return {}
@@ -4885,7 +4880,6 @@ class Keyring:
     profile: str = ""
     fetch: Callable[..., bytes] = fetch
     clock: Clock = time.time
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _caches: dict[tuple[str, str, str], CredentialCache] = field(default_factory=dict, init=False)
 
     def seconds_left(self) -> float:
@@ -4897,11 +4891,10 @@ class Keyring:
         """Return the credentials of a client; the name of the client names the role session."""
         role = client.upstream_role_arn
         key = (client.upstream_profile or self.profile, role, client.name if role else "")
-        with self._lock:
-            if key not in self._caches:
-                chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
-                self._caches[key] = CredentialCache(chain, self.clock, variants=chain.variants)
-            return self._caches[key]
+        if key not in self._caches:  # two threads may get here, and one of them is the first
+            chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
+            self._caches.setdefault(key, CredentialCache(chain, self.clock, chain.variants))
+        return self._caches[key]
 
 
 # [6.3] Connections
@@ -4985,7 +4978,7 @@ class Connection:
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             while left:
                 if not (seen := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
@@ -4993,17 +4986,15 @@ class Connection:
                     return False  # otherwise it was a TLS record without data
                 with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
                     left = left[self.socket.send(left) :]
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def send_now(self, data: bytes) -> bool:
         """Send the data without waiting, and return whether all of it was sent."""
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             return self.socket.send(data) == len(data)
-        except OSError:
-            return False
+        return False
 
     def receive_now(self) -> bool:
         """Read what has arrived, as far as a whole reply, and return whether more may arrive."""
@@ -5105,7 +5096,6 @@ MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
-
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE_IN_BODY = re.compile(
@@ -5245,14 +5235,13 @@ class Upstream:
         return functools.partial(self._put_back, attempt)
 
     def _put_back(self, attempt: Attempt) -> None:
-        connection = attempt.connection
         try:
             self._release(attempt.call, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
-            connection.close()
+            attempt.connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
-            self.pool.given_up.discard(connection)
+            self.pool.given_up.discard(attempt.connection)
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
@@ -5456,7 +5445,6 @@ class Upstream:
         connection.spoiled = not is_sent or (bool(first) and signed.method in _BODILESS)
 
     def _reply(self, attempt: Attempt) -> Reply:
-        """Return the answer; its body streams if it is long."""
         call, connection, secrets = attempt.call, attempt.connection, attempt.secrets
         source = connection.source
         connection.deadline = time.monotonic() + connection.timeout
@@ -5499,7 +5487,6 @@ class Upstream:
         return Reply(head.status, tuple(headers), self._stream(attempt, shown, keep))
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
-        """Return an answer with its body, and keep or close its connection."""
         self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
