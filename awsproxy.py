@@ -4318,13 +4318,12 @@ def endpoint_for(
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
-    return _endpoint_at(prefix, region, variants)
+    return _endpoint_at(prefix, region, *variants)
 
 
 @functools.lru_cache(maxsize=256)
-def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
+def _endpoint_at(prefix: str, region: str, fips: bool, dualstack: bool) -> Endpoint:
     _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
-    fips, dualstack = variants
     ending = "-fips" if fips else ""
     places = map(GLOBAL_REGIONS.get, (f"{prefix}@{region}", f"{prefix}@{partition}", prefix))
     place = next((it for it in places if it is not None), region).replace("main", main)
@@ -5197,8 +5196,7 @@ class Upstream:
         signed, _ = self._signed(attempt)
         body = read_again(signed.body)
         data = encode_head(signed) + body
-        may_stay_unread = body and signed.method in _BODILESS
-        if may_stay_unread or not (kept := self.pool.idle(attempt.endpoint)):
+        if (body and signed.method in _BODILESS) or not (kept := self.pool.idle(attempt.endpoint)):
             return None
         attempt.connection = kept
         self.pool.allow(kept, call)
@@ -5293,10 +5291,9 @@ class Upstream:
         return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
-        request, endpoint = call.request, self._endpoint_of(call)
+        request, endpoint, target = call.request, self._endpoint_of(call), call.request.target
         if call.changed:  # the body is encoded again, and not compressed
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
-        target = request.target
         target, hoisted = strip_presigned(target) if call.presigned else (target, [])
         of_proxies = {n for n in request.fields if n in _OF_THE_WAY or n[:12] == "x-forwarded-"}
         dropped = _KEPT_BACK if call.unsigned else _SET_AGAIN
