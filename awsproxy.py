@@ -4252,25 +4252,22 @@ def endpoint_for(
 
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
     endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
+    rpc = _RPC_PATH.fullmatch(path)
+    operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
     prefix = service
-    if service in ENDPOINT_PREFIXES:
-        rpc = _RPC_PATH.fullmatch(path)
-        operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
-        for template, pattern in ENDPOINT_PREFIXES[service]:
-            match = re.match(pattern, operation)
-            if match:
-                prefix = match.expand(template.replace("&", service))
-                break
+    for template, pattern in ENDPOINT_PREFIXES.get(service, ()):
+        if match := re.match(pattern, operation):
+            prefix = match.expand(template.replace("&", service))
+            break
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
-    return _endpoint_at(prefix, region, variants)
+    return _endpoint_at(prefix, region, *variants)
 
 
 @functools.lru_cache(maxsize=256)
-def _endpoint_at(prefix: str, region: str, variants: Variants) -> Endpoint:
+def _endpoint_at(prefix: str, region: str, fips: bool, dualstack: bool) -> Endpoint:
     _, partition, suffix, dual, main = next(it for it in PARTITIONS if region.startswith(it[0]))
-    fips, dualstack = variants
     ending = "-fips" if fips else ""
     places = map(GLOBAL_REGIONS.get, (f"{prefix}@{region}", f"{prefix}@{partition}", prefix))
     place = next((it for it in places if it is not None), region).replace("main", main)
@@ -4411,11 +4408,10 @@ def split_url(url: str) -> tuple[str, str]:
 @functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Return whether the name or address of a host means this machine."""
-    try:
+    with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return host == "localhost"
 
 
 def _expiry(text: Any) -> float:
@@ -4555,7 +4551,6 @@ class CredentialChain:
         return _credentials(*map(_document(answer).get, _HOST_FIELDS))
 
     def _file(self, variable: str, default: str) -> Mapping[str, Section]:
-        """Return the sections of a file of the AWS SDKs, none if the file does not exist."""
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
         text = _read_text(path) if os.path.exists(path) else ""
@@ -4583,7 +4578,6 @@ class CredentialChain:
         return settings
 
     def _settings(self) -> Section:
-        """Return the settings of the chosen profile, none if they cannot be read."""
         with contextlib.suppress(NoKeys):
             return self._section(self.profile)
         return {}
@@ -4829,7 +4823,6 @@ class Keyring:
     profile: str = ""
     fetch: Callable[..., bytes] = fetch
     clock: Clock = time.time
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _caches: dict[tuple[str, str, str], CredentialCache] = field(default_factory=dict, init=False)
 
     def seconds_left(self) -> float:
@@ -4841,11 +4834,10 @@ class Keyring:
         """Return the credentials of a client; the name of the client names the role session."""
         role = client.upstream_role_arn
         key = (client.upstream_profile or self.profile, role, client.name if role else "")
-        with self._lock:
-            if key not in self._caches:
-                chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
-                self._caches[key] = CredentialCache(chain, self.clock, variants=chain.variants)
-            return self._caches[key]
+        if key not in self._caches:  # two threads may get here, and one of them is the first
+            chain = CredentialChain(self.environ, *key, self.fetch, self.clock)
+            self._caches.setdefault(key, CredentialCache(chain, self.clock, chain.variants))
+        return self._caches[key]
 
 
 # [6.3] Connections
@@ -4929,7 +4921,7 @@ class Connection:
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             while left:
                 if not (seen := poll.poll(self.timeout * 1000)):
                     raise UpstreamError(f"{self.endpoint.origin} stopped reading a request")
@@ -4937,17 +4929,15 @@ class Connection:
                     return False  # otherwise it was a TLS record without data
                 with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
                     left = left[self.socket.send(left) :]
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def send_now(self, data: bytes) -> bool:
         """Send the data without waiting, and return whether all of it was sent."""
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             return self.socket.send(data) == len(data)
-        except OSError:
-            return False
+        return False
 
     def receive_now(self) -> bool:
         """Read what has arrived, as far as a whole reply, and return whether more may arrive."""
@@ -5049,7 +5039,6 @@ MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
 _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
-
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE_IN_BODY = re.compile(
@@ -5079,10 +5068,21 @@ def is_repeatable(call: Call) -> bool:
     return idempotent or call.operation.startswith(("Get", "List", "Describe", "BatchGet", "Head"))
 
 
-def sqs_request(host: str, operation: str, document: Mapping[str, Any]) -> Request:
-    """Return a call to Amazon SQS in AWS JSON, without the headers that an Upstream adds."""
+def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
+    """Return a call to Amazon SQS that the proxy makes itself."""
     headers = (("Host", host), ("X-Amz-Target", f"AmazonSQS.{operation}"))
-    return Request("POST", "/", headers, io.BytesIO(_to_json(document)))
+    request, wire = Request("POST", "/", headers, io.BytesIO(_to_json(document))), AWS_JSON["1.0"]
+    return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
+
+
+def queue_call(call: Call, operation: str, **more: Any) -> Call:
+    """Return a call that the proxy makes itself about the queue of another call."""
+    url = call.input.get("QueueUrl") or call.request.path
+    document = {"QueueUrl": call.base_url + url if url.startswith("/") else url, **more}
+    host = call.request.header("host") or "localhost"
+    made = sqs_call(host, operation, document, call.region, call.caller)
+    made.base_url = call.base_url
+    return made
 
 
 @dataclass(eq=False)
@@ -5140,8 +5140,7 @@ class Upstream:
         signed, _ = self._signed(attempt)
         body = read_again(signed.body)
         data = encode_head(signed) + body
-        may_stay_unread = body and signed.method in _BODILESS
-        if may_stay_unread or not (kept := self.pool.idle(attempt.endpoint)):
+        if (body and signed.method in _BODILESS) or not (kept := self.pool.idle(attempt.endpoint)):
             return None
         attempt.connection = kept
         self.pool.allow(kept, call)
@@ -5178,14 +5177,13 @@ class Upstream:
         return functools.partial(self._put_back, attempt)
 
     def _put_back(self, attempt: Attempt) -> None:
-        connection = attempt.connection
         try:
             self._release(attempt.call, receipt_handles(self._reply(attempt)))
         except (UpstreamError, ServiceError) as error:
-            connection.close()
+            attempt.connection.close()
             log.warning("messages may stay invisible: the upstream did not answer: %s", error)
         finally:
-            self.pool.given_up.discard(connection)
+            self.pool.given_up.discard(attempt.connection)
 
     def _settled(self, attempt: Attempt) -> Reply:
         """Return the answer for the caller.  Put messages back if the client has left."""
@@ -5237,10 +5235,9 @@ class Upstream:
         return endpoint_for(call.service, call.region, target, path, method, (fips, dualstack))
 
     def _prepared(self, call: Call) -> Attempt:
-        request, endpoint = call.request, self._endpoint_of(call)
+        request, endpoint, target = call.request, self._endpoint_of(call), call.request.target
         if call.changed:  # the body is encoded again, and not compressed
             request = request.with_headers(tuple(_without(request.headers, "content-encoding")))
-        target = request.target
         target, hoisted = strip_presigned(target) if call.presigned else (target, [])
         of_proxies = {n for n in request.fields if n in _OF_THE_WAY or n[:12] == "x-forwarded-"}
         dropped = _KEPT_BACK if call.unsigned else _SET_AGAIN
@@ -5389,7 +5386,6 @@ class Upstream:
         connection.spoiled = not is_sent or (bool(first) and signed.method in _BODILESS)
 
     def _reply(self, attempt: Attempt) -> Reply:
-        """Return the answer; its body streams if it is long."""
         call, connection, secrets = attempt.call, attempt.connection, attempt.secrets
         source = connection.source
         connection.deadline = time.monotonic() + connection.timeout
@@ -5432,7 +5428,6 @@ class Upstream:
         return Reply(head.status, tuple(headers), self._stream(attempt, shown, keep))
 
     def _whole(self, attempt: Attempt, head: ResponseHead, keep: bool, body: bytes) -> Reply:
-        """Return an answer with its body, and keep or close its connection."""
         self.pool.give(attempt.connection, keep)
         # An answer to HEAD has the length of a body, but no body.
         dropped = HOP_BY_HOP if attempt.call.request.method == "HEAD" else _ANSWER_DROPS
@@ -5451,14 +5446,9 @@ class Upstream:
     def _release(self, received: Call, handles: Sequence[str]) -> None:
         if not handles:
             return
-        url = received.input.get("QueueUrl", received.request.path)
-        base, now = received.base_url, {"VisibilityTimeout": 0}
+        now = {"VisibilityTimeout": 0}
         entries = [{"Id": str(n), "ReceiptHandle": it, **now} for n, it in enumerate(handles)]
-        document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
-        operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
-        request, who = sqs_request(host, operation, document), (received.region, received.caller)
-        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body)
-        call.encoded, call.base_url = document, base
+        call = queue_call(received, "ChangeMessageVisibilityBatch", Entries=entries)
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
             status = self.answer(call, "").status
@@ -7657,12 +7647,6 @@ def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, accoun
             _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
 
 
-def sqs_call(host: str, operation: str, document: Members, region: str, caller: Client) -> Call:
-    """Return a call to Amazon SQS that the proxy makes itself."""
-    request, wire = sqs_request(host, operation, document), AWS_JSON["1.0"]
-    return Call(request, wire, "sqs", operation, region, caller, request.body, encoded=document)
-
-
 @dataclass
 class Status:
     """Serves the paths under `/_awsproxy/`; no bucket has such a name."""
@@ -8360,12 +8344,8 @@ class Proxy:
 
     def visibility_timeout(self, call: Call, queue: str) -> int:
         """Return the visibility timeout of a call's queue, in seconds, as its target answers."""
-        url = call.input.get("QueueUrl") or call.request.path
-        url = call.base_url + url if url.startswith("/") else url
-        document = {"QueueUrl": url, "AttributeNames": ["VisibilityTimeout"]}
-        host = call.request.header("host") or "localhost"
-        asked = sqs_call(host, "GetQueueAttributes", document, call.region, call.caller)
-        asked.base_url, asked.route = call.base_url, self._route(asked.action)
+        asked = queue_call(call, "GetQueueAttributes", AttributeNames=["VisibilityTimeout"])
+        asked.route = self._route(asked.action)
         if asked.route is None:
             raise ValueError("no route answers GetQueueAttributes")
         reply = asked.route.target.answer(asked, "")
