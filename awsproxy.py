@@ -6726,6 +6726,7 @@ MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown re
 MAX_CACHED = 1024  # decisions of a policy
 _ACTION = re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+")
 _RESOURCE = re.compile(r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)")
+_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:))?")  # keeps service and region
 _OF_REST = re.compile(r"(?:\*+|any|get|head|put|post|delete|patch|options)(?:/.*)?")
 # The actions of calls with the path of a function (source: the service model of Lambda).
 _LAMBDA = pairs("""GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
@@ -6806,14 +6807,10 @@ def _covers(pattern: str, resource: Resource) -> bool:
 
 def _touches(pattern: str, resource: Resource) -> bool:
     """Return whether a reading of a resource may match, in any partition and account."""
-    pattern, text = map(_placeless, (pattern, resource.text))
+    pattern, text = (_PLACES.sub(r"arn:\1", it) for it in (pattern, resource.text))
     start = re.split("[*?]", pattern, maxsplit=1)[0]
     may = text.startswith(start) or start.startswith(text)
     return glob_matches(pattern, text) if resource.whole else may
-
-
-def _placeless(arn: str) -> str:
-    return re.sub("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:))?", r"arn:\1", arn)
 
 
 def iam_name(action: str) -> str:
@@ -6900,11 +6897,10 @@ def _statement(number: int, given: Any) -> Statement:
     if not isinstance(sid, str) or not re.fullmatch("[A-Za-z0-9]{0,100}", sid):
         raise ValueError(f"{owner} needs letters and digits as Sid")
     actions, not_actions = _listed(owner, given, "Action")
-    allows = effect == "Allow"
-    if allows == not_actions:
+    if not_actions == (effect == "Allow"):
         actions = [wide.lower() for it in actions for wide in _widened(owner, it)]
     listed = [*map(_folded, actions)], not_actions, *_listed(owner, given, "Resource")
-    return Statement(f"{number} {sid}".strip(), allows, *listed)
+    return Statement(f"{number} {sid}".strip(), effect == "Allow", *listed)
 
 
 def _listed(owner: str, given: Mapping[str, Any], element: str) -> tuple[Sequence[str], bool]:
@@ -7169,8 +7165,13 @@ def _of_s3(call: Call) -> Sequence[Need]:
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
             actions.append(action)
     found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
-    for source in given.get("x-amz-copy-source", ()):
-        found += _of_source(call.region, source)
+    for source in given.get("x-amz-copy-source", ()):  # percent-encoded, maybe + for a space
+        path, version, _ = source.partition("?versionId=")
+        action = "s3:GetObjectVersion" if version else "s3:GetObject"
+        for spelled in {path, path.replace("+", " ")}:
+            text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
+            bucket, _, key = text.removeprefix("/").partition("/")
+            found += [(action, it) for it in _in_bucket(call.region, bucket, key or None, True)]
     return tuple(dict.fromkeys(found))
 
 
@@ -7194,16 +7195,6 @@ def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> l
     dots = re.search(r"(?:^|/)\.\.?(?:/|$)", key)
     plain = re.sub("//+", "/", key.lstrip("/"))
     return [Resource(f"{arn}/{key}"), UNKNOWN if dots or not plain else Resource(f"{arn}/{plain}")]
-
-
-def _of_source(region: str, source: str) -> Iterator[Need]:
-    """Yield what a copy reads; the header is percent-encoded, maybe with + for a space."""
-    path, version, _ = source.partition("?versionId=")
-    action = "s3:GetObjectVersion" if version else "s3:GetObject"
-    for spelled in {path, path.replace("+", " ")}:
-        text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
-        bucket, _, key = text.removeprefix("/").partition("/")
-        yield from ((action, it) for it in _in_bucket(region, bucket, key or None, True))
 
 
 # [8.5] Guard and learning
@@ -7331,28 +7322,25 @@ Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, i
 
 def tape_input(call: Call) -> Entry:
     """Return what tells the calls of an action apart, once `hash_body` knows the body."""
-    found: dict[str, Any]
-    request = call.request
     if isinstance(call.encoded, dict):
         try:
-            found = read_json(_to_json(call.input).decode())
+            given = read_json(_to_json(call.input).decode())
         except ServiceError:  # the upstream may still understand it
-            found = call.encoded
-        found = _with_queue_urls(found, call) if call.service == "sqs" else found
-        found = {name: it for name, it in found.items() if not _INVENTED.fullmatch(name)}
+            given = call.encoded
+        given = _with_queue_urls(given, call) if call.service == "sqs" else given
+        found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
     else:
-        target, hoisted = strip_presigned(request.target)
+        target, hoisted = strip_presigned(call.request.target)
         path, mark, query = target.partition("?")
         path = f"/{call.bucket}{path}" if call.bucket else path
         target = path + mark + "&".join(sorted(query.split("&")))
-        found = {"method": request.method, "target": target}
-        given = {**{name: ", ".join(it) for name, it in request.fields.items()}, **dict(hoisted)}
-        found |= {name: it for name, it in given.items() if _REST_INPUT.fullmatch(name)}
+        found = {"method": call.request.method, "target": target}
+        fields = {name: ", ".join(it) for name, it in call.request.fields.items()} | dict(hoisted)
+        found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
         if digest := call.body_hash():
             found["body_sha256"] = digest
     text = json.dumps(found, sort_keys=True).encode()
-    short = len(text) <= MAX_INLINE
-    return found if short else {"input_sha256": hashlib.sha256(text).hexdigest()}
+    return found if len(text) <= MAX_INLINE else {"input_sha256": hashlib.sha256(text).hexdigest()}
 
 
 def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, Any]:
