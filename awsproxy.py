@@ -6935,11 +6935,10 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     return [pattern] if of_rest else [pattern, f"{service}:*/*"]
 
 
-_READS = [f"{it}*" for it in ("get", "get/", "list", "describe", "head", "head/", "batchget")]
-_SECRETS = [f"get*{it}*" for it in ("credential", "token", "password", "instanceaccess")]
+_SECRETS = "get*credential* get*token* get*password* get*instanceaccess* execute-api:*".split()
 READ_ONLY = (
-    Statement("read_only", False, [*sorted(CREDENTIAL_ACTIONS), *_SECRETS, "execute-api:*"]),
-    Statement("read_only", True, _READS),
+    Statement("read_only", False, [*sorted(CREDENTIAL_ACTIONS), *_SECRETS]),
+    Statement("read_only", True, "get* get/* list* describe* head* head/* batchget*".split()),
 )
 
 
@@ -7210,8 +7209,7 @@ class Guard:
     def __init__(self, observe: bool = False) -> None:
         self._observe = observe
         self._passed: dict[tuple[Any, ...], Decision] = {}
-        # By client, and whether it was refused: the needs.
-        self._learned: dict[tuple[str, bool], dict[Need, None]] = {}
+        self._learned: dict[tuple[str, bool], dict[Need, None]] = {}  # by client, and if refused
         self._full: set[str] = set()
 
     def check(self, call: Call) -> None:
@@ -7489,11 +7487,10 @@ def read_tape(path: str) -> Tracks:
     tracks: Tracks = {}
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
-            place = {}
+            begin, place = file.tell() - len(line), {}
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 head = line.partition(_BASE64_MEMBER)[0]
-                place["at"] = file.tell() - len(line) + len(head + _BASE64_MEMBER)
-                line = head + b"}"
+                line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
                 rest = iter(lambda: file.readline(65536), b"")
                 if not any(part.endswith((b"\n", b"}")) for part in rest):
                     raise ValueError(f"line {number} is cut off, or longer than {MAX_LINE} bytes")
