@@ -6652,22 +6652,17 @@ def _can_match(service: str, pattern: str) -> bool:
 # and one that denies matches loosely.  NotAction and NotResource swap the two.
 MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown resource
 MAX_CACHED = 1024  # decisions of a policy
-_ELEMENTS = frozenset("Sid Effect Action NotAction Resource NotResource".split())
-_PATTERNS = {
-    "Action": re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+"),
-    "Resource": re.compile(
-        r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)"
-    ),
-}
+_ACTION = re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+")
+_RESOURCE = re.compile(r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)")
+_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:))?")  # keeps service and region
 _OF_REST = re.compile(r"(?:\*+|any|get|head|put|post|delete|patch|options)(?:/.*)?")
 # The actions of calls with the path of a function (source: the service model of Lambda).
-_LAMBDA = pairs("""
-    GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
+_LAMBDA = pairs("""GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
     POST/response-streaming-invocations=InvokeFunction POST/invoke-async=InvokeAsync
     GET/configuration=GetFunctionConfiguration PUT/configuration=UpdateFunctionConfiguration
     PUT/code=UpdateFunctionCode GET/policy=GetPolicy POST/policy=AddPermission
-    GET/versions=ListVersionsByFunction POST/versions=PublishVersion
-    GET/aliases=ListAliases POST/aliases=CreateAlias""")
+    GET/versions=ListVersionsByFunction POST/versions=PublishVersion GET/aliases=ListAliases
+    POST/aliases=CreateAlias""")
 _LAMBDA_NAMES = re.compile("|".join((*_LAMBDA.values(), "Invoke.*")).lower())
 _S3_BYPASS = "bypassgovernanceretention"  # that a header needs, and no operation
 _FUNCTION_PATH = re.compile("/20[0-9]{2}-[0-9]{2}-[0-9]{2}/functions/([^/]+)((?:/[^/]+)*)/?")
@@ -6740,23 +6735,17 @@ def _covers(pattern: str, resource: Resource) -> bool:
 
 def _touches(pattern: str, resource: Resource) -> bool:
     """Return whether a reading of a resource may match, in any partition and account."""
-    pattern, text = map(_placeless, (pattern, resource.text))
+    pattern, text = (_PLACES.sub(r"arn:\1", it) for it in (pattern, resource.text))
     start = re.split("[*?]", pattern, maxsplit=1)[0]
     may = text.startswith(start) or start.startswith(text)
     return glob_matches(pattern, text) if resource.whole else may
-
-
-def _placeless(arn: str) -> str:
-    without_partition = re.sub("^arn:[^:]*:", "arn::", arn)
-    return re.sub("^(arn::[^:]*:[^:]*):[^:]*:", r"\1::", without_partition)
 
 
 def iam_name(action: str) -> str:
     """Return the name of an action in IAM.  A REST call without one keeps its path."""
     service, _, operation = action.partition(":")
     method, slash, path = operation.partition("/")
-    match = _FUNCTION_PATH.fullmatch(slash + path) if service == "lambda" else None
-    if match:
+    if service == "lambda" and (match := _FUNCTION_PATH.fullmatch(slash + path)):
         operation = _LAMBDA.get(method + match[2], operation)
     return f"{IAM_PREFIXES.get(service, service).partition(',')[0]}:{operation}"
 
@@ -6777,7 +6766,7 @@ class Policy:
             document = json.loads(text, object_pairs_hook=_marked)
         except RecursionError as error:
             raise ValueError("the policy is too deeply nested") from error
-        _check_members("the policy", document, frozenset({"Version", "Id", "Statement"}))
+        _check_members("the policy", document, ("Version", "Id", "Statement"))
         if document.get("Version", "2012-10-17") not in ("2012-10-17", "2008-10-17"):
             raise ValueError("the Version of the policy must be 2012-10-17")
         listed = document.get("Statement")
@@ -6799,15 +6788,14 @@ class Policy:
         decision = Decision(False)
         for action, it in needs:
             short = len(action) + len(called) + len(it.text) <= 2 * MAX_TEXT
-            decision = (self._known if short else self._decide)(action, it, called)
+            decision = (self._known if short else self._decide)(action, it, called or action)
             if not decision.allowed:
                 break
         return decision
 
     def _decide(self, action: str, resource: Resource, called: str) -> Decision:
         strict = [*map(_folded, (*names_of(action), iam_name(action)))]
-        loose = [*strict, *names_of(called or action), iam_name(called or action)]
-        loose = [name.lower() for name in loose]
+        loose = [name.lower() for name in (*strict, *names_of(called), iam_name(called))]
         if loose[-1].startswith("lambda:") and "/" in loose[-1]:  # it may be any operation
             loose.append("lambda:any/operation")
         decided = (it for it in self.statements if it.applies(strict, loose, resource))
@@ -6830,22 +6818,22 @@ def _check_members(owner: str, given: Any, known: Iterable[str]) -> None:
 
 def _statement(number: int, given: Any) -> Statement:
     owner = f"statement {number}"
-    _check_members(owner, given, _ELEMENTS)
+    _check_members(owner, given, "Sid Effect Action NotAction Resource NotResource".split())
     effect, sid = given.get("Effect"), given.get("Sid", "")
     if effect not in ("Allow", "Deny"):
         raise ValueError(f"{owner} needs Allow or Deny as Effect")
     if not isinstance(sid, str) or not re.fullmatch("[A-Za-z0-9]{0,100}", sid):
         raise ValueError(f"{owner} needs letters and digits as Sid")
     actions, not_actions = _listed(owner, given, "Action")
-    allows = effect == "Allow"
-    if allows == not_actions:
+    if not_actions == (effect == "Allow"):
         actions = [wide.lower() for it in actions for wide in _widened(owner, it)]
     listed = [*map(_folded, actions)], not_actions, *_listed(owner, given, "Resource")
-    return Statement(f"{number} {sid}".strip(), allows, *listed)
+    return Statement(f"{number} {sid}".strip(), effect == "Allow", *listed)
 
 
 def _listed(owner: str, given: Mapping[str, Any], element: str) -> tuple[Sequence[str], bool]:
     """Return the patterns of an element or its negation, and whether it is the negation."""
+    form = _ACTION if element == "Action" else _RESOURCE
     found = [key for key in (element, f"Not{element}") if key in given]
     if len(found) != 1:
         raise ValueError(f"{owner} needs either {element} or Not{element}")
@@ -6855,7 +6843,7 @@ def _listed(owner: str, given: Mapping[str, Any], element: str) -> tuple[Sequenc
     for it in values:
         if isinstance(it, str) and "${" in it:
             raise ValueError(f"{owner} has a policy variable, which this proxy does not support")
-        if not isinstance(it, str) or not _PATTERNS[element].fullmatch(it) or it != it.strip():
+        if not isinstance(it, str) or not form.fullmatch(it) or it != it.strip():
             raise ValueError(f"{owner} has a {found[0]} that is not understood: {it!r:.80}")
     return values, found[0] != element
 
@@ -6875,11 +6863,10 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     return [pattern] if of_rest else [pattern, f"{service}:*/*"]
 
 
-_READS = [f"{it}*" for it in ("get", "get/", "list", "describe", "head", "head/", "batchget")]
-_SECRETS = [f"get*{it}*" for it in ("credential", "token", "password", "instanceaccess")]
+_SECRETS = "get*credential* get*token* get*password* get*instanceaccess* execute-api:*".split()
 READ_ONLY = (
-    Statement("read_only", False, [*sorted(CREDENTIAL_ACTIONS), *_SECRETS, "execute-api:*"]),
-    Statement("read_only", True, _READS),
+    Statement("read_only", False, [*sorted(CREDENTIAL_ACTIONS), *_SECRETS]),
+    Statement("read_only", True, "get* get/* list* describe* head* head/* batchget*".split()),
 )
 
 
@@ -6887,7 +6874,7 @@ READ_ONLY = (
 # A line: the service, its operations, and the members that name all their resources.  A member is
 # an ARN.  NAME:KIND may be a name, too.  Marks: @ a queue's URL, + an ARN that may be incomplete,
 # > an index of the table, # the owner's account, - no resource.
-_NAMING = """
+_NAMING = [line.split(None, 2) for line in """
     sqs CreateQueue QueueName:
     sqs GetQueueUrl QueueOwnerAWSAccountId# QueueName:
     sqs StartMessageMoveTask|ListMessageMoveTasks SourceArn DestinationArn
@@ -6907,10 +6894,7 @@ _NAMING = """
     states Start(Sync)?Execution|(Describe|Update|Delete)StateMachine stateMachineArn
     secretsmanager .* SecretId+
     sts GetCallerIdentity -
-"""
-_NAMING_ROWS = [line.split() for line in _NAMING.strip().splitlines()]
-_MEMBER = re.compile("([A-Za-z-]+)([:@+#>]?)(.*)")
-Row = Sequence[tuple[str, ...]]  # of each member: its name, mark and kind
+""".strip().splitlines()]  # fmt: skip
 _AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
 _ARN = re.compile(
     "arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:([A-Za-z0-9_./:$#+=,@-]+)"
@@ -6945,22 +6929,19 @@ _S3_NEEDS = [line.split() for line in """
     GetObjectAttributes x-amz-object-attributes GetObject
     .* x-amz-bypass-governance-retention BypassGovernanceRetention
 """.strip().splitlines()]  # fmt: skip
-_PARTS = pairs(
-    "Get=GetItem Put=PutItem Update=UpdateItem Delete=DeleteItem ConditionCheck=ConditionCheckItem"
-)
+_PARTS = frozenset({"Get", "Put", "Update", "Delete", "ConditionCheck"})  # of a transaction
 MAX_NEEDS = 128  # actions and resources of a call
 
 
 def needs_of(call: Call) -> Sequence[Need]:
     """Return the actions that a call needs, each with a resource of it; at least one."""
     finders = {"dynamodb": _of_dynamodb, "s3": _of_s3, "lambda": _of_lambda}
-    found = finders.get(call.service, _of_members)(call)
+    found = [*finders.get(call.service, _of_members)(call)]
     if call.action == "sqs:StartMessageMoveTask":
         source, *targets = (resource for _, resource in found)
-        found = [*found, *((f"sqs:{it}Message", source) for it in ("Receive", "Delete"))]
+        found += [("sqs:ReceiveMessage", source), ("sqs:DeleteMessage", source)]
         found += [("sqs:SendMessage", it) for it in targets or [UNKNOWN]]
-    name = f"{call.service}:{call.operation}"
-    found = [*found, *((name + path, UNKNOWN) for path in call.other_paths)]
+    found += [(f"{call.service}:{call.operation}{it}", UNKNOWN) for it in call.other_paths]
     return found if len(found) <= MAX_NEEDS else _needing(call.action, UNKNOWN)
 
 
@@ -6970,14 +6951,14 @@ def _needing(action: str, *resources: Resource) -> Sequence[Need]:
 
 
 @functools.lru_cache(maxsize=MAX_CACHED)
-def _row(service: str, operation: str) -> Optional[Row]:
-    """Return the members that name the resources of an operation; None if they are unknown."""
+def _row(service: str, operation: str) -> Optional[Sequence[tuple[str, str, str]]]:
+    """Return name, mark and kind of the members that name all resources; None if unknown."""
     model = OPERATIONS.get(operation) if service == "sqs" else None
     if model and "QueueUrl" in model.input.members:
         return (("QueueUrl", "@", ""),)
-    for name, operations, *members in _NAMING_ROWS:
+    for name, operations, members in _NAMING:
         if name == service and re.fullmatch(operations, operation):
-            return tuple(match.groups() for match in map(_MEMBER.fullmatch, members) if match)
+            return re.findall(r"([A-Za-z-]+)([:@+#>]?)(\S*)", members)
     return None
 
 
@@ -7031,22 +7012,20 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
     """Return the resource that a member names, as its mark in _NAMING tells."""
     if type(value) is not str or len(value) > MAX_TEXT:
         return UNKNOWN
-    name = value
     if mark == "@":
         url = _QUEUE_ADDRESS.fullmatch(value)
         region = service_of_host(value.partition("://")[2].partition("/")[0])[1]
         if not url or region not in ("", call.region) or "/queue/" in value:
             return UNKNOWN
-        account, name = url.groups()
+        account, value = url.groups()
     elif value.startswith("arn:"):
         arn = _ARN.fullmatch(value)
         if not (arn and arn[1] == call.service and arn[2].startswith(kind)):
             return UNKNOWN
         good = mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :])
         return Resource(value, mark != "+") if good else UNKNOWN
-    if mark not in (":", "@") or not _AWS_NAME.fullmatch(name):
-        return UNKNOWN
-    return _in_account(call, call.region, account, kind + name)
+    known = mark in (":", "@") and _AWS_NAME.fullmatch(value)
+    return _in_account(call, call.region, account, kind + value) if known else UNKNOWN
 
 
 def _in_account(call: Call, region: str, account: str, name: str) -> Resource:
@@ -7062,24 +7041,24 @@ def _partition(region: str) -> str:
 def _of_dynamodb(call: Call) -> Sequence[Need]:
     document = call.encoded if isinstance(call.encoded, dict) else {}
     tables, parts = document.get("RequestItems"), document.get("TransactItems")
-    found: Iterable[Need] = ()
+    named: Iterable[tuple[str, Any]] = ()
     if call.operation in ("BatchGetItem", "BatchWriteItem") and isinstance(tables, dict):
-        account = call.caller.account_id
-        found = ((call.action, _named(call, ":", "table/", name, account)) for name in tables)
+        named = ((call.operation, name) for name in tables)
     if call.operation in ("TransactGetItems", "TransactWriteItems") and isinstance(parts, list):
-        found = (it for part in parts for it in _of_part(call, part))
-    first = list(itertools.islice(found, MAX_NEEDS + 1))
-    return tuple(dict.fromkeys(first)) if 0 < len(first) <= MAX_NEEDS else _of_members(call)
+        named = (it for part in parts for it in _of_part(call.operation, part))
+    found: list[Need] = []
+    for operation, name in itertools.islice(named, MAX_NEEDS + 1):
+        table = _named(call, ":", "table/", name, call.caller.account_id)
+        found += _needing(f"dynamodb:{operation}", table)
+    return tuple(dict.fromkeys(found)) if 0 < len(found) <= MAX_NEEDS else _of_members(call)
 
 
-def _of_part(call: Call, part: Any) -> Iterator[Need]:
-    """Yield what a part of a transaction needs."""
-    for kind, entry in part.items() if isinstance(part, dict) and part else [("", None)]:
-        if kind in _PARTS and isinstance(entry, dict):
-            table = _named(call, ":", "table/", entry.get("TableName"), call.caller.account_id)
-            yield f"dynamodb:{_PARTS[kind]}", table
-        else:
-            yield from _needing(call.action, UNKNOWN)
+def _of_part(operation: str, part: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the actions and tables of a part of a transaction."""
+    members: Any = part if isinstance(part, dict) and part else {"": None}
+    for kind, entry in members.items():
+        known = kind in _PARTS and isinstance(entry, dict)
+        yield (f"{kind}Item", entry.get("TableName")) if known else (operation, None)
 
 
 def _of_lambda(call: Call) -> Sequence[Need]:
@@ -7089,10 +7068,9 @@ def _of_lambda(call: Call) -> Sequence[Need]:
     if not path or not match:
         return _needing(call.action, UNKNOWN)
     region, account = match[1] or call.region, match[2] or call.caller.account_id
-    names = [match[3]]
-    if not path[2].endswith("invocations"):  # others may ignore the qualifier
-        names.append(match[3].partition(":")[0])
-    found = [_in_account(call, region, account, f"function:{name}") for name in names]
+    # Other operations than invocations may ignore the qualifier.
+    name = match[3] if path[2].endswith("invocations") else match[3].partition(":")[0]
+    found = [_in_account(call, region, account, f"function:{it}") for it in (match[3], name)]
     return _needing(call.action, *found)
 
 
@@ -7100,8 +7078,7 @@ def _of_s3(call: Call) -> Sequence[Need]:
     path, operation = call.request.path[1:], call.operation
     bucket, _, key = path.partition("/")
     bucket, key = (call.bucket, path) if call.bucket else (_decoded(bucket) or "", key)
-    objects = _OF_OBJECTS.match(operation) is not None
-    resources = _in_bucket(call.region, bucket, _decoded(key), objects)
+    resources = _in_bucket(call.region, bucket, _decoded(key), bool(_OF_OBJECTS.match(operation)))
     if call.path or operation == "ListAllMyBuckets":
         resources = [UNKNOWN if call.path else NO_RESOURCE]
     given = {k: v for k, v in call.request.fields.items() if _S3_NAME.match(k)}
@@ -7115,8 +7092,13 @@ def _of_s3(call: Call) -> Sequence[Need]:
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
             actions.append(action)
     found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
-    for source in given.get("x-amz-copy-source", ()):
-        found += _of_source(call.region, source)
+    for source in given.get("x-amz-copy-source", ()):  # percent-encoded, maybe + for a space
+        path, version, _ = source.partition("?versionId=")
+        action = "s3:GetObjectVersion" if version else "s3:GetObject"
+        for spelled in {path, path.replace("+", " ")}:
+            text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
+            bucket, _, key = text.removeprefix("/").partition("/")
+            found += [(action, it) for it in _in_bucket(call.region, bucket, key or None, True)]
     return tuple(dict.fromkeys(found))
 
 
@@ -7142,20 +7124,8 @@ def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> l
     return [Resource(f"{arn}/{key}"), UNKNOWN if dots or not plain else Resource(f"{arn}/{plain}")]
 
 
-def _of_source(region: str, source: str) -> Iterator[Need]:
-    """Yield what a copy reads; the header is percent-encoded, maybe with + for a space."""
-    path, version, _ = source.partition("?versionId=")
-    action = "s3:GetObjectVersion" if version else "s3:GetObject"
-    for spelled in {path, path.replace("+", " ")}:
-        text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
-        bucket, _, key = text.removeprefix("/").partition("/")
-        for found in _in_bucket(region, bucket, key or None, True):
-            yield action, found
-
-
 # [8.5] Guard and learning
 MAX_LEARNED = 1000  # actions on resources of a client; then folders, twice as many
-_NO_STATEMENT = "no statement of its policy allows it"
 _WITHOUT_POLICY = Decision(True, "no policy")
 
 
@@ -7167,8 +7137,7 @@ class Guard:
     def __init__(self, observe: bool = False) -> None:
         self._observe = observe
         self._passed: dict[tuple[Any, ...], Decision] = {}
-        # By client, and whether it was refused: the needs.
-        self._learned: dict[tuple[str, bool], dict[Need, None]] = {}
+        self._learned: dict[tuple[str, bool], dict[Need, None]] = {}  # by client, and if refused
         self._full: set[str] = set()
 
     def check(self, call: Call) -> None:
@@ -7199,8 +7168,9 @@ class Guard:
         """Note what a client has done, or may not do; return whether that is new."""
         known = self._learned.setdefault((client, refused), {})
         before = len(known)
-        for action, it in needs:
-            of = it if len(known) < MAX_LEARNED or (action, it) in known else _folder_of(it)
+        for action, of in needs:
+            if len(known) >= MAX_LEARNED and (action, of) not in known and "/" in of.text:
+                of = Resource(of.text[: of.text.rindex("/") + 1], whole=False)  # its folder
             is_short = len(action) + len(of.text) <= 2 * MAX_TEXT
             if (action, of) in known or (is_short and len(known) < 2 * MAX_LEARNED):
                 known[action, of] = None
@@ -7211,15 +7181,18 @@ class Guard:
     def learned(self, client: str, refused: bool = False) -> Mapping[str, Any]:
         """Return the least policy for what a client has done, or for what was refused.
 
-        Its Id is "incomplete" if there was too much to remember."""
-        policy = _least_policy(self._learned.get((client, refused), {}))
-        return {"Id": "incomplete", **policy} if client in self._full else policy
-
-
-def _folder_of(resource: Resource) -> Resource:
-    """Return the resources that share the folder of a resource."""
-    folder, slash, _ = resource.text.rpartition("/")
-    return Resource(folder + slash, whole=False) if slash else resource
+        A statement is about all resources that share its actions.  The Id is "incomplete" if
+        there was too much to remember."""
+        actions: dict[str, set[str]] = {}
+        for action, it in list(self._learned.get((client, refused), ())):
+            actions.setdefault(it.pattern, set()).add(_without_wildcards(iam_name(action)))
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for pattern, names in sorted(actions.items()):
+            groups.setdefault(tuple(sorted(names)), []).append(pattern)
+        shared = sorted(groups.items())
+        found = [{"Effect": "Allow", "Action": [*names], "Resource": it} for names, it in shared]
+        about = {"Id": "incomplete"} if client in self._full else {}
+        return {**about, "Version": "2012-10-17", "Statement": found}
 
 
 def _without_wildcards(text: str) -> str:
@@ -7227,28 +7200,13 @@ def _without_wildcards(text: str) -> str:
     return re.sub(r"[*?]|\$(?=\{)|^\s|\s$", "?", text)
 
 
-def _least_policy(needs: Iterable[Need]) -> Mapping[str, Any]:
-    """Return a policy with a statement for each set of actions that resources share."""
-    actions: dict[str, set[str]] = {}
-    for action, it in list(needs):
-        actions.setdefault(it.pattern, set()).add(_without_wildcards(iam_name(action)))
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for pattern, names in sorted(actions.items()):
-        groups.setdefault(tuple(sorted(names)), []).append(pattern)
-    statements = [
-        {"Effect": "Allow", "Action": list(names), "Resource": patterns}
-        for names, patterns in sorted(groups.items())
-    ]
-    return {"Version": "2012-10-17", "Statement": statements}
-
-
 def refusal_of(client: Client, decision: Decision) -> ServiceError:
     """Return the refusal of a call, in the words of AWS."""
     statement, action, resource = decision[1:4]
     who = f"arn:aws:iam::{client.account_id}:user/{client.name}"
     message = f"User: {who} is not authorized to perform: {action[:MAX_SHOWN]} on resource: "
-    why = f"statement {statement} of its policy denies it"
-    message += f"{resource[:MAX_SHOWN]} because {why if statement else _NO_STATEMENT}."
+    why = f"statement {statement} of its policy denies it" if statement else ""
+    message += f"{resource[:MAX_SHOWN]} because {why or 'no statement of its policy allows it'}."
     message += f" awsproxy refused this call of the client {client.name}."
     if resource == "*" and not statement:
         message += " The call names no resource that it knows, so only Resource * allows it."
@@ -7283,34 +7241,32 @@ _SIGNED_URL = re.compile(
     r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&]Signature)"
     r'(?:=|%3D|\\u003d))[^&"\\\s<]*'
 )
-_SQS_NUMBERS = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp")  # in outputs
+_SQS_NO_TEXT = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp|SenderFault")
 Entry = Mapping[str, Any]
 Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, input; "" is any
 
 
-def tape_input(call: Call, digest: str) -> Entry:
-    """Return what tells the calls of an action apart; `digest` is the body's SHA-256, or ""."""
-    found: dict[str, Any]
-    request, fields = call.request, call.request.fields
+def tape_input(call: Call) -> Entry:
+    """Return what tells the calls of an action apart, once `hash_body` knows the body."""
     if isinstance(call.encoded, dict):
         try:
-            found = read_json(_to_json(call.input).decode())
+            given = read_json(_to_json(call.input).decode())
         except ServiceError:  # the upstream may still understand it
-            found = call.encoded
-        found = _with_queue_urls(found, call) if call.service == "sqs" else found
-        found = {name: it for name, it in found.items() if not _INVENTED.fullmatch(name)}
+            given = call.encoded
+        given = _with_queue_urls(given, call) if call.service == "sqs" else given
+        found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
     else:
-        target, hoisted = strip_presigned(request.target)
+        target, hoisted = strip_presigned(call.request.target)
         path, mark, query = target.partition("?")
-        bucket = f"/{call.bucket}" if call.bucket else ""
-        target = bucket + path + mark + "&".join(sorted(query.split("&")))
-        found = {"method": request.method, "target": target}
-        given = {**{name: ", ".join(it) for name, it in fields.items()}, **dict(hoisted)}
-        found |= {name: it for name, it in given.items() if _REST_INPUT.fullmatch(name)}
-        found |= {"body_sha256": digest} if digest else {}
+        path = f"/{call.bucket}{path}" if call.bucket else path
+        target = path + mark + "&".join(sorted(query.split("&")))
+        found = {"method": call.request.method, "target": target}
+        fields = {name: ", ".join(it) for name, it in call.request.fields.items()} | dict(hoisted)
+        found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
+        if digest := call.body_hash():
+            found["body_sha256"] = digest
     text = json.dumps(found, sort_keys=True).encode()
-    short = len(text) <= MAX_INLINE
-    return found if short else {"input_sha256": hashlib.sha256(text).hexdigest()}
+    return found if len(text) <= MAX_INLINE else {"input_sha256": hashlib.sha256(text).hexdigest()}
 
 
 def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, Any]:
@@ -7321,14 +7277,15 @@ def _with_queue_urls(document: Entry, call: Call, base: str = "") -> dict[str, A
             return [*map(_based, url)]
         return base + re.sub("^https?://[^/]*", "", str(url).removeprefix(call.base_url))
 
-    return {
-        k: _based(it) if k.lower() in ("queueurl", "queueurls") else it
-        for k, it in document.items()
-    }
+    return {k: _based(v) if re.fullmatch("(?i)queueurls?", k) else v for k, v in document.items()}
 
 
-def hash_body(call: Call) -> Callable[[], str]:
-    """Return a function: the SHA-256 of the body, "" if it is empty, once it has been read."""
+def _blocks_of(reader: Any) -> Iterator[bytes]:
+    return iter(lambda: reader.read(MAX_INLINE), b"")
+
+
+def hash_body(call: Call) -> None:
+    """Let `body_hash` return the body's SHA-256, "" if it is empty, once it has been read."""
     digest, body = hashlib.sha256(), call.body
 
     def _noted(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -7336,18 +7293,15 @@ def hash_body(call: Call) -> Callable[[], str]:
             digest.update(block)
             yield block
 
-    def _value() -> str:
-        if isinstance(body, io.IOBase):  # in memory, or in a file
-            body.seek(0)
-            collections.deque(_noted(iter(lambda: body.read(65536), b"")), 0)
-            body.seek(0)
-        return digest.hexdigest().replace(EMPTY_SHA256, "")
-
-    if isinstance(body, CheckedBody):
+    if isinstance(body, io.IOBase):  # in memory, or in a file
+        body.seek(0)
+        collections.deque(_noted(_blocks_of(body)), 0)
+        body.seek(0)
+    elif isinstance(body, CheckedBody):
         body._blocks = _noted(body._blocks)
-    elif not isinstance(body, io.IOBase):
-        call.body = CheckedBody(_noted(iter(functools.partial(body.read, 65536), b"")))
-    return _value
+    else:
+        call.body = CheckedBody(_noted(_blocks_of(body)))
+    call.body_hash = lambda: digest.hexdigest().replace(EMPTY_SHA256, "")
 
 
 class Recorder(Hook):
@@ -7366,15 +7320,13 @@ class Recorder(Hook):
 
     def before(self, call: Call) -> None:
         """Compute the hash of the body while it is sent."""
-        call.body_hash = hash_body(call)
+        hash_body(call)
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
         """Record the answer, or return one that is recorded when it has streamed."""
         if not isinstance(reply.body, bytes):
             return reply._replace(body=self._streamed(call, reply, reply.body))
-        known = call.service == "sqs" and len(reply.body) < MAX_LINE // 4
-        answer = _of_sqs(call, reply, reply.body) if known else {}
-        self._record(call, reply, io.BytesIO(reply.body), answer)
+        self._record(call, reply, io.BytesIO(reply.body))
         return None
 
     def _streamed(self, call: Call, reply: Reply, blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -7383,22 +7335,20 @@ class Recorder(Hook):
                 kept.write(block)
                 yield block
             kept.seek(0)
-            self._record(call, reply, kept, {})
+            self._record(call, reply, kept)
 
-    def _record(self, call: Call, reply: Reply, body: Any, answer: Entry) -> None:
-        digest, start, text = call.body_hash(), body.read(MAX_INLINE), None
+    def _record(self, call: Call, reply: Reply, body: Any) -> None:
+        answer, start = _of_sqs(call, reply), body.read(MAX_INLINE)
         if not answer:
             headers = {n: v for n, v in reply.headers if not _NOT_KEPT.fullmatch(n)}
             answer = {"status": reply.status, "headers": headers}
             with contextlib.suppress(ValueError):
-                text = start.decode() if len(start) < MAX_INLINE else None
-            answer |= {} if text is None else {"body": text}
-        about = {"action": call.action, "region": call.region, "input": tape_input(call, digest)}
+                answer |= {"body": start.decode()} if len(start) < MAX_INLINE else {}
+        about = {"action": call.action, "region": call.region, "input": tape_input(call)}
         line = _masked({**about, **answer}).encode()
         parts: Iterable[bytes] = (line, b"\n")
-        if text is None and "headers" in answer:
-            blocks = itertools.chain((start,), iter(functools.partial(body.read, MAX_INLINE), b""))
-            coded = map(base64.b64encode, blocks)
+        if "headers" in answer and "body" not in answer:
+            coded = map(base64.b64encode, itertools.chain((start,), _blocks_of(body)))
             parts = itertools.chain((line[:-1], _BASE64_MEMBER), coded, (b'"}\n',))
         try:
             self._append(parts)
@@ -7416,8 +7366,11 @@ class Recorder(Hook):
                 raise
 
 
-def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
-    """Return the output or the error of Amazon SQS for each protocol; {} if it is malformed."""
+def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
+    """Return the output or the error of Amazon SQS for each protocol; {} if it has none."""
+    data = reply.body
+    if call.service != "sqs" or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
+        return {}
     operation, names = SQS_MODEL.operations.get(call.operation), SQS_MODEL.query_names
     members = (operation and operation.output) or ()
     try:
@@ -7439,9 +7392,7 @@ def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = 
     """Return the value of an element of AWS Query, with the names of JSON."""
     if not len(node):
         text = node.text or ""
-        if node.tag == "SenderFault":
-            return text == "true"
-        return int(text) if _SQS_NUMBERS.fullmatch(node.tag) else text
+        return read_json(text) if _SQS_NO_TEXT.fullmatch(node.tag) else text
     spelled = {it.element: member for member, it in names.items() if it.key}
     spelled |= {names[it].element if it in names else it: it for it in members}
     found: dict[str, Any] = {}
@@ -7463,14 +7414,12 @@ def read_tape(path: str) -> Tracks:
     """Return the entries of a tape, in their order.  Raise OSError or ValueError."""
     tracks: Tracks = {}
     with open(path, "rb") as file:
-        for number in itertools.count(1):
-            begin, line, place = file.tell(), file.readline(MAX_LINE), {}
-            if not line:
-                return tracks
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+            begin, place = file.tell() - len(line), {}
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 head = line.partition(_BASE64_MEMBER)[0]
                 line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
-                rest = iter(functools.partial(file.readline, 65536), b"")
+                rest = iter(lambda: file.readline(65536), b"")
                 if not any(part.endswith((b"\n", b"}")) for part in rest):
                     raise ValueError(f"line {number} is cut off, or longer than {MAX_LINE} bytes")
             try:
@@ -7518,9 +7467,9 @@ class Tape:
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer of an equal call.  If the tape has none, raise ServiceError."""
-        digest = hash_body(call)
-        collections.deque(iter(functools.partial(call.body.read, 65536), b""), 0)
-        given = tape_input(call, digest())
+        hash_body(call)
+        collections.deque(_blocks_of(call.body), 0)
+        given = tape_input(call)
         with self._lock:
             self._file.refresh()
             tracks: Tracks = self._file.value
@@ -7538,11 +7487,11 @@ class Tape:
             error.fault = Fault(status, *(error.fault[1:] if known else (code, code)))
             raise error
         if "output" in entry and isinstance(call.wire, (AwsJson, AwsQuery)):
-            model = MODELS.get(call.service) or Model({}, {call.operation: {}})
-            known_operation, output = model.operations.get(call.operation), entry["output"]
+            model, output = MODELS.get(call.service, _NO_MODEL), entry["output"]
             if call.service == "sqs":
                 output = _with_queue_urls(output, call, call.base_url)
-            is_void = known_operation and known_operation.output is None
+            operation = model.operations.get(call.operation)
+            is_void = operation and operation.output is None
             return call.wire.output(call, model, None if is_void else output, request_id)
         text = entry.get("body", entry.get("output", ""))
         body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
@@ -7559,7 +7508,7 @@ class Tape:
     def _long_body(self, at: int) -> Iterator[bytes]:
         with open(self._path, "rb") as file:
             file.seek(at)
-            for block in iter(functools.partial(file.read, 65536), b""):
+            for block in _blocks_of(file):
                 coded, end, _ = block.partition(b'"')
                 yield base64.b64decode(coded)
                 if end:
