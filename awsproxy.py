@@ -85,7 +85,6 @@ import heapq
 import hmac
 import html
 import http.client
-import http.server
 import importlib.util
 import inspect
 import io
@@ -106,6 +105,7 @@ import selectors
 import shlex
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -7787,10 +7787,8 @@ class Status:
             return _own_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
             return _own_reply(200, PAGE, "text/html", page_policy())
-        names = (
-            "health, ready, metrics, in-flight, policy, queues, queues/REGION/ACCOUNT/NAME, reset"
-        )
-        return _own_reply(404, f"the paths are {names}\n")
+        return _own_reply(404, "the paths are health, ready, metrics, in-flight, policy, queues,"
+            " queues/REGION/ACCOUNT/NAME, reset\n")  # fmt: skip
 
 
 def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
@@ -7976,13 +7974,11 @@ class Store:
                 self._cleaned = steady_time()
                 self._unsaved.append(("delete from memory where at < ?", [(old,)]))
             try:
-                self._file.execute("begin")
-                for statement, rows in self._unsaved:
-                    self._file.executemany(statement, rows)
-                self._file.execute("commit")
+                with self._file:  # it commits, or rolls back
+                    self._file.execute("begin")
+                    for statement, rows in self._unsaved:
+                        self._file.executemany(statement, rows)
             except sqlite3.Error as error:
-                with contextlib.suppress(sqlite3.Error):
-                    self._file.execute("rollback")
                 if not self._sqs.is_failing:
                     log.error("the store cannot be written: %s", error)
                 self._sqs.is_failing = True
@@ -8301,9 +8297,8 @@ class Proxy:
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
-        target = route.target if route else None
-        if isinstance(target, Upstream) and target.endpoint:
-            call.region = target.endpoint.region or call.region  # it is signed for this one
+        if route and isinstance(route.target, Upstream) and route.target.endpoint:
+            call.region = route.target.endpoint.region or call.region  # it is signed for this one
         self._guard.check(call)
         if route is None:
             raise ServiceError("AccessDenied", self._no_route(call.action))
@@ -8752,13 +8747,12 @@ class PeerConnection:
 
     def _receive(self, size: int) -> bytes:
         """Receive a part of a body; ServiceError RequestTimeout if it arrives too slowly."""
+        data, late = b"", time.monotonic() >= self.deadline
         try:
-            data = self.socket.recv(size) if time.monotonic() < self.deadline else None
-        except socket.timeout:
-            data = None
-        except OSError:
-            data = b""  # the client has hung up
-        if data is None:
+            data = b"" if late else self.socket.recv(size)
+        except OSError as error:  # another one: the client has hung up
+            late = isinstance(error, socket.timeout)
+        if late:
             message = "Your socket connection to the server was not read from or written to."
             raise ServiceError("RequestTimeout", message)
         self.deadline += len(data) / MIN_BODY_RATE
@@ -8813,7 +8807,7 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(http.server.HTTPServer):
+class Server(socketserver.BaseServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
@@ -8825,12 +8819,11 @@ class Server(http.server.HTTPServer):
         when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
         reuse_port: bool = False
     ) -> None:  # fmt: skip
-        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-        self.socket.close()  # it is not of the right family, nor bound
+        super().__init__(address, socketserver.BaseRequestHandler)
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
-        self.server_address = self.socket.getsockname()
+        self.server_address: tuple[Any, ...] = self.socket.getsockname()
         self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections, self._certificate = max_connections, certificate
@@ -8840,7 +8833,6 @@ class Server(http.server.HTTPServer):
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[PeerConnection] = []  # whose upstreams have sent something
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
@@ -8883,11 +8875,6 @@ class Server(http.server.HTTPServer):
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
-        heard = [(c, c.pending.proceed()) for c in self._heard if c.pending]  # not cut short
-        self._heard.clear()
-        for connection, outcome in heard:
-            if outcome is not None:
-                self.settle(connection, outcome)
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
@@ -9035,9 +9022,15 @@ class Server(http.server.HTTPServer):
 
     def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        upstream, act = pending.connection, functools.partial(self._heard.append, connection)
+        upstream, act = pending.connection, functools.partial(self._proceed, connection)
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
         self._selector.register(upstream.socket, _READ, act)
+
+    def _proceed(self, connection: PeerConnection) -> None:
+        if connection.pending:  # it was not cut short in this turn
+            outcome = connection.pending.proceed()
+            if outcome is not None:
+                self.settle(connection, outcome)
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
         """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
@@ -9198,10 +9191,8 @@ def _target_name(text: str) -> str:
         try:
             parse_endpoint(text)
         except ValueError as error:
-            message = (
-                f"{error}; a target is embedded, aws, deny, tape:FILE or http(s)://host[:port]"
-            )
-            raise argparse.ArgumentTypeError(message) from error
+            known = "embedded, aws, deny, tape:FILE or http(s)://host[:port]"
+            raise argparse.ArgumentTypeError(f"{error}; a target is {known}") from error
     return text
 
 
@@ -9480,14 +9471,13 @@ class Program:
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
-        for client in itertools.chain(*self.proxy.clients.values()):
-            if isinstance(client.policy, Watched):
-                client.policy.refresh()
+        policies = [client.policy for client in itertools.chain(*self.proxy.clients.values())]
+        for watched in (self._certificate, *policies):
+            if isinstance(watched, Watched):
+                watched.refresh()
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
             signing_key.cache_clear()
-        if self._certificate:
-            self._certificate.refresh()
         if self._queues and not self._sqs.is_failing and self._queues.refresh():
             try:
                 self._create_queues()
@@ -9710,14 +9700,14 @@ def build_routes(
 
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
-    soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
-    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < more:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if it == resource.RLIM_INFINITY else it for it in limits)
+    more = min(wanted, hard)
+    if soft < more:
         with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-            return more
-        return soft
-    return more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, limits[1]))
+            soft = more
+    return min(soft, more)
 
 
 if __name__ == "__main__":
