@@ -6692,9 +6692,8 @@ class Route(NamedTuple):
 _NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
 _KNOWN_NAMES = {name.lower(): name for name in _NAMES}
 _OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
-_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
-    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
-}  # fmt: skip
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {"sqs": OPERATIONS, "s3": _OF_S3,
+    "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]}  # fmt: skip
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
@@ -8003,8 +8002,7 @@ class Store:
         there = {it for it in changes.queues if self._sqs.queues.get(it.arn) is it}
         ended = [(it.serial,) for it in changes.queues - there]
         emptied = [*ended, *((serial,) for serial in changes.cleared)]
-        taken = (
-            ("delete from queues where serial = ?", ended),
+        taken = (("delete from queues where serial = ?", ended),
             ("delete from messages where serial = ?", emptied),
             ("delete from memory where serial = ?", emptied),
             ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
@@ -8012,8 +8010,7 @@ class Store:
             ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
              " where serial = ? and id = ?", changed),
             (f"replace into messages values (null{', ?' * 11})", new),
-            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()),
-        )  # fmt: skip
+            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()))  # fmt: skip
         for held in changes:
             held.clear()
         return [(statement, rows) for statement, rows in taken if rows]
@@ -8103,15 +8100,14 @@ class Proxy:
     guard: checks the clients' policies
     admin: True serves the paths of `status` to all clients, and nothing else"""
 
-    def __init__(
-        self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
-        sign_as: tuple[str, str] = ("", ""), clock_skew: Optional[int] = None,
-        regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
-        scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
-        status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = (), admin: bool = False,
-        guard: Optional[Guard] = None
-    ) -> None:  # fmt: skip
+    def __init__(self, clients: Clients, *, routes: Optional[Sequence[Route]] = None,
+            verified: bool = True, sign_as: tuple[str, str] = ("", ""),
+            clock_skew: Optional[int] = None, regions: Sequence[str] = (),
+            account_id: str = "000000000000", public_url: str = "", scheme: str = "http",
+            max_body: int = 16777216, hooks: Sequence[Any] = (), status: Optional[Status] = None,
+            clock: Clock = time.time, sqs: Optional[Sqs] = None, hook_seconds: float = 60,
+            hosts: Iterable[str] = (), admin: bool = False,
+            guard: Optional[Guard] = None) -> None:  # fmt: skip
         self._guard = guard or Guard()
         self.draining = False  # whether the process ends soon: calls receive no messages
         self._account_id, self._verified, self._admin = account_id, verified, admin
@@ -8250,9 +8246,8 @@ class Proxy:
         if self._is_public or exchange.unsigned:
             check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
-            proven = verify_head(
-                request, self._clients, exchange.started, wire.service(request), self._regions,
-                self._clock_skew, wire.must_be_signed, other_host=self._public_host,
+            proven = verify_head(request, self._clients, exchange.started, wire.service(request),
+                self._regions, self._clock_skew, wire.must_be_signed, other_host=self._public_host,
                 private=self._scheme == "https" or is_loopback(request.peer),
                 may_search=self._may_search)  # fmt: skip
         check_one_reading(request, wire, exchange.service)
@@ -8274,11 +8269,10 @@ class Proxy:
             meant = dataclasses.replace(request, method=method)
         meaning = exchange.wire.meaning(meant, found.scope.service, found.body, self.hosts)
         base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
-        exchange.call = Call(
-            request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
-            found.client, found.body, found.payload_hash, found.presigned, base_url,
-            meaning.encoded, exchange.began, meaning.path, found.signed_headers, meaning.bucket,
-            meaning.other_paths)  # fmt: skip
+        exchange.call = Call(request, exchange.wire, found.scope.service, meaning.operation,
+            found.scope.region, found.client, found.body, found.payload_hash, found.presigned,
+            base_url, meaning.encoded, exchange.began, meaning.path, found.signed_headers,
+            meaning.bucket, meaning.other_paths)  # fmt: skip
 
     def _find_target(self, exchange: Exchange) -> None:
         """Find out what answers the call."""
@@ -8813,12 +8807,10 @@ class Server(socketserver.BaseServer):
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    def __init__(
-        self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
-        max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
-        when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
-        reuse_port: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
+            max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
+            when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
+            reuse_port: bool = False) -> None:  # fmt: skip
         super().__init__(address, socketserver.BaseRequestHandler)
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
@@ -9583,10 +9575,8 @@ class MovableClock:
 
 
 @contextlib.contextmanager
-def running(
-    queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
-    clients: Clients = DEMO_CLIENTS, **options: Any
-) -> Iterator[str]:  # fmt: skip
+def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
+        clients: Clients = DEMO_CLIENTS, **options: Any) -> Iterator[str]:  # fmt: skip
     """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
     `clock` is the time of the queues; `options` are more arguments of Proxy."""
@@ -9679,9 +9669,8 @@ def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     return [*options.route, *upstream] or DEFAULT_ROUTES
 
 
-def build_routes(
-    options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
-) -> Sequence[Route]:
+def build_routes(options: argparse.Namespace, keyring: Keyring, sqs: Sqs,
+        pool: Pool) -> Sequence[Route]:  # fmt: skip
     """Return the routes that the flags ask for; log patterns that match no known action."""
     targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     given = given_routes(options)
