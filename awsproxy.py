@@ -7754,7 +7754,7 @@ class Status:
             return _own_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        given = _query_values(request, b"queue")
+        queue, client, of = (_query_values(request, it) for it in (b"queue", b"client", b"of"))
         numbers = dict(re.findall("[?&](after|limit)=([0-9]{1,9})", request.target))
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
@@ -7768,15 +7768,13 @@ class Status:
         if page == "metrics":
             return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
-            if "" in given or len(given) > 1:  # an empty variable must not drop all queues
+            if "" in queue or len(queue) > 1:  # an empty variable must not drop all queues
                 return _own_reply(400, "queue must name one queue\n")
-            return _own_json({"queues": self.reset("".join(given))})
+            return _own_json({"queues": self.reset("".join(queue))})
         if page == "policy" and self.guard:
-            client = _query_values(request, b"client")
             if len(client) != 1:
                 return _own_reply(400, "client must name one client\n")
-            of_refused = "refused" in _query_values(request, b"of")
-            return _own_json(self.guard.learned(client[0], of_refused))
+            return _own_json(self.guard.learned(client[0], "refused" in of))
         if page == "queues" and self.sqs:
             return _own_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
@@ -7906,9 +7904,8 @@ class Store:
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
         self._sqs, self._changes = sqs, Changes({}, set(), [], set())
-        self._lock = threading.Lock()
+        self._lock, self._cleaned = threading.Lock(), 0.0
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
-        self._cleaned = 0.0
         try:
             self._file = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
             self._open(full)
@@ -7954,8 +7951,7 @@ class Store:
                 log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
             names, queue = tuple(json.loads(key)), queues[serial]
-            memory = queue.sends if len(names) > 1 else queue.attempts
-            memory[names] = tuple(json.loads(kept))
+            (queue.sends if len(names) > 1 else queue.attempts)[names] = tuple(json.loads(kept))
         for queue in queues.values():
             queue.changes = self._changes
         sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]
@@ -8172,13 +8168,13 @@ class Proxy:
         return outcomes
 
     def _exchange(self, request: Request) -> Exchange:
-        header = request.fields.get("authorization")
-        if self._verified and header and not header[0].startswith("Bearer "):
-            return Exchange(request, self._clock(), random_id())
-        unsigned = self._unsigned_service(request) if self._verified else ""
-        service = unsigned if self._verified else self._unverified_scope(request).service
+        header, service = request.fields.get("authorization"), ""
+        if not self._verified:
+            service = self._unverified_scope(request).service
+        elif not header or header[0].startswith("Bearer "):
+            service = self._unsigned_service(request)
         exchange = Exchange(request, self._clock(), random_id(), service)
-        exchange.unsigned = bool(unsigned)
+        exchange.unsigned = self._verified and service != ""
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
@@ -8212,7 +8208,6 @@ class Proxy:
             exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
 
     def _may_search(self) -> bool:
-        """Return whether fewer than MAX_SEARCHES began within a second."""
         now, oldest = time.monotonic(), self._searches[0]
         if may_search := now >= oldest + 1:
             self._searches.append(now)
@@ -8275,7 +8270,6 @@ class Proxy:
             meaning.bucket, meaning.other_paths)  # fmt: skip
 
     def _find_target(self, exchange: Exchange) -> None:
-        """Find out what answers the call."""
         call = exchange.call
         assert call
         route = call.route = self._route(call.action)
@@ -9019,10 +9013,9 @@ class Server(socketserver.BaseServer):
         self._selector.register(upstream.socket, _READ, act)
 
     def _proceed(self, connection: PeerConnection) -> None:
-        if connection.pending:  # it was not cut short in this turn
-            outcome = connection.pending.proceed()
-            if outcome is not None:
-                self.settle(connection, outcome)
+        outcome = connection.pending and connection.pending.proceed()  # it may be cut short
+        if outcome:
+            self.settle(connection, outcome)
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
         """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
@@ -9303,7 +9296,6 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
-    ADMIN_CONNECTIONS = 32
     SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
@@ -9317,10 +9309,9 @@ class Program:
             read = functools.partial(read_certificate, key=key)
             self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
-        self._signals: collections.deque[int] = collections.deque()
+        self._due: collections.deque[Callable[[], None]] = collections.deque()  # after signals
         self._sqs, self._store = Sqs(cooldown=options.cooldown), None
-        self._metrics = Metrics()
-        self._keyring = Keyring(os.environ, options.profile)
+        self._metrics, self._keyring = Metrics(), Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
@@ -9364,8 +9355,7 @@ class Program:
         self.admin = None
         if options.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
-            most = self.ADMIN_CONNECTIONS
-            self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
+            self.admin = self._listen(options.admin, admin, "--admin", max_connections=32)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -9434,8 +9424,7 @@ class Program:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
         with _usage_errors(f"the tape {options.record} cannot be used: "):
-            if options.record:
-                hooks.append(Recorder(options.record))
+            hooks += [Recorder(options.record)] if options.record else []
         return hooks
 
     def _build_in_flight(self) -> InFlight:
@@ -9546,15 +9535,12 @@ class Program:
 
     def _note_signal(self, number: int, _: object) -> None:
         """Let the event loop handle the signal: a signal handler must not wait or fail."""
-        self._signals.append(number)
+        self._due.append(self._writer.reopen if number == signal.SIGHUP else self.end)
         self.server.wake()
 
     def _take_signals(self) -> None:
-        while self._signals:
-            if self._signals.popleft() in (signal.SIGINT, signal.SIGTERM):
-                self.end()
-            else:
-                self._writer.reopen()
+        while self._due:
+            self._due.popleft()()
 
 
 # [10.4] In a test process
