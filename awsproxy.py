@@ -6579,18 +6579,16 @@ IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
     partnercentral-selling=partnercentral tagging=tag""")
-_PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
-_WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem"
-# The actions that IAM asks for, if no action has the operation's name.
-IAM_ACTIONS = pairs(f"""
+_PARTIQL = "PartiQLSelect,PartiQLInsert,PartiQLUpdate,PartiQLDelete"
+# The actions of the same service that IAM asks for, if no action has the operation's name.
+IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch=Publish
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
-    dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems={_WRITES} kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo
-    sns:publishbatch=sns:Publish secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
-    sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
-    sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
+    dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=GetItem
+    dynamodb:transactwriteitems=PutItem,UpdateItem,DeleteItem,ConditionCheckItem
+    secretsmanager:batchgetsecretvalue=GetSecretValue sqs:deletemessagebatch=DeleteMessage
+    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage""")
 # In these services, BatchX needs the action X.
-_BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
+_BATCHES = re.compile("(?:bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""account-access GET/access/credentials; awsssoportal
@@ -6641,9 +6639,9 @@ def names_of(action: str) -> Sequence[str]:
 
 def needed_actions(action: str) -> Sequence[str]:
     """Return the actions that IAM needs instead of one that it does not know."""
-    batch = _BATCHES.fullmatch(action.lower())
-    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
-    return [*filter(None, IAM_ACTIONS.get(action.lower(), of_batch).split(","))]
+    folded, batch = action.lower(), _BATCHES.fullmatch(action.lower())
+    needed = IAM_ACTIONS.get(folded, batch[1] if batch else "").split(",")
+    return [f"{folded.partition(':')[0]}:{name}" for name in filter(None, needed)]
 
 
 def _folded(action: str) -> str:
@@ -8803,8 +8801,7 @@ class Server(socketserver.BaseServer):
 
     def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
             max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
-            when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
-            reuse_port: bool = False) -> None:  # fmt: skip
+            certificate: Optional[Watched] = None, reuse_port: bool = False) -> None:  # fmt: skip
         super().__init__(address, socketserver.BaseRequestHandler)
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
@@ -8813,12 +8810,13 @@ class Server(socketserver.BaseServer):
         self.proxy, self.timeout_seconds = proxy, timeout
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._max_connections, self._certificate = max_connections, certificate
-        self._when_woken, self._every_half_second = when_woken, every_half_second
+        self._every_half_second = every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
+        self._due: collections.deque[Callable[[], None]] = collections.deque()  # for the loop
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
@@ -8890,8 +8888,9 @@ class Server(socketserver.BaseServer):
         self._stopping = True
         self.wake()
 
-    def wake(self) -> None:
-        """Make the loop call `when_woken` soon; a signal handler may call this."""
+    def wake(self, *acts: Callable[[], None]) -> None:
+        """Make the loop run these functions soon; a signal handler may call this."""
+        self._due.extend(acts)
         with contextlib.suppress(OSError):  # it is awake already, or the server is closed
             self._wake.send(b"x")
 
@@ -9052,7 +9051,8 @@ class Server(socketserver.BaseServer):
 
     def _take_back(self) -> None:
         self._woken.recv(4096)
-        self._when_woken()
+        while self._due:
+            self._due.popleft()()
         while self._returned:
             connection = self._returned.popleft()
             if connection.socket.fileno() < 0:
@@ -9309,7 +9309,6 @@ class Program:
             read = functools.partial(read_certificate, key=key)
             self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
-        self._due: collections.deque[Callable[[], None]] = collections.deque()  # after signals
         self._sqs, self._store = Sqs(cooldown=options.cooldown), None
         self._metrics, self._keyring = Metrics(), Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
@@ -9350,8 +9349,7 @@ class Program:
             guard=guard)  # fmt: skip
         self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
-            when_woken=self._take_signals, certificate=self._certificate,
-            reuse_port=options.reuse_port)  # fmt: skip
+            certificate=self._certificate, reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
@@ -9436,8 +9434,7 @@ class Program:
 
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
-        wanted: int = self._options.max_connections
-        each = 2 if self._upstreams else 1
+        wanted, each = int(self._options.max_connections), 2 if self._upstreams else 1
         allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
         most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
@@ -9535,12 +9532,7 @@ class Program:
 
     def _note_signal(self, number: int, _: object) -> None:
         """Let the event loop handle the signal: a signal handler must not wait or fail."""
-        self._due.append(self._writer.reopen if number == signal.SIGHUP else self.end)
-        self.server.wake()
-
-    def _take_signals(self) -> None:
-        while self._due:
-            self._due.popleft()()
+        self.server.wake(self._writer.reopen if number == signal.SIGHUP else self.end)
 
 
 # [10.4] In a test process
