@@ -8807,10 +8807,9 @@ class Server(socketserver.BaseServer):
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
         self.server_address: tuple[Any, ...] = self.socket.getsockname()
-        self.proxy, self.timeout_seconds = proxy, timeout
+        self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
+        self._certificate, self._every_half_second = certificate, every_half_second
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
-        self._max_connections, self._certificate = max_connections, certificate
-        self._every_half_second = every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
@@ -9203,8 +9202,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(
-        prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
+    parser = _Parser(prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # it keeps the lines of the examples
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
         " sign the call again and forward it to AWS.")  # fmt: skip
