@@ -84,7 +84,6 @@ import heapq
 import hmac
 import html
 import http.client
-import http.server
 import importlib.util
 import inspect
 import io
@@ -105,6 +104,7 @@ import selectors
 import shlex
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -6507,18 +6507,16 @@ IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
     partnercentral-selling=partnercentral tagging=tag""")
-_PARTIQL = ",".join(f"dynamodb:PartiQL{verb}" for verb in ("Select", "Insert", "Update", "Delete"))
-_WRITES = "dynamodb:PutItem,dynamodb:UpdateItem,dynamodb:DeleteItem,dynamodb:ConditionCheckItem"
-# The actions that IAM asks for, if no action has the operation's name.
-IAM_ACTIONS = pairs(f"""
+_PARTIQL = "PartiQLSelect,PartiQLInsert,PartiQLUpdate,PartiQLDelete"
+# The actions of the same service that IAM asks for, if no action has the operation's name.
+IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch=Publish
     dynamodb:batchexecutestatement={_PARTIQL} dynamodb:executestatement={_PARTIQL}
-    dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=dynamodb:GetItem
-    dynamodb:transactwriteitems={_WRITES} kms:reencrypt=kms:ReEncryptFrom,kms:ReEncryptTo
-    sns:publishbatch=sns:Publish secretsmanager:batchgetsecretvalue=secretsmanager:GetSecretValue
-    sqs:changemessagevisibilitybatch=sqs:ChangeMessageVisibility
-    sqs:deletemessagebatch=sqs:DeleteMessage sqs:sendmessagebatch=sqs:SendMessage""")
+    dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=GetItem
+    dynamodb:transactwriteitems=PutItem,UpdateItem,DeleteItem,ConditionCheckItem
+    secretsmanager:batchgetsecretvalue=GetSecretValue sqs:deletemessagebatch=DeleteMessage
+    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage""")
 # In these services, BatchX needs the action X.
-_BATCHES = re.compile("(bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
+_BATCHES = re.compile("(?:bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
 # service models).  IAM cannot forbid some of them, such as GetSessionToken.
 CREDENTIAL_ACTIONS = _actions("""account-access GET/access/credentials; awsssoportal
@@ -6569,9 +6567,9 @@ def names_of(action: str) -> Sequence[str]:
 
 def needed_actions(action: str) -> Sequence[str]:
     """Return the actions that IAM needs instead of one that it does not know."""
-    batch = _BATCHES.fullmatch(action.lower())
-    of_batch = f"{batch[1]}:{batch[2]}" if batch else ""
-    return [*filter(None, IAM_ACTIONS.get(action.lower(), of_batch).split(","))]
+    folded, batch = action.lower(), _BATCHES.fullmatch(action.lower())
+    needed = IAM_ACTIONS.get(folded, batch[1] if batch else "").split(",")
+    return [f"{folded.partition(':')[0]}:{name}" for name in filter(None, needed)]
 
 
 def _folded(action: str) -> str:
@@ -6620,9 +6618,8 @@ class Route(NamedTuple):
 _NAMES = (*SPEAKS, *PROFILES, *ENDPOINT_PREFIXES, *",".join(IAM_PREFIXES.values()).split(","))
 _KNOWN_NAMES = {name.lower(): name for name in _NAMES}
 _OF_S3 = sorted({*S3_ACTIONS.values(), *_S3_VERSIONED.values()})
-_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {
-    "sqs": OPERATIONS, "s3": _OF_S3, "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]
-}  # fmt: skip
+_KNOWN_OPERATIONS: Mapping[str, Iterable[str]] = {"sqs": OPERATIONS, "s3": _OF_S3,
+    "s3express": [*_OF_S3, "ListAllMyDirectoryBuckets"]}  # fmt: skip
 
 
 def nearest_pattern(pattern: str) -> Optional[str]:
@@ -7626,7 +7623,7 @@ class Status:
             return _own_reply(500, "the request failed; see standard error\n")
 
     def _answer(self, request: Request) -> Reply:
-        given = _query_values(request, b"queue")
+        queue, client, of = (_query_values(request, it) for it in (b"queue", b"client", b"of"))
         numbers = dict(re.findall("[?&](after|limit)=([0-9]{1,9})", request.target))
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
@@ -7640,15 +7637,13 @@ class Status:
         if page == "metrics":
             return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
-            if "" in given or len(given) > 1:  # an empty variable must not drop all queues
+            if "" in queue or len(queue) > 1:  # an empty variable must not drop all queues
                 return _own_reply(400, "queue must name one queue\n")
-            return _own_json({"queues": self.reset("".join(given))})
+            return _own_json({"queues": self.reset("".join(queue))})
         if page == "policy" and self.guard:
-            client = _query_values(request, b"client")
             if len(client) != 1:
                 return _own_reply(400, "client must name one client\n")
-            of_refused = "refused" in _query_values(request, b"of")
-            return _own_json(self.guard.learned(client[0], of_refused))
+            return _own_json(self.guard.learned(client[0], "refused" in of))
         if page == "queues" and self.sqs:
             return _own_json(self.sqs.overview())
         if page.startswith("queues/") and page.count("/") == 3 and self.sqs:
@@ -7658,10 +7653,8 @@ class Status:
             return _own_reply(200, self.inspector.since(after), "application/json")
         if page == "" and self.inspector:
             return _own_reply(200, PAGE, "text/html", page_policy())
-        names = (
-            "health, ready, metrics, in-flight, policy, queues, queues/REGION/ACCOUNT/NAME, reset"
-        )
-        return _own_reply(404, f"the paths are {names}\n")
+        return _own_reply(404, "the paths are health, ready, metrics, in-flight, policy, queues,"
+            " queues/REGION/ACCOUNT/NAME, reset\n")  # fmt: skip
 
 
 def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
@@ -7780,9 +7773,8 @@ class Store:
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
         self._sqs, self._changes = sqs, Changes({}, set(), [], set())
-        self._lock = threading.Lock()
+        self._lock, self._cleaned = threading.Lock(), 0.0
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
-        self._cleaned = 0.0
         try:
             self._file = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
             self._open(full)
@@ -7828,8 +7820,7 @@ class Store:
                 log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
             names, queue = tuple(json.loads(key)), queues[serial]
-            memory = queue.sends if len(names) > 1 else queue.attempts
-            memory[names] = tuple(json.loads(kept))
+            (queue.sends if len(names) > 1 else queue.attempts)[names] = tuple(json.loads(kept))
         for queue in queues.values():
             queue.changes = self._changes
         sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]
@@ -7847,13 +7838,11 @@ class Store:
                 self._cleaned = steady_time()
                 self._unsaved.append(("delete from memory where at < ?", [(old,)]))
             try:
-                self._file.execute("begin")
-                for statement, rows in self._unsaved:
-                    self._file.executemany(statement, rows)
-                self._file.execute("commit")
+                with self._file:  # it commits, or rolls back
+                    self._file.execute("begin")
+                    for statement, rows in self._unsaved:
+                        self._file.executemany(statement, rows)
             except sqlite3.Error as error:
-                with contextlib.suppress(sqlite3.Error):
-                    self._file.execute("rollback")
                 if not self._sqs.is_failing:
                     log.error("the store cannot be written: %s", error)
                 self._sqs.is_failing = True
@@ -7878,8 +7867,7 @@ class Store:
         there = {it for it in changes.queues if self._sqs.queues.get(it.arn) is it}
         ended = [(it.serial,) for it in changes.queues - there]
         emptied = [*ended, *((serial,) for serial in changes.cleared)]
-        taken = (
-            ("delete from queues where serial = ?", ended),
+        taken = (("delete from queues where serial = ?", ended),
             ("delete from messages where serial = ?", emptied),
             ("delete from memory where serial = ?", emptied),
             ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
@@ -7887,8 +7875,7 @@ class Store:
             ("update messages set received = ?, before = ?, first = ?, last = ?, hidden = ?"
              " where serial = ? and id = ?", changed),
             (f"replace into messages values (null{', ?' * 11})", new),
-            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()),
-        )  # fmt: skip
+            ("replace into memory values (?, ?, ?, ?)", changes.memory.copy()))  # fmt: skip
         for held in changes:
             held.clear()
         return [(statement, rows) for statement, rows in taken if rows]
@@ -7978,15 +7965,14 @@ class Proxy:
     guard: checks the clients' policies
     admin: True serves the paths of `status` to all clients, and nothing else"""
 
-    def __init__(
-        self, clients: Clients, *, routes: Optional[Sequence[Route]] = None, verified: bool = True,
-        sign_as: tuple[str, str] = ("", ""), clock_skew: Optional[int] = None,
-        regions: Sequence[str] = (), account_id: str = "000000000000", public_url: str = "",
-        scheme: str = "http", max_body: int = 16777216, hooks: Sequence[Any] = (),
-        status: Optional[Status] = None, clock: Clock = time.time, sqs: Optional[Sqs] = None,
-        hook_seconds: float = 60, hosts: Iterable[str] = (), admin: bool = False,
-        guard: Optional[Guard] = None
-    ) -> None:  # fmt: skip
+    def __init__(self, clients: Clients, *, routes: Optional[Sequence[Route]] = None,
+            verified: bool = True, sign_as: tuple[str, str] = ("", ""),
+            clock_skew: Optional[int] = None, regions: Sequence[str] = (),
+            account_id: str = "000000000000", public_url: str = "", scheme: str = "http",
+            max_body: int = 16777216, hooks: Sequence[Any] = (), status: Optional[Status] = None,
+            clock: Clock = time.time, sqs: Optional[Sqs] = None, hook_seconds: float = 60,
+            hosts: Iterable[str] = (), admin: bool = False,
+            guard: Optional[Guard] = None) -> None:  # fmt: skip
         self._guard = guard or Guard()
         self.draining = False  # whether the process ends soon: calls receive no messages
         self._account_id, self._verified, self._admin = account_id, verified, admin
@@ -8051,13 +8037,13 @@ class Proxy:
         return outcomes
 
     def _exchange(self, request: Request) -> Exchange:
-        header = request.fields.get("authorization")
-        if self._verified and header and not header[0].startswith("Bearer "):
-            return Exchange(request, self._clock(), random_id())
-        unsigned = self._unsigned_service(request) if self._verified else ""
-        service = unsigned if self._verified else self._unverified_scope(request).service
+        header, service = request.fields.get("authorization"), ""
+        if not self._verified:
+            service = self._unverified_scope(request).service
+        elif not header or header[0].startswith("Bearer "):
+            service = self._unsigned_service(request)
         exchange = Exchange(request, self._clock(), random_id(), service)
-        exchange.unsigned = bool(unsigned)
+        exchange.unsigned = self._verified and service != ""
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
@@ -8091,7 +8077,6 @@ class Proxy:
             exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
 
     def _may_search(self) -> bool:
-        """Return whether fewer than MAX_SEARCHES began within a second."""
         now, oldest = time.monotonic(), self._searches[0]
         if may_search := now >= oldest + 1:
             self._searches.append(now)
@@ -8125,9 +8110,8 @@ class Proxy:
         if self._is_public or exchange.unsigned:
             check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
-            proven = verify_head(
-                request, self._clients, exchange.started, wire.service(request), self._regions,
-                self._clock_skew, wire.must_be_signed, other_host=self._public_host,
+            proven = verify_head(request, self._clients, exchange.started, wire.service(request),
+                self._regions, self._clock_skew, wire.must_be_signed, other_host=self._public_host,
                 private=self._scheme == "https" or is_loopback(request.peer),
                 may_search=self._may_search)  # fmt: skip
         check_one_reading(request, wire, exchange.service)
@@ -8149,14 +8133,12 @@ class Proxy:
             meant = dataclasses.replace(request, method=method)
         meaning = exchange.wire.meaning(meant, found.scope.service, found.body, self.hosts)
         base_url = self._public_url or f"{self._scheme}://{request.header('host') or 'localhost'}"
-        exchange.call = Call(
-            request, exchange.wire, found.scope.service, meaning.operation, found.scope.region,
-            found.client, found.body, found.payload_hash, found.presigned, base_url,
-            meaning.encoded, exchange.began, meaning.path, found.signed_headers, meaning.bucket,
-            meaning.other_paths)  # fmt: skip
+        exchange.call = Call(request, exchange.wire, found.scope.service, meaning.operation,
+            found.scope.region, found.client, found.body, found.payload_hash, found.presigned,
+            base_url, meaning.encoded, exchange.began, meaning.path, found.signed_headers,
+            meaning.bucket, meaning.other_paths)  # fmt: skip
 
     def _find_target(self, exchange: Exchange) -> None:
-        """Find out what answers the call."""
         call = exchange.call
         assert call
         route = call.route = self._route(call.action)
@@ -8172,9 +8154,8 @@ class Proxy:
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
-        target = route.target if route else None
-        if isinstance(target, Upstream) and target.endpoint:
-            call.region = target.endpoint.region or call.region  # it is signed for this one
+        if route and isinstance(route.target, Upstream) and route.target.endpoint:
+            call.region = route.target.endpoint.region or call.region  # it is signed for this one
         self._guard.check(call)
         if route is None:
             raise ServiceError("AccessDenied", self._no_route(call.action))
@@ -8619,13 +8600,12 @@ class PeerConnection:
 
     def _receive(self, size: int) -> bytes:
         """Receive a part of a body; ServiceError RequestTimeout if it arrives too slowly."""
+        data, late = b"", time.monotonic() >= self.deadline
         try:
-            data = self.socket.recv(size) if time.monotonic() < self.deadline else None
-        except socket.timeout:
-            data = None
-        except OSError:
-            data = b""  # the client has hung up
-        if data is None:
+            data = b"" if late else self.socket.recv(size)
+        except OSError as error:  # another one: the client has hung up
+            late = isinstance(error, socket.timeout)
+        if late:
             message = "Your socket connection to the server was not read from or written to."
             raise ServiceError("RequestTimeout", message)
         self.deadline += len(data) / MIN_BODY_RATE
@@ -8680,34 +8660,29 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(http.server.HTTPServer):
+class Server(socketserver.BaseServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    def __init__(
-        self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
-        max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
-        when_woken: Callable[[], None] = lambda: None, certificate: Optional[Watched] = None,
-        reuse_port: bool = False
-    ) -> None:  # fmt: skip
-        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-        self.socket.close()  # it is not of the right family, nor bound
+    def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
+            max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
+            certificate: Optional[Watched] = None, reuse_port: bool = False) -> None:  # fmt: skip
+        super().__init__(address, socketserver.BaseRequestHandler)
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
-        self.server_address = self.socket.getsockname()
-        self.proxy, self.timeout_seconds = proxy, timeout
+        self.server_address: tuple[Any, ...] = self.socket.getsockname()
+        self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
+        self._certificate, self._every_half_second = certificate, every_half_second
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
-        self._max_connections, self._certificate = max_connections, certificate
-        self._when_woken, self._every_half_second = when_woken, every_half_second
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._workers, self._selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
-        self._heard: list[PeerConnection] = []  # whose upstreams have sent something
+        self._due: collections.deque[Callable[[], None]] = collections.deque()  # for the loop
         self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
@@ -8750,11 +8725,6 @@ class Server(http.server.HTTPServer):
 
     def _answer(self) -> None:
         """Answer the upstreams' replies, and the next requests in the queue."""
-        heard = [(c, c.pending.proceed()) for c in self._heard if c.pending]  # not cut short
-        self._heard.clear()
-        for connection, outcome in heard:
-            if outcome is not None:
-                self.settle(connection, outcome)
         found: dict[PeerConnection, Request] = {}
         for _ in range(min(len(self.queue), AT_ONCE)):
             connection, _ = self.queue.popitem(last=False)
@@ -8784,8 +8754,9 @@ class Server(http.server.HTTPServer):
         self._stopping = True
         self.wake()
 
-    def wake(self) -> None:
-        """Make the loop call `when_woken` soon; a signal handler may call this."""
+    def wake(self, *acts: Callable[[], None]) -> None:
+        """Make the loop run these functions soon; a signal handler may call this."""
+        self._due.extend(acts)
         with contextlib.suppress(OSError):  # it is awake already, or the server is closed
             self._wake.send(b"x")
 
@@ -8902,9 +8873,14 @@ class Server(http.server.HTTPServer):
 
     def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        upstream, act = pending.connection, functools.partial(self._heard.append, connection)
+        upstream, act = pending.connection, functools.partial(self._proceed, connection)
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
         self._selector.register(upstream.socket, _READ, act)
+
+    def _proceed(self, connection: PeerConnection) -> None:
+        outcome = connection.pending and connection.pending.proceed()  # it may be cut short
+        if outcome:
+            self.settle(connection, outcome)
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
         """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
@@ -8941,7 +8917,8 @@ class Server(http.server.HTTPServer):
 
     def _take_back(self) -> None:
         self._woken.recv(4096)
-        self._when_woken()
+        while self._due:
+            self._due.popleft()()
         while self._returned:
             connection = self._returned.popleft()
             if connection.socket.fileno() < 0:
@@ -9065,10 +9042,8 @@ def _target_name(text: str) -> str:
         try:
             parse_endpoint(text)
         except ValueError as error:
-            message = (
-                f"{error}; a target is embedded, aws, deny, tape:FILE or http(s)://host[:port]"
-            )
-            raise argparse.ArgumentTypeError(message) from error
+            known = "embedded, aws, deny, tape:FILE or http(s)://host[:port]"
+            raise argparse.ArgumentTypeError(f"{error}; a target is {known}") from error
     return text
 
 
@@ -9094,8 +9069,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(
-        prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
+    parser = _Parser(prog="awsproxy", fromfile_prefix_chars="@", epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # it keeps the lines of the examples
         description="Verify the signature of each AWS call; answer Amazon SQS from memory, or"
         " sign the call again and forward it to AWS.")  # fmt: skip
@@ -9187,7 +9161,6 @@ def _usage_errors(prefix: str) -> Iterator[None]:
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
-    ADMIN_CONNECTIONS = 32
     SPARE_FILES = 64  # for admin connections, logs, long bodies and the interpreter
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
@@ -9201,10 +9174,8 @@ class Program:
             read = functools.partial(read_certificate, key=key)
             self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
-        self._signals: collections.deque[int] = collections.deque()
         self._sqs, self._store = Sqs(cooldown=options.cooldown), None
-        self._metrics = Metrics()
-        self._keyring = Keyring(os.environ, options.profile)
+        self._metrics, self._keyring = Metrics(), Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, self._keyring, self._sqs, self._pool)
         self._upstreams = [route.target for route in routes if isinstance(route.target, Upstream)]
@@ -9243,13 +9214,11 @@ class Program:
             guard=guard)  # fmt: skip
         self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
-            when_woken=self._take_signals, certificate=self._certificate,
-            reuse_port=options.reuse_port)  # fmt: skip
+            certificate=self._certificate, reuse_port=options.reuse_port)  # fmt: skip
         self.admin = None
         if options.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
-            most = self.ADMIN_CONNECTIONS
-            self.admin = self._listen(options.admin, admin, "--admin", max_connections=most)
+            self.admin = self._listen(options.admin, admin, "--admin", max_connections=32)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -9318,8 +9287,7 @@ class Program:
             with _usage_errors(f"the file {path} cannot be used: "):
                 hooks.append(HookFile(path))
         with _usage_errors(f"the tape {options.record} cannot be used: "):
-            if options.record:
-                hooks.append(Recorder(options.record))
+            hooks += [Recorder(options.record)] if options.record else []
         return hooks
 
     def _build_in_flight(self) -> InFlight:
@@ -9331,8 +9299,7 @@ class Program:
 
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
-        wanted: int = self._options.max_connections
-        each = 2 if self._upstreams else 1
+        wanted, each = int(self._options.max_connections), 2 if self._upstreams else 1
         allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
         most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
@@ -9347,14 +9314,13 @@ class Program:
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
-        for client in itertools.chain(*self.proxy.clients.values()):
-            if isinstance(client.policy, Watched):
-                client.policy.refresh()
+        policies = [client.policy for client in itertools.chain(*self.proxy.clients.values())]
+        for watched in (self._certificate, *policies):
+            if isinstance(watched, Watched):
+                watched.refresh()
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
             signing_key.cache_clear()
-        if self._certificate:
-            self._certificate.refresh()
         if self._queues and not self._sqs.is_failing and self._queues.refresh():
             try:
                 self._create_queues()
@@ -9431,15 +9397,7 @@ class Program:
 
     def _note_signal(self, number: int, _: object) -> None:
         """Let the event loop handle the signal: a signal handler must not wait or fail."""
-        self._signals.append(number)
-        self.server.wake()
-
-    def _take_signals(self) -> None:
-        while self._signals:
-            if self._signals.popleft() in (signal.SIGINT, signal.SIGTERM):
-                self.end()
-            else:
-                self._writer.reopen()
+        self.server.wake(self._writer.reopen if number == signal.SIGHUP else self.end)
 
 
 # [10.4] In a test process
@@ -9460,10 +9418,8 @@ class MovableClock:
 
 
 @contextlib.contextmanager
-def running(
-    queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
-    clients: Clients = DEMO_CLIENTS, **options: Any
-) -> Iterator[str]:  # fmt: skip
+def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, port: int = 0,
+        clients: Clients = DEMO_CLIENTS, **options: Any) -> Iterator[str]:  # fmt: skip
     """Run a server in a thread, with queues in us-east-1, and yield its URL; stop all at the end.
 
     `clock` is the time of the queues; `options` are more arguments of Proxy."""
@@ -9556,9 +9512,8 @@ def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     return [*options.route, *upstream] or DEFAULT_ROUTES
 
 
-def build_routes(
-    options: argparse.Namespace, keyring: Keyring, sqs: Sqs, pool: Pool
-) -> Sequence[Route]:
+def build_routes(options: argparse.Namespace, keyring: Keyring, sqs: Sqs,
+        pool: Pool) -> Sequence[Route]:  # fmt: skip
     """Return the routes that the flags ask for; log patterns that match no known action."""
     targets: dict[str, Target] = {"embedded": Embedded(sqs), "deny": Deny()}
     given = given_routes(options)
@@ -9577,14 +9532,14 @@ def build_routes(
 
 def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
-    soft, hard = map(int, resource.getrlimit(resource.RLIMIT_NOFILE))
-    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < more:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if it == resource.RLIM_INFINITY else it for it in limits)
+    more = min(wanted, hard)
+    if soft < more:
         with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-            return more
-        return soft
-    return more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, limits[1]))
+            soft = more
+    return min(soft, more)
 
 
 if __name__ == "__main__":
