@@ -84,6 +84,7 @@ import heapq
 import hmac
 import html
 import http.client
+import http.server
 import importlib.util
 import inspect
 import io
@@ -104,7 +105,6 @@ import selectors
 import shlex
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import stat
@@ -8660,7 +8660,7 @@ class PeerConnection:
 
 
 # [9.2] The event loop
-class Server(socketserver.BaseServer):
+class Server(http.server.HTTPServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
@@ -8669,11 +8669,12 @@ class Server(socketserver.BaseServer):
     def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
             max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
             certificate: Optional[Watched] = None, reuse_port: bool = False) -> None:  # fmt: skip
-        super().__init__(address, socketserver.BaseRequestHandler)
+        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+        self.socket.close()  # it is not of the right family, nor bound
         v6 = ":" in address[0]
         self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
             family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
-        self.server_address: tuple[Any, ...] = self.socket.getsockname()
+        self.server_address = self.socket.getsockname()
         self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
         self._certificate, self._every_half_second = certificate, every_half_second
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
