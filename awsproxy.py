@@ -2024,60 +2024,35 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 # `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.
 # Sources: the SDKs' service models; Smithy 2.0, "AWS protocols"; recordings of Amazon SQS.
 
+
 # [4.1] Operations and the shapes of their input
-STRING, INTEGER, BLOB = "String", "Integer", "Blob"
+class Shape(NamedTuple):
+    """What a value must be: a text, a number, a structure, or a list or map of one shape.
+
+    In the query protocol a list is numbered from 1, and a map is a numbered list of pairs."""
+
+    kind: type  # of the value in JSON
+    wanted: str  # what an error calls it
+    element: Optional[Shape] = None  # of a list, or of a map with string keys
+    members: Mapping[str, Shape] = {}  # of a structure, by name
+    required: Sequence[str] = ()  # names of members
 
 
-class ListOf(NamedTuple):
-    """A list; in the query protocol its elements are numbered from 1."""
-
-    element: Shape
+STRING, INTEGER, BLOB = Shape(str, "a String"), Shape(int, "an Integer"), Shape(str, "a Blob")
+list_of, map_of = functools.partial(Shape, list, "a list"), functools.partial(Shape, dict, "a map")
 
 
-class MapOf(NamedTuple):
-    """A map with string keys; in the query protocol a numbered list of pairs."""
-
-    value: Shape
-
-
-class Structure(NamedTuple):
-    """Members by name, and the names of the required ones."""
-
-    members: Mapping[str, Shape]
-    required: Sequence[str]  # names of members
-
-
-def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
+def structure(declared: str, shapes: Mapping[str, Shape]) -> Shape:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     spelled = [member.partition(":")[::2] for member in declared.split()]
     members = {name.rstrip("*"): shapes[shape or "text"] for name, shape in spelled}
-    return Structure(members, [name[:-1] for name, _ in spelled if name.endswith("*")])
+    required = [name[:-1] for name, _ in spelled if name.endswith("*")]
+    return Shape(dict, "a structure", None, members, required)
 
 
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
-Shape = Union[str, ListOf, MapOf, Structure]
 Hosts = Iterable[str]  # names of the proxy besides localhost
-
-
-class Operation(NamedTuple):
-    """An operation of a service."""
-
-    input: Structure
-    output: Optional[Sequence[str]]  # its members; None for a void operation
-    method: Callable[[Any, Call], Output]  # of the service object
-
-
-def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
-    """Return the operations of a table by name; the owner's method of that name answers each.
-
-    A line is the operation, its input for `structure`, and `->` before its output."""
-    found = {}
-    for declared, arrow, output in (line.partition("->") for line in table.strip().splitlines()):
-        name, _, spec = declared.strip().partition(" ")
-        method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
-        found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
-    return found
 
 
 class QueryName(NamedTuple):
@@ -2088,17 +2063,20 @@ class QueryName(NamedTuple):
     value: str = ""
 
 
-class Model(NamedTuple):
-    """The operations of a service, for the wire protocols."""
-
-    operations: Mapping[str, Operation]
-    query_names: Mapping[str, Names]  # by operation
-    not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
-
-
 Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
-MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
-_NO_MODEL = Model({}, {})
+
+
+class Operation(NamedTuple):
+    """An operation of a service."""
+
+    input: Shape
+    output: Optional[Sequence[str]]  # its members; None for a void operation
+    names: Names
+    method: str  # of the service object
+
+
+UNKNOWN_OPERATION = Operation(structure("", {}), (), {}, "")
+MODELS: dict[str, Operation] = {}  # by action; a service's chapter adds its own
 
 
 def read_again(body: Body) -> bytes:
@@ -2299,7 +2277,7 @@ class WireProtocol:
         """Return a body with the changed input of the call."""
         raise NotImplementedError
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         """Return the answer of an operation that succeeded."""
         raise NotImplementedError
 
@@ -2403,7 +2381,7 @@ class AwsJson(WireProtocol):
         if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
-            operation = MODELS["sqs"].operations.get(name)
+            operation = MODELS.get(f"sqs:{name}")
             if operation and "QueueUrl" in operation.input.members and not named:
                 raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
@@ -2424,7 +2402,7 @@ class AwsJson(WireProtocol):
         if call.encoded is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         document: dict[str, Any] = _expect(dict, call.encoded, "a structure")
-        operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
+        operation = MODELS.get(call.action)
         if operation is None:
             return copy.deepcopy(document)
         if unknown := document.keys() - operation.input.members.keys():
@@ -2435,7 +2413,7 @@ class AwsJson(WireProtocol):
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
@@ -2500,25 +2478,20 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
-    if isinstance(shape, Structure):
-        known, present = shape.members, {}
-        for name, member in _expect(dict, value, "a structure").items():
-            if member is not None and name in known:
-                present[name] = _from_json(known[name], member)
-        for name in shape.required:
-            if name not in present:
-                message = f"The request must contain the parameter {name}."
-                raise ServiceError("MissingParameter", message)
-        return present
-    if isinstance(shape, ListOf):
-        return [_from_json(shape.element, element) for element in _expect(list, value, "a list")]
-    if isinstance(shape, MapOf):
-        pairs = _expect(dict, value, "a map")
-        return {key: _from_json(shape.value, item) for key, item in pairs.items()}
-    if shape == INTEGER:
-        return _expect(int, value, "an Integer")
-    text = _expect(str, value, "a String" if shape == STRING else "a Blob")
-    return text if shape == STRING else _from_base64(text)
+    value = _expect(shape.kind, value, shape.wanted)
+    if shape.kind in (str, int):
+        return _from_base64(value) if shape is BLOB else value
+    if element := shape.element:
+        if shape.kind is list:
+            return [_from_json(element, item) for item in value]
+        return {key: _from_json(element, item) for key, item in value.items()}
+    given = {k: it for k, it in value.items() if it is not None and k in shape.members}
+    present = {k: _from_json(shape.members[k], it) for k, it in given.items()}
+    for name in shape.required:
+        if name not in present:
+            message = f"The request must contain the parameter {name}."
+            raise ServiceError("MissingParameter", message)
+    return present
 
 
 def _expect(kind: type, value: Any, wanted: str) -> Any:
@@ -2575,15 +2548,14 @@ class AwsQuery(WireProtocol):
 
     def input(self, call: Call) -> dict[str, Any]:
         fields: dict[str, str] = dict(call.encoded)
-        model = MODELS.get(call.service, _NO_MODEL)
-        operation = model.operations.get(call.operation)
+        operation = MODELS.get(call.action)
         if operation is None:
             return {k: v for k, v in fields.items() if k not in ("Action", "Version")}
         if _QUEUE_PATH.fullmatch(call.request.path):
-            if call.operation in model.not_on_queues:
+            if call.operation in ("CreateQueue", "ListQueues"):
                 raise _invalid_action(call.operation)
             fields.setdefault("QueueUrl", call.request.path)
-        names, shape = model.query_names[call.operation], operation.input
+        names, shape = operation.names, operation.input
         tree: dict[str, Any] = {}  # `Tag.1.Key` as nested maps; a map has its own value under "."
         nodes: dict[str, Any] = {}  # the map of each field, by the name of the field
         for name, value in fields.items():
@@ -2604,11 +2576,11 @@ class AwsQuery(WireProtocol):
 
     def reencode(self, call: Call) -> bytes:
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
-        names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
+        names = MODELS.get(call.action, UNKNOWN_OPERATION).names
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        names = model.query_names.get(call.operation, {})
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
+        names = MODELS.get(call.action, UNKNOWN_OPERATION).names
         members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
@@ -2653,13 +2625,14 @@ class AwsQueryJson(AwsQuery):
 
     content_type = "application/json"
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            whole = {**dict.fromkeys(model.operations[call.operation].output or ()), **output}
+            operation = MODELS.get(call.action, UNKNOWN_OPERATION)
+            whole = {**dict.fromkeys(operation.output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            result = _spelled(whole, model.query_names[call.operation], in_json=True)
+            result = _spelled(whole, operation.names, in_json=True)
             response[f"{call.operation}Result"] = result
         return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
@@ -2675,7 +2648,12 @@ _INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
     """Return what JSON would have for a node of the form tree, and remove it from the tree."""
-    if isinstance(shape, Structure):
+    if shape.kind in (str, int):
+        text = node.pop(".", "")
+        if shape is INTEGER and not _NUMBER.fullmatch(text):
+            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
+        return int(text) if shape is INTEGER else text
+    if shape.element is None:
         present = {}
         for name, member in shape.members.items():
             spelled = names.get(name, QueryName(name))
@@ -2685,23 +2663,18 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryN
             if below is not None:
                 present[name] = _from_form(member, below, names, spelled)
         return present
-    if not isinstance(shape, (ListOf, MapOf)):
-        text = node.pop(".", "")
-        if shape == INTEGER and not _NUMBER.fullmatch(text):
-            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
-        return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     alone = not numbered and (node.get(".") or set(node) - {"."})
     if alone:  # old clients send `AttributeName=All`, and samples of AWS `Attribute.Name=...`
         numbered = [node]
     elif node.get(".") == "":
         del node["."]  # the whole of an empty list or map
-    if isinstance(shape, ListOf):
+    if shape.kind is list:
         return [_from_form(shape.element, below, names, spelled) for below in numbered]
     if alone and spelled.key not in node:
         raise ServiceError("InvalidParameterValue", "A map of the form is not understood.")
     pairs = [(it.get(spelled.key, {}), it.get(spelled.value, {})) for it in numbered]
-    return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
+    return {k.pop(".", ""): _from_form(shape.element, it, names, spelled) for k, it in pairs}
 
 
 def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
@@ -2944,7 +2917,7 @@ class RpcV2(WireProtocol):
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
-# _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
+# _OPERATIONS; write the query spelling of a new list or map into _SPELLED.  To add a refusal:
 # write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
 # [5.1] Limits and refusals
@@ -3512,7 +3485,8 @@ class Sqs:
             self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
-            return OPERATIONS[call.operation].method(self, call)
+            output: Output = getattr(self, OPERATIONS[call.operation].method)(call)
+            return output
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
@@ -4019,16 +3993,17 @@ class Sqs:
 
 
 # [5.5] The model of Amazon SQS
-_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
-_SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
+_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB}
+_SHAPES.update(map=map_of(STRING), list=list_of(STRING), blobs=list_of(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
-_SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
+_SHAPES["attributes"] = map_of(structure(_TYPED, _SHAPES))
 _SENT = "MessageBody* DelaySeconds:int MessageDeduplicationId MessageGroupId"
 _SENT += " MessageAttributes:attributes MessageSystemAttributes:attributes"
-_SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
-_SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
-_SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
+_SHAPES["to_change"] = list_of(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
+_SHAPES["to_delete"] = list_of(structure("Id* ReceiptHandle*", _SHAPES))
+_SHAPES["to_send"] = list_of(structure(f"Id* {_SENT}", _SHAPES))
 
+# A line is an operation, its input for `structure`, and `->` before the output if it has one.
 # QueueUrl is required too, but AWS answers a call without it with QueueDoesNotExist.
 _OPERATIONS = f"""
     AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
@@ -4058,10 +4033,7 @@ _OPERATIONS = f"""
     TagQueue QueueUrl Tags*:map
     UntagQueue QueueUrl TagKeys*:list
 """
-OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
-# The operations that begin so change messages at most.
-_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
-
+# The QueryName of each list and map; {} is the operation.
 _SPELLED = pairs("""
     Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
     MessageSystemAttributes=MessageSystemAttribute:Name:Value Tags=Tag:Key:Value tags=Tag:Key:Value
@@ -4071,11 +4043,17 @@ _SPELLED = pairs("""
     MessageSystemAttributeNames=MessageSystemAttributeName BinaryListValues=BinaryListValue
     StringListValues=StringListValue QueueUrls=QueueUrl queueUrls=QueueUrl
 """)
-_IN_QUERY = {
-    op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
-    for op in OPERATIONS
-}
-SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _IN_QUERY, frozenset({"CreateQueue", "ListQueues"}))
+OPERATIONS: Mapping[str, Operation] = {
+    name: Operation(
+        structure(spec, _SHAPES), output.split() if arrow else None,
+        {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
+        re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(),
+    )
+    for name, spec, arrow, output in re.findall(r"(\w+) (.*?)(?:(->) (.*))?\n", _OPERATIONS)
+}  # fmt: skip
+MODELS.update({f"sqs:{name}": it for name, it in OPERATIONS.items()})
+# The operations that begin so change messages at most.
+_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
@@ -5035,7 +5013,7 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
 
 def no_messages(call: Call, request_id: str) -> Reply:
     """Return an answer to ReceiveMessage without messages."""
-    return call.wire.output(call, SQS_MODEL, {}, request_id)
+    return call.wire.output(call, {}, request_id)
 
 
 class Pool:
@@ -6527,7 +6505,7 @@ class Embedded:
             client = call.caller
             arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
             identity = {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
-            return call.wire.output(call, _NO_MODEL, identity, request_id)
+            return call.wire.output(call, identity, request_id)
         if call.service != "sqs":
             raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
@@ -6538,7 +6516,7 @@ class Embedded:
             output = self._sqs.perform(call)
             if call.may_wait:  # in a worker; the loop commits the calls of a turn together
                 self._sqs.commit()
-            return call.wire.output(call, SQS_MODEL, output, request_id)
+            return call.wire.output(call, output, request_id)
         except ServiceError as error:
             members = OPERATIONS[call.operation].input.members
             for name in call.ignored[:1]:
@@ -7490,12 +7468,11 @@ class Recorder(Hook):
 
 def _of_sqs(call: Call, reply: Reply, data: bytes) -> Entry:
     """Return the output or the error of Amazon SQS for each protocol; {} if it is malformed."""
-    operation, names = SQS_MODEL.operations.get(call.operation), SQS_MODEL.query_names
-    members = (operation and operation.output) or ()
+    members = OPERATIONS.get(call.operation, UNKNOWN_OPERATION).output or ()
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], names[call.operation], members) or {}
+            found = _from_xml(root[0], OPERATIONS[call.operation].names, members) or {}
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
@@ -7610,12 +7587,11 @@ class Tape:
             error.fault = Fault(status, *(error.fault[1:] if known else (code, code)))
             raise error
         if "output" in entry and isinstance(call.wire, (AwsJson, AwsQuery)):
-            model = MODELS.get(call.service) or Model({}, {call.operation: {}})
-            known_operation, output = model.operations.get(call.operation), entry["output"]
+            operation, output = MODELS.get(call.action, UNKNOWN_OPERATION), entry["output"]
             if call.service == "sqs":
                 output = _with_queue_urls(output, call, call.base_url)
-            is_void = known_operation and known_operation.output is None
-            return call.wire.output(call, model, None if is_void else output, request_id)
+            is_void = operation.output is None
+            return call.wire.output(call, None if is_void else output, request_id)
         text = entry.get("body", entry.get("output", ""))
         body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
         if "at" in entry:
@@ -7821,7 +7797,7 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
-    reply = AWS_QUERY.output(call, SQS_MODEL, {"Messages": messages}, random_id())
+    reply = AWS_QUERY.output(call, {"Messages": messages}, random_id())
     if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
         return reply
     root = ElementTree.fromstring(reply.body)
