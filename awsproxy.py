@@ -2072,10 +2072,10 @@ class Operation(NamedTuple):
     input: Shape
     output: Optional[Sequence[str]]  # its members; None for a void operation
     names: Names
-    method: str  # of the service object
+    method: Callable[[Any, Call], Output]  # of the service object
 
 
-UNKNOWN_OPERATION = Operation(structure("", {}), (), {}, "")
+UNKNOWN_OPERATION = Operation(structure("", {}), (), {}, lambda service, call: None)
 MODELS: dict[str, Operation] = {}  # by action; a service's chapter adds its own
 
 
@@ -2561,9 +2561,7 @@ class AwsQuery(WireProtocol):
         for name, value in fields.items():
             parts = name.split(".")
             if len(parts) <= MAX_FORM_DEPTH:  # no input is deeper
-                nodes[name] = tree
-                for part in parts:
-                    nodes[name] = nodes[name].setdefault(part, {})
+                nodes[name] = functools.reduce(lambda at, it: at.setdefault(it, {}), parts, tree)
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
@@ -2632,8 +2630,7 @@ class AwsQueryJson(AwsQuery):
             whole = {**dict.fromkeys(operation.output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            result = _spelled(whole, operation.names, in_json=True)
-            response[f"{call.operation}Result"] = result
+            response[f"{call.operation}Result"] = _spelled(whole, operation.names, in_json=True)
         return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
@@ -3485,8 +3482,7 @@ class Sqs:
             self.commit()  # or refuse: the disk must take the earlier calls first
         with self.lock:
             self._move_messages()
-            output: Output = getattr(self, OPERATIONS[call.operation].method)(call)
-            return output
+            return OPERATIONS[call.operation].method(self, call)
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
@@ -3733,7 +3729,6 @@ class Sqs:
         queue.change({"Policy": _to_json(policy).decode() if left else ""}, self._clock())
 
     def _statements(self, queue: Queue) -> list[dict[str, Any]]:
-        """Return the statements of the policy of a queue."""
         found = queue.policy("Policy").get("Statement", [])
         return [it for it in (found if isinstance(found, list) else [found]) if type(it) is dict]
 
@@ -3786,10 +3781,9 @@ class Sqs:
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         queue, given = self._queue(call), call.input
         limit = _in_range(given, "MaxNumberOfMessages", 1, 1, 10)
-        default = queue.number("ReceiveMessageWaitTimeSeconds")
-        patience = _in_range(given, "WaitTimeSeconds", default, 0, 20)
-        default = queue.number("VisibilityTimeout")
-        timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
+        waits, hides = map(queue.number, ("ReceiveMessageWaitTimeSeconds", "VisibilityTimeout"))
+        patience = _in_range(given, "WaitTimeSeconds", waits, 0, 20)
+        timeout = _in_range(given, "VisibilityTimeout", hides, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
         attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
@@ -4047,7 +4041,7 @@ OPERATIONS: Mapping[str, Operation] = {
     name: Operation(
         structure(spec, _SHAPES), output.split() if arrow else None,
         {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
-        re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(),
+        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()),
     )
     for name, spec, arrow, output in re.findall(r"(\w+) (.*?)(?:(->) (.*))?\n", _OPERATIONS)
 }  # fmt: skip
