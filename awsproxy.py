@@ -2038,10 +2038,6 @@ class Shape(NamedTuple):
     required: Sequence[str] = ()  # names of members
 
 
-STRING, INTEGER, BLOB = Shape(str, "a String"), Shape(int, "an Integer"), Shape(str, "a Blob")
-list_of, map_of = functools.partial(Shape, list, "a list"), functools.partial(Shape, dict, "a map")
-
-
 def structure(declared: str, shapes: Mapping[str, Shape]) -> Shape:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     spelled = [member.partition(":")[::2] for member in declared.split()]
@@ -2050,20 +2046,12 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Shape:
     return Shape(dict, "a structure", None, members, required)
 
 
-Members = Mapping[str, Any]  # of a structure, by name
-Output = Optional[Members]  # of an operation; None for a void one
-Hosts = Iterable[str]  # names of the proxy besides localhost
-
-
 class QueryName(NamedTuple):
     """The names of a flattened list or map in the query protocol."""
 
     element: str
     key: str = ""
     value: str = ""
-
-
-Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
 
 
 class Operation(NamedTuple):
@@ -2075,6 +2063,12 @@ class Operation(NamedTuple):
     method: Callable[[Any, Call], Output]  # of the service object
 
 
+Members = Mapping[str, Any]  # of a structure, by name
+Output = Optional[Members]  # of an operation; None for a void one
+Hosts = Iterable[str]  # names of the proxy besides localhost
+Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
+STRING, INTEGER, BLOB = Shape(str, "a String"), Shape(int, "an Integer"), Shape(str, "a Blob")
+list_of, map_of = functools.partial(Shape, list, "a list"), functools.partial(Shape, dict, "a map")
 UNKNOWN_OPERATION = Operation(structure("", {}), (), {}, lambda service, call: None)
 MODELS: dict[str, Operation] = {}  # by action; a service's chapter adds its own
 
@@ -2133,6 +2127,7 @@ REST_JSON = frozenset({"rest-json"})
 TARGET_SERVICES = pairs("""AmazonSQS=sqs AmazonSQSv20121105=sqs
     AWSCognitoIdentityService=cognito-identity AWSCognitoIdentityProviderService=cognito-idp""")
 _OLD_TARGET = "AmazonSQSv20121105."
+_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2140,6 +2135,7 @@ _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
+MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
@@ -2152,6 +2148,8 @@ _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
     str=STRING_VALUE""")
+_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
+_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _media_type(request: Request) -> str:
@@ -2426,11 +2424,6 @@ class AwsJson(WireProtocol):
         return self._reply(400 if status in (401, 403) else status, request_id, document)
 
 
-AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
-
-
 def _short_int(digits: str) -> int:
     if len(digits) > 20:  # the time of a conversion grows with the square of the digits
         raise ValueError("a number is too long")
@@ -2444,8 +2437,18 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+def _base64_text(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
+_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
+# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
+_encoder: Any = json.encoder
+_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
+    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
+)  # fmt: skip
 
 
 def read_json(text: str) -> Any:
@@ -2458,18 +2461,6 @@ def read_json(text: str) -> Any:
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
-
-
-def _base64_text(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
-
-
-_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
-# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
-_encoder: Any = json.encoder
-_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
-    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
-)  # fmt: skip
 
 
 def _to_json(document: Mapping[str, Any]) -> bytes:
@@ -2635,12 +2626,6 @@ class AwsQueryJson(AwsQuery):
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
         return _to_json({"Error": fault, "RequestId": request_id})
-
-
-AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
-AWS_QUERY_TARGET.reads_target = True
-_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
-_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
@@ -2871,6 +2856,9 @@ class Rest(WireProtocol):
         return self._reply(status, request_id, document, ("x-amz-request-id", request_id))
 
 
+AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
+AWS_QUERY_TARGET.reads_target = True
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
 
@@ -3301,6 +3289,15 @@ SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
 }
 _FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
+_FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
+_QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
+_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
+_GROUP_ID = re.compile("[!-~]{1,128}")
+_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
+_DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
+_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
@@ -3319,17 +3316,6 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     key = {**current, **settings}.get("KmsMasterKeyId")
     refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
     return settings
-
-
-_FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
-_QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
-_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
-_GROUP_ID = re.compile("[!-~]{1,128}")
-_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
-_DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
-_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
-_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def attributes_md5(attributes: Attributes) -> str:
