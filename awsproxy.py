@@ -2470,14 +2470,14 @@ def _to_json(document: Mapping[str, Any]) -> bytes:
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
     value = _expect(shape.kind, value, shape.wanted)
-    if shape.kind in (str, int):
+    if shape.kind is str or shape.kind is int:
         return _from_base64(value) if shape is BLOB else value
     if element := shape.element:
         if shape.kind is list:
             return [_from_json(element, item) for item in value]
         return {key: _from_json(element, item) for key, item in value.items()}
-    given = {k: it for k, it in value.items() if it is not None and k in shape.members}
-    present = {k: _from_json(shape.members[k], it) for k, it in given.items()}
+    own = shape.members
+    present = {k: _from_json(own[k], v) for k, v in value.items() if v is not None and k in own}
     for name in shape.required:
         if name not in present:
             message = f"The request must contain the parameter {name}."
@@ -2552,7 +2552,9 @@ class AwsQuery(WireProtocol):
         for name, value in fields.items():
             parts = name.split(".")
             if len(parts) <= MAX_FORM_DEPTH:  # no input is deeper
-                nodes[name] = functools.reduce(lambda at, it: at.setdefault(it, {}), parts, tree)
+                nodes[name] = tree
+                for part in parts:
+                    nodes[name] = nodes[name].setdefault(part, {})
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
@@ -2630,7 +2632,7 @@ class AwsQueryJson(AwsQuery):
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
     """Return what JSON would have for a node of the form tree, and remove it from the tree."""
-    if shape.kind in (str, int):
+    if shape.kind is str or shape.kind is int:
         text = node.pop(".", "")
         if shape is INTEGER and not _NUMBER.fullmatch(text):
             raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
