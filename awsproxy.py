@@ -5473,7 +5473,8 @@ class Upstream:
         document = {"QueueUrl": base + url if url[:1] == "/" else url, "Entries": entries}
         operation, host = "ChangeMessageVisibilityBatch", received.request.header("host") or ""
         request, who = sqs_request(host, operation, document), (received.region, received.caller)
-        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body, base_url=base)
+        call = Call(request, AWS_JSON["1.0"], "sqs", operation, *who, request.body)
+        call.encoded, call.base_url = document, base
         message = "the receiver of %d messages has left; making them visible again: %s"
         try:
             status = self.answer(call, "").status
