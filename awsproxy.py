@@ -1967,60 +1967,26 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 # `wire_protocol` cannot fail, so that every refusal has the form that the caller expects.
 # Sources: the SDKs' service models; Smithy 2.0, "AWS protocols"; recordings of Amazon SQS.
 
+
 # [4.1] Operations and the shapes of their input
-STRING, INTEGER, BLOB = "String", "Integer", "Blob"
+class Shape(NamedTuple):
+    """What a value must be: a text, a number, a structure, or a list or map of one shape.
+
+    In the query protocol a list is numbered from 1, and a map is a numbered list of pairs."""
+
+    kind: type  # of the value in JSON
+    wanted: str  # what an error calls it
+    element: Optional[Shape] = None  # of a list, or of a map with string keys
+    members: Mapping[str, Shape] = {}  # of a structure, by name
+    required: Sequence[str] = ()  # names of members
 
 
-class ListOf(NamedTuple):
-    """A list; in the query protocol its elements are numbered from 1."""
-
-    element: Shape
-
-
-class MapOf(NamedTuple):
-    """A map with string keys; in the query protocol a numbered list of pairs."""
-
-    value: Shape
-
-
-class Structure(NamedTuple):
-    """Members by name, and the names of the required ones."""
-
-    members: Mapping[str, Shape]
-    required: Sequence[str]  # names of members
-
-
-def structure(declared: str, shapes: Mapping[str, Shape]) -> Structure:
+def structure(declared: str, shapes: Mapping[str, Shape]) -> Shape:
     """Return the structure of a text such as `Id* Delay:int`; `*` marks a required member."""
     spelled = [member.partition(":")[::2] for member in declared.split()]
     members = {name.rstrip("*"): shapes[shape or "text"] for name, shape in spelled}
-    return Structure(members, [name[:-1] for name, _ in spelled if name.endswith("*")])
-
-
-Members = Mapping[str, Any]  # of a structure, by name
-Output = Optional[Members]  # of an operation; None for a void one
-Shape = Union[str, ListOf, MapOf, Structure]
-Hosts = Iterable[str]  # names of the proxy besides localhost
-
-
-class Operation(NamedTuple):
-    """An operation of a service."""
-
-    input: Structure
-    output: Optional[Sequence[str]]  # its members; None for a void operation
-    method: Callable[[Any, Call], Output]  # of the service object
-
-
-def operations(owner: type, shapes: Mapping[str, Shape], table: str) -> Mapping[str, Operation]:
-    """Return the operations of a table by name; the owner's method of that name answers each.
-
-    A line is the operation, its input for `structure`, and `->` before its output."""
-    found = {}
-    for declared, arrow, output in (line.partition("->") for line in table.strip().splitlines()):
-        name, _, spec = declared.strip().partition(" ")
-        method = getattr(owner, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
-        found[name] = Operation(structure(spec, shapes), output.split() if arrow else None, method)
-    return found
+    required = [name[:-1] for name, _ in spelled if name.endswith("*")]
+    return Shape(dict, "a structure", None, members, required)
 
 
 class QueryName(NamedTuple):
@@ -2031,17 +1997,23 @@ class QueryName(NamedTuple):
     value: str = ""
 
 
-class Model(NamedTuple):
-    """The operations of a service, for the wire protocols."""
+class Operation(NamedTuple):
+    """An operation of a service."""
 
-    operations: Mapping[str, Operation]
-    query_names: Mapping[str, Names]  # by operation
-    not_on_queues: frozenset[str] = frozenset()  # operations that a queue's own URL refuses
+    input: Shape
+    output: Optional[Sequence[str]]  # its members; None for a void operation
+    names: Names
+    method: Callable[[Any, Call], Output]  # of the service object
 
 
+Members = Mapping[str, Any]  # of a structure, by name
+Output = Optional[Members]  # of an operation; None for a void one
+Hosts = Iterable[str]  # names of the proxy besides localhost
 Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
-MODELS: dict[str, Model] = {}  # by name in the credential scope; a service's chapter adds its own
-_NO_MODEL = Model({}, {})
+STRING, INTEGER, BLOB = Shape(str, "a String"), Shape(int, "an Integer"), Shape(str, "a Blob")
+list_of, map_of = functools.partial(Shape, list, "a list"), functools.partial(Shape, dict, "a map")
+UNKNOWN_OPERATION = Operation(structure("", {}), (), {}, lambda service, call: None)
+MODELS: dict[str, Operation] = {}  # by action; a service's chapter adds its own
 
 
 def read_again(body: Body) -> bytes:
@@ -2098,6 +2070,7 @@ REST_JSON = frozenset({"rest-json"})
 TARGET_SERVICES = pairs("""AmazonSQS=sqs AmazonSQSv20121105=sqs
     AWSCognitoIdentityService=cognito-identity AWSCognitoIdentityProviderService=cognito-idp""")
 _OLD_TARGET = "AmazonSQSv20121105."
+_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 _FORM = "application/x-www-form-urlencoded"
 _QUEUE_PATH = re.compile(r"(?:/[^/]+)*?/[0-9]{12}/[A-Za-z0-9_-]{1,80}(?:\.fifo)?/?")
 _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?")
@@ -2105,6 +2078,7 @@ _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
 _USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
+MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
@@ -2117,6 +2091,8 @@ _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
     str=STRING_VALUE""")
+_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
+_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _media_type(request: Request) -> str:
@@ -2242,7 +2218,7 @@ class WireProtocol:
         """Return a body with the changed input of the call."""
         raise NotImplementedError
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         """Return the answer of an operation that succeeded."""
         raise NotImplementedError
 
@@ -2346,7 +2322,7 @@ class AwsJson(WireProtocol):
         if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
             named = document.get("QueueUrl") if isinstance(document, dict) else ""
             check_queue_path(self, request, named if isinstance(named, str) else "")
-            operation = MODELS["sqs"].operations.get(name)
+            operation = MODELS.get(f"sqs:{name}")
             if operation and "QueueUrl" in operation.input.members and not named:
                 raise ambiguous(self, "its path is that of a queue, and it has no QueueUrl")
         return Meaning(name, document)
@@ -2367,7 +2343,7 @@ class AwsJson(WireProtocol):
         if call.encoded is None:
             raise ServiceError("SerializationException", "The body is not JSON, but CBOR.")
         document: dict[str, Any] = _expect(dict, call.encoded, "a structure")
-        operation = MODELS.get(call.service, _NO_MODEL).operations.get(call.operation)
+        operation = MODELS.get(call.action)
         if operation is None:
             return copy.deepcopy(document)
         if unknown := document.keys() - operation.input.members.keys():
@@ -2378,7 +2354,7 @@ class AwsJson(WireProtocol):
         known = self.input(call)
         return _to_json({k: v for k, v in call.encoded.items() if k not in known} | call.input)
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         return self._reply(200, request_id, b"" if output is None else _to_json(output))
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
@@ -2389,11 +2365,6 @@ class AwsJson(WireProtocol):
             in_query = ("x-amzn-query-error", f"{code};{_side(status)}")
             return self._reply(status, request_id, document, in_query)
         return self._reply(400 if status in (401, 403) else status, request_id, document)
-
-
-AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
-_TARGET_PREFIX = re.compile(r"(?:com\.amazonaws\.(?:[a-z0-9]+\.)+)?[A-Za-z0-9_]+")
 
 
 def _short_int(digits: str) -> int:
@@ -2409,8 +2380,18 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+def _base64_text(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
+_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
+# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
+_encoder: Any = json.encoder
+_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
+    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
+)  # fmt: skip
 
 
 def read_json(text: str) -> Any:
@@ -2425,43 +2406,26 @@ def read_json(text: str) -> Any:
         raise ValueError("too deeply nested") from error
 
 
-def _base64_text(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
-
-
-_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
-# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
-_encoder: Any = json.encoder
-_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
-    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
-)  # fmt: skip
-
-
 def _to_json(document: Mapping[str, Any]) -> bytes:
     return ("".join(_ENCODE(document, 0)) if _ENCODE else _COMPACT.encode(document)).encode()
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
     """Return a JSON value of that shape, without unknown members and nulls."""
-    if isinstance(shape, Structure):
-        known, present = shape.members, {}
-        for name, member in _expect(dict, value, "a structure").items():
-            if member is not None and name in known:
-                present[name] = _from_json(known[name], member)
-        for name in shape.required:
-            if name not in present:
-                message = f"The request must contain the parameter {name}."
-                raise ServiceError("MissingParameter", message)
-        return present
-    if isinstance(shape, ListOf):
-        return [_from_json(shape.element, element) for element in _expect(list, value, "a list")]
-    if isinstance(shape, MapOf):
-        pairs = _expect(dict, value, "a map")
-        return {key: _from_json(shape.value, item) for key, item in pairs.items()}
-    if shape == INTEGER:
-        return _expect(int, value, "an Integer")
-    text = _expect(str, value, "a String" if shape == STRING else "a Blob")
-    return text if shape == STRING else _from_base64(text)
+    value = _expect(shape.kind, value, shape.wanted)
+    if shape.kind is str or shape.kind is int:
+        return _from_base64(value) if shape is BLOB else value
+    if element := shape.element:
+        if shape.kind is list:
+            return [_from_json(element, item) for item in value]
+        return {key: _from_json(element, item) for key, item in value.items()}
+    own = shape.members
+    present = {k: _from_json(own[k], v) for k, v in value.items() if v is not None and k in own}
+    for name in shape.required:
+        if name not in present:
+            message = f"The request must contain the parameter {name}."
+            raise ServiceError("MissingParameter", message)
+    return present
 
 
 def _expect(kind: type, value: Any, wanted: str) -> Any:
@@ -2518,15 +2482,14 @@ class AwsQuery(WireProtocol):
 
     def input(self, call: Call) -> dict[str, Any]:
         fields: dict[str, str] = dict(call.encoded)
-        model = MODELS.get(call.service, _NO_MODEL)
-        operation = model.operations.get(call.operation)
+        operation = MODELS.get(call.action)
         if operation is None:
             return {k: v for k, v in fields.items() if k not in ("Action", "Version")}
         if _QUEUE_PATH.fullmatch(call.request.path):
-            if call.operation in model.not_on_queues:
+            if call.operation in ("CreateQueue", "ListQueues"):
                 raise _invalid_action(call.operation)
             fields.setdefault("QueueUrl", call.request.path)
-        names, shape = model.query_names[call.operation], operation.input
+        names, shape = operation.names, operation.input
         tree: dict[str, Any] = {}  # `Tag.1.Key` as nested maps; a map has its own value under "."
         nodes: dict[str, Any] = {}  # the map of each field, by the name of the field
         for name, value in fields.items():
@@ -2547,11 +2510,11 @@ class AwsQuery(WireProtocol):
 
     def reencode(self, call: Call) -> bytes:
         kept = [(k, call.encoded[k]) for k in ("Action", "Version") if k in call.encoded]
-        names = MODELS.get(call.service, _NO_MODEL).query_names.get(call.operation, {})
+        names = MODELS.get(call.action, UNKNOWN_OPERATION).names
         return urllib.parse.urlencode([*kept, *_to_form(_spelled(call.input, names))]).encode()
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
-        names = model.query_names.get(call.operation, {})
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
+        names = MODELS.get(call.action, UNKNOWN_OPERATION).names
         members = {} if output is None else {f"{call.operation}Result": _spelled(output, names)}
         members["ResponseMetadata"] = {"RequestId": request_id}
         document = self._document(call.service, f"{call.operation}Response", members)
@@ -2596,30 +2559,28 @@ class AwsQueryJson(AwsQuery):
 
     content_type = "application/json"
 
-    def output(self, call: Call, model: Model, output: Output, request_id: str) -> Reply:
+    def output(self, call: Call, output: Output, request_id: str) -> Reply:
         response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
         if output is not None:
-            operation = model.operations.get(call.operation)
-            whole = {**dict.fromkeys((operation and operation.output) or ()), **output}
+            operation = MODELS.get(call.action, UNKNOWN_OPERATION)
+            whole = {**dict.fromkeys(operation.output or ()), **output}
             if whole.get("Messages"):
                 whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            result = _spelled(whole, model.query_names.get(call.operation, {}), in_json=True)
-            response[f"{call.operation}Result"] = result
+            response[f"{call.operation}Result"] = _spelled(whole, operation.names, in_json=True)
         return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
 
     def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
         return _to_json({"Error": fault, "RequestId": request_id})
 
 
-AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
-AWS_QUERY_TARGET.reads_target = True
-_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
-_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
-
-
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
     """Return what JSON would have for a node of the form tree, and remove it from the tree."""
-    if isinstance(shape, Structure):
+    if shape.kind is str or shape.kind is int:
+        text = node.pop(".", "")
+        if shape is INTEGER and not _NUMBER.fullmatch(text):
+            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
+        return int(text) if shape is INTEGER else text
+    if shape.element is None:
         present = {}
         for name, member in shape.members.items():
             spelled = names.get(name, QueryName(name))
@@ -2629,23 +2590,18 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryN
             if below is not None:
                 present[name] = _from_form(member, below, names, spelled)
         return present
-    if not isinstance(shape, (ListOf, MapOf)):
-        text = node.pop(".", "")
-        if shape == INTEGER and not _NUMBER.fullmatch(text):
-            raise ServiceError("SerializationException", f"'{text[:40]}' is not an integer.")
-        return int(text) if shape == INTEGER else text
     numbered = [node[index] for index in sorted(filter(_INDEX.fullmatch, node), key=int)]
     alone = not numbered and (node.get(".") or set(node) - {"."})
     if alone:  # old clients send `AttributeName=All`, and samples of AWS `Attribute.Name=...`
         numbered = [node]
     elif node.get(".") == "":
         del node["."]  # the whole of an empty list or map
-    if isinstance(shape, ListOf):
+    if shape.kind is list:
         return [_from_form(shape.element, below, names, spelled) for below in numbered]
     if alone and spelled.key not in node:
         raise ServiceError("InvalidParameterValue", "A map of the form is not understood.")
     pairs = [(it.get(spelled.key, {}), it.get(spelled.value, {})) for it in numbered]
-    return {k.pop(".", ""): _from_form(shape.value, it, names, spelled) for k, it in pairs}
+    return {k.pop(".", ""): _from_form(shape.element, it, names, spelled) for k, it in pairs}
 
 
 def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
@@ -2845,6 +2801,9 @@ class Rest(WireProtocol):
         return self._reply(status, request_id, document, ("x-amz-request-id", request_id))
 
 
+AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
+AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
+AWS_QUERY_TARGET.reads_target = True
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
 
@@ -2888,7 +2847,7 @@ class RpcV2(WireProtocol):
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
 # To add an operation: write a method of Sqs with its name in snake case, and a line in
-# _OPERATIONS; write the query spelling of a new list or map into SQS_MODEL.  To add a refusal:
+# _OPERATIONS; write the query spelling of a new list or map into _SPELLED.  To add a refusal:
 # write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
 # [5.1] Limits and refusals
@@ -3275,6 +3234,15 @@ SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
 }
 _FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
+_FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
+_QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
+_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
+_GROUP_ID = re.compile("[!-~]{1,128}")
+_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
+_DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
+_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
@@ -3293,17 +3261,6 @@ def normal_settings(given: Settings, fifo: bool, current: Settings) -> Settings:
     key = {**current, **settings}.get("KmsMasterKeyId")
     refuse_if(key and settings.get("SqsManagedSseEnabled") == "true", "two encryptions")
     return settings
-
-
-_FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
-_QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
-_LABEL = re.compile("[A-Za-z0-9_-]{1,80}")  # also a queue's name and the id of a batch entry
-_GROUP_ID = re.compile("[!-~]{1,128}")
-_ATTRIBUTE_NAME = re.compile(r"(?!(?i:aws\.|amazon\.))(?!\.)(?!.{0,255}\.\.)[\w.-]{1,256}(?<!\.)")
-_DATA_TYPE = re.compile(r"(?:String|Number|Binary)(\.[^\0-\x1f\ud800-\udfff]{1,248})?")
-_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
-_UPTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # includes suspend if possible
-_BOOTED = time.time() - time.clock_gettime(_UPTIME)
 
 
 def attributes_md5(attributes: Attributes) -> str:
@@ -3703,7 +3660,6 @@ class Sqs:
         queue.change({"Policy": _to_json(policy).decode() if left else ""}, self._clock())
 
     def _statements(self, queue: Queue) -> list[dict[str, Any]]:
-        """Return the statements of the policy of a queue."""
         found = queue.policy("Policy").get("Statement", [])
         return [it for it in (found if isinstance(found, list) else [found]) if type(it) is dict]
 
@@ -3756,10 +3712,9 @@ class Sqs:
     def receive_message(self, call: Call) -> Mapping[str, Any]:
         queue, given = self._queue(call), call.input
         limit = _in_range(given, "MaxNumberOfMessages", 1, 1, 10)
-        default = queue.number("ReceiveMessageWaitTimeSeconds")
-        patience = _in_range(given, "WaitTimeSeconds", default, 0, 20)
-        default = queue.number("VisibilityTimeout")
-        timeout = _in_range(given, "VisibilityTimeout", default, 0, SECONDS_HELD)
+        waits, hides = map(queue.number, ("ReceiveMessageWaitTimeSeconds", "VisibilityTimeout"))
+        patience = _in_range(given, "WaitTimeSeconds", waits, 0, 20)
+        timeout = _in_range(given, "VisibilityTimeout", hides, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
         attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
@@ -3963,16 +3918,17 @@ class Sqs:
 
 
 # [5.5] The model of Amazon SQS
-_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB, "map": MapOf(STRING)}
-_SHAPES.update(list=ListOf(STRING), blobs=ListOf(BLOB))
+_SHAPES: dict[str, Shape] = {"text": STRING, "int": INTEGER, "blob": BLOB}
+_SHAPES.update(map=map_of(STRING), list=list_of(STRING), blobs=list_of(BLOB))
 _TYPED = "DataType StringValue BinaryValue:blob StringListValues:list BinaryListValues:blobs"
-_SHAPES["attributes"] = MapOf(structure(_TYPED, _SHAPES))
+_SHAPES["attributes"] = map_of(structure(_TYPED, _SHAPES))
 _SENT = "MessageBody* DelaySeconds:int MessageDeduplicationId MessageGroupId"
 _SENT += " MessageAttributes:attributes MessageSystemAttributes:attributes"
-_SHAPES["to_change"] = ListOf(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
-_SHAPES["to_delete"] = ListOf(structure("Id* ReceiptHandle*", _SHAPES))
-_SHAPES["to_send"] = ListOf(structure(f"Id* {_SENT}", _SHAPES))
+_SHAPES["to_change"] = list_of(structure("Id* ReceiptHandle* VisibilityTimeout:int", _SHAPES))
+_SHAPES["to_delete"] = list_of(structure("Id* ReceiptHandle*", _SHAPES))
+_SHAPES["to_send"] = list_of(structure(f"Id* {_SENT}", _SHAPES))
 
+# A line is an operation, its input for `structure`, and `->` before the output if it has one.
 # QueueUrl is required too, but AWS answers a call without it with QueueDoesNotExist.
 _OPERATIONS = f"""
     AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
@@ -4002,10 +3958,7 @@ _OPERATIONS = f"""
     TagQueue QueueUrl Tags*:map
     UntagQueue QueueUrl TagKeys*:list
 """
-OPERATIONS = operations(Sqs, _SHAPES, _OPERATIONS)
-# The operations that begin so change messages at most.
-_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
-
+# The QueryName of each list and map; {} is the operation.
 _SPELLED = pairs("""
     Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
     MessageSystemAttributes=MessageSystemAttribute:Name:Value Tags=Tag:Key:Value tags=Tag:Key:Value
@@ -4015,11 +3968,17 @@ _SPELLED = pairs("""
     MessageSystemAttributeNames=MessageSystemAttributeName BinaryListValues=BinaryListValue
     StringListValues=StringListValue QueueUrls=QueueUrl queueUrls=QueueUrl
 """)
-_IN_QUERY = {
-    op: {k: QueryName(*v.replace("{}", op).split(":")) for k, v in _SPELLED.items()}
-    for op in OPERATIONS
-}
-SQS_MODEL = MODELS["sqs"] = Model(OPERATIONS, _IN_QUERY, frozenset({"CreateQueue", "ListQueues"}))
+OPERATIONS: Mapping[str, Operation] = {
+    name: Operation(
+        structure(spec, _SHAPES), output.split() if arrow else None,
+        {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
+        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()),
+    )
+    for name, spec, arrow, output in re.findall(r"(\w+) (.*?)(?:(->) (.*))?\n", _OPERATIONS)
+}  # fmt: skip
+MODELS.update({f"sqs:{name}": it for name, it in OPERATIONS.items()})
+# The operations that begin so change messages at most.
+_KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
 
 
 # [5.6] Queue URLs: the caller gets ours, the upstream gets its own
@@ -4969,7 +4928,7 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
 
 def no_messages(call: Call, request_id: str) -> Reply:
     """Return an answer to ReceiveMessage without messages."""
-    return call.wire.output(call, SQS_MODEL, {}, request_id)
+    return call.wire.output(call, {}, request_id)
 
 
 class Pool:
@@ -6455,7 +6414,7 @@ class Embedded:
             client = call.caller
             arn = f"arn:aws:iam::{client.account_id}:user/{client.name}"
             identity = {"Arn": arn, "UserId": client.access_key_id, "Account": client.account_id}
-            return call.wire.output(call, _NO_MODEL, identity, request_id)
+            return call.wire.output(call, identity, request_id)
         if call.service != "sqs":
             raise ServiceError("AccessDenied", f"'embedded' answers only SQS, not {call.action}.")
         if call.wire.is_opaque:
@@ -6466,7 +6425,7 @@ class Embedded:
             output = self._sqs.perform(call)
             if call.may_wait:  # in a worker; the loop commits the calls of a turn together
                 self._sqs.commit()
-            return call.wire.output(call, SQS_MODEL, output, request_id)
+            return call.wire.output(call, output, request_id)
         except ServiceError as error:
             members = OPERATIONS[call.operation].input.members
             for name in call.ignored[:1]:
@@ -7368,12 +7327,11 @@ def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
     data = reply.body
     if call.service != "sqs" or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
         return {}
-    operation, names = SQS_MODEL.operations.get(call.operation), SQS_MODEL.query_names
-    members = (operation and operation.output) or ()
+    members = OPERATIONS.get(call.operation, UNKNOWN_OPERATION).output or ()
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], names[call.operation], members) or {}
+            found = _from_xml(root[0], OPERATIONS[call.operation].names, members) or {}
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
@@ -7484,12 +7442,11 @@ class Tape:
             error.fault = Fault(status, *(error.fault[1:] if known else (code, code)))
             raise error
         if "output" in entry and isinstance(call.wire, (AwsJson, AwsQuery)):
-            model, output = MODELS.get(call.service, _NO_MODEL), entry["output"]
+            operation, output = MODELS.get(call.action, UNKNOWN_OPERATION), entry["output"]
             if call.service == "sqs":
                 output = _with_queue_urls(output, call, call.base_url)
-            operation = model.operations.get(call.operation)
-            is_void = operation and operation.output is None
-            return call.wire.output(call, model, None if is_void else output, request_id)
+            is_void = operation.output is None
+            return call.wire.output(call, None if is_void else output, request_id)
         text = entry.get("body", entry.get("output", ""))
         body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
         if "at" in entry:
@@ -7685,7 +7642,7 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
-    reply = AWS_QUERY.output(call, SQS_MODEL, {"Messages": messages}, random_id())
+    reply = AWS_QUERY.output(call, {"Messages": messages}, random_id())
     if "json" not in (request.header("accept") or "") or not isinstance(reply.body, bytes):
         return reply
     root = ElementTree.fromstring(reply.body)
