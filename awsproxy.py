@@ -279,7 +279,7 @@ class Call:
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)  # change the forwarded request
 
-    @property
+    @functools.cached_property
     def action(self) -> str:
         """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
         return f"{self.service}:{self.operation}{self.path}"
@@ -360,11 +360,6 @@ class ServiceError(Exception):
         self.proof: Optional[Proof] = None  # of a wrong signature
         self.cause = ""  # why the signature is wrong, if that is known
         self.theirs: Optional[Proof] = None  # the steps of the signer that made it, if known
-
-    def without_frames(self) -> ServiceError:
-        """Return the error without its frames, which would keep the request in memory."""
-        self.__traceback__ = self.__cause__ = self.__context__ = None
-        return self
 
 
 # ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
@@ -7010,7 +7005,6 @@ def _of_dynamodb(call: Call) -> Sequence[Need]:
 
 
 def _of_part(operation: str, part: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the actions and tables of a part of a transaction."""
     members: Any = part if isinstance(part, dict) and part else {"": None}
     for kind, entry in members.items():
         known = kind in _PARTS and isinstance(entry, dict)
@@ -7049,7 +7043,7 @@ def _of_s3(call: Call) -> Sequence[Need]:
             actions.append(action)
     found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
     for source in given.get("x-amz-copy-source", ()):  # percent-encoded, maybe + for a space
-        path, version, _ = source.partition("?versionId=")
+        path, _, version = source.partition("?versionId=")
         action = "s3:GetObjectVersion" if version else "s3:GetObject"
         for spelled in {path, path.replace("+", " ")}:
             text = "" if {"?", "#"} & {*path} else _decoded(spelled) or ""
@@ -8075,13 +8069,11 @@ class Proxy:
         return proven
 
     def _verify(self, exchange: Exchange) -> None:
-        """Find out who the caller is."""
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
         verified = verify_body(exchange.request, proven, spool) if proven else None
         exchange.verified = verified or self._unverified(exchange)
 
     def _find_call(self, exchange: Exchange) -> None:
-        """Find out what the caller wants."""
         found = exchange.verified
         request = meant = exchange.request
         assert found
@@ -8108,6 +8100,7 @@ class Proxy:
             call.unsigned = True
             if preflight:
                 call.operation = exchange.request.method  # hooks see it, and the upstream gets it
+                del call.action
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
@@ -8203,7 +8196,8 @@ class Proxy:
         if not isinstance(error, ServiceError):
             log.error("request %s failed", exchange.request_id, exc_info=error)
             error = ServiceError("InternalFailure", "The proxy failed; see its standard error.")
-        error = error.without_frames()
+        # Its frames would keep the request in memory.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         exchange.refused, exchange.reason = error, error.reason
         reply = exchange.wire.error(exchange.request, error, exchange.request_id)
         code = error_code(reply)
@@ -8273,7 +8267,6 @@ class Proxy:
         return f"This proxy refused the call: no route answers {shown}. Add: {flags}"
 
     def _unverified_scope(self, request: Request) -> CredentialScope:
-        """Return the scope that a request names, or that its Host or `sign_as` supplies."""
         scope, of_host = claim(request)[1], service_of_host(request.header("host") or "")
         service = AWS_JSON["1.0"].service(request) or scope.service or self._sign_as[0]
         region = scope.region or self._sign_as[1] or of_host[1] or (*self._regions, "us-east-1")[0]
@@ -9180,7 +9173,6 @@ class Program:
         self._add_gauges()
 
     def _add_gauges(self) -> None:
-        """Add the metrics that a scrape reads on demand."""
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
         gauge("log_lines_dropped", "Log lines that were lost.", lambda: self._writer.dropped)
         gauge("connections", "Open connections.", lambda: len(server.connections))
