@@ -25400,6 +25400,16 @@ def options(command, argv, **more):
     return parser.parse_args(argv)
 
 
+def of_twenty_statements(place):
+    """Return a file of clients whose demo client has a policy of 20 statements."""
+    name = "arn:aws:sqs:us-east-1:000000000000:queue-{}*"
+    rules = [allowing("sqs:Send* s3:Get*", name.format(n)) for n in range(18)]
+    rules += [denying("sqs:DeleteQueue"), allowing("sqs:*")]
+    write(os.path.join(place, "policy.json"), policy_text(*rules))
+    keys = "aws_access_key_id = dummykey\naws_secret_access_key = dummysecret\n"
+    return write(os.path.join(place, "clients"), f"[demo]\n{keys}policy = policy.json\n")
+
+
 def bench(argv):
     """Print how many calls a second there are, and what each costs the server: bench [SECONDS]."""
     if argv[1:2] == ["--port"]:  # started by `start`
@@ -25410,9 +25420,10 @@ def bench(argv):
     try:
         for name in ("Nothing", "Bare", "Plain"):
             servers.append(start(__file__, "bench", name))
-        for flags in ((), ("--quiet",), ("--quiet", "--store", f"{folder.name}/queues.db")):
-            servers.append(start(awsproxy.__file__, *flags))
-        nothing, bare, plain, logged, quiet, stored = servers
+        store, clients = f"{folder.name}/queues.db", of_twenty_statements(folder.name)
+        for flags in ((), ("--quiet",), ("--store", store), ("--clients", clients)):
+            servers.append(start(awsproxy.__file__, *(flags and ("--quiet", *flags))))
+        nothing, bare, plain, logged, quiet, stored, guarded = servers
         os.environ.update(AWS_ACCESS_KEY_ID="AKIDEXAMPLE", AWS_SECRET_ACCESS_KEY="example")
         sink = start(__file__, "bench", "Sink")
         servers.append(sink)
@@ -25425,7 +25436,8 @@ def bench(argv):
         lists, pairs = prepared("ListQueues"), receive_and_delete(jobs)
         sends = prepared("SendMessage", QueueUrl=jobs, MessageBody="m" * 1024)
         rows = [("nothing", nothing, lists), ("bare", bare, lists), ("plain", plain, lists)]
-        for told, server in (("", quiet), (", logged", logged), (", stored", stored)):
+        kinds = (", logged", logged), (", stored", stored), (", policy", guarded)
+        for told, server in (("", quiet), *kinds):
             for name in ("jobs", "waiting"):
                 drive(server[1], 1, prepared("CreateQueue", 2, QueueName=name), calls=1)
             rows.append((f"ListQueues{told}", server, lists))
