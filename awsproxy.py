@@ -279,10 +279,10 @@ class Call:
     ignored: Sequence[str] = field(default=(), init=False)  # parameters that are no input
     rewrites: Sequence[Rewrite] = field(default=(), init=False)  # change the forwarded request
 
-    @functools.cached_property
-    def action(self) -> str:
-        """Return the action, as in `sqs:SendMessage` or `lambda:POST/2015-03-31/functions`."""
-        return f"{self.service}:{self.operation}{self.path}"
+    action: str = field(init=False)  # as `sqs:SendMessage`, `lambda:POST/2015-03-31/functions`
+
+    def __post_init__(self) -> None:
+        self.action = f"{self.service}:{self.operation}{self.path}"
 
     @functools.cached_property
     def input(self) -> dict[str, Any]:
@@ -5856,8 +5856,8 @@ class Metrics(Hook):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._operations: set[tuple[str, str]] = {("-", "-")}
-        self._rows = Counts()  # by client, service, operation, status, code, attempt
-        self._bytes = Counts({("in",): 0, ("out",): 0})
+        self._rows: dict[tuple[Any, ...], list[int]] = {}  # by client, service, ..., attempt
+        self._bytes_in = self._bytes_out = 0
         self._refusals = Counts()
         self._targets = Counts()  # by route and host
         self._sums = {"request": 0.0, "upstream": 0.0}  # of seconds
@@ -5874,9 +5874,10 @@ class Metrics(Hook):
         of_call = (call.caller.name, call.service, call.operation) if call else ("-", "-", "-")
         key = (*of_call, exchange.status, exchange.error, exchange.attempt)
         with self._lock:
-            self._rows[key if key in self._rows else self._new_row(key)] += 1
-            self._bytes[("in",)] += exchange.request_bytes
-            self._bytes[("out",)] += exchange.reply_bytes
+            row = self._rows.get(key) or self._rows.setdefault(self._new_row(key), [0])
+            row[0] += 1
+            self._bytes_in += exchange.request_bytes
+            self._bytes_out += exchange.reply_bytes
             self._time("request", exchange.seconds)
             if call and call.upstream_seconds > 0:
                 self._time("upstream", call.upstream_seconds)
@@ -5914,8 +5915,9 @@ class Metrics(Hook):
         """Return all metrics (Prometheus, "Exposition formats", text format 0.0.4)."""
         page: list[str] = []
         calls, attempts, throttles = Counts(), Counts(), Counts({(): 0})
+        sizes = {("in",): self._bytes_in, ("out",): self._bytes_out}
         with self._lock:
-            for key, count in self._rows.items():
+            for key, (count,) in self._rows.items():
                 *_, status, code, attempt = key
                 calls[key[:-1]] += count
                 attempts[(attempt,)] += count
@@ -5925,7 +5927,7 @@ class Metrics(Hook):
                 ("attempts", "attempt", "Requests by attempt of their SDK; 0 is none.", attempts),
                 ("refusals", "reason", "Signatures refused.", self._refusals),
                 ("targets", "route target", "Calls by route and target.", self._targets),
-                ("bytes", "direction", "Bytes of bodies.", self._bytes),
+                ("bytes", "direction", "Bytes of bodies.", sizes),
                 ("throttles", "", "Answers that throttle.", throttles)):  # fmt: skip
                 page += _lines(f"{name}_total", names, sorted(counts.items()), "counter", about)
             for name, counted in self._times.items():
@@ -8100,7 +8102,7 @@ class Proxy:
             call.unsigned = True
             if preflight:
                 call.operation = exchange.request.method  # hooks see it, and the upstream gets it
-                del call.action
+                call.__post_init__()
         for path in call.other_paths:
             if self._route(f"{call.service}:{call.operation}{path}") != route:
                 raise ServiceError("InvalidURI", "The path has readings with different routes.")
