@@ -6460,7 +6460,7 @@ IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
-    partnercentral-selling=partnercentral tagging=tag""")
+    partnercentral-selling=partnercentral tagging=tag ioteventsdata=iotevents""")
 _PARTIQL = "PartiQLSelect,PartiQLInsert,PartiQLUpdate,PartiQLDelete"
 # The actions of the same service that IAM asks for, if no action has the operation's name.
 IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch=Publish
@@ -6468,7 +6468,8 @@ IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=GetItem
     dynamodb:transactwriteitems=PutItem,UpdateItem,DeleteItem,ConditionCheckItem
     secretsmanager:batchgetsecretvalue=GetSecretValue sqs:deletemessagebatch=DeleteMessage
-    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage""")
+    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage
+    timestream:query=Select""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(?:bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
@@ -6605,7 +6606,7 @@ MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown re
 MAX_CACHED = 1024  # decisions of a policy
 _ACTION = re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+")
 _RESOURCE = re.compile(r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)")
-_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:))?")  # keeps service and region
+_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:|[*]$))?")  # the rest stays
 _OF_REST = re.compile(r"(?:\*+|any|get|head|put|post|delete|patch|options)(?:/.*)?")
 # The actions of calls with the path of a function (source: the service model of Lambda).
 _LAMBDA = pairs("""GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
@@ -6805,8 +6806,8 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     if (service == "lambda" and _LAMBDA_NAMES.fullmatch(operation)) or operation == _S3_BYPASS:
         return [pattern, "lambda:any/*"] if service == "lambda" else [pattern]
     of_rest = pattern == "*" or _OF_REST.fullmatch(operation)
-    of_role = glob_matches(pattern.lower(), "iam:passrole")
-    is_known = of_rest or (service in _KNOWN_NAMES and not of_role)
+    foreign = service in ("budgets", "cassandra") or glob_matches(pattern.lower(), "iam:passrole")
+    is_known = of_rest or (service in _KNOWN_NAMES and not foreign)  # by the names of operations
     nearest = nearest_pattern(pattern) if is_known else ""
     if nearest is not None:
         hint = f"; did you mean {nearest}?" if nearest else f": use {service}:* or METHOD/path"
@@ -6843,13 +6844,12 @@ _NAMING = [line.split(None, 2) for line in """
     kinesis PutRecords?|DescribeStream(Summary)?|ListShards|GetShardIterator \
         StreamName:stream/ StreamARN StreamId
     states Start(Sync)?Execution|(Describe|Update|Delete)StateMachine stateMachineArn
-    secretsmanager .* SecretId+
+    secretsmanager (?!BatchGet|Create|GetRandom|List(?!SecretV)).* SecretId+
     sts GetCallerIdentity -
 """.strip().splitlines()]  # fmt: skip
 _AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
-_ARN = re.compile(
-    "arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:([A-Za-z0-9_./:$#+=,@-]+)"
-)
+_ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:"
+    "([A-Za-z0-9_./:$#+=,@-]+)")  # fmt: skip
 _PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
 _QUEUE_ADDRESS = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
@@ -6860,7 +6860,7 @@ _FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUA
     r"((?!function:|[0-9]{12}:)[A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
 )
 # Operations without a row: those of no one resource, and members that can name no resource.
-_NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run")
+_NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run|BatchGetSecret|GetRandom")
 _NO_NAME = re.compile("Action|Version|(?i:(client|client_?request|next|idempotency)_?token)")
 # Access points and the like, which stand for another bucket.
 _NO_BUCKET = re.compile(r"(?:-s3alias|--[a-z]+-s3|\.mrap)$|accesspoint|object-lambda|[^a-z0-9.-]")
@@ -6876,8 +6876,10 @@ _S3_NEEDS = [line.split() for line in """
     DeleteObject delete DeleteObjectVersion
     CreateBucket x-amz-(acl|grant-.*) PutBucketAcl
     CreateBucket x-amz-bucket-object-lock-enabled PutBucketObjectLockConfiguration
+    CreateBucket x-amz-bucket-object-lock-enabled PutBucketVersioning
     CreateBucket x-amz-object-ownership PutBucketOwnershipControls
     GetObjectAttributes x-amz-object-attributes GetObject
+    GetObjectVersionAttributes x-amz-object-attributes GetObjectVersion
     .* x-amz-bypass-governance-retention BypassGovernanceRetention
 """.strip().splitlines()]  # fmt: skip
 _PARTS = frozenset({"Get", "Put", "Update", "Delete", "ConditionCheck"})  # of a transaction
@@ -6893,7 +6895,7 @@ def needs_of(call: Call) -> Sequence[Need]:
         found += [("sqs:ReceiveMessage", source), ("sqs:DeleteMessage", source)]
         found += [("sqs:SendMessage", it) for it in targets or [UNKNOWN]]
     found += [(f"{call.service}:{call.operation}{it}", UNKNOWN) for it in call.other_paths]
-    return found if len(found) <= MAX_NEEDS else _needing(call.action, UNKNOWN)
+    return found if len(found) <= MAX_NEEDS else [*{(name, UNKNOWN): 0 for name, _ in found}]
 
 
 def _needing(action: str, *resources: Resource) -> Sequence[Need]:
@@ -7036,11 +7038,11 @@ def _of_s3(call: Call) -> Sequence[Need]:
         if _S3_NAME.match(text := name.decode("latin-1").lower()):
             given[text] = [*given.get(text, ()), value.decode("latin-1")]
     actions = [operation]
-    if (b"versionId", b"") in call.request.query:  # it may mean the latest version
-        actions.append(operation.replace("ObjectVersion", "Object"))
     for of, form, action in _S3_NEEDS if given else ():
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
             actions.append(action)
+    if (b"versionId", b"") in call.request.query:  # it may mean the latest version
+        actions += [it.replace("ObjectVersion", "Object") for it in actions]
     found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
     for source in given.get("x-amz-copy-source", ()):  # percent-encoded, maybe + for a space
         path, _, version = source.partition("?versionId=")

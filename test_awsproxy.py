@@ -17643,6 +17643,8 @@ AT_START = {  # the second statement, and a word of the refusal
     '{"Effect": "Deny", "Action": "dynamdb:*Item", "Resource": "*"}': "no call",
     '{"Effect": "Deny", "Action": "s3:BypassIt", "Resource": "*"}': "no call",
     '{"Effect": "Deny", "Action": "iam:PassRole", "Resource": "*"}': "no call",
+    '{"Effect": "Deny", "Action": "budgets:ModifyBudget", "Resource": "*"}': "use budgets",
+    '{"Effect": "Deny", "Action": "cassandra:Drop", "Resource": "*"}': "use cassandra",
     '{"Effect": "Deny", "Action": "eks:DeleteCluster", "Resource": "*"}': "METHOD/path",
     '{"Effect": "Deny", "Action": "eks:Delete*", "Resource": "*"}': "METHOD/path",
     '{"Effect": "Deny", "Action": "lambda:DeleteEventSourceMapping", "Resource": "*"}': "METHOD/path",
@@ -18054,6 +18056,8 @@ ATTACKS = {
     "an alias for a key": json_for("kms", "Encrypt", {"KeyId": "alias/team"}),
     "a decoy next to a name": json_for(
         "ecs", "StopTask", {"task": "prod", "x": f"arn:aws:ecs:us-east-1:{TEAM_ACCOUNT}:task/team"}),
+    "a decoy for a list of secrets": json_for(
+        "secretsmanager", "ListSecrets", {"SecretId": f"{SECRET_ARN[:-9]}team-AbCdEf"}),
     "a decoy for a key": json_for("kms", "CreateKey", {"KeyId": f"{KMS_ARN}/team"}),
 }  # fmt: skip
 MINE_TOO = {
@@ -18145,6 +18149,7 @@ class AttackTest(unittest.TestCase):
         self.assertEqual(200, proxy.handle(s3_for("PUT", "/b/k")).status)
 
 
+MANY_SOURCES = "&".join(f"x-amz-copy-source=b%2F{n}" for n in range(200))
 # Denied next to an allowance of all: a call that means the same in another spelling.
 DENIED = [
     ("s3:*", "arn:aws:s3:::prod/*", s3_for("DELETE", "/prod/k", region="cn-north-1")),
@@ -18178,6 +18183,27 @@ DENIED = [
         "secretsmanager", "BatchGetSecretValue", {"SecretIdList": [f"{SECRET_ARN[:-9]}prod"]})),
     ("kms:GetPublicKey", f"{KMS_ARN}/prod", json_for(
         "kms", "GetPublicKey", {"KeyId": f"{KMS_ARN[:-3]}alias/prod"})),
+    ("sqs:*", f"arn:aws:sqs:us-east-1:{TEAM_ACCOUNT[:4]}*", json_for(
+        "sqs", "SendMessage", {"QueueUrl": JOBS_AT})),
+    ("sqs:*", f"arn:aws:sqs:*:{TEAM_ACCOUNT}*", json_for(
+        "sqs", "SendMessage", {"QueueUrl": JOBS_AT})),
+    ("s3:PutObjectAcl", "*", s3_for("PUT", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-acl": "public-read"})),
+    ("s3:GetObject", "arn:aws:s3:::prod/*", s3_for("PUT", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-copy-source": "/prod/k"})),
+    ("s3:BypassGovernanceRetention", "*", s3_for("DELETE", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-bypass-governance-retention": "true"})),
+    ("s3:GetObjectVersion", "*", s3_for("GET", "/b/k?attributes&versionId=1", headers={
+        "x-amz-object-attributes": "ETag"})),
+    ("s3:GetObject", "*", s3_for("GET", "/b/k?attributes&versionId=", headers={
+        "x-amz-object-attributes": "ETag"})),
+    ("s3:PutBucketVersioning", "*", s3_for("PUT", "/b", headers={
+        "x-amz-bucket-object-lock-enabled": "true"})),
+    ("secretsmanager:*", f"{SECRET_ARN[:-9]}prod*", json_for(
+        "secretsmanager", "BatchGetSecretValue", {"SecretId": SECRET_ARN, "SecretIdList": ["prod"]})),
+    ("iotevents:*", "*", signed_for("ioteventsdata", "POST", "/inputs/messages", body=b"{}")),
+    ("timestream:Select", "*", json_for(
+        "timestream", "Query", {"QueryString": "x"}, prefix="Timestream_20181101")),
 ]  # fmt: skip
 # Calls that an allowance does not cover, though its words look so.
 NOT_ALLOWED = [
@@ -18224,7 +18250,7 @@ class PolicySpellingTest(unittest.TestCase):
     def test_many_copy_sources_cost_little(self):
         query = "&".join(f"x-amz-copy-source=b%2F{n}" for n in range(1900))
         needs = needs_in(s3_for("PUT", f"/b/k?{query}"))
-        self.assertEqual(needs, [("s3:PutObject", "*")])
+        self.assertEqual(needs, [("s3:PutObject", "*"), ("s3:GetObject", "*")])
 
 
 class GuardTest(unittest.TestCase):
