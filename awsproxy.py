@@ -7177,22 +7177,18 @@ _ENTRY: Mapping[str, type] = {  # its members
     **dict.fromkeys("action region error message body_base64".split(), str), "status": int,
     **dict.fromkeys(("input", "headers", "output"), dict), "body": object}  # fmt: skip
 # Headers of a REST call that belong to its input, and members that SDKs invent for each call.
-_REST_INPUT = re.compile(
-    "range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer|decoded|mfa"
-    "|.*(?:token|customer-key)$).*"
-)
-_INVENTED = re.compile(
-    "(?i)(client(_?request)?|idempotency|security|access)_?token|x-amz-.*|awsaccesskeyid"
-    "|.*password.*|secret(string|binary|hash)"
-)
+_REST_INPUT = re.compile("range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer"
+    "|decoded|mfa|.*(?:token|customer-key)$).*")  # fmt: skip
+_INVENTED = re.compile("(?i)(client(_?request)?|idempotency|security|access|auth)_?token|x-amz-.*"
+    "|awsaccesskeyid|.*password.*|secret(string|binary|hash)")  # fmt: skip
 _NOT_KEPT = re.compile("(?i)date|set-cookie|connection|authorization|.*token")
 _SECRETIVE = re.compile(  # actions whose answers may hold secrets
     "(?i)credential|token|password|auth|secretvalue|signup|keypair|instanceaccess|loginprofile"
+    "|startsession|executecommand|federat|presigned|streamingurl|userpoolclient"
 )
-_SIGNED_URL = re.compile(
-    r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&]Signature)"
-    r'(?:=|%3D|\\u003d))[^&"\\\s<]*'
-)
+_SECRET_TEXT = re.compile(  # in signed URLs, and in members of JSON at any depth
+    r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&, ]Signature)"
+    r'(?:=|%3D|\\+u003d))[^&"\\\s<]*|("[\w.-]{0,40}password\\*": ?\\*")[^"\\]*')  # fmt: skip
 _SQS_NO_TEXT = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp|SenderFault")
 Entry = Mapping[str, Any]
 Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, input; "" is any
@@ -7200,24 +7196,27 @@ Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, i
 
 def tape_input(call: Call) -> Entry:
     """Return what tells the calls of an action apart, once `hash_body` knows the body."""
-    if isinstance(call.encoded, dict):
-        try:
-            given = read_json(_to_json(call.input).decode())
-        except ServiceError:  # the upstream may still understand it
-            given = call.encoded
-        given = _with_queue_urls(given, call) if call.service == "sqs" else given
-        found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
-    else:
-        target, hoisted = strip_presigned(call.request.target)
-        path, mark, query = target.partition("?")
-        path = f"/{call.bucket}{path}" if call.bucket else path
-        target = path + mark + "&".join(sorted(query.split("&")))
-        found = {"method": call.request.method, "target": target}
-        fields = {name: ", ".join(it) for name, it in call.request.fields.items()} | dict(hoisted)
-        found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
-        if digest := call.body_hash():
-            found["body_sha256"] = digest
-    text = json.dumps(found, sort_keys=True).encode()
+    try:
+        if isinstance(call.encoded, dict):
+            try:
+                given = read_json(_to_json(call.input).decode())
+            except ServiceError:  # the upstream may still understand it
+                given = copy.deepcopy(call.encoded)  # RecursionError long before a tape has one
+            given = _with_queue_urls(given, call) if call.service == "sqs" else given
+            found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
+        else:
+            target, hoisted = strip_presigned(call.request.target)
+            path, mark, query = target.partition("?")
+            path = f"/{call.bucket}{path}" if call.bucket else path
+            target = path + mark + "&".join(sorted(query.split("&")))
+            found = {"method": call.request.method, "target": target}
+            fields = {n: ", ".join(it) for n, it in call.request.fields.items()} | dict(hoisted)
+            found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
+            if digest := call.body_hash():
+                found["body_sha256"] = digest
+        text = json.dumps(found, sort_keys=True, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # a number is too large, or the input too deep
+        return {"body_sha256": call.body_hash()}
     return found if len(text) <= MAX_INLINE else {"input_sha256": hashlib.sha256(text).hexdigest()}
 
 
@@ -7327,7 +7326,7 @@ def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], OPERATIONS[call.operation].names, members) or {}
+            found = dict(_from_xml(root[0], OPERATIONS[call.operation].names, members))
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
@@ -7368,7 +7367,7 @@ def read_tape(path: str) -> Tracks:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             begin, place = file.tell() - len(line), {}
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                head = line.partition(_BASE64_MEMBER)[0]
+                head = line.rpartition(_BASE64_MEMBER)[0]
                 line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
                 rest = iter(lambda: file.readline(65536), b"")
                 if not any(part.endswith((b"\n", b"}")) for part in rest):
@@ -7386,7 +7385,7 @@ def read_tape(path: str) -> Tracks:
 def _masked(given: Any) -> str:
     """Return an input or an entry as JSON in one order, without signatures; "" for None."""
     text = json.dumps(given, sort_keys=True)
-    return "" if given is None else _SIGNED_URL.sub(r"\1masked", text)
+    return "" if given is None else _SECRET_TEXT.sub(r"\1\2masked", text)
 
 
 def _checked(entry: Any) -> Entry:

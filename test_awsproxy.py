@@ -18567,6 +18567,49 @@ class RecorderTest(TapeCase):
             self.whole(proxy.handle(request))
             self.assertEqual(self.entries(), [], request)
 
+    def test_secrets_inside_of_the_input_and_the_answer(self):
+        link = "https://b/k?X-Amz-Signature=SECRET"
+        for request, answer in (
+            (json_for("dms", "CreateEndpoint", {"MySQLSettings": {"Password": "SECRET"}}), {}),
+            (query_for("elasticache", "CreateReplicationGroup", {"AuthToken": "SECRET"}), {}),
+            (json_for("ecs", "ListTasks"), {"a": json.dumps({"DbPassword": "SECRET"})}),
+            (lambda_for("/2015-03-31/functions/f", "GET"), {"Location": link}),
+            (json_for("ssm", "StartSession"), {"TokenValue": "SECRET"}),
+            (json_for("ecs", "ExecuteCommand"), {"session": {"tokenValue": "SECRET"}}),
+            (json_for("sagemaker", "CreatePresignedDomainUrl"), {"Url": "?token=SECRET"}),
+            (json_for("cognito-idp", "DescribeUserPoolClient"), {"ClientSecret": "SECRET"}),
+        ):
+            with self.subTest(request=request):
+                body = json.dumps(answer).replace("=", "\\u003d").encode()
+                self.whole(self.recording(http_answer(body)).handle(request))
+                self.assertNotIn("SECRET", pathlib.Path(self.path).read_text())
+
+    def test_no_input_loses_the_answer_or_spoils_the_tape(self):
+        long = http_answer(b"\xff" * 1500000)
+        nested = "[" * 900 + "]" * 900
+        for service, text in (
+            ("ecs", '{"a": 1e400}'),
+            ("ecs", f'{{"a": {nested}}}'),
+            ("sqs", f'{{"QueueUrl": 5, "a": {nested}}}'),
+            ("sqs", '{"QueueUrl": 5, "a": 1e400}'),
+            ("ecs", '{"a": 1, "body_base64": "x"}'),
+        ):
+            for answer in (http_answer(b"{}"), long):
+                with self.subTest(service=service, text=text[:20]):
+                    write(self.path, "")
+                    request = json_for(service, "SendMessage", text)
+                    recorded = self.whole(self.recording(answer).handle(request))
+                    self.assertEqual(recorded.status, 200)
+                    request.body.seek(0)
+                    played = self.whole(self.playing().handle(request))
+                    self.assertEqual((played.status, played.body), (200, recorded.body))
+
+    def test_an_odd_answer_of_a_queue_is_recorded_as_it_is(self):
+        odd = http_answer(b"<a><b>text</b></a>")
+        request = query_for("sqs", "SendMessage", {"QueueUrl": JOBS_AT, "MessageBody": "m"})
+        self.assertEqual(self.recording(odd).handle(request).status, 200)
+        self.assertEqual(self.entries()[0]["body"], "<a><b>text</b></a>")
+
     def test_only_its_owner_may_read_it(self):
         self.recording()
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
