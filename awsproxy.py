@@ -6848,7 +6848,7 @@ _NAMING = [line.split(None, 2) for line in """
     sts GetCallerIdentity -
 """.strip().splitlines()]  # fmt: skip
 _AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
-_ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:"
+_ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}:[a-z0-9-]{0,40}):[0-9]{12}:"
     "([A-Za-z0-9_./:$#+=,@-]+)")  # fmt: skip
 _PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
 _QUEUE_ADDRESS = re.compile(
@@ -6955,7 +6955,7 @@ def _arns_of(service: str, document: Any) -> Sequence[Resource]:
     for name, value in document.items() if isinstance(document, dict) else ():
         for it in value if isinstance(value, list) else [value]:
             arn = _ARN.fullmatch(it) if isinstance(it, str) and len(it) <= MAX_TEXT else None
-            known = arn and arn[1] == service and ":alias/" not in it
+            known = arn and arn[1].startswith(f"{service}:") and ":alias/" not in it
             if known or not (_NO_NAME.fullmatch(name) or isinstance(it, (int, float, type(None)))):
                 found.append(Resource(it) if known else UNKNOWN)
     return found
@@ -6973,7 +6973,7 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
         account, value = url.groups()
     elif value.startswith("arn:"):
         arn = _ARN.fullmatch(value)
-        if not (arn and arn[1] == call.service and arn[2].startswith(kind)):
+        if not (arn and arn[1] == f"{call.service}:{call.region}" and arn[2].startswith(kind)):
             return UNKNOWN
         good = mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :])
         return Resource(value, mark != "+") if good else UNKNOWN
@@ -7017,12 +7017,12 @@ def _of_lambda(call: Call) -> Sequence[Need]:
     path = _FUNCTION_PATH.fullmatch(call.path)
     qualifiers = [it.decode("latin-1") for name, it in call.request.query if name == b"Qualifier"]
     match = _FUNCTION.fullmatch(":".join((path[1], *qualifiers))) if path else None
-    if not path or not match:
+    if not path or not match or match[1] not in (None, call.region):
         return _needing(call.action, UNKNOWN)
-    region, account = match[1] or call.region, match[2] or call.caller.account_id
+    account = match[2] or call.caller.account_id
     # Other operations than invocations may ignore the qualifier.
     name = match[3] if path[2].endswith("invocations") else match[3].partition(":")[0]
-    found = [_in_account(call, region, account, f"function:{it}") for it in (match[3], name)]
+    found = [_in_account(call, call.region, account, f"function:{it}") for it in (match[3], name)]
     return _needing(call.action, *found)
 
 

@@ -18201,6 +18201,10 @@ DENIED = [
         "x-amz-bucket-object-lock-enabled": "true"})),
     ("secretsmanager:*", f"{SECRET_ARN[:-9]}prod*", json_for(
         "secretsmanager", "BatchGetSecretValue", {"SecretId": SECRET_ARN, "SecretIdList": ["prod"]})),
+    ("dynamodb:*", f"{TABLE_ARN}/prod", json_for("dynamodb", "GetItem", {
+        "TableName": f"{TABLE_ARN}/prod".replace("east", "west")})),
+    ("lambda:InvokeFunction", f"{LAMBDA_ARN}:prod", lambda_for(
+        f"/2015-03-31/functions/{LAMBDA_ARN.replace('east', 'west')}:prod/invocations")),
     ("iotevents:*", "*", signed_for("ioteventsdata", "POST", "/inputs/messages", body=b"{}")),
     ("timestream:Select", "*", json_for(
         "timestream", "Query", {"QueryString": "x"}, prefix="Timestream_20181101")),
