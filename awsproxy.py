@@ -7397,7 +7397,7 @@ def _checked(entry: Any) -> Entry:
             raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
         if not isinstance(value, _ENTRY[name]):
             raise ValueError(f"{name} cannot be {value!r:.40}")
-    headers = tuple(entry.get("headers", {}).items())
+    headers = (*entry.get("headers", {}).items(), ("error", entry.get("error", "")))
     if fault := fault_of_reply(Reply(entry.get("status", 200), headers, b"")):
         raise ValueError(f"it is {fault}")
     base64.b64decode(entry.get("body_base64", ""), validate=True)
@@ -7443,13 +7443,13 @@ class Tape:
             is_void = operation.output is None
             return call.wire.output(call, None if is_void else output, request_id)
         text = entry.get("body", entry.get("output", ""))
-        body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
+        body: Any = (text if isinstance(text, str) else json.dumps(text)).encode(errors="replace")
         if "at" in entry:
             body = self._long_body(entry["at"])
         elif "body_base64" in entry:
             body = base64.b64decode(entry["body_base64"])
         defaults = {"x-amzn-RequestId": request_id, "Content-Type": call.wire.content_type}
-        headers = list(entry.get("headers", defaults).items())
+        headers = _without(entry.get("headers", defaults).items(), *HOP_BY_HOP)
         if isinstance(body, bytes) and call.request.method != "HEAD":
             headers = _without(headers, "content-length")
         return Reply(entry.get("status", 200), tuple(headers), body)

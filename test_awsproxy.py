@@ -18665,6 +18665,12 @@ class TapeTest(TapeCase):
         bodies = [proxy.handle(json_for("ecs", "ListTasks")).body for _ in range(5)]
         self.assertEqual(bodies, [b"0", b"1", b"2", b"2", b"2"])
 
+    def test_a_body_and_headers_that_cannot_be_sent_as_they_are(self):
+        framed = {"Transfer-Encoding": "chunked", "Connection": "close", "A": "b"}
+        proxy = self.playing({"action": "ecs:ListTasks", "headers": framed, "body": "\ud800"})
+        reply = proxy.handle(json_for("ecs", "ListTasks"))
+        self.assertEqual(reply, Reply(200, (("A", "b"),), b"?"))
+
     def test_the_entry_with_the_most_in_common_answers(self):
         proxy = self.playing(
             {"action": "ecs:ListTasks", "body": "any"},
@@ -18755,6 +18761,7 @@ class TapeTest(TapeCase):
             ('{"action": "a:B", "status": 99}', "status"),
             ('{"action": "a:B", "headers": {"a\\r": "b"}}', "header"),
             ('{"action": "a:B", "headers": []}', "headers cannot be"),
+            ('{"action": "a:B", "error": "a\\r\\nb: c"}', "error"),
             ('{"action": "a:B", "input": []}', "input cannot be"),
             ('{"action": "a:B", "body_base64": "?"}', "line 2"),
             ('{"action": "a:B", "action": "a:C"}', "twice"),
