@@ -6462,7 +6462,7 @@ IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
     partnercentral-channel=partnercentral partnercentral-marketing=partnercentral
-    partnercentral-selling=partnercentral tagging=tag""")
+    partnercentral-selling=partnercentral tagging=tag ioteventsdata=iotevents""")
 _PARTIQL = "PartiQLSelect,PartiQLInsert,PartiQLUpdate,PartiQLDelete"
 # The actions of the same service that IAM asks for, if no action has the operation's name.
 IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch=Publish
@@ -6470,7 +6470,8 @@ IAM_ACTIONS = pairs(f"""kms:reencrypt=ReEncryptFrom,ReEncryptTo sns:publishbatch
     dynamodb:executetransaction={_PARTIQL} dynamodb:transactgetitems=GetItem
     dynamodb:transactwriteitems=PutItem,UpdateItem,DeleteItem,ConditionCheckItem
     secretsmanager:batchgetsecretvalue=GetSecretValue sqs:deletemessagebatch=DeleteMessage
-    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage""")
+    sqs:changemessagevisibilitybatch=ChangeMessageVisibility sqs:sendmessagebatch=SendMessage
+    timestream:query=Select""")
 # In these services, BatchX needs the action X.
 _BATCHES = re.compile("(?:bcm-pricing-calculator|iotfleetwise|verifiedpermissions):batch([a-z]+)")
 # Actions that return AWS credentials, or a token that AWS exchanges for them (source: the SDKs'
@@ -6607,7 +6608,7 @@ MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown re
 MAX_CACHED = 1024  # decisions of a policy
 _ACTION = re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+")
 _RESOURCE = re.compile(r"\*|arn:[a-z*?-]+:[a-z0-9-]+:(?:[^:]*:[^:]*:(?s:.+)|(?:[^:]*:)?[^:]*\*)")
-_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:))?")  # keeps service and region
+_PLACES = re.compile("^arn:[^:]*(?=:)(?:(:[^:]*:[^:]*:)[^:]*(?=:|[*]$))?")  # the rest stays
 _OF_REST = re.compile(r"(?:\*+|any|get|head|put|post|delete|patch|options)(?:/.*)?")
 # The actions of calls with the path of a function (source: the service model of Lambda).
 _LAMBDA = pairs("""GET=GetFunction DELETE=DeleteFunction POST/invocations=InvokeFunction
@@ -6807,8 +6808,8 @@ def _widened(owner: str, pattern: str) -> Sequence[str]:
     if (service == "lambda" and _LAMBDA_NAMES.fullmatch(operation)) or operation == _S3_BYPASS:
         return [pattern, "lambda:any/*"] if service == "lambda" else [pattern]
     of_rest = pattern == "*" or _OF_REST.fullmatch(operation)
-    of_role = glob_matches(pattern.lower(), "iam:passrole")
-    is_known = of_rest or (service in _KNOWN_NAMES and not of_role)
+    foreign = service in ("budgets", "cassandra") or glob_matches(pattern.lower(), "iam:passrole")
+    is_known = of_rest or (service in _KNOWN_NAMES and not foreign)  # by the names of operations
     nearest = nearest_pattern(pattern) if is_known else ""
     if nearest is not None:
         hint = f"; did you mean {nearest}?" if nearest else f": use {service}:* or METHOD/path"
@@ -6845,13 +6846,12 @@ _NAMING = [line.split(None, 2) for line in """
     kinesis PutRecords?|DescribeStream(Summary)?|ListShards|GetShardIterator \
         StreamName:stream/ StreamARN StreamId
     states Start(Sync)?Execution|(Describe|Update|Delete)StateMachine stateMachineArn
-    secretsmanager .* SecretId+
+    secretsmanager (?!BatchGet|Create|GetRandom|List(?!SecretV)).* SecretId+
     sts GetCallerIdentity -
 """.strip().splitlines()]  # fmt: skip
 _AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
-_ARN = re.compile(
-    "arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}):[a-z0-9-]{0,40}:[0-9]{12}:([A-Za-z0-9_./:$#+=,@-]+)"
-)
+_ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}:[a-z0-9-]{0,40}):[0-9]{12}:"
+    "([A-Za-z0-9_./:$#+=,@-]+)")  # fmt: skip
 _PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
 _QUEUE_ADDRESS = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
@@ -6862,7 +6862,7 @@ _FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUA
     r"((?!function:|[0-9]{12}:)[A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
 )
 # Operations without a row: those of no one resource, and members that can name no resource.
-_NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run")
+_NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run|BatchGetSecret|GetRandom")
 _NO_NAME = re.compile("Action|Version|(?i:(client|client_?request|next|idempotency)_?token)")
 # Access points and the like, which stand for another bucket.
 _NO_BUCKET = re.compile(r"(?:-s3alias|--[a-z]+-s3|\.mrap)$|accesspoint|object-lambda|[^a-z0-9.-]")
@@ -6878,8 +6878,10 @@ _S3_NEEDS = [line.split() for line in """
     DeleteObject delete DeleteObjectVersion
     CreateBucket x-amz-(acl|grant-.*) PutBucketAcl
     CreateBucket x-amz-bucket-object-lock-enabled PutBucketObjectLockConfiguration
+    CreateBucket x-amz-bucket-object-lock-enabled PutBucketVersioning
     CreateBucket x-amz-object-ownership PutBucketOwnershipControls
     GetObjectAttributes x-amz-object-attributes GetObject
+    GetObjectVersionAttributes x-amz-object-attributes GetObjectVersion
     .* x-amz-bypass-governance-retention BypassGovernanceRetention
 """.strip().splitlines()]  # fmt: skip
 _PARTS = frozenset({"Get", "Put", "Update", "Delete", "ConditionCheck"})  # of a transaction
@@ -6895,7 +6897,7 @@ def needs_of(call: Call) -> Sequence[Need]:
         found += [("sqs:ReceiveMessage", source), ("sqs:DeleteMessage", source)]
         found += [("sqs:SendMessage", it) for it in targets or [UNKNOWN]]
     found += [(f"{call.service}:{call.operation}{it}", UNKNOWN) for it in call.other_paths]
-    return found if len(found) <= MAX_NEEDS else _needing(call.action, UNKNOWN)
+    return found if len(found) <= MAX_NEEDS else [*{(name, UNKNOWN): 0 for name, _ in found}]
 
 
 def _needing(action: str, *resources: Resource) -> Sequence[Need]:
@@ -6955,7 +6957,7 @@ def _arns_of(service: str, document: Any) -> Sequence[Resource]:
     for name, value in document.items() if isinstance(document, dict) else ():
         for it in value if isinstance(value, list) else [value]:
             arn = _ARN.fullmatch(it) if isinstance(it, str) and len(it) <= MAX_TEXT else None
-            known = arn and arn[1] == service and ":alias/" not in it
+            known = arn and arn[1].startswith(f"{service}:") and ":alias/" not in it
             if known or not (_NO_NAME.fullmatch(name) or isinstance(it, (int, float, type(None)))):
                 found.append(Resource(it) if known else UNKNOWN)
     return found
@@ -6973,7 +6975,7 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
         account, value = url.groups()
     elif value.startswith("arn:"):
         arn = _ARN.fullmatch(value)
-        if not (arn and arn[1] == call.service and arn[2].startswith(kind)):
+        if not (arn and arn[1] == f"{call.service}:{call.region}" and arn[2].startswith(kind)):
             return UNKNOWN
         good = mark != ":" or _AWS_NAME.fullmatch(value.split(":", 5)[5][len(kind) :])
         return Resource(value, mark != "+") if good else UNKNOWN
@@ -7017,12 +7019,12 @@ def _of_lambda(call: Call) -> Sequence[Need]:
     path = _FUNCTION_PATH.fullmatch(call.path)
     qualifiers = [it.decode("latin-1") for name, it in call.request.query if name == b"Qualifier"]
     match = _FUNCTION.fullmatch(":".join((path[1], *qualifiers))) if path else None
-    if not path or not match:
+    if not path or not match or match[1] not in (None, call.region):
         return _needing(call.action, UNKNOWN)
-    region, account = match[1] or call.region, match[2] or call.caller.account_id
+    account = match[2] or call.caller.account_id
     # Other operations than invocations may ignore the qualifier.
     name = match[3] if path[2].endswith("invocations") else match[3].partition(":")[0]
-    found = [_in_account(call, region, account, f"function:{it}") for it in (match[3], name)]
+    found = [_in_account(call, call.region, account, f"function:{it}") for it in (match[3], name)]
     return _needing(call.action, *found)
 
 
@@ -7038,11 +7040,11 @@ def _of_s3(call: Call) -> Sequence[Need]:
         if _S3_NAME.match(text := name.decode("latin-1").lower()):
             given[text] = [*given.get(text, ()), value.decode("latin-1")]
     actions = [operation]
-    if (b"versionId", b"") in call.request.query:  # it may mean the latest version
-        actions.append(operation.replace("ObjectVersion", "Object"))
     for of, form, action in _S3_NEEDS if given else ():
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
             actions.append(action)
+    if (b"versionId", b"") in call.request.query:  # it may mean the latest version
+        actions += [it.replace("ObjectVersion", "Object") for it in actions]
     found = [(f"s3:{action}{call.path}", it) for it in resources for action in actions]
     for source in given.get("x-amz-copy-source", ()):  # percent-encoded, maybe + for a space
         path, _, version = source.partition("?versionId=")
@@ -7177,22 +7179,18 @@ _ENTRY: Mapping[str, type] = {  # its members
     **dict.fromkeys("action region error message body_base64".split(), str), "status": int,
     **dict.fromkeys(("input", "headers", "output"), dict), "body": object}  # fmt: skip
 # Headers of a REST call that belong to its input, and members that SDKs invent for each call.
-_REST_INPUT = re.compile(
-    "range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer|decoded|mfa"
-    "|.*(?:token|customer-key)$).*"
-)
-_INVENTED = re.compile(
-    "(?i)(client(_?request)?|idempotency|security|access)_?token|x-amz-.*|awsaccesskeyid"
-    "|.*password.*|secret(string|binary|hash)"
-)
+_REST_INPUT = re.compile("range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer"
+    "|decoded|mfa|.*(?:token|customer-key)$).*")  # fmt: skip
+_INVENTED = re.compile("(?i)(client(_?request)?|idempotency|security|access|auth)_?token|x-amz-.*"
+    "|awsaccesskeyid|.*password.*|secret(string|binary|hash)")  # fmt: skip
 _NOT_KEPT = re.compile("(?i)date|set-cookie|connection|authorization|.*token")
 _SECRETIVE = re.compile(  # actions whose answers may hold secrets
     "(?i)credential|token|password|auth|secretvalue|signup|keypair|instanceaccess|loginprofile"
+    "|startsession|executecommand|federat|presigned|streamingurl|userpoolclient"
 )
-_SIGNED_URL = re.compile(
-    r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&]Signature)"
-    r'(?:=|%3D|\\u003d))[^&"\\\s<]*'
-)
+_SECRET_TEXT = re.compile(  # in signed URLs, and in members of JSON at any depth
+    r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&, ]Signature)"
+    r'(?:=|%3D|\\+u003d))[^&"\\\s<]*|("[\w.-]{0,40}password\\*": ?\\*")[^"\\]*')  # fmt: skip
 _SQS_NO_TEXT = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp|SenderFault")
 Entry = Mapping[str, Any]
 Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, input; "" is any
@@ -7200,24 +7198,27 @@ Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, i
 
 def tape_input(call: Call) -> Entry:
     """Return what tells the calls of an action apart, once `hash_body` knows the body."""
-    if isinstance(call.encoded, dict):
-        try:
-            given = read_json(_to_json(call.input).decode())
-        except ServiceError:  # the upstream may still understand it
-            given = call.encoded
-        given = _with_queue_urls(given, call) if call.service == "sqs" else given
-        found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
-    else:
-        target, hoisted = strip_presigned(call.request.target)
-        path, mark, query = target.partition("?")
-        path = f"/{call.bucket}{path}" if call.bucket else path
-        target = path + mark + "&".join(sorted(query.split("&")))
-        found = {"method": call.request.method, "target": target}
-        fields = {name: ", ".join(it) for name, it in call.request.fields.items()} | dict(hoisted)
-        found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
-        if digest := call.body_hash():
-            found["body_sha256"] = digest
-    text = json.dumps(found, sort_keys=True).encode()
+    try:
+        if isinstance(call.encoded, dict):
+            try:
+                given = read_json(_to_json(call.input).decode())
+            except ServiceError:  # the upstream may still understand it
+                given = copy.deepcopy(call.encoded)  # RecursionError long before a tape has one
+            given = _with_queue_urls(given, call) if call.service == "sqs" else given
+            found = {name: it for name, it in given.items() if not _INVENTED.fullmatch(name)}
+        else:
+            target, hoisted = strip_presigned(call.request.target)
+            path, mark, query = target.partition("?")
+            path = f"/{call.bucket}{path}" if call.bucket else path
+            target = path + mark + "&".join(sorted(query.split("&")))
+            found = {"method": call.request.method, "target": target}
+            fields = {n: ", ".join(it) for n, it in call.request.fields.items()} | dict(hoisted)
+            found |= {name: it for name, it in fields.items() if _REST_INPUT.fullmatch(name)}
+            if digest := call.body_hash():
+                found["body_sha256"] = digest
+        text = json.dumps(found, sort_keys=True, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # a number is too large, or the input too deep
+        return {"body_sha256": call.body_hash()}
     return found if len(text) <= MAX_INLINE else {"input_sha256": hashlib.sha256(text).hexdigest()}
 
 
@@ -7327,7 +7328,7 @@ def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
     try:
         if data[:1] == b"<":
             root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = _from_xml(root[0], OPERATIONS[call.operation].names, members) or {}
+            found = dict(_from_xml(root[0], OPERATIONS[call.operation].names, members))
             message = root.findtext(".//Message")
         else:
             found = read_json(data.decode() or "{}")
@@ -7368,7 +7369,7 @@ def read_tape(path: str) -> Tracks:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             begin, place = file.tell() - len(line), {}
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                head = line.partition(_BASE64_MEMBER)[0]
+                head = line.rpartition(_BASE64_MEMBER)[0]
                 line, place = head + b"}", {"at": begin + len(head + _BASE64_MEMBER)}
                 rest = iter(lambda: file.readline(65536), b"")
                 if not any(part.endswith((b"\n", b"}")) for part in rest):
@@ -7386,7 +7387,7 @@ def read_tape(path: str) -> Tracks:
 def _masked(given: Any) -> str:
     """Return an input or an entry as JSON in one order, without signatures; "" for None."""
     text = json.dumps(given, sort_keys=True)
-    return "" if given is None else _SIGNED_URL.sub(r"\1masked", text)
+    return "" if given is None else _SECRET_TEXT.sub(r"\1\2masked", text)
 
 
 def _checked(entry: Any) -> Entry:
@@ -7398,7 +7399,7 @@ def _checked(entry: Any) -> Entry:
             raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
         if not isinstance(value, _ENTRY[name]):
             raise ValueError(f"{name} cannot be {value!r:.40}")
-    headers = tuple(entry.get("headers", {}).items())
+    headers = (*entry.get("headers", {}).items(), ("error", entry.get("error", "")))
     if fault := fault_of_reply(Reply(entry.get("status", 200), headers, b"")):
         raise ValueError(f"it is {fault}")
     base64.b64decode(entry.get("body_base64", ""), validate=True)
@@ -7444,13 +7445,13 @@ class Tape:
             is_void = operation.output is None
             return call.wire.output(call, None if is_void else output, request_id)
         text = entry.get("body", entry.get("output", ""))
-        body: Any = (text if isinstance(text, str) else json.dumps(text)).encode()
+        body: Any = (text if isinstance(text, str) else json.dumps(text)).encode(errors="replace")
         if "at" in entry:
             body = self._long_body(entry["at"])
         elif "body_base64" in entry:
             body = base64.b64decode(entry["body_base64"])
         defaults = {"x-amzn-RequestId": request_id, "Content-Type": call.wire.content_type}
-        headers = list(entry.get("headers", defaults).items())
+        headers = _without(entry.get("headers", defaults).items(), *HOP_BY_HOP)
         if isinstance(body, bytes) and call.request.method != "HEAD":
             headers = _without(headers, "content-length")
         return Reply(entry.get("status", 200), tuple(headers), body)

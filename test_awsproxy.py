@@ -17643,6 +17643,8 @@ AT_START = {  # the second statement, and a word of the refusal
     '{"Effect": "Deny", "Action": "dynamdb:*Item", "Resource": "*"}': "no call",
     '{"Effect": "Deny", "Action": "s3:BypassIt", "Resource": "*"}': "no call",
     '{"Effect": "Deny", "Action": "iam:PassRole", "Resource": "*"}': "no call",
+    '{"Effect": "Deny", "Action": "budgets:ModifyBudget", "Resource": "*"}': "use budgets",
+    '{"Effect": "Deny", "Action": "cassandra:Drop", "Resource": "*"}': "use cassandra",
     '{"Effect": "Deny", "Action": "eks:DeleteCluster", "Resource": "*"}': "METHOD/path",
     '{"Effect": "Deny", "Action": "eks:Delete*", "Resource": "*"}': "METHOD/path",
     '{"Effect": "Deny", "Action": "lambda:DeleteEventSourceMapping", "Resource": "*"}': "METHOD/path",
@@ -18054,6 +18056,8 @@ ATTACKS = {
     "an alias for a key": json_for("kms", "Encrypt", {"KeyId": "alias/team"}),
     "a decoy next to a name": json_for(
         "ecs", "StopTask", {"task": "prod", "x": f"arn:aws:ecs:us-east-1:{TEAM_ACCOUNT}:task/team"}),
+    "a decoy for a list of secrets": json_for(
+        "secretsmanager", "ListSecrets", {"SecretId": f"{SECRET_ARN[:-9]}team-AbCdEf"}),
     "a decoy for a key": json_for("kms", "CreateKey", {"KeyId": f"{KMS_ARN}/team"}),
 }  # fmt: skip
 MINE_TOO = {
@@ -18145,6 +18149,7 @@ class AttackTest(unittest.TestCase):
         self.assertEqual(200, proxy.handle(s3_for("PUT", "/b/k")).status)
 
 
+MANY_SOURCES = "&".join(f"x-amz-copy-source=b%2F{n}" for n in range(200))
 # Denied next to an allowance of all: a call that means the same in another spelling.
 DENIED = [
     ("s3:*", "arn:aws:s3:::prod/*", s3_for("DELETE", "/prod/k", region="cn-north-1")),
@@ -18178,6 +18183,31 @@ DENIED = [
         "secretsmanager", "BatchGetSecretValue", {"SecretIdList": [f"{SECRET_ARN[:-9]}prod"]})),
     ("kms:GetPublicKey", f"{KMS_ARN}/prod", json_for(
         "kms", "GetPublicKey", {"KeyId": f"{KMS_ARN[:-3]}alias/prod"})),
+    ("sqs:*", f"arn:aws:sqs:us-east-1:{TEAM_ACCOUNT[:4]}*", json_for(
+        "sqs", "SendMessage", {"QueueUrl": JOBS_AT})),
+    ("sqs:*", f"arn:aws:sqs:*:{TEAM_ACCOUNT}*", json_for(
+        "sqs", "SendMessage", {"QueueUrl": JOBS_AT})),
+    ("s3:PutObjectAcl", "*", s3_for("PUT", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-acl": "public-read"})),
+    ("s3:GetObject", "arn:aws:s3:::prod/*", s3_for("PUT", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-copy-source": "/prod/k"})),
+    ("s3:BypassGovernanceRetention", "*", s3_for("DELETE", f"/b/k?{MANY_SOURCES}", headers={
+        "x-amz-bypass-governance-retention": "true"})),
+    ("s3:GetObjectVersion", "*", s3_for("GET", "/b/k?attributes&versionId=1", headers={
+        "x-amz-object-attributes": "ETag"})),
+    ("s3:GetObject", "*", s3_for("GET", "/b/k?attributes&versionId=", headers={
+        "x-amz-object-attributes": "ETag"})),
+    ("s3:PutBucketVersioning", "*", s3_for("PUT", "/b", headers={
+        "x-amz-bucket-object-lock-enabled": "true"})),
+    ("secretsmanager:*", f"{SECRET_ARN[:-9]}prod*", json_for(
+        "secretsmanager", "BatchGetSecretValue", {"SecretId": SECRET_ARN, "SecretIdList": ["prod"]})),
+    ("dynamodb:*", f"{TABLE_ARN}/prod", json_for("dynamodb", "GetItem", {
+        "TableName": f"{TABLE_ARN}/prod".replace("east", "west")})),
+    ("lambda:InvokeFunction", f"{LAMBDA_ARN}:prod", lambda_for(
+        f"/2015-03-31/functions/{LAMBDA_ARN.replace('east', 'west')}:prod/invocations")),
+    ("iotevents:*", "*", signed_for("ioteventsdata", "POST", "/inputs/messages", body=b"{}")),
+    ("timestream:Select", "*", json_for(
+        "timestream", "Query", {"QueryString": "x"}, prefix="Timestream_20181101")),
 ]  # fmt: skip
 # Calls that an allowance does not cover, though its words look so.
 NOT_ALLOWED = [
@@ -18224,7 +18254,7 @@ class PolicySpellingTest(unittest.TestCase):
     def test_many_copy_sources_cost_little(self):
         query = "&".join(f"x-amz-copy-source=b%2F{n}" for n in range(1900))
         needs = needs_in(s3_for("PUT", f"/b/k?{query}"))
-        self.assertEqual(needs, [("s3:PutObject", "*")])
+        self.assertEqual(needs, [("s3:PutObject", "*"), ("s3:GetObject", "*")])
 
 
 class GuardTest(unittest.TestCase):
@@ -18541,6 +18571,49 @@ class RecorderTest(TapeCase):
             self.whole(proxy.handle(request))
             self.assertEqual(self.entries(), [], request)
 
+    def test_secrets_inside_of_the_input_and_the_answer(self):
+        link = "https://b/k?X-Amz-Signature=SECRET"
+        for request, answer in (
+            (json_for("dms", "CreateEndpoint", {"MySQLSettings": {"Password": "SECRET"}}), {}),
+            (query_for("elasticache", "CreateReplicationGroup", {"AuthToken": "SECRET"}), {}),
+            (json_for("ecs", "ListTasks"), {"a": json.dumps({"DbPassword": "SECRET"})}),
+            (lambda_for("/2015-03-31/functions/f", "GET"), {"Location": link}),
+            (json_for("ssm", "StartSession"), {"TokenValue": "SECRET"}),
+            (json_for("ecs", "ExecuteCommand"), {"session": {"tokenValue": "SECRET"}}),
+            (json_for("sagemaker", "CreatePresignedDomainUrl"), {"Url": "?token=SECRET"}),
+            (json_for("cognito-idp", "DescribeUserPoolClient"), {"ClientSecret": "SECRET"}),
+        ):
+            with self.subTest(request=request):
+                body = json.dumps(answer).replace("=", "\\u003d").encode()
+                self.whole(self.recording(http_answer(body)).handle(request))
+                self.assertNotIn("SECRET", pathlib.Path(self.path).read_text())
+
+    def test_no_input_loses_the_answer_or_spoils_the_tape(self):
+        long = http_answer(b"\xff" * 1500000)
+        nested = "[" * 900 + "]" * 900
+        for service, text in (
+            ("ecs", '{"a": 1e400}'),
+            ("ecs", f'{{"a": {nested}}}'),
+            ("sqs", f'{{"QueueUrl": 5, "a": {nested}}}'),
+            ("sqs", '{"QueueUrl": 5, "a": 1e400}'),
+            ("ecs", '{"a": 1, "body_base64": "x"}'),
+        ):
+            for answer in (http_answer(b"{}"), long):
+                with self.subTest(service=service, text=text[:20]):
+                    write(self.path, "")
+                    request = json_for(service, "SendMessage", text)
+                    recorded = self.whole(self.recording(answer).handle(request))
+                    self.assertEqual(recorded.status, 200)
+                    request.body.seek(0)
+                    played = self.whole(self.playing().handle(request))
+                    self.assertEqual((played.status, played.body), (200, recorded.body))
+
+    def test_an_odd_answer_of_a_queue_is_recorded_as_it_is(self):
+        odd = http_answer(b"<a><b>text</b></a>")
+        request = query_for("sqs", "SendMessage", {"QueueUrl": JOBS_AT, "MessageBody": "m"})
+        self.assertEqual(self.recording(odd).handle(request).status, 200)
+        self.assertEqual(self.entries()[0]["body"], "<a><b>text</b></a>")
+
     def test_only_its_owner_may_read_it(self):
         self.recording()
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
@@ -18591,6 +18664,12 @@ class TapeTest(TapeCase):
         proxy = self.playing(*({"action": "ecs:ListTasks", "body": str(n)} for n in range(3)))
         bodies = [proxy.handle(json_for("ecs", "ListTasks")).body for _ in range(5)]
         self.assertEqual(bodies, [b"0", b"1", b"2", b"2", b"2"])
+
+    def test_a_body_and_headers_that_cannot_be_sent_as_they_are(self):
+        framed = {"Transfer-Encoding": "chunked", "Connection": "close", "A": "b"}
+        proxy = self.playing({"action": "ecs:ListTasks", "headers": framed, "body": "\ud800"})
+        reply = proxy.handle(json_for("ecs", "ListTasks"))
+        self.assertEqual(reply, Reply(200, (("A", "b"),), b"?"))
 
     def test_the_entry_with_the_most_in_common_answers(self):
         proxy = self.playing(
@@ -18682,6 +18761,7 @@ class TapeTest(TapeCase):
             ('{"action": "a:B", "status": 99}', "status"),
             ('{"action": "a:B", "headers": {"a\\r": "b"}}', "header"),
             ('{"action": "a:B", "headers": []}', "headers cannot be"),
+            ('{"action": "a:B", "error": "a\\r\\nb: c"}', "error"),
             ('{"action": "a:B", "input": []}', "input cannot be"),
             ('{"action": "a:B", "body_base64": "?"}', "line 2"),
             ('{"action": "a:B", "action": "a:C"}', "twice"),
