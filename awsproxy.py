@@ -9064,8 +9064,8 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--route", **_MANY, type=_route, metavar="PATTERN=TARGET",
         help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
         " their target: embedded (SQS in memory), aws, http(s)://host[:port], tape:FILE (recorded"
-        " or canned answers) or deny; the first"
-        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
+        " or canned answers) or deny; the first match counts (default: sqs:* and"
+        " sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
         metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
@@ -9439,10 +9439,11 @@ def _counted(number: int, noun: str) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
-    options = build_parser().parse_args(argv)
     writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
     logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=writer)
     try:
+        with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
+            options = build_parser().parse_args(argv)
         if options.check:
             return check_file(options.check, options)
         program = Program(options, writer)

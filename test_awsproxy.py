@@ -21405,6 +21405,8 @@ class CommandLineTest(unittest.TestCase):
             ("demo client, all addresses", ["--host", "0.0.0.0"], "--clients"),
             ("demo client, no address", ["--host", ""], "--clients"),
             ("unverified, all addresses", ["--host", "0.0.0.0", "--no-verify"], "--no-verify"),
+            ("a quote is open", ["@" + write(f"{clients}.quote", "--queue 'a")], "quotation"),
+            ("flags in Latin-1", ["@" + write(f"{clients}.latin", b"--queue \xe9")], ""),
             (
                 "unverified, all addresses, clients",
                 ["--host", "0.0.0.0", "--no-verify", "--clients", clients],
