@@ -7159,7 +7159,7 @@ def refusal_of(client: Client, decision: Decision) -> ServiceError:
     message += f"{resource[:MAX_SHOWN]} because {why or 'no statement of its policy allows it'}."
     message += f" awsproxy refused this call of the client {client.name}."
     if resource == "*" and not statement:
-        message += " The call names no resource that it knows, so only Resource * allows it."
+        message += " awsproxy knows no resource of this call, so only Resource * allows it."
     error = ServiceError("AccessDenied", message)
     error.reason = "policy"
     return error
@@ -9198,11 +9198,13 @@ class Program:
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
-        for name, cache in dict.fromkeys((it.name, self._keyring.of(it)) for it in each):
+        for it in each:
+            if isinstance(it.policy, Watched) and not it.account_id:  # no ARN would match
+                raise ValueError(f"[{it.name}] has a policy: it needs aws_account_id, as in ARNs")
             try:
-                own = keys_of(cache)
+                own = keys_of(self._keyring.of(it))
             except NoKeys as reason:
-                log.warning("no credentials to forward calls of [%s]: %s", name, reason)
+                log.warning("no credentials to forward calls of [%s]: %s", it.name, reason)
                 continue
             if own and (key := own.access_key_id) in clients:
                 raise ValueError(f"{key} is a client's and also the one to forward with: {fix}")
@@ -9377,8 +9379,7 @@ def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, po
     clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
-    guard = options.setdefault("guard", Guard())
-    status = Status(Metrics(), None, sqs, sqs.reset, guard=guard)
+    status = Status(Metrics(), None, sqs, sqs.reset, guard=options.setdefault("guard", Guard()))
     proxy = Proxy(clients, sqs=sqs, status=status, **options)
     with Server(("127.0.0.1", port), proxy) as server:
         thread = threading.Thread(target=server.serve_forever)
