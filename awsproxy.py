@@ -7163,7 +7163,7 @@ def refusal_of(client: Client, decision: Decision) -> ServiceError:
     message += f"{resource[:MAX_SHOWN]} because {why or 'no statement of its policy allows it'}."
     message += f" awsproxy refused this call of the client {client.name}."
     if resource == "*" and not statement:
-        message += " The call names no resource that it knows, so only Resource * allows it."
+        message += " awsproxy knows no resource of this call, so only Resource * allows it."
     error = ServiceError("AccessDenied", message)
     error.reason = "policy"
     return error
@@ -9067,8 +9067,8 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--route", **_MANY, type=_route, metavar="PATTERN=TARGET",
         help="actions as in IAM policies, REST calls as in lambda:POST/2015-03-31/functions/*, and"
         " their target: embedded (SQS in memory), aws, http(s)://host[:port], tape:FILE (recorded"
-        " or canned answers) or deny; the first"
-        " match counts (default: sqs:* and sts:GetCallerIdentity, embedded)")  # fmt: skip
+        " or canned answers) or deny; the first match counts (default: sqs:* and"
+        " sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
         metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
@@ -9201,11 +9201,13 @@ class Program:
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
-        for name, cache in dict.fromkeys((it.name, self._keyring.of(it)) for it in each):
+        for it in each:
+            if isinstance(it.policy, Watched) and not it.account_id:  # no ARN would match
+                raise ValueError(f"[{it.name}] has a policy: it needs aws_account_id, as in ARNs")
             try:
-                own = keys_of(cache)
+                own = keys_of(self._keyring.of(it))
             except NoKeys as reason:
-                log.warning("no credentials to forward calls of [%s]: %s", name, reason)
+                log.warning("no credentials to forward calls of [%s]: %s", it.name, reason)
                 continue
             if own and (key := own.access_key_id) in clients:
                 raise ValueError(f"{key} is a client's and also the one to forward with: {fix}")
@@ -9380,8 +9382,7 @@ def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, po
     clock.wake = sqs.wake
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
-    guard = options.setdefault("guard", Guard())
-    status = Status(Metrics(), None, sqs, sqs.reset, guard=guard)
+    status = Status(Metrics(), None, sqs, sqs.reset, guard=options.setdefault("guard", Guard()))
     proxy = Proxy(clients, sqs=sqs, status=status, **options)
     with Server(("127.0.0.1", port), proxy) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -9442,10 +9443,11 @@ def _counted(number: int, noun: str) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
-    options = build_parser().parse_args(argv)
     writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
     logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=writer)
     try:
+        with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
+            options = build_parser().parse_args(argv)
         if options.check:
             return check_file(options.check, options)
         program = Program(options, writer)
