@@ -9201,13 +9201,11 @@ class Program:
             why = "a route leads to aws" if to_aws else "--host is more than loopback"
             raise ValueError(f"the key dummykey is public, and {why}: {fix}")
         each = itertools.chain(*clients.values()) if self._upstreams else ()
-        for it in each:
-            if isinstance(it.policy, Watched) and not it.account_id:  # no ARN would match
-                raise ValueError(f"[{it.name}] has a policy: it needs aws_account_id, as in ARNs")
+        for name, cache in dict.fromkeys((it.name, self._keyring.of(it)) for it in each):
             try:
-                own = keys_of(self._keyring.of(it))
+                own = keys_of(cache)
             except NoKeys as reason:
-                log.warning("no credentials to forward calls of [%s]: %s", it.name, reason)
+                log.warning("no credentials to forward calls of [%s]: %s", name, reason)
                 continue
             if own and (key := own.access_key_id) in clients:
                 raise ValueError(f"{key} is a client's and also the one to forward with: {fix}")

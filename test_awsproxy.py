@@ -18854,20 +18854,6 @@ class PolicyFileTest(ProgramTest):
         self.assertEqual(self.learned("&of=refused"), [{**ours, "Action": ["sqs:DeleteQueue"]}])
         self.assertEqual(own_path(self.address, "/_awsproxy/policy")[0], 400)
 
-    def test_a_policy_needs_the_account_of_forwarded_calls(self):
-        secret = "arn:aws:dynamodb:us-east-1:123456789012:table/secret"  # denied by its account
-        policy = policy_text(allowing("*"), denying("*", secret))
-        no, account = "policy = worker.json", "aws_account_id = 123456789012"
-        flags = ["--port", "0", "--upstream", "http://127.0.0.1:1", "--clients"]
-        for lines, fault in (([no], "aws_account_id"), ([no, account], "")):
-            file = self.clients(policy, *lines)
-            if not fault:
-                self.start(*flags[2:], file)
-                continue
-            code, _, errors = run_each([("", [*flags, file])])[""]
-            self.assertEqual(code, 2)
-            self.assertIn(f"[worker] has a policy: it needs {fault}", errors)
-
     def test_observe_lets_the_call_pass_and_logs_it_once(self):
         program, caller = self.worker("--policy-mode", "observe")
         for _ in range(2):
