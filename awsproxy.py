@@ -3049,10 +3049,9 @@ class Queue:
                 self.changed.notify_all()  # the waiters must wake up earlier
             heapq.heappush(self._hidden, (until, next(self._order), message))
         if len(self._hidden) + len(self._by_age) > 4 * len(self.messages) + 128:
-            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
-            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
-            heapq.heapify(self._hidden)
-            heapq.heapify(self._by_age)
+            held = {it[2]: it for it in self._hidden if self.holds(it[2], it[0])}  # once each
+            self._hidden = sorted(held.values())
+            self._by_age = sorted((it.sent, it.message_id) for it in self.messages.values())
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""

@@ -10177,6 +10177,23 @@ class MemoryTest(unittest.TestCase):
         again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
         self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
 
+    def test_a_delay_that_is_set_again_and_again_costs_the_same(self):
+        """Each change of it hides all delayed messages of a FIFO queue again."""
+        call = Unverified()
+        call("CreateQueue", QueueName="a.fifo",
+             Attributes={"FifoQueue": "true", "DelaySeconds": "900"})  # fmt: skip
+        for number in range(200):
+            call("SendMessage", QueueUrl="a.fifo", MessageBody="a", MessageGroupId="g",
+                 MessageDeduplicationId=str(number))  # fmt: skip
+        (queue,) = call.proxy.sqs.queues.values()
+        for _ in range(10):
+            call("SetQueueAttributes", QueueUrl="a.fifo", Attributes={"DelaySeconds": "900"})
+            self.assertLess(len(queue._hidden), 5 * 200)
+        self.assertEqual((queue.delayed, queue.visible), (200, 0))
+        call.clock.now += 900
+        got = call("ReceiveMessage", QueueUrl="a.fifo", MaxNumberOfMessages=10)["Messages"]
+        self.assertEqual(len(got), 10)
+
     def test_receipt_handles_in_flight_take_little_memory(self):
         count, per_call = 5000, 10
         numbers = iter(range(count))
