@@ -2606,7 +2606,8 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        return value if in_json or isinstance(value, str) else json.dumps(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        return value if in_json else text
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")

@@ -17,6 +17,7 @@ import configparser
 import contextlib
 import copy
 import dataclasses
+import decimal
 import email.utils
 import errno
 import functools
@@ -59,6 +60,7 @@ import time
 import tracemalloc
 import unittest
 import urllib.parse
+import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
 from types import MappingProxyType, SimpleNamespace
@@ -5332,6 +5334,19 @@ class FormTest(unittest.TestCase):
         text = f"Action={operation}&QueueUrl={self.url}&{fields}"
         reply = reply_to(self.sqs, "POST", "/", (FORM,), text.encode())
         return xml_output(operation, reply)
+
+    def test_what_a_hook_puts_into_a_form_is_written_as_text(self):
+        token = uuid.UUID(int=7)
+        given = {"Token": token, "Rate": decimal.Decimal("1.50"), "All": True, "Most": 5}
+        request = Request("POST", "/", (FORM,), io.BytesIO())
+        call = awsproxy.Call(
+            request, awsproxy.AWS_QUERY, "sns", "Subscribe", "us-east-1", DEMO, request.body,
+            encoded={"Action": "Subscribe"},
+        )  # fmt: skip
+        call.input.update(given)
+        sent = dict(urllib.parse.parse_qsl(call.wire.reencode(call).decode()))
+        wanted = {"Token": str(token), "Rate": "1.50", "All": "true", "Most": "5"}
+        self.assertEqual(sent, {"Action": "Subscribe", **wanted})
 
     def test_a_map_or_list_without_numbers_has_one_element(self):
         self.post("SetQueueAttributes", "Attribute.Name=VisibilityTimeout&Attribute.Value=77")
