@@ -7588,7 +7588,7 @@ class Status:
         if page == "metrics":
             return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
-            if "" in queue or len(queue) > 1:  # an empty variable must not drop all queues
+            if "" in queue or len(queue) != ("?" in request.target):  # a slip must not drop all
                 return _own_reply(400, "queue must name one queue\n")
             return _own_json({"queues": self.reset("".join(queue))})
         if page == "policy" and self.guard:

@@ -19277,7 +19277,7 @@ class LookTest(unittest.TestCase):
         self.assertEqual(left, {"jobs": 0, "other": 1})
         self.assertEqual(caller.receive(url), [])
         self.assertEqual(self.ask("/_awsproxy/reset?queue=none", "POST"), '{"queues":0}')
-        for wrong in ("queue=", "queue", "queue=jobs&queue=other"):
+        for wrong in ("queue=", "queue", "queue=jobs&queue=other", "queu=jobs", "queue=100%"):
             self.ask(f"/_awsproxy/reset?{wrong}", "POST", 400)
         self.assertEqual(len(json.loads(self.ask("/_awsproxy/queues?%ff=%fe"))), 2)
         self.assertEqual(self.ask("/_awsproxy/reset", "POST"), '{"queues":2}')
