@@ -2606,7 +2606,8 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        return value if in_json or isinstance(value, str) else json.dumps(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        return value if in_json else text
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -3049,10 +3050,9 @@ class Queue:
                 self.changed.notify_all()  # the waiters must wake up earlier
             heapq.heappush(self._hidden, (until, next(self._order), message))
         if len(self._hidden) + len(self._by_age) > 4 * len(self.messages) + 128:
-            self._hidden = [entry for entry in self._hidden if self.holds(entry[2], entry[0])]
-            self._by_age = [(it.sent, it.message_id) for it in self.messages.values()]
-            heapq.heapify(self._hidden)
-            heapq.heapify(self._by_age)
+            held = {it[2]: it for it in self._hidden if self.holds(it[2], it[0])}  # once each
+            self._hidden = sorted(held.values())
+            self._by_age = sorted((it.sent, it.message_id) for it in self.messages.values())
 
     def remove(self, message: Message) -> None:
         """Drop a message, visible or not."""
@@ -7591,7 +7591,7 @@ class Status:
         if page == "metrics":
             return _own_reply(200, self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if page == "reset" and self.reset:
-            if "" in queue or len(queue) > 1:  # an empty variable must not drop all queues
+            if "" in queue or len(queue) != ("?" in request.target):  # a slip must not drop all
                 return _own_reply(400, "queue must name one queue\n")
             return _own_json({"queues": self.reset("".join(queue))})
         if page == "policy" and self.guard:

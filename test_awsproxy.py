@@ -17,6 +17,7 @@ import configparser
 import contextlib
 import copy
 import dataclasses
+import decimal
 import email.utils
 import errno
 import functools
@@ -59,6 +60,7 @@ import time
 import tracemalloc
 import unittest
 import urllib.parse
+import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
 from types import MappingProxyType, SimpleNamespace
@@ -5333,6 +5335,19 @@ class FormTest(unittest.TestCase):
         reply = reply_to(self.sqs, "POST", "/", (FORM,), text.encode())
         return xml_output(operation, reply)
 
+    def test_what_a_hook_puts_into_a_form_is_written_as_text(self):
+        token = uuid.UUID(int=7)
+        given = {"Token": token, "Rate": decimal.Decimal("1.50"), "All": True, "Most": 5}
+        request = Request("POST", "/", (FORM,), io.BytesIO())
+        call = awsproxy.Call(
+            request, awsproxy.AWS_QUERY, "sns", "Subscribe", "us-east-1", DEMO, request.body,
+            encoded={"Action": "Subscribe"},
+        )  # fmt: skip
+        call.input.update(given)
+        sent = dict(urllib.parse.parse_qsl(call.wire.reencode(call).decode()))
+        wanted = {"Token": str(token), "Rate": "1.50", "All": "true", "Most": "5"}
+        self.assertEqual(sent, {"Action": "Subscribe", **wanted})
+
     def test_a_map_or_list_without_numbers_has_one_element(self):
         self.post("SetQueueAttributes", "Attribute.Name=VisibilityTimeout&Attribute.Value=77")
         shown = self.post("GetQueueAttributes", "AttributeName=VisibilityTimeout")
@@ -10176,6 +10191,23 @@ class MemoryTest(unittest.TestCase):
         first = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
         again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
         self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
+
+    def test_a_delay_that_is_set_again_and_again_costs_the_same(self):
+        """Each change of it hides all delayed messages of a FIFO queue again."""
+        call = Unverified()
+        call("CreateQueue", QueueName="a.fifo",
+             Attributes={"FifoQueue": "true", "DelaySeconds": "900"})  # fmt: skip
+        for number in range(200):
+            call("SendMessage", QueueUrl="a.fifo", MessageBody="a", MessageGroupId="g",
+                 MessageDeduplicationId=str(number))  # fmt: skip
+        (queue,) = call.proxy.sqs.queues.values()
+        for _ in range(10):
+            call("SetQueueAttributes", QueueUrl="a.fifo", Attributes={"DelaySeconds": "900"})
+            self.assertLess(len(queue._hidden), 5 * 200)
+        self.assertEqual((queue.delayed, queue.visible), (200, 0))
+        call.clock.now += 900
+        got = call("ReceiveMessage", QueueUrl="a.fifo", MaxNumberOfMessages=10)["Messages"]
+        self.assertEqual(len(got), 10)
 
     def test_receipt_handles_in_flight_take_little_memory(self):
         count, per_call = 5000, 10
@@ -19325,7 +19357,7 @@ class LookTest(unittest.TestCase):
         self.assertEqual(left, {"jobs": 0, "other": 1})
         self.assertEqual(caller.receive(url), [])
         self.assertEqual(self.ask("/_awsproxy/reset?queue=none", "POST"), '{"queues":0}')
-        for wrong in ("queue=", "queue", "queue=jobs&queue=other"):
+        for wrong in ("queue=", "queue", "queue=jobs&queue=other", "queu=jobs", "queue=100%"):
             self.ask(f"/_awsproxy/reset?{wrong}", "POST", 400)
         self.assertEqual(len(json.loads(self.ask("/_awsproxy/queues?%ff=%fe"))), 2)
         self.assertEqual(self.ask("/_awsproxy/reset", "POST"), '{"queues":2}')
