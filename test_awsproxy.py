@@ -4050,6 +4050,10 @@ class LongRequestTest(VerifyCase):
                     self.verify(get(target, headers))
                 self.assertLess(time.process_time() - began, 0.5)
 
+    def test_parameters_are_counted_before_their_names_are_decoded(self):
+        with self.assertRaisesRegex(ServiceError, "More than 2000 parameters"):
+            self.verify(get("/?" + "x%2Damz-date&" * 2001, [("Host", HOST)]))
+
 
 @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
 class BotocoreTest(VerifyCase):
