@@ -8463,6 +8463,7 @@ class PeerConnection:
 
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
+        self.server.park(self)
         if isinstance(outcome, Pending) and outcome.is_sent:
             self.server.wait(self, outcome)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
@@ -8840,7 +8841,7 @@ class Server(http.server.HTTPServer):
             self._selector.unregister(connection.pending.connection.socket)
         connection.pending = None
         if connection in self.connections:
-            self.park(connection)
+            self.unpark(connection)  # until `send_outcome`: the next request has another head
             self._replies.append((connection, outcome))
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
