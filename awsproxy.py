@@ -4165,8 +4165,8 @@ GLOBAL_REGIONS = {
     iam@aws-us-gov route53@aws-us-gov; us-west-2 globalaccelerator@aws networkmanager@aws
     route53-recovery-control-config@aws; cn-north-1 iam@aws-cn support@aws-cn; main account
     arc-region-switch-control-plane@aws artifact bcm-dashboards bcm-data-exports
-    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws ce chime@aws
-    cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
+    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws budgets@aws-eusc ce
+    chime@aws cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
     organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
     shield@aws support tax""".split(";")) for prefix in prefixes
 }  # fmt: skip

@@ -16662,6 +16662,7 @@ class RouteTest(unittest.TestCase):
             ("sqs", "us-iso-east-1", "", "sqs.us-iso-east-1.c2s.ic.gov"),
             ("sqs", "us-isob-east-1", "", "sqs.us-isob-east-1.sc2s.sgov.gov"),
             ("sqs", "eusc-de-east-1", "", "sqs.eusc-de-east-1.amazonaws.eu"),
+            ("budgets", "eusc-de-east-1", "", "budgets.eusc-de-east-1.amazonaws.eu"),
             ("s3", "eu-west-1", "", "s3.eu-west-1.amazonaws.com"),
             ("iam", "us-east-1", "", "iam.amazonaws.com"),
             ("iam", "cn-north-1", "", "iam.cn-north-1.amazonaws.com.cn"),
