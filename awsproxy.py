@@ -4510,7 +4510,7 @@ class CredentialChain:
         text = _read_text(path) if os.path.exists(path) else ""
         with _no_keys(f"{path} is malformed", configparser.Error):
             parser.read_string(text)
-        return {section: dict(parser.items(section)) for section in parser.sections()}
+        return {" ".join(it.split()): dict(parser.items(it)) for it in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")

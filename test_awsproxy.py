@@ -10854,6 +10854,7 @@ class SourceTest(ChainTest):
             ("both, one way", {}, f"[profile default]\n{p}[default]\n{q}", "", ""),
             ("both, the other", {}, f"[default]\n{q}[profile default]\n{p}", "", ""),
             ("quoted", {}, f"[profile 'x']\n{q}[profile \"a b\"]\n{p}", "", "a b"),
+            ("blanks", {}, f"[profile  x ]\n{p}", "", "x"),
             ("not quoted", {}, f"[profile a b]\n{p}[a b]\n{q}[profile ']\n{q}", "", "a b"),
         ]
         for name, environ, config, credentials, profile in rows:
