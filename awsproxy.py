@@ -4165,8 +4165,8 @@ GLOBAL_REGIONS = {
     iam@aws-us-gov route53@aws-us-gov; us-west-2 globalaccelerator@aws networkmanager@aws
     route53-recovery-control-config@aws; cn-north-1 iam@aws-cn support@aws-cn; main account
     arc-region-switch-control-plane@aws artifact bcm-dashboards bcm-data-exports
-    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws ce chime@aws
-    cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
+    bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws budgets@aws-eusc ce
+    chime@aws cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
     organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
     shield@aws support tax""".split(";")) for prefix in prefixes
 }  # fmt: skip
@@ -4510,7 +4510,7 @@ class CredentialChain:
         text = _read_text(path) if os.path.exists(path) else ""
         with _no_keys(f"{path} is malformed", configparser.Error):
             parser.read_string(text)
-        return {section: dict(parser.items(section)) for section in parser.sections()}
+        return {" ".join(it.split()): dict(parser.items(it)) for it in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
@@ -8466,6 +8466,7 @@ class PeerConnection:
 
     def send_outcome(self, outcome: Outcome) -> None:
         """Send a reply, or wait for it in the loop or in a worker."""
+        self.server.park(self)
         if isinstance(outcome, Pending) and outcome.is_sent:
             self.server.wait(self, outcome)
         elif isinstance(outcome, Reply) and isinstance(outcome.body, bytes):
@@ -8843,7 +8844,7 @@ class Server(http.server.HTTPServer):
             self._selector.unregister(connection.pending.connection.socket)
         connection.pending = None
         if connection in self.connections:
-            self.park(connection)
+            self.unpark(connection)  # until `send_outcome`: the next request has another head
             self._replies.append((connection, outcome))
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:

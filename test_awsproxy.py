@@ -10890,6 +10890,7 @@ class SourceTest(ChainTest):
             ("both, one way", {}, f"[profile default]\n{p}[default]\n{q}", "", ""),
             ("both, the other", {}, f"[default]\n{q}[profile default]\n{p}", "", ""),
             ("quoted", {}, f"[profile 'x']\n{q}[profile \"a b\"]\n{p}", "", "a b"),
+            ("blanks", {}, f"[profile  x ]\n{p}", "", "x"),
             ("not quoted", {}, f"[profile a b]\n{p}[a b]\n{q}[profile ']\n{q}", "", "a b"),
         ]
         for name, environ, config, credentials, profile in rows:
@@ -16698,6 +16699,7 @@ class RouteTest(unittest.TestCase):
             ("sqs", "us-iso-east-1", "", "sqs.us-iso-east-1.c2s.ic.gov"),
             ("sqs", "us-isob-east-1", "", "sqs.us-isob-east-1.sc2s.sgov.gov"),
             ("sqs", "eusc-de-east-1", "", "sqs.eusc-de-east-1.amazonaws.eu"),
+            ("budgets", "eusc-de-east-1", "", "budgets.eusc-de-east-1.amazonaws.eu"),
             ("s3", "eu-west-1", "", "s3.eu-west-1.amazonaws.com"),
             ("iam", "us-east-1", "", "iam.amazonaws.com"),
             ("iam", "cn-north-1", "", "iam.cn-north-1.amazonaws.com.cn"),
@@ -20473,6 +20475,31 @@ class IdleConnectionTest(SocketTest):
 
 
 class ForwardedIdleTest(Through):
+    def test_a_request_that_arrives_together_with_the_answer_to_the_one_before(self):
+        wire, go_on = self.running.connect(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def late(connection, arrived):
+            go_on.wait(5)
+            return OK
+
+        def both_in_one_turn():
+            (peer,) = self.running.server.connections
+            wire.send(raw_request("HEAD", "/b/k", (("Connection", "close"),)))
+            go_on.set()
+            for sock in (peer.socket, peer.pending.connection.socket):
+                select.select([sock], [], [], 5)
+            self.running.server._proceed(peer)
+            peer.readable()
+
+        self.put(raw_call(), wire=wire)  # a connection is kept
+        self.upstream.answers = [late]
+        wire.send(raw_call())
+        wait_until(lambda: any(c.pending for c in self.running.server.connections))
+        self.running.server.wake(both_in_one_turn)
+        answers = rb"(?s)\AHTTP/1.1 200 OK\r\n.*\r\n\r\nokHTTP/1.1 403 Forbidden\r\n.*\r\n\r\n\Z"
+        self.assertRegex(wire.stream.read(), answers)
+
     def test_calls_that_an_upstream_answers_do_not_give_way(self):
         running = Running(self.proxy, max_connections=4)
         self.addCleanup(running.stop)
