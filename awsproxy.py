@@ -3070,8 +3070,7 @@ class Queue:
         """Note a send or an attempt, which must survive a restart; its time is the first."""
         memory[key] = noted
         if self.changes is not None:
-            row = (self.serial, json.dumps(key), noted[0], json.dumps(noted))
-            self.changes.memory.append(row)
+            self.changes.memory.append((self.serial, json.dumps(key), noted[0], json.dumps(noted)))
 
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
@@ -7442,8 +7441,7 @@ class Tape:
             operation, output = MODELS.get(call.action, UNKNOWN_OPERATION), entry["output"]
             if call.service == "sqs":
                 output = _with_queue_urls(output, call, call.base_url)
-            is_void = operation.output is None
-            return call.wire.output(call, None if is_void else output, request_id)
+            return call.wire.output(call, None if operation.output is None else output, request_id)
         text = entry.get("body", entry.get("output", ""))
         body: Any = (text if isinstance(text, str) else json.dumps(text)).encode(errors="replace")
         if "at" in entry:
