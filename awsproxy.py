@@ -7485,64 +7485,9 @@ def _missing(call: Call, given: Entry, tracks: Iterable[tuple[str, ...]]) -> str
 
 # [8.7] Paths of our own
 _PLAIN = "text/plain; charset=utf-8"
-_FORMS = {  # of the keys that are no attributes
-    "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
-    "account": ("([0-9]{12})?", "12 digits"),
-    "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
-    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas")}  # fmt: skip
 # The prefixes that botocore puts before our name for some operations.
 _HOST_PREFIX = re.compile(
     "^(analytics|(control-)?storage|data|query|runtime|stream|sync|tags|workflows)-")  # fmt: skip
-
-
-def read_queues(path: str) -> Mapping[str, Section]:
-    """Return the queues that a file declares, a section each.  Raise OSError or ValueError."""
-    parser = configparser.RawConfigParser(default_section="")
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
-    try:
-        parser.read_string(pathlib.Path(path).read_text("utf-8"))
-    except configparser.Error as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    declared = {name: dict(parser[name]) for name in parser.sections()}
-    for name, given in declared.items():
-        for key in set(given).difference(SETTINGS, _FORMS):
-            meant = did_you_mean(key, (*SETTINGS, *_FORMS))
-            raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
-        for key, (form, wanted) in _FORMS.items():
-            if not re.fullmatch(form, given.get(key, "")):
-                raise ValueError(f"[{name}] {key} must be {wanted}")
-    return declared
-
-
-def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
-    """Create queues, or change existing ones.  Raise ValueError with the name of a wrong one.
-
-    NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
-
-    def _perform(name: str, operation: str, **more: Any) -> bool:
-        place = declared[name].get("region") or region
-        owner = Client("", "", "", account_id=declared[name].get("account") or account)
-        try:
-            sqs.perform(sqs_call("localhost", operation, {"QueueUrl": name, **more}, place, owner))
-        except ServiceError as error:
-            if error.code != "QueueNameExists":
-                raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
-            return False
-        return True
-
-    for name, given in declared.items():
-        attributes = {key: value for key, value in given.items() if key not in _FORMS}
-        new = {"FifoQueue": "true", **attributes} if name.endswith(".fifo") else attributes
-        if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
-            _perform(name, "SetQueueAttributes", Attributes=attributes)
-        tags = (it.partition("=") for it in given.get("tags", "").split(",") if it.strip())
-        _perform(name, "TagQueue", Tags={key.strip(): value.strip() for key, _, value in tags})
-    for name, given in declared.items():
-        target, _, count = given.get("dead_letter", "").rpartition(":")
-        place = f"{given.get('region') or region}:{given.get('account') or account}"
-        policy = {"deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}", "maxReceiveCount": count}
-        if target:
-            _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
 
 
 @dataclass
@@ -8891,6 +8836,11 @@ _CLIENT_KEYS = [  # in the order of the fields of Client
     "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
     "upstream_profile", "upstream_role_arn"]  # fmt: skip
 _OF_POLICY = ("policy", "read_only")
+_FORMS = {  # of the keys that are no attributes
+    "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
+    "account": ("([0-9]{12})?", "12 digits"),
+    "dead_letter": ("([^:]+:[0-9]+)?", "NAME:COUNT, as in failed:5"),
+    "tags": ("([^=,]+=[^,]*(,|$))*", "KEY=VALUE, separated by commas")}  # fmt: skip
 
 
 def read_clients(path: str) -> Clients:
@@ -8942,6 +8892,56 @@ def _policy_of(path: str, section: configparser.SectionProxy) -> Any:
         return Watched(functools.partial(Policy.read, more=statements), file)
     except (OSError, ValueError) as error:
         raise ValueError(f"[{section.name}] policy {file}: {error}") from error
+
+
+def read_queues(path: str) -> Mapping[str, Section]:
+    """Return the queues that a file declares, a section each.  Raise OSError or ValueError."""
+    parser = configparser.RawConfigParser(default_section="")
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    try:
+        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+    except configparser.Error as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    declared = {name: dict(parser[name]) for name in parser.sections()}
+    for name, given in declared.items():
+        for key in set(given).difference(SETTINGS, _FORMS):
+            meant = did_you_mean(key, (*SETTINGS, *_FORMS))
+            raise ValueError(f"[{name}] {key} is no attribute of a queue{meant}")
+        for key, (form, wanted) in _FORMS.items():
+            if not re.fullmatch(form, given.get(key, "")):
+                raise ValueError(f"[{name}] {key} must be {wanted}")
+    return declared
+
+
+def create_queues(sqs: Sqs, declared: Mapping[str, Section], region: str, account: str) -> None:
+    """Create queues, or change existing ones.  Raise ValueError with the name of a wrong one.
+
+    NAME.fifo is a FIFO queue.  Dead-letter queues need no order: all queues exist before links."""
+
+    def _perform(name: str, operation: str, **more: Any) -> bool:
+        place = declared[name].get("region") or region
+        owner = Client("", "", "", account_id=declared[name].get("account") or account)
+        try:
+            sqs.perform(sqs_call("localhost", operation, {"QueueUrl": name, **more}, place, owner))
+        except ServiceError as error:
+            if error.code != "QueueNameExists":
+                raise ValueError(f"[{name}] {' '.join(error.message.split())}") from error
+            return False
+        return True
+
+    for name, given in declared.items():
+        attributes = {key: value for key, value in given.items() if key not in _FORMS}
+        new = {"FifoQueue": "true", **attributes} if name.endswith(".fifo") else attributes
+        if not _perform(name, "CreateQueue", QueueName=name, Attributes=new):
+            _perform(name, "SetQueueAttributes", Attributes=attributes)
+        tags = (it.partition("=") for it in given.get("tags", "").split(",") if it.strip())
+        _perform(name, "TagQueue", Tags={key.strip(): value.strip() for key, _, value in tags})
+    for name, given in declared.items():
+        target, _, count = given.get("dead_letter", "").rpartition(":")
+        place = f"{given.get('region') or region}:{given.get('account') or account}"
+        policy = {"deadLetterTargetArn": f"arn:aws:sqs:{place}:{target}", "maxReceiveCount": count}
+        if target:
+            _perform(name, "SetQueueAttributes", Attributes={"RedrivePolicy": json.dumps(policy)})
 
 
 # [10.2] Flags
