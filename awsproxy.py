@@ -45,7 +45,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [8.5] Guard and learning  [8.6] The tape  [8.7] Paths of our own  [8.8] The store
         [8.9] Hooks, and calls that wait  [8.10] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
-    10 Command line: [10.1] The file of clients  [10.2] Flags  [10.3] The program
+    10 Command line: [10.1] The files of clients and queues  [10.2] Flags  [10.3] The program
         [10.4] In a test process  [10.5] A saved request  [10.6] Routes of the flags
 
 The life of a request, function by function:
@@ -6382,7 +6382,7 @@ poll();
 """
 
 
-# ==== 8. The proxy: Route, Embedded, Deny, Pending, Proxy ====
+# ==== 8. The proxy: Embedded, Route, Policy, Guard, Tape, Store, Pending, Proxy ====
 
 
 # [8.1] Targets
@@ -8826,10 +8826,10 @@ class Server(http.server.HTTPServer):
                 self._guarded(connection.resume, connection.socket)
 
 
-# ==== 10. Command line: read_clients, build_parser, Program, main ====
+# ==== 10. Command line: read_clients, read_queues, build_parser, Program, main ====
 # To add a flag: call `add` in build_parser or _add_answers, and use the option in Program.
 
-# [10.1] The file of clients
+# [10.1] The files of clients and queues
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
 _CLIENT_KEYS = [  # in the order of the fields of Client
