@@ -23516,6 +23516,36 @@ class ClientMatrixTest(unittest.TestCase):
     def test_the_newest_boto3(self):
         self.same_both_ways(called_by_boto3)
 
+    def test_a_tape_answers_as_moto_did(self):
+        """Each client calls moto through a recording proxy, and then a proxy without moto."""
+        clients = {"boto3": called_by_boto3}
+        clients |= {"curl": self.called_by_curl} if curl_signs() else {}
+        clients |= {"AWS CLI": self.called_by_aws} if AWS else {}
+        for name, calls in clients.items():
+            tape, told = os.path.join(folder(self), "tape"), []
+            recorder = ("--route", f"*={self.direct}", "--record", tape)
+            for flags in (recorder, ("--upstream", f"tape:{tape}")):
+                self.renew()
+                environ = {**self.environ, **UPSTREAM_ENVIRONMENT}
+                program = Program(self.addCleanup, "--quiet", *flags, env=environ)
+                origin = "http://{}:{}".format(*program.address)
+                told.append(dict(self.comparable(calls(origin), origin)))
+                program.stop()
+            for row, result in told[0].items():
+                with self.subTest(client=name, row=row):
+                    played, recorded = map(self.without_moto, (told[1][row], result))
+                    self.assertEqual(played, recorded)
+
+    @staticmethod
+    def without_moto(result):
+        """Return a result without the headers that moto adds to answers of Amazon SQS."""
+        if isinstance(result, dict) and "HTTPHeaders" in result.get("ResponseMetadata", ()):
+            kept = {k: v for k, v in result["ResponseMetadata"].items() if k != "HTTPHeaders"}
+            result = {**result, "ResponseMetadata": kept}
+        if isinstance(result, list) and isinstance(result[-1], dict):  # of curl
+            result = [result[0], {k.lower(): v for k, v in result[-1].items()}]
+        return result
+
     def test_an_old_boto3(self):
         if not OLD_BOTO3:
             self.skipTest("AWSPROXY_OLD_BOTO3 names no python that has boto3 1.28")
