@@ -25641,17 +25641,20 @@ def bench(argv):
         folder.cleanup()
     rate = {key: max(done / took for done, took, _ in runs[key]) for key in runs}
     cost = {key: min(1e6 * used / done for done, _, used in runs[key]) for key in runs}
-    told = f"{'calls/s':>8}{'/bare':>6}{'CPU us':>8}{'/bare':>6}  "
+    told = f"{'calls/s':>8}{'/bare':>6}{'/plain':>7}{'CPU us':>8}{'/bare':>6}{'/plain':>7}  "
     print(
         f"awsproxy {awsproxy.__version__}, Python {platform.python_version()}, {os.cpu_count()}"
         f" CPUs: listens after {quiet[2] * 1000:.0f} ms, idle {idle:.1f} MB;"
-        f" best of 5 runs of {each:.2f} s\n\n{'':32}{'1 connection':30}16 connections\n"
+        f" best of 5 runs of {each:.2f} s\n\n{'':32}{'1 connection':44}16 connections\n"
         f"{'':32}{told}{told.rstrip()}"
     )
     for name, *_ in rows:
-        pairs = [(of[name, n], of["bare", n]) for n in (1, 16) for of in (rate, cost)]
+        values = [
+            (of[name, n], of["bare", n], of["plain", n]) for n in (1, 16) for of in (rate, cost)
+        ]
         cells = [
-            f"{it:8.0f}{it / base:6.2f}" if base else f"{'-':>8}{'-':>6}" for it, base in pairs
+            f"{it:8.0f}{it / bare:6.2f}{it / plain:7.2f}" if bare and plain else f"{'-':>21}"
+            for it, bare, plain in values
         ]
         print(f"{name:32}{cells[0]}{cells[1]}  {cells[2]}{cells[3]}")
     for method, direct, through in moved:
