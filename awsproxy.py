@@ -2606,8 +2606,7 @@ def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return value if in_json else text
+        return value if in_json else str(value).lower() if isinstance(value, bool) else str(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
@@ -5686,6 +5685,9 @@ class AccessLog(Hook):
         """Write one line, in one write; what callers wrote is escaped and cut."""
         second, fraction = divmod(exchange.started, 1)
         call, route = exchange.call, exchange.call and exchange.call.route
+        decision, reason = call and call.decision, exchange.reason
+        if decision and reason == "policy":
+            reason += f" {decision.statement or 'none'} {decision.resource}"
         fields = {
             "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
             "peer": exchange.request.peer, "key": exchange.access_key_id,
@@ -5694,10 +5696,9 @@ class AccessLog(Hook):
             "request_id": exchange.request_id,
             "route": route.pattern if route else "-", "target": exchange.answered_by,
             "upstream_request_id": (call and call.upstream_id) or "-",
-            "reason": exchange.reason.replace(" ", "-") or "-"}  # fmt: skip
+            "reason": reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
-            decision, verified = call and call.decision, exchange.verified
-            proof, key = verified and verified.proof, call and call.upstream_key
+            proof, key = exchange.verified and exchange.verified.proof, call and call.upstream_key
             fields |= {
                 "resource": decision.resource if decision else "-",
                 "decision": decision.verdict if decision else "-",
@@ -9343,8 +9344,7 @@ class Program:
         return address
 
     def _tell(self, line: str) -> None:
-        """Print a line for a person, so only on a terminal."""
-        if self._console.is_terminal:
+        if self._console.is_terminal:  # these lines are for a person
             self._console.write(f"{line}\n")
 
     def _note_signal(self, number: int, _: object) -> None:

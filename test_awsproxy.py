@@ -18885,12 +18885,25 @@ class PolicyFileTest(ProgramTest):
             expected = {"decision": decision, "statement": statement, "resource": queue}
             self.assertEqual(found, {**expected, "route": "sqs:*"})
             self.assertRegex(line["canonical_request"], "^[0-9a-f]{64}$")
-        self.assertEqual((lines[2]["client"], lines[2]["reason"]), ("worker", "policy"))
+        told = ("worker", f"policy-none-{queue}")
+        self.assertEqual((lines[2]["client"], lines[2]["reason"]), told)
         ours = {"Effect": "Allow", "Resource": [queue]}
         actions = ["sqs:GetQueueUrl", "sqs:SendMessage"]
         self.assertEqual(self.learned(), [{**ours, "Action": actions}])
         self.assertEqual(self.learned("&of=refused"), [{**ours, "Action": ["sqs:DeleteQueue"]}])
         self.assertEqual(own_path(self.address, "/_awsproxy/policy")[0], 400)
+
+    def test_a_text_line_names_statement_resource_and_route_of_a_refusal(self):
+        text = policy_text(allowing("*"), denying("sqs:DeleteQueue", Sid="Keep"))
+        program, caller = self.worker("--log-format", "text", policy=text)
+        url = caller("GetQueueUrl", QueueName="jobs")["QueueUrl"]
+        with self.assertRaises(Refused):
+            caller("DeleteQueue", QueueUrl=url)
+        program.line()
+        words = program.line().split(" ")
+        self.assertEqual(words[2:4], ["dummykey2", "sqs:DeleteQueue"])
+        self.assertIn("sqs:*", words)
+        self.assertEqual(words[-1], "policy-2-Keep-arn:aws:sqs:us-east-1:000000000000:jobs")
 
     def test_observe_lets_the_call_pass_and_logs_it_once(self):
         program, caller = self.worker("--policy-mode", "observe")
