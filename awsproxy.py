@@ -5468,7 +5468,7 @@ class Exchange:
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = reply_bytes = 0
     error = "-"  # the error code in the answer
-    reason = ""  # the row of REFUSALS, if the signature was refused
+    reason = ""  # the row of REFUSALS if the signature was refused, or "policy"
     refused: Optional[ServiceError] = None
     seconds = 0.0
     reply: Optional[Reply] = None
@@ -5620,7 +5620,7 @@ class LineWriter:
     """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
     MOST = 5000  # lines that wait; more are dropped and counted
-    PAUSE = 0.02  # seconds in which lines are gathered for one write
+    PAUSE = 0.02  # seconds; the lines of this time are written at once
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
@@ -5633,14 +5633,14 @@ class LineWriter:
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, line: str) -> None:
-        """Queue a line for the thread."""
+        """Queue a line for the thread, or drop it if too many lines wait."""
         if self._lines.qsize() + len(self._batch) < self.MOST:
             self._lines.put(line)
         else:
             self.dropped += 1
 
     def reopen(self) -> None:
-        """Open the log file again soon, because it was moved."""
+        """Let the thread open the log file again, because it was moved."""
         if self._path:
             self._lines.put(self._open)
 
@@ -5669,7 +5669,7 @@ class LineWriter:
         try:
             old, self._stream = self._stream, open_log(self._path)
         except OSError as error:
-            log.error("the log file cannot be opened again, keeping the old one: %s", error)
+            log.error("the log file cannot be opened again; keeping the old one: %s", error)
             return
         with contextlib.suppress(OSError, ValueError):  # its buffer cannot be written
             old.close()
@@ -5682,7 +5682,7 @@ class AccessLog(Hook):
         self._stream, self._form = stream, form
 
     def observe(self, exchange: Exchange) -> None:
-        """Write one line, in one write; what callers wrote is escaped and cut."""
+        """Write one line, in one write.  Texts that callers sent are escaped and cut."""
         second, fraction = divmod(exchange.started, 1)
         call, route = exchange.call, exchange.call and exchange.call.route
         decision, reason = call and call.decision, exchange.reason
@@ -5737,14 +5737,14 @@ def _one_word(value: Any) -> str:
 
 
 def _cut(value: Any) -> Any:
-    """Return a shortened field of a JSON line; JSON may turn one character into twelve."""
+    """Return a field of a JSON line, cut short: JSON may turn one character into twelve."""
     text = str(value)[:MAX_SHOWN]
     most = MAX_SHOWN if text.isascii() and text.isprintable() else MAX_SHOWN // 8
     return text[:most] if isinstance(value, str) else value
 
 
 def open_log(path: str) -> Any:
-    """Return a log file that appends line by line; or OSError."""
+    """Return a log file that is written line by line.  Raise OSError if it cannot be opened."""
     return open(path, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
 
@@ -6602,8 +6602,8 @@ def _can_match(service: str, pattern: str) -> bool:
 
 
 # [8.3] Policies
-# No reading of a call may be allowed by mistake.  So a statement that allows matches strictly,
-# and one that denies matches loosely.  NotAction and NotResource swap the two.
+# If a call can be read in several ways, an Allow must match all of them (strictly), and a Deny
+# any of them (loosely).  NotAction and NotResource swap the two.
 MAX_TEXT = 1024  # characters of a name or an ARN; a longer one is an unknown resource
 MAX_CACHED = 1024  # decisions of a policy
 _ACTION = re.compile(r"\*|[A-Za-z0-9_-]{1,64}:[!-~]+")
@@ -6618,7 +6618,7 @@ _LAMBDA = pairs("""GET=GetFunction DELETE=DeleteFunction POST/invocations=Invoke
     GET/versions=ListVersionsByFunction POST/versions=PublishVersion GET/aliases=ListAliases
     POST/aliases=CreateAlias""")
 _LAMBDA_NAMES = re.compile("|".join((*_LAMBDA.values(), "Invoke.*")).lower())
-_S3_BYPASS = "bypassgovernanceretention"  # that a header needs, and no operation
+_S3_BYPASS = "bypassgovernanceretention"  # an action that a header needs, but no operation
 _FUNCTION_PATH = re.compile("/20[0-9]{2}-[0-9]{2}-[0-9]{2}/functions/([^/]+)((?:/[^/]+)*)/?")
 
 
@@ -6637,7 +6637,7 @@ class Resource(NamedTuple):
 
 UNKNOWN = Resource("", whole=False)
 NO_RESOURCE = Resource("*")  # of an action that IAM ties to no resource
-Need = tuple[str, Resource]  # an action, and a resource of it
+Need = tuple[str, Resource]  # an action, and the resource that it is about
 
 
 class Decision(NamedTuple):
@@ -6647,7 +6647,7 @@ class Decision(NamedTuple):
     statement: str = ""  # its number and Sid, "" if none matched
     action: str = ""
     resource: str = ""
-    verdict: str = "allow"  # or deny, or observe for a call that passes even so
+    verdict: str = "allow"  # or deny; or observe, if a refused call passes
 
 
 class Statement(NamedTuple):
@@ -6671,7 +6671,7 @@ class Statement(NamedTuple):
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Return whether a pattern names an action; `Get*` is no method, `GET` and `GET/*` are."""
+    """Return whether a pattern names an action.  `Get*` names no REST call; `GET/*` does."""
     service, _, operation = name.partition(":")
     of, _, meant = pattern.partition(":") if ":" in pattern else (service, "", pattern)
     if _OF_REST.fullmatch(operation.lower()) and not _OF_REST.fullmatch(meant.lower()):
@@ -6680,7 +6680,7 @@ def _names(pattern: str, name: str) -> bool:
 
 
 def _covers(pattern: str, resource: Resource) -> bool:
-    """Return whether all readings of a resource match, each `*` within its part of the ARN."""
+    """Return whether all readings of a resource match.  `*` matches within a part of the ARN."""
     parts = pattern.split(":", 5)
     texts = resource.text.split(":", len(parts) - 1)
     whole = resource.whole or pattern[-1] == "*"
@@ -6705,7 +6705,7 @@ def iam_name(action: str) -> str:
 
 
 class Policy:
-    """An IAM policy without conditions: a deny wins, and what no statement allows is refused.
+    """An IAM policy without conditions: a Deny wins, and a call needs an Allow.
 
     Sources: IAM User Guide, "Policy evaluation logic" and "IAM JSON policy elements"."""
 
@@ -6715,7 +6715,7 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Return the policy of a JSON document.  ValueError names a statement it cannot obey."""
+        """Return the policy of a JSON document.  Raise ValueError if a part is not supported."""
         try:
             document = json.loads(text, object_pairs_hook=_marked)
         except RecursionError as error:
@@ -6731,14 +6731,14 @@ class Policy:
 
     @classmethod
     def read(cls, path: str, more: Sequence[Statement] = ()) -> Policy:
-        """Return the policy of a file with more statements; OSError or ValueError."""
+        """Return the policy of a file, with more statements.  Raise OSError or ValueError."""
         return cls((*more, *cls.parse(pathlib.Path(path).read_text("utf-8")).statements))
 
     def decide(self, needs: Iterable[Need], called: str = "") -> Decision:
         """Return the first refusal of an action on a resource, otherwise the last permission.
 
         needs: what must be allowed, as `needs_of` returns it
-        called: the action of the call, by which a statement may deny it, too"""
+        called: the action of the call; a statement that names it may deny the call, too"""
         decision = Decision(False)
         for action, it in needs:
             short = len(action) + len(called) + len(it.text) <= 2 * MAX_TEXT
@@ -6777,7 +6777,7 @@ def _statement(number: int, given: Any) -> Statement:
     if effect not in ("Allow", "Deny"):
         raise ValueError(f"{owner} needs Allow or Deny as Effect")
     if not isinstance(sid, str) or not re.fullmatch("[A-Za-z0-9]{0,100}", sid):
-        raise ValueError(f"{owner} needs letters and digits as Sid")
+        raise ValueError(f"{owner} needs a Sid of letters and digits, at most 100")
     actions, not_actions = _listed(owner, given, "Action")
     if not_actions == (effect == "Allow"):
         actions = [wide.lower() for it in actions for wide in _widened(owner, it)]
@@ -6798,22 +6798,22 @@ def _listed(owner: str, given: Mapping[str, Any], element: str) -> tuple[Sequenc
         if isinstance(it, str) and "${" in it:
             raise ValueError(f"{owner} has a policy variable, which this proxy does not support")
         if not isinstance(it, str) or not form.fullmatch(it) or it != it.strip():
-            raise ValueError(f"{owner} has a {found[0]} that is not understood: {it!r:.80}")
+            raise ValueError(f"{owner} has {it!r:.80}, which is no valid {found[0]}")
     return values, found[0] != element
 
 
 def _widened(owner: str, pattern: str) -> Sequence[str]:
-    """Return patterns for each call that an action to deny may mean: REST calls have no names."""
+    """Return an action to deny, and a pattern for REST calls that may mean it without a name."""
     service, _, operation = pattern.lower().partition(":")
     if (service == "lambda" and _LAMBDA_NAMES.fullmatch(operation)) or operation == _S3_BYPASS:
         return [pattern, "lambda:any/*"] if service == "lambda" else [pattern]
     of_rest = pattern == "*" or _OF_REST.fullmatch(operation)
     foreign = service in ("budgets", "cassandra") or glob_matches(pattern.lower(), "iam:passrole")
-    is_known = of_rest or (service in _KNOWN_NAMES and not foreign)  # by the names of operations
+    is_known = of_rest or (service in _KNOWN_NAMES and not foreign)  # nearest_pattern knows it
     nearest = nearest_pattern(pattern) if is_known else ""
     if nearest is not None:
         hint = f"; did you mean {nearest}?" if nearest else f": use {service}:* or METHOD/path"
-        raise ValueError(f"{owner} has {pattern}, which can deny no call here{hint}")
+        raise ValueError(f"{owner} has {pattern}, which can match no call here{hint}")
     return [pattern] if of_rest else [pattern, f"{service}:*/*"]
 
 
@@ -6825,9 +6825,9 @@ READ_ONLY = (
 
 
 # [8.4] What a call needs
-# A line: the service, its operations, and the members that name all their resources.  A member is
-# an ARN.  NAME:KIND may be a name, too.  Marks: @ a queue's URL, + an ARN that may be incomplete,
-# > an index of the table, # the owner's account, - no resource.
+# A line: the service, its operations, and the members that name all their resources.  A member has
+# an ARN.  NAME:KIND may have a name instead.  Marks: @ a queue's URL, + an ARN that may be cut,
+# > an index of the table, # the owner's account, - the operation needs no resource.
 _NAMING = [line.split(None, 2) for line in """
     sqs CreateQueue QueueName:
     sqs GetQueueUrl QueueOwnerAWSAccountId# QueueName:
@@ -6861,14 +6861,14 @@ _FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUA
     r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?"
     r"((?!function:|[0-9]{12}:)[A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
 )
-# Operations without a row: those of no one resource, and members that can name no resource.
+# For other operations: those whose members do not name the resource; members that never name one.
 _NEW = re.compile("Create|Generate|Import|List(?!Tags)|Register|Run|BatchGetSecret|GetRandom")
 _NO_NAME = re.compile("Action|Version|(?i:(client|client_?request|next|idempotency)_?token)")
-# Access points and the like, which stand for another bucket.
+# Names of access points and other aliases, which stand for another bucket.
 _NO_BUCKET = re.compile(r"(?:-s3alias|--[a-z]+-s3|\.mrap)$|accesspoint|object-lambda|[^a-z0-9.-]")
 _OF_OBJECTS = re.compile("(?!(?:Get|Put)Bucket).*Object|AbortMultipart|ListMultipart")
 _S3_NAME = re.compile("x-amz-(?!date|content-sha256|security-token)|delete$")
-# An operation of S3, its header or query parameter, and the action that S3 needs then, too
+# An operation of S3, a header or query parameter, and the action that the call then needs, too
 # ("Required permissions for Amazon S3 API operations").  The body of `delete` may name versions.
 _S3_NEEDS = [line.split() for line in """
     PutObject x-amz-(acl|grant-.*) PutObjectAcl
@@ -6889,7 +6889,7 @@ MAX_NEEDS = 128  # actions and resources of a call
 
 
 def needs_of(call: Call) -> Sequence[Need]:
-    """Return the actions that a call needs, each with a resource of it; at least one."""
+    """Return the actions that a call needs, at least one, each with its resource."""
     finders = {"dynamodb": _of_dynamodb, "s3": _of_s3, "lambda": _of_lambda}
     found = [*finders.get(call.service, _of_members)(call)]
     if call.action == "sqs:StartMessageMoveTask":
@@ -6918,7 +6918,7 @@ def _row(service: str, operation: str) -> Optional[Sequence[tuple[str, str, str]
 
 
 def needs_key(call: Call) -> Optional[tuple[Any, ...]]:
-    """Return the values that decide what a call needs; None if others may decide it, too."""
+    """Return the values that its needs depend on; None if they may depend on others, too."""
     row, request = _row(call.service, call.operation), call.request
     if row is None or not isinstance(call.encoded, dict):
         return None
@@ -6964,7 +6964,7 @@ def _arns_of(service: str, document: Any) -> Sequence[Resource]:
 
 
 def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resource:
-    """Return the resource that a member names, as its mark in _NAMING tells."""
+    """Return the resource that a member names.  `mark` and `kind` are from _NAMING."""
     if type(value) is not str or len(value) > MAX_TEXT:
         return UNKNOWN
     if mark == "@":
@@ -7022,7 +7022,7 @@ def _of_lambda(call: Call) -> Sequence[Need]:
     if not path or not match or match[1] not in (None, call.region):
         return _needing(call.action, UNKNOWN)
     account = match[2] or call.caller.account_id
-    # Other operations than invocations may ignore the qualifier.
+    # Operations other than invocations may ignore the qualifier.
     name = match[3] if path[2].endswith("invocations") else match[3].partition(":")[0]
     found = [_in_account(call, call.region, account, f"function:{it}") for it in (match[3], name)]
     return _needing(call.action, *found)
@@ -7036,7 +7036,7 @@ def _of_s3(call: Call) -> Sequence[Need]:
     if call.path or operation == "ListAllMyBuckets":
         resources = [UNKNOWN if call.path else NO_RESOURCE]
     given = {k: v for k, v in call.request.fields.items() if _S3_NAME.match(k)}
-    for name, value in call.request.query:  # where a presigned URL has headers
+    for name, value in call.request.query:  # a presigned URL has its headers there
         if _S3_NAME.match(text := name.decode("latin-1").lower()):
             given[text] = [*given.get(text, ()), value.decode("latin-1")]
     actions = [operation]
@@ -7057,7 +7057,7 @@ def _of_s3(call: Call) -> Sequence[Need]:
 
 
 def _decoded(text: str) -> Optional[str]:
-    """Return a text without its percent-encoding, None if it is malformed or not UTF-8."""
+    """Return a percent-decoded text, None if the encoding is malformed or not UTF-8."""
     try:
         data = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
         return None if BROKEN_ESCAPE.search(text) else data.decode("utf-8")
@@ -7066,7 +7066,7 @@ def _decoded(text: str) -> Optional[str]:
 
 
 def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> list[Resource]:
-    """Return the resources that servers may read a bucket and a key as."""
+    """Return each resource that a server may understand by a bucket and a key."""
     if not bucket or key is None or len(key) > MAX_TEXT or _NO_BUCKET.search(bucket):
         return [UNKNOWN]
     arn = f"arn:{_partition(region)}:s3:::{bucket}"
@@ -7079,12 +7079,12 @@ def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> l
 
 
 # [8.5] Guard and learning
-MAX_LEARNED = 1000  # actions on resources of a client; then folders, twice as many
+MAX_LEARNED = 1000  # needs of a client; then as many again, shortened to their folders
 _WITHOUT_POLICY = Decision(True, "no policy")
 
 
 class Guard:
-    """Checks calls against the policies of their clients, and learns what these need.
+    """Checks calls against the policies of their clients, and learns what the clients need.
 
     observe: log the calls that a policy refuses, and let them pass"""
 
@@ -7095,7 +7095,7 @@ class Guard:
         self._full: set[str] = set()
 
     def check(self, call: Call) -> None:
-        """Set the decision of a call.  Raise ServiceError AccessDenied if it is a refusal."""
+        """Set the decision of a call.  Raise ServiceError if the policy refuses the call."""
         client, key = call.caller, needs_key(call)
         policy = client.policy.value if isinstance(client.policy, Watched) else client.policy
         known = (policy, client.name, *key) if key and not call.other_paths else ()
@@ -7111,7 +7111,7 @@ class Guard:
             if not self._observe:
                 raise error
             if is_new:
-                log.warning("would be refused: %a", error.message)
+                log.warning("would be refused without --policy-mode observe: %a", error.message)
         self._learn(client.name, needs)
         if known and decision.allowed:
             if len(self._passed) >= MAX_CACHED:
@@ -7119,7 +7119,7 @@ class Guard:
             self._passed[known] = decision
 
     def _learn(self, client: str, needs: Iterable[Need], refused: bool = False) -> bool:
-        """Note what a client has done, or may not do; return whether that is new."""
+        """Remember needs of a client's calls, allowed or refused; return whether any is new."""
         known = self._learned.setdefault((client, refused), {})
         before = len(known)
         for action, of in needs:
@@ -7133,10 +7133,10 @@ class Guard:
         return len(known) > before
 
     def learned(self, client: str, refused: bool = False) -> Mapping[str, Any]:
-        """Return the least policy for what a client has done, or for what was refused.
+        """Return the least policy that allows the past calls of a client, or the refused ones.
 
-        A statement is about all resources that share its actions.  The Id is "incomplete" if
-        there was too much to remember."""
+        A statement lists all resources that share its actions.  The Id is "incomplete" if the
+        guard could not remember all needs."""
         actions: dict[str, set[str]] = {}
         for action, it in list(self._learned.get((client, refused), ())):
             actions.setdefault(it.pattern, set()).add(_without_wildcards(iam_name(action)))
@@ -7150,7 +7150,7 @@ class Guard:
 
 
 def _without_wildcards(text: str) -> str:
-    """Return a text in which `?` stands for what a policy would not take literally."""
+    """Return a text with `?` for each character that a policy would not take literally."""
     return re.sub(r"[*?]|\$(?=\{)|^\s|\s$", "?", text)
 
 
@@ -7178,13 +7178,13 @@ _BASE64_MEMBER = b', "body_base64": "'
 _ENTRY: Mapping[str, type] = {  # its members
     **dict.fromkeys("action region error message body_base64".split(), str), "status": int,
     **dict.fromkeys(("input", "headers", "output"), dict), "body": object}  # fmt: skip
-# Headers of a REST call that belong to its input, and members that SDKs invent for each call.
+# Headers of a REST call that belong to its input; members that differ in each call, or are secret.
 _REST_INPUT = re.compile("range|if-.*|x-amz-(?!date|content-sha|user-agent|sdk-|checksum|trailer"
     "|decoded|mfa|.*(?:token|customer-key)$).*")  # fmt: skip
 _INVENTED = re.compile("(?i)(client(_?request)?|idempotency|security|access|auth)_?token|x-amz-.*"
     "|awsaccesskeyid|.*password.*|secret(string|binary|hash)")  # fmt: skip
 _NOT_KEPT = re.compile("(?i)date|set-cookie|connection|authorization|.*token")
-_SECRETIVE = re.compile(  # actions whose answers may hold secrets
+_HAS_SECRETS = re.compile(  # actions whose answers may hold secrets
     "(?i)credential|token|password|auth|secretvalue|signup|keypair|instanceaccess|loginprofile"
     "|startsession|executecommand|federat|presigned|streamingurl|userpoolclient"
 )
@@ -7197,7 +7197,7 @@ Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, i
 
 
 def tape_input(call: Call) -> Entry:
-    """Return what tells the calls of an action apart, once `hash_body` knows the body."""
+    """Return the input that distinguishes calls of an action.  Call `hash_body` before."""
     try:
         if isinstance(call.encoded, dict):
             try:
@@ -7238,7 +7238,7 @@ def _blocks_of(reader: Any) -> Iterator[bytes]:
 
 
 def hash_body(call: Call) -> None:
-    """Let `body_hash` return the body's SHA-256, "" if it is empty, once it has been read."""
+    """Set `body_hash`: once the body is read, it returns the SHA-256, "" for an empty body."""
     digest, body = hashlib.sha256(), call.body
 
     def _noted(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -7263,20 +7263,20 @@ class Recorder(Hook):
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._append(())  # raises OSError at the start, and not with the first call
+        self._append(())  # raises OSError at the start, not at the first call
 
     def concerns(self, call: Call) -> bool:
-        """Return whether the call is forwarded, and its answer holds no credentials."""
-        secret = hands_out_credentials(call.action) or _SECRETIVE.search(call.action)
+        """Return whether the call is signed and forwarded, and its answer holds no secrets."""
+        secret = hands_out_credentials(call.action) or _HAS_SECRETS.search(call.action)
         forwards = call.route and isinstance(call.route.target, Upstream)
         return bool(forwards and not secret and not call.unsigned)
 
     def before(self, call: Call) -> None:
-        """Compute the hash of the body while it is sent."""
+        """Compute the hash of the body while the body is sent."""
         hash_body(call)
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
-        """Record the answer, or return one that is recorded when it has streamed."""
+        """Record the answer, or return a Reply that is recorded at the end of its stream."""
         if not isinstance(reply.body, bytes):
             return reply._replace(body=self._streamed(call, reply, reply.body))
         self._record(call, reply, io.BytesIO(reply.body))
@@ -7306,7 +7306,7 @@ class Recorder(Hook):
         try:
             self._append(parts)
         except OSError as error:
-            log.error("the tape %s lacks a call: %s", self._path, error)
+            log.error("a call is missing from the tape %s: %s", self._path, error)
 
     def _append(self, parts: Iterable[bytes]) -> None:
         private = functools.partial(os.open, mode=0o600)
@@ -7315,12 +7315,12 @@ class Recorder(Hook):
             try:
                 file.writelines(parts)
             except OSError:
-                os.ftruncate(file.fileno(), end)  # half a line would spoil the tape
+                os.ftruncate(file.fileno(), end)  # half a line would make the tape unreadable
                 raise
 
 
 def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
-    """Return the output or the error of Amazon SQS for each protocol; {} if it has none."""
+    """Return the output or error of an SQS reply, for any protocol; {} for another reply."""
     data = reply.body
     if call.service != "sqs" or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
         return {}
@@ -7385,23 +7385,23 @@ def read_tape(path: str) -> Tracks:
 
 
 def _masked(given: Any) -> str:
-    """Return an input or an entry as JSON in one order, without signatures; "" for None."""
+    """Return an input or entry as JSON with sorted keys, without secrets; "" for None."""
     text = json.dumps(given, sort_keys=True)
     return "" if given is None else _SECRET_TEXT.sub(r"\1\2masked", text)
 
 
 def _checked(entry: Any) -> Entry:
-    """Return an entry of a tape; ValueError names its fault."""
+    """Return an entry of a tape.  Raise ValueError if the entry has a fault."""
     if not isinstance(entry, dict) or "action" not in entry:
         raise ValueError('it needs an action, as in {"action": "sqs:ListQueues", "output": {}}')
     for name, value in entry.items():
         if name not in _ENTRY:
-            raise ValueError(f"it has {name[:80]}{did_you_mean(name, _ENTRY)}")
+            raise ValueError(f"it has an unknown member {name[:80]}{did_you_mean(name, _ENTRY)}")
         if not isinstance(value, _ENTRY[name]):
             raise ValueError(f"{name} cannot be {value!r:.40}")
     headers = (*entry.get("headers", {}).items(), ("error", entry.get("error", "")))
     if fault := fault_of_reply(Reply(entry.get("status", 200), headers, b"")):
-        raise ValueError(f"it is {fault}")
+        raise ValueError(f"its answer cannot be {fault}")
     base64.b64decode(entry.get("body_base64", ""), validate=True)
     return entry
 
@@ -7409,7 +7409,7 @@ def _checked(entry: Any) -> Entry:
 class Tape:
     """Answers from a file: the nth equal call gets the nth answer, and later ones the last."""
 
-    may_block = True  # it reads whole bodies, and the file
+    may_block = True  # it reads whole bodies, and the tape
 
     def __init__(self, path: str) -> None:
         self.name = f"tape:{path}"
@@ -9029,21 +9029,21 @@ def build_parser() -> argparse.ArgumentParser:
         " sign the call again and forward it to AWS.")  # fmt: skip
     add = parser.add_argument_group("where to listen").add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 picks one")
+    add("--port", type=_number(int, 0, 65535), default=8081, help="port to listen on; 0 for any")
     add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
     add("--tls-cert", **_FILE, help="TLS certificate and chain (PEM), read again on change")
-    add("--tls-key", **_FILE, help="its private key, if in another file")
+    add("--tls-key", **_FILE, help="private key of the certificate, if in another file")
     add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
-        help="wait this long, before the exit, for calls and for messages in flight")  # fmt: skip
+        help="before the exit, wait up to this long for calls and messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
-        help="beginning of queue URLs; without it, scheme and Host of the request")  # fmt: skip
+        help="beginning of queue URLs (default: scheme and Host of the request)")  # fmt: skip
     add("--host-name", **_MANY, help="a name of this proxy, repeatable; S3 buckets may precede it")
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, help="most bytes of a body")
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="most connections at once; for more, an idle one ends, if any")  # fmt: skip
+        help="most connections at once; a further one replaces an idle one, if any")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
-        help="close a connection that is silent for so long")  # fmt: skip
+        help="longest silence of a connection, and longest run of a hook")  # fmt: skip
     add = parser.add_argument_group("who may call").add_argument
     add("--clients", **_FILE, help="keys that callers sign with, as in ~/.aws/credentials; read"
         " again on change (default: dummykey with secret dummysecret, on loopback)")  # fmt: skip
@@ -9071,9 +9071,9 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         " sts:GetCallerIdentity, embedded)")  # fmt: skip
     add("--upstream", type=_target_name, metavar="TARGET", help="short for --route '*=TARGET'")
     add("--upstream-timeout", type=_number(float, 1, 86400), default=UPSTREAM_SECONDS,
-        metavar="SECONDS", help="wait for an answer; at most 65 for ReceiveMessage")  # fmt: skip
+        metavar="SECONDS", help="longest wait; at most 65 for ReceiveMessage")  # fmt: skip
     add("--record", **_FILE, help="append forwarded calls and their answers to a tape")
-    add("--hook", **_MANY, help="a .py with before, rewrite, after, observe, concerns; repeatable")
+    add("--hook", **_MANY, help=".py file: before, rewrite, after, observe, concerns; repeatable")
     add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
     add("--sign-as", type=_scope, default=("", ""), metavar="SERVICE/REGION",
@@ -9085,16 +9085,16 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
         ", dead_letter = NAME:COUNT, region, account, tags; read again on change")  # fmt: skip
     add("--store", **_FILE, help="keep the queues in this SQLite file")
     add("--store-sync", choices=("normal", "full"), default="normal",
-        help="full: what was acknowledged survives a loss of power, too")  # fmt: skip
-    add("--cooldown", action="store_true", help="enforce 60 s after PurgeQueue and DeleteQueue")
+        help="full: acknowledged changes survive a loss of power, too")  # fmt: skip
+    add("--cooldown", action="store_true", help="enforce pauses of 60 s (PurgeQueue, DeleteQueue)")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--log-file", **_FILE, help="file for log lines; SIGHUP reopens it")
-    add("--quiet", action="store_true", help="print no line for each call")
+    add("--quiet", action="store_true", help="do not print a line for each call")
     add("--explain", action="store_true", help="print each call with all steps of its signature")
     add("--inspect", action="store_true", help="serve a page at /_awsproxy/ that shows each call")
     add("--check", metavar="FILE", help="explain the signature of one request, as text or as"
-        " `curl -v` shows it (- is stdin), and exit with 0 if it is right, else 1")  # fmt: skip
+        " `curl -v` shows it (- is stdin), and exit with 0 if right, otherwise 1")  # fmt: skip
     version = f"awsproxy {__version__} (sha256 {file_sha256()[:12]})"  # it identifies a copy
     add("--version", action="version", version=version, help="print version and hash of this file")
 

@@ -18910,7 +18910,7 @@ class PolicyFileTest(ProgramTest):
         for _ in range(2):
             caller("ListQueues")
         line = program.line()
-        self.assertIn("would be refused: ", line)
+        self.assertIn("would be refused without --policy-mode observe: ", line)
         self.assertEqual(json.loads(program.line())["decision"], "observe")
 
     def test_a_changed_policy_counts_and_a_broken_one_keeps_the_old(self):
