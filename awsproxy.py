@@ -1188,8 +1188,7 @@ def _declared_payload(
 
 def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
     """Return the steps from the lines of a canonical request to a signature."""
-    canonical = "\n".join(parts).encode("latin-1")
-    text = string_to_sign(claimed.amz_date, claimed.scope, canonical)
+    text = string_to_sign(claimed.amz_date, claimed.scope, "\n".join(parts).encode("latin-1"))
     return Proof(parts, text, signature(secret, claimed.scope, text))
 
 
@@ -1449,7 +1448,7 @@ MAX_CANDIDATES = 4800  # pairs for one signature: some 19 ms
 MAX_SEARCHED = 6144  # characters of a canonical request, and bytes of a body
 _NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
-Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, what is written, what is wrong
+Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, new text, description
 Mistakes = Iterator[Mistake]
 
 
@@ -1965,7 +1964,7 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 # [4.1] Operations and the shapes of their input
 class Shape(NamedTuple):
-    """What a value must be: a text, a number, a structure, or a list or map of one shape.
+    """Describes a value: a text, a number, a structure, or a list or map of one shape.
 
     In the query protocol a list is numbered from 1, and a map is a numbered list of pairs."""
 
@@ -3100,7 +3099,7 @@ class Queue:
     def pick(self, limit: int) -> list[Message]:
         """Return up to `limit` messages that may be received now, in their order.
 
-        Those of a FIFO queue are a group's before its first hidden one, then the next group's."""
+        A FIFO queue gives the messages of a group up to a hidden one, then the next group's."""
         if not self.fifo:
             return list(itertools.islice(self._ready.values(), limit))
         groups = (self._groups[name].values() for name in self._ready)
@@ -7276,7 +7275,7 @@ class Recorder(Hook):
         hash_body(call)
 
     def after(self, call: Call, reply: Reply) -> Optional[Reply]:
-        """Record the answer, or return a Reply that is recorded at the end of its stream."""
+        """Record the answer, or return a Reply that is recorded when it has streamed."""
         if not isinstance(reply.body, bytes):
             return reply._replace(body=self._streamed(call, reply, reply.body))
         self._record(call, reply, io.BytesIO(reply.body))
@@ -8958,6 +8957,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
     def number(text: str) -> float:  # argparse shows this name in its message
+        """Return the number in the text; ArgumentTypeError if it is out of range."""
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
