@@ -4844,11 +4844,34 @@ class Connection:
             client.connect()  # and no more: its parser is slow
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
-        self.socket, self.close = client.sock, client.close
+        self.socket, self._client = client.sock, client
+        self._selector: Optional[selectors.BaseSelector] = None  # of the loop that watches it
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
         self._arrival.register(self.socket, select.POLLIN)
+
+    @property
+    def is_watched(self) -> bool:
+        """Return whether a loop, and no other thread, uses it."""
+        return self._selector is not None
+
+    def watch(self, selector: selectors.BaseSelector, act: Callable[[], None]) -> None:
+        """Let a loop call `act` when bytes or the end arrive, also while it is idle."""
+        self._selector = selector
+        selector.register(self.socket, selectors.EVENT_READ, act)
+
+    def unwatch(self) -> None:
+        """Let another thread use it."""
+        if self._selector:
+            with contextlib.suppress(KeyError):  # the loop has ended
+                self._selector.unregister(self.socket)
+            self._selector = None
+
+    def close(self) -> None:
+        """Close it; only the loop may close a watched one."""
+        self.unwatch()
+        self._client.close()
 
     def _receive(self, size: int) -> bytes:
         until = min(self.deadline, time.monotonic() + self.timeout)
@@ -4885,7 +4908,8 @@ class Connection:
 
     def send_now(self, data: bytes) -> bool:
         """Send the data without waiting, and return whether all of it was sent."""
-        self.socket.setblocking(False)
+        if self.socket.gettimeout() != 0:
+            self.socket.setblocking(False)
         with contextlib.suppress(OSError):
             return self.socket.send(data) == len(data)
         return False
@@ -4932,17 +4956,20 @@ class Pool:
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
         self._connect_timeout, self._timeout = connect_timeout, timeout
         self._lock = threading.Lock()
-        self._idle: dict[Endpoint, list[Connection]] = {}
+        # By endpoint, and whether the event loop watches them.
+        self._idle: dict[tuple[Endpoint, bool], list[Connection]] = {}
         self.draining = False  # whether polls must end
         self.given_up: set[Connection] = set()  # their messages will be put back
 
-    def idle(self, endpoint: Endpoint) -> Optional[Connection]:
+    def idle(self, endpoint: Endpoint, watched: bool = False) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
-            while idle := self._idle.get(endpoint):
+            while idle := self._idle.get((endpoint, watched)):
                 kept = idle.pop()
-                if kept.idle_since > oldest and not kept.has_arrived(0):
+                # The loop closes a watched connection that ends.
+                has_ended = kept.socket.fileno() < 0 if watched else kept.has_arrived(0)
+                if kept.idle_since > oldest and not has_ended:
                     return kept
                 kept.close()
         return None
@@ -4966,14 +4993,15 @@ class Pool:
             for idle in self._idle.values():
                 while idle and idle[0].idle_since < oldest:
                     idle.pop(0).close()
-            self._idle = {endpoint: idle for endpoint, idle in self._idle.items() if idle}
+            self._idle = {key: idle for key, idle in self._idle.items() if idle}
 
     def give(self, connection: Connection, keep: bool) -> None:
         """Keep a connection if request and answer are complete, or close it."""
         if keep and not connection.spoiled and not connection.source.buffer:
             connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
-                idle = self._idle.setdefault(connection.endpoint, [])
+                key = connection.endpoint, connection.is_watched
+                idle = self._idle.setdefault(key, [])
                 if len(idle) < self.MOST:
                     idle.append(connection)
                     return
@@ -5091,7 +5119,10 @@ class Upstream:
         signed, _ = self._signed(attempt)
         body = read_again(signed.body)
         data = encode_head(signed) + body
-        if (body and signed.method in _BODILESS) or not (kept := self.pool.idle(attempt.endpoint)):
+        endpoint = attempt.endpoint
+        if body and signed.method in _BODILESS:
+            return None
+        if not (kept := self.pool.idle(endpoint, watched=True) or self.pool.idle(endpoint)):
             return None
         attempt.connection = kept
         self.pool.allow(kept, call)
@@ -5464,6 +5495,7 @@ class Exchange:
     outcome: Optional[Outcome] = None  # ends the plot of Proxy.begin
     unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
+    in_loop = False  # whether the event loop waits for an upstream
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
     status = reply_bytes = 0
     error = "-"  # the error code in the answer
@@ -7818,7 +7850,10 @@ class Pending:
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
         self.is_sent = result is None
-        return None if self.is_sent else self
+        if self.is_sent:
+            return None
+        self.connection.unwatch()  # a worker reads the rest
+        return self
 
     def wait(self) -> Reply:
         """Wait for the reply."""
@@ -7830,6 +7865,7 @@ class Pending:
     def cut_short(self) -> Reply:
         """Return an answer without messages, and let a worker put later messages back."""
         call, request_id = self._attempt.call, self._exchange.request_id
+        self.connection.unwatch()
         self._proxy.workers.run(call.route.target.let_go(self._attempt))
         return self._proxy.observed(self._exchange, no_messages(call, request_id))
 
@@ -7911,15 +7947,15 @@ class Proxy:
         """Answer one request; `refused` is a fault in the framing.  Never raises."""
         if refused:
             return self.refuse(self._exchange(request), refused)
-        (outcome,) = self.begin([request])
+        (outcome,) = self.begin([request], in_loop=False)
         return outcome if isinstance(outcome, Reply) else outcome.wait()
 
-    def begin(self, requests: Sequence[Request]) -> Sequence[Outcome]:
+    def begin(self, requests: Sequence[Request], in_loop: bool = True) -> Sequence[Outcome]:
         """Take each request through the steps until one of them has an outcome.
 
         Each step runs for all requests before the next step: its code is then in the processor's
         caches, which saves a third of the time."""
-        exchanges = [self._exchange(request) for request in requests]
+        exchanges = [self._exchange(request, in_loop) for request in requests]
         for step in self._steps:
             for exchange in exchanges:
                 if exchange.outcome is None:
@@ -7933,14 +7969,14 @@ class Proxy:
                 outcome.send()  # after all steps: to wake an upstream between them is slower
         return outcomes
 
-    def _exchange(self, request: Request) -> Exchange:
+    def _exchange(self, request: Request, in_loop: bool = False) -> Exchange:
         header, service = request.fields.get("authorization"), ""
         if not self._verified:
             service = self._unverified_scope(request).service
         elif not header or header[0].startswith("Bearer "):
             service = self._unsigned_service(request)
         exchange = Exchange(request, self._clock(), random_id(), service)
-        exchange.unsigned = self._verified and service != ""
+        exchange.unsigned, exchange.in_loop = self._verified and service != "", in_loop
         return exchange
 
     def _unsigned_service(self, request: Request) -> str:
@@ -8075,9 +8111,11 @@ class Proxy:
             except WouldWait:
                 call.may_wait = True
         act = functools.partial(target.answer, call, exchange.request_id)
-        begun = target.begin(call) if isinstance(target, Upstream) and not hooks else None
+        begun = None
         if hooks:
             act = functools.partial(self._hooked, call, hooks, act)
+        elif exchange.in_loop and isinstance(target, Upstream):
+            begun = target.begin(call)
         exchange.outcome = Pending(self, exchange, act, begun)
 
     def _save(self, exchange: Exchange) -> None:
@@ -8332,8 +8370,8 @@ class PeerConnection:
 
     def readable(self) -> None:
         """Receive bytes into the buffer; over TLS, the first ones are the handshake."""
-        if self in self.server.queue or not self.parked:  # or a worker owns it
-            return
+        if self in self.server.queue or self in self.server.replies or not self.parked:
+            return  # it has a request to answer, or an answer to send, or a worker owns it
         if pending := self.pending:  # what a client says meanwhile can wait
             self.server.unpark(self)
             if self.abandoned():
@@ -8463,6 +8501,7 @@ class PeerConnection:
         self.server.unpark(self)
         self.server.connections.discard(self)
         self.server.queue.pop(self, None)
+        self.server.replies.pop(self, None)
         self.buffer = b""  # `limit_held` still refers to the connection
         self.hang_up()
 
@@ -8581,7 +8620,8 @@ class Server(http.server.HTTPServer):
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
         self._due: collections.deque[Callable[[], None]] = collections.deque()  # for the loop
-        self._replies: list[tuple[PeerConnection, Outcome]] = []  # of upstreams
+        self.replies: dict[PeerConnection, Outcome] = {}  # of upstreams, not sent yet
+        self._waiting: dict[Connection, PeerConnection] = {}  # by the upstream that must answer
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)  # the loop may wake itself
         self._stopping, self._stopped = False, threading.Event()
@@ -8615,7 +8655,8 @@ class Server(http.server.HTTPServer):
         if held <= MAX_HELD:
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
-        waiting = [c for c in self.connections if c.parked and not c.pending]
+        busy = {*self.replies, *self._waiting.values()}
+        waiting = [c for c in self.connections - busy if c.parked]
         waiting.sort(key=lambda c: len(c.buffer))
         while waiting and held > MAX_HELD * 3 // 4:
             held -= len(waiting[-1].buffer)
@@ -8628,13 +8669,12 @@ class Server(http.server.HTTPServer):
             connection, _ = self.queue.popitem(last=False)
             if request := self._guarded(connection.next_request, connection.socket):
                 found[connection] = request
-        replies, self._replies = self._replies, []
         outcomes = self._guarded(self.proxy.begin, None, list(found.values()))
         if outcomes is None:  # the proxy failed
             for connection in found:
                 connection.close()
-        replies += zip(found, outcomes or ())
-        for connection, outcome in replies:
+        replies, self.replies = self.replies, {}
+        for connection, outcome in (*replies.items(), *zip(found, outcomes or ())):
             self._guarded(connection.send_outcome, connection.socket, outcome)
 
     def _guarded(self, act: Callable[..., Any], sock: Any = None, *given: Any) -> Any:
@@ -8685,7 +8725,7 @@ class Server(http.server.HTTPServer):
     def is_idle(self) -> bool:
         """Return whether no call is being answered."""
         busy = any(c.writing or c.lingering or c.pending or not c.parked for c in self.connections)
-        return not (busy or self.queue or self._replies)
+        return not (busy or self.queue or self.replies)
 
     def cut_polls_short(self) -> None:
         """Answer all polls of upstreams without messages; only the loop may call this."""
@@ -8716,7 +8756,8 @@ class Server(http.server.HTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        waiting = [c for c in self.connections if c.parked and not (c.pending or c in self.queue)]
+        busy = {*self.queue, *self.replies, *self._waiting.values()}
+        waiting = [c for c in self.connections - busy if c.parked]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for connection in waiting[: len(waiting) // 100 + 1]:
             connection.close()
@@ -8771,24 +8812,26 @@ class Server(http.server.HTTPServer):
 
     def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
-        upstream, act = pending.connection, functools.partial(self._proceed, connection)
+        upstream = pending.connection
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
-        self._selector.register(upstream.socket, _READ, act)
+        self._waiting[upstream] = connection
+        if not upstream.is_watched:
+            upstream.watch(self._selector, functools.partial(self._proceed, upstream))
 
-    def _proceed(self, connection: PeerConnection) -> None:
-        outcome = connection.pending and connection.pending.proceed()  # it may be cut short
-        if outcome:
+    def _proceed(self, upstream: Connection) -> None:
+        connection = self._waiting.get(upstream)
+        if not connection or not connection.pending:  # nobody waits: it has ended
+            upstream.close()
+        elif outcome := connection.pending.proceed():
             self.settle(connection, outcome)
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
         """Stop waiting for an upstream, and send the outcome in this turn of the loop."""
         assert connection.pending
-        with contextlib.suppress(KeyError, ValueError):  # it is closed
-            self._selector.unregister(connection.pending.connection.socket)
+        del self._waiting[connection.pending.connection]
         connection.pending = None
         if connection in self.connections:
-            self.unpark(connection)  # until `send_outcome`: the next request has another head
-            self._replies.append((connection, outcome))
+            self.replies[connection] = outcome
 
     def work(self, connection: PeerConnection, act: Callable[[], bool]) -> None:
         """Run `act` in a worker, which returns whether the connection stays open."""

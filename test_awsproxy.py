@@ -12274,6 +12274,8 @@ class Through(unittest.TestCase):
                 connection = pool.take(endpoint)
                 reused = connection.idle_since > 0
                 connection.close()
+        while watched := pool.idle(endpoint, watched=True):
+            watched.close()
 
     def put(self, raw, method="GET", wire=None):
         kept = wire or self.running.connect()
@@ -13002,8 +13004,8 @@ class TorrentPool(awsproxy.Pool):
     head = size = 0
     torrent = None
 
-    def idle(self, endpoint):
-        connection = super().idle(endpoint)
+    def idle(self, endpoint, watched=False):
+        connection = super().idle(endpoint, watched)
         if connection and self.size:
             self.torrent = Torrent(connection.socket, self.head, self.size)
             connection.socket = self.torrent
@@ -20502,7 +20504,7 @@ class ForwardedIdleTest(Through):
             go_on.set()
             for sock in (peer.socket, peer.pending.connection.socket):
                 select.select([sock], [], [], 5)
-            self.running.server._proceed(peer)
+            self.running.server._proceed(peer.pending.connection)
             peer.readable()
 
         self.put(raw_call(), wire=wire)  # a connection is kept
@@ -20512,6 +20514,58 @@ class ForwardedIdleTest(Through):
         self.running.server.wake(both_in_one_turn)
         answers = rb"(?s)\AHTTP/1.1 200 OK\r\n.*\r\n\r\nokHTTP/1.1 403 Forbidden\r\n.*\r\n\r\n\Z"
         self.assertRegex(wire.stream.read(), answers)
+
+    def watched(self):
+        """Return the idle connections that the loop watches, each of which is registered."""
+        idle = self.pool._idle.get((self.endpoint, True), [])
+        registered = self.running.server._selector.get_map()
+        self.assertTrue(all(it.socket.fileno() in registered for it in idle))
+        return [*idle]
+
+    def test_the_loop_keeps_the_connections_that_it_has_used(self):
+        wire = self.running.connect()
+        self.put(raw_call(), wire=wire)
+        self.assertEqual(self.watched(), [])  # a worker had to connect
+        self.put(raw_call(), wire=wire)
+        (kept,) = self.watched()
+        for _ in range(3):
+            self.put(raw_call(), wire=wire)
+            self.assertEqual(self.watched(), [kept])
+        self.assertEqual(len(self.upstream.connections), 1)
+        long = b"{" + b" " * awsproxy.SMALL_BODY + b"}"
+        self.assertEqual(self.call("POST", "/", OF_JSON, long, wire=wire).status, 200)
+        self.assertEqual(self.watched(), [kept])  # the worker has one of its own
+        self.assertEqual(len(self.upstream.connections), 2)
+        self.put(raw_call(), wire=wire)
+        self.assertEqual(self.watched(), [kept])
+
+    @each(b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+    def test_the_loop_closes_an_idle_connection_that_ends_or_speaks(self, data):
+        wire = self.running.connect()
+        self.put(raw_call(), wire=wire)
+        self.put(raw_call(), wire=wire)
+        (kept,) = self.watched()
+        number = kept.socket.fileno()
+        before = len(self.upstream.connections)
+        if data:
+            self.upstream.connections[-1].sendall(data)
+        else:
+            self.upstream.connections[-1].shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: kept.socket.fileno() < 0)
+        self.assertNotIn(number, self.running.server._selector.get_map())
+        self.assertEqual(self.put(raw_call(), wire=wire).status, 200)
+        self.assertEqual(len(self.upstream.connections), before + 1)
+
+    def test_a_connection_that_ends_in_a_call_is_forgotten(self):
+        wire = self.running.connect()
+        self.put(raw_call(), wire=wire)
+        self.put(raw_call(), wire=wire)
+        (kept,) = self.watched()
+        self.upstream.answers = [lambda connection, arrived: None]
+        self.assertEqual(self.put(raw_call(), wire=wire).status, 200)  # repeated on another one
+        self.assertEqual(self.watched(), [])
+        self.assertLess(kept.socket.fileno(), 0)
+        self.assertEqual(self.running.server._waiting, {})
 
     def test_calls_that_an_upstream_answers_do_not_give_way(self):
         running = Running(self.proxy, max_connections=4)
