@@ -46,7 +46,8 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [8.9] Hooks, and calls that wait  [8.10] The proxy
     9 The server: [9.1] Connections  [9.2] The event loop
     10 Command line: [10.1] The files of clients and queues  [10.2] Flags  [10.3] The program
-        [10.4] In a test process  [10.5] A saved request  [10.6] Routes of the flags
+        [10.4] Processes  [10.5] In a test process  [10.6] A saved request
+        [10.7] Routes of the flags
 
 The life of a request, function by function:
 
@@ -63,6 +64,29 @@ The life of a request, function by function:
 """
 
 from __future__ import annotations
+
+import marshal
+import os
+import sys
+
+if __name__ == "__main__" and hasattr(os, "memfd_create"):
+    # Python keeps the syntax tree of a script, 27 MB, until the script ends (`pyrun_file` in
+    # CPython's pythonrun.c).  So the script starts Python again, with the compiled code.
+    if sys.argv[0] == "-c":  # this is the second start
+        del sys.argv[0]
+        __file__ = sys.argv[0]
+        if not sys.path[0]:
+            sys.path[0] = os.path.dirname(os.path.realpath(__file__))
+    else:
+        _given = getattr(sys, "orig_argv", [])  # from Python 3.10 on
+        _flags = _given[1 : -len(sys.argv)]
+        # Not below another program, such as a debugger.
+        if _given[-len(sys.argv) :] == sys.argv and all(flag[0] == "-" for flag in _flags):
+            _code = os.memfd_create("awsproxy", 0)
+            os.write(_code, marshal.dumps(sys._getframe().f_code))
+            os.lseek(_code, 0, os.SEEK_SET)
+            _run = f"import marshal; exec(marshal.load(open({_code}, 'rb')))"
+            os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
 
 import argparse
 import base64
@@ -94,7 +118,6 @@ import json
 import logging
 import math
 import operator
-import os
 import pathlib
 import queue as queues
 import random
@@ -110,7 +133,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -5449,6 +5471,7 @@ _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+_KNOWN_TO_ALL = ("awsproxy_in_flight", "awsproxy_credentials_seconds", "awsproxy_build_info")
 Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 # The functions of a hook, None for what it has not.  The last one is no hook on its own.
@@ -5651,7 +5674,8 @@ class LineWriter:
     """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
     MOST = 5000  # lines that wait; more are dropped and counted
-    PAUSE = 0.02  # seconds; the lines of this time are written at once
+    PAUSE = 0.02  # seconds; the lines of this time are written together
+    AT_ONCE = 20  # lines; the stream's buffer holds them, so other processes cannot cut them
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
@@ -5688,8 +5712,9 @@ class LineWriter:
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
             try:
-                self._stream.write("".join(lines))
-                self._stream.flush()
+                for start in range(0, len(lines), self.AT_ONCE):
+                    self._stream.write("".join(lines[start : start + self.AT_ONCE]))
+                    self._stream.flush()
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
             batch, self._batch = self._batch, []
@@ -5986,6 +6011,24 @@ def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "")
         yield f"awsproxy_{name}{shown} {_NUMBERS.get(repr(value), repr(value))}"
 
 
+def join_metrics(pages: Sequence[str], _: int) -> str:
+    """Return the metrics of several processes as if one had counted all calls."""
+    families: dict[str, dict[str, Any]] = {}  # lines without their numbers, and the numbers
+    for line in itertools.chain(*map(str.splitlines, pages)):
+        text, last = line.rsplit(" ", 1)
+        if line.startswith("#"):
+            name = line.split(" ")[2]
+            family = families.setdefault(name, {})
+            family[line] = None
+            continue
+        number: float = int(last) if last.isdigit() else float(last)
+        join: Any = max if name in _KNOWN_TO_ALL else operator.add
+        family[text] = join(family[text], number) if text in family else number
+    lines = itertools.chain(*(family.items() for family in families.values()))
+    shown = (it if n is None else f"{it} {_NUMBERS.get(repr(n), repr(n))}" for it, n in lines)
+    return "\n".join(shown) + "\n"
+
+
 @functools.lru_cache(maxsize=1)
 def file_sha256() -> str:
     """Return the SHA-256 of this file in hex."""
@@ -6009,12 +6052,14 @@ class InFlight(Hook):
 
     def __init__(self, ask: Ask, run: Run, clock: Clock = steady_time) -> None:
         self._ask, self._run, self._clock = ask, run, clock
+        self.others: Sequence[int] = ()  # pipes to other processes, which hold the same messages
+        self._heard = b""  # a part of a line from another process
         self._lock = threading.Lock()
-        # By the hash of a receipt handle: a handle of AWS's is up to 1,024 bytes long.
-        self._messages: OrderedDict[int, tuple[str, str]] = OrderedDict()
-        self._held: dict[str, InFlight.Hold] = {}  # by message id
-        self._deleted: OrderedDict[str, float] = OrderedDict()  # message ids, since when
-        self._ends: list[tuple[float, str]] = []  # a heap; stale entries are skipped
+        # Messages and receipt handles by hash: a handle of AWS's is up to 1,024 bytes long.
+        self._messages: OrderedDict[int, tuple[int, str]] = OrderedDict()  # by handle
+        self._held: dict[int, InFlight.Hold] = {}  # by message id
+        self._deleted: OrderedDict[int, float] = OrderedDict()  # message ids, since when
+        self._ends: list[tuple[float, int]] = []  # a heap; stale entries are skipped
         self._timeouts: dict[tuple[str, float], int] = {}  # by queue and minute
 
     def counts(self) -> dict[str, int]:
@@ -6032,6 +6077,23 @@ class InFlight(Hook):
 
     def forget(self, name: str = "") -> None:
         """Forget all messages, or only those in queues whose region/account/name ends so."""
+        self._share("_forget", name)
+
+    def _share(self, change: str, *given: Any) -> None:
+        """Change the counts here and in the other processes, by the method of this name."""
+        getattr(self, change)(*given)
+        line = json.dumps([change, *given]).encode() + b"\n" if self.others else b""
+        for pipe in self.others if len(line) <= select.PIPE_BUF else ():  # not in two parts
+            with contextlib.suppress(BlockingIOError):  # it hangs: its counts expire
+                os.write(pipe, line)
+
+    def hear(self, pipe: int) -> None:
+        """Make the changes that other processes share through a pipe."""
+        *lines, self._heard = (self._heard + os.read(pipe, 65536)).split(b"\n")
+        for change, *given in map(json.loads, lines):
+            getattr(self, change)(*given)
+
+    def _forget(self, name: str) -> None:
         with self._lock:
             held = self._held.items() if name else ()
             self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
@@ -6069,19 +6131,24 @@ class InFlight(Hook):
         now = self._clock()
         if timeout is None:
             timeout = self._timeouts.get((queue, now // 60))
+        until = math.inf if timeout is None else now + timeout
+        taken = [(hash(it), hash(handle)) for it, handle in zip(ids, receipt_handles(reply))]
+        self._share("_add", call.began, queue, until, taken)
+        if timeout is None:
+            self._run(functools.partial(self._learn, call, queue, now, [it for it, _ in taken]))
+
+    def _add(self, began: float, queue: str, until: float, taken: Sequence[Sequence[int]]) -> None:
         with self._lock:
             self._expire()
-            for message_id, handle in zip(ids, receipt_handles(reply)):
-                if self._deleted.get(message_id, -math.inf) > call.began:
+            for message_id, handle in taken:
+                if self._deleted.get(message_id, -math.inf) > began:
                     continue  # by another handle, while this answer was on its way
-                self._messages[hash(handle)] = message_id, queue
-                self._hold(message_id, queue, math.inf if timeout is None else now + timeout)
+                self._messages[handle] = message_id, queue
+                self._hold(message_id, queue, until)
             while len(self._messages) > self.REMEMBERED:
                 self._messages.popitem(last=False)
-        if timeout is None:
-            self._run(functools.partial(self._learn, call, queue, now, ids))
 
-    def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[str]) -> None:
+    def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[int]) -> None:
         """Ask for the visibility timeout of messages that were received at `taken`."""
         try:
             timeout = self._ask(call, queue)
@@ -6092,12 +6159,16 @@ class InFlight(Hook):
             if len(self._timeouts) >= 1000:
                 self._timeouts.clear()
             self._timeouts[queue, self._clock() // 60] = timeout
+        self._share("_extend", queue, taken + timeout, ids)
+
+    def _extend(self, queue: str, until: float, ids: Sequence[int]) -> None:
+        with self._lock:
             for message_id in ids:
                 hold = self._held.get(message_id)
                 if hold and hold.queue == queue and hold.until == math.inf:
-                    self._hold(message_id, queue, taken + timeout)
+                    self._hold(message_id, queue, until)
 
-    def _hold(self, message_id: str, queue: str, until: float) -> None:
+    def _hold(self, message_id: int, queue: str, until: float) -> None:
         self._held[message_id] = self.Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
@@ -6105,15 +6176,17 @@ class InFlight(Hook):
             heapq.heapify(self._ends)
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
+        given = [(hash(it["ReceiptHandle"]), it.get("VisibilityTimeout")) for it in entries]
+        self._share("_end", call.began, given)
+
+    def _end(self, began: float, given: Sequence[tuple[int, Optional[int]]]) -> None:
         """End or change the holds of messages; any handle of a message works in its own queue."""
         with self._lock:
-            for entry in entries:
-                handle = hash(entry["ReceiptHandle"])
-                message_id, queue = self._messages.get(handle, ("", ""))
+            for handle, timeout in given:
+                message_id, queue = self._messages.get(handle, (0, ""))
                 hold = self._held.get(message_id)
                 if not queue or (hold and hold.queue != queue):
                     continue
-                timeout = entry.get("VisibilityTimeout")
                 if timeout:
                     self._hold(message_id, queue, self._clock() + timeout)
                 elif timeout is None:
@@ -6122,7 +6195,7 @@ class InFlight(Hook):
                     self._deleted[message_id] = time.monotonic()
                     if len(self._deleted) > self.REMEMBERED // 100:
                         self._deleted.popitem(last=False)
-                elif hold and hold.since < call.began:  # not received again since
+                elif hold and hold.since < began:  # not received again since
                     del self._held[message_id]
 
     def _expire(self) -> None:
@@ -6239,7 +6312,9 @@ class Inspector(Hook):
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
             "steps": steps}  # fmt: skip
         with self._lock:
-            kept["number"] = number = self._calls[-1][0] + 1 if self._calls else 1
+            # Microseconds since 1970, so that the calls of several processes have an order.
+            last = self._calls[-1][0] if self._calls else 0
+            kept["number"] = number = max(last + 1, time.time_ns() // 1000)
             text = json.dumps(kept)
             if len(text) > self.MOST_TEXT:
                 text = json.dumps({**kept, "steps": [("too long to be kept", ())], "theirs": ()})
@@ -6250,6 +6325,12 @@ class Inspector(Hook):
         with self._lock:
             after = number if self._calls and number <= self._calls[-1][0] else 0
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
+
+
+def join_calls(pages: Sequence[str], until: int) -> str:
+    """Return the calls of several processes up to a number; others may have a later one."""
+    calls = sorted(itertools.chain(*map(json.loads, pages)), key=operator.itemgetter("number"))
+    return json.dumps([it for it in calls if it["number"] <= until][-Inspector.MOST :])
 
 
 def page_policy() -> tuple[str, str]:
@@ -6330,7 +6411,7 @@ function add(call) {
   $("calls").prepend(entry);
   $("calls").children[200]?.remove();
   last = call.number;
-  $("state").replaceChildren(`${last} calls.`);
+  $("state").replaceChildren(`${$("calls").children.length} calls.`);
 }
 
 function filter() {
@@ -7168,16 +7249,31 @@ class Guard:
 
         A statement lists all resources that share its actions.  The Id is "incomplete" if the
         guard could not remember all needs."""
-        actions: dict[str, set[str]] = {}
-        for action, it in list(self._learned.get((client, refused), ())):
-            actions.setdefault(it.pattern, set()).add(_without_wildcards(iam_name(action)))
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for pattern, names in sorted(actions.items()):
-            groups.setdefault(tuple(sorted(names)), []).append(pattern)
-        shared = sorted(groups.items())
-        found = [{"Effect": "Allow", "Action": [*names], "Resource": it} for names, it in shared]
-        about = {"Id": "incomplete"} if client in self._full else {}
-        return {**about, "Version": "2012-10-17", "Statement": found}
+        known = list(self._learned.get((client, refused), ()))
+        allowed = [(it.pattern, _without_wildcards(iam_name(action))) for action, it in known]
+        return _least_policy(allowed, client in self._full)
+
+
+def _least_policy(allowed: Iterable[tuple[str, str]], incomplete: bool) -> Mapping[str, Any]:
+    """Return the policy that allows pairs of a resource and an action."""
+    actions: dict[str, set[str]] = {}
+    for pattern, name in allowed:
+        actions.setdefault(pattern, set()).add(name)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for pattern, names in sorted(actions.items()):
+        groups.setdefault(tuple(sorted(names)), []).append(pattern)
+    shared = sorted(groups.items())
+    found = [{"Effect": "Allow", "Action": [*names], "Resource": it} for names, it in shared]
+    about = {"Id": "incomplete"} if incomplete else {}
+    return {**about, "Version": "2012-10-17", "Statement": found}
+
+
+def join_policies(pages: Sequence[str], _: int) -> str:
+    """Return the policy that allows all that the learned policies of several processes allow."""
+    learned = [json.loads(page) for page in pages]
+    statements = itertools.chain(*(it["Statement"] for it in learned))
+    pairs = (itertools.product(it["Resource"], it["Action"]) for it in statements)
+    return json.dumps(_least_policy(itertools.chain(*pairs), any("Id" in it for it in learned)))
 
 
 def _without_wildcards(text: str) -> str:
@@ -7536,6 +7632,7 @@ class Status:
     inspector: Optional[Inspector] = None
     guard: Optional[Guard] = None
     draining: bool = False
+    others: Sequence[str] = ()  # the sockets of other processes, whose pages belong to ours
 
     def reply_to(self, request: Request, hosts: frozenset[str] = frozenset(),
             any_address: bool = False) -> Reply:  # fmt: skip
@@ -7544,16 +7641,30 @@ class Status:
             check_page(request, hosts, any_address)
             if self.sqs and f"{request.path}/".startswith(f"{self.LOCALSTACK}/"):
                 return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
-            return self._answer(request)
+            began = time.time_ns() // 1000
+            return self._joined(request, self._answer(request), began)
         except ServiceError as error:
             return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
             return _own_reply(500, "the request failed; see standard error\n")
 
+    def _joined(self, request: Request, reply: Reply, began: int) -> Reply:
+        """Return the page with the same pages of other processes; this may block."""
+        join = JOINS.get(request.path.replace(self.PREFIX, "", 1))
+        if not (join and self.others and reply.status == 200 and isinstance(reply.body, bytes)):
+            return reply
+        pages = [reply.body.decode()]
+        for path in self.others:
+            try:
+                pages.append(_ask_process(path, request.target))
+            except (OSError, http.client.HTTPException) as error:
+                log.warning("a page lacks the part of another process: %s", error)
+        return reply._replace(body=join(pages, began).encode())
+
     def _answer(self, request: Request) -> Reply:
         queue, client, of = (_query_values(request, it) for it in (b"queue", b"client", b"of"))
-        numbers = dict(re.findall("[?&](after|limit)=([0-9]{1,9})", request.target))
+        numbers = dict(re.findall("[?&](after|limit)=([0-9]{1,18})", request.target))
         after, limit = int(numbers.get("after", 0)), int(numbers.get("limit", 100))
         page = request.path.replace(self.PREFIX, "", 1)
         if request.method not in (("POST",) if page == "reset" else ("GET", "HEAD")):
@@ -7589,6 +7700,29 @@ class Status:
 def _own_reply(status: int, text: str, kind: str = _PLAIN, *more: tuple[str, str]) -> Reply:
     headers = (("x-amzn-RequestId", random_id()), ("Content-Type", kind), *more)
     return Reply(status, headers, text.encode("utf-8"))
+
+
+def _ask_process(path: str, target: str) -> str:
+    """Return the page of another process, which listens on the socket at `path`."""
+    client = http.client.HTTPConnection("localhost")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as client.sock:
+        client.sock.settimeout(2)
+        client.sock.connect(path)
+        client.request("GET", target)
+        return client.getresponse().read().decode()
+
+
+def _join_counts(pages: Sequence[str], _: int) -> str:
+    """Return the messages in flight: a process that has just started may not know all."""
+    counts = [json.loads(page) for page in pages]
+    return json.dumps(
+        {name: max(it.get(name, 0) for it in counts) for it in counts for name in it}
+    )
+
+
+# Functions that join pages of several processes, made up to some microsecond since 1970.
+JOINS: Mapping[str, Callable[[Sequence[str], int], str]] = {"metrics": join_metrics,
+    "in-flight": _join_counts, "policy": join_policies, "calls": join_calls}  # fmt: skip
 
 
 def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
@@ -7858,7 +7992,8 @@ class Pending:
     def wait(self) -> Reply:
         """Wait for the reply."""
         try:
-            return self._proxy.observed(self._exchange, self._act())
+            reply, is_call = self._act(), self._exchange.call is not None  # or a page of our own
+            return self._proxy.observed(self._exchange, reply) if is_call else reply
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
 
@@ -8007,7 +8142,8 @@ class Proxy:
         own = request.target.startswith((Status.PREFIX, Status.LOCALSTACK))
         if status and (self._admin or (own and is_loopback(request.peer))):
             # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
-            exchange.outcome = status.reply_to(request, self.hosts, any_address=self._admin)
+            act = functools.partial(status.reply_to, request, self.hosts, self._admin)
+            exchange.outcome = Pending(self, exchange, act, None) if status.others else act()
 
     def _may_search(self) -> bool:
         now, oldest = time.monotonic(), self._searches[0]
@@ -8596,6 +8732,15 @@ class PeerConnection:
 
 
 # [9.2] The event loop
+def listen(address: tuple[str, int], reuse_port: bool = False) -> socket.socket:
+    """Return a socket that listens on a host and port; for `::` on IPv4, too."""
+    v6 = ":" in address[0]
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    return socket.create_server(
+        address, backlog=1024, reuse_port=reuse_port, family=family, dualstack_ipv6=v6
+    )
+
+
 class Server(http.server.HTTPServer):
     """Listens for connections, and lets a Proxy answer their requests.
 
@@ -8604,12 +8749,11 @@ class Server(http.server.HTTPServer):
 
     def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
             max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
-            certificate: Optional[Watched] = None, reuse_port: bool = False) -> None:  # fmt: skip
+            certificate: Optional[Watched] = None, reuse_port: bool = False,
+            listener: Optional[socket.socket] = None) -> None:  # fmt: skip
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()  # it is not of the right family, nor bound
-        v6 = ":" in address[0]
-        self.socket = socket.create_server(address, backlog=1024, reuse_port=reuse_port,
-            family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
+        self.socket = listener or listen(address, reuse_port)
         self.server_address = self.socket.getsockname()
         self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
         self._certificate, self._every_half_second = certificate, every_half_second
@@ -8645,6 +8789,10 @@ class Server(http.server.HTTPServer):
                 for act in (self._check_deadlines, self._every_half_second, self._answer):
                     self._guarded(act)
         self._stopped.set()
+
+    def watch(self, pipe: int, act: Callable[[int], None]) -> None:
+        """Let the loop call `act` with a pipe that can be read."""
+        self._selector.register(pipe, _READ, functools.partial(act, pipe))
 
     def limit_held(self, size: int) -> None:
         """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
@@ -8750,7 +8898,7 @@ class Server(http.server.HTTPServer):
                 return
             full = len(self.connections) >= self._max_connections and not self._make_room()
             try:
-                (self._refuse if full else self._welcome)(sock, address[0])
+                (self._refuse if full else self._welcome)(sock, address and address[0])
             except (OSError, ValueError):  # the client is gone
                 sock.close()
 
@@ -8765,8 +8913,9 @@ class Server(http.server.HTTPServer):
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         # Otherwise a second small write waits 40 ms for the acknowledgement of the first one.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
         if self._certificate:
             context = self._certificate.value
             sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
@@ -9076,6 +9225,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--admin", type=_address, metavar="HOST:PORT", help="serve /_awsproxy/ here, not on PORT")
     add("--tls-cert", **_FILE, help="TLS certificate and chain (PEM), read again on change")
     add("--tls-key", **_FILE, help="private key of the certificate, if in another file")
+    add("--processes", type=_number(int, 0, 256), default=1, metavar="N",
+        help="workers on the port, 0 for one a core; every route must forward")  # fmt: skip
     add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
         help="before the exit, wait up to this long for calls and messages in flight")  # fmt: skip
@@ -9162,8 +9313,10 @@ class Program:
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
-    def __init__(self, options: argparse.Namespace, console: LineWriter) -> None:
+    def __init__(self, options: argparse.Namespace, console: LineWriter,
+            worker: Optional[Worker] = None) -> None:  # fmt: skip
         self._options, self._console, self._writer = options, console, console
+        self._worker = worker
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -9185,10 +9338,12 @@ class Program:
         with _usage_errors(f"--store {options.store}: "):
             if options.store:
                 self._store = Store(options.store, self._sqs, options.store_sync == "full")
-        if options.reuse_port and sqs:
-            raise UsageError("--reuse-port cannot share embedded queues; forward with --upstream")
-        if options.reuse_port and options.task_protection:
-            raise UsageError("--reuse-port and --task-protection: each process has its own counts")
+        shares = (worker and "--processes") or (options.reuse_port and "--reuse-port")
+        if shares and sqs:
+            raise UsageError(f"{shares} cannot share embedded queues; forward with --upstream")
+        for flag in ("task_protection", "record") if shares else ():
+            if getattr(options, flag):
+                raise UsageError(f"--{flag.replace('_', '-')} needs one process, without {shares}")
         path = options.clients
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
             self._clients = Watched(lambda _: self._check_clients(all_clients(options)), path)
@@ -9201,6 +9356,10 @@ class Program:
         inspector = Inspector() if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
+        if worker:
+            own = Proxy({}, max_body=0, status=self._status, admin=True)
+            self._private = Server(("", 0), own, listener=worker.private)
+            self._status = dataclasses.replace(self._status, others=worker.other_paths)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
             hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
@@ -9211,11 +9370,15 @@ class Program:
             guard=guard)  # fmt: skip
         self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
-            certificate=self._certificate, reuse_port=options.reuse_port)  # fmt: skip
+            certificate=self._certificate, listener=worker.listener if worker else None)  # fmt: skip
         self.admin = None
         if options.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
-            self.admin = self._listen(options.admin, admin, "--admin", max_connections=32)
+            self.admin = self._listen(options.admin, admin, "--admin", max_connections=32,
+                listener=worker.admin if worker else None)  # fmt: skip
+        if worker:
+            self._in_flight.others = worker.other_pipes
+            self.server.watch(worker.pipe, self._in_flight.hear)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -9302,10 +9465,10 @@ class Program:
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
-    def _listen(self, address: tuple[str, int], proxy: Any, flags: str, **how: Any) -> Server:
-        hint = f"choose others with {flags} (0 picks a free one)"
-        with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
-            return Server(address, proxy, timeout=self._options.timeout, **how)
+    def _listen(self, address: tuple[str, int], proxy: Any, flags: str,
+            listener: Optional[socket.socket], **how: Any) -> Server:  # fmt: skip
+        listener = listener or _listen(address, flags, self._options.reuse_port)
+        return Server(address, proxy, timeout=self._options.timeout, listener=listener, **how)
 
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
@@ -9324,6 +9487,9 @@ class Program:
                 log.error("--queues %s: %s", self._options.queues, error)
         if isinstance(self._in_flight, TaskProtection):
             self._in_flight.tend_later()
+        if self._worker and os.getppid() != self._worker.supervisor:  # it was killed
+            self._worker = None
+            self.end()
         if self._drain_until < math.inf:
             self.server.cut_polls_short()
             if self._is_settled or time.monotonic() > self._drain_until:
@@ -9356,8 +9522,11 @@ class Program:
                 self._check_clients(self.proxy.clients)
         if options.no_verify:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, self._note_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
+        if self._worker:
+            threading.Thread(target=self._private.serve_forever, daemon=True).start()
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
@@ -9370,24 +9539,29 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
+        if self._worker:
+            self._worker.note_start()
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
         if self._store:
             self._store.close()
-        self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
+        if not self._worker:
+            self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
         self._writer.close()
         return 0
 
     def _announce(self, what: str, host: str, server: Server) -> str:
         port = server.server_address[1]
         address = f"://[{host}]:{port}" if ":" in host else f"://{host}:{port}"
-        self._console.write(f"{what}{address}\n")
+        if not (self._worker and self._worker.number):  # only the first one of several
+            self._console.write(f"{what}{address}\n")
         return address
 
     def _tell(self, line: str) -> None:
-        if self._console.is_terminal:  # these lines are for a person
+        is_first = not (self._worker and self._worker.number)
+        if is_first and self._console.is_terminal:  # these lines are for a person
             self._console.write(f"{line}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
@@ -9395,7 +9569,138 @@ class Program:
         self.server.wake(self._writer.reopen if number == signal.SIGHUP else self.end)
 
 
-# [10.4] In a test process
+# [10.4] Processes
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+def _listen(address: tuple[str, int], flags: str, reuse_port: bool = False) -> socket.socket:
+    hint = f"choose others with {flags} (0 picks a free one)"
+    with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
+        return listen(address, reuse_port)
+
+
+@dataclass
+class Worker:
+    """The sockets and pipes of a worker, which outlive the process that uses them."""
+
+    number: int
+    supervisor: int  # its process id
+    listener: socket.socket
+    admin: Optional[socket.socket]  # all workers share it
+    private: socket.socket  # other workers ask for its pages there
+    path: str  # of `private`
+    pipe: int  # other workers write into `inlet` what they know about messages
+    inlet: int
+    other_paths: Sequence[str] = ()
+    other_pipes: Sequence[int] = ()
+    ready: int = -1  # a pipe to close when it serves
+
+    def note_start(self) -> None:
+        """Tell the supervisor that it serves."""
+        if self.ready >= 0:
+            os.write(self.ready, b"x")
+            os.close(self.ready)
+
+
+class Supervisor:
+    """Runs workers on one port, starts one again if it ends, and passes signals on.
+
+    Each worker has a socket of its own on the port (SO_REUSEPORT), so that the kernel shares the
+    connections among them.  The supervisor keeps all sockets open: it can hand them to the next
+    process if a worker ends, and no connection that waits is lost."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options, self._ending = options, False
+        self._running: dict[int, tuple[Worker, float]] = {}  # by process id, since when
+        self._workers: list[Worker] = []
+
+    def run(self) -> int:
+        """Serve until all workers have ended, and return the exit code."""
+        logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO)
+        watched = {*SIGNALS, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        with tempfile.TemporaryDirectory(prefix="awsproxy-") as folder:
+            self._open(folder)
+            gc.freeze()
+            heard, self._workers[0].ready = os.pipe()
+            self._start(self._workers[0])
+            os.close(self._workers[0].ready)
+            self._workers[0].ready = -1
+            if not os.read(heard, 1):  # it found a fault in the flags
+                return os.waitstatus_to_exitcode(os.wait()[1])
+            for worker in self._workers[1:]:
+                self._start(worker)
+            while self._running:
+                number = signal.sigwait(watched)
+                if number == signal.SIGCHLD:
+                    self._replace_ended()
+                else:
+                    self._pass_on(number)
+        return 0
+
+    def _open(self, folder: str) -> None:
+        """Open the sockets and pipes of all workers."""
+        options, flags = self._options, "--host and --port"
+        with _listen((options.host, options.port), flags) as free:  # no other program has it
+            address = options.host, free.getsockname()[1]
+        admin = _listen(options.admin, "--admin") if options.admin else None
+        of_this_machine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        for number in range(options.processes or len(of_this_machine(0))):
+            private, path = socket.socket(socket.AF_UNIX), os.path.join(folder, str(number))
+            with _usage_errors(f"the socket {path} cannot be used: "):
+                private.bind(path)
+                private.listen()
+            pipes = os.pipe()
+            for pipe in pipes:
+                os.set_blocking(pipe, False)
+            listener = _listen(address, flags, reuse_port=True)
+            worker = Worker(number, os.getpid(), listener, admin, private, path, *pipes)
+            self._workers.append(worker)
+        for worker in self._workers:
+            others = [it for it in self._workers if it is not worker]
+            worker.other_paths = [it.path for it in others]
+            worker.other_pipes = [it.inlet for it in others]
+
+    def _start(self, worker: Worker) -> None:
+        if pid := os.fork():
+            self._running[pid] = worker, time.monotonic()
+            return
+        code = 1
+        try:
+            os.setpgid(0, 0)  # the supervisor passes on what Ctrl-C sends
+            for other in self._workers:
+                if other is not worker:  # their connections would wait here for nobody
+                    other.listener.close()
+            code = run_program(self._options, worker)
+        except Exception:
+            log.exception("worker %d failed", worker.number)
+        finally:
+            os._exit(code)
+
+    def _replace_ended(self) -> None:
+        while self._running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            worker, began = self._running.pop(pid)
+            if not self._ending:
+                code = os.waitstatus_to_exitcode(status)
+                how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+                log.error("worker %d, process %d, ended %s; starting it again",
+                    worker.number, pid, how)  # fmt: skip
+                time.sleep(max(0.0, began + 1 - time.monotonic()))
+                self._start(worker)
+
+    def _pass_on(self, number: int) -> None:
+        if number != signal.SIGHUP:
+            self._ending = True
+            for worker in self._workers:
+                worker.listener.close()  # each worker closes its own one at its end
+        for pid in self._running:
+            os.kill(pid, number)
+
+
+# [10.5] In a test process
 class MovableClock:
     """The system's clock, which a test can move ahead."""
 
@@ -9435,7 +9740,7 @@ def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, po
             thread.join()
 
 
-# [10.5] A saved request
+# [10.6] A saved request
 def read_request(data: bytes) -> Request:
     """Return a request that a person saved: as text, or as the `>` lines of `curl -v`.
 
@@ -9481,16 +9786,13 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program with these arguments, or the command line's, and return its exit code."""
+def run_program(options: argparse.Namespace, worker: Optional[Worker] = None) -> int:
+    """Run one process of the program, and return its exit code."""
     writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
-    logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO, stream=writer)
+    form = "awsproxy: %(message)s"
+    logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=bool(worker))
     try:
-        with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
-            options = build_parser().parse_args(argv)
-        if options.check:
-            return check_file(options.check, options)
-        program = Program(options, writer)
+        program = Program(options, writer, worker)
         with program.server:
             return program.serve()
     except UsageError as error:
@@ -9500,7 +9802,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         writer.close()
 
 
-# [10.6] Routes of the flags
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program with these arguments, or the command line's, and return its exit code."""
+    try:
+        with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
+            options = build_parser().parse_args(argv)
+        if options.check:
+            return check_file(options.check, options)
+        if options.processes != 1:
+            return Supervisor(options).run()
+    except UsageError as error:
+        print(f"awsproxy: {error}", file=sys.stderr)
+        return 2
+    return run_program(options)
+
+
+# [10.7] Routes of the flags
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
     upstream = [("*", options.upstream)] if options.upstream else []
