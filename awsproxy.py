@@ -9370,7 +9370,8 @@ class Program:
             guard=guard)  # fmt: skip
         self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
             max_connections=self._most_connections(), every_half_second=self._tick,
-            certificate=self._certificate, listener=worker.listener if worker else None)  # fmt: skip
+            certificate=self._certificate,
+            listener=worker.listener if worker else None)  # fmt: skip
         self.admin = None
         if options.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)

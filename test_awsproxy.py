@@ -14701,6 +14701,71 @@ def own_path(address, path, method="GET"):
         return answer.status, answer.read()
 
 
+class JoinedPagesTest(unittest.TestCase):
+    """Pages of several processes, as one."""
+
+    def test_metrics_are_added(self):
+        def page(*samples):
+            text = "# HELP awsproxy_x_total Some.\n# TYPE awsproxy_x_total counter\n"
+            return text + "".join(f"awsproxy_{it}\n" for it in samples)
+
+        gauge = (
+            "# HELP awsproxy_in_flight Held.\n# TYPE awsproxy_in_flight gauge\nawsproxy_in_flight"
+        )
+        first = page('x_total{a="b c",d="1"} 3', "x_total{} 0.25") + f"{gauge} 7\n"
+        second = page('x_total{a="b c",d="1"} 4', "x_total{} 0.5", 'x_total{a="z"} 1')
+        joined = awsproxy.join_metrics([first, f"{second}{gauge} 5\n"], 0)
+        expected = page('x_total{a="b c",d="1"} 7', "x_total{} 0.75", 'x_total{a="z"} 1')
+        self.assertEqual(joined, f"{expected}{gauge} 7\n")
+        self.assertEqual(awsproxy.join_metrics([first], 0), first)
+
+    def test_metrics_of_a_proxy_stay_as_they_are_alone(self):
+        metrics = Metrics()
+        metrics.gauge("credentials_seconds", "Left.", lambda: math.inf)
+        caller = Caller("json")
+        caller.proxy = Proxy(DEMO_CLIENTS, clock=caller.clock, sqs=caller.sqs, hooks=[metrics])
+        caller("ListQueues")
+        self.assertEqual(awsproxy.join_metrics([metrics.text()], 0), metrics.text())
+        twice = awsproxy.join_metrics([metrics.text()] * 2, 0)
+        self.assertIn('code="-"} 2\n', twice)
+        self.assertIn("awsproxy_credentials_seconds +Inf\n", twice)
+
+    def test_calls_are_in_order_and_none_is_missed(self):
+        def page(*numbers):
+            return json.dumps([{"number": number, "status": 200} for number in numbers])
+
+        joined = json.loads(awsproxy.join_calls([page(1, 5, 9), page(2, 8)], 8))
+        self.assertEqual([it["number"] for it in joined], [1, 2, 5, 8])  # 9 comes the next time
+        many = [page(*range(n, 400, 2)) for n in (0, 1)]
+        joined = json.loads(awsproxy.join_calls(many, 1000))
+        self.assertEqual([it["number"] for it in joined], [*range(200, 400)])
+
+    def test_policies_allow_what_each_of_them_allows(self):
+        one = {"Version": "2012-10-17", "Statement": []}
+        other = {"Id": "incomplete", **one}
+        for policy, rows in ((one, ["a:B r1", "a:C r1"]), (other, ["a:C r2", "a:B r2", "d:E r3"])):
+            for name, pattern in map(str.split, rows):
+                statement = {"Effect": "Allow", "Action": [name], "Resource": [pattern]}
+                policy["Statement"] = [*policy["Statement"], statement]
+        joined = json.loads(awsproxy.join_policies([json.dumps(one), json.dumps(other)], 0))
+        statements = [
+            {"Effect": "Allow", "Action": ["a:B", "a:C"], "Resource": ["r1", "r2"]},
+            {"Effect": "Allow", "Action": ["d:E"], "Resource": ["r3"]},
+        ]
+        expected = {"Id": "incomplete", "Version": "2012-10-17", "Statement": statements}
+        self.assertEqual(joined, expected)
+
+    def test_a_process_that_does_not_answer_is_left_out(self):
+        status = Status(Metrics(), others=[os.path.join(folder(self), "nobody")])
+        request = Request(
+            "GET", "/_awsproxy/metrics", (("Host", HOST),), io.BytesIO(), "127.0.0.1"
+        )
+        with self.assertLogs("awsproxy", "WARNING"):
+            reply = status.reply_to(request)
+        self.assertEqual(reply.status, 200)
+        self.assertIn(b"awsproxy_requests_total", reply.body)
+
+
 class InspectorTest(unittest.TestCase):
     """The page that shows the last calls."""
 
@@ -15783,6 +15848,64 @@ class InFlightTest(LedgerCase):
         before = tracemalloc.get_traced_memory()[0]
         work(10000)
         self.assertLess(tracemalloc.get_traced_memory()[0] - before, 200000)
+
+
+class SharedInFlightTest(LedgerCase):
+    """Processes that hold the same messages."""
+
+    def setUp(self):
+        self.here, self.there = (
+            InFlight(lambda *_: 30, lambda act: act(), Clock()) for _ in range(2)
+        )
+        pipes = os.pipe()
+        for pipe in pipes:
+            self.addCleanup(os.close, pipe)
+            os.set_blocking(pipe, False)
+        self.pipe, inlet = pipes
+        self.here.others = [inlet]
+
+    def test_the_other_process_knows_all_changes(self):
+        caller = self.caller(ledger=self.here)
+        self.there._clock = self.here._clock = caller.clock
+        url = caller.queue(VisibilityTimeout="100")
+        for body in "abcde":
+            caller.enqueue(url, body)
+        caller.receive(url)
+        held = [m for _ in range(2) for m in caller.receive(url, MaxNumberOfMessages=2)]
+        self.there.hear(self.pipe)
+        self.assertEqual(self.there.counts(), {"000000000000/jobs": 5})
+        self.assertEqual(self.there._held.keys(), self.here._held.keys())
+        caller.delete(url, held[0]["ReceiptHandle"])
+        self.there.hear(self.pipe)
+        self.assertEqual(self.there.counts(), {"000000000000/jobs": 4})
+        caller.clock.now += 29
+        self.assertEqual(self.there.counts(), self.here.counts())
+        caller.clock.now += 1
+        self.assertEqual(self.there.counts(), self.here.counts())
+        caller.purge(url)
+        self.there.hear(self.pipe)
+        self.assertEqual(self.there.counts(), {})
+
+    def test_half_a_line_waits_for_its_rest(self):
+        inlet = self.here.others[0]
+        line = b'["_add", 1.0, "r/a/q", Infinity, [[1, 2]]]\n'
+        for part, count in ((line[:20], 0), (line[20:] + line[:5], 1)):
+            os.write(inlet, part)
+            self.there.hear(self.pipe)
+            self.assertEqual(self.there.total, count)
+
+    def test_a_process_that_hangs_stops_nobody(self):
+        for number in range(3000):
+            self.here._share("_add", 1.0, "r/a/q", math.inf, [[number, number]])
+        self.assertEqual(self.here.total, 3000)
+        self.there.hear(self.pipe)
+        self.assertGreater(self.there.total, 500)
+
+    def test_a_long_change_is_not_cut(self):
+        self.here._share("_add", 1.0, "q" * select.PIPE_BUF, math.inf, [[1, 1]])
+        self.here._share("_add", 1.0, "q", math.inf, [[2, 2]])
+        self.there.hear(self.pipe)
+        self.assertEqual((self.here.total, self.there.total), (2, 1))
 
 
 class ForwardedInFlightTest(ForwardCase):
@@ -21179,10 +21302,29 @@ class UnmatchablePatternTest(unittest.TestCase):
 LONG_DRAIN = "1000"  # seconds, far longer than any test waits
 
 
-class DrainTest(unittest.TestCase):
+class DrainCase(unittest.TestCase):
+    """Programs that end, or that forward to another one."""
+
+    quiet = ("--quiet",)
+
     def get(self, address, path):
         return own_path(address, f"/_awsproxy/{path}")
 
+    def begin_to_drain(self, program):
+        program.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.get(program.address, "ready")[0] == 503)
+
+    def forwarding(self, *flags):
+        client = Client("up", "upstreamkey", "upstreamsecret")
+        clients = write(os.path.join(folder(self), "clients"), section(*client[:3]))
+        upstream = Program(self.addCleanup, "--clients", clients, "--quiet")
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        there = ("--upstream", f"http://127.0.0.1:{upstream.address[1]}")
+        flags = (*there, *flags, *self.quiet)
+        return Program(self.addCleanup, *flags, env={**os.environ, **keys}), upstream, client
+
+
+class DrainTest(DrainCase):
     def calls(self, program):
         metrics = self.get(program.address, "metrics")[1].decode()
         return int(re.search("^awsproxy_calls ([0-9]+)$", metrics, re.MULTILINE)[1])
@@ -21205,10 +21347,6 @@ class DrainTest(unittest.TestCase):
         thread.start()
         wait_until(lambda: self.calls(there) > before)
         return thread, outcome
-
-    def begin_to_drain(self, program):
-        program.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: self.get(program.address, "ready")[0] == 503)
 
     def bodies(self, caller):
         bodies = []
@@ -21262,15 +21400,6 @@ class DrainTest(unittest.TestCase):
         caller.enqueue(url, "a")
         caller.receive(url)
         self.assertEqual(program.end()[0], 0)
-
-    def forwarding(self, *flags):
-        client = Client("up", "upstreamkey", "upstreamsecret")
-        clients = write(os.path.join(folder(self), "clients"), section(*client[:3]))
-        upstream = Program(self.addCleanup, "--clients", clients, "--quiet")
-        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
-        there = ("--upstream", f"http://127.0.0.1:{upstream.address[1]}")
-        program = Program(self.addCleanup, *there, *flags, "--quiet", env={**os.environ, **keys})
-        return program, upstream, client
 
     def test_forwarded_messages_are_counted_too(self):
         program, _, _ = self.forwarding()
@@ -22141,6 +22270,227 @@ class CommandLineTest(unittest.TestCase):
             [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=DEADLINE
         )
         self.assertEqual(ended.stdout.splitlines()[1:], ["__main__"], ended.stderr)
+
+
+def children(pid):
+    """Return the ids of the processes that a process started."""
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(it) for it in file.read().split()]
+
+
+def resident(pid):
+    """Return the bytes of a process in memory, and the most that there were."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        found = re.findall("^(VmRSS|VmHWM):\\s*([0-9]+) kB$", file.read(), re.MULTILINE)
+    sizes = {name: int(size) * 1024 for name, size in found}
+    return sizes["VmRSS"], sizes["VmHWM"]
+
+
+@unittest.skipUnless(LINUX, "the kernel shares connections among processes on Linux")
+class ProcessesTest(DrainCase):
+    """--processes: workers on one port, which look like one program."""
+
+    CALLS = 40  # on a connection each: one in 2 ** 39 runs reaches only one worker
+
+    def start(self, *flags):
+        program, upstream, _ = self.forwarding("--processes", "2", *flags)
+        self.assertTrue(program.address)
+        wait_until(lambda: len(children(program.process.pid)) == 2)
+        return program, upstream
+
+    def counted(self, program):
+        return json.loads(self.get(program.address, "in-flight")[1])
+
+    def test_pages_are_of_all_workers(self):
+        program, _ = self.start("--inspect")
+        caller = program.caller()
+        for _ in range(self.CALLS):
+            caller("ListQueues")
+        one = http.client.HTTPConnection(*program.address, timeout=DEADLINE)
+        with contextlib.closing(one):
+            for _ in range(3):
+                one.request("GET", "/_awsproxy/metrics")
+                page = one.getresponse().read().decode()
+                self.assertIn(
+                    f'operation="ListQueues",status="200",code="-"}} {self.CALLS}\n', page
+                )
+                self.assertIn(f"\nawsproxy_request_seconds_count {self.CALLS}\n", page)
+                self.assertEqual(page.count("# TYPE awsproxy_requests_total counter\n"), 1)
+                self.assertRegex(page, r"awsproxy_build_info\{[^}]*\} 1\n")
+            one.request("GET", "/_awsproxy/calls?after=0")
+            calls = json.loads(one.getresponse().read())
+            numbers = [call["number"] for call in calls]
+            self.assertEqual((len(set(numbers)), numbers), (self.CALLS, sorted(numbers)))
+            one.request("GET", f"/_awsproxy/calls?after={numbers[-3]}")
+            self.assertEqual(json.loads(one.getresponse().read()), calls[-2:])
+            one.request("GET", "/_awsproxy/policy?client=demo")
+            (statement,) = json.loads(one.getresponse().read())["Statement"]
+            self.assertEqual(statement["Action"], ["sqs:ListQueues"])
+            one.request("GET", "/_awsproxy/nothing")
+            self.assertEqual(one.getresponse().status, 404)
+
+    def test_messages_are_counted_whichever_worker_has_the_calls(self):
+        program, _ = self.start("--drain-seconds", LONG_DRAIN)
+        caller = program.caller()
+        url = caller.queue()
+        for number in range(16):
+            caller.enqueue(url, str(number))
+        held = [message for _ in range(16) for message in caller.receive(url)]
+        self.assertEqual(len(held), 16)
+        for _ in range(5):
+            self.assertEqual(self.counted(program), {"000000000000/jobs": 16})
+        for message in held[1:]:
+            caller.delete(url, message["ReceiptHandle"])
+        wait_until(lambda: self.counted(program) == {"000000000000/jobs": 1})
+        wires = [socket.create_connection(program.address) for _ in range(8)]  # to both workers
+        for wire in wires:
+            self.addCleanup(wire.close)
+        self.begin_to_drain(program)
+        self.assertEqual(len(children(program.process.pid)), 2)
+        caller.delete(url, held[0]["ReceiptHandle"])
+        self.assertEqual(program.process.wait(DEADLINE), 0)
+
+    def test_a_worker_that_dies_is_replaced(self):
+        program, _ = self.start()
+        caller = program.caller()
+        first, second = children(program.process.pid)
+        os.kill(second, signal.SIGKILL)
+        line = program.line()
+        self.assertEqual(
+            line, f"awsproxy: worker 1, process {second}, ended by signal 9; starting it again"
+        )
+        for _ in range(self.CALLS):  # a call waits until there is a worker again
+            caller("ListQueues")
+        now = children(program.process.pid)
+        self.assertEqual((len(now), first in now, second in now), (2, True, False))
+        for _ in range(5):
+            page = self.get(program.address, "metrics")[1].decode()
+            self.assertIn(f"\nawsproxy_request_seconds_count {self.CALLS}\n", page)
+        self.assertEqual(program.end()[0], 0)
+
+    @each(signal.SIGINT, signal.SIGTERM)
+    def test_a_signal_ends_all(self, number):
+        program, _ = self.start("--drain-seconds", LONG_DRAIN)
+        workers = children(program.process.pid)
+        self.assertEqual(program.end(number)[0], 0)
+        for worker in workers:
+            self.assertFalse(os.path.exists(f"/proc/{worker}"))
+        self.assertEqual(program.rest(), [])
+
+    def test_workers_end_if_the_supervisor_is_killed(self):
+        program, _ = self.start()
+        workers = children(program.process.pid)
+        program.process.kill()
+        wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
+
+    def test_files_are_read_again_by_each_worker(self):
+        where = folder(self)
+        clients, logged = os.path.join(where, "callers"), os.path.join(where, "log")
+        write(clients, section("a", "akida", "secret"))
+        self.quiet = ()
+        program, _ = self.start("--clients", clients, "--log-file", logged)
+        write(clients, section("b", "akidb", "secret"))
+        caller = program.caller(client=Client("b", "akidb", "secret"))
+
+        def both_know():
+            with contextlib.suppress(Refused):
+                for _ in range(self.CALLS):
+                    caller("ListQueues")
+                return True
+
+        wait_until(both_know)
+        os.rename(logged, logged + ".1")
+        program.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: os.path.exists(logged))
+        for _ in range(self.CALLS):
+            caller("ListQueues")
+
+        def lines():
+            return [
+                line
+                for it in (logged, logged + ".1")
+                for line in pathlib.Path(it).read_text().splitlines()
+            ]
+
+        wait_until(lambda: sum(" 200 - " in line for line in lines()) >= 2 * self.CALLS)
+        for line in lines():
+            self.assertRegex(line, r"\A[0-9-]{10}T[0-9:.]+Z 127\.0\.0\.1( \S+){10}\Z")
+
+    def test_the_listener_for_our_paths_is_shared(self):
+        program, _ = self.start("--admin", "127.0.0.1:0")
+        ((host, port),) = re.findall("^admin on http://(.*):(.*)$", program.warnings[0])
+        caller = program.caller()
+        for _ in range(self.CALLS):
+            caller("ListQueues")
+        for _ in range(5):
+            page = self.get((host, int(port)), "metrics")[1].decode()
+            self.assertIn(f"\nawsproxy_request_seconds_count {self.CALLS}\n", page)
+        self.assertEqual(self.get(program.address, "health")[0], 403)
+
+    def test_what_processes_cannot_share_is_refused(self):
+        taken = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(taken.close)
+        both = ["--processes", "2", "--upstream", "http://127.0.0.1:9", "--port"]
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        rows = (
+            ("embedded queues", ["--processes", "2", "--port", "0"]),
+            ("--task-protection needs one process", [*both, "0", "--task-protection"]),
+            ("--record needs one process", [*both, "0", "--record", "tape"]),
+            ("in use", [*both, str(taken.getsockname()[1])]),
+            ("nowhere", [*both, "0", "--clients", "nowhere"]),
+            ("not from 0 to 256", ["--processes", "257"]),
+        )
+        with mock.patch.dict(os.environ, keys):
+            ended = run_each(rows)
+        for expected, (code, _, errors) in ended.items():
+            with self.subTest(expected):
+                self.assertEqual((code, errors.count("\n")), (2, 1), errors)
+                self.assertIn(expected, errors)
+
+    def test_a_worker_has_little_memory_of_its_own(self):
+        program, _ = self.start()
+        for worker in children(program.process.pid):
+            with open(f"/proc/{worker}/smaps_rollup", encoding="ascii") as file:
+                private = re.findall(r"^Private_\w+:\s*([0-9]+) kB$", file.read(), re.MULTILINE)
+            self.assertLess(sum(map(int, private)), 20000)
+
+
+class SecondStartTest(unittest.TestCase):
+    """The script starts Python again, with the compiled code and without the syntax tree."""
+
+    @unittest.skipUnless(hasattr(os, "memfd_create") and hasattr(sys, "orig_argv"), "see main")
+    def test_the_syntax_tree_is_not_kept(self):
+        program = Program(self.addCleanup)
+        self.assertTrue(program.address)
+        with open(f"/proc/{program.process.pid}/cmdline", encoding="utf-8") as file:
+            words = file.read().split("\0")
+        self.assertEqual(words[3:], [awsproxy.__file__, "--port", "0", ""])
+        self.assertLess(resident(program.process.pid)[1], 45000000)
+        program.caller()("ListQueues")
+
+    def test_it_keeps_flags_and_the_place_of_the_script(self):
+        where = folder(self)
+        write(os.path.join(where, "beside.py"), "NAME = 'beside'\n")
+        hook = "import sys, beside\nprint(beside.NAME, sys.flags.optimize, file=sys.stderr)\n"
+        hook += "def observe(exchange): pass\n"
+        write(os.path.join(where, "hook.py"), hook)
+        shutil.copy(awsproxy.__file__, os.path.join(where, "awsproxy.py"))
+        program = Program(
+            self.addCleanup, "--hook", "hook.py", python=("-O",), path="awsproxy.py", cwd=where
+        )
+        self.assertTrue(program.address)
+        self.assertEqual(program.warnings, ["beside 1"])
+
+    def test_other_programs_that_run_the_script_stay(self):
+        code = "import runpy, sys; sys.argv[1:] = ['--version']; print(sys.argv[0]);"
+        code += f"runpy.run_path({awsproxy.__file__!r}, run_name='__main__')"
+        for python in (["-c", code], ["-m", "awsproxy", "--version"]):
+            ended = subprocess.run(
+                [sys.executable, *python], capture_output=True, encoding="utf-8",
+                timeout=DEADLINE, cwd=os.path.dirname(os.path.abspath(awsproxy.__file__)),
+            )  # fmt: skip
+            self.assertIn("awsproxy " + awsproxy.__version__, ended.stdout, ended.stderr)
+            self.assertEqual(ended.returncode, 0)
 
 
 class DrainByDefaultTest(ProgramTest):
