@@ -8969,10 +8969,11 @@ class Server(http.server.HTTPServer):
 
     def _proceed(self, upstream: Connection) -> None:
         connection = self._waiting.get(upstream)
-        if not connection or not connection.pending:  # nobody waits: it has ended
+        if connection and connection.pending:
+            if outcome := connection.pending.proceed():
+                self.settle(connection, outcome)
+        elif upstream.is_watched:  # it is idle, and has ended; otherwise a worker has it now
             upstream.close()
-        elif outcome := connection.pending.proceed():
-            self.settle(connection, outcome)
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
         """Stop waiting for an upstream, and send the outcome in this turn of the loop."""

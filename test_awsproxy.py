@@ -20679,6 +20679,15 @@ class ForwardedIdleTest(Through):
         self.assertEqual(self.put(raw_call(), wire=wire).status, 200)
         self.assertEqual(len(self.upstream.connections), before + 1)
 
+    def test_an_answer_that_arrives_as_a_worker_takes_the_connection_is_its_own(self):
+        wire = self.running.connect()
+        self.put(raw_call(), wire=wire)
+        self.put(raw_call(), wire=wire)
+        (kept,) = self.watched()
+        kept.unwatch()  # as for a poll that ends, in the turn of the loop in which it is answered
+        self.running.server._proceed(kept)
+        self.assertGreaterEqual(kept.socket.fileno(), 0)
+
     def test_a_connection_that_ends_in_a_call_is_forgotten(self):
         wire = self.running.connect()
         self.put(raw_call(), wire=wire)
