@@ -6288,8 +6288,8 @@ class Inspector(Hook):
     MOST_TEXT = 65536  # characters of one call
     MOST_BODY = 4096
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, least_number: Callable[[], int] = lambda: 1) -> None:
+        self._lock, self._least_number = threading.Lock(), least_number
         self._calls: collections.deque[tuple[int, str]] = collections.deque(maxlen=self.MOST)
 
     def observe(self, exchange: Exchange) -> None:
@@ -6312,9 +6312,8 @@ class Inspector(Hook):
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
             "steps": steps}  # fmt: skip
         with self._lock:
-            # Microseconds since 1970, so that the calls of several processes have an order.
             last = self._calls[-1][0] if self._calls else 0
-            kept["number"] = number = max(last + 1, time.time_ns() // 1000)
+            kept["number"] = number = max(last + 1, self._least_number())
             text = json.dumps(kept)
             if len(text) > self.MOST_TEXT:
                 text = json.dumps({**kept, "steps": [("too long to be kept", ())], "theirs": ()})
@@ -6325,6 +6324,11 @@ class Inspector(Hook):
         with self._lock:
             after = number if self._calls and number <= self._calls[-1][0] else 0
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
+
+
+def microseconds() -> int:
+    """Return the time since 1970."""
+    return time.time_ns() // 1000
 
 
 def join_calls(pages: Sequence[str], until: int) -> str:
@@ -7641,7 +7645,7 @@ class Status:
             check_page(request, hosts, any_address)
             if self.sqs and f"{request.path}/".startswith(f"{self.LOCALSTACK}/"):
                 return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
-            began = time.time_ns() // 1000
+            began = microseconds()
             return self._joined(request, self._answer(request), began)
         except ServiceError as error:
             return REST.error(request, error, random_id())
@@ -9354,7 +9358,8 @@ class Program:
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
-        inspector = Inspector() if options.inspect else None
+        # The numbers of calls give the calls of several processes an order.
+        inspector = Inspector(*[microseconds] * bool(worker)) if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
         if worker:
