@@ -1472,8 +1472,6 @@ _NAME_OF_TEXT = re.compile("<([a-z]+)>")
 Draft = tuple[str, ...]  # what a signer computes, in the order of _FIELDS
 Mistake = tuple[int, str, str, str]  # place in _FIELDS, pattern, new text, description
 Mistakes = Iterator[Mistake]
-
-
 _ROWS: list[Mistake] = [
     (_FIELDS.index(name), pattern, written.lstrip("-"), words.format(name.replace("_", " ")))
     for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
@@ -1490,8 +1488,7 @@ def _others(
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
     raw = [part for part in query.split("&") if not part.startswith("X-Amz-Signature=")]
-    pairs = [(quote(k, ""), quote(v, "")) for k, v in request.query if k != b"X-Amz-Signature"]
-    written = [f"{name}={value}" for name, value in pairs]
+    written = [canonical_query([it]) for it in request.query if it[0] != b"X-Amz-Signature"]
     for name, right in (("path", parts[1]), ("query", parts[2])):
         plain = re.sub("%(25)?(2[1789A])", lambda match: unquote(f"%{match[2]}"), right)
         lower = re.sub("%..", lambda match: match[0].lower(), right)
@@ -1511,8 +1508,8 @@ def _others(
     yield "query", "did not percent-encode the {}", "&".join(sorted(raw)), unquote(parts[2])
     by_case = sorted(written, key=str.lower)
     yield "query", "did not sort the {} by its bytes", "&".join(written), "&".join(by_case)
-    last = [f"{name}={value}" for name, value in sorted(dict(pairs).items())]
-    yield "query", "signed only the last parameter of each name", "&".join(last)
+    last = canonical_query([*dict(request.query).items()], [b"X-Amz-Signature"])
+    yield "query", "signed only the last parameter of each name", last
     yield "method", "signed the {} in lower case", request.method.lower()
     sent = [(n, v) for n, v in request.headers if n.lower() in claimed.signed_headers]
     by_name = sorted(sent, key=lambda header: header[0].lower())
@@ -1684,18 +1681,18 @@ STREAMING = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 
 
+@dataclass(eq=False)
 class CheckedBody:
     """A body that comes in blocks, each of which is checked before it comes."""
 
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-        self._held = memoryview(b"")  # the part of the latest block that is not returned yet
+    blocks: Iterator[bytes]
+    _held = memoryview(b"")  # the part of the latest block that is not returned yet
 
     def read(self, size: int = -1) -> bytes:
         """Return up to `size` bytes, all if negative, b"" at the end; ServiceError if wrong."""
         if size < 0:
             return b"".join(iter(lambda: self.read(65536), b""))
-        held = self._held or memoryview(next(self._blocks, b""))  # its slices copy nothing
+        held = self._held or memoryview(next(self.blocks, b""))  # its slices copy nothing
         self._held = held[size:]
         return bytes(held[:size])
 
@@ -1749,21 +1746,17 @@ _TRAILERS = re.compile(rf"(?s)((?:{_TOKEN}:[\t -~]*(?:\r\n|\n(?:\r\n)?))*)(?:\r\
 _incomplete = functools.partial(ServiceError, "IncompleteBody")
 
 
+@dataclass(eq=False)
 class AwsChunkedBody(CheckedBody):
     """The decoded content of an aws-chunked body."""
 
-    def __init__(
-        self, request: Request, size: int, signer: Signer, announced: Sequence[str], checked: bool
-    ) -> None:
-        self.length = size
-        self.signed = signer is not None
-        self.announced = announced  # the names in x-amz-trailer, in lower case
-        self.trailers: dict[str, str] = {}  # complete once the body is read
-        stream = Stream(request.body.read)
-        # A method would make a cycle, and so keep the chunks of an abandoned body in memory.
-        super().__init__(_chunks(stream, size, signer, announced, checked, self.trailers))
+    length: int
+    signed: bool
+    announced: Sequence[str]  # the names in x-amz-trailer, in lower case
+    trailers: dict[str, str]  # complete once the body is read
 
 
+# A method of the body would make a cycle, and so keep the chunks of an abandoned body in memory.
 def _chunks(
     stream: Stream, unread: int, signer: Signer, announced: Sequence[str], checked: bool,
     trailers: dict[str, str]
@@ -1879,7 +1872,9 @@ def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
     if bool(announced) != declared.endswith("-TRAILER") or len(announced) > MAX_TRAILERS:
         raise ServiceError("MalformedTrailerError", "x-amz-trailer must name the body's trailers.")
     of_chunks = None if declared == STREAMING_UNSIGNED else signer
-    return AwsChunkedBody(request, int(length), of_chunks, announced, checked=bool(signer))
+    stream, size, trailers = Stream(request.body.read), int(length), dict[str, str]()
+    blocks = _chunks(stream, size, of_chunks, announced, bool(signer), trailers)
+    return AwsChunkedBody(blocks, size, bool(of_chunks), announced, trailers)
 
 
 # [3.10] Signing
@@ -7382,7 +7377,7 @@ def hash_body(call: Call) -> None:
         collections.deque(_noted(_blocks_of(body)), 0)
         body.seek(0)
     elif isinstance(body, CheckedBody):
-        body._blocks = _noted(body._blocks)
+        body.blocks = _noted(body.blocks)
     else:
         call.body = CheckedBody(_noted(_blocks_of(body)))
     call.body_hash = lambda: digest.hexdigest().replace(EMPTY_SHA256, "")
