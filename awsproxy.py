@@ -2689,7 +2689,6 @@ S3_ACTIONS = {  # by level, sub-resource and method
     for subresource, _, noun in [word.partition("=") for word in words.split()]
 }
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
-_S3_LIKE = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}
 # The actions of a call with a versionId.
 _S3_VERSIONED = {
     it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
@@ -2743,7 +2742,7 @@ def s3_meaning(request: Request, service: str, of_host: str) -> Meaning:
     found = sorted(parameters & _S3_SUBRESOURCES)
     if len(found) > 1:
         raise ambiguous(REST_S3, f"{found[0]} and {found[1]} are both sub-resources")
-    method = _S3_LIKE.get(request.method, request.method)
+    method = {"HEAD": "GET", "OPTIONS": "GET", "PATCH": "PUT"}.get(request.method, request.method)
     strongest = S3_ACTIONS.get((level, "", method), "PutObject")  # of the method at that level
     action = S3_ACTIONS.get((level, "".join(found), request.method), strongest)
     if "versionId" in parameters and level == "object":
@@ -2973,9 +2972,7 @@ class Changes(NamedTuple):
 
 
 class Queue:
-    """A standard or FIFO queue ("FIFO delivery logic").
-
-    Operations on a message are O(log n) or better in their number."""
+    """A standard or FIFO queue ("FIFO delivery logic"); operations on a message are O(log n)."""
 
     changes: Optional[Changes] = None  # for a store
 
@@ -3808,8 +3805,7 @@ class Sqs:
                 "ApproximateReceiveCount": str(message.received),
                 "ApproximateFirstReceiveTimestamp": str(int(message.first_received * 1000))
             }  # fmt: skip
-            shown = {k: v for k, v in system.items() if k in asked or "All" in asked}
-            if shown:
+            if shown := {k: v for k, v in system.items() if k in asked or "All" in asked}:
                 output["Attributes"] = shown
         names, them = given.get("MessageAttributeNames", ()), message.attributes
         every = "All" in names or "*" in names
