@@ -3391,8 +3391,7 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
 class Sqs:
     """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
 
-    A method with the name of an operation does what the Amazon SQS API Reference says.  Nothing
-    enforces the policies of the queues."""
+    The method of an operation follows the SQS API Reference.  Nothing enforces queue policies."""
 
     changes: Optional[Changes] = None  # for a store
     is_failing = False  # whether the store's last commit failed
