@@ -2271,10 +2271,9 @@ def _content(request: Request, body: Body) -> bytes:
     kind = request.fields.get("content-type", ("",))[0]
     if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
         return data
-    charset = ",".join(_CHARSET.findall(kind)).lower()
-    coding = request.fields.get("content-encoding", ("identity",))[0].lower()
-    if charset not in ("", "utf-8", "utf8", "us-ascii"):
+    if ",".join(_CHARSET.findall(kind)).lower() not in ("", "utf-8", "utf8", "us-ascii"):
         raise ServiceError("SerializationException", "The body must be in UTF-8.")
+    coding = request.fields.get("content-encoding", ("identity",))[0].lower()
     if coding in ("identity", "aws-chunked"):
         return data
     if coding != "gzip":
@@ -3422,12 +3421,11 @@ class Sqs:
 
     def restore(self, serial: int, arn: str, more: str) -> Queue:
         """Add a queue that a store has kept, without its messages."""
-        kept = json.loads(more)
-        queue = Queue(arn, serial, kept["settings"], kept["modified"], self.lock)
-        self.queues[arn] = queue
-        queue.tags, queue.created, queue.purged = kept["tags"], kept["created"], kept["purged"]
-        queue.tasks.extend(MoveTask(**task) for task in kept["tasks"])
-        queue.scoped_to_group = kept["scoped"]
+        old = json.loads(more)
+        queue = self.queues[arn] = Queue(arn, serial, old["settings"], old["modified"], self.lock)
+        queue.tags, queue.created, queue.purged = old["tags"], old["created"], old["purged"]
+        queue.tasks.extend(MoveTask(**task) for task in old["tasks"])
+        queue.scoped_to_group = old["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
         return queue
 
@@ -3885,11 +3883,9 @@ class Sqs:
             raise sqs_refusal("task handle") from error
         refuse_if(not isinstance(arn, str), "task handle")
         self._found(call, arn, "ResourceNotFoundException", "SourceArn")
-        task = self._running.get(arn)
-        if task is None or task.handle != handle:
-            raise sqs_refusal("no task")
+        refuse_if(arn not in self._running or self._running[arn].handle != handle, "no task")
+        task = self._running.pop(arn)
         task.status = "CANCELLED"
-        del self._running[arn]
         return {"ApproximateNumberOfMessagesMoved": task.moved}
 
     def _move_messages(self) -> None:
@@ -4013,8 +4009,7 @@ def restore_in_json(body: bytes, call: Call, endpoint: Endpoint) -> bytes:
     """Return a JSON document with the upstream's QueueUrl in place of our QueueUrl."""
     with contextlib.suppress(*_MALFORMED):  # the upstream refuses such documents
         given = (call.input if call.changed else call.encoded)["QueueUrl"]
-        restored = _upstream_url(given, call, endpoint)
-        if restored != given:
+        if (restored := _upstream_url(given, call, endpoint)) != given:
             return _to_json({**read_json(body.decode("utf-8")), "QueueUrl": restored})
     return body
 
