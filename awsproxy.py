@@ -4551,8 +4551,7 @@ class CredentialChain:
         command = f"aws configure export-credentials --profile {shlex.quote(profile)}"
         remedy = f"credential_process = {command} --format process"
         if role:
-            path = settings.get("web_identity_token_file")
-            if path:
+            if path := settings.get("web_identity_token_file"):
                 return self._with_web_identity(path, role, settings.get("role_session_name"))
             if settings.get("mfa_serial"):
                 raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
@@ -4622,8 +4621,7 @@ class CredentialChain:
     def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Section) -> str:
         """Return a new SSO token, and write it to the cache file with botocore's members."""
         names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
-        missing = [name for name in names if not cached.get(name)]
-        if missing:
+        if missing := [name for name in names if not cached.get(name)]:
             raise NoKeys(f"{path} has no {' and no '.join(missing)}")
         if _expiry(cached["registrationExpiresAt"]) <= self.clock():
             raise NoKeys("the registration of its client has expired")
@@ -4735,9 +4733,8 @@ class CredentialCache:
 
     def get(self) -> Credentials:
         """Return credentials that are valid now.  Raise NoKeys if no source has any."""
-        valid = self._current.expires > self.clock()
-        if not self._lock.acquire(blocking=not valid):
-            return self._current  # somebody is renewing them
+        if not self._lock.acquire(blocking=not self._current.expires > self.clock()):
+            return self._current  # they are valid, and somebody is renewing them
         try:
             return self.ready() or self._renew(self.clock())
         finally:
