@@ -6494,14 +6494,13 @@ class Target(Protocol):
         """Return the answer, or raise ServiceError."""
 
 
+@dataclass(eq=False)
 class Embedded:
     """Answers Amazon SQS from memory, and the operation of AWS STS that clients start with."""
 
+    sqs: Sqs
     name = "embedded"
     may_block = False  # a call that would wait raises WouldWait
-
-    def __init__(self, sqs: Sqs) -> None:
-        self._sqs = sqs
 
     def answer(self, call: Call, request_id: str) -> Reply:
         """Return the answer in the caller's protocol."""
@@ -6517,9 +6516,9 @@ class Embedded:
         if call.operation not in OPERATIONS:
             raise _invalid_action(call.operation, OPERATIONS)
         try:
-            output = self._sqs.perform(call)
+            output = self.sqs.perform(call)
             if call.may_wait:  # in a worker; the loop commits the calls of a turn together
-                self._sqs.commit()
+                self.sqs.commit()
             return call.wire.output(call, output, request_id)
         except ServiceError as error:
             members = OPERATIONS[call.operation].input.members
