@@ -4316,8 +4316,7 @@ def tls_context() -> ssl.SSLContext:
 def fetch(url: str, headers: Mapping[str, str], timeout: float = 5, **how: Any) -> bytes:
     """Return the body of a successful answer, or raise NoKeys, within `timeout` seconds.
 
-    `how` is `data` and `method` of a Request of urllib.  One to a link-local or loopback address
-    bypasses the proxies of the environment."""
+    `how` is `data` and `method` for urllib.  Local addresses bypass the environment's proxies."""
     _, host = split_url(url)
     outcome: queues.SimpleQueue[Union[tuple[int, bytes], Exception]] = queues.SimpleQueue()
 
@@ -6565,8 +6564,7 @@ def _actions(table: str) -> set[str]:
     return {f"{service}:{operation}" for service, *operations in rows for operation in operations}
 
 
-# IAM's prefix for a signing name, if they differ ("Actions, resources, and condition keys for AWS
-# services", Service Authorization Reference).
+# IAM's prefix for a signing name, if they differ (source: Service Authorization Reference).
 IAM_PREFIXES = pairs("""cloudcontrolapi=cloudformation iot-jobs-data=iotjobsdata,iot iotdata=iot
     iotsecuredtunneling=iot monitoring=cloudwatch mturk-requester=mechanicalturk
     partnercentral-account=partnercentral partnercentral-benefits=partnercentral
@@ -9022,9 +9020,8 @@ class Server(http.server.HTTPServer):
 # [10.1] The files of clients and queues
 _KEY_ID = re.compile("[A-Za-z0-9._-]{3,128}")
 _ACCOUNT_ID = re.compile("[0-9]{12}")
-_CLIENT_KEYS = [  # in the order of the fields of Client
-    "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_account_id",
-    "upstream_profile", "upstream_role_arn"]  # fmt: skip
+_CLIENT_KEYS = """aws_access_key_id aws_secret_access_key aws_session_token aws_account_id
+    upstream_profile upstream_role_arn""".split()  # in the order of the fields of Client
 _OF_POLICY = ("policy", "read_only")
 _FORMS = {  # of the keys that are no attributes
     "region": ("[A-Za-z0-9_-]{0,64}", "a name, as in us-east-1"),
