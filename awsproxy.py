@@ -4298,13 +4298,17 @@ class NotSetUp(NoKeys):
 
 
 @contextlib.contextmanager
-def _no_keys(told: str, *failures: type[Exception]) -> Iterator[None]:
-    """Raise NoKeys with this text for each failure; %s stands for the text of the failure."""
+def raising(kind: Any, told: str, *failures: type[Exception]) -> Iterator[None]:
+    """Raise `kind` with this text for each failure; %s stands for the text of the failure."""
     failures = (NoKeys, *failures)
     try:
         yield
     except failures as error:
-        raise NoKeys(told.replace("%s", str(error)), getattr(error, "passing", False)) from error
+        passing = (error.passing,) if isinstance(error, NoKeys) else ()
+        raise kind(told.replace("%s", str(error)), *passing) from error
+
+
+_no_keys = functools.partial(raising, NoKeys)
 
 
 @functools.lru_cache(maxsize=1)
@@ -6823,10 +6827,8 @@ class Policy:
     @classmethod
     def parse(cls, text: str) -> Policy:
         """Return the policy of a JSON document.  Raise ValueError if a part is not supported."""
-        try:
+        with raising(ValueError, "the policy is too deeply nested", RecursionError):
             document = json.loads(text, object_pairs_hook=_marked)
-        except RecursionError as error:
-            raise ValueError("the policy is too deeply nested") from error
         _check_members("the policy", document, ("Version", "Id", "Statement"))
         if document.get("Version", "2012-10-17") not in ("2012-10-17", "2008-10-17"):
             raise ValueError("the Version of the policy must be 2012-10-17")
@@ -7496,10 +7498,8 @@ def read_tape(path: str) -> Tracks:
                 rest = iter(lambda: file.readline(65536), b"")
                 if not any(part.endswith((b"\n", b"}")) for part in rest):
                     raise ValueError(f"line {number} is cut off, or longer than {MAX_LINE} bytes")
-            try:
+            with raising(ValueError, f"line {number}: %s", ValueError):
                 entry = {**_checked(read_json(line.decode())), **place} if line.strip() else None
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
             if entry:
                 key = (entry["action"], entry.get("region", ""), _masked(entry.get("input")))
                 tracks.setdefault(key, collections.deque()).append(entry)
@@ -9033,7 +9033,9 @@ _FORMS = {  # of the keys that are no attributes
 def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
     clients: dict[str, list[Client]] = {}
-    for name, section in read_ini(pathlib.Path(path).read_text("utf-8")).items():
+    with open(path, encoding="utf-8") as file:
+        sections = read_ini(file.read())
+    for name, section in sections.items():
         values = (section.get(key, "") for key in _CLIENT_KEYS)
         client = Client(name, *values)._replace(policy=_policy_of(path, name, section))
         of_role = re.match("arn:[a-z-]+:iam::([0-9]{12}):", client.upstream_role_arn)
@@ -9066,10 +9068,8 @@ def _policy_of(path: str, name: str, section: Section) -> Any:
     if given is None:
         return Policy(statements) if statements else None
     file = os.path.join(os.path.dirname(path), given)
-    try:
+    with raising(ValueError, f"[{name}] policy {file}: %s", OSError, ValueError):
         return Watched(functools.partial(Policy.read, more=statements), file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"[{name}] policy {file}: {error}") from error
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
@@ -9165,11 +9165,9 @@ def _route(text: str) -> tuple[str, str]:
 
 def _target_name(text: str) -> str:
     if text not in ("embedded", "aws", "deny") and not re.match("tape:.", text):
-        try:
+        known = "embedded, aws, deny, tape:FILE or http(s)://host[:port]"
+        with raising(argparse.ArgumentTypeError, f"%s; a target is {known}", ValueError):
             parse_endpoint(text)
-        except ValueError as error:
-            known = "embedded, aws, deny, tape:FILE or http(s)://host[:port]"
-            raise argparse.ArgumentTypeError(f"{error}; a target is {known}") from error
     return text
 
 
@@ -9731,11 +9729,9 @@ def read_request(data: bytes) -> Request:
     sent = re.findall(rb"^> ?(.*)$", data, re.MULTILINE)
     lines = b"\n".join(sent) + b"\n\n" if sent else data.lstrip() + b"\n\n"
     head, body = re.split(rb"\r?\n\r?\n", lines, maxsplit=1)
-    try:
+    with raising(ValueError, "%s", ServiceError):
         parsed = parse_head(re.sub(rb"\r?\n", b"\r\n", head) + b"\r\n\r\n")
         length = body_framing(parsed)
-    except ServiceError as error:
-        raise ValueError(error.message) from error
     if length is None or length > len(body):
         raise ValueError("the body is missing (curl -v does not show it): write it after the head")
     return parsed.request(io.BytesIO(body[:length]), "127.0.0.1", lambda: False)
