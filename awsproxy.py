@@ -6484,10 +6484,8 @@ async function send() {
     ([title, shown]) => [make("h3", title), make("pre", shown)]));
 }
 
-for (const [name, words] of Object.entries(MISTAKES)) {
-  const box = Object.assign(make("input"), { type: "checkbox", id: name });
-  $("switches").append(make("label", box, ` ${words}`));
-}
+$("switches").append(...Object.entries(MISTAKES).map(([id, words]) =>
+  make("label", Object.assign(make("input"), { type: "checkbox", id }), ` ${words}`)));
 $("filter").oninput = filter;
 $("send").onclick = () => send().catch((error) =>
   $("result").replaceChildren(`${error.message} (Web Crypto needs https or localhost.)`));
