@@ -4391,19 +4391,6 @@ def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> C
     return Credentials(key, secret, token or "", _expiry(expiration))
 
 
-def read_ini(text: str, strict: bool = True, fold: Any = str.lower) -> Mapping[str, Section]:
-    """Return the sections of an INI file, or raise ValueError with a text that has no secret."""
-    parser = configparser.RawConfigParser(default_section="", strict=strict)
-    parser.optionxform = fold  # type: ignore[method-assign]
-    try:
-        parser.read_string(text)
-    except configparser.Error as error:
-        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
-        lines = getattr(error, "errors", ())
-        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
-    return {name: dict(parser[name]) for name in parser.sections()}
-
-
 def _document(text: bytes) -> Mapping[str, Any]:
     with _no_keys("the answer is no JSON object", ValueError, TypeError):
         return dict(read_json(text.decode("utf-8")))
@@ -4525,11 +4512,12 @@ class CredentialChain:
         return _credentials(*map(_document(answer).get, _HOST_FIELDS))
 
     def _file(self, variable: str, default: str) -> Mapping[str, Section]:
+        parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
         text = _read_text(path) if os.path.exists(path) else ""
-        with _no_keys(f"{path} is malformed", ValueError):
-            sections = read_ini(text, strict=False)
-        return {" ".join(name.split()): section for name, section in sections.items()}
+        with _no_keys(f"{path} is malformed", configparser.Error):
+            parser.read_string(text)
+        return {" ".join(it.split()): dict(parser.items(it)) for it in parser.sections()}
 
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
@@ -9030,12 +9018,19 @@ _FORMS = {  # of the keys that are no attributes
 
 def read_clients(path: str) -> Clients:
     """Return the clients of a file like ~/.aws/credentials, or raise OSError or ValueError."""
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except configparser.Error as error:
+        fault, *_ = str(error).splitlines()  # the other lines may repeat a secret
+        lines = getattr(error, "errors", ())
+        raise ValueError(f"{fault} (line {lines[0][0]})" if lines else fault) from error
     clients: dict[str, list[Client]] = {}
-    with open(path, encoding="utf-8") as file:
-        sections = read_ini(file.read())
-    for name, section in sections.items():
+    for name in parser.sections():
+        section = parser[name]
         values = (section.get(key, "") for key in _CLIENT_KEYS)
-        client = Client(name, *values)._replace(policy=_policy_of(path, name, section))
+        client = Client(name, *values)._replace(policy=_policy_of(path, section))
         of_role = re.match("arn:[a-z-]+:iam::([0-9]{12}):", client.upstream_role_arn)
         if of_role and not client.account_id:
             client = client._replace(account_id=of_role[1])
@@ -9057,22 +9052,28 @@ def read_clients(path: str) -> Clients:
     return clients
 
 
-def _policy_of(path: str, name: str, section: Section) -> Any:
+def _policy_of(path: str, section: configparser.SectionProxy) -> Any:
     """Return the policy of a section, None if it has none; ValueError if it cannot be used."""
-    given, read_only = section.get("policy"), section.get("read_only", "false").lower()
-    if read_only not in ("true", "false") or given == "":
-        raise ValueError(f"[{name}] read_only must be true or false, and policy a file")
+    name, read_only = section.get("policy"), section.get("read_only", "false").lower()
+    if read_only not in ("true", "false") or name == "":
+        raise ValueError(f"[{section.name}] read_only must be true or false, and policy a file")
     statements = READ_ONLY if read_only == "true" else ()
-    if given is None:
+    if name is None:
         return Policy(statements) if statements else None
-    file = os.path.join(os.path.dirname(path), given)
-    with raising(ValueError, f"[{name}] policy {file}: %s", OSError, ValueError):
+    file = os.path.join(os.path.dirname(path), name)
+    with raising(ValueError, f"[{section.name}] policy {file}: %s", OSError, ValueError):
         return Watched(functools.partial(Policy.read, more=statements), file)
 
 
 def read_queues(path: str) -> Mapping[str, Section]:
     """Return the queues that a file declares, a section each.  Raise OSError or ValueError."""
-    declared = read_ini(pathlib.Path(path).read_text("utf-8"), fold=str)
+    parser = configparser.RawConfigParser(default_section="")
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    try:
+        parser.read_string(pathlib.Path(path).read_text("utf-8"))
+    except configparser.Error as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    declared = {name: dict(parser[name]) for name in parser.sections()}
     for name, given in declared.items():
         for key in set(given).difference(SETTINGS, _FORMS):
             meant = did_you_mean(key, (*SETTINGS, *_FORMS))
