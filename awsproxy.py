@@ -70,23 +70,20 @@ import os
 import sys
 
 if __name__ == "__main__" and hasattr(os, "memfd_create"):
-    # Python keeps the syntax tree of a script, 27 MB, until the script ends (`pyrun_file` in
+    # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
     # CPython's pythonrun.c).  So the script starts Python again, with the compiled code.
+    _given = getattr(sys, "orig_argv", [])  # from Python 3.10 on
+    _flags = _given[1 : -len(sys.argv)]
     if sys.argv[0] == "-c":  # this is the second start
-        del sys.argv[0]
-        __file__ = sys.argv[0]
-        if not sys.path[0]:
-            sys.path[0] = os.path.dirname(os.path.realpath(__file__))
-    else:
-        _given = getattr(sys, "orig_argv", [])  # from Python 3.10 on
-        _flags = _given[1 : -len(sys.argv)]
-        # Not below another program, such as a debugger.
-        if _given[-len(sys.argv) :] == sys.argv and all(flag[0] == "-" for flag in _flags):
-            _code = os.memfd_create("awsproxy", 0)
-            os.write(_code, marshal.dumps(sys._getframe().f_code))
-            os.lseek(_code, 0, os.SEEK_SET)
-            _run = f"import marshal; exec(marshal.load(open({_code}, 'rb')))"
-            os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
+        __file__ = sys.argv.pop(1)
+        sys.argv[0] = __file__
+        sys.path[0] = sys.path[0] or os.path.dirname(os.path.realpath(__file__))
+    elif _given[-len(sys.argv) :] == sys.argv and all(it[0] == "-" for it in _flags):
+        _code = os.memfd_create("awsproxy", 0)  # no other program runs this one, as a debugger
+        os.write(_code, marshal.dumps(sys._getframe().f_code))
+        os.lseek(_code, 0, os.SEEK_SET)
+        _run = f"import marshal; exec(marshal.load(open({_code}, 'rb')))"
+        os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
 
 import argparse
 import base64
@@ -4852,28 +4849,23 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket, self._client = client.sock, client
-        self._selector: Optional[selectors.BaseSelector] = None  # of the loop that watches it
+        self.selector: Optional[selectors.BaseSelector] = None  # of the loop that watches it
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
         self._arrival.register(self.socket, select.POLLIN)
 
-    @property
-    def is_watched(self) -> bool:
-        """Return whether a loop, and no other thread, uses it."""
-        return self._selector is not None
-
     def watch(self, selector: selectors.BaseSelector, act: Callable[[], None]) -> None:
-        """Let a loop call `act` when bytes or the end arrive, also while it is idle."""
-        self._selector = selector
+        """Let a loop, and no other thread, use it, and call `act` when bytes or the end arrive."""
+        self.selector = selector
         selector.register(self.socket, selectors.EVENT_READ, act)
 
     def unwatch(self) -> None:
         """Let another thread use it."""
-        if self._selector:
+        if self.selector:
             with contextlib.suppress(KeyError):  # the loop has ended
-                self._selector.unregister(self.socket)
-            self._selector = None
+                self.selector.unregister(self.socket)
+            self.selector = None
 
     def close(self) -> None:
         """Close it; only the loop may close a watched one."""
@@ -5007,7 +4999,7 @@ class Pool:
         if keep and not connection.spoiled and not connection.source.buffer:
             connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
-                key = connection.endpoint, connection.is_watched
+                key = connection.endpoint, connection.selector is not None
                 idle = self._idle.setdefault(key, [])
                 if len(idle) < self.MOST:
                     idle.append(connection)
@@ -8728,13 +8720,13 @@ class Server(http.server.HTTPServer):
     A connection may be silent for `timeout` seconds.  A head or small body must arrive, and a
     write must end, in that time.  With a `certificate` it speaks TLS."""
 
-    def __init__(self, address: tuple[str, int], proxy: Proxy, *, timeout: float = 60,
-            max_connections: int = 10000, every_half_second: Callable[[], None] = lambda: None,
-            certificate: Optional[Watched] = None, reuse_port: bool = False,
-            listener: Optional[socket.socket] = None) -> None:  # fmt: skip
-        super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+    def __init__(self, where: Union[tuple[str, int], socket.socket], proxy: Proxy, *,
+            timeout: float = 60, max_connections: int = 10000,
+            every_half_second: Callable[[], None] = lambda: None,
+            certificate: Optional[Watched] = None) -> None:  # fmt: skip
+        super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()  # it is not of the right family, nor bound
-        self.socket = listener or listen(address, reuse_port)
+        self.socket = where if isinstance(where, socket.socket) else listen(where)
         self.server_address = self.socket.getsockname()
         self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
         self._certificate, self._every_half_second = certificate, every_half_second
@@ -8945,7 +8937,7 @@ class Server(http.server.HTTPServer):
         upstream = pending.connection
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
         self._waiting[upstream] = connection
-        if not upstream.is_watched:
+        if not upstream.selector:
             upstream.watch(self._selector, functools.partial(self._proceed, upstream))
 
     def _proceed(self, upstream: Connection) -> None:
@@ -8953,7 +8945,7 @@ class Server(http.server.HTTPServer):
         if connection and connection.pending:
             if outcome := connection.pending.proceed():
                 self.settle(connection, outcome)
-        elif upstream.is_watched:  # it is idle, and has ended; otherwise a worker has it now
+        elif upstream.selector:  # it is idle, and has ended; otherwise a worker has it now
             upstream.close()
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
@@ -9204,7 +9196,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tls-key", **_FILE, help="private key of the certificate, if in another file")
     add("--processes", type=_number(int, 0, 256), default=1, metavar="N",
         help="workers on the port, 0 for one a core; every route must forward")  # fmt: skip
-    add("--reuse-port", action="store_true", help="share the port; every route must forward")
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
         help="before the exit, wait up to this long for calls and messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
@@ -9290,10 +9281,9 @@ class Program:
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
-    def __init__(self, options: argparse.Namespace, console: LineWriter,
-            worker: Optional[Worker] = None) -> None:  # fmt: skip
+    def __init__(self, options: argparse.Namespace, console: LineWriter, worker: Worker) -> None:
         self._options, self._console, self._writer = options, console, console
-        self._worker = worker
+        self._worker, self.admin = worker, None
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -9315,29 +9305,24 @@ class Program:
         with _usage_errors(f"--store {options.store}: "):
             if options.store:
                 self._store = Store(options.store, self._sqs, options.store_sync == "full")
-        shares = (worker and "--processes") or (options.reuse_port and "--reuse-port")
-        if shares and sqs:
-            raise UsageError(f"{shares} cannot share embedded queues; forward with --upstream")
-        for flag in ("task_protection", "record") if shares else ():
-            if getattr(options, flag):
-                raise UsageError(f"--{flag.replace('_', '-')} needs one process, without {shares}")
+        if options.processes != 1 and sqs:
+            raise UsageError("--processes cannot share embedded queues; forward with --upstream")
+        if options.processes != 1 and (options.task_protection or options.record):
+            raise UsageError("--task-protection and --record need one process: no --processes")
         path = options.clients
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
             self._clients = Watched(lambda _: self._check_clients(all_clients(options)), path)
         with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
-            tls_context()
+            _ = self._upstreams and tls_context()  # it takes 20 ms
         self._in_flight = self._build_in_flight()
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
         # The numbers of calls give the calls of several processes an order.
-        inspector = Inspector(*[microseconds] * bool(worker)) if options.inspect else None
+        least = microseconds if worker.others else int
+        inspector = Inspector(least) if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
-        if worker:
-            own = Proxy({}, max_body=0, status=self._status, admin=True)
-            self._private = Server(("", 0), own, listener=worker.private)
-            self._status = dataclasses.replace(self._status, others=worker.other_paths)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
             hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
@@ -9346,19 +9331,23 @@ class Program:
             hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
-        self.server = self._listen((options.host, options.port), self.proxy, "--host and --port",
+        self.server = Server(worker.listener, self.proxy, timeout=options.timeout,
             max_connections=self._most_connections(), every_half_second=self._tick,
-            certificate=self._certificate,
-            listener=worker.listener if worker else None)  # fmt: skip
-        self.admin = None
-        if options.admin:
+            certificate=self._certificate)  # fmt: skip
+        if worker.admin:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
-            self.admin = self._listen(options.admin, admin, "--admin", max_connections=32,
-                listener=worker.admin if worker else None)  # fmt: skip
-        if worker:
-            self._in_flight.others = worker.other_pipes
-            self.server.watch(worker.pipe, self._in_flight.hear)
+            self.admin = Server(worker.admin, admin, timeout=options.timeout, max_connections=32)
+        if worker.private:
+            self._join(worker, worker.private)
         self._add_gauges()
+
+    def _join(self, worker: Worker, private: socket.socket) -> None:
+        """Make the pages and the messages in flight those of all workers."""
+        own = Proxy({}, max_body=0, status=dataclasses.replace(self._status), admin=True)
+        threading.Thread(target=Server(private, own).serve_forever, daemon=True).start()
+        self._status.others = [it.path for it in worker.others]
+        self._in_flight.others = [it.inlet for it in worker.others]
+        self.server.watch(worker.pipe, self._in_flight.hear)
 
     def _add_gauges(self) -> None:
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
@@ -9444,11 +9433,6 @@ class Program:
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
 
-    def _listen(self, address: tuple[str, int], proxy: Any, flags: str,
-            listener: Optional[socket.socket], **how: Any) -> Server:  # fmt: skip
-        listener = listener or _listen(address, flags, self._options.reuse_port)
-        return Server(address, proxy, timeout=self._options.timeout, listener=listener, **how)
-
     def _tick(self) -> None:
         self.proxy.refresh_hooks()
         self._pool.close_idle()
@@ -9466,8 +9450,8 @@ class Program:
                 log.error("--queues %s: %s", self._options.queues, error)
         if isinstance(self._in_flight, TaskProtection):
             self._in_flight.tend_later()
-        if self._worker and os.getppid() != self._worker.supervisor:  # it was killed
-            self._worker = None
+        if self._worker.supervisor not in (0, os.getppid()):  # it was killed
+            self._worker.supervisor = 0
             self.end()
         if self._drain_until < math.inf:
             self.server.cut_polls_short()
@@ -9504,8 +9488,6 @@ class Program:
         for number in SIGNALS:
             signal.signal(number, self._note_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
-        if self._worker:
-            threading.Thread(target=self._private.serve_forever, daemon=True).start()
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
@@ -9518,15 +9500,15 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
-        if self._worker:
-            self._worker.note_start()
+        if self._worker.supervisor:
+            os.kill(self._worker.supervisor, signal.SIGUSR1)
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
         if self._store:
             self._store.close()
-        if not self._worker:
+        if not self._worker.others:
             self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
         self._writer.close()
         return 0
@@ -9534,13 +9516,12 @@ class Program:
     def _announce(self, what: str, host: str, server: Server) -> str:
         port = server.server_address[1]
         address = f"://[{host}]:{port}" if ":" in host else f"://{host}:{port}"
-        if not (self._worker and self._worker.number):  # only the first one of several
-            self._console.write(f"{what}{address}\n")
+        self._tell(f"{what}{address}", always=True)
         return address
 
-    def _tell(self, line: str) -> None:
-        is_first = not (self._worker and self._worker.number)
-        if is_first and self._console.is_terminal:  # these lines are for a person
+    def _tell(self, line: str, always: bool = False) -> None:
+        """Print a line for a person at a terminal, or always; of several workers, one prints."""
+        if (always or self._console.is_terminal) and not self._worker.number:
             self._console.write(f"{line}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
@@ -9552,131 +9533,127 @@ class Program:
 SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
-def _listen(address: tuple[str, int], flags: str, reuse_port: bool = False) -> socket.socket:
-    hint = f"choose others with {flags} (0 picks a free one)"
-    with _usage_errors(f"cannot listen on {address[0]} port {address[1]}, {hint}: "):
-        return listen(address, reuse_port)
+def _bind(options: argparse.Namespace) -> list[Any]:
+    """Return the socket that listens on --host and --port, and that of --admin, or None."""
+    bound: list[Any] = []
+    both = ((options.host, options.port), "--host and --port"), (options.admin, "--admin")
+    for address, flags in both:
+        hint = f"choose others with {flags} (0 picks a free one)"
+        with _usage_errors(
+            address and f"cannot listen on {address[0]} port {address[1]}, {hint}: "
+        ):
+            bound.append(address and listen(address))
+    return bound
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
-    """The sockets and pipes of a worker, which outlive the process that uses them."""
+    """The sockets and pipes of a process.  They outlive it, for the process that replaces it."""
 
     number: int
-    supervisor: int  # its process id
     listener: socket.socket
     admin: Optional[socket.socket]  # all workers share it
-    private: socket.socket  # other workers ask for its pages there
-    path: str  # of `private`
-    pipe: int  # other workers write into `inlet` what they know about messages
-    inlet: int
-    other_paths: Sequence[str] = ()
-    other_pipes: Sequence[int] = ()
-    ready: int = -1  # a pipe to close when it serves
-
-    def note_start(self) -> None:
-        """Tell the supervisor that it serves."""
-        if self.ready >= 0:
-            os.write(self.ready, b"x")
-            os.close(self.ready)
+    private: Optional[socket.socket] = None  # other workers ask for its pages there
+    path: str = ""  # of `private`
+    pipe: int = -1  # other workers write into `inlet` what they know about messages
+    inlet: int = -1
+    others: Sequence[Worker] = ()
+    supervisor: int = 0  # the process that gets SIGUSR1 when this one serves
+    process: int = 0
+    began: float = 0.0
 
 
 class Supervisor:
     """Runs workers on one port, starts one again if it ends, and passes signals on.
 
     Each worker has a socket of its own on the port (SO_REUSEPORT), so that the kernel shares the
-    connections among them.  The supervisor keeps all sockets open: it can hand them to the next
-    process if a worker ends, and no connection that waits is lost."""
+    connections among them.  The supervisor keeps all sockets open: no connection that waits is
+    lost if a worker ends, because the next process gets the same sockets."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self._options, self._ending = options, False
-        self._running: dict[int, tuple[Worker, float]] = {}  # by process id, since when
-        self._workers: list[Worker] = []
+        self._options, self._workers = options, list[Worker]()
+        self._serves = self._ending = False
+        self._code = 0
 
     def run(self) -> int:
         """Serve until all workers have ended, and return the exit code."""
         logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO)
-        watched = {*SIGNALS, signal.SIGCHLD}
+        watched = {*SIGNALS, signal.SIGCHLD, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         with tempfile.TemporaryDirectory(prefix="awsproxy-") as folder:
             self._open(folder)
             gc.freeze()
-            heard, self._workers[0].ready = os.pipe()
-            self._start(self._workers[0])
-            os.close(self._workers[0].ready)
-            self._workers[0].ready = -1
-            if not os.read(heard, 1):  # it found a fault in the flags
-                return os.waitstatus_to_exitcode(os.wait()[1])
-            for worker in self._workers[1:]:
-                self._start(worker)
-            while self._running:
+            self._start(self._workers[0])  # the others follow when it serves
+            while any(worker.process for worker in self._workers):
                 number = signal.sigwait(watched)
                 if number == signal.SIGCHLD:
-                    self._replace_ended()
-                else:
+                    self._reap()
+                elif number != signal.SIGUSR1:
                     self._pass_on(number)
-        return 0
+                elif not (self._serves or self._ending):
+                    self._serves = True
+                    list(map(self._start, self._workers[1:]))
+        return self._code
 
     def _open(self, folder: str) -> None:
-        """Open the sockets and pipes of all workers."""
-        options, flags = self._options, "--host and --port"
-        with _listen((options.host, options.port), flags) as free:  # no other program has it
-            address = options.host, free.getsockname()[1]
-        admin = _listen(options.admin, "--admin") if options.admin else None
+        options = self._options
+        free, admin = _bind(options)
+        address = options.host, free.getsockname()[1]  # no other program has it
+        free.close()
         of_this_machine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         for number in range(options.processes or len(of_this_machine(0))):
             private, path = socket.socket(socket.AF_UNIX), os.path.join(folder, str(number))
             with _usage_errors(f"the socket {path} cannot be used: "):
                 private.bind(path)
                 private.listen()
-            pipes = os.pipe()
+            pipes, listener = os.pipe(), listen(address, reuse_port=True)
             for pipe in pipes:
                 os.set_blocking(pipe, False)
-            listener = _listen(address, flags, reuse_port=True)
-            worker = Worker(number, os.getpid(), listener, admin, private, path, *pipes)
+            worker = Worker(number, listener, admin, private, path, *pipes)
+            worker.supervisor = os.getpid()
             self._workers.append(worker)
         for worker in self._workers:
-            others = [it for it in self._workers if it is not worker]
-            worker.other_paths = [it.path for it in others]
-            worker.other_pipes = [it.inlet for it in others]
+            worker.others = [it for it in self._workers if it is not worker]
 
     def _start(self, worker: Worker) -> None:
-        if pid := os.fork():
-            self._running[pid] = worker, time.monotonic()
+        worker.began = time.monotonic()
+        worker.process = os.fork()
+        if worker.process:
             return
         code = 1
         try:
             os.setpgid(0, 0)  # the supervisor passes on what Ctrl-C sends
-            for other in self._workers:
-                if other is not worker:  # their connections would wait here for nobody
-                    other.listener.close()
+            for other in worker.others:  # their connections would wait here for nobody
+                other.listener.close()
             code = run_program(self._options, worker)
         except Exception:
             log.exception("worker %d failed", worker.number)
         finally:
             os._exit(code)
 
-    def _replace_ended(self) -> None:
-        while self._running:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            worker, began = self._running.pop(pid)
-            if not self._ending:
-                code = os.waitstatus_to_exitcode(status)
-                how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-                log.error("worker %d, process %d, ended %s; starting it again",
-                    worker.number, pid, how)  # fmt: skip
-                time.sleep(max(0.0, began + 1 - time.monotonic()))
-                self._start(worker)
+    def _reap(self) -> None:
+        """Start the workers again that have ended; end if the first one could not start."""
+        for worker in [it for it in self._workers if it.process]:
+            process, status = os.waitpid(worker.process, os.WNOHANG)
+            if process:
+                worker.process, code = 0, os.waitstatus_to_exitcode(status)
+                if not self._serves:  # the flags have a fault
+                    self._code = code
+                elif not self._ending:
+                    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+                    about = worker.number, process, how
+                    log.error("worker %d, process %d, ended %s; starting it again", *about)
+                    time.sleep(max(0.0, worker.began + 1 - time.monotonic()))
+                    self._start(worker)
 
     def _pass_on(self, number: int) -> None:
         if number != signal.SIGHUP:
             self._ending = True
-            for worker in self._workers:
+        for worker in self._workers:
+            if self._ending:
                 worker.listener.close()  # each worker closes its own one at its end
-        for pid in self._running:
-            os.kill(pid, number)
+            if worker.process:
+                os.kill(worker.process, number)
 
 
 # [10.5] In a test process
@@ -9769,7 +9746,7 @@ def run_program(options: argparse.Namespace, worker: Optional[Worker] = None) ->
     form = "awsproxy: %(message)s"
     logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=bool(worker))
     try:
-        program = Program(options, writer, worker)
+        program = Program(options, writer, worker or Worker(0, *_bind(options)))
         with program.server:
             return program.serve()
     except UsageError as error:

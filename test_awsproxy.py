@@ -21704,7 +21704,7 @@ FLAGS = (
     " --route --upstream --profile --sign-as --hook --log-file --max-connections --admin"
     " --drain-seconds --task-protection "
     "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
-    " --no-verify --port --public-url --quiet --region --reuse-port --timeout --tls-cert --tls-key --version"
+    " --no-verify --port --processes --public-url --quiet --region --timeout --tls-cert --tls-key --version"
 ).split()
 LOG_FIELDS = (
     "time peer key action status error ms request_id route target upstream_request_id reason"
@@ -21807,31 +21807,6 @@ class CommandLineTest(unittest.TestCase):
                 context = self.assertRaisesRegex(ValueError, "more than loopback")
                 with context if refused else contextlib.nullcontext():
                     check(program, DEMO_CLIENTS)
-
-    def test_a_port_is_shared_by_processes_that_keep_nothing(self):
-        sink = Running(Echo())
-        self.addCleanup(sink.stop)
-        flags = ("--reuse-port", "--quiet", "--upstream", "http://{}:{}".format(*sink.address))
-        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
-        keys = {**os.environ, **keys}
-        first = Program(self.addCleanup, *flags, env=keys)
-        port = first.address[1]
-        second = Program(self.addCleanup, *flags, f"--port={port}", env=keys)
-        self.assertEqual(second.address[1], port)
-        first.caller()("ListQueues")
-        self.assertEqual(first.end()[0], 0)
-        second.caller()("ListQueues")
-        self.assertEqual(len(sink.server.proxy.requests), 2)
-        rows = (
-            ("embedded", ("--reuse-port",)),
-            ("--task-protection", (*flags, "--task-protection")),
-            ("in use", flags[1:]),
-        )
-        with mock.patch.dict(os.environ, keys):
-            ended = run_each((expected, [f"--port={port}", *more]) for expected, more in rows)
-        for expected, (code, _, errors) in ended.items():
-            self.assertEqual((code, errors.count("\n")), (2, 1), errors)
-            self.assertIn(expected, errors)
 
     @each(
         ("empty", ""),
@@ -22443,8 +22418,8 @@ class ProcessesTest(DrainCase):
         keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
         rows = (
             ("embedded queues", ["--processes", "2", "--port", "0"]),
-            ("--task-protection needs one process", [*both, "0", "--task-protection"]),
-            ("--record needs one process", [*both, "0", "--record", "tape"]),
+            ("--task-protection and --record", [*both, "0", "--task-protection"]),
+            ("need one process", [*both, "0", "--record", "tape"]),
             ("in use", [*both, str(taken.getsockname()[1])]),
             ("nowhere", [*both, "0", "--clients", "nowhere"]),
             ("not from 0 to 256", ["--processes", "257"]),
