@@ -6327,29 +6327,24 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>awsproxy: calls</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark } a { color: inherit } input, button { font: inherit }
+:root { color-scheme: light dark } a { color: inherit } input { font: inherit }
 body { margin: auto; max-width: 75rem; padding: 0 1rem 2rem; font: 15px/1.5 system-ui, sans-serif }
 header, summary { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
 h1, h2 { font-size: 1.25rem; margin: 1rem 0 .5rem } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
-details, fieldset { border: 1px solid #8888; margin: .3rem 0 }
+details { border: 1px solid #8888; margin: .3rem 0 }
 summary { padding: .3rem .6rem; background: #8882; cursor: pointer } summary b { width: 2.5rem }
 .good { color: light-dark(#14713d, #6fd39b) } .bad { color: light-dark(#b3261e, #ff8a80) }
 details > div { padding: 0 .6rem .6rem } #table { display: block; overflow-x: auto }
-pre, table { margin: 0; font: 13px/1.45 ui-monospace, monospace }
-pre, td { white-space: pre-wrap; overflow-wrap: anywhere }
+table { font: 13px/1.45 ui-monospace, monospace }
+td { white-space: pre-wrap; overflow-wrap: anywhere }
 td, th { text-align: left; vertical-align: top; padding: 0 .8rem 0 0 }
 th { font-weight: normal; opacity: .7; white-space: nowrap }
-fieldset { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 </style>
-<header><h1>awsproxy</h1><a href="#lab">Laboratory</a><a href="#queues">Queues</a>
+<header><h1>awsproxy</h1><a href="#queues">Queues</a>
 <label>Show only <input id="filter" type="search" placeholder="SendMessage, 403, ..."></label>
 <span id="state" role="status">Waiting for calls.</span></header>
 <main><section id="calls" aria-label="Calls, the last one first"></section>
-<section id="lab"><h2>Laboratory</h2>
-<p>This browser signs a ListQueues call with the demo key. Break a step, and see the refusal.</p>
-<fieldset id="switches"><legend>Mistakes</legend></fieldset>
-<p><button id="send">Sign and send</button> <b id="result" role="status"></b></p>
-<div id="steps"></div></section><h2 id="queues">Queues</h2><table id="table"></table></main>
+<h2 id="queues">Queues</h2><table id="table"></table></main>
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
@@ -6414,61 +6409,7 @@ const poll = () => update()
   .catch((error) => $("state").replaceChildren(`awsproxy does not answer: ${error.message}`))
   .finally(() => setTimeout(poll, 1000));
 
-const MISTAKES = {
-  sort: "do not sort the query", twice: "percent-encode the query twice",
-  port: "sign the Host without its port", blanks: "keep two blanks in a header",
-  method: "sign the method in lower case", body: "hash another body",
-  region: "derive the key for another region", secret: "keep a newline after the secret",
-  prefix: "leave out AWS4 before the secret", clock: "take local time for UTC (2 hours ahead)",
-};
-const bytes = (text) => new TextEncoder().encode(text);
-const hex = (it) => [...new Uint8Array(it)].map((n) => n.toString(16).padStart(2, "0")).join("");
-const sha256 = async (text) => hex(await crypto.subtle.digest("SHA-256", bytes(text)));
-const HMAC = { name: "HMAC", hash: "SHA-256" };
-const imported = (key) => crypto.subtle.importKey("raw", key, HMAC, false, ["sign"]);
-const hmac = async (key, text) => crypto.subtle.sign("HMAC", await imported(key), bytes(text));
-
-async function send() {
-  const wrong = (name) => $(name).checked, body = "Action=ListQueues";
-  const at = new Date(Date.now() + (wrong("clock") ? 7200000 : 0));
-  const date = at.toISOString().replace(/[:-]|\.\d+/g, "");
-  const asked = "Version=2012-11-05&QueueNamePrefix=my%20jobs";
-  const sorted = wrong("sort") ? asked : asked.split("&").sort().join("&");
-  const query = wrong("twice") ? sorted.replaceAll("%", "%25") : sorted;
-  const sent = { "content-type": "application/x-www-form-urlencoded", host: location.host,
-    "x-amz-date": date, "x-note": "two  blanks" };  // the browser sends its own Host
-  const signed = { ...sent, host: wrong("port") ? location.hostname : location.host,
-    "x-note": wrong("blanks") ? "two  blanks" : "two blanks" };
-  const headers = Object.entries(signed).map(([name, value]) => `${name}:${value}\n`).join("");
-  const names = Object.keys(sent).join(";"), method = wrong("method") ? "post" : "POST";
-  const payload = await sha256(wrong("body") ? `${body}\n` : body);
-  const canonical = [method, "/", query, headers, names, payload].join("\n");
-  const scope = [date.slice(0, 8), "us-east-1", "sqs", "aws4_request"], chain = [];
-  const text = ["AWS4-HMAC-SHA256", date, scope.join("/"), await sha256(canonical)].join("\n");
-  let key = bytes((wrong("prefix") ? "" : "AWS4") + "dummysecret" + (wrong("secret") ? "\n" : ""));
-  for (const part of wrong("region") ? [scope[0], "eu-west-1", ...scope.slice(2)] : scope) {
-    key = await hmac(key, part);
-    chain.push(`HMAC(..., "${part}") = ${hex(key)}`);
-  }
-  const signature = hex(await hmac(key, text)), credential = ["dummykey", ...scope].join("/");
-  sent.authorization = `AWS4-HMAC-SHA256 Credential=${credential}, SignedHeaders=${names}, `
-    + `Signature=${signature}`;
-  const reply = await fetch(`/?${asked}`, { method: "POST", headers: sent, body });
-  const answer = await reply.text();
-  const cause = answer.match(/Your (signer|clock)[^\n<]*/)?.[0] ?? "Refused.";
-  $("result").className = reply.ok ? "good" : "bad";
-  $("result").replaceChildren(`${reply.status} ${reply.ok ? "The signature is right." : cause}`);
-  const steps = { "1 canonical request": canonical, "2 string to sign": text,
-    "3 signing key": chain.join("\n"), "4 signature": signature, answer };
-  $("steps").replaceChildren(...Object.entries(steps).flatMap(
-    ([title, shown]) => [make("h3", title), make("pre", shown)]));
-}
-
-$("switches").append(...Object.entries(MISTAKES).map(([id, words]) =>
-  make("label", Object.assign(make("input"), { type: "checkbox", id }), ` ${words}`)));
 $("filter").oninput = filter;
-$("send").onclick = () => send().catch((error) =>
-  $("result").replaceChildren(`${error.message} (Web Crypto needs https or localhost.)`));
 poll();
 </script>
 """
