@@ -4400,7 +4400,6 @@ Section = Mapping[str, str]  # of a profile
 _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
-_SSO_LOCK = threading.Lock()  # two threads must not use one refresh token at the same time
 _ROLE_SETTINGS = ("role_arn", "role_session_name", "duration_seconds", "external_id")
 _STS_FIELD = re.compile(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<")
 
@@ -4557,7 +4556,7 @@ class CredentialChain:
                 raise NoKeys(f"the proxy cannot ask for the code of mfa_serial; {remedy}")
             return self._assume(self._source_of(settings, (*visited, profile)), settings)
         if account:
-            return self._from_sso(settings)
+            return self._from_sso(profile, settings)
         if settings.get("credential_process"):
             return _from_process(settings["credential_process"])
         if settings.get("login_session"):
@@ -4578,10 +4577,18 @@ class CredentialChain:
                 return source()
         raise NoKeys("its role has neither source_profile nor a known credential_source")
 
-    def _from_sso(self, settings: Section) -> Credentials:
-        with _SSO_LOCK:
-            token = self._sso_token(settings)
-        region = settings.get("sso_region") or self.region()
+    def _from_sso(self, profile: str, settings: Section) -> Credentials:
+        """Return keys for the SSO token that `aws sso login` cached; only a login renews it."""
+        session, region = settings.get("sso_session"), settings.get("sso_region") or self.region()
+        chosen = ("--sso-session", session) if session else ("--profile", profile)
+        remedy = f"run `aws sso login {shlex.join(chosen)}`"
+        name = session or settings.get("sso_start_url", "")
+        digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
+        with _no_keys(f"its SSO token is not cached; {remedy}", KeyError):
+            cached = _document(_read_text(f"~/.aws/sso/cache/{digest}.json").encode())
+            token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
+        if expires <= self.clock():
+            raise NoKeys(f"its SSO token has expired; {remedy}")
         role, account = settings.get("sso_role_name", ""), settings["sso_account_id"]
         query = urllib.parse.urlencode({"role_name": role, "account_id": account})
         portal = endpoint_for("awsssoportal", region, variants=self.variants)
@@ -4589,66 +4596,12 @@ class CredentialChain:
         try:
             answer = self.fetch(url, {"x-amz-sso_bearer_token": token})
         except NoKeys as error:
-            remedy = "" if error.passing else "; if its SSO session has ended, run 'aws sso login'"
+            remedy = "" if error.passing else f"; if its SSO session has ended, {remedy}"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
         with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
             got = _document(answer)["roleCredentials"]
             found = _credentials(got["accessKeyId"], got["secretAccessKey"], got["sessionToken"])
             return found._replace(expires=got["expiration"] / 1000)
-
-    def _sso_token(self, settings: Section) -> str:
-        """Return the cached SSO token; refresh that of an sso_session in its last 15 minutes."""
-        session = settings.get("sso_session")
-        name = session or settings.get("sso_start_url", "")
-        digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
-        path = os.path.expanduser(f"~/.aws/sso/cache/{digest}.json")
-        remedy = "run 'aws sso login'"
-        with _no_keys(f"its SSO token is not cached; {remedy}", KeyError):
-            cached = _document(_read_text(path).encode())
-            token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
-        left, why, passing = expires - self.clock(), "", False
-        if session and left < 900:
-            try:
-                return self._refresh_sso_token(path, cached, settings)
-            except NoKeys as error:
-                why, passing = f" and cannot be refreshed ({error})", error.passing
-        if left <= 0:
-            raise NoKeys(f"its SSO token has expired{why}; {remedy}", passing)
-        if why:
-            log.warning("the SSO token of %s expires in %d seconds%s; %s", name, left, why, remedy)
-        return token
-
-    def _refresh_sso_token(self, path: str, cached: Mapping[str, Any], settings: Section) -> str:
-        """Return a new SSO token, and write it to the cache file with botocore's members."""
-        names = ("clientId", "clientSecret", "refreshToken", "registrationExpiresAt")
-        if missing := [name for name in names if not cached.get(name)]:
-            raise NoKeys(f"{path} has no {' and no '.join(missing)}")
-        if _expiry(cached["registrationExpiresAt"]) <= self.clock():
-            raise NoKeys("the registration of its client has expired")
-        region = settings.get("sso_region") or self.region()
-        url = endpoint_for("sso-oauth", region, variants=self.variants).origin + "/token"
-        given = {"grantType": "refresh_token", **{name: cached[name] for name in names[:3]}}
-        headers, body = {"Content-Type": "application/json"}, json.dumps(given).encode()
-        answer = _document(self.fetch(url, headers, data=body))
-        token, seconds = answer.get("accessToken", ""), answer.get("expiresIn", 0)
-        valid = isinstance(seconds, int) and 0 < seconds < 10**9 and isinstance(token, str)
-        if not valid or not re.fullmatch("[!-~]+", token):
-            raise NoKeys("the answer of SSO holds no valid token and expiresIn")
-        new = {
-            **{name: cached[name] for name in names if name != "refreshToken"},
-            **{name: answer[name] for name in ("accessToken", "refreshToken") if answer.get(name)},
-            "startUrl": settings.get("sso_start_url", ""), "region": region,
-            "expiresAt": _utc(math.floor(self.clock() + seconds), "%Y-%m-%dT%H:%M:%SZ"),
-        }  # fmt: skip
-        try:  # replace the file in one step; only its owner can read it
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-                file = pathlib.Path(folder, "token")
-                file.touch(0o600)
-                file.write_text(json.dumps(new), "utf-8")
-                file.replace(path)
-        except OSError as error:
-            log.warning("the new SSO token cannot be written to %s: %s", path, error.strerror)
-        return str(token)
 
     @functools.cached_property
     def variants(self) -> Variants:

@@ -10988,11 +10988,15 @@ class SourceTest(ChainTest):
                 reason = self.skipped(config=f"{head}{command}\n")
                 self.assertRegex(reason, f"profile default: .*process.*{expected}")
 
-    @each(("corp", BY_SESSION), ("https://corp.example/start", CORP + SSO))
-    def test_an_sso_token_is_found_by_session_or_start_url(self, name, settings):
+    @each(
+        ("corp", BY_SESSION, "--sso-session corp"),
+        ("https://corp.example/start", CORP + SSO, "--profile x"),
+    )
+    def test_an_sso_token_is_found_by_session_or_start_url(self, name, settings, chosen):
         self.web = {PORTAL: of_portal("S")}
         how = {"config": "[profile x]\n" + settings, "profile": "x"}
-        self.assertIn("aws sso login", self.skipped(**how))
+        login = f"; run `aws sso login {chosen}`"
+        self.assertTrue(self.skipped(**how).endswith(f"not cached{login}"))
         self.cache_token(name)
         self.assertEqual(self.found(**how), lasting("S"))
         query = urllib.parse.parse_qs(self.asked[0].url.partition("?")[2])
@@ -11004,7 +11008,8 @@ class SourceTest(ChainTest):
                                   ("2015-08-30T12:35:59UTC", "expired"), (5, "")):  # fmt: skip
             self.cache_token(name, expiresAt=expires)
             with self.subTest(name, expires=expires):
-                self.assertRegex(self.skipped(**how), expected + ".*aws sso login")
+                reason = self.skipped(**how)
+                self.assertTrue(reason.endswith(expected + login), reason)
                 self.assertEqual(self.asked, [])
 
     def test_a_container_is_asked_with_its_token(self):
@@ -11450,235 +11455,68 @@ class KeyringTest(ChainTest):
         self.assertIn("STS", self.skipped({**NO_METADATA, **environment("E")}, **how))
 
 
-OIDC = "https://oidc.eu-west-1.amazonaws.com/token"
-REGISTERED = {
-    "clientId": "dummyclient",
-    "clientSecret": "dummysecretClient",
-    "registrationExpiresAt": "2015-11-28T12:36:00Z",
-}
-NEW_TOKEN = {
-    "accessToken": "dummysecretNew",
-    "expiresIn": 3600,
-    "refreshToken": "dummysecretNext",
-    "tokenType": "Bearer",
-}
-
-
 def zulu(seconds):
     """Return a time as the cache files of the SDKs hold it; 0 is EXAMPLE_TIME."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EXAMPLE_TIME + seconds))
 
 
-class SsoRefreshTest(ChainTest):
-    """The SSO token of an sso_session is refreshed as SSOTokenProvider of botocore does it."""
+class SsoTest(ChainTest):
+    """The cached SSO token is used until it expires; only a login renews the token."""
 
     SESSION = MappingProxyType({"config": "[profile x]\n" + BY_SESSION, "profile": "x"})
-    LEGACY = MappingProxyType({"config": "[profile x]\n" + CORP + SSO, "profile": "x"})
+    LOGIN = "run `aws sso login --sso-session corp`"
 
     def setUp(self):
         super().setUp()
-        self.web = {PORTAL: of_portal("S"), OIDC: json.dumps(NEW_TOKEN).encode()}
+        self.web = {PORTAL: of_portal("S"), **self.metadata}
 
-    def cache_for(self, seconds, name="corp", **changed):
-        """Cache a token that expires in some seconds; changed members that are "-" are absent."""
-        given = {**REGISTERED, "refreshToken": "dummysecretRefresh", **changed}
-        given = {key: value for key, value in given.items() if value != "-"}
-        self.cache_token(name, expiresAt=zulu(seconds), **given)
-
-    def path(self, name="corp"):
-        digest = hashlib.sha1(name.encode()).hexdigest()
-        return os.path.join(self.home, ".aws", "sso", "cache", f"{digest}.json")
-
-    def cached(self):
-        with open(self.path(), encoding="utf-8") as file:
-            return json.load(file)
-
-    def failing(self, failure):
-        """Return a fetch that gets this failure, or this answer, from the token endpoint."""
-
-        def fetch(url, headers, **how):
-            if url != OIDC:
-                return self.fetch(url, headers, **how)
-            self.asked.append(Asked(url, headers, how.get("data"), how.get("method")))
-            if isinstance(failure, NoKeys):
-                raise failure
-            return failure
-
-        return fetch
-
-    @each(
-(901, False), (900, False), (899, True), (1, True), (0, True), (-86400, True),    )  # fmt: skip
-    def test_a_token_is_refreshed_if_it_expires_within_15_minutes(self, left, refreshed):
-        self.cache_for(left)
+    @each(900, 1)
+    def test_a_token_is_used_until_it_expires(self, left):
+        self.cache_token("corp", expiresAt=zulu(left))
         self.assertEqual(self.found(**self.SESSION), lasting("S"))
-        *before, portal = self.asked
-        self.assertEqual([it.url for it in before], [OIDC] * refreshed)
-        token = "dummysecretNew" if refreshed else "dummysecretSso"
-        self.assertEqual(portal.headers, {"x-amz-sso_bearer_token": token})
+        headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
+        self.assertEqual([it.headers for it in self.asked], [headers])
 
-    def test_a_refresh_sends_the_registration_unsigned_in_json(self):
-        self.cache_for(0)
-        self.found(**self.SESSION)
-        asked = self.asked[0]
-        self.assertEqual((asked.url, asked.method in (None, "POST")), (OIDC, True))
-        self.assertEqual(asked.headers, {"Content-Type": "application/json"})
-        expected = {
-            "grantType": "refresh_token",
-            "clientId": "dummyclient",
-            "clientSecret": "dummysecretClient",
-            "refreshToken": "dummysecretRefresh",
-        }
-        self.assertEqual(json.loads(asked.data), expected)
-
-    def test_a_new_token_is_written_to_the_cache_file_for_its_owner_alone(self):
-        expected = {
-            "startUrl": "https://corp.example/start",
-            "region": "eu-west-1",
-            "accessToken": "dummysecretNew",
-            "expiresAt": IN_AN_HOUR,
-            **REGISTERED,
-        }
-        answer = {key: value for key, value in NEW_TOKEN.items() if key != "refreshToken"}
-        for given, more in ((NEW_TOKEN, {"refreshToken": "dummysecretNext"}), (answer, {})):
-            with self.subTest(sorted(given)):
-                self.web[OIDC] = json.dumps(given).encode()
-                self.cache_for(0)
-                os.chmod(self.path(), 0o644)
-                self.found(**self.SESSION)
-                self.assertEqual(self.cached(), {**expected, **more})
-                self.assertEqual(os.stat(self.path()).st_mode & 0o777, 0o600)
-                self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
-        with self.subTest("the next renewal takes it from there"):
-            self.found(**self.SESSION)
-            self.assertEqual(len(self.asked), 1)
-            headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
-            self.assertEqual(self.asked[0].headers, headers)
-
-    @unittest.skipUnless(importlib.util.find_spec("botocore"), "botocore is not installed")
-    def test_botocore_sends_and_writes_the_same(self):
-        import datetime
-
-        from botocore.tokens import SSOTokenProvider, _sso_json_dumps
-        from botocore.utils import JSONFileCache
-
-        self.cache_for(60)
-        self.found(**self.SESSION)
-        written, sent = self.cached(), json.loads(self.asked[0].data)
-        self.cache_for(60)
-        now = datetime.datetime.fromtimestamp(EXAMPLE_TIME, datetime.timezone.utc)
-        session, client = mock.Mock(), mock.Mock()
-        start = {"sso_start_url": "https://corp.example/start", "sso_region": "eu-west-1"}
-        session.full_config = {
-            "profiles": {"x": {"sso_session": "corp"}},
-            "sso_sessions": {"corp": start},
-        }
-        client.create_token.return_value = NEW_TOKEN
-        cache = JSONFileCache(os.path.dirname(self.path()), dumps_func=_sso_json_dumps)
-        with mock.patch("botocore.tokens.create_nested_client", return_value=client):
-            provider = SSOTokenProvider(session, cache, lambda: now, profile_name="x")
-            self.assertEqual(provider.load_token().get_frozen_token().token, "dummysecretNew")
-        self.assertEqual(self.cached(), written)
-        self.assertEqual(client.create_token.call_args[1], sent)
-
-    def test_a_token_that_cannot_be_refreshed_is_used_until_it_expires(self):
-        rows = [
-            *({name: "-"} for name in (*REGISTERED, "refreshToken")),
-            {"registrationExpiresAt": zulu(0)},
-            {"registrationExpiresAt": zulu(-1)},
-            {"registrationExpiresAt": "no time"},
-        ]
-        for changed in rows:
-            with self.subTest(changed):
-                self.cache_for(60, **changed)
-                self.assertEqual(self.found(**self.SESSION), lasting("S"))
-                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
-                self.assertEqual([it.headers for it in self.asked], [headers])
-                self.cache_for(0, **changed)
-                self.assertRegex(self.skipped(**self.SESSION), "expired.*run 'aws sso login'")
-                self.assertEqual(self.asked, [])
-
-    def test_a_refresh_that_fails_leaves_the_old_token_in_use_until_it_expires(self):
-        malformed = [
-            b"", b"<html>", b"[]", b"null", b"{}", b"[" * 100000,
-            *(json.dumps({**NEW_TOKEN, **changed}).encode() for changed in (
-                {"accessToken": None}, {"accessToken": ""}, {"accessToken": 5},
-                {"accessToken": "dummysecret\r\nX: y"}, {"accessToken": {"dummysecret": 1}},
-                {"expiresIn": None}, {"expiresIn": "3600"}, {"expiresIn": 0},
-                {"expiresIn": -1}, {"expiresIn": 10**30}, {"expiresIn": []},
-            )),
-        ]  # fmt: skip
-        no = "oidc.eu-west-1.amazonaws.com answered 400"
-        for failure in (NoKeys(no), NoKeys("timed out", True), *malformed):
-            fetch = self.failing(failure)
-            with self.subTest(str(failure)[:99]):
-                self.cache_for(60)
-                before = self.cached()
-                with self.assertLogs("awsproxy", "WARNING") as logged:
-                    found = self.found(**self.SESSION, fetch=fetch)
-                self.assertEqual(found, lasting("S"))
-                self.assertEqual([it.url for it in self.asked][:1], [OIDC])
-                headers = {"x-amz-sso_bearer_token": "dummysecretSso"}
-                self.assertEqual(self.asked[1].headers, headers)
-                (line,) = logged.output
-                self.assertNotIn("dummysecret", line)
-                self.assertIn(str(failure) if isinstance(failure, NoKeys) else "SSO token", line)
-                self.assertEqual(self.cached(), before)
-                self.cache_for(0)
-                chain = self.chain(**self.SESSION, fetch=fetch)
-                with self.assertRaisesRegex(NoKeys, "expired.*aws sso login") as caught:
-                    chain.find()
-                self.assertNotIn("dummysecret", repr(caught.exception))
-                self.assertEqual(caught.exception.passing, getattr(failure, "passing", False))
-                self.assertEqual([it.url for it in self.asked], [OIDC])
-
-    def test_a_token_of_a_start_url_is_never_refreshed(self):
-        name = "https://corp.example/start"
-        self.cache_for(60, name)
-        self.assertEqual(self.found(**self.LEGACY), lasting("S"))
-        self.assertEqual(len(self.asked), 1)
-        self.cache_for(0, name)
-        self.assertRegex(self.skipped(**self.LEGACY), "expired.*run 'aws sso login'")
+    @each(None, 0, -86400)
+    def test_no_other_source_takes_the_place_of_a_token_that_is_not_valid(self, left):
+        self.web["http://169.254.170.2/"] = document("C")
+        if left is not None:
+            registration = {"clientId": "a", "clientSecret": "b", "refreshToken": "c"}
+            registration["registrationExpiresAt"] = zulu(86400)  # the SDKs would refresh it
+            self.cache_token("corp", expiresAt=zulu(left), **registration)
+        reason = self.skipped(RELATIVE, config="[default]\n" + BY_SESSION)
+        told = "is not cached" if left is None else "has expired"
+        self.assertTrue(reason.endswith(f"profile default: its SSO token {told}; {self.LOGIN}"))
         self.assertEqual(self.asked, [])
 
-    @each("tempfile.mkdtemp", "pathlib.Path.replace")
-    def test_a_new_token_is_used_even_if_its_file_cannot_be_written(self, function):
-        self.cache_for(0)
-        chain, before = self.chain(**self.SESSION), self.cached()
-        refused = PermissionError(13, "Permission denied", self.path())
-        with mock.patch(function, side_effect=refused):
-            with self.assertLogs("awsproxy", "WARNING") as logged:
-                self.assertEqual(chain.find(), lasting("S"))
-            headers = {"x-amz-sso_bearer_token": "dummysecretNew"}
-            self.assertEqual(self.asked[1].headers, headers)
-            self.assertIn("Permission denied", logged.output[0])
-            self.assertNotIn("dummysecret", "".join(logged.output))
-            self.assertEqual(self.cached(), before)
-            self.assertEqual(len(os.listdir(os.path.dirname(self.path()))), 1)
+    def test_a_login_while_the_proxy_runs_is_enough(self):
+        self.cache_token("corp", expiresAt=zulu(600))
+        clock = Clock()
+        cache = CredentialCache(self.chain(**self.SESSION, clock=clock), clock)
+        self.assertEqual(cache.get(), lasting("S"))
+        with self.assertLogs("awsproxy", "WARNING") as logged:
+            clock.now = EXAMPLE_TIME + 3300
+            self.assertEqual(cache.get(), lasting("S"))
+            clock.now = EXAMPLE_TIME + 3600
+            with self.assertRaisesRegex(NoKeys, f"expired; {self.LOGIN}"):
+                cache.get()
+        self.assertIn(f"expired; {self.LOGIN}", logged.output[0])
+        self.assertNotIn("dummysecret", "".join(logged.output))
+        self.assertEqual(len(self.asked), 1)
+        self.cache_token("corp", accessToken="dummysecretNext", expiresAt=zulu(9000))
+        self.web[PORTAL] = of_portal("S", expiration=(EXAMPLE_TIME + 7200) * 1000)
+        clock.now += CredentialCache.RETRY
+        self.assertEqual(cache.get().expires, EXAMPLE_TIME + 7200)
+        headers = {"x-amz-sso_bearer_token": "dummysecretNext"}
+        self.assertEqual([it.headers for it in self.asked[1:]], [headers])
 
-    def test_two_renewals_at_once_use_a_refresh_token_once(self):
-        self.cache_for(0)
-        entered, leave = threading.Event(), threading.Event()
-        self.addCleanup(leave.set)
-
-        def fetch(url, headers, **how):
-            answer = self.fetch(url, headers, **how)
-            if url == OIDC:
-                entered.set()
-                leave.wait(DEADLINE)
-            return answer
-
-        chains = [self.chain(**self.SESSION, fetch=fetch) for _ in range(2)]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            found = [pool.submit(chains[0].find)]
-            self.assertTrue(entered.wait(DEADLINE))
-            found.append(pool.submit(chains[1].find))
-            concurrent.futures.wait(found, 0.05)
-            leave.set()
-            self.assertEqual([it.result(DEADLINE) for it in found], [lasting("S")] * 2)
-        self.assertEqual([it.url for it in self.asked].count(OIDC), 1)
+    def test_a_role_names_the_login_of_its_source_profile(self):
+        config = role("x", "A", source_profile="it's mine") + f"[profile it's mine]\n{CORP}{SSO}"
+        reason = self.skipped(config=config, profile="x")
+        self.assertIn("""run `aws sso login --profile 'it'"'"'s mine'`""", reason)
 
     def test_a_portal_that_refuses_the_token_names_the_remedy(self):
-        self.cache_for(3600)
+        self.cache_token("corp")
         for passing, named in ((False, True), (True, False)):
 
             def fetch(url, headers, passing=passing, **how):
@@ -11687,7 +11525,7 @@ class SsoRefreshTest(ChainTest):
             with self.subTest(passing=passing):
                 with self.assertRaisesRegex(NoKeys, "not found or invalid") as caught:
                     self.chain(**self.SESSION, fetch=fetch).find()
-                self.assertEqual("run 'aws sso login'" in str(caught.exception), named)
+                self.assertEqual(self.LOGIN in str(caught.exception), named)
                 self.assertEqual(caught.exception.passing, passing)
 
 
@@ -11839,38 +11677,32 @@ class VariantHostTest(ChainTest):
         no = {"AWS_USE_FIPS_ENDPOINT": "false"}
         west, gov = "us-west-2.amazonaws.com", "us-gov-west-1.amazonaws.com"
         return [
-            ("neither", {}, "", "us-west-2", f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
-            ("FIPS", self.FIPS, "", "us-west-2",
-             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+            ("neither", {}, "", "us-west-2", f"sts.{west}", f"portal.sso.{west}"),
+            ("FIPS", self.FIPS, "", "us-west-2", f"sts-fips.{west}", f"portal.sso-fips.{west}"),
             ("dual stack", self.DUAL, "", "us-west-2",
-             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws"),
             ("both", self.BOTH, "", "us-west-2", "sts-fips.us-west-2.api.aws",
-             "portal.sso-fips.us-west-2.api.aws", "oidc-fips.us-west-2.api.aws"),
+             "portal.sso-fips.us-west-2.api.aws"),
             ("True", {"AWS_USE_FIPS_ENDPOINT": "True"}, "", "us-west-2",
-             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+             f"sts-fips.{west}", f"portal.sso-fips.{west}"),
             ("profile, FIPS", {}, fips, "us-west-2",
-             f"sts-fips.{west}", f"portal.sso-fips.{west}", f"oidc-fips.{west}"),
+             f"sts-fips.{west}", f"portal.sso-fips.{west}"),
             ("profile, dual stack", {}, dual, "us-west-2",
-             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws", "oidc.us-west-2.api.aws"),
-            ("environment first", no, fips, "us-west-2",
-             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
+             "sts.us-west-2.api.aws", "portal.sso.us-west-2.api.aws"),
+            ("environment first", no, fips, "us-west-2", f"sts.{west}", f"portal.sso.{west}"),
             ("not true", {"AWS_USE_FIPS_ENDPOINT": "1"}, "", "us-west-2",
-             f"sts.{west}", f"portal.sso.{west}", f"oidc.{west}"),
-            ("GovCloud, FIPS", self.FIPS, "", "us-gov-west-1",
-             f"sts.{gov}", f"portal.sso.{gov}", f"oidc.{gov}"),
+             f"sts.{west}", f"portal.sso.{west}"),
+            ("GovCloud, FIPS", self.FIPS, "", "us-gov-west-1", f"sts.{gov}", f"portal.sso.{gov}"),
             ("GovCloud, both", self.BOTH, "", "us-gov-west-1", "sts-fips.us-gov-west-1.api.aws",
-             "portal.sso-fips.us-gov-west-1.api.aws", "oidc-fips.us-gov-west-1.api.aws"),
+             "portal.sso-fips.us-gov-west-1.api.aws"),
             ("China, both", self.BOTH, "", "cn-north-1",
              *(f"{name}.cn-north-1.api.amazonwebservices.com.cn"
-               for name in ("sts-fips", "portal.sso-fips", "oidc-fips"))),
+               for name in ("sts-fips", "portal.sso-fips"))),
         ]  # fmt: skip
 
     def test_sts_and_sso_have_the_hosts_of_botocore(self):
-        self.web = {
-            "https://portal.": of_portal("S"),
-            "https://oidc": json.dumps(NEW_TOKEN).encode(),
-        }
-        for name, environ, settings, region, sts, portal, oidc in self.rows():
+        self.web = {"https://portal.": of_portal("S")}
+        for name, environ, settings, region, sts, portal in self.rows():
             environ = {**NO_METADATA, **environ}
             with self.subTest(name, source="STS"):
                 config = role("x", "A", source_profile="x", region=region) + keys("P") + settings
@@ -11878,13 +11710,11 @@ class VariantHostTest(ChainTest):
                 self.assertEqual([it.url for it in self.asked], [f"https://{sts}/"])
                 self.assertEqual([where for _, where, _ in self.assumed], [region])
             with self.subTest(name, source="SSO"):
-                more = {**REGISTERED, "refreshToken": "dummysecretRefresh"}
-                self.cache_token("corp", expiresAt=zulu(0), **more)
+                self.cache_token("corp")
                 session = f"{settings}{BY_SESSION}".replace("eu-west-1", region)
                 self.found(environ, f"[profile x]\n{session}", profile="x")
                 urls = [it.url.partition("?")[0] for it in self.asked]
-                expected = [f"https://{oidc}/token", f"https://{portal}/federation/credentials"]
-                self.assertEqual(urls, expected)
+                self.assertEqual(urls, [f"https://{portal}/federation/credentials"])
 
     def test_web_identity_uses_these_hosts_too(self):
         environ = {**NO_METADATA, **BY_IDENTITY, **self.BOTH, "AWS_REGION": "us-west-2"}
@@ -16864,6 +16694,8 @@ class RouteTest(unittest.TestCase):
              "/", ""),
             ("sqs-fips.us-east-1.amazonaws.com", "sqs", "us-east-1", "", "/", "f"),
             ("sqs.us-gov-west-1.amazonaws.com", "sqs", "us-gov-west-1", "", "/", "f"),
+            ("oidc.us-gov-west-1.amazonaws.com", "sso-oauth", "us-gov-west-1", "", "/", "f"),
+            ("oidc-fips.us-west-2.api.aws", "sso-oauth", "us-west-2", "", "/", "fd"),
             ("sqs.us-east-1.api.aws", "sqs", "us-east-1", "", "/", "d"),
             ("sqs.cn-north-1.api.amazonwebservices.com.cn", "sqs", "cn-north-1", "", "/", "d"),
             ("s3.dualstack.eu-west-1.amazonaws.com", "s3", "eu-west-1", "", "/", "d"),
