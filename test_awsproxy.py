@@ -11557,7 +11557,7 @@ class StaticStabilityTest(ChainTest):
     def start(self, environ=(), config="", **how):
         self.clock = Clock()
         chain = self.chain(dict(environ), config, clock=self.clock, **how)
-        self.cache = CredentialCache(chain, self.clock, lambda _: None)
+        self.cache = CredentialCache(chain, self.clock)
 
     def answer(self, name, seconds):
         return {**self.metadata, ROLES + "a%20b": document(name, Expiration=zulu(seconds))}
