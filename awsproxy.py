@@ -804,7 +804,7 @@ def _parse_header(request: Request, header: str) -> Authorization:
     if not claims or amz_date is None or not _SHA256_HEX.fullmatch(made):
         claims, made, amz_date = _parse_unusual(request, header, amz_date)
     token = _single(request, "x-amz-security-token")
-    return Authorization(*claims, made, amz_date, session_token=token)
+    return Authorization(*claims, made, amz_date, None, False, token)
 
 
 def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[_Claims, str, str]:
@@ -3670,7 +3670,7 @@ class Sqs:
         if entry is call.input:  # a batch has checked all its entries
             _check_fifo(call, queue, entry)
         refuse_if(not body, "missing", "MessageBody")
-        refuse_if(_NOT_XML.search(body), "characters")
+        refuse_if(not body.isprintable() and _NOT_XML.search(body), "characters")
         most = queue.number("MaximumMessageSize")
         reason = "are invalid" if entry is call.input else "cannot be validated"
         refuse_if(_size(entry) > most, "too long", reason, most)
@@ -8461,8 +8461,9 @@ class PeerConnection:
 
     def _closes(self) -> bool:
         """Return whether the client wants the connection to end (RFC 9112, 9.6)."""
-        options = ",".join(self.head.fields.get("connection", ())).lower().split(",")
-        return self.head.version == "1.0" or "close" in map(str.strip, options)
+        options = ",".join(self.head.fields.get("connection", ())).lower()
+        is_last = "close" in options and "close" in map(str.strip, options.split(","))
+        return is_last or self.head.version == "1.0"
 
     def _encoded(self, reply: Reply, close: bool, streams: Optional[str] = None) -> bytes:
         date = _http_date(int(time.time()))
