@@ -381,7 +381,7 @@ class ServiceError(Exception):
         self.theirs: Optional[Proof] = None  # the steps of the signer that made it, if known
 
 
-# ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, LengthBody, ChunkedBody ====
+# ==== 2. HTTP/1.1 framing: parse_head, body_framing, Stream, FramedBody ====
 # http.server's own parser is lenient: it rewrites a target that begins with `//` (cpython#99220)
 # and drops the lines after a malformed one.  A verifier needs the bytes that were signed.  This
 # chapter parses heads strictly (RFC 9112), and refuses a request whose framing is in doubt.
@@ -554,12 +554,17 @@ class Stream:
         return line
 
 
-class LengthBody:
-    """A body of a known number of bytes; `begin` sends `100 Continue` before the first read."""
+class FramedBody:
+    """A body of `length` bytes, or if that is None, a chunked one of up to `limit` (RFC 9112, 7.1).
 
-    def __init__(self, source: Stream, length: int, begin: Begin = None) -> None:
-        self.unread = length > 0  # whether bytes of this body are still in the stream
-        self._source, self._left, self._begin = source, length, begin
+    It drops extensions and trailers of chunks.  `begin` sends `100 Continue` before a read."""
+
+    def __init__(self, source: Stream, length: Optional[int], limit: int = sys.maxsize,
+            begin: Begin = None) -> None:  # fmt: skip
+        self.unread = length != 0  # whether bytes of this body are still in the stream
+        self._source, self._chunked, self._begin = source, length is None, begin
+        self._left = length or 0  # bytes of the body, or of the present chunk
+        self._limit = self._room = limit
 
     def read(self, size: int = -1) -> bytes:
         """Return `size` bytes, all if negative; fewer only at the end of the body."""
@@ -570,38 +575,18 @@ class LengthBody:
         if self._begin:  # of an empty body, too: some clients wait for the 100 of the next one
             self._begin()
             self._begin = None
-        if not (self._left or self._has_more()):
+        if not (self._left or (self._chunked and self.unread and self._has_chunk())):
             return b""
         if not (data := self._source.read_some(min(size, self._left))):
             raise ServiceError("IncompleteBody", "The body ended before its length.")
         self._left -= len(data)
-        if not self._left:
-            self._end()
+        if not self._left and self._chunked and self._line() != b"\r\n":
+            raise ServiceError("BadRequest", "A chunk is longer than its size.")
+        self.unread = self._chunked or self._left > 0
         return data
 
-    def _has_more(self) -> bool:
-        return False
-
-    def _end(self) -> None:
-        self.unread = False
-
-
-class ChunkedBody(LengthBody):
-    """A chunked body (RFC 9112, 7.1) of up to `limit` bytes; drops extensions and trailers."""
-
-    def __init__(self, source: Stream, limit: int, begin: Begin = None) -> None:
-        super().__init__(source, 0, begin)  # the length left is of the present chunk
-        self.unread = True
-        self._limit = self._room = limit
-
-    def _end(self) -> None:
-        if self._line() != b"\r\n":
-            raise ServiceError("BadRequest", "A chunk is longer than its size.")
-
-    def _has_more(self) -> bool:
+    def _has_chunk(self) -> bool:
         """Return whether a chunk follows; read its size, or all that stands after the last one."""
-        if not self.unread:
-            return False
         if not (match := _CHUNK_SIZE.fullmatch(self._line())):
             raise ServiceError("BadRequest", "A chunk does not begin with its size in hex.")
         self._left = int(match[1], 16)
@@ -5332,11 +5317,9 @@ class Upstream:
         except (OSError, ValueError) as error:
             why = str(error) or "connection closed"
             raise UpstreamError(f"no answer from {connection.endpoint.origin}: {why}") from error
-        reader: Union[Stream, LengthBody] = source
-        if length is None:
-            reader = ChunkedBody(source, sys.maxsize)
-        elif length != UNTIL_CLOSE:
-            reader = LengthBody(source, length)
+        reader: Union[Stream, FramedBody] = source
+        if length != UNTIL_CLOSE:
+            reader = FramedBody(source, length)
         keep = head.keeps and length != UNTIL_CLOSE
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
@@ -8529,8 +8512,7 @@ class PeerConnection:
         self.deadline, self.buffer = time.monotonic() + self.server.timeout_seconds, b""
         proceed = functools.partial(self.socket.sendall, b"HTTP/1.1 100 Continue\r\n\r\n")
         begin = proceed if expects_continue(self.head) else None
-        chunked = ChunkedBody(source, longest, begin)
-        body = chunked if length is None else LengthBody(source, length, begin)
+        body = FramedBody(source, length, longest, begin)
         reply = self.server.proxy.handle(self.head.request(body, self.peer, self.abandoned))
         goes_on = self._write(reply, close=body.unread)
         self.buffer = source.buffer

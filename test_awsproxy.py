@@ -72,7 +72,6 @@ import awsproxy
 from awsproxy import (
     DEMO_CLIENTS,
     AccessLog,
-    ChunkedBody,
     Client,
     CredentialCache,
     CredentialChain,
@@ -81,10 +80,10 @@ from awsproxy import (
     Deny,
     Embedded,
     Endpoint,
+    FramedBody,
     Hook,
     InFlight,
     Keyring,
-    LengthBody,
     Metrics,
     NoKeys,
     Profile,
@@ -851,9 +850,8 @@ class FakeUpstream:
                     return
                 head = awsproxy.parse_head(raw)
                 length = awsproxy.body_framing(head)
-                make = ChunkedBody if length is None else LengthBody
                 try:
-                    body = make(source, sys.maxsize if length is None else length).read()
+                    body = FramedBody(source, length).read()
                 except ServiceError:
                     self.requests.append(None)
                     return
@@ -1335,14 +1333,14 @@ class Source(io.BytesIO):
 
 class BodyTest(unittest.TestCase):
     @each(
-        ("by length", b"0123456", LengthBody, b"0123456"),
-        *((name, wire, ChunkedBody, body) for name, wire, body in CHUNKED),
+        ("by length", b"0123456", 7, b"0123456"),
+        *((name, wire, None, body) for name, wire, body in CHUNKED),
     )
-    def test_a_body_ends_where_it_ends(self, name, wire, make, expected):
+    def test_a_body_ends_where_it_ends(self, name, wire, length, expected):
         for size in (-1, 1, 2, 3, 7, 100):
             with self.subTest(name, size=size):
                 source = Source(wire + b"next")
-                body = make(source, 7 if make is LengthBody else 1000)
+                body = FramedBody(source, length, 1000)
                 self.assertTrue(body.unread)
                 self.assertEqual(read_in_pieces(body, size), expected)
                 self.assertFalse(body.unread)
@@ -1350,13 +1348,13 @@ class BodyTest(unittest.TestCase):
                 self.assertEqual(source.read(), b"next")
 
     @each(
-        (LengthBody, b"0123456789"),
-        (ChunkedBody, b"4;a=1\r\nWiki\r\n5\r\npedia\r\n0\r\nX: 1\r\n\r\n"),
+        (10, b"0123456789"),
+        (None, b"4;a=1\r\nWiki\r\n5\r\npedia\r\n0\r\nX: 1\r\n\r\n"),
     )
-    def test_a_body_that_stops_early_is_refused(self, make, wire):
+    def test_a_body_that_stops_early_is_refused(self, size, wire):
         for length in range(len(wire)):
-            with self.subTest(make.__name__, length=length):
-                body = make(Source(wire[:length]), 10)
+            with self.subTest(size, length=length):
+                body = FramedBody(Source(wire[:length]), size, 10)
                 self.assertEqual(refused_with(body.read), 400)
                 self.assertTrue(body.unread)
 
@@ -1364,7 +1362,7 @@ class BodyTest(unittest.TestCase):
     def test_broken_chunks_are_refused(self, name, wire):
         for size in (-1, 1):
             with self.subTest(name, size=size):
-                body = ChunkedBody(Source(wire + b"\r\n\r\n"), 1000)
+                body = FramedBody(Source(wire + b"\r\n\r\n"), None, 1000)
                 self.assertEqual(refused_with(read_in_pieces, body, size), 400)
                 self.assertTrue(body.unread)
 
@@ -1379,7 +1377,7 @@ class BodyTest(unittest.TestCase):
         ("many trailers", b"0\r\n" + b"X: 1\r\n" * 2000 + b"\r\n", (400, 431)),
     )
     def test_chunks_have_limits(self, name, wire, expected):
-        body = ChunkedBody(Source(wire), 10)
+        body = FramedBody(Source(wire), None, 10)
         self.assertIn(refused_with(body.read), expected)
 
     @each(False, True)
@@ -1387,11 +1385,11 @@ class BodyTest(unittest.TestCase):
         size, parts = 200000, [b"%x" % number for number in range(16, 256)]
         coded = itertools.cycle(part for p in parts for part in (b"2\r\n", p, b"\r\n"))
         source = Stream(lambda _, it=coded: next(it) + b"")
-        body = ChunkedBody(source, size)
+        body = FramedBody(source, None, size)
         if not chunked:
             whole = io.BytesIO(bytes(size))
             source = Stream(lambda _, whole=whole: whole.read(2))
-            body = LengthBody(source, size)
+            body = FramedBody(source, size)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         self.assertEqual(len(body.read(size)), size)
@@ -1400,10 +1398,10 @@ class BodyTest(unittest.TestCase):
         self.assertLess(peak, 4 * size)
 
     @each(
-        (LengthBody, b"0123456"),
-        (ChunkedBody, b"7\r\n0123456\r\n0\r\n\r\n"),
+        (7, b"0123456"),
+        (None, b"7\r\n0123456\r\n0\r\n\r\n"),
     )
-    def test_a_body_is_asked_for_once_and_only_when_it_is_wanted(self, make, wire):
+    def test_a_body_is_asked_for_once_and_only_when_it_is_wanted(self, length, wire):
         source = Source()
         asked = []
 
@@ -1412,7 +1410,7 @@ class BodyTest(unittest.TestCase):
             source.write(wire)
             source.seek(0)
 
-        body = make(source, 7, begin)
+        body = FramedBody(source, length, 7, begin)
         self.assertEqual(asked, [])
         self.assertEqual(read_in_pieces(body, 2), b"0123456")
         self.assertEqual(asked, [0])
