@@ -555,7 +555,7 @@ class Stream:
 
 
 class FramedBody:
-    """A body of `length` bytes, or if that is None, a chunked one of up to `limit` (RFC 9112, 7.1).
+    """A body of `length` bytes, or a chunked body of up to `limit` bytes (RFC 9112, 7.1).
 
     It drops extensions and trailers of chunks.  `begin` sends `100 Continue` before a read."""
 
@@ -8822,7 +8822,7 @@ class Server(http.server.HTTPServer):
         if connection and connection.pending:
             if outcome := connection.pending.proceed():
                 self.settle(connection, outcome)
-        elif upstream.selector:  # it is idle, and has ended; otherwise a worker has it now
+        elif upstream.selector:  # it is idle, and has ended; otherwise a worker reads it
             upstream.close()
 
     def settle(self, connection: PeerConnection, outcome: Outcome) -> None:
@@ -9219,7 +9219,7 @@ class Program:
         self._add_gauges()
 
     def _join(self, worker: Worker, private: socket.socket) -> None:
-        """Make the pages and the messages in flight those of all workers."""
+        """Join the pages and the messages in flight of all workers."""
         own = Proxy({}, max_body=0, status=dataclasses.replace(self._status), admin=True)
         threading.Thread(target=Server(private, own).serve_forever, daemon=True).start()
         self._status.others = [it.path for it in worker.others]
@@ -9475,7 +9475,7 @@ class Supervisor:
     def _open(self, folder: str) -> None:
         options = self._options
         free, admin = _bind(options)
-        address = options.host, free.getsockname()[1]  # no other program has it
+        address = options.host, free.getsockname()[1]  # the port is free
         free.close()
         of_this_machine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         for number in range(options.processes or len(of_this_machine(0))):
@@ -9500,7 +9500,7 @@ class Supervisor:
         code = 1
         try:
             os.setpgid(0, 0)  # the supervisor passes on what Ctrl-C sends
-            for other in worker.others:  # their connections would wait here for nobody
+            for other in worker.others:  # connections to it would wait in vain
                 other.listener.close()
             code = run_program(self._options, worker)
         except Exception:
