@@ -7508,7 +7508,7 @@ class Status:
         for path in self.others:
             try:
                 pages.append(_ask_process(path, request.target))
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 log.warning("a page lacks the part of another process: %s", error)
         return reply._replace(body=join(pages, began).encode())
 
@@ -8869,7 +8869,7 @@ class Server(http.server.HTTPServer):
                 self._guarded(connection.resume, connection.socket)
 
 
-# ==== 10. Command line: read_clients, read_queues, build_parser, Program, main ====
+# ==== 10. Command line: read_clients, read_queues, build_parser, Program, Supervisor, main ====
 # To add a flag: call `add` in build_parser or _add_answers, and use the option in Program.
 
 # [10.1] The files of clients and queues
