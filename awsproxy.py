@@ -2077,15 +2077,13 @@ MAX_FORM_DEPTH = 12
 MAX_UNZIPPED = 2097152  # bytes
 MAX_IGNORED = 20  # parameters that the log names
 _PARAMETER = re.compile("[A-Za-z0-9.]{1,80}")  # other names may be pieces of a body
-_NO_INPUT = re.compile(r"""(?x)(?i:x-amz-)|(AWSAccessKeyId|Action|ContentType|Expires|QueueUrl|
+_NO_INPUT = re.compile(r"""(?x)(?i:x-amz-)|(AWSAccessKeyId|Action|Expires|QueueUrl|
     SecurityToken|Signature(Method|Version)?|Timestamp|Version)(\.|\Z)""")  # of a query call
 _NUMBER = re.compile("-?[0-9]{1,18}")
 _INDEX = re.compile("[0-9]{1,9}")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=START_OBJECT
     str=STRING_VALUE""")
-_ABSENT_OF_MESSAGE = dict.fromkeys("Attributes MD5OfMessageAttributes MessageAttributes".split())
-_INTERNAL_NAMES = {"QueueUrls": "queueUrls", "Messages": "messages"}
 
 
 def _media_type(request: Request) -> str:
@@ -2127,9 +2125,7 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
     if service == "sqs" and "json" in media_type:
         return AwsJson(version, ("content-type",))
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
-        accepted, wanted = request.header("accept") or "", _query_values(request, b"ContentType")
-        is_json = "application/json" in accepted or "JSON" in wanted
-        return AWS_QUERY_JSON if is_json and service in ("sqs", "sts") else AWS_QUERY
+        return AWS_QUERY
     if "rest-xml" in speaks:
         return REST_S3 if service in S3_FAMILY else REST_XML
     return REST
@@ -2514,24 +2510,20 @@ class AwsQuery(WireProtocol):
 
     def error(self, request: Request, error: ServiceError, request_id: str) -> Reply:
         if error.code == "UnknownOperation":
-            return AWS_QUERY._reply(404, request_id, b"<UnknownOperationException/>")
+            return self._reply(404, request_id, b"<UnknownOperationException/>")
         status, code, _ = self.fault(request, error)
         message = error.message
         if error.code == "QueueDoesNotExist":  # not so in JSON
             message = message.replace("not exist.", "not exist for this wsdl version.", 1)
         fault = {"Type": _side(status), "Code": code, "Message": message}
-        return self._reply(status, request_id, self._error(request, fault, request_id))
-
-    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
         versions = _query_values(request, b"Version")  # an unsigned request names no service
         of_version = next((name for name, it in QUERY_VERSIONS.items() if it in versions), "sqs")
-        service = claim(request)[1].service or of_version
+        service, root = claim(request)[1].service or of_version, "ErrorResponse"
+        members: Members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
         if service == "ec2":
             del fault["Type"]
-            members: Members = {"Errors": {"Error": fault}, "RequestID": request_id}
-            return self._document(service, "Response", members)
-        members = {"Error": {**fault, "Detail": {}}, "RequestId": request_id}
-        return self._document(service, "ErrorResponse", members)
+            members, root = {"Errors": {"Error": fault}, "RequestID": request_id}, "Response"
+        return self._reply(status, request_id, self._document(service, root, members))
 
     def _document(self, service: str, root: str, members: Members) -> bytes:
         host = "queue" if service == "sqs" else service
@@ -2544,25 +2536,6 @@ class AwsQuery(WireProtocol):
 
 def _shown_names(names: Iterable[str]) -> Sequence[str]:
     return [n if _PARAMETER.fullmatch(n) else "..." for n in itertools.islice(names, MAX_IGNORED)]
-
-
-class AwsQueryJson(AwsQuery):
-    """AWS Query with the answers in JSON that SQS gives to `Accept: application/json`."""
-
-    content_type = "application/json"
-
-    def output(self, call: Call, output: Output, request_id: str) -> Reply:
-        response: dict[str, Any] = {"ResponseMetadata": {"RequestId": request_id}}
-        if output is not None:
-            operation = MODELS.get(call.action, UNKNOWN_OPERATION)
-            whole = {**dict.fromkeys(operation.output or ()), **output}
-            if whole.get("Messages"):
-                whole["Messages"] = [{**_ABSENT_OF_MESSAGE, **it} for it in whole["Messages"]]
-            response[f"{call.operation}Result"] = _spelled(whole, operation.names, in_json=True)
-        return self._reply(200, request_id, _to_json({f"{call.operation}Response": response}))
-
-    def _error(self, request: Request, fault: dict[str, str], request_id: str) -> bytes:
-        return _to_json({"Error": fault, "RequestId": request_id})
 
 
 def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryName) -> Any:
@@ -2596,21 +2569,20 @@ def _from_form(shape: Shape, node: dict[str, Any], names: Names, spelled: QueryN
     return {k.pop(".", ""): _from_form(shape.element, it, names, spelled) for k, it in pairs}
 
 
-def _spelled(value: Any, names: Names, in_json: bool = False) -> Any:
+def _spelled(value: Any, names: Names) -> Any:
     """Return a value with the names of AWS Query, where a map is a list of pairs."""
     if isinstance(value, list):
-        return [_spelled(item, names, in_json) for item in value]
+        return [_spelled(item, names) for item in value]
     if isinstance(value, bytes):
         return _base64_text(value)
     if not isinstance(value, dict):
-        return value if in_json else str(value).lower() if isinstance(value, bool) else str(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
     members = {}
     for name, item in value.items():
         element, key, of_value = names.get(name) or (name, "", "")
         if key and isinstance(item, dict):
             item = [{key: k, of_value: v} for k, v in item.items()]
-        shown = _INTERNAL_NAMES.get(name, name) if in_json else element
-        members[shown] = _spelled(item, names, in_json)
+        members[element] = _spelled(item, names)
     return members
 
 
@@ -2793,7 +2765,7 @@ class Rest(WireProtocol):
 
 
 AWS_JSON = {version: AwsJson(version) for version in ("1.0", "1.1")}
-AWS_QUERY, AWS_QUERY_TARGET, AWS_QUERY_JSON = AwsQuery(), AwsQuery(), AwsQueryJson()
+AWS_QUERY, AWS_QUERY_TARGET = AwsQuery(), AwsQuery()
 AWS_QUERY_TARGET.reads_target = True
 REST, REST_XML, REST_S3 = Rest("json"), Rest("xml"), Rest("s3")
 
@@ -4012,9 +3984,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
         if not any(n.lower() == "content-type" and "json" in v for n, v in reply.headers):
             return [html.unescape(found.decode()) for found in element.findall(body)]
         output = read_json(body.decode())
-        for ending in ("Response", "Result"):  # the legacy JSON of AWS Query has both
-            output = next((v for k, v in output.items() if k.endswith(ending)), output)
-        return [item[key] for item in output.get(member) or output.get(member.lower()) or []]
+        return [item[key] for item in output.get(member) or []]
     return []
 
 

@@ -4766,7 +4766,6 @@ class ProtocolTest(unittest.TestCase):
         ("a queue", "GET", "/000000000000/jobs", (), b""),
         ("no queue", "GET", "/", (), b""),
         ("a query string", "GET", "/000000000000/jobs?Version=2012-11-05", (), b""),
-        ("who wants JSON", "GET", "/000000000000/jobs", (("Accept", "application/json"),), b""),
         ("a form", "POST", "/000000000000/jobs", (FORM,), b"Version=2012-11-05"),
     )  # fmt: skip
     def test_a_request_without_an_operation_is_not_found(
@@ -5514,92 +5513,6 @@ class OldTargetTest(Spoken):
             with self.subTest(target):
                 self.assertEqual(self.call(target, body, form_type).status, 400)
         self.assertEqual(self.sqs("ListQueues"), {})
-
-
-class LegacyJsonTest(unittest.TestCase):
-    """A query that asks for JSON is answered in a JSON older than the JSON protocol's."""
-
-    def setUp(self):
-        self.sqs = Caller("query")
-        self.url = self.sqs.queue("jobs", VisibilityTimeout="0")
-
-    def replies(self, fields):
-        """Return the replies to a query that asks by its Accept header, or by ContentType.
-
-        With each come its document and its request id.
-        """
-        accept = ("Accept", "application/json")
-        replies = []
-        for target, headers, body in (
-            (f"/?{fields}", (accept,), ""),
-            ("/", (accept, FORM), fields),
-            (f"/?{fields}&ContentType=JSON", (), ""),
-            ("/?ContentType=JSON", (FORM,), fields),
-        ):
-            reply = reply_to(self.sqs, "POST" if body else "GET", target, headers, body.encode())
-            self.assertEqual(header(reply, "Content-Type"), "application/json")
-            replies.append((reply, json.loads(reply.body), header(reply, "x-amzn-RequestId")))
-        return replies
-
-    def test_an_output_is_wrapped_as_in_xml(self):
-        at = "QueueUrl=jobs"
-        for operation, fields, result in (
-            ("GetQueueUrl", "QueueName=jobs", {"QueueUrl": self.url}),
-            ("ListQueues", "", {"queueUrls": [self.url], "NextToken": None}),
-            ("ListQueues", "QueueNamePrefix=x", {"queueUrls": None, "NextToken": None}),
-            (
-                "GetQueueAttributes",
-                f"{at}&AttributeName.1=DelaySeconds",
-                {"Attributes": [{"Name": "DelaySeconds", "Value": "0"}]},
-            ),
-            ("GetQueueAttributes", at, {"Attributes": None}),
-            ("ReceiveMessage", at, {"messages": None}),
-        ):
-            for reply, document, request_id in self.replies(f"Action={operation}&{fields}"):
-                self.assertEqual(reply.status, 200)
-                response = document.pop(f"{operation}Response")
-                self.assertEqual(document, {})
-                self.assertEqual(response["ResponseMetadata"], {"RequestId": request_id})
-                got = response[f"{operation}Result"]
-                self.assertEqual({name: got[name] for name in result}, result)
-
-    def test_messages_are_under_their_old_name(self):
-        self.sqs.enqueue(
-            self.url,
-            '"\r\n',
-            MessageAttributes={"a": string("b")},
-        )
-        for reply, document, _ in self.replies(
-            "Action=ReceiveMessage&QueueUrl=jobs&AttributeName=SenderId"
-        ):
-            self.assertEqual(reply.status, 200)
-            (message,) = document["ReceiveMessageResponse"]["ReceiveMessageResult"]["messages"]
-            self.assertEqual(message["Body"], '"\r\n')
-            self.assertIsNone(message["MessageAttributes"])
-            self.assertIsNone(message["MD5OfMessageAttributes"])
-            self.assertEqual([pair["Name"] for pair in message["Attributes"]], ["SenderId"])
-        for _, document, _ in self.replies("Action=ReceiveMessage&QueueUrl=jobs"):
-            (message,) = document["ReceiveMessageResponse"]["ReceiveMessageResult"]["messages"]
-            self.assertIsNone(message["Attributes"])
-
-    def test_a_void_operation_has_no_result(self):
-        for _, document, request_id in self.replies("Action=PurgeQueue&QueueUrl=jobs"):
-            response = {"ResponseMetadata": {"RequestId": request_id}}
-            self.assertEqual(document, {"PurgeQueueResponse": response})
-
-    def test_an_error_is_as_in_xml(self):
-        for fields, status, code, text in (
-            ("Action=FooBar", 400, "InvalidAction",
-             "The action FooBar is not valid for this endpoint."),
-            ("Action=SendMessage&QueueUrl=jobs", 400, MISSING,
-             "The request must contain the parameter MessageBody."),
-            ("Action=DeleteMessage&QueueUrl=jobs&ReceiptHandle=x", 404, "ReceiptHandleIsInvalid",
-             'The input receipt handle "x" is not a valid receipt handle.'),
-        ):  # fmt: skip
-            for reply, document, request_id in self.replies(fields):
-                self.assertEqual(reply.status, status)
-                error = {"Code": code, "Message": text, "Type": "Sender"}
-                self.assertEqual(document, {"Error": error, "RequestId": request_id})
 
 
 # ---- Errors ----
@@ -15593,26 +15506,6 @@ class InFlightTest(LedgerCase):
             caller("DeleteQueue", QueueUrl=url)
             self.assertEqual(self.ledger.total, 0)
 
-    def test_answers_in_the_json_of_old_count_too(self):
-        caller = self.caller("query")
-        url = caller.queue()
-        fill(caller, url, 2)
-        given = {"QueueUrl": url, "MaxNumberOfMessages": 2}
-        legacy = [FORM, ("Accept", "application/json")]
-
-        def call(operation, **given):
-            fields = [("Action", operation), ("Version", "2012-11-05"), *form(operation, given)]
-            body = urllib.parse.urlencode(fields).encode()
-            return json.loads(reply_to(caller, "POST", "/", legacy, body).body)
-
-        result = call("ReceiveMessage", **given)["ReceiveMessageResponse"]
-        held = result["ReceiveMessageResult"]["messages"]
-        self.assertEqual(len(held), 2)
-        self.assertEqual(self.ledger.counts(), {JOBS: 2})
-        entries = [{"Id": "a", "ReceiptHandle": held[0]["ReceiptHandle"]}]
-        call("DeleteMessageBatch", QueueUrl=url, Entries=entries)
-        self.assertEqual(self.ledger.counts(), {JOBS: 1})
-
     def test_a_handle_of_the_source_queue_is_no_good_for_the_dead_letter_queue(self):
         caller = self.caller()
         dead = caller.queue("dead")
@@ -19365,9 +19258,9 @@ class IdentityTest(unittest.TestCase):
         expected = {"Account": ACCOUNT, "UserId": "dummykey"}
         expected["Arn"] = f"arn:aws:iam::{ACCOUNT}:user/demo"
         self.assertEqual({name: found[name] for name in expected}, expected)
-        in_json = json.loads(self.ask(("Accept", "application/json")).body)
-        response = in_json["GetCallerIdentityResponse"]
-        self.assertEqual(response["GetCallerIdentityResult"], expected)
+
+    def test_the_answer_is_xml_whatever_the_caller_accepts(self):
+        self.assertIn(b"GetCallerIdentityResult>", self.ask(("Accept", "application/json")).body)
 
     def test_own_routes_replace_it(self):
         route = awsproxy.Route("sqs:*", awsproxy.Embedded(Sqs()))
@@ -25053,8 +24946,6 @@ class Fuzzer:
         of_queue = times or str(given.get("QueueUrl")).endswith("/jobs")
         path = chance.choice(("/", "/000000000000/jobs")) if of_queue else "/"
         headers = [chance.choice((FORM, FORM_UTF_8))]
-        if chance.random() < 0.1:
-            headers.append(("Accept", "application/json"))
         if chance.random() < 0.1 and len(body) < 9000:
             return "GET", f"{path}?{body.decode()}", headers[1:], b""
         if times and chance.random() < 0.2:
