@@ -7376,7 +7376,8 @@ class Tape:
                 if track := tracks.get((call.action, *place)):
                     entry = track.popleft() if len(track) > 1 else track[0]
                     return self._played(entry, call, request_id)
-        raise ServiceError("AccessDenied", f"{self.name} {_missing(call, given, tracks)}")
+        message = f"{self.name} has no entry for {call.action} with this region and input."
+        raise ServiceError("AccessDenied", message)
 
     def _played(self, entry: Entry, call: Call, request_id: str) -> Reply:
         if "error" in entry:
@@ -7410,25 +7411,6 @@ class Tape:
                 yield base64.b64decode(coded)
                 if end:
                     return
-
-
-def _missing(call: Call, given: Entry, tracks: Iterable[tuple[str, ...]]) -> str:
-    """Return the sentences that compare a call with the nearest one of a tape."""
-    of_action = [key[1:] for key in tracks if key[0] == call.action]
-    if not of_action:
-        return f"has no {call.action}{did_you_mean(call.action, {key[0] for key in tracks})}"
-    ours = {"region": call.region, **given}
-
-    def _differing(region: str, text: str) -> Sequence[tuple[str, Any]]:
-        theirs = {"region": region or call.region, **(json.loads(text) if text else given)}
-        return [(n, theirs.get(n)) for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
-
-    nearest = min(itertools.starmap(_differing, of_action[:1000]), key=len)
-    faults = (
-        f"{name[:80]} is {json.dumps(it)[:80]} there and {json.dumps(ours.get(name))[:80]} here"
-        for name, it in nearest[:5]
-    )
-    return f"has {call.action}, but not with this input: {'; '.join(faults)}."
 
 
 # [8.7] Paths of our own
