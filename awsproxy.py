@@ -7140,7 +7140,6 @@ _HAS_SECRETS = re.compile(  # actions whose answers may hold secrets
 _SECRET_TEXT = re.compile(  # in signed URLs, and in members of JSON at any depth
     r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&, ]Signature)"
     r'(?:=|%3D|\\+u003d))[^&"\\\s<]*|("[\w.-]{0,40}password\\*": ?\\*")[^"\\]*')  # fmt: skip
-_SQS_NO_TEXT = re.compile("ApproximateNumberOf.*|MaxNumberOf.*|StartedTimestamp|SenderFault")
 Entry = Mapping[str, Any]
 Tracks = dict[tuple[str, ...], collections.deque[Entry]]  # by action, region, input; "" is any
 
@@ -7269,46 +7268,20 @@ class Recorder(Hook):
 
 
 def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
-    """Return the output or error of an SQS reply, for any protocol; {} for another reply."""
-    data = reply.body
-    if call.service != "sqs" or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
+    """Return the output or error of an SQS reply in AWS JSON; {} for another reply."""
+    data, is_json = reply.body, call.service == "sqs" and isinstance(call.wire, AwsJson)
+    if not is_json or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
         return {}
     members = OPERATIONS.get(call.operation, UNKNOWN_OPERATION).output or ()
     try:
-        if data[:1] == b"<":
-            root = ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", data))
-            found = dict(_from_xml(root[0], OPERATIONS[call.operation].names, members))
-            message = root.findtext(".//Message")
-        else:
-            found = read_json(data.decode() or "{}")
-            message = found.get("message") or found.get("Message")
-    except (ElementTree.ParseError, ValueError, LookupError, AttributeError):
+        found = read_json(data.decode() or "{}")
+        if reply.status >= 400:
+            message = found.get("message") or found.get("Message") or ""
+            return {"status": reply.status, "error": error_code(reply), "message": message}
+        found = {name: it for name, it in found.items() if name in members}
+    except (ValueError, AttributeError):
         return {}
-    if reply.status >= 400:
-        return {"status": reply.status, "error": error_code(reply), "message": message or ""}
-    return {"output": _with_queue_urls({k: it for k, it in found.items() if k in members}, call)}
-
-
-def _from_xml(node: ElementTree.Element, names: Names, members: Iterable[str] = ()) -> Any:
-    """Return the value of an element of AWS Query, with the names of JSON."""
-    if not len(node):
-        text = node.text or ""
-        return read_json(text) if _SQS_NO_TEXT.fullmatch(node.tag) else text
-    spelled = {it.element: member for member, it in names.items() if it.key}
-    spelled |= {names[it].element if it in names else it: it for it in members}
-    found: dict[str, Any] = {}
-    for child in node:
-        member = spelled.get(child.tag, child.tag)
-        _, key, of_value = names.get(member, ("", "", ""))
-        if key:
-            value = child.find(of_value)
-            item = "" if value is None else _from_xml(value, names)
-            found.setdefault(member, {})[child.findtext(key)] = item
-        elif member in names:
-            found.setdefault(member, []).append(_from_xml(child, names))
-        else:
-            found[member] = _from_xml(child, names)
-    return found
+    return {"output": _with_queue_urls(found, call)}
 
 
 def read_tape(path: str) -> Tracks:
@@ -7401,7 +7374,8 @@ class Tape:
         headers = _without(entry.get("headers", defaults).items(), *HOP_BY_HOP)
         if isinstance(body, bytes) and call.request.method != "HEAD":
             headers = _without(headers, "content-length")
-        return Reply(entry.get("status", 200), tuple(headers), body)
+        reply = Reply(entry.get("status", 200), tuple(headers), body)
+        return rewrite_queue_urls(call, reply) if call.service == "sqs" else reply
 
     def _long_body(self, at: int) -> Iterator[bytes]:
         with open(self._path, "rb") as file:
