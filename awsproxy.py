@@ -356,8 +356,7 @@ _FAULTS = f"""
     {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
     QueueAlreadyExists {_SQS}* QueueNameExists
     {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
-        InvalidBatchEntryId PurgeQueueInProgress:403 QueueDeletedRecently \
-        TooManyEntriesInBatchRequest UnsupportedOperation
+        InvalidBatchEntryId TooManyEntriesInBatchRequest UnsupportedOperation
 """
 ERRORS: Mapping[str, Fault] = {
     name: Fault(int(status or 400), code.replace("*", name), shape.replace("*", name))
@@ -2817,7 +2816,6 @@ class RpcV2(WireProtocol):
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
 SECONDS_DEDUPLICATED = 300
 MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
-SECONDS_COOLING = 60  # between two purges, and from deleting a queue to creating it again
 MAX_IN_FLIGHT = 120000
 MAX_LOOK = 4194304  # characters of the bodies that a look into a queue returns
 MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
@@ -2840,9 +2838,6 @@ _SQS_REFUSALS = """
     no name: Value for parameter QueueName is invalid. Reason: Must be specified.
     exists [QueueNameExists]: A queue already exists with the same name and a different value for \
         attribute {}
-    deleted recently [QueueDeletedRecently]: You must wait 60 seconds after deleting a queue \
-        before you can create another with the same name.
-    purge [PurgeQueueInProgress]: Only one PurgeQueue operation on {} is allowed every 60 seconds.
     attribute name [InvalidAttributeName]: Unknown Attribute {}.
     fifo only [InvalidAttributeName]: You can specify the {} only when FifoQueue is set to true.
     attribute value [InvalidAttributeValue]: Invalid value for the parameter {}.
@@ -2937,7 +2932,6 @@ class Queue:
         self.settings: Settings = {}
         self.tags: dict[str, str] = {}
         self.created = now
-        self.purged = -math.inf
         self.changed = threading.Condition(lock)
         self.tasks: collections.deque[MoveTask] = collections.deque(maxlen=10)
         self._order = itertools.count()
@@ -3026,9 +3020,9 @@ class Queue:
 
     def saved_form(self) -> tuple[int, str, bytes]:
         """Return the row of the queue in a store: its serial, its ARN and the rest in JSON."""
-        times = {"created": self.created, "modified": self.modified, "purged": self.purged}
         more = {"settings": self.settings, "tags": self.tags, "scoped": self.scoped_to_group}
-        more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks], **times}
+        more |= {"tasks": [dataclasses.asdict(task) for task in self.tasks]}
+        more |= {"created": self.created, "modified": self.modified}
         return self.serial, self.arn, json.dumps(more).encode()
 
     def remember(self, memory: Memory, key: tuple[str, ...], *noted: Any) -> None:
@@ -3342,7 +3336,7 @@ def _on_each(act: Callable[[Sqs, Call, Queue, Members], Output]) -> Callable[[Sq
 
 
 class Sqs:
-    """The queues of all accounts and regions; `cooldown` enforces AWS's pauses of 60 seconds.
+    """The queues of all accounts and regions.
 
     The method of an operation follows the SQS API Reference.  Nothing enforces queue policies."""
 
@@ -3352,15 +3346,13 @@ class Sqs:
 
     def __init__(
         self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
-        secret: bytes = b"", cooldown: bool = False,
+        secret: bytes = b"",
         wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait
     ) -> None:  # fmt: skip
         self._clock, self._new_id, self._wait = clock, new_id, wait
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
-        self._cooldown = SECONDS_COOLING if cooldown else -math.inf
         self.lock = threading.RLock()
         self.queues: dict[str, Queue] = {}  # by ARN
-        self._deleted: dict[str, float] = {}
         self._running: dict[str, MoveTask] = {}  # by SourceArn
         self.serials = itertools.count(1)
         self.commit: Callable[[], None] = lambda: None  # saves the changes; of a store
@@ -3377,7 +3369,7 @@ class Sqs:
         """Add a queue that a store has kept, without its messages."""
         old = json.loads(more)
         queue = self.queues[arn] = Queue(arn, serial, old["settings"], old["modified"], self.lock)
-        queue.tags, queue.created, queue.purged = old["tags"], old["created"], old["purged"]
+        queue.tags, queue.created = old["tags"], old["created"]
         queue.tasks.extend(MoveTask(**task) for task in old["tasks"])
         queue.scoped_to_group = old["scoped"]
         self._running.update((arn, task) for task in queue.tasks if task.status == "RUNNING")
@@ -3442,8 +3434,8 @@ class Sqs:
             for queue in chosen:
                 queue.clear()
             if not name:
-                for held in (self.queues, self._deleted, self._running):
-                    held.clear()
+                self.queues.clear()
+                self._running.clear()
             return len(chosen)
 
     def _queue(self, call: Call) -> Queue:
@@ -3475,7 +3467,6 @@ class Sqs:
         now, arn = self._clock(), _arn(call, call.caller.account_id, name)
         queue = self.queues.get(arn)
         if queue is None:
-            refuse_if(now < self._deleted.get(arn, -math.inf) + self._cooldown, "deleted recently")
             defaults = {k: v for k, (v, _) in SETTINGS.items() if fifo or k not in _FIFO_SETTINGS}
             queue = Queue(arn, next(self.serials), {**defaults, **settings}, now, self.lock)
             self._check_redrive(queue, settings)
@@ -3557,18 +3548,13 @@ class Sqs:
         queue.change(settings, self._clock())
 
     def purge_queue(self, call: Call) -> None:
-        queue, now = self._queue(call), self._clock()
-        refuse_if(now < queue.purged + self._cooldown, "purge", queue.name)
-        queue.purged = now
-        queue.clear()
+        self._queue(call).clear()
 
     def delete_queue(self, call: Call) -> None:
-        queue, now = self._queue(call), self._clock()
+        queue = self._queue(call)
         del self.queues[queue.arn]
         queue.clear()  # a store must not save what the queue holds
         self._running.pop(queue.arn, None)
-        recent = {arn: at for arn, at in self._deleted.items() if at > now - self._cooldown}
-        self._deleted = {**recent, queue.arn: now}
 
     def tag_queue(self, call: Call) -> None:
         self._queue(call).tags.update(call.input["Tags"])
@@ -9051,7 +9037,6 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--store", **_FILE, help="keep the queues in this SQLite file")
     add("--store-sync", choices=("normal", "full"), default="normal",
         help="full: acknowledged changes survive a loss of power, too")  # fmt: skip
-    add("--cooldown", action="store_true", help="enforce pauses of 60 s (PurgeQueue, DeleteQueue)")
     add = parser.add_argument_group("what to print").add_argument
     add("--log-format", choices=("text", "json"), default="text", help="form of the log lines")
     add("--log-file", **_FILE, help="file for log lines; SIGHUP reopens it")
@@ -9094,7 +9079,7 @@ class Program:
             read = functools.partial(read_certificate, key=key)
             self._certificate = Watched(read, path, key) if path else None
         self._scheme = "https" if self._certificate else "http"
-        self._sqs, self._store = Sqs(cooldown=options.cooldown), None
+        self._sqs, self._store = Sqs(), None
         self._metrics, self._keyring = Metrics(), Keyring(os.environ, options.profile)
         self._pool = Pool(timeout=options.upstream_timeout)
         routes = build_routes(options, self._keyring, self._sqs, self._pool)

@@ -7292,25 +7292,10 @@ class QueueTest(Spoken):
         for operation in ("DeleteQueue", "ReceiveMessage", "PurgeQueue"):
             self.refused(SQS + "NonExistentQueue", operation, QueueUrl=url)
         self.refused(SQS + "NonExistentQueue", "GetQueueUrl", QueueName="jobs")
-        self.assertEqual(self.sqs.queue("jobs"), url)  # at once, unless told to cool down
+        self.assertEqual(self.sqs.queue("jobs"), url)  # at once
         self.assertEqual(self.counts(url), (0, 0, 0))
         self.assertEqual(self.attributes(url, "DelaySeconds"), {"DelaySeconds": "0"})
         self.assertEqual(self.sqs("ListQueueTags", QueueUrl=url), {})
-
-    def test_with_a_cooldown_a_name_is_free_again_after_60_seconds(self):
-        self.start(cooldown=True)
-        text = (
-            "You must wait 60 seconds after deleting a queue before you can create another with"
-            " the same name."
-        )
-        code, shape = SQS + "QueueDeletedRecently", MODELLED + "QueueDeletedRecently"
-        self.sqs("DeleteQueue", QueueUrl=self.sqs.queue("jobs"))
-        self.sqs.queue("other")
-        for seconds in (0, 59):
-            self.clock.now = EXAMPLE_TIME + seconds
-            self.refused(code, "CreateQueue", text, shape=shape, QueueName="jobs")
-        self.clock.now = EXAMPLE_TIME + 60
-        self.assertEqual(self.sqs.queue("jobs"), url_of("jobs"))
 
 
 class CreateQueueTest(Spoken):
@@ -8105,23 +8090,6 @@ class PurgeTest(Spoken):
             self.send(url)
             self.sqs.purge(url)
             self.assertEqual(self.counts(url), (0, 0, 0))
-
-    def test_with_a_cooldown_a_queue_is_purged_every_60_seconds(self):
-        self.start(cooldown=True)
-        url, other = self.sqs.queue("jobs"), self.sqs.queue("other")
-        text = "Only one PurgeQueue operation on jobs is allowed every 60 seconds."
-        code, shape = SQS + "PurgeQueueInProgress", MODELLED + "PurgeQueueInProgress"
-        self.sqs.purge(url)
-        self.sqs.purge(other)
-        self.send(url)
-        for seconds in (0, 59):
-            self.clock.now = EXAMPLE_TIME + seconds
-            given = {"status": 403, "shape": shape, "QueueUrl": url}
-            self.refused(code, "PurgeQueue", text, **given)
-            self.assertEqual(self.counts(url), (1, 0, 0))
-        self.clock.now = EXAMPLE_TIME + 60
-        self.sqs.purge(url)
-        self.assertEqual(self.counts(url), (0, 0, 0))
 
 
 class TagsTest(Spoken):
@@ -10162,9 +10130,8 @@ class MemoryTest(unittest.TestCase):
         call("DeleteMessage", ReceiptHandle="another")
         self.assertGreaterEqual(ledger.total, count - 2)
 
-    def test_names_of_deleted_queues_are_forgotten(self):
-        """Nothing but memory shows whether the table of deleted names shrinks."""
-        call = Unverified(cooldown=True)
+    def test_deleted_queues_are_forgotten(self):
+        call = Unverified()
 
         def make_and_delete(numbers):
             for number in numbers:
@@ -10183,18 +10150,6 @@ class MemoryTest(unittest.TestCase):
         make_and_delete(range(20000, 20010))
         call.proxy._guard.__init__()  # it remembers what clients did, up to a bound
         self.assertLess(self.kept(), 1500 * 60)
-
-    def test_names_of_deleted_queues_are_remembered_for_a_minute(self):
-        caller = Caller("json", cooldown=True)
-        for _ in range(3):
-            caller("DeleteQueue", QueueUrl=caller.queue("jobs"))
-            caller.clock.now += 59
-            for number in range(5):
-                caller("DeleteQueue", QueueUrl=caller.queue(f"other{caller.clock.now}{number}"
-                                                            .replace(".", "")))  # fmt: skip
-            self.assertIn("QueueDeletedRecently",
-                          refused_code(caller, "CreateQueue", QueueName="jobs"))  # fmt: skip
-            caller.clock.now += 2
 
 
 class AccountTest(Spoken):
@@ -21424,7 +21379,7 @@ def refused_code(caller, operation="ListQueues", **given):
 FLAGS = (
     " --route --upstream --profile --sign-as --hook --log-file --max-connections --admin"
     " --drain-seconds --task-protection "
-    "--account-id --clients --clock-skew --cooldown --help --host --log-format --max-body"
+    "--account-id --clients --clock-skew --help --host --log-format --max-body"
     " --no-verify --port --processes --public-url --quiet --region --timeout --tls-cert --tls-key --version"
 ).split()
 LOG_FIELDS = (
@@ -21690,15 +21645,6 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(reply.status, status)
                 if status == 413:
                     self.assertIn("__type", json.loads(reply.body))
-
-    def test_purging_again_at_once_is_refused_only_if_asked_for(self):
-        refused = "AWS.SimpleQueueService.PurgeQueueInProgress"
-        for flags, code in (([], ""), (["--cooldown"], refused)):
-            with self.subTest(flags):
-                caller = self.start("--quiet", *flags).caller()
-                url = caller.queue()
-                caller.purge(url)
-                self.assertEqual(refused_code(caller, "PurgeQueue", QueueUrl=url), code)
 
     def test_a_silent_connection_is_closed_after_the_timeout(self):
         program = self.start("--timeout", "0.1", "--quiet")
