@@ -2818,13 +2818,11 @@ SECONDS_DEDUPLICATED = 300
 MAX_WAIT = 5  # seconds of a poll before the proxy checks whether its client has hung up
 MAX_IN_FLIGHT = 120000
 MAX_LOOK = 4194304  # characters of the bodies that a look into a queue returns
-MAX_ATTEMPTS = 5000  # to receive, remembered for each FIFO queue
 MAX_POLICY_DEPTH = 32
 MAX_BATCH_BYTES = 1048576
 MAX_MOVES_PER_SECOND = 500
 Attributes = Mapping[str, Members]  # of a message, by name
 Settings = Mapping[str, str]  # queue attributes that callers can set, by name
-Memory = OrderedDict[tuple[str, ...], tuple[Any, ...]]  # values begin with their time
 
 # Reason, [code], message: AWS's own where known.  Default: the reason, or InvalidParameterValue.
 _SQS_REFUSALS = """
@@ -2949,8 +2947,8 @@ class Queue:
         self._by_age: list[tuple[float, str]] = []  # a heap of message ids; stale ones, too
         # Of FIFO queues alone.
         self._groups: dict[str, OrderedDict[str, Message]] = collections.defaultdict(OrderedDict)
-        self.attempts: Memory = OrderedDict()  # to receive: until when it hid which message ids
-        self.sends: Memory = OrderedDict()  # by group and deduplication id: id, sequence number
+        # By group and deduplication id: time, message id, sequence number.
+        self.sends: OrderedDict[tuple[str, ...], tuple[Any, ...]] = OrderedDict()
         if self.changes is not None:
             self.changes.cleared.add(self.serial)
             self.changes.queues.add(self)
@@ -3025,12 +3023,6 @@ class Queue:
         more |= {"created": self.created, "modified": self.modified}
         return self.serial, self.arn, json.dumps(more).encode()
 
-    def remember(self, memory: Memory, key: tuple[str, ...], *noted: Any) -> None:
-        """Note a send or an attempt, which must survive a restart; its time is the first."""
-        memory[key] = noted
-        if self.changes is not None:
-            self.changes.memory.append((self.serial, json.dumps(key), noted[0], json.dumps(noted)))
-
     def advance(self, now: float) -> None:
         """Let happen what was due by now: messages come back, or are too old."""
         back = []
@@ -3047,9 +3039,8 @@ class Queue:
             expired = self.messages.get(heapq.heappop(self._by_age)[1])
             if expired and expired.sent <= oldest:
                 self.remove(expired)
-        for memory in (self.attempts, self.sends) if self.fifo else ():
-            while memory and next(iter(memory.values()))[0] <= now - SECONDS_DEDUPLICATED:
-                memory.popitem(last=False)
+        while self.sends and next(iter(self.sends.values()))[0] <= now - SECONDS_DEDUPLICATED:
+            self.sends.popitem(last=False)
 
     def next_change(self, deadline: float) -> float:
         """Return when a message may come back or expire, which may free its group."""
@@ -3646,7 +3637,10 @@ class Sqs:
             group = kept["MessageGroupId"] if queue.scoped_to_group else ""
             key = (group, kept["MessageDeduplicationId"])
             if key not in queue.sends:
-                queue.remember(queue.sends, key, now, new_id, kept["SequenceNumber"])
+                queue.sends[key] = noted = now, new_id, kept["SequenceNumber"]
+                if queue.changes is not None:
+                    row = (queue.serial, json.dumps(key), now, json.dumps(noted))
+                    queue.changes.memory.append(row)
             _, output["MessageId"], output["SequenceNumber"] = queue.sends[key]  # of the first
         if output["MessageId"] == new_id:
             queue.add(Message(new_id, body, attributes, kept, now), delay)
@@ -3659,12 +3653,10 @@ class Sqs:
         patience = _in_range(given, "WaitTimeSeconds", waits, 0, 20)
         timeout = _in_range(given, "VisibilityTimeout", hides, 0, SECONDS_HELD)
         _check_id(given, "ReceiveRequestAttemptId")
-        attempt = given.get("ReceiveRequestAttemptId", "") if queue.fifo else ""
         now = self._clock()
         deadline = now + patience
         while True:
-            messages = self._again(queue, attempt, timeout, now) if attempt else []
-            messages = messages or self._take(queue, limit, timeout, now)
+            messages = self._take(queue, limit, timeout, now)
             if messages or now >= deadline or self._draining:
                 break
             if not call.may_wait:
@@ -3681,11 +3673,6 @@ class Sqs:
             full = queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo
             refuse_if(full and not patience, "in flight")
             return {}
-        if attempt:
-            ids = [message.message_id for message in messages]
-            queue.remember(queue.attempts, (attempt,), now, messages[0].hidden_until, ids)
-            if len(queue.attempts) > MAX_ATTEMPTS:
-                queue.attempts.popitem(last=False)
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
@@ -3717,16 +3704,6 @@ class Sqs:
                 message.sent = now  # a standard queue keeps it ("Amazon SQS dead-letter queues")
             target.add(message)
         return taken
-
-    def _again(self, queue: Queue, attempt: str, timeout: int, now: float) -> list[Message]:
-        """Return the messages that the same attempt received, if none has changed since."""
-        _, until, ids = queue.attempts.pop((attempt,), (now, now, ()))
-        received = [queue.messages[it] for it in ids if it in queue.messages]
-        if len(received) < len(ids) or any(it.hidden_until != until for it in received):
-            return []
-        for message in received:
-            queue.hide(message, now + timeout)
-        return received
 
     def _message_output(self, queue: Queue, message: Message, given: Members) -> Members:
         text = f"{queue.serial}:{message.message_id}:{message.received}".encode()
@@ -7644,8 +7621,7 @@ class Store:
                 told = time.monotonic()
                 log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
-            names, queue = tuple(json.loads(key)), queues[serial]
-            (queue.sends if len(names) > 1 else queue.attempts)[names] = tuple(json.loads(kept))
+            queues[serial].sends[tuple(json.loads(key))] = tuple(json.loads(kept))
         for queue in queues.values():
             queue.changes = self._changes
         sqs.changes, sqs.commit, sqs.secret = self._changes, self.commit, about["secret"]

@@ -8683,39 +8683,13 @@ class FifoReceiveTest(Spoken):
         self.delete(url, handle)
         self.assertEqual(self.sqs.bodies(url), ["a2"])
 
-    def test_an_attempt_can_be_repeated(self):
-        url = self.fifo(VisibilityTimeout="30")
-        self.put(url, "a1 a2 b1")
-        first = self.take(url, MaxNumberOfMessages=2, ReceiveRequestAttemptId="x")
-        self.assertEqual(list(first), ["a1", "a2"])
-        self.clock.now += 20
-        self.assertEqual(self.take(url, ReceiveRequestAttemptId="x"), first)
-        self.assertEqual(self.sqs.bodies(url), ["b1"])
-        self.clock.now += 29  # the timeout began again
-        self.assertEqual(self.sqs.bodies(url, ReceiveRequestAttemptId="y"), [])
-        self.clock.now += 1
-        self.assertEqual(self.sqs.bodies(url), ["a1", "a2", "b1"])
-
-    def test_an_attempt_is_not_repeated_once_its_messages_were_deleted(self):
+    def test_the_id_of_an_attempt_is_checked_and_has_no_effect(self):
         url = self.fifo()
-        self.put(url, "a1 a2")
-        given = {"MaxNumberOfMessages": 1, "ReceiveRequestAttemptId": "x"}
-        self.delete(url, self.take(url, **given)["a1"])
-        self.assertNotIn("a1", self.sqs.bodies(url, **given))
-        self.assertEqual(sum(self.counts(url)), 1)
-
-    def test_an_attempt_is_forgotten_after_five_minutes(self):
-        url = self.fifo(VisibilityTimeout="600")
-        self.put(url, "a1")
-        handles = self.take(url, ReceiveRequestAttemptId="x")
-        self.clock.now += 299
-        self.assertEqual(self.take(url, ReceiveRequestAttemptId="x"), handles)
-        self.start()
-        url = self.fifo(VisibilityTimeout="600")
-        self.put(url, "a1")
-        self.take(url, ReceiveRequestAttemptId="x")
-        self.clock.now += 301
-        self.assertEqual(self.take(url, ReceiveRequestAttemptId="x"), {})
+        self.put(url, "a1 b1")
+        for taken in ({"a1"}, {"b1"}, set()):
+            given = {"MaxNumberOfMessages": 1, "ReceiveRequestAttemptId": "x"}
+            self.assertEqual(set(self.take(url, **given)), taken)
+        self.refused(INVALID, "ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="a b")
 
 
 # ---- Receiving ----
@@ -10049,31 +10023,6 @@ class MemoryTest(unittest.TestCase):
     def kept(self):
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
-
-    def test_receive_attempts_are_forgotten(self):
-        call = Unverified()
-        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
-        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
-             MessageDeduplicationId="d")  # fmt: skip
-        self.assertLessEqual(awsproxy.MAX_ATTEMPTS, 6000)  # some 500 bytes each
-        self.start_tracing()
-        with mock.patch.object(awsproxy, "MAX_ATTEMPTS", 500):
-            for number in range(2000):
-                given = {"ReceiveRequestAttemptId": f"{number:a>128}", "VisibilityTimeout": 0}
-                call("ReceiveMessage", QueueUrl=url, **given)
-        self.assertLess(self.kept(), 0.4 * MEBIBYTE)
-
-    def test_the_latest_receive_attempt_is_remembered(self):
-        call = Unverified()
-        url = call("CreateQueue", QueueName="a.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
-        call("SendMessage", QueueUrl=url, MessageBody="a", MessageGroupId="g",
-             MessageDeduplicationId="d")  # fmt: skip
-        for number in range(200):
-            call("ReceiveMessage", QueueUrl=url + "", ReceiveRequestAttemptId=f"other{number}",
-                 VisibilityTimeout=0)  # fmt: skip
-        first = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
-        again = call("ReceiveMessage", QueueUrl=url, ReceiveRequestAttemptId="mine")["Messages"]
-        self.assertEqual(first[0]["MessageId"], again[0]["MessageId"])
 
     def test_a_delay_that_is_set_again_and_again_costs_the_same(self):
         """Each change of it hides all delayed messages of a FIFO queue again."""
@@ -14705,16 +14654,6 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(again.bodies(url, MaxNumberOfMessages=10), ["b", "c", "d"])
         self.clock.now += 300
         self.assertNotEqual(self.killed().enqueue(url, "a", MessageGroupId="g"), sends[0])
-
-    def test_an_attempt_to_receive_is_remembered(self):
-        caller = self.open()
-        url = caller.queue("a.fifo", FifoQueue="true", ContentBasedDeduplication="true")
-        caller.enqueue(url, "a", MessageGroupId="g")
-        given = {"ReceiveRequestAttemptId": "once"}
-        self.assertEqual(caller.bodies(url, **given), ["a"])
-        again = self.killed()
-        self.assertEqual(again.bodies(url), [])
-        self.assertEqual(again.bodies(url, **given), ["a"])
 
     def test_a_move_task_goes_on(self):
         caller = self.open()
