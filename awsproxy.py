@@ -7579,21 +7579,17 @@ class Store:
         ask("update about set value = value + 1 where name = 'starts'")
 
     def _load(self) -> None:
-        ask, told, sqs = self._file.execute, time.monotonic(), self._sqs
+        ask, sqs = self._file.execute, self._sqs
         about = dict(ask("select name, value from about"))
         queues = {row[0]: sqs.restore(*row) for row in ask("select serial, arn, more from queues")}
-        total = ask("select count(*) from messages").fetchone()[0]
         rows = ask(f"select serial, hidden, {_COLUMNS} from messages order by n")
-        for number, (serial, until, message_id, body, more, system, *state) in enumerate(rows):
+        for serial, until, message_id, body, more, system, *state in rows:
             attributes = _from_json(_SHAPES["attributes"], json.loads(more)) if more else {}
             message = Message(message_id, body, attributes, json.loads(system), *state)
             queues[serial].add(message)
             if until:
                 queues[serial].hide(message, float(until))
             message.is_saved = True
-            if number % 1024 == 0 and time.monotonic() > told + 2:
-                told = time.monotonic()
-                log.warning("the store: %d of %d messages are read", number, total)
         for serial, key, kept in ask("select serial, key, kept from memory order by at"):
             queues[serial].sends[tuple(json.loads(key))] = tuple(json.loads(kept))
         for queue in queues.values():
