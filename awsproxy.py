@@ -3415,12 +3415,7 @@ class Sqs:
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
         queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
-            error = sqs_refusal(*refusal)
-            own = f":{call.caller.account_id}:{arn.rpartition(':')[2]}"
-            places = [it.split(":")[3] for it in self.queues if it.endswith(own)]
-            if places and refusal == ("no queue",):
-                error.message += f" (Your account has a queue of this name in {places[0]}.)"
-            raise error
+            raise sqs_refusal(*refusal)
         queue.advance(self._clock())
         if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
             self.changes.queues.add(queue)

@@ -3846,16 +3846,6 @@ class CallHintTest(unittest.TestCase):
         answer = self.answer("AmazonSQS.TagQueue", {"QueueUrl": "q", "a b": 1})
         self.assertIn("(... is no parameter)", answer["message"])
 
-    def test_a_queue_in_another_region(self):
-        self.answer("AmazonSQS.CreateQueue", {"QueueName": "jobs"}, region="us-east-1")
-        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "jobs"})
-        hint = "(Your account has a queue of this name in us-east-1.)"
-        self.assertEqual(answer["message"], f"The specified queue does not exist. {hint}")
-        text = self.query("Action=GetQueueUrl&QueueName=jobs&Version=2012-11-05")
-        self.assertIn(f"not exist for this wsdl version. {hint}</Message>", text)
-        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "other"})
-        self.assertEqual(answer["message"], "The specified queue does not exist.")
-
 
 class OrderTest(VerifyCase):
     """Of several faults the earlier check tells; a later one could tell a stranger too much."""
