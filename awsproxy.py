@@ -407,8 +407,7 @@ _FIELD_FAULTS = {  # of a line that _FIELD_LINE does not match; the first patter
     "^[ \t]": "a continued (folded) header line", "^[^:]*$": "a header line without a colon",
     "^[^:]*[ \t]:": "a blank before the colon of a header line",
     f"^(?!{_TOKEN}:)": "a header name that is not a token",
-    "": "a control character in a header value",
-}  # fmt: skip
+    "": "a control character in a header value"}  # fmt: skip
 
 
 def _parse_fields(block: str) -> Headers:
@@ -1114,8 +1113,7 @@ def _check_scope(
         (f"Credential should be scoped to a valid region, not '{region}'{meant}",
          f"the region '{region}' is wrong; expecting '{(*regions, 'us-east-1')[0]}'"),
         (f"Credential should be scoped to correct service: '{service or ''}'.",
-         f'incorrect service "{name}". This endpoint belongs to "{service}".'),
-    )  # fmt: skip
+         f'incorrect service "{name}". This endpoint belongs to "{service}".'))  # fmt: skip
     faults = [text for text, is_right in zip(texts, right) if not is_right]
     reason = "query scope" if claimed.presigned else "scope"
     told = " ".join(general for general, _ in faults)
@@ -3083,8 +3081,7 @@ class MoveTask:
             **self.given, **only.get(self.status, {}), "Status": self.status,
             "ApproximateNumberOfMessagesMoved": self.moved,
             "ApproximateNumberOfMessagesToMove": self.to_move,
-            "StartedTimestamp": int(self.started * 1000)
-        }  # fmt: skip
+            "StartedTimestamp": int(self.started * 1000)}  # fmt: skip
 
 
 # [5.3] Queue attributes, and checks of messages
@@ -3495,8 +3492,7 @@ class Sqs:
             "LastModifiedTimestamp": str(int(queue.modified)),
             "ApproximateNumberOfMessages": str(queue.visible),
             "ApproximateNumberOfMessagesNotVisible": str(queue.in_flight),
-            "ApproximateNumberOfMessagesDelayed": str(queue.delayed)
-        }  # fmt: skip
+            "ApproximateNumberOfMessagesDelayed": str(queue.delayed)}  # fmt: skip
         known, values = {**SETTINGS, **computed}, {**queue.settings, **computed}
         for name in asked:
             refuse_if(name not in known and name != "All", "attribute name", name)
@@ -3593,8 +3589,7 @@ class Sqs:
         trace = system.get("AWSTraceHeader", {}).get("StringValue")
         given = {
             "SenderId": call.caller.access_key_id, "MessageGroupId": entry.get("MessageGroupId"),
-            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id")
-        }  # fmt: skip
+            "AWSTraceHeader": trace or call.request.header("x-amzn-trace-id")}  # fmt: skip
         kept = {name: value for name, value in given.items() if value}
         new_id = self._new_id()
         output = {"MessageId": new_id, "MD5OfMessageBody": _md5(body)}
@@ -3682,8 +3677,7 @@ class Sqs:
         handle = hmac.digest(self.secret, text, "sha256")[:12] + text
         output: dict[str, Any] = {
             "MessageId": message.message_id, "ReceiptHandle": "AQEB" + _base64_text(handle),
-            "MD5OfBody": _md5(message.body), "Body": message.body
-        }  # fmt: skip
+            "MD5OfBody": _md5(message.body), "Body": message.body}  # fmt: skip
         asked = {*given.get("AttributeNames", ()), *given.get("MessageSystemAttributeNames", ())}
         if asked:
             system = {
@@ -4036,8 +4030,7 @@ ENDPOINT_PREFIXES = {
     sms-voice &.pinpoint=/v1; sso-oauth oidc; states sync-&=.*(StartSyncExecution|TestState);
     sustainability api.&; thinclient api.&; timestream ingest.&=.*(BatchLoad|Database|Records|
     Table) query.&; vpc-lattice-svcs -; wellarchitected &-agent=/api/v1/agent; wickr admin.&
-    """).split(";"))
-}  # fmt: skip
+    """).split(";"))}  # fmt: skip
 # The prefixes for PREFIX@PARTITION, PREFIX@fips (the default is PREFIX-fips) and PREFIX@dual.
 VARIANT_PREFIXES = pairs("""
     data-ats.iot@aws-cn=data.ats.iot transcribe@aws-cn=cn.transcribe batch@fips=fips.batch
@@ -4059,8 +4052,7 @@ GLOBAL_REGIONS = {
     bcm-pricing-calculator bcm-recommended-actions billing billingconductor@aws budgets@aws-eusc ce
     chime@aws cloudfront@aws-cn freetier@aws iam invoicing networkmanager notifications-contacts
     organizations payments pricingplanmanager route53-recovery-control-config route53domains@aws
-    shield@aws support tax""".split(";")) for prefix in prefixes
-}  # fmt: skip
+    shield@aws support tax""".split(";")) for prefix in prefixes}  # fmt: skip
 # Prefixes that have only dual-stack hosts (NAME.REGION.api.aws).
 DUAL_STACK_ONLY = re.compile(r"""(?x)
     account-access.*|acm-acme|agent-registry.*|airflow-serverless|api\.iotmanagedintegrations
