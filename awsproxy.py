@@ -2783,7 +2783,7 @@ class RpcV2(WireProtocol):
 # Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
-# To add an operation: write a method of Sqs with its name in snake case, and a line in
+# To add an operation: write a method of Sqs with its name in snake case, and a part of
 # _OPERATIONS; write the query spelling of a new list or map into _SPELLED.  To add a refusal:
 # write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
@@ -2976,7 +2976,22 @@ class Queue:
             self.in_flight += change
         else:
             self.delayed += change
-        self._turn(message)
+        # Keep in `_ready` what a receive may take: a message, or a group by its first one.
+        name, first = message.message_id, self.messages.get(message.message_id)
+        if self.fifo:
+            group = self._groups[message.system["MessageGroupId"]]
+            if first:
+                group[name] = message  # keeps its place
+            else:
+                del group[name]
+            name, first = message.system["MessageGroupId"], next(iter(group.values()), None)
+            if not group:
+                del self._groups[name]
+        if not self.fifo or not first or first.hidden_until:
+            self._ready.pop(name, None)  # a group keeps its place, a message takes the last one
+        if first and not first.hidden_until:
+            self._ready[name] = first
+            self.changed.notify()
         if until:
             if not self._hidden or until < self._hidden[0][0]:
                 self.changed.notify_all()  # the waiters must wake up earlier
@@ -3036,24 +3051,6 @@ class Queue:
     def holds(self, message: Message, until: float) -> bool:
         """Return whether the queue has this message, and hides it until that time."""
         return self.messages.get(message.message_id) is message and message.hidden_until == until
-
-    def _turn(self, message: Message) -> None:
-        """Keep in `_ready` what a receive may take: a message, or a group by its first one."""
-        name, first = message.message_id, self.messages.get(message.message_id)
-        if self.fifo:
-            group = self._groups[message.system["MessageGroupId"]]
-            if first:
-                group[name] = message  # keeps its place
-            else:
-                del group[name]
-            name, first = message.system["MessageGroupId"], next(iter(group.values()), None)
-            if not group:
-                del self._groups[name]
-        if not self.fifo or not first or first.hidden_until:
-            self._ready.pop(name, None)  # a group keeps its place, a message takes the last one
-        if first and not first.hidden_until:
-            self._ready[name] = first
-            self.changed.notify()
 
 
 @dataclass(eq=False)
@@ -3811,36 +3808,26 @@ _SHAPES["to_change"] = list_of(structure("Id* ReceiptHandle* VisibilityTimeout:i
 _SHAPES["to_delete"] = list_of(structure("Id* ReceiptHandle*", _SHAPES))
 _SHAPES["to_send"] = list_of(structure(f"Id* {_SENT}", _SHAPES))
 
-# A line is an operation, its input for `structure`, and `->` before the output if it has one.
+# An operation, its input for `structure`, and `->` before the output if it has one.
 # QueueUrl is required too, but AWS answers a call without it with QueueDoesNotExist.
-_OPERATIONS = f"""
-    AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list
-    CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved
-    ChangeMessageVisibility QueueUrl ReceiptHandle* VisibilityTimeout*:int
-    ChangeMessageVisibilityBatch QueueUrl Entries*:to_change -> Successful Failed
-    CreateQueue QueueName Attributes:map tags:map -> QueueUrl
-    DeleteMessage QueueUrl ReceiptHandle*
-    DeleteMessageBatch QueueUrl Entries*:to_delete -> Successful Failed
-    DeleteQueue QueueUrl
-    GetQueueAttributes QueueUrl AttributeNames:list -> Attributes
-    GetQueueUrl QueueName QueueOwnerAWSAccountId -> QueueUrl
-    ListDeadLetterSourceQueues QueueUrl NextToken MaxResults:int -> queueUrls NextToken
-    ListMessageMoveTasks SourceArn* MaxResults:int -> Results
-    ListQueueTags QueueUrl -> Tags
-    ListQueues QueueNamePrefix NextToken MaxResults:int -> QueueUrls NextToken
-    PurgeQueue QueueUrl
-    ReceiveMessage QueueUrl AttributeNames:list MessageSystemAttributeNames:list \
-        MessageAttributeNames:list MaxNumberOfMessages:int VisibilityTimeout:int \
-        WaitTimeSeconds:int ReceiveRequestAttemptId -> Messages
-    RemovePermission QueueUrl Label*
-    SendMessage QueueUrl {_SENT} -> MessageId MD5OfMessageBody MD5OfMessageAttributes \
-        MD5OfMessageSystemAttributes SequenceNumber
-    SendMessageBatch QueueUrl Entries*:to_send -> Successful Failed
-    SetQueueAttributes QueueUrl Attributes*:map
-    StartMessageMoveTask SourceArn* DestinationArn MaxNumberOfMessagesPerSecond:int -> TaskHandle
-    TagQueue QueueUrl Tags*:map
-    UntagQueue QueueUrl TagKeys*:list
-"""
+_OPERATIONS = f"""AddPermission QueueUrl Label* AWSAccountIds*:list Actions*:list;
+    CancelMessageMoveTask TaskHandle* -> ApproximateNumberOfMessagesMoved; ChangeMessageVisibility
+    QueueUrl ReceiptHandle* VisibilityTimeout*:int; ChangeMessageVisibilityBatch QueueUrl
+    Entries*:to_change -> Successful Failed; CreateQueue QueueName Attributes:map tags:map ->
+    QueueUrl; DeleteMessage QueueUrl ReceiptHandle*; DeleteMessageBatch QueueUrl Entries*:to_delete
+    -> Successful Failed; DeleteQueue QueueUrl; GetQueueAttributes QueueUrl AttributeNames:list ->
+    Attributes; GetQueueUrl QueueName QueueOwnerAWSAccountId -> QueueUrl;
+    ListDeadLetterSourceQueues QueueUrl NextToken MaxResults:int -> queueUrls NextToken;
+    ListMessageMoveTasks SourceArn* MaxResults:int -> Results; ListQueueTags QueueUrl -> Tags;
+    ListQueues QueueNamePrefix NextToken MaxResults:int -> QueueUrls NextToken; PurgeQueue
+    QueueUrl; ReceiveMessage QueueUrl AttributeNames:list MessageSystemAttributeNames:list
+    MessageAttributeNames:list MaxNumberOfMessages:int VisibilityTimeout:int WaitTimeSeconds:int
+    ReceiveRequestAttemptId -> Messages; RemovePermission QueueUrl Label*; SendMessage QueueUrl
+    {_SENT} -> MessageId MD5OfMessageBody MD5OfMessageAttributes MD5OfMessageSystemAttributes
+    SequenceNumber; SendMessageBatch QueueUrl Entries*:to_send -> Successful Failed;
+    SetQueueAttributes QueueUrl Attributes*:map; StartMessageMoveTask SourceArn* DestinationArn
+    MaxNumberOfMessagesPerSecond:int -> TaskHandle; TagQueue QueueUrl Tags*:map; UntagQueue
+    QueueUrl TagKeys*:list"""
 # The QueryName of each list and map; {} is the operation.
 _SPELLED = pairs("""
     Attributes=Attribute:Name:Value MessageAttributes=MessageAttribute:Name:Value
@@ -3857,7 +3844,8 @@ OPERATIONS: Mapping[str, Operation] = {
         {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
         getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()),
     )
-    for name, spec, arrow, output in re.findall(r"(\w+) (.*?)(?:(->) (.*))?\n", _OPERATIONS)
+    for given, arrow, output in [it.partition("->") for it in _OPERATIONS.split(";")]
+    for name, spec in [given.split(None, 1)]
 }  # fmt: skip
 MODELS.update({f"sqs:{name}": it for name, it in OPERATIONS.items()})
 # The operations that begin so change messages at most.
