@@ -399,7 +399,6 @@ _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%-]+(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:
 _DIGITS = re.compile("[0-9]{1,18}")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_REFUSED_LINE = re.compile(rf"({_TOKEN}) (/[^\0- \x7f]*)?")
 UNTIL_CLOSE = -1
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 _FIELD_FAULTS = {  # of a line that _FIELD_LINE does not match; the first pattern that it contains
@@ -474,7 +473,7 @@ def not_implemented(method: str) -> ServiceError:
 def salvage_head(raw: bytes) -> Head:
     """Return the readable parts of a refused head, to refuse the request in its protocol."""
     text = raw.decode("latin-1")
-    line = _REFUSED_LINE.match(text)
+    line = re.match(rf"({_TOKEN}) (/[^\0- \x7f]*)?", text)
     headers = tuple(re.findall("(?m)^([A-Za-z0-9-]+):[ \t]*([^\0\r\n]*)", text)[:MAX_HEADERS])
     method, target = (line[1], line[2] or "/") if line else ("", "/")
     return Head(method, target, "1.0", headers, fields_of(headers))
@@ -6698,7 +6697,6 @@ _NAMING = [line.split(None, 2) for line in """
 _AWS_NAME = re.compile("[A-Za-z0-9_.-]{1,255}")
 _ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}:[a-z0-9-]{0,40}):[0-9]{12}:"
     "([A-Za-z0-9_./:$#+=,@-]+)")  # fmt: skip
-_PLACE = re.compile("[a-z0-9-]{1,40}:[0-9]{12}")
 _QUEUE_ADDRESS = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
     r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
@@ -6832,7 +6830,7 @@ def _named(call: Call, mark: str, kind: str, value: Any, account: str) -> Resour
 def _in_account(call: Call, region: str, account: str, name: str) -> Resource:
     place = f"{region}:{account}"
     arn = f"arn:{_partition(region)}:{call.service}:{place}:{name}"
-    return Resource(arn) if _PLACE.fullmatch(place) else UNKNOWN
+    return Resource(arn) if re.fullmatch("[a-z0-9-]{1,40}:[0-9]{12}", place) else UNKNOWN
 
 
 def _partition(region: str) -> str:
@@ -8878,8 +8876,8 @@ def _address(text: str) -> tuple[str, int]:
 
 
 _account_id = functools.partial(_matched, _ACCOUNT_ID.pattern, "12 digits")
-_SCOPE = f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})"
-_scope = functools.partial(_matched, _SCOPE, "SERVICE/REGION, as in sqs/us-east-1")
+_scope = functools.partial(_matched, f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})",
+    "SERVICE/REGION, as in sqs/us-east-1")  # fmt: skip
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
@@ -9047,14 +9045,14 @@ class Program:
             admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
             self.admin = Server(worker.admin, admin, timeout=options.timeout, max_connections=32)
         if worker.private:
-            self._join(worker, worker.private)
+            self._join(worker)
         self._add_gauges()
 
-    def _join(self, worker: Worker, private: socket.socket) -> None:
+    def _join(self, worker: Worker) -> None:
         """Join the pages and the messages in flight of all workers."""
         own = Proxy({}, max_body=0, status=dataclasses.replace(self._status), admin=True)
-        threading.Thread(target=Server(private, own).serve_forever, daemon=True).start()
-        self._status.others = [it.path for it in worker.others]
+        threading.Thread(target=Server(worker.private, own).serve_forever, daemon=True).start()
+        self._status.others = [it.private.getsockname() for it in worker.others]
         self._in_flight.others = [it.inlet for it in worker.others]
         self.server.watch(worker.pipe, self._in_flight.hear)
 
@@ -9262,8 +9260,7 @@ class Worker:
     number: int
     listener: socket.socket
     admin: Optional[socket.socket]  # all workers share it
-    private: Optional[socket.socket] = None  # other workers ask for its pages there
-    path: str = ""  # of `private`
+    private: Any = None  # the socket where other workers ask for its pages
     pipe: int = -1  # other workers write into `inlet` what they know about messages
     inlet: int = -1
     others: Sequence[Worker] = ()
@@ -9318,7 +9315,7 @@ class Supervisor:
             pipes, listener = os.pipe(), listen(address, reuse_port=True)
             for pipe in pipes:
                 os.set_blocking(pipe, False)
-            worker = Worker(number, listener, admin, private, path, *pipes)
+            worker = Worker(number, listener, admin, private, *pipes)
             worker.supervisor = os.getpid()
             self._workers.append(worker)
         for worker in self._workers:
