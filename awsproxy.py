@@ -6120,11 +6120,6 @@ class Inspector(Hook):
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
-def microseconds() -> int:
-    """Return the time since 1970."""
-    return time.time_ns() // 1000
-
-
 def join_calls(pages: Sequence[str], until: int) -> str:
     """Return the calls of several processes up to a number; others may have a later one."""
     calls = sorted(itertools.chain(*map(json.loads, pages)), key=operator.itemgetter("number"))
@@ -7327,7 +7322,7 @@ class Status:
             check_page(request, hosts, any_address)
             if self.sqs and f"{request.path}/".startswith(f"{self.LOCALSTACK}/"):
                 return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
-            began = microseconds()
+            began = time.time_ns() // 1000
             return self._joined(request, self._answer(request), began)
         except ServiceError as error:
             return REST.error(request, error, random_id())
@@ -7406,7 +7401,7 @@ def _join_counts(pages: Sequence[str], _: int) -> str:
     )
 
 
-# Functions that join pages of several processes, made up to some microsecond since 1970.
+# Functions that join pages of several processes, up to a microsecond since 1970.
 JOINS: Mapping[str, Callable[[Sequence[str], int], str]] = {"metrics": join_metrics,
     "in-flight": _join_counts, "policy": join_policies, "calls": join_calls}  # fmt: skip
 
@@ -9025,8 +9020,8 @@ class Program:
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
-        # The numbers of calls give the calls of several processes an order.
-        least = microseconds if worker.others else int
+        # Microseconds since 1970 give the calls of several processes an order.
+        least = (lambda: time.time_ns() // 1000) if worker.others else int
         inspector = Inspector(least) if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
