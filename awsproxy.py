@@ -1025,14 +1025,15 @@ class Proven(NamedTuple):
 def verify_head(
     request: Request, clients: Clients, now: float, service: Optional[str] = None,
     regions: Sequence[str] = (), clock_skew: Optional[int] = None,
-    profiles: Mapping[str, Profile] = PROFILES, private: bool = True, other_host: str = "",
-    may_search: Callable[[], bool] = lambda: True
+    must_be_signed: Sequence[str] = (), profiles: Mapping[str, Profile] = PROFILES,
+    private: bool = True, other_host: str = "", may_search: Callable[[], bool] = lambda: True
 ) -> Proven:  # fmt: skip
     """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
     service: the service that the request names apart from its scope
     regions: the allowed regions; all if empty
     clock_skew: seconds; replaces the clock_skew of the service's profile
+    must_be_signed: headers that decide what the request means
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
     may_search: whether to search for the cause of a wrong signature, which takes some 20 ms"""
@@ -1042,7 +1043,7 @@ def verify_head(
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
     _check_scope(request, claimed, service, regions)
     client = _find_client(request, claimed, clients)
-    _check_signed_headers(request, claimed, profile)
+    _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
     proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
@@ -1134,7 +1135,9 @@ def _find_client(request: Request, claimed: Authorization, clients: Clients) -> 
     raise refusal("token", request, hint)
 
 
-def _check_signed_headers(request: Request, claimed: Authorization, profile: Profile) -> None:
+def _check_signed_headers(
+    request: Request, claimed: Authorization, profile: Profile, must_be_signed: Sequence[str]
+) -> None:
     signed = claimed.signed_headers
     if "host" not in signed:
         raise refusal("host", request)
@@ -1142,7 +1145,7 @@ def _check_signed_headers(request: Request, claimed: Authorization, profile: Pro
     if absent := [name for name in signed if name not in fields]:
         raise refusal("absent headers", request, ", ".join(absent))
     is_dated = claimed.presigned or "x-amz-date" in fields  # otherwise Date gave the time
-    must = () if is_dated else ("date",)
+    must = must_be_signed if is_dated else (*must_be_signed, "date")
     safe = {*signed, "x-amz-content-sha256"}  # the hash is compared with the body anyway
     if profile.unsigned_token or (profile.unsigned_token_header and not claimed.presigned):
         safe.add("x-amz-security-token")
@@ -2104,8 +2107,10 @@ def wire_protocol(request: Request, service: str = "") -> WireProtocol:
             return AWS_QUERY_TARGET if is_old and media_type == _FORM else AWS_JSON[version]
         if service != "sqs" and _RPC_PATH.fullmatch(request.path):
             return RpcV2("")
-        if len(speaks) == 1 or (service == "sqs" and "json" in media_type):
+        if len(speaks) == 1:
             return AWS_JSON[version]
+    if service == "sqs" and "json" in media_type:
+        return AwsJson(version, ("content-type",))
     if "query" in speaks and (request.path == "/" or "rest-json" not in speaks):
         return AWS_QUERY
     if "rest-xml" in speaks:
@@ -2161,6 +2166,7 @@ class Meaning(NamedTuple):
 class WireProtocol:
     """Reads the operation and the input of a request, and writes the answer."""
 
+    must_be_signed: Sequence[str] = ()  # headers that this reading of the request depends on
     content_type = ""  # of an answer
     reads_target = False  # whether X-Amz-Target may name the operation
     reads_action = False  # whether the query parameter Action may
@@ -2253,31 +2259,39 @@ def _side(status: int) -> str:
 
 # [4.3] AWS JSON
 class AwsJson(WireProtocol):
-    """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1)."""
+    """X-Amz-Target names the operation, the body is a JSON object (Smithy: awsJson1_0, 1_1).
 
-    reads_target = True
+    In a call to Amazon SQS, `Action` in the query string may, if the Content-Type is signed."""
 
-    def __init__(self, version: str) -> None:
+    reads_target = reads_action = True
+
+    def __init__(self, version: str, must_be_signed: Sequence[str] = ()) -> None:
         self.content_type = f"application/x-amz-json-{version}"
+        self.must_be_signed = must_be_signed
 
     def meaning(self, request: Request, service: str, body: Body, hosts: Hosts = ()) -> Meaning:
         if request.method != "POST":
             raise ambiguous(self, "a call in AWS JSON is a POST")
         if request.path != "/" and (service != "sqs" or _RPC_PATH.fullmatch(request.path)):
             raise ambiguous(self, "its path could name one, too; that of AWS JSON is /")
-        if service == "sqs" and "?" in request.target:
-            if {name.lower() for name, _ in request.query} - _QUERY_PARAMETERS.keys():
+        actions = []
+        if "?" in request.target:  # Action is the only parameter, of calls to Amazon SQS alone
+            actions = _query_values(request, b"Action")
+            others = {name for name, _ in request.query} - {b"Action", b"Version"}
+            others = {name.lower() for name in others} - _QUERY_PARAMETERS.keys()
+            if len(actions) > 1 or (others if service == "sqs" else actions):
                 raise ambiguous(self, "the body is JSON, and the query string has parameters")
-        targets = request.fields.get("x-amz-target", ("",))
-        prefix, _, name = targets[0].rpartition(".")
-        of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
-        of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
-        if len(targets) > 1 or not of_service:
-            error = _invalid_action(", ".join(targets))
-            if name and not prefix:
-                example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
-                error.message += f" X-Amz-Target needs a prefix, as in {example}.{name[:80]}."
-            raise error
+        name = "".join(actions)
+        if targets := request.fields.get("x-amz-target"):
+            prefix, _, name = targets[0].rpartition(".")
+            of_sqs = TARGET_SERVICES.get(prefix) == "sqs"
+            of_service = of_sqs if service == "sqs" else _TARGET_PREFIX.fullmatch(prefix)
+            if len(targets) > 1 or not of_service or (actions and actions != [name]):
+                error = _invalid_action(", ".join(targets))
+                if not prefix:
+                    example = "AmazonSQS" if service == "sqs" else "DynamoDB_20120810"
+                    error.message += f" X-Amz-Target needs a prefix, as in {example}.{name[:80]}."
+                raise error
         name = _operation_name(name)
         document = self._document(request, body)
         if service == "sqs" and request.path != "/":  # which some servers take for QueueUrl
@@ -5051,11 +5065,14 @@ class Upstream:
             target, endpoint = self._bucket_host(call, target, endpoint)
         elif call.service == "sqs":
             path, mark, query = target.partition("?")
-            if (request.header("x-amz-target") or "").startswith(_OLD_TARGET):
-                headers = _without(headers, "x-amz-target")  # a form names the action, too
-                if isinstance(call.wire, AwsJson):
-                    headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
-            target = path + mark + restore_queue_url(query, call, endpoint)
+            named = request.header("x-amz-target") or ""
+            if isinstance(call.wire, AwsJson) and (mark or named.startswith(_OLD_TARGET)):
+                mark = query = ""  # Action moves into X-Amz-Target
+                headers = _without(headers, "x-amz-target")
+                headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
+            elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
+                headers = _without(headers, "x-amz-target")
+            target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         if isinstance(body, AwsChunkedBody):
             plain = payload_hash == "UNSIGNED-PAYLOAD"
@@ -7856,7 +7873,7 @@ class Proxy:
             check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
         if self._verified and not exchange.unsigned:
             proven = verify_head(request, self._clients, exchange.started, wire.service(request),
-                self._regions, self._clock_skew, other_host=self._public_host,
+                self._regions, self._clock_skew, wire.must_be_signed, other_host=self._public_host,
                 private=self._scheme == "https" or is_loopback(request.peer),
                 may_search=self._may_search)  # fmt: skip
         check_one_reading(request, wire, exchange.service)

@@ -2592,6 +2592,14 @@ class SignedHeadersTest(VerifyCase):
         request = link(service)
         self.verify(dataclasses.replace(request, headers=(*request.headers, *others)))
 
+    def test_headers_that_choose_the_protocol_must_be_signed(self):
+        headers = [("Content-Type", "application/json")]
+        must = {"must_be_signed": ("content-type",)}
+        self.verify(ask(headers=headers), **must)
+        self.verify(ask(), **must)
+        request = ask(headers=headers, unsigned=["content-type"])
+        self.refused(request, "403 SignatureDoesNotMatch", "not signed: content-type", **must)
+
     def test_host_and_date_must_be_signed(self):
         dated = [("Date", "Sun, 30 Aug 2015 12:36:00 GMT")]
         host = "^'Host' or ':authority' must be a 'SignedHeader' in the AWS Authorization.$"
@@ -4616,7 +4624,12 @@ class ProtocolTest(unittest.TestCase):
             ("POST /", (("X-AMZ-TARGET", target[1]), kind(JSON_1_1.upper())), "{}", JSON_1_1),
             ("POST /", (target,), "{}", JSON_1_0),
             ("POST /", (target, FORM), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues", (target, kind(JSON_1_0)), "{}", JSON_1_0),
             ("POST /000000000000/jobs", (target,), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues", (kind(JSON_1_0),), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues&Version=2012-11-05", (kind(JSON_1_0),), "{}", JSON_1_0),
+            ("POST /?Action=ListQueues", (kind(JSON_1_0),), '{"QueueNamePrefix":"j"}', JSON_1_0),
+            ("POST /?Action=ListQueues", (kind("application/json"),), "{}", JSON_1_0),
             ("POST /", (FORM,), "Action=ListQueues", "text/xml"),
             ("POST /", (FORM,), "Action=ListQueues&Version=2012-11-05", "text/xml"),
             ("POST /", (FORM,), "Action=ListQueues&Version=2009-02-01", "text/xml"),
@@ -6076,22 +6089,6 @@ class HostileTest(MeaningCase):
     def test_action_of_json_service_is_refused(self, target, headers, body):
         self.assert_refused(request("POST", target, headers, body, service="dynamodb"), "json")
 
-    LISTING = ("X-Amz-Target", "AmazonSQS.ListQueues")
-
-    @each(
-        ("/?Action=ListQueues", (OF_JSON_1_0,), b"{}"),
-        ("/?Action=ListQueues&Version=2012-11-05", (OF_JSON_1_0,), b"{}"),
-        ("/?Action=ListQueues", (("Content-Type", "application/json"),), b""),
-        ("/?Action=ListQueues", (OF_JSON_1_0, LISTING), b"{}"),
-        ("/?Action=ListQueues", (LISTING,), b"{}"),
-        ("/?Action=PurgeQueue", (OF_JSON_1_0, LISTING), b"{}"),
-        ("/?QueueUrl=jobs", (OF_JSON_1_0, LISTING), b"{}"),
-        ("/", (OF_JSON_1_0, ("X-Amz-Target", "AmazonSNS.ListQueues")), b"{}"),
-        ("/", (OF_JSON_1_0, ("X-Amz-Target", "x.ListQueues")), b"{}"),
-    )
-    def test_parameters_of_an_sqs_call_in_json_are_refused(self, target, headers, body):
-        self.assert_refused(request("POST", target, headers, body, service="sqs"), "json")
-
     LISTS, DELETES = "Action=ListTopics", b"Action=DeleteTopic"
     TARGET = ("X-Amz-Target", "DynamoDB_20120810.ListTables")
     TWO_TYPES = (OF_JSON_1_0, OF_JSON_1_0)
@@ -6391,6 +6388,33 @@ class OneReadingTest(MeaningCase):
                 reply, call = self.answer(asked)
                 self.assertEqual((reply.status, call), (403, None))
                 self.assertEqual(form_of(reply)[0], form)
+
+
+class ArticleTest(unittest.TestCase):
+    """The calls of the article: `?Action=ListQueues` and a JSON body."""
+
+    KIND = OF_JSON_1_0
+    SAME = ("X-Amz-Target", "AmazonSQS.ListQueues")
+
+    def setUp(self):
+        self.caller = Caller("json")
+        self.url = self.caller.queue()
+
+    def ask(self, target, headers, body=b"{}"):
+        asked = request("POST", target, headers, body, service="sqs", client=DEMO)
+        return self.caller.proxy.handle(asked)
+
+    def test_another_operation_in_the_target_is_refused(self):
+        for operation in ("PurgeQueue", "listqueues", "ListQueuesX", ""):
+            with self.subTest(operation):
+                other = ("X-Amz-Target", f"AmazonSQS.{operation}")
+                reply = self.ask("/?Action=ListQueues", (self.KIND, other))
+                self.assertEqual((reply.status, form_of(reply)[0]), (400, "json"))
+        for prefix in ("AmazonSNS", "x", "DynamoDB_20120810"):
+            with self.subTest(prefix):
+                other = ("X-Amz-Target", f"{prefix}.ListQueues")
+                reply = self.ask("/?Action=ListQueues", (self.KIND, other))
+                self.assertEqual(reply.status, 400)
 
 
 class AnotherReaderTest(MeaningCase):
@@ -13575,17 +13599,23 @@ class HostOfOthersTest(unittest.TestCase):
 
 
 class ForwardedMeaningTest(ForwardMeaning):
-    def test_an_old_target_is_forwarded_in_its_new_form(self):
-        headers = (OF_JSON_1_0, ("X-Amz-Target", "AmazonSQSv20121105.ListQueues"))
+    def test_article_call_is_forwarded_with_one_name(self):
+        kind, same = OF_JSON_1_0, ("X-Amz-Target", "AmazonSQS.ListQueues")
         recorder = FakeUpstream(self)
-        asked = request("POST", "/", headers, b"{}", service="sqs")
-        reply, sent = self.forwarded(self.routed(recorder), recorder, asked)
-        self.assertEqual(reply.status, 200, reply)
-        self.assertEqual(sent.fields["x-amz-target"], ["AmazonSQS.ListQueues"])
-        self.assertEqual((sent.target, sent.fields["content-type"]), ("/", [JSON_1_0]))
-        self.assertEqual(sent.body.read(), b"{}")
-        sent.body.seek(0)
-        self.check(sent, Client("up", *TOKEN_KEYS[:3]))
+        proxy = self.routed(recorder)
+        for headers in ((kind,), (kind, same)):
+            for target in ("/?Action=ListQueues", "/?Action=ListQueues&Version=2012-11-05"):
+                with self.subTest(target, headers=headers):
+                    asked = request("POST", target, headers, b"{}", service="sqs")
+                    reply, sent = self.forwarded(proxy, recorder, asked)
+                    self.assertEqual(reply.status, 200, reply)
+                    self.assertEqual(sent.fields["x-amz-target"], ["AmazonSQS.ListQueues"])
+                    self.assertNotIn("Action", sent.target)
+                    self.assertEqual(sent.path, "/")
+                    self.assertEqual(sent.fields["content-type"], [JSON_1_0])
+                    self.assertEqual(sent.body.read(), b"{}")
+                    sent.body.seek(0)
+                    self.check(sent, Client("up", *TOKEN_KEYS[:3]))
 
     def test_form_is_forwarded_as_it_is(self):
         recorder = FakeUpstream(self)
@@ -13598,11 +13628,15 @@ class ForwardedMeaningTest(ForwardMeaning):
     def test_input_in_the_query_of_a_json_call_is_not_forwarded(self):
         """`QueueUrl` of the query and of the body would be two readings of one call."""
         recorder = FakeUpstream(self)
+        kind = (OF_JSON_1_0,)
         url = escaped(f"http://{HOST}/000000000000/secret".encode(), b"")
         body = b'{"QueueUrl":"http://localhost:8081/000000000000/ok","MessageBody":"a"}'
-        asked = json_request("sqs", "SendMessage", body, f"/?QueueUrl={url}")
+        target = f"/?Action=SendMessage&QueueUrl={url}"
+        asked = request("POST", target, kind, body, service="sqs")
         reply, sent = self.forwarded(self.routed(recorder), recorder, asked)
-        self.assertEqual((reply.status, sent), (400, None), reply)
+        self.assertEqual(reply.status, 400 if sent is None else 200, reply)
+        if sent:
+            self.assertNotIn("secret", sent.target)
 
 
 class OneReadingForwardedTest(ForwardCase):
@@ -24751,8 +24785,10 @@ class Fuzzer:
             ))  # fmt: skip
         elif times and chance.random() < 0.1:
             body = respelled(chance, text).encode("utf-8", "surrogatepass")
-        kind = ("Content-Type", chance.choice((JSON_1_0, JSON_1_1)))
-        return "POST", "/", [("X-Amz-Target", f"AmazonSQS.{operation}"), kind], body
+        target, kind = "/", ("Content-Type", chance.choice((JSON_1_0, JSON_1_1)))
+        if chance.random() < 0.1:
+            return "POST", f"/?Action={operation}", [kind], body
+        return "POST", target, [("X-Amz-Target", f"AmazonSQS.{operation}"), kind], body
 
     @staticmethod
     def as_form(chance, operation, given, raw, times):
