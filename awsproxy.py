@@ -323,14 +323,8 @@ class WouldWait(Exception):
 
 
 # [1.3] Errors
-class Fault(NamedTuple):
-    """The HTTP status of an error, its code in XML and its `__type` in JSON."""
-
-    status: int
-    code: str
-    type: str
-
-
+# The HTTP status of an error, its code in XML and its `__type` in JSON.
+Fault = collections.namedtuple("Fault", "status code type")
 _CORAL = "com.amazon.coral.service#"
 _SQS, _LEGACY = "com.amazonaws.sqs#", "AWS.SimpleQueueService."
 # A line: the code in XML, the type in JSON, and the errors; * is the error's name.  The status is
@@ -4685,19 +4679,16 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket, self._client = client.sock, client
-        self.selector: Optional[selectors.BaseSelector] = None  # of the loop that watches it
+        self.selector: Optional[selectors.BaseSelector] = (
+            None  # of the loop, if only the loop uses it
+        )
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
         self._arrival.register(self.socket, select.POLLIN)
 
-    def watch(self, selector: selectors.BaseSelector, act: Callable[[], None]) -> None:
-        """Let a loop, and no other thread, use it, and call `act` when bytes or the end arrive."""
-        self.selector = selector
-        selector.register(self.socket, selectors.EVENT_READ, act)
-
     def unwatch(self) -> None:
-        """Let another thread use it."""
+        """Remove it from the loop, so that another thread can use it."""
         if self.selector:
             with contextlib.suppress(KeyError):  # the loop has ended
                 self.selector.unregister(self.socket)
@@ -8452,7 +8443,7 @@ class Server(http.server.HTTPServer):
         self._certificate, self._every_half_second = certificate, every_half_second
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
         self._arrived = 0  # bytes, since the last check of MAX_HELD
-        self._workers, self._selector = Workers(), selectors.DefaultSelector()
+        self._workers, self.selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
         self.queue: OrderedDict[PeerConnection, None] = OrderedDict()  # may hold a request
         self._returned: collections.deque[PeerConnection] = collections.deque()  # by workers
@@ -8465,14 +8456,14 @@ class Server(http.server.HTTPServer):
         self._stopped.set()
         for listening, act in ((self.socket, self._accept), (self._woken, self._take_back)):
             listening.setblocking(False)
-            self._selector.register(listening, _READ, act)
+            self.selector.register(listening, _READ, act)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `shutdown`."""
         self._stopped.clear()
         tick = time.monotonic() + poll_interval
         while not self._stopping:
-            ready = self._selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
+            ready = self.selector.select(0.0 if self.queue else max(0.0, tick - time.monotonic()))
             for start in range(0, len(ready) or 1, AT_ONCE):
                 for key, _ in ready[start : start + AT_ONCE]:
                     self._guarded(key.data, key.fileobj)
@@ -8482,10 +8473,6 @@ class Server(http.server.HTTPServer):
                 for act in (self._check_deadlines, self._every_half_second, self._answer):
                     self._guarded(act)
         self._stopped.set()
-
-    def watch(self, pipe: int, act: Callable[[int], None]) -> None:
-        """Let the loop call `act` with a pipe that can be read."""
-        self._selector.register(pipe, _READ, functools.partial(act, pipe))
 
     def limit_held(self, size: int) -> None:
         """Close the connections that hold most, if all together hold more than MAX_HELD bytes."""
@@ -8558,7 +8545,7 @@ class Server(http.server.HTTPServer):
         while self._returned:
             self._returned.popleft().hang_up()
         self._workers.end()
-        self._selector.close()
+        self.selector.close()
         self._wake.close()
         self._woken.close()
 
@@ -8587,7 +8574,7 @@ class Server(http.server.HTTPServer):
                 return
             except OSError as error:  # no file descriptor is left: try again in a moment
                 log.warning("cannot accept a connection, trying again soon: %s", error)
-                self._selector.unregister(self.socket)
+                self.selector.unregister(self.socket)
                 return
             full = len(self.connections) >= self._max_connections and not self._make_room()
             try:
@@ -8634,13 +8621,13 @@ class Server(http.server.HTTPServer):
         if not connection.parked:
             connection.parked = True
             connection.socket.setblocking(False)
-            self._selector.register(connection.socket, event, act or connection.readable)
+            self.selector.register(connection.socket, event, act or connection.readable)
 
     def unpark(self, connection: PeerConnection) -> None:
         """Make the loop stop waiting for the connection."""
         if connection.parked:
             connection.parked = False
-            self._selector.unregister(connection.socket)
+            self.selector.unregister(connection.socket)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -8649,16 +8636,18 @@ class Server(http.server.HTTPServer):
                 self.settle(connection, connection.pending.give_up())
             elif connection.parked:
                 connection.close()
-        if self.socket not in self._selector.get_map():  # `_accept` had no file descriptor
-            self._selector.register(self.socket, _READ, self._accept)
+        if self.socket not in self.selector.get_map():  # `_accept` had no file descriptor
+            self.selector.register(self.socket, _READ, self._accept)
 
     def wait(self, connection: PeerConnection, pending: Pending) -> None:
         """Make the loop wait for the answer of an upstream."""
         upstream = pending.connection
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
         self._waiting[upstream] = connection
-        if not upstream.selector:
-            upstream.watch(self._selector, functools.partial(self._proceed, upstream))
+        if not upstream.selector:  # the loop watches it from now on, also while it is idle
+            upstream.selector = self.selector
+            act = functools.partial(self._proceed, upstream)
+            self.selector.register(upstream.socket, _READ, act)
 
     def _proceed(self, upstream: Connection) -> None:
         connection = self._waiting.get(upstream)
@@ -9066,7 +9055,8 @@ class Program:
         threading.Thread(target=Server(worker.private, own).serve_forever, daemon=True).start()
         self._status.others = [it.private.getsockname() for it in worker.others]
         self._in_flight.others = [it.inlet for it in worker.others]
-        self.server.watch(worker.pipe, self._in_flight.hear)
+        hear = functools.partial(self._in_flight.hear, worker.pipe)
+        self.server.selector.register(worker.pipe, selectors.EVENT_READ, hear)
 
     def _add_gauges(self) -> None:
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring

@@ -20241,7 +20241,7 @@ class ForwardedIdleTest(Through):
     def watched(self):
         """Return the idle connections that the loop watches, each of which is registered."""
         idle = self.pool._idle.get((self.endpoint, True), [])
-        registered = self.running.server._selector.get_map()
+        registered = self.running.server.selector.get_map()
         self.assertTrue(all(it.socket.fileno() in registered for it in idle))
         return [*idle]
 
@@ -20275,7 +20275,7 @@ class ForwardedIdleTest(Through):
         else:
             self.upstream.connections[-1].shutdown(socket.SHUT_RDWR)
         wait_until(lambda: kept.socket.fileno() < 0)
-        self.assertNotIn(number, self.running.server._selector.get_map())
+        self.assertNotIn(number, self.running.server.selector.get_map())
         self.assertEqual(self.put(raw_call(), wire=wire).status, 200)
         self.assertEqual(len(self.upstream.connections), before + 1)
 
@@ -20430,10 +20430,10 @@ class LoopTest(unittest.TestCase):
         self.server.socket.accept.side_effect = OSError(errno.EMFILE, "Too many open files")
         with self.assertLogs("awsproxy", "WARNING"):
             self.server._accept()
-        self.assertNotIn(listener, self.server._selector.get_map())
+        self.assertNotIn(listener, self.server.selector.get_map())
         self.server.socket = listener
         self.server._check_deadlines()
-        self.assertIn(listener, self.server._selector.get_map())
+        self.assertIn(listener, self.server.selector.get_map())
 
     def test_a_closed_connection_makes_no_calls(self):
         self.server.park(self.conversation)
