@@ -6090,7 +6090,7 @@ class Inspector(Hook):
     MOST_TEXT = 65536  # characters of one call
     MOST_BODY = 4096
 
-    def __init__(self, least_number: Callable[[], int] = lambda: 1) -> None:
+    def __init__(self, least_number: Callable[[], int] = int) -> None:
         self._lock, self._least_number = threading.Lock(), least_number
         self._calls: collections.deque[tuple[int, str]] = collections.deque(maxlen=self.MOST)
 
@@ -6124,7 +6124,8 @@ class Inspector(Hook):
     def since(self, number: int) -> str:
         """Return the calls after a number (all, if it is too high), the oldest first, as JSON."""
         with self._lock:
-            after = number if self._calls and number <= self._calls[-1][0] else 0
+            last = self._calls[-1][0] if self._calls else 0
+            after = number if number <= max(last, self._least_number()) else 0
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
@@ -9039,12 +9040,13 @@ class Program:
             hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
-        self.server = Server(worker.listener, self.proxy, timeout=options.timeout,
+        listener, admin = worker.listeners or _bind(options)
+        self.server = Server(listener, self.proxy, timeout=options.timeout,
             max_connections=self._most_connections(), every_half_second=self._tick,
             certificate=self._certificate)  # fmt: skip
-        if worker.admin:
-            admin = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
-            self.admin = Server(worker.admin, admin, timeout=options.timeout, max_connections=32)
+        if admin:
+            pages = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
+            self.admin = Server(admin, pages, timeout=options.timeout, max_connections=32)
         if worker.private:
             self._join(worker)
         self._add_gauges()
@@ -9260,8 +9262,7 @@ class Worker:
     """The sockets and pipes of a process.  They outlive it, for the process that replaces it."""
 
     number: int
-    listener: socket.socket
-    admin: Optional[socket.socket]  # all workers share it
+    listeners: Sequence[Any] = ()  # on the port, and for --admin: all workers share that one
     private: Any = None  # the socket where other workers ask for its pages
     pipe: int = -1  # other workers write into `inlet` what they know about messages
     inlet: int = -1
@@ -9278,8 +9279,8 @@ class Supervisor:
     connections among them.  The supervisor keeps all sockets open: no connection that waits is
     lost if a worker ends, because the next process gets the same sockets."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options, self._workers = options, list[Worker]()
+    def __init__(self, options: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
+        self._options, self._argv, self._workers = options, argv, list[Worker]()
         self._serves = self._ending = False
         self._code = 0
 
@@ -9317,7 +9318,7 @@ class Supervisor:
             pipes, listener = os.pipe(), listen(address, reuse_port=True)
             for pipe in pipes:
                 os.set_blocking(pipe, False)
-            worker = Worker(number, listener, admin, private, *pipes)
+            worker = Worker(number, (listener, admin), private, *pipes)
             worker.supervisor = os.getpid()
             self._workers.append(worker)
         for worker in self._workers:
@@ -9332,8 +9333,8 @@ class Supervisor:
         try:
             os.setpgid(0, 0)  # the supervisor passes on what Ctrl-C sends
             for other in worker.others:  # connections to it would wait in vain
-                other.listener.close()
-            code = run_program(self._options, worker)
+                other.listeners[0].close()
+            code = main(self._argv, worker)
         except Exception:
             log.exception("worker %d failed", worker.number)
         finally:
@@ -9359,7 +9360,7 @@ class Supervisor:
             self._ending = True
         for worker in self._workers:
             if self._ending:
-                worker.listener.close()  # each worker closes its own one at its end
+                worker.listeners[0].close()  # each worker closes its own one at its end
             if worker.process:
                 os.kill(worker.process, number)
 
@@ -9448,35 +9449,25 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def run_program(options: argparse.Namespace, worker: Optional[Worker] = None) -> int:
-    """Run one process of the program, and return its exit code."""
-    writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
-    form = "awsproxy: %(message)s"
-    logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=bool(worker))
-    try:
-        program = Program(options, writer, worker or Worker(0, *_bind(options)))
-        with program.server:
-            return program.serve()
-    except UsageError as error:
-        print(f"awsproxy: {error}", file=sys.stderr)
-        return 2
-    finally:
-        writer.close()
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, worker: Optional[Worker] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
     try:
         with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
             options = build_parser().parse_args(argv)
         if options.check:
             return check_file(options.check, options)
-        if options.processes != 1:
-            return Supervisor(options).run()
+        if options.processes != 1 and not worker:
+            return Supervisor(options, argv).run()
+        writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
+        form = "awsproxy: %(message)s"
+        with contextlib.closing(writer):
+            logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=bool(worker))
+            program = Program(options, writer, worker or Worker(0))
+            with program.server:
+                return program.serve()
     except UsageError as error:
         print(f"awsproxy: {error}", file=sys.stderr)
         return 2
-    return run_program(options)
 
 
 # [10.7] Routes of the flags
