@@ -5477,7 +5477,6 @@ class LineWriter:
 
     MOST = 5000  # lines that wait; more are dropped and counted
     PAUSE = 0.02  # seconds; the lines of this time are written together
-    AT_ONCE = 20  # lines; the stream's buffer holds them, so other processes cannot cut them
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
@@ -5513,10 +5512,13 @@ class LineWriter:
             time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
+            text, start = "".join(lines), 0
             try:
-                for start in range(0, len(lines), self.AT_ONCE):
-                    self._stream.write("".join(lines[start : start + self.AT_ONCE]))
+                while start < len(text):  # other processes cannot cut a line of a short write
+                    end = text.rfind("\n", start, start + select.PIPE_BUF) + 1 or len(text)
+                    self._stream.write(text[start:end])
                     self._stream.flush()
+                    start = end
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
             batch, self._batch = self._batch, []

@@ -15966,6 +15966,25 @@ class LineWriterTest(unittest.TestCase):
         self.addCleanup(stream.goes_on.set)
         return stream, awsproxy.LineWriter(stream, *more)
 
+    def test_a_write_is_short_and_ends_with_a_line(self):
+        """So the lines of several processes come apart, also on a pipe."""
+        stream, writer = self.start()
+        stream.goes_on.clear()
+        writer.write("first\n")
+        self.assertTrue(stream.writing.wait(DEADLINE))
+        pieces, stream.write = [], lambda text: pieces.append(text)
+        lines = [f"{number} {'x' * (number % 700)}\n" for number in range(300)]
+        for line in [*lines[:200], "y" * 2 * select.PIPE_BUF + "\n", *lines[200:]]:
+            writer.write(line)
+        stream.goes_on.set()
+        writer.close(DEADLINE)
+        self.assertEqual(
+            "".join(pieces).replace("y", ""), "".join([*lines[:200], "\n", *lines[200:]])
+        )
+        long = [it for it in pieces if len(it) > select.PIPE_BUF]
+        self.assertLessEqual(len(long), 1)
+        self.assertTrue(all(it.endswith("\n") for it in pieces))
+
     def test_close_waits_for_all_lines(self):
         stream, writer = self.start()
         lines = [f"{number}\n" for number in range(3000)]
