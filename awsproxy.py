@@ -3907,8 +3907,7 @@ def found_in(reply: Reply, element: re.Pattern[bytes], member: str, key: str) ->
     with contextlib.suppress(*_MALFORMED):
         if not any(n.lower() == "content-type" and "json" in v for n, v in reply.headers):
             return [html.unescape(found.decode()) for found in element.findall(body)]
-        output = read_json(body.decode())
-        return [item[key] for item in output.get(member) or []]
+        return [item[key] for item in read_json(body.decode()).get(member) or []]
     return []
 
 
@@ -7333,15 +7332,14 @@ class Status:
             check_page(request, hosts, any_address)
             if self.sqs and f"{request.path}/".startswith(f"{self.LOCALSTACK}/"):
                 return _localstack(self.sqs, request, request.path[len(self.LOCALSTACK) :])
-            began = time.time_ns() // 1000
-            return self._joined(request, self._answer(request), began)
+            return self._joined(request, time.time_ns() // 1000, self._answer(request))
         except ServiceError as error:
             return REST.error(request, error, random_id())
         except Exception:
             log.exception("the request for %s failed", request.path)
             return _own_reply(500, "the request failed; see standard error\n")
 
-    def _joined(self, request: Request, reply: Reply, began: int) -> Reply:
+    def _joined(self, request: Request, began: int, reply: Reply) -> Reply:
         """Return the page with the same pages of other processes; this may block."""
         join = JOINS.get(request.path.replace(self.PREFIX, "", 1))
         if not (join and self.others and reply.status == 200 and isinstance(reply.body, bytes)):
@@ -9395,8 +9393,7 @@ def running(queues: Sequence[str] = (), clock: Optional[MovableClock] = None, po
     account = options.get("account_id", "000000000000")
     create_queues(sqs, {name: {} for name in queues}, "us-east-1", account)
     status = Status(Metrics(), None, sqs, sqs.reset, guard=options.setdefault("guard", Guard()))
-    proxy = Proxy(clients, sqs=sqs, status=status, **options)
-    with Server(("127.0.0.1", port), proxy) as server:
+    with Server(("127.0.0.1", port), Proxy(clients, sqs=sqs, status=status, **options)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
