@@ -72,18 +72,26 @@ import sys
 if __name__ == "__main__" and hasattr(os, "memfd_create"):
     # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
     # CPython's pythonrun.c).  So the script starts Python again, with the compiled code.
-    _given = getattr(sys, "orig_argv", [])  # from Python 3.10 on
-    _flags = _given[1 : -len(sys.argv)]
-    if sys.argv[0] == "-c":  # this is the second start
-        __file__ = sys.argv.pop(1)
-        sys.argv[0] = __file__
+    _compiled, _words = sys._getframe().f_code, getattr(sys, "orig_argv", [])  # since Python 3.10
+    _flags, _usual = _words[1 : -len(sys.argv)], set("bBdEIOPqRsSuvx")
+    if "_again" in globals():
+        del sys.argv[0]
         sys.path[0] = sys.path[0] or os.path.dirname(os.path.realpath(__file__))
-    elif _given[-len(sys.argv) :] == sys.argv and all(it[0] == "-" for it in _flags):
-        _code = os.memfd_create("awsproxy", 0)  # no other program runs this one, as a debugger
-        os.write(_code, marshal.dumps(sys._getframe().f_code))
-        os.lseek(_code, 0, os.SEEK_SET)
-        _run = f"import marshal; exec(marshal.load(open({_code}, 'rb')))"
-        os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
+    elif (
+        # Nothing else runs this script, such as a debugger, and no stream is closed.
+        _words[1:] == [*_flags, *sys.argv]
+        and _compiled.co_filename == sys.argv[0]
+        and all(it[:1] == "-" and (_usual >= {*it[1:]} or it[1] in "WX") for it in _flags)
+        and None not in (sys.executable or None, sys.stdin, sys.stdout, sys.stderr)
+    ):
+        try:
+            _file, _data = os.memfd_create("awsproxy", 0), marshal.dumps((_compiled, __file__))
+            if os.write(_file, _data) == len(_data) and os.lseek(_file, 0, os.SEEK_SET) == 0:
+                _again = f"import marshal\nwith open({_file}, 'rb') as _again:"
+                _again += " _code, __file__ = marshal.load(_again)\nexec(_code)"
+                os.execv(sys.executable, [sys.executable, *_flags, "-c", _again, *sys.argv])
+        except OSError:  # the system forbids it
+            pass
 
 import argparse
 import base64
@@ -355,8 +363,7 @@ _FAULTS = f"""
 ERRORS: Mapping[str, Fault] = {
     name: Fault(int(status or 400), code.replace("*", name), shape.replace("*", name))
     for code, shape, *errors in map(str.split, _FAULTS.strip().splitlines())
-    for name, _, status in (error.partition(":") for error in errors)
-}
+    for name, _, status in (error.partition(":") for error in errors)}  # fmt: skip
 
 
 class ServiceError(Exception):
@@ -647,9 +654,8 @@ def encode_head(request: Request) -> bytes:
     return _encode_lines([f"{request.method} {request.target} HTTP/1.1", *fields])
 
 
-def encode_reply(
-    reply: Reply, date: str, close: bool, head_only: bool = False, streams: Optional[str] = None
-) -> bytes:
+def encode_reply(reply: Reply, date: str, close: bool, head_only: bool = False,
+        streams: Optional[str] = None) -> bytes:  # fmt: skip
     """Return the bytes of a whole response, framed by its length (RFC 9112, 6.2).
 
     `close` announces the end of the connection; `head_only` is for an answer to HEAD.  `streams`
@@ -893,9 +899,8 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     return _BLANKS.sub(" ", text) if "  " in text or "\t" in text else text
 
 
-def canonical_parts(
-    request: Request, authorization: Authorization, payload_hash: str, profile: Profile
-) -> tuple[str, ...]:
+def canonical_parts(request: Request, authorization: Authorization, payload_hash: str,
+        profile: Profile) -> tuple[str, ...]:  # fmt: skip
     """Return the lines of a canonical request: method, path, query, headers, names, payload."""
     path, _, query = request.target.partition("?")
     if query:
@@ -975,8 +980,7 @@ PROFILES: Mapping[str, Profile] = {
     "ebs": Profile(unsigned_body="PUT /snapshots/[^/]+/blocks/[^/]+"),
     "lex": Profile(unsigned_body="POST /bots?/.+/(content|utterance)"),
     "mediastore": Profile(unsigned_body="PUT /.+"),
-    "omics": Profile(unsigned_body="PUT /sequencestore/[^/]+/upload/[^/]+/part"),
-}
+    "omics": Profile(unsigned_body="PUT /sequencestore/[^/]+/upload/[^/]+/part")}  # fmt: skip
 _GENERAL = Profile()
 
 
@@ -1016,12 +1020,11 @@ class Proven(NamedTuple):
     proof: Optional[Proof] = None
 
 
-def verify_head(
-    request: Request, clients: Clients, now: float, service: Optional[str] = None,
-    regions: Sequence[str] = (), clock_skew: Optional[int] = None,
-    must_be_signed: Sequence[str] = (), profiles: Mapping[str, Profile] = PROFILES,
-    private: bool = True, other_host: str = "", may_search: Callable[[], bool] = lambda: True
-) -> Proven:  # fmt: skip
+def verify_head(request: Request, clients: Clients, now: float, service: Optional[str] = None,
+        regions: Sequence[str] = (), clock_skew: Optional[int] = None,
+        must_be_signed: Sequence[str] = (), profiles: Mapping[str, Profile] = PROFILES,
+        private: bool = True, other_host: str = "",
+        may_search: Callable[[], bool] = lambda: True) -> Proven:  # fmt: skip
     """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
     service: the service that the request names apart from its scope
@@ -1084,16 +1087,14 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
     raise late
 
 
-def _check_scope(
-    request: Request, claimed: Authorization, service: Optional[str], regions: Sequence[str]
-) -> None:
+def _check_scope(request: Request, claimed: Authorization, service: Optional[str],
+        regions: Sequence[str]) -> None:  # fmt: skip
     scope, day = claimed.scope, claimed.amz_date[:8]
     right = (
         scope.terminator == "aws4_request",
         scope.date == day,
         _SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
-        _SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service),
-    )
+        _SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service))  # fmt: skip
     if all(right):
         return
     date, region, name, end = (part[:40] for part in scope)
@@ -1129,9 +1130,8 @@ def _find_client(request: Request, claimed: Authorization, clients: Clients) -> 
     raise refusal("token", request, hint)
 
 
-def _check_signed_headers(
-    request: Request, claimed: Authorization, profile: Profile, must_be_signed: Sequence[str]
-) -> None:
+def _check_signed_headers(request: Request, claimed: Authorization, profile: Profile,
+        must_be_signed: Sequence[str]) -> None:  # fmt: skip
     signed = claimed.signed_headers
     if "host" not in signed:
         raise refusal("host", request)
@@ -1152,9 +1152,8 @@ def _check_signed_headers(
             raise refusal("query parameter", request, f"'{name[:40]}' differs from the header.")
 
 
-def _declared_payload(
-    request: Request, claimed: Authorization, profile: Profile, private: bool
-) -> Optional[str]:
+def _declared_payload(request: Request, claimed: Authorization, profile: Profile,
+        private: bool) -> Optional[str]:  # fmt: skip
     """Return the payload line that the head declares, or None where the body must be hashed."""
     value = _single(request, "x-amz-content-sha256")
     if value == "UNSIGNED-PAYLOAD" and profile.unsigned_body and private:
@@ -1449,13 +1448,11 @@ _ROWS: list[Mistake] = [
     for row in MISTAKES.replace("\\\n        ", "").strip().splitlines()
     for names, *changes, words in [row.strip().split(" | ")]
     for name in names.split()
-    for pattern, written in zip(changes[::2], changes[1::2])
-]
+    for pattern, written in zip(changes[::2], changes[1::2])]  # fmt: skip
 
 
-def _others(
-    request: Request, claimed: Authorization, parts: Sequence[str], body: bytes
-) -> Iterator[Sequence[str]]:
+def _others(request: Request, claimed: Authorization, parts: Sequence[str],
+        body: bytes) -> Iterator[Sequence[str]]:  # fmt: skip
     """Yield a field, a mistake, and what signers who make it write as the whole field."""
     unquote = functools.partial(urllib.parse.unquote, encoding="latin-1")
     path, _, query = request.target.partition("?")
@@ -1527,9 +1524,8 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
         yield words, [form.encode() for form in (*ordered, *forms)]
 
 
-def _mistakes(
-    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> Mistakes:
+def _mistakes(request: Request, claimed: Authorization, secret: str, parts: Sequence[str],
+        body: bytes) -> Mistakes:  # fmt: skip
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
     texts = {
         "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
@@ -1592,9 +1588,8 @@ def _with(draft: Draft, mistake: Mistake) -> Draft:
     return (*draft[:at], re.sub(pattern, written, draft[at], flags=re.M), *draft[at + 1 :])
 
 
-def find_cause(
-    request: Request, claimed: Authorization, secret: str, parts: Sequence[str], body: bytes
-) -> tuple[str, Optional[Proof]]:
+def find_cause(request: Request, claimed: Authorization, secret: str, parts: Sequence[str],
+        body: bytes) -> tuple[str, Optional[Proof]]:  # fmt: skip
     """Return what the signer did wrong, and its steps; "" for a request that is too long."""
     if sum(map(len, parts)) > MAX_SEARCHED:
         return "", None
@@ -1720,10 +1715,8 @@ class AwsChunkedBody(CheckedBody):
 
 
 # A method of the body would make a cycle, and so keep the chunks of an abandoned body in memory.
-def _chunks(
-    stream: Stream, unread: int, signer: Signer, announced: Sequence[str], checked: bool,
-    trailers: dict[str, str]
-) -> Iterator[bytes]:  # fmt: skip
+def _chunks(stream: Stream, unread: int, signer: Signer, announced: Sequence[str], checked: bool,
+        trailers: dict[str, str]) -> Iterator[bytes]:  # fmt: skip
     """Yield content; check the last, empty chunk and the trailers with the chunk before."""
     checks = {name: CHECKSUMS[name]() for name in announced if name in CHECKSUMS}
     left, last, data, crc = 0, b"", None, 0
@@ -1856,10 +1849,8 @@ class Credentials(NamedTuple):
 _SIGNED = ("host", "date", "content-type", "content-md5")  # and x-amz-*: no proxy changes them
 
 
-def sign(
-    outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope, amz_date: str,
-    declares: bool = False
-) -> tuple[Request, Authorization]:  # fmt: skip
+def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope,
+        amz_date: str, declares: bool = False) -> tuple[Request, Authorization]:  # fmt: skip
     """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
@@ -1891,9 +1882,8 @@ _UNUSED = re.compile(r"x-amz-(checksum-|(content-sha256|sdk-checksum-algorithm)\
 _KEPT_BACK = HOP_BY_HOP | _OF_THE_WAY | {"content-length", "expect", "host"}  # if unsigned
 
 
-def end_to_end(
-    headers: Headers, dropped: frozenset[str] = HOP_BY_HOP, signed: Sequence[str] = ()
-) -> list[tuple[str, str]]:
+def end_to_end(headers: Headers, dropped: frozenset[str] = HOP_BY_HOP,
+        signed: Sequence[str] = ()) -> list[tuple[str, str]]:  # fmt: skip
     """Return the headers without those dropped and the unsigned ones that Connection names."""
     if listed := ",".join([value for name, value in headers if name.lower() == "connection"]):
         # Signed headers decide what the request means; Connection must not remove them.
@@ -2620,8 +2610,7 @@ S3_ACTIONS = {  # by level, sub-resource and method
     (level, subresource.strip("-"), method): action.replace("*", noun)
     for level, methods, words in re.findall(r"(\w+): (.*): (.*)", _S3_TABLE)
     for method, action in pairs(methods).items()
-    for subresource, _, noun in [word.partition("=") for word in words.split()]
-}
+    for subresource, _, noun in [word.partition("=") for word in words.split()]}  # fmt: skip
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 # The actions of a call with a versionId.
 _S3_VERSIONED = {
@@ -3153,8 +3142,7 @@ SETTINGS: Mapping[str, tuple[str, Callable[[str], str]]] = {
     "FifoQueue": ("true", _one_of("true", "false")),
     "ContentBasedDeduplication": ("false", _one_of("true", "false")),
     "DeduplicationScope": ("queue", _one_of("queue", "messageGroup")),
-    "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId")),
-}
+    "FifoThroughputLimit": ("perQueue", _one_of("perQueue", "perMessageGroupId"))}  # fmt: skip
 _FIFO_SETTINGS = frozenset(name for name in SETTINGS if re.search("Fifo|Deduplication", name))
 _FIFO_NAME = re.compile(r"(?=.{6,80}\Z)[A-Za-z0-9_-]+\.fifo")
 _QUEUE_ARN = re.compile("arn:[a-z-]+:sqs:[A-Za-z0-9_-]+:[0-9]{12}:[A-Za-z0-9_.-]{1,80}")
@@ -3313,11 +3301,9 @@ class Sqs:
     is_failing = False  # whether the store's last commit failed
     _draining = False
 
-    def __init__(
-        self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
-        secret: bytes = b"",
-        wait: Callable[[threading.Condition, float], Any] = threading.Condition.wait
-    ) -> None:  # fmt: skip
+    def __init__(self, clock: Clock = steady_time, new_id: Callable[[], str] = random_id,
+            secret: bytes = b"", wait: Callable[[threading.Condition, float],
+            Any] = threading.Condition.wait) -> None:  # fmt: skip
         self._clock, self._new_id, self._wait = clock, new_id, wait
         self.secret = secret or os.urandom(32)  # authenticates receipt handles
         self.lock = threading.RLock()
@@ -3849,11 +3835,9 @@ OPERATIONS: Mapping[str, Operation] = {
     name: Operation(
         structure(spec, _SHAPES), output.split() if arrow else None,
         {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
-        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()),
-    )
+        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()))
     for given, arrow, output in [it.partition("->") for it in _OPERATIONS.split(";")]
-    for name, spec in [given.split(None, 1)]
-}  # fmt: skip
+    for name, spec in [given.split(None, 1)]}  # fmt: skip
 MODELS.update({f"sqs:{name}": it for name, it in OPERATIONS.items()})
 # The operations that begin so change messages at most.
 _KEEP_QUEUES = ("Get", "List", "Send", "Receive", "ChangeMessage", "DeleteMessage")
@@ -3956,8 +3940,7 @@ PARTITIONS = (
     ("us-isof-", "aws-iso-f", "csp.hci.ic.gov", "api.aws.hci.ic.gov", "us-isof-south-1"),
     ("eu-isoe-", "aws-iso-e", "cloud.adc-e.uk", "api.cloud-aws.adc-e.uk", "eu-isoe-west-1"),
     ("eusc-", "aws-eusc", "amazonaws.eu", "api.amazonwebservices.eu", "eusc-de-east-1"),
-    ("", "aws", "amazonaws.com", "api.aws", "us-east-1"),
-)
+    ("", "aws", "amazonaws.com", "api.aws", "us-east-1"))  # fmt: skip
 # The first part of a host, by signing name: PREFIX or PREFIX=PATTERN; the first match counts.
 # The prefix "-" stands for a customer's own host.  A pattern must match the beginning of
 # X-Amz-Target, of SERVICE.OPERATION in RPC v2, or of PATH#METHOD; it may go on in the next line
@@ -4075,10 +4058,8 @@ _SERVICES_BY_PREFIX = {
 Variants = tuple[bool, bool]  # whether endpoints use FIPS, and whether they are dual-stack
 
 
-def endpoint_for(
-    service: str, region: str, target: str = "", path: str = "/", method: str = "POST",
-    variants: Variants = (False, False)
-) -> Endpoint:  # fmt: skip
+def endpoint_for(service: str, region: str, target: str = "", path: str = "/",
+        method: str = "POST", variants: Variants = (False, False)) -> Endpoint:  # fmt: skip
     """Return the endpoint of AWS for a signing name and region, both already checked as names.
 
     X-Amz-Target, path and method tell services apart that share a signing name (source: the
@@ -4678,9 +4659,7 @@ class Connection:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket, self._client = client.sock, client
-        self.selector: Optional[selectors.BaseSelector] = (
-            None  # of the loop, if only the loop uses it
-        )
+        self.selector: Any = None  # the selector of the loop, if only the loop uses it
         keep_alive(self.socket)
         self.source = Stream(self._receive)
         self._arrival = select.poll()
@@ -4846,8 +4825,7 @@ _NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE_IN_BODY = re.compile(
-    rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"'
-)
+    rb'<Code>([\w.-]{1,128})<|"(?:__type|[Cc]ode)" *: *"(?:[^"#]*#)?([\w.-]{1,128})"')  # fmt: skip
 
 
 def error_code(reply: Reply) -> str:
@@ -5272,7 +5250,7 @@ _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-_KNOWN_TO_ALL = ("awsproxy_in_flight", "awsproxy_credentials_seconds", "awsproxy_build_info")
+_JOINS = {"in_flight": max, "credentials_seconds": min, "build_info": max}  # of gauges
 Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 # The functions of a hook, None for what it has not.  The last one is no hook on its own.
@@ -5817,7 +5795,7 @@ def _lines(name: str, names: str, samples: Any, kind: str = "", about: str = "")
 def join_metrics(pages: Sequence[str], _: int) -> str:
     """Return the metrics of several processes as if one had counted all calls."""
     families: dict[str, dict[str, Any]] = {}  # lines without their numbers, and the numbers
-    for line in itertools.chain(*map(str.splitlines, pages)):
+    for line in itertools.chain(*(page.strip("\n").split("\n") for page in pages)):
         text, last = line.rsplit(" ", 1)
         if line.startswith("#"):
             name = line.split(" ")[2]
@@ -5825,7 +5803,7 @@ def join_metrics(pages: Sequence[str], _: int) -> str:
             family[line] = None
             continue
         number: float = int(last) if last.isdigit() else float(last)
-        join: Any = max if name in _KNOWN_TO_ALL else operator.add
+        join: Any = _JOINS.get(name[len("awsproxy_") :], operator.add)
         family[text] = join(family[text], number) if text in family else number
     lines = itertools.chain(*(family.items() for family in families.values()))
     shown = (it if n is None else f"{it} {_NUMBERS.get(repr(n), repr(n))}" for it, n in lines)
@@ -5896,10 +5874,12 @@ class InFlight(Hook):
         for change, *given in map(json.loads, lines):
             getattr(self, change)(*given)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: Optional[str]) -> None:
         with self._lock:
-            held = self._held.items() if name else ()
-            self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
+            self._timeouts.clear()
+            if name is not None:
+                held = self._held.items() if name else ()
+                self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
 
     def observe(self, exchange: Exchange) -> None:
         """Count the messages of an answered call."""
@@ -5923,9 +5903,7 @@ class InFlight(Hook):
         elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
             self._settle(call, [given])
         else:
-            self._timeouts.clear()
-            if operation != "SetQueueAttributes":
-                self.forget(queue)
+            self._share("_forget", None if operation == "SetQueueAttributes" else queue)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
         ids = found_in(reply, self.XML_MESSAGE_ID, "Messages", "MessageId")
@@ -6704,8 +6682,7 @@ _ARN = re.compile("arn:aws[a-z-]{0,20}:([a-z0-9-]{1,40}:[a-z0-9-]{0,40}):[0-9]{1
     "([A-Za-z0-9_./:$#+=,@-]+)")  # fmt: skip
 _QUEUE_ADDRESS = re.compile(
     r"(?:https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*?"
-    r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?"
-)
+    r"/([0-9]{12})/([A-Za-z0-9_-]{1,80}(?:\.fifo)?)/?")  # fmt: skip
 _FUNCTION = re.compile(  # function:NAME and ACCOUNT:NAME could also be NAME:QUALIFIER
     r"(?:(?:arn:aws[a-z-]{0,20}:lambda:([a-z0-9-]{1,40}):)?([0-9]{12}):function:)?"
     r"((?!function:|[0-9]{12}:)[A-Za-z0-9_-]{1,140}(?::(?:\$LATEST|[A-Za-z0-9_-]{1,128}))?)"
@@ -7050,8 +7027,7 @@ _INVENTED = re.compile("(?i)(client(_?request)?|idempotency|security|access|auth
 _NOT_KEPT = re.compile("(?i)date|set-cookie|connection|authorization|.*token")
 _HAS_SECRETS = re.compile(  # actions whose answers may hold secrets
     "(?i)credential|token|password|auth|secretvalue|signup|keypair|instanceaccess|loginprofile"
-    "|startsession|executecommand|federat|presigned|streamingurl|userpoolclient"
-)
+    "|startsession|executecommand|federat|presigned|streamingurl|userpoolclient")  # fmt: skip
 _SECRET_TEXT = re.compile(  # in signed URLs, and in members of JSON at any depth
     r"(?i)((?:X-Amz-(?:Signature|Security-Token|Credential)|access_token|[?&, ]Signature)"
     r'(?:=|%3D|\\+u003d))[^&"\\\s<]*|("[\w.-]{0,40}password\\*": ?\\*")[^"\\]*')  # fmt: skip
@@ -7344,13 +7320,11 @@ class Status:
         join = JOINS.get(request.path.replace(self.PREFIX, "", 1))
         if not (join and self.others and reply.status == 200 and isinstance(reply.body, bytes)):
             return reply
-        pages = [reply.body.decode()]
-        for path in self.others:
-            try:
-                pages.append(_ask_process(path, request.target))
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                log.warning("a page lacks the part of another process: %s", error)
-        return reply._replace(body=join(pages, began).encode())
+        try:
+            others = [_ask_process(path, request.target) for path in self.others]
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return _own_reply(503, f"another worker does not answer: {error}\n")
+        return reply._replace(body=join([reply.body.decode(), *others], began).encode())
 
     def _answer(self, request: Request) -> Reply:
         queue, client, of = (_query_values(request, it) for it in (b"queue", b"client", b"of"))
@@ -7399,15 +7373,17 @@ def _ask_process(path: str, target: str) -> str:
         client.sock.settimeout(2)
         client.sock.connect(path)
         client.request("GET", target)
-        return client.getresponse().read().decode()
+        answer = client.getresponse()
+        if answer.status != 200:
+            raise ValueError(f"status {answer.status}")
+        return answer.read().decode()
 
 
 def _join_counts(pages: Sequence[str], _: int) -> str:
     """Return the messages in flight: a process that has just started may not know all."""
     counts = [json.loads(page) for page in pages]
-    return json.dumps(
-        {name: max(it.get(name, 0) for it in counts) for it in counts for name in it}
-    )
+    names = itertools.chain(*counts)
+    return json.dumps({name: max(it.get(name, 0) for it in counts) for name in names})
 
 
 # Functions that join pages of several processes, up to a microsecond since 1970.
@@ -7759,8 +7735,7 @@ class Proxy:
         """Use these clients from the next request on."""
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
-            for key, same_key in clients.items()
-        }
+            for key, same_key in clients.items()}  # fmt: skip
         self._is_public = not self._verified or has_demo_key(clients)
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
@@ -8420,10 +8395,8 @@ class PeerConnection:
 def listen(address: tuple[str, int], reuse_port: bool = False) -> socket.socket:
     """Return a socket that listens on a host and port; for `::` on IPv4, too."""
     v6 = ":" in address[0]
-    family = socket.AF_INET6 if v6 else socket.AF_INET
-    return socket.create_server(
-        address, backlog=1024, reuse_port=reuse_port, family=family, dualstack_ipv6=v6
-    )
+    return socket.create_server(address, backlog=1024, reuse_port=reuse_port,
+        family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)  # fmt: skip
 
 
 class Server(http.server.HTTPServer):
@@ -8913,7 +8886,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host-name", **_MANY, help="a name of this proxy, repeatable; S3 buckets may precede it")
     add("--max-body", type=_number(int, 1, 1 << 40), default=16777216, help="most bytes of a body")
     add("--max-connections", type=_number(int, 1, 1000000), default=10000, metavar="N",
-        help="most connections at once; a further one replaces an idle one, if any")  # fmt: skip
+        help="most connections of a process; one more replaces an idle one, if any")  # fmt: skip
     add("--timeout", type=_number(float, 0.1, 86400), default=60, metavar="SECONDS",
         help="longest silence of a connection, and longest run of a hook")  # fmt: skip
     add = parser.add_argument_group("who may call").add_argument
@@ -9040,7 +9013,7 @@ class Program:
             hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
-        listener, admin = worker.listeners or _bind(options)
+        listener, admin = worker.listeners or _bind(options, reuse_port=worker.supervisor > 0)
         self.server = Server(listener, self.proxy, timeout=options.timeout,
             max_connections=self._most_connections(), every_half_second=self._tick,
             certificate=self._certificate)  # fmt: skip
@@ -9055,7 +9028,7 @@ class Program:
         """Join the pages and the messages in flight of all workers."""
         own = Proxy({}, max_body=0, status=dataclasses.replace(self._status), admin=True)
         threading.Thread(target=Server(worker.private, own).serve_forever, daemon=True).start()
-        self._status.others = [it.private.getsockname() for it in worker.others]
+        self._status.others = [it.path for it in worker.others]
         self._in_flight.others = [it.inlet for it in worker.others]
         hear = functools.partial(self._in_flight.hear, worker.pipe)
         self.server.selector.register(worker.pipe, selectors.EVENT_READ, hear)
@@ -9138,8 +9111,9 @@ class Program:
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted, each = int(self._options.max_connections), 2 if self._upstreams else 1
-        allowed = raise_file_limit(self.SPARE_FILES + wanted * each)
-        most = (allowed - min(self.SPARE_FILES, allowed // 3)) // each
+        spare = self.SPARE_FILES + 2 * len(self._worker.others)
+        allowed = raise_file_limit(spare + wanted * each)
+        most = (allowed - min(spare, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
             log.warning("at most %d connections: ulimit -n allows %d open files", most, allowed)
         return min(most, wanted)
@@ -9244,53 +9218,53 @@ class Program:
 SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
-def _bind(options: argparse.Namespace) -> list[Any]:
+def _bind(options: argparse.Namespace, reuse_port: bool) -> list[Any]:
     """Return the socket that listens on --host and --port, and that of --admin, or None."""
     bound: list[Any] = []
     both = ((options.host, options.port), "--host and --port"), (options.admin, "--admin")
     for address, flags in both:
-        hint = f"choose others with {flags} (0 picks a free one)"
-        with _usage_errors(
-            address and f"cannot listen on {address[0]} port {address[1]}, {hint}: "
-        ):
-            bound.append(address and listen(address))
+        place = address and f"{address[0]} port {address[1]}"
+        remedy = f"choose others with {flags} (0 picks a free one)"
+        with _usage_errors(f"cannot listen on {place}, {remedy}: "):
+            bound.append(address and listen(address, reuse_port))
     return bound
 
 
 @dataclass(eq=False)
 class Worker:
-    """The sockets and pipes of a process.  They outlive it, for the process that replaces it."""
+    """What a process has in common with other workers, and with the process that replaces it."""
 
     number: int
-    listeners: Sequence[Any] = ()  # on the port, and for --admin: all workers share that one
     private: Any = None  # the socket where other workers ask for its pages
+    path: str = ""  # of `private`
     pipe: int = -1  # other workers write into `inlet` what they know about messages
     inlet: int = -1
     others: Sequence[Worker] = ()
     supervisor: int = 0  # the process that gets SIGUSR1 when this one serves
+    listeners: Sequence[Any] = ()  # on the ports; if empty, the process opens its own
     process: int = 0
     began: float = 0.0
+    ended: str = ""  # how the process before it ended
 
 
 class Supervisor:
     """Runs workers on one port, starts one again if it ends, and passes signals on.
 
     Each worker has a socket of its own on the port (SO_REUSEPORT), so that the kernel shares the
-    connections among them.  The supervisor keeps all sockets open: no connection that waits is
-    lost if a worker ends, because the next process gets the same sockets."""
+    connections among them."""
 
-    def __init__(self, options: argparse.Namespace, argv: Optional[Sequence[str]]) -> None:
-        self._options, self._argv, self._workers = options, argv, list[Worker]()
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options, self._workers = options, list[Worker]()
         self._serves = self._ending = False
         self._code = 0
 
     def run(self) -> int:
         """Serve until all workers have ended, and return the exit code."""
-        logging.basicConfig(format="awsproxy: %(message)s", level=logging.INFO)
         watched = {*SIGNALS, signal.SIGCHLD, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-        with tempfile.TemporaryDirectory(prefix="awsproxy-") as folder:
-            self._open(folder)
+        with contextlib.ExitStack() as stack:
+            with _usage_errors("the workers cannot start: "):
+                self._open(stack.enter_context(tempfile.TemporaryDirectory(prefix="awsproxy-")))
             gc.freeze()
             self._start(self._workers[0])  # the others follow when it serves
             while any(worker.process for worker in self._workers):
@@ -9301,28 +9275,33 @@ class Supervisor:
                     self._pass_on(number)
                 elif not (self._serves or self._ending):
                     self._serves = True
+                    for listener in filter(None, self._workers[0].listeners):
+                        listener.close()  # the worker has it
+                    self._workers[0].listeners = ()
                     list(map(self._start, self._workers[1:]))
         return self._code
 
     def _open(self, folder: str) -> None:
         options = self._options
-        free, admin = _bind(options)
-        address = options.host, free.getsockname()[1]  # the port is free
-        free.close()
         of_this_machine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        for number in range(options.processes or len(of_this_machine(0))):
+        count = options.processes or len(of_this_machine(0))
+        raise_file_limit(Program.SPARE_FILES + 4 * count)
+        for number in range(count):
             private, path = socket.socket(socket.AF_UNIX), os.path.join(folder, str(number))
-            with _usage_errors(f"the socket {path} cannot be used: "):
-                private.bind(path)
-                private.listen()
-            pipes, listener = os.pipe(), listen(address, reuse_port=True)
+            private.bind(path)
+            private.listen()
+            pipes = os.pipe()
             for pipe in pipes:
                 os.set_blocking(pipe, False)
-            worker = Worker(number, (listener, admin), private, *pipes)
-            worker.supervisor = os.getpid()
-            self._workers.append(worker)
+            self._workers.append(Worker(number, private, path, *pipes, (), os.getpid()))
         for worker in self._workers:
             worker.others = [it for it in self._workers if it is not worker]
+        # No other program has the ports; from now on, the other workers may share them.
+        listener, admin = self._workers[0].listeners = _bind(options, reuse_port=False)
+        for shared in filter(None, (listener, admin)):
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        options.port = listener.getsockname()[1]
+        options.admin = admin and (options.admin[0], admin.getsockname()[1])
 
     def _start(self, worker: Worker) -> None:
         worker.began = time.monotonic()
@@ -9332,9 +9311,14 @@ class Supervisor:
         code = 1
         try:
             os.setpgid(0, 0)  # the supervisor passes on what Ctrl-C sends
-            for other in worker.others:  # connections to it would wait in vain
-                other.listeners[0].close()
-            code = main(self._argv, worker)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            for other in worker.others:
+                other.private.close()
+                os.close(other.pipe)
+            code = _printed(functools.partial(run_program, self._options, worker))
+            sys.stdout.flush()
         except Exception:
             log.exception("worker %d failed", worker.number)
         finally:
@@ -9350,17 +9334,13 @@ class Supervisor:
                     self._code = code
                 elif not self._ending:
                     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-                    about = worker.number, process, how
-                    log.error("worker %d, process %d, ended %s; starting it again", *about)
+                    worker.ended = f"process {process} ended {how}"
                     time.sleep(max(0.0, worker.began + 1 - time.monotonic()))
                     self._start(worker)
 
     def _pass_on(self, number: int) -> None:
-        if number != signal.SIGHUP:
-            self._ending = True
+        self._ending = self._ending or number != signal.SIGHUP
         for worker in self._workers:
-            if self._ending:
-                worker.listeners[0].close()  # each worker closes its own one at its end
             if worker.process:
                 os.kill(worker.process, number)
 
@@ -9448,25 +9428,40 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def main(argv: Optional[Sequence[str]] = None, worker: Optional[Worker] = None) -> int:
-    """Run the program with these arguments, or the command line's, and return its exit code."""
+def run_program(options: argparse.Namespace, worker: Worker) -> int:
+    """Run one process of the program, and return its exit code; UsageError if it cannot start."""
+    writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
+    form = "awsproxy: %(message)s"
+    with contextlib.closing(writer):
+        logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=True)
+        if worker.ended:
+            log.error("worker %d, %s; starting it again", worker.number, worker.ended)
+        program = Program(options, writer, worker)
+        with program.server:
+            return program.serve()
+
+
+def _printed(act: Callable[[], int]) -> int:
+    """Return the exit code of `act`, 2 after a UsageError, which it prints."""
     try:
+        return act()
+    except UsageError as error:
+        print(f"awsproxy: {error}", file=sys.stderr)
+        return 2
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program with these arguments, or the command line's, and return its exit code."""
+
+    def _run() -> int:
         with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
             options = build_parser().parse_args(argv)
         if options.check:
             return check_file(options.check, options)
-        if options.processes != 1 and not worker:
-            return Supervisor(options, argv).run()
-        writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
-        form = "awsproxy: %(message)s"
-        with contextlib.closing(writer):
-            logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=bool(worker))
-            program = Program(options, writer, worker or Worker(0))
-            with program.server:
-                return program.serve()
-    except UsageError as error:
-        print(f"awsproxy: {error}", file=sys.stderr)
-        return 2
+        alone = options.processes == 1
+        return run_program(options, Worker(0)) if alone else Supervisor(options).run()
+
+    return _printed(_run)
 
 
 # [10.7] Routes of the flags
