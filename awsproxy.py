@@ -7632,7 +7632,8 @@ class Pending:
         if self._attempt:
             # The upstream's answer adds its own time.
             self._attempt.call.upstream_seconds = -time.monotonic()
-            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
+            ended = self.connection.has_arrived(0)  # or it has an answer to nobody
+            self.is_sent = self._attempt.begun = not ended and self.connection.send_now(self._data)
             if not self.is_sent:
                 self.connection.close()  # `wait` takes another one
 
@@ -8475,9 +8476,10 @@ class Server(http.server.HTTPServer):
         if outcomes is None:  # the proxy failed
             for connection in found:
                 connection.close()
-        replies, self.replies = self.replies, {}
-        for connection, outcome in (*replies.items(), *zip(found, outcomes or ())):
-            self._guarded(connection.send_outcome, connection.socket, outcome)
+        for connection, outcome in (*self.replies.items(), *zip(found, outcomes or ())):
+            self.replies.pop(connection, None)
+            if connection in self.connections:
+                self._guarded(connection.send_outcome, connection.socket, outcome)
 
     def _guarded(self, act: Callable[..., Any], sock: Any = None, *given: Any) -> Any:
         """Return the result of `act`; log an exception and close the connection."""
@@ -8618,7 +8620,8 @@ class Server(http.server.HTTPServer):
         upstream = pending.connection
         connection.pending, connection.deadline = pending, time.monotonic() + upstream.timeout
         self._waiting[upstream] = connection
-        if not upstream.selector:  # the loop watches it from now on, also while it is idle
+        if upstream.selector is not self.selector:  # watch it from now on, also while it is idle
+            upstream.unwatch()
             upstream.selector = self.selector
             act = functools.partial(self._proceed, upstream)
             self.selector.register(upstream.socket, _READ, act)
@@ -9111,7 +9114,7 @@ class Program:
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted, each = int(self._options.max_connections), 2 if self._upstreams else 1
-        spare = self.SPARE_FILES + 2 * len(self._worker.others)
+        spare = self.SPARE_FILES + 2 * len(self._worker.others) + Pool.MOST * (each - 1)
         allowed = raise_file_limit(spare + wanted * each)
         most = (allowed - min(spare, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
@@ -9317,11 +9320,14 @@ class Supervisor:
             for other in worker.others:
                 other.private.close()
                 os.close(other.pipe)
-            code = _printed(functools.partial(run_program, self._options, worker))
-            sys.stdout.flush()
+            code = run_program(self._options, worker)
+        except UsageError as error:
+            code = 2
+            print(f"awsproxy: {error}", file=sys.stderr)
         except Exception:
             log.exception("worker %d failed", worker.number)
         finally:
+            sys.stdout.flush()
             os._exit(code)
 
     def _reap(self) -> None:
@@ -9441,27 +9447,18 @@ def run_program(options: argparse.Namespace, worker: Worker) -> int:
             return program.serve()
 
 
-def _printed(act: Callable[[], int]) -> int:
-    """Return the exit code of `act`, 2 after a UsageError, which it prints."""
-    try:
-        return act()
-    except UsageError as error:
-        print(f"awsproxy: {error}", file=sys.stderr)
-        return 2
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, or the command line's, and return its exit code."""
-
-    def _run() -> int:
+    try:
         with _usage_errors("a file of flags cannot be used: "):  # a quote is open, or not UTF-8
             options = build_parser().parse_args(argv)
         if options.check:
             return check_file(options.check, options)
         alone = options.processes == 1
         return run_program(options, Worker(0)) if alone else Supervisor(options).run()
-
-    return _printed(_run)
+    except UsageError as error:
+        print(f"awsproxy: {error}", file=sys.stderr)
+        return 2
 
 
 # [10.7] Routes of the flags

@@ -14385,15 +14385,18 @@ class JoinedPagesTest(unittest.TestCase):
         expected = {"Id": "incomplete", "Version": "2012-10-17", "Statement": statements}
         self.assertEqual(joined, expected)
 
-    def test_a_process_that_does_not_answer_is_left_out(self):
-        status = Status(Metrics(), others=[os.path.join(folder(self), "nobody")])
-        request = Request(
-            "GET", "/_awsproxy/metrics", (("Host", HOST),), io.BytesIO(), "127.0.0.1"
+    @each("metrics", "in-flight", "calls?after=\xe9")
+    def test_a_page_without_the_part_of_a_process_is_refused(self, page):
+        """Counters that go back would look like a restart."""
+        ledger = InFlight(lambda *_: 30, lambda act: act())
+        nobody = [os.path.join(folder(self), "nobody")]
+        status = Status(Metrics(), ledger, inspector=awsproxy.Inspector(), others=nobody)
+        target = f"/_awsproxy/{page}"
+        reply = status.reply_to(
+            Request("GET", target, (("Host", HOST),), io.BytesIO(), "127.0.0.1")
         )
-        with self.assertLogs("awsproxy", "WARNING"):
-            reply = status.reply_to(request)
-        self.assertEqual(reply.status, 200)
-        self.assertIn(b"awsproxy_requests_total", reply.body)
+        self.assertEqual(reply.status, 503)
+        self.assertIn(b"another worker does not answer", reply.body)
 
 
 class InspectorTest(unittest.TestCase):
@@ -21951,7 +21954,7 @@ class ProcessesTest(DrainCase):
         os.kill(second, signal.SIGKILL)
         line = program.line()
         self.assertEqual(
-            line, f"awsproxy: worker 1, process {second}, ended by signal 9; starting it again"
+            line, f"awsproxy: worker 1, process {second} ended by signal 9; starting it again"
         )
         for _ in range(self.CALLS):  # a call waits until there is a worker again
             caller("ListQueues")
@@ -21961,6 +21964,61 @@ class ProcessesTest(DrainCase):
             page = self.get(program.address, "metrics")[1].decode()
             self.assertIn(f"\nawsproxy_request_seconds_count {self.CALLS}\n", page)
         self.assertEqual(program.end()[0], 0)
+
+    def test_a_worker_that_cannot_start_again_gets_no_connections(self):
+        clients = os.path.join(folder(self), "callers")
+        write(clients, section("demo", "dummykey", "dummysecret"))
+        program, _ = self.start("--clients", clients)
+        caller = program.caller()
+        first, second = children(program.process.pid)
+        good = pathlib.Path(clients).read_text()
+        write(clients, "broken")
+        os.kill(second, signal.SIGKILL)
+        for part in ("ended by signal 9", "cannot be used"):
+            next(line for line in iter(program.line, None) if part in line)
+        for _ in range(self.CALLS):
+            caller("ListQueues")
+        self.assertIn(first, children(program.process.pid))
+        write(clients, good)
+        wait_until(lambda: self.get(program.address, "metrics")[0] == 200)
+        self.assertEqual(program.end()[0], 0)
+
+    def test_a_full_standard_error_stops_no_replacement(self):
+        pipe, inlet = os.pipe()
+        self.addCleanup(os.close, pipe)
+        os.set_blocking(inlet, False)
+        keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
+        port = str(free_port())
+        command = [sys.executable, awsproxy.__file__, "--port", port, "--processes", "2"]
+        command += ["--upstream", "http://127.0.0.1:9", "--quiet"]
+        process = subprocess.Popen(command, stderr=inlet, env={**os.environ, **keys})
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_until(lambda: len(children(process.pid)) == 2)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(inlet, bytes(4096))
+        os.set_blocking(inlet, True)
+        os.close(inlet)
+        first, second = children(process.pid)
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: {first, second}.isdisjoint({*children(process.pid)} - {first}))
+        wait_until(lambda: len(children(process.pid)) == 2)
+        process.terminate()
+        self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_what_workers_start_can_be_ended_by_signals(self):
+        hook = os.path.join(folder(self), "hook.py")
+        write(hook, """\
+            import subprocess, sys
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            child.terminate()
+            print("ended by", child.wait(), file=sys.stderr, flush=True)
+            def observe(exchange): pass
+        """.replace("            ", ""))  # fmt: skip
+        program, _, _ = self.forwarding("--processes", "2", "--hook", hook)
+        self.assertTrue(program.address)
+        self.assertIn("ended by -15", program.warnings)
 
     @each(signal.SIGINT, signal.SIGTERM)
     def test_a_signal_ends_all(self, number):
@@ -22074,6 +22132,30 @@ class SecondStartTest(unittest.TestCase):
         )
         self.assertTrue(program.address)
         self.assertEqual(program.warnings, ["beside 1"])
+
+    @each(("-I",), ("--",), ("-I", "--"), ("-mtrace", "--count", "-C", "/tmp"), ("-W", "error"))
+    def test_flags_that_need_another_word_start_it_once(self, *flags):
+        ended = subprocess.run(
+            [sys.executable, *flags, awsproxy.__file__, "--version"], capture_output=True,
+            encoding="utf-8", timeout=DEADLINE,
+        )  # fmt: skip
+        self.assertIn("awsproxy " + awsproxy.__version__, ended.stdout, ended.stderr)
+
+    @each((1, "--version"), (2, "--version"), (0, "--version"))
+    def test_a_closed_stream_is_no_file_of_ours(self, closed, flag):
+        code = f"import os, sys; os.close({closed}); os.execv(sys.executable, sys.argv[1:])"
+        command = [sys.executable, "-c", code, sys.executable, awsproxy.__file__, flag]
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=DEADLINE)
+        shown = ended.stdout + ended.stderr
+        self.assertEqual(ended.returncode, 0, shown)
+        self.assertNotIn("Traceback", shown)
+
+    def test_a_name_for_the_process_that_hides_python_is_no_fault(self):
+        command = ["sh", "-c", f"exec -a proxy {sys.executable} {awsproxy.__file__} --version"]
+        if shutil.which("bash"):
+            command[0] = "bash"
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=DEADLINE)
+        self.assertIn("awsproxy " + awsproxy.__version__, ended.stdout, ended.stderr)
 
     def test_other_programs_that_run_the_script_stay(self):
         code = "import runpy, sys; sys.argv[1:] = ['--version']; print(sys.argv[0]);"
