@@ -9003,8 +9003,7 @@ class Program:
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
-        # Microseconds since 1970 give the calls of several processes an order.
-        least = (lambda: time.time_ns() // 1000) if worker.others else int
+        least = (lambda: time.time_ns() // 1000) if worker.others else int  # an order for all
         inspector = Inspector(least) if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
@@ -9258,8 +9257,7 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options, self._workers = options, list[Worker]()
-        self._serves = self._ending = False
-        self._code = 0
+        self._serves, self._ending, self._code = False, False, 0
 
     def run(self) -> int:
         """Serve until all workers have ended, and return the exit code."""
@@ -9293,8 +9291,7 @@ class Supervisor:
             private, path = socket.socket(socket.AF_UNIX), os.path.join(folder, str(number))
             private.bind(path)
             private.listen()
-            pipes = os.pipe()
-            for pipe in pipes:
+            for pipe in (pipes := os.pipe()):
                 os.set_blocking(pipe, False)
             self._workers.append(Worker(number, private, path, *pipes, (), os.getpid()))
         for worker in self._workers:
@@ -9307,8 +9304,7 @@ class Supervisor:
         options.admin = admin and (options.admin[0], admin.getsockname()[1])
 
     def _start(self, worker: Worker) -> None:
-        worker.began = time.monotonic()
-        worker.process = os.fork()
+        worker.began, worker.process = time.monotonic(), os.fork()
         if worker.process:
             return
         code = 1
