@@ -87,9 +87,9 @@ if __name__ == "__main__" and hasattr(os, "memfd_create"):
         try:
             _file, _data = os.memfd_create("awsproxy", 0), marshal.dumps((_compiled, __file__))
             if os.write(_file, _data) == len(_data) and os.lseek(_file, 0, os.SEEK_SET) == 0:
-                _again = f"import marshal\nwith open({_file}, 'rb') as _again:"
-                _again += " _code, __file__ = marshal.load(_again)\nexec(_code)"
-                os.execv(sys.executable, [sys.executable, *_flags, "-c", _again, *sys.argv])
+                _run = f"import marshal\nwith open({_file}, 'rb') as _again:"
+                _run += " _code, __file__ = marshal.load(_again)\nexec(_code)"
+                os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
         except OSError:  # the system forbids it
             pass
 
