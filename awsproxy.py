@@ -80,7 +80,7 @@ if __name__ == "__main__" and hasattr(os, "memfd_create"):
     elif (
         # Nothing else runs this script, such as a debugger, and no stream is closed.
         _words[1:] == [*_flags, *sys.argv]
-        and _compiled.co_filename == sys.argv[0]
+        and _compiled.co_filename == __file__
         and all(it[:1] == "-" and (_usual >= {*it[1:]} or it[1] in "WX") for it in _flags)
         and None not in (sys.executable or None, sys.stdin, sys.stdout, sys.stderr)
     ):
@@ -358,7 +358,8 @@ _FAULTS = f"""
     {_LEGACY}NonExistentQueue {_SQS}* QueueDoesNotExist
     QueueAlreadyExists {_SQS}* QueueNameExists
     {_LEGACY}* {_SQS}* BatchEntryIdsNotDistinct BatchRequestTooLong EmptyBatchRequest \
-        InvalidBatchEntryId TooManyEntriesInBatchRequest UnsupportedOperation
+        InvalidBatchEntryId PurgeQueueInProgress:403 QueueDeletedRecently \
+        TooManyEntriesInBatchRequest UnsupportedOperation
 """
 ERRORS: Mapping[str, Fault] = {
     name: Fault(int(status or 400), code.replace("*", name), shape.replace("*", name))
@@ -3402,7 +3403,10 @@ class Sqs:
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
         queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
-            raise sqs_refusal(*refusal)
+            error, own = sqs_refusal(*refusal), f":{call.caller.account_id}:{arn.split(':', 5)[5]}"
+            for it in [it for it in self.queues if it.endswith(own) and "no queue" in refusal][:1]:
+                error.message += f" (Your account has a queue of this name in {it.split(':')[3]}.)"
+            raise error
         queue.advance(self._clock())
         if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
             self.changes.queues.add(queue)
@@ -4159,7 +4163,8 @@ def raising(kind: Any, told: str, *failures: type[Exception]) -> Iterator[None]:
         yield
     except failures as error:
         passing = (error.passing,) if isinstance(error, NoKeys) else ()
-        raise kind(told.replace("%s", str(error)), *passing) from error
+        before, _, after = told.rpartition("%s")
+        raise kind(f"{before}{error}{after}", *passing) from error
 
 
 _no_keys = functools.partial(raising, NoKeys)
@@ -4666,14 +4671,14 @@ class Connection:
         self._arrival.register(self.socket, select.POLLIN)
 
     def unwatch(self) -> None:
-        """Remove it from the loop, so that another thread can use it."""
+        """Remove the connection from the loop, so that another thread can use it."""
         if self.selector:
             with contextlib.suppress(KeyError):  # the loop has ended
                 self.selector.unregister(self.socket)
             self.selector = None
 
     def close(self) -> None:
-        """Close it; only the loop may close a watched one."""
+        """Close the connection; only the loop may close one that it watches."""
         self.unwatch()
         self._client.close()
 
@@ -4711,11 +4716,11 @@ class Connection:
         return False
 
     def send_now(self, data: bytes) -> bool:
-        """Send the data without waiting, and return whether all of it was sent."""
+        """Send the data without waiting, if nothing has arrived; return whether all was sent."""
         if self.socket.gettimeout() != 0:
             self.socket.setblocking(False)
         with contextlib.suppress(OSError):
-            return self.socket.send(data) == len(data)
+            return not self.has_arrived(0) and self.socket.send(data) == len(data)
         return False
 
     def receive_now(self) -> bool:
@@ -4760,19 +4765,19 @@ class Pool:
     def __init__(self, connect_timeout: float = 5, timeout: float = UPSTREAM_SECONDS) -> None:
         self._connect_timeout, self._timeout = connect_timeout, timeout
         self._lock = threading.Lock()
-        # By endpoint, and whether the event loop watches them.
-        self._idle: dict[tuple[Endpoint, bool], list[Connection]] = {}
+        # By endpoint, and the thread whose loop watches them, or 0.
+        self._idle: dict[tuple[Endpoint, int], list[Connection]] = {}
         self.draining = False  # whether polls must end
         self.given_up: set[Connection] = set()  # their messages will be put back
 
-    def idle(self, endpoint: Endpoint, watched: bool = False) -> Optional[Connection]:
+    def idle(self, endpoint: Endpoint, thread: int = 0) -> Optional[Connection]:
         """Return a kept connection that is still open, or None."""
         oldest = time.monotonic() - self.IDLE_SECONDS
         with self._lock:
-            while idle := self._idle.get((endpoint, watched)):
+            while idle := self._idle.get((endpoint, thread)):
                 kept = idle.pop()
                 # The loop closes a watched connection that ends.
-                has_ended = kept.socket.fileno() < 0 if watched else kept.has_arrived(0)
+                has_ended = kept.socket.fileno() < 0 if thread else kept.has_arrived(0)
                 if kept.idle_since > oldest and not has_ended:
                     return kept
                 kept.close()
@@ -4804,7 +4809,7 @@ class Pool:
         if keep and not connection.spoiled and not connection.source.buffer:
             connection.idle_since, connection.heard = time.monotonic(), False
             with self._lock:
-                key = connection.endpoint, connection.selector is not None
+                key = connection.endpoint, threading.get_ident() if connection.selector else 0
                 idle = self._idle.setdefault(key, [])
                 if len(idle) < self.MOST:
                     idle.append(connection)
@@ -4922,14 +4927,13 @@ class Upstream:
         signed, _ = self._signed(attempt)
         body = read_again(signed.body)
         data = encode_head(signed) + body
-        endpoint = attempt.endpoint
         if body and signed.method in _BODILESS:
             return None
-        if not (kept := self.pool.idle(endpoint, watched=True) or self.pool.idle(endpoint)):
-            return None
-        attempt.connection = kept
-        self.pool.allow(kept, call)
-        return attempt, data
+        idle = functools.partial(self.pool.idle, attempt.endpoint)
+        if kept := idle(threading.get_ident()) or idle():
+            attempt.connection = kept
+            self.pool.allow(kept, call)
+        return (attempt, data) if kept else None
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
         """Return a complete answer, None for a part of one, or a function that waits for it."""
@@ -5038,8 +5042,8 @@ class Upstream:
                 mark = query = ""  # Action moves into X-Amz-Target
                 headers = _without(headers, "x-amz-target")
                 headers.append(("X-Amz-Target", f"AmazonSQS.{call.operation}"))
-            elif call.wire is AWS_QUERY_TARGET:  # the form names the action, too
-                headers = _without(headers, "x-amz-target")
+            elif isinstance(call.wire, AwsQuery):  # the form names the action; we read XML
+                headers = _without(headers, "x-amz-target", "accept")
             target = path + mark + restore_queue_url(query, call, endpoint) if mark else path
         body, payload_hash = self._body(call, endpoint)
         if isinstance(body, AwsChunkedBody):
@@ -5250,7 +5254,7 @@ _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-_JOINS = {"in_flight": max, "credentials_seconds": min, "build_info": max}  # of gauges
+_GAUGE_JOINS = {"in_flight": max, "credentials_seconds": min, "build_info": max}  # of gauges
 Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 # The functions of a hook, None for what it has not.  The last one is no hook on its own.
@@ -5454,6 +5458,8 @@ class LineWriter:
 
     MOST = 5000  # lines that wait; more are dropped and counted
     PAUSE = 0.02  # seconds; the lines of this time are written together
+    # Lines that one write takes whole, so that no other process can cut them; or a longer line.
+    SHORT = re.compile(rf"(?s).{{0,{select.PIPE_BUF - 1}}}\n|.+?\n|.+")
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self.dropped = 0
@@ -5489,13 +5495,10 @@ class LineWriter:
             time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
-            text, start = "".join(lines), 0
             try:
-                while start < len(text):  # other processes cannot cut a line of a short write
-                    end = text.rfind("\n", start, start + select.PIPE_BUF) + 1 or len(text)
-                    self._stream.write(text[start:end])
+                for piece in self.SHORT.findall("".join(lines)):
+                    self._stream.write(piece)
                     self._stream.flush()
-                    start = end
             except (OSError, ValueError):  # the reader is gone
                 self.dropped += len(lines)
             batch, self._batch = self._batch, []
@@ -5798,12 +5801,11 @@ def join_metrics(pages: Sequence[str], _: int) -> str:
     for line in itertools.chain(*(page.strip("\n").split("\n") for page in pages)):
         text, last = line.rsplit(" ", 1)
         if line.startswith("#"):
-            name = line.split(" ")[2]
-            family = families.setdefault(name, {})
+            family = families.setdefault(name := line.split(" ")[2], {})
             family[line] = None
             continue
         number: float = int(last) if last.isdigit() else float(last)
-        join: Any = _JOINS.get(name[len("awsproxy_") :], operator.add)
+        join: Any = _GAUGE_JOINS.get(name[len("awsproxy_") :], operator.add)
         family[text] = join(family[text], number) if text in family else number
     lines = itertools.chain(*(family.items() for family in families.values()))
     shown = (it if n is None else f"{it} {_NUMBERS.get(repr(n), repr(n))}" for it, n in lines)
@@ -5863,9 +5865,9 @@ class InFlight(Hook):
     def _share(self, change: str, *given: Any) -> None:
         """Change the counts here and in the other processes, by the method of this name."""
         getattr(self, change)(*given)
-        line = json.dumps([change, *given]).encode() + b"\n" if self.others else b""
+        line = f"{_COMPACT.encode([change, *given])}\n".encode() if self.others else b""
         for pipe in self.others if len(line) <= select.PIPE_BUF else ():  # not in two parts
-            with contextlib.suppress(BlockingIOError):  # it hangs: its counts expire
+            with contextlib.suppress(OSError):  # it hangs or has ended: its counts expire
                 os.write(pipe, line)
 
     def hear(self, pipe: int) -> None:
@@ -6187,7 +6189,7 @@ function add(call) {
   $("calls").prepend(entry);
   $("calls").children[200]?.remove();
   last = call.number;
-  $("state").replaceChildren(`${$("calls").children.length} calls.`);
+  $("state").replaceChildren(`The last ${$("calls").children.length} calls.`);
 }
 
 function filter() {
@@ -7317,13 +7319,13 @@ class Status:
 
     def _joined(self, request: Request, began: int, reply: Reply) -> Reply:
         """Return the page with the same pages of other processes; this may block."""
-        join = JOINS.get(request.path.replace(self.PREFIX, "", 1))
+        join = PAGE_JOINS.get(request.path.replace(self.PREFIX, "", 1))
         if not (join and self.others and reply.status == 200 and isinstance(reply.body, bytes)):
             return reply
         try:
             others = [_ask_process(path, request.target) for path in self.others]
         except (OSError, ValueError, http.client.HTTPException) as error:
-            return _own_reply(503, f"another worker does not answer: {error}\n")
+            return _own_reply(503, f"another process does not answer: {error}\n")
         return reply._replace(body=join([reply.body.decode(), *others], began).encode())
 
     def _answer(self, request: Request) -> Reply:
@@ -7386,8 +7388,8 @@ def _join_counts(pages: Sequence[str], _: int) -> str:
     return json.dumps({name: max(it.get(name, 0) for it in counts) for name in names})
 
 
-# Functions that join pages of several processes, up to a microsecond since 1970.
-JOINS: Mapping[str, Callable[[Sequence[str], int], str]] = {"metrics": join_metrics,
+# Functions that join pages of several processes; of calls, those up to some microsecond.
+PAGE_JOINS: Mapping[str, Callable[[Sequence[str], int], str]] = {"metrics": join_metrics,
     "in-flight": _join_counts, "policy": join_policies, "calls": join_calls}  # fmt: skip
 
 
@@ -7632,8 +7634,7 @@ class Pending:
         if self._attempt:
             # The upstream's answer adds its own time.
             self._attempt.call.upstream_seconds = -time.monotonic()
-            ended = self.connection.has_arrived(0)  # or it has an answer to nobody
-            self.is_sent = self._attempt.begun = not ended and self.connection.send_now(self._data)
+            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
             if not self.is_sent:
                 self.connection.close()  # `wait` takes another one
 
@@ -8881,7 +8882,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tls-cert", **_FILE, help="TLS certificate and chain (PEM), read again on change")
     add("--tls-key", **_FILE, help="private key of the certificate, if in another file")
     add("--processes", type=_number(int, 0, 256), default=1, metavar="N",
-        help="workers on the port, 0 for one a core; every route must forward")  # fmt: skip
+        help="processes on the port, 0 for one a core; every route must forward")  # fmt: skip
     add("--drain-seconds", type=_number(float, 0, 86400), default=5, metavar="SECONDS",
         help="before the exit, wait up to this long for calls and messages in flight")  # fmt: skip
     add("--public-url", type=_public_url, metavar="URL",
@@ -8966,9 +8967,9 @@ class Program:
     _drain_until = math.inf
     _is_public = False  # whether it listens on more than loopback
 
-    def __init__(self, options: argparse.Namespace, console: LineWriter, worker: Worker) -> None:
+    def __init__(self, options: argparse.Namespace, console: LineWriter, process: Process) -> None:
         self._options, self._console, self._writer = options, console, console
-        self._worker, self.admin = worker, None
+        self._process, self.admin = process, None
         path, key = options.tls_cert, options.tls_key
         if key and not path:
             raise UsageError("--tls-key needs --tls-cert")
@@ -8990,10 +8991,9 @@ class Program:
         with _usage_errors(f"--store {options.store}: "):
             if options.store:
                 self._store = Store(options.store, self._sqs, options.store_sync == "full")
-        if options.processes != 1 and sqs:
-            raise UsageError("--processes cannot share embedded queues; forward with --upstream")
-        if options.processes != 1 and (options.task_protection or options.record):
-            raise UsageError("--task-protection and --record need one process: no --processes")
+        forwards = all(isinstance(it.target, (Upstream, Deny)) for it in routes)
+        if options.processes != 1 and (options.task_protection or options.record or not forwards):
+            raise UsageError("--processes cannot share queues, tapes, --record, --task-protection")
         path = options.clients
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
             self._clients = Watched(lambda _: self._check_clients(all_clients(options)), path)
@@ -9003,7 +9003,7 @@ class Program:
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
             self._create_queues()
-        least = (lambda: time.time_ns() // 1000) if worker.others else int  # an order for all
+        least = (lambda: time.time_ns() // 1000) if process.others else int  # an order for all
         inspector = Inspector(least) if options.inspect else None
         guard = Guard(options.policy_mode == "observe")
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
@@ -9015,25 +9015,25 @@ class Program:
             hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
-        listener, admin = worker.listeners or _bind(options, reuse_port=worker.supervisor > 0)
+        listener, admin = process.listeners or _bind(options, reuse_port=process.supervisor > 0)
         self.server = Server(listener, self.proxy, timeout=options.timeout,
             max_connections=self._most_connections(), every_half_second=self._tick,
             certificate=self._certificate)  # fmt: skip
         if admin:
             pages = Proxy({}, hosts=self.proxy.hosts, max_body=0, status=self._status, admin=True)
             self.admin = Server(admin, pages, timeout=options.timeout, max_connections=32)
-        if worker.private:
-            self._join(worker)
+        if process.private:
+            self._join(process)
         self._add_gauges()
 
-    def _join(self, worker: Worker) -> None:
-        """Join the pages and the messages in flight of all workers."""
+    def _join(self, process: Process) -> None:
+        """Join the pages and the messages in flight of all processes."""
         own = Proxy({}, max_body=0, status=dataclasses.replace(self._status), admin=True)
-        threading.Thread(target=Server(worker.private, own).serve_forever, daemon=True).start()
-        self._status.others = [it.path for it in worker.others]
-        self._in_flight.others = [it.inlet for it in worker.others]
-        hear = functools.partial(self._in_flight.hear, worker.pipe)
-        self.server.selector.register(worker.pipe, selectors.EVENT_READ, hear)
+        threading.Thread(target=Server(process.private, own).serve_forever, daemon=True).start()
+        self._status.others = [it.private.getsockname() for it in process.others]
+        self._in_flight.others = [it.inlet for it in process.others]
+        hear = functools.partial(self._in_flight.hear, process.pipe)
+        self.server.selector.register(process.pipe, selectors.EVENT_READ, hear)
 
     def _add_gauges(self) -> None:
         gauge, server, keys = self._metrics.gauge, self.server, self._keyring
@@ -9113,7 +9113,7 @@ class Program:
     def _most_connections(self) -> int:
         """Return the most connections at once: each needs a file, and one for its upstream."""
         wanted, each = int(self._options.max_connections), 2 if self._upstreams else 1
-        spare = self.SPARE_FILES + 2 * len(self._worker.others) + Pool.MOST * (each - 1)
+        spare = self.SPARE_FILES + 3 * len(self._process.others) + Pool.MOST * (each - 1)
         allowed = raise_file_limit(spare + wanted * each)
         most = (allowed - min(spare, allowed // 3)) // each
         if most < wanted * 9 // 10:  # a small difference needs no line
@@ -9137,8 +9137,8 @@ class Program:
                 log.error("--queues %s: %s", self._options.queues, error)
         if isinstance(self._in_flight, TaskProtection):
             self._in_flight.tend_later()
-        if self._worker.supervisor not in (0, os.getppid()):  # it was killed
-            self._worker.supervisor = 0
+        if self._process.supervisor not in (0, os.getppid()):  # it was killed
+            self._process.supervisor = 0
             self.end()
         if self._drain_until < math.inf:
             self.server.cut_polls_short()
@@ -9174,7 +9174,6 @@ class Program:
             log.warning("--no-verify: no signature is checked; anyone may call this port")
         for number in SIGNALS:
             signal.signal(number, self._note_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
         if self.admin:
             threading.Thread(target=self.admin.serve_forever, daemon=True).start()
             self._announce("admin on http", options.admin[0], self.admin)
@@ -9187,15 +9186,15 @@ class Program:
         trust = f" --cacert {shlex.quote(options.tls_cert)}" if self._certificate else ""
         self._tell(f"try: curl {self._scheme}{address}{trust} --aws-sigv4 aws:amz:us-east-1:sqs"
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
-        if self._worker.supervisor:
-            os.kill(self._worker.supervisor, signal.SIGUSR1)
+        if self._process.supervisor:
+            os.kill(self._process.supervisor, signal.SIGUSR1)
         # The collector need not visit all messages again and again: calls leave no cycles behind.
         gc.freeze()
         gc.set_threshold(100000, 50, 100)
         self.server.serve_forever()
         if self._store:
             self._store.close()
-        if not self._worker.others:
+        if not self._process.others:
             self._tell(f"stopped after {_counted(self._metrics.total, 'call')}")
         self._writer.close()
         return 0
@@ -9207,8 +9206,10 @@ class Program:
         return address
 
     def _tell(self, line: str, always: bool = False) -> None:
-        """Print a line for a person at a terminal, or always; of several workers, one prints."""
-        if (always or self._console.is_terminal) and not self._worker.number:
+        """Print a line for a person at a terminal, or always; of several processes, one prints."""
+        if (always or self._console.is_terminal) and not (
+            self._process.number or self._process.ended
+        ):
             self._console.write(f"{line}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
@@ -9233,42 +9234,41 @@ def _bind(options: argparse.Namespace, reuse_port: bool) -> list[Any]:
 
 
 @dataclass(eq=False)
-class Worker:
-    """What a process has in common with other workers, and with the process that replaces it."""
+class Process:
+    """A process of the program.  One that replaces it has the same number, socket and pipes."""
 
     number: int
-    private: Any = None  # the socket where other workers ask for its pages
-    path: str = ""  # of `private`
-    pipe: int = -1  # other workers write into `inlet` what they know about messages
+    private: Any = None  # the socket where other processes ask for its pages
+    pipe: int = -1  # others write into `inlet` what they know about messages
     inlet: int = -1
-    others: Sequence[Worker] = ()
+    others: Sequence[Process] = ()
     supervisor: int = 0  # the process that gets SIGUSR1 when this one serves
     listeners: Sequence[Any] = ()  # on the ports; if empty, the process opens its own
-    process: int = 0
+    pid: int = 0
     began: float = 0.0
     ended: str = ""  # how the process before it ended
 
 
 class Supervisor:
-    """Runs workers on one port, starts one again if it ends, and passes signals on.
+    """Runs processes on one port, starts one again if it ends, and passes signals on.
 
-    Each worker has a socket of its own on the port (SO_REUSEPORT), so that the kernel shares the
-    connections among them."""
+    Each process has its own socket on the port (SO_REUSEPORT).  Linux shares the connections."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self._options, self._workers = options, list[Worker]()
+        self._options, self._processes = options, list[Process]()
         self._serves, self._ending, self._code = False, False, 0
 
     def run(self) -> int:
-        """Serve until all workers have ended, and return the exit code."""
+        """Serve until all processes have ended, and return the exit code."""
         watched = {*SIGNALS, signal.SIGCHLD, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # macOS drops a signal without a handler
         with contextlib.ExitStack() as stack:
-            with _usage_errors("the workers cannot start: "):
+            with _usage_errors("the processes cannot start: "):
                 self._open(stack.enter_context(tempfile.TemporaryDirectory(prefix="awsproxy-")))
             gc.freeze()
-            self._start(self._workers[0])  # the others follow when it serves
-            while any(worker.process for worker in self._workers):
+            self._start(self._processes[0])  # the others follow when it serves
+            while any(process.pid for process in self._processes):
                 number = signal.sigwait(watched)
                 if number == signal.SIGCHLD:
                     self._reap()
@@ -9276,10 +9276,10 @@ class Supervisor:
                     self._pass_on(number)
                 elif not (self._serves or self._ending):
                     self._serves = True
-                    for listener in filter(None, self._workers[0].listeners):
-                        listener.close()  # the worker has it
-                    self._workers[0].listeners = ()
-                    list(map(self._start, self._workers[1:]))
+                    for listener in filter(None, self._processes[0].listeners):
+                        listener.close()  # the process has it
+                    self._processes[0].listeners = ()
+                    list(map(self._start, self._processes[1:]))
         return self._code
 
     def _open(self, folder: str) -> None:
@@ -9288,24 +9288,24 @@ class Supervisor:
         count = options.processes or len(of_this_machine(0))
         raise_file_limit(Program.SPARE_FILES + 4 * count)
         for number in range(count):
-            private, path = socket.socket(socket.AF_UNIX), os.path.join(folder, str(number))
-            private.bind(path)
+            private = socket.socket(socket.AF_UNIX)
+            private.bind(os.path.join(folder, str(number)))
             private.listen()
             for pipe in (pipes := os.pipe()):
                 os.set_blocking(pipe, False)
-            self._workers.append(Worker(number, private, path, *pipes, (), os.getpid()))
-        for worker in self._workers:
-            worker.others = [it for it in self._workers if it is not worker]
-        # No other program has the ports; from now on, the other workers may share them.
-        listener, admin = self._workers[0].listeners = _bind(options, reuse_port=False)
+            self._processes.append(Process(number, private, *pipes, (), os.getpid()))
+        for process in self._processes:
+            process.others = [it for it in self._processes if it is not process]
+        # No other program has the ports; from now on, the other processes may share them.
+        listener, admin = self._processes[0].listeners = _bind(options, reuse_port=False)
         for shared in filter(None, (listener, admin)):
             shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         options.port = listener.getsockname()[1]
         options.admin = admin and (options.admin[0], admin.getsockname()[1])
 
-    def _start(self, worker: Worker) -> None:
-        worker.began, worker.process = time.monotonic(), os.fork()
-        if worker.process:
+    def _start(self, process: Process) -> None:
+        process.began, process.pid = time.monotonic(), os.fork()
+        if process.pid:
             return
         code = 1
         try:
@@ -9313,38 +9313,36 @@ class Supervisor:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            for other in worker.others:
-                other.private.close()
-                os.close(other.pipe)
-            code = run_program(self._options, worker)
+            code = run_program(self._options, process)
         except UsageError as error:
             code = 2
             print(f"awsproxy: {error}", file=sys.stderr)
         except Exception:
-            log.exception("worker %d failed", worker.number)
+            sys.excepthook(*sys.exc_info())
         finally:
-            sys.stdout.flush()
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
             os._exit(code)
 
     def _reap(self) -> None:
-        """Start the workers again that have ended; end if the first one could not start."""
-        for worker in [it for it in self._workers if it.process]:
-            process, status = os.waitpid(worker.process, os.WNOHANG)
-            if process:
-                worker.process, code = 0, os.waitstatus_to_exitcode(status)
+        """Start the processes again that have ended; end if the first one could not start."""
+        for process in [it for it in self._processes if it.pid]:
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            if pid:
+                process.pid, code = 0, os.waitstatus_to_exitcode(status)
                 if not self._serves:  # the flags have a fault
                     self._code = code
                 elif not self._ending:
                     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-                    worker.ended = f"process {process} ended {how}"
-                    time.sleep(max(0.0, worker.began + 1 - time.monotonic()))
-                    self._start(worker)
+                    process.ended = f"id {pid}, ended {how}"
+                    time.sleep(max(0.0, process.began + 1 - time.monotonic()))
+                    self._start(process)
 
     def _pass_on(self, number: int) -> None:
         self._ending = self._ending or number != signal.SIGHUP
-        for worker in self._workers:
-            if worker.process:
-                os.kill(worker.process, number)
+        for process in self._processes:
+            if process.pid:
+                os.kill(process.pid, number)
 
 
 # [10.5] In a test process
@@ -9430,15 +9428,17 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def run_program(options: argparse.Namespace, worker: Worker) -> int:
+def run_program(options: argparse.Namespace, process: Process) -> int:
     """Run one process of the program, and return its exit code; UsageError if it cannot start."""
     writer: Any = LineWriter(sys.stderr or open(os.devnull, "w"))  # None if it was closed
     form = "awsproxy: %(message)s"
     with contextlib.closing(writer):
-        logging.basicConfig(format=form, level=logging.INFO, stream=writer, force=True)
-        if worker.ended:
-            log.error("worker %d, %s; starting it again", worker.number, worker.ended)
-        program = Program(options, writer, worker)
+        logging.basicConfig(
+            format=form, level=logging.INFO, stream=writer, force=process.supervisor > 0
+        )
+        if process.ended:
+            log.error("process %d, %s; starting it again", process.number, process.ended)
+        program = Program(options, writer, process)
         with program.server:
             return program.serve()
 
@@ -9451,7 +9451,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if options.check:
             return check_file(options.check, options)
         alone = options.processes == 1
-        return run_program(options, Worker(0)) if alone else Supervisor(options).run()
+        return run_program(options, Process(0)) if alone else Supervisor(options).run()
     except UsageError as error:
         print(f"awsproxy: {error}", file=sys.stderr)
         return 2

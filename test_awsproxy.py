@@ -3854,6 +3854,16 @@ class CallHintTest(unittest.TestCase):
         answer = self.answer("AmazonSQS.TagQueue", {"QueueUrl": "q", "a b": 1})
         self.assertIn("(... is no parameter)", answer["message"])
 
+    def test_a_queue_in_another_region(self):
+        self.answer("AmazonSQS.CreateQueue", {"QueueName": "jobs"}, region="us-east-1")
+        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "jobs"})
+        hint = "(Your account has a queue of this name in us-east-1.)"
+        self.assertEqual(answer["message"], f"The specified queue does not exist. {hint}")
+        text = self.query("Action=GetQueueUrl&QueueName=jobs&Version=2012-11-05")
+        self.assertIn(f"not exist for this wsdl version. {hint}</Message>", text)
+        answer = self.answer("AmazonSQS.GetQueueUrl", {"QueueName": "other"})
+        self.assertEqual(answer["message"], "The specified queue does not exist.")
+
 
 class OrderTest(VerifyCase):
     """Of several faults the earlier check tells; a later one could tell a stranger too much."""
@@ -11904,8 +11914,8 @@ class Through(unittest.TestCase):
                 connection = pool.take(endpoint)
                 reused = connection.idle_since > 0
                 connection.close()
-        while watched := pool.idle(endpoint, watched=True):
-            watched.close()
+        for kept in [it for idle in pool._idle.values() for it in idle]:
+            kept.close()
 
     def put(self, raw, method="GET", wire=None):
         kept = wire or self.running.connect()
@@ -12634,8 +12644,8 @@ class TorrentPool(awsproxy.Pool):
     head = size = 0
     torrent = None
 
-    def idle(self, endpoint, watched=False):
-        connection = super().idle(endpoint, watched)
+    def idle(self, endpoint, thread=0):
+        connection = super().idle(endpoint, thread)
         if connection and self.size:
             self.torrent = Torrent(connection.socket, self.head, self.size)
             connection.socket = self.torrent
@@ -14396,7 +14406,7 @@ class JoinedPagesTest(unittest.TestCase):
             Request("GET", target, (("Host", HOST),), io.BytesIO(), "127.0.0.1")
         )
         self.assertEqual(reply.status, 503)
-        self.assertIn(b"another worker does not answer", reply.body)
+        self.assertIn(b"another process does not answer", reply.body)
 
 
 class InspectorTest(unittest.TestCase):
@@ -20262,7 +20272,7 @@ class ForwardedIdleTest(Through):
 
     def watched(self):
         """Return the idle connections that the loop watches, each of which is registered."""
-        idle = self.pool._idle.get((self.endpoint, True), [])
+        idle = [it for (_, of), kept in self.pool._idle.items() if of for it in kept]
         registered = self.running.server.selector.get_map()
         self.assertTrue(all(it.socket.fileno() in registered for it in idle))
         return [*idle]
@@ -21954,7 +21964,7 @@ class ProcessesTest(DrainCase):
         os.kill(second, signal.SIGKILL)
         line = program.line()
         self.assertEqual(
-            line, f"awsproxy: worker 1, process {second} ended by signal 9; starting it again"
+            line, f"awsproxy: process 1, id {second}, ended by signal 9; starting it again"
         )
         for _ in range(self.CALLS):  # a call waits until there is a worker again
             caller("ListQueues")
@@ -22085,9 +22095,9 @@ class ProcessesTest(DrainCase):
         both = ["--processes", "2", "--upstream", "http://127.0.0.1:9", "--port"]
         keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
         rows = (
-            ("embedded queues", ["--processes", "2", "--port", "0"]),
-            ("--task-protection and --record", [*both, "0", "--task-protection"]),
-            ("need one process", [*both, "0", "--record", "tape"]),
+            ("--processes cannot share queues, tapes", ["--processes", "2", "--port", "0"]),
+            ("--task-protection", [*both, "0", "--task-protection"]),
+            ("--record", [*both, "0", "--record", "tape"]),
             ("in use", [*both, str(taken.getsockname()[1])]),
             ("nowhere", [*both, "0", "--clients", "nowhere"]),
             ("not from 0 to 256", ["--processes", "257"]),
@@ -22111,12 +22121,16 @@ class SecondStartTest(unittest.TestCase):
     """The script starts Python again, with the compiled code and without the syntax tree."""
 
     @unittest.skipUnless(hasattr(os, "memfd_create") and hasattr(sys, "orig_argv"), "see main")
-    def test_the_syntax_tree_is_not_kept(self):
-        program = Program(self.addCleanup)
+    @each(awsproxy.__file__, os.path.relpath(awsproxy.__file__), "./awsproxy.py")
+    def test_the_syntax_tree_is_not_kept(self, path):
+        where = None if path == awsproxy.__file__ else os.getcwd()
+        if path == "./awsproxy.py":
+            where = os.path.dirname(os.path.abspath(awsproxy.__file__))
+        program = Program(self.addCleanup, path=path, cwd=where)
         self.assertTrue(program.address)
         with open(f"/proc/{program.process.pid}/cmdline", encoding="utf-8") as file:
             words = file.read().split("\0")
-        self.assertEqual(words[3:], [awsproxy.__file__, "--port", "0", ""])
+        self.assertEqual((words[1], words[3:]), ("-c", [path, "--port", "0", ""]))
         self.assertLess(resident(program.process.pid)[1], 45000000)
         program.caller()("ListQueues")
 
