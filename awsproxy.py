@@ -3403,8 +3403,8 @@ class Sqs:
     def _found(self, call: Call, arn: str, *refusal: str) -> Queue:
         queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
-            error, own = sqs_refusal(*refusal), f":{call.caller.account_id}:{arn.split(':', 5)[5]}"
-            for it in [it for it in self.queues if it.endswith(own) and "no queue" in refusal][:1]:
+            error, own = sqs_refusal(*refusal), [call.caller.account_id, arn.split(":")[-1]]
+            for it in [it for it in self.queues if [*it.split(":")[4:], *refusal[1:]] == own][:1]:
                 error.message += f" (Your account has a queue of this name in {it.split(':')[3]}.)"
             raise error
         queue.advance(self._clock())
@@ -4163,8 +4163,8 @@ def raising(kind: Any, told: str, *failures: type[Exception]) -> Iterator[None]:
         yield
     except failures as error:
         passing = (error.passing,) if isinstance(error, NoKeys) else ()
-        before, _, after = told.rpartition("%s")
-        raise kind(f"{before}{error}{after}", *passing) from error
+        before, mark, after = told.rpartition("%s")
+        raise kind(f"{before}{mark and error}{after}", *passing) from error
 
 
 _no_keys = functools.partial(raising, NoKeys)
