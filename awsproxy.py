@@ -5457,7 +5457,7 @@ class LineWriter:
     """Writes lines to a stream in a thread, so that callers never wait for a slow reader."""
 
     MOST = 5000  # lines that wait; more are dropped and counted
-    PAUSE = 0.02  # seconds; the lines of this time are written together
+    PAUSE = 0.02  # seconds after a write; the lines of this time are written together
     # Lines that one write takes whole, so that no other process can cut them; or a longer line.
     SHORT = re.compile(rf"(?s).{{0,{select.PIPE_BUF - 1}}}\n|.+?\n|.+")
 
@@ -5492,7 +5492,6 @@ class LineWriter:
     def _work(self) -> None:
         while True:
             self._batch = [self._lines.get()]
-            time.sleep(self.PAUSE)
             self._batch += [self._lines.get() for _ in range(self._lines.qsize())]
             lines = [it for it in self._batch if isinstance(it, str)]
             try:
@@ -5504,6 +5503,7 @@ class LineWriter:
             batch, self._batch = self._batch, []
             for act in filter(callable, batch):
                 act()
+            time.sleep(self.PAUSE)
 
     def _open(self) -> None:
         try:
