@@ -3404,8 +3404,9 @@ class Sqs:
         queue = self.queues.get(arn)
         if queue is None or not arn.startswith(_arn(call, call.caller.account_id)):
             error, own = sqs_refusal(*refusal), [call.caller.account_id, arn.split(":")[-1]]
-            for it in [it for it in self.queues if [*it.split(":")[4:], *refusal[1:]] == own][:1]:
-                error.message += f" (Your account has a queue of this name in {it.split(':')[3]}.)"
+            regions = [it.split(":")[3] for it in self.queues if it.split(":")[4:] == own]
+            if regions and refusal == ("no queue",):
+                error.message += f" (Your account has a queue of this name in {regions[0]}.)"
             raise error
         queue.advance(self._clock())
         if self.changes is not None and not call.operation.startswith(_KEEP_QUEUES):
@@ -5254,7 +5255,7 @@ _ATTEMPT = re.compile("attempt=([0-9]{1,3})")
 _COLOURS = {2: 32, 3: 36, 4: 33, 5: 31}  # of a status: green, cyan, yellow, red (ECMA-48)
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 _NUMBERS = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
-_GAUGE_JOINS = {"in_flight": max, "credentials_seconds": min, "build_info": max}  # of gauges
+_GAUGE_JOINS = {"in_flight": max, "credentials_seconds": min, "build_info": max}  # others add
 Ask = Callable[[Call, str], int]  # returns the visibility timeout of the queue of a call
 Run = Callable[[Callable[[], None]], None]  # runs a function in the background
 # The functions of a hook, None for what it has not.  The last one is no hook on its own.
@@ -7647,10 +7648,9 @@ class Pending:
         if isinstance(result, Reply):
             return self._proxy.observed(self._exchange, result)
         self.is_sent = result is None
-        if self.is_sent:
-            return None
-        self.connection.unwatch()  # a worker reads the rest
-        return self
+        if not self.is_sent:
+            self.connection.unwatch()  # a worker reads the rest
+        return None if self.is_sent else self
 
     def wait(self) -> Reply:
         """Wait for the reply."""
@@ -7748,7 +7748,7 @@ class Proxy:
         return outcome if isinstance(outcome, Reply) else outcome.wait()
 
     def begin(self, requests: Sequence[Request], in_loop: bool = True) -> Sequence[Outcome]:
-        """Take each request through the steps until one of them has an outcome.
+        """Take each request through the steps to an outcome.  A loop waits for upstreams itself.
 
         Each step runs for all requests before the next step: its code is then in the processor's
         caches, which saves a third of the time."""
@@ -8998,7 +8998,8 @@ class Program:
         with _usage_errors(path and f"the clients file {path} cannot be used: "):
             self._clients = Watched(lambda _: self._check_clients(all_clients(options)), path)
         with _usage_errors("AWS_CA_BUNDLE cannot be used: "):
-            _ = self._upstreams and tls_context()  # it takes 20 ms
+            if self._upstreams:  # it takes 20 ms
+                tls_context()
         self._in_flight = self._build_in_flight()
         with _usage_errors(""):
             self._check_clients(self._clients.value, CredentialCache.get)
@@ -9207,9 +9208,8 @@ class Program:
 
     def _tell(self, line: str, always: bool = False) -> None:
         """Print a line for a person at a terminal, or always; of several processes, one prints."""
-        if (always or self._console.is_terminal) and not (
-            self._process.number or self._process.ended
-        ):
+        is_first = not (self._process.number or self._process.ended)
+        if is_first and (always or self._console.is_terminal):
             self._console.write(f"{line}\n")
 
     def _note_signal(self, number: int, _: object) -> None:
@@ -9277,7 +9277,7 @@ class Supervisor:
                 elif not (self._serves or self._ending):
                     self._serves = True
                     for listener in filter(None, self._processes[0].listeners):
-                        listener.close()  # the process has it
+                        listener.close()  # the process keeps its copy
                     self._processes[0].listeners = ()
                     list(map(self._start, self._processes[1:]))
         return self._code

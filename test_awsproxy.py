@@ -18603,6 +18603,18 @@ class TapeTest(TapeCase):
         self.assertIn(b"InvalidSignatureException", proxy.handle(request).body)
 
 
+class RaisingTest(unittest.TestCase):
+    def test_a_failure_stands_in_the_last_place_of_a_text(self):
+        for told, expected in (
+            ("file a%sb: %s", "file a%sb: failed"), ("%s; see x", "failed; see x"),
+            ("nothing of it", "nothing of it"),
+        ):  # fmt: skip
+            with self.subTest(told), self.assertRaises(ValueError) as caught:
+                with awsproxy.raising(ValueError, told, OSError):
+                    raise OSError("failed")
+            self.assertEqual(str(caught.exception), expected)
+
+
 class PolicyFileTest(ProgramTest):
     """Policies in the clients file, the learned policy, and the log line of a call."""
 
@@ -20320,6 +20332,23 @@ class ForwardedIdleTest(Through):
         self.running.server._proceed(kept)
         self.assertGreaterEqual(kept.socket.fileno(), 0)
 
+    def test_two_servers_of_one_proxy_do_not_share_connections(self):
+        other = Running(self.proxy)
+        self.addCleanup(other.stop)
+        wires = [running.connect() for running in (self.running, other)]
+        for _ in range(4):
+            for wire in wires:
+                self.assertEqual(self.put(raw_call(), wire=wire).status, 200)
+        self.assertEqual(len({thread for _, thread in self.pool._idle if thread}), 2)
+
+    def test_an_sqs_call_in_the_query_protocol_asks_for_xml(self):
+        accept = ("Accept", "application/json")
+        for kind, body, kept in ((OF_QUERY, LIST_QUEUES, ()), (OF_JSON, b"{}", (accept[1],))):
+            self.put(raw_call((*kind, accept), body))
+            arrived = self.upstream.next()
+            found = tuple(v for n, v in arrived.headers if n.lower() == "accept")
+            self.assertEqual(found, kept)
+
     def test_a_connection_that_ends_in_a_call_is_forgotten(self):
         wire = self.running.connect()
         self.put(raw_call(), wire=wire)
@@ -21895,9 +21924,9 @@ def resident(pid):
 
 @unittest.skipUnless(LINUX, "the kernel shares connections among processes on Linux")
 class ProcessesTest(DrainCase):
-    """--processes: workers on one port, which look like one program."""
+    """--processes: they share a port, and look like one program."""
 
-    CALLS = 40  # on a connection each: one in 2 ** 39 runs reaches only one worker
+    CALLS = 40  # on a connection each: one in 2 ** 39 runs reaches only one process
 
     def start(self, *flags):
         program, upstream, _ = self.forwarding("--processes", "2", *flags)
@@ -21908,7 +21937,7 @@ class ProcessesTest(DrainCase):
     def counted(self, program):
         return json.loads(self.get(program.address, "in-flight")[1])
 
-    def test_pages_are_of_all_workers(self):
+    def test_pages_are_of_all_processes(self):
         program, _ = self.start("--inspect")
         caller = program.caller()
         for _ in range(self.CALLS):
@@ -21936,7 +21965,7 @@ class ProcessesTest(DrainCase):
             one.request("GET", "/_awsproxy/nothing")
             self.assertEqual(one.getresponse().status, 404)
 
-    def test_messages_are_counted_whichever_worker_has_the_calls(self):
+    def test_messages_are_counted_whichever_process_has_the_calls(self):
         program, _ = self.start("--drain-seconds", LONG_DRAIN)
         caller = program.caller()
         url = caller.queue()
@@ -21949,7 +21978,7 @@ class ProcessesTest(DrainCase):
         for message in held[1:]:
             caller.delete(url, message["ReceiptHandle"])
         wait_until(lambda: self.counted(program) == {"000000000000/jobs": 1})
-        wires = [socket.create_connection(program.address) for _ in range(8)]  # to both workers
+        wires = [socket.create_connection(program.address) for _ in range(8)]  # to both processes
         for wire in wires:
             self.addCleanup(wire.close)
         self.begin_to_drain(program)
@@ -21957,7 +21986,7 @@ class ProcessesTest(DrainCase):
         caller.delete(url, held[0]["ReceiptHandle"])
         self.assertEqual(program.process.wait(DEADLINE), 0)
 
-    def test_a_worker_that_dies_is_replaced(self):
+    def test_a_process_that_dies_is_replaced(self):
         program, _ = self.start()
         caller = program.caller()
         first, second = children(program.process.pid)
@@ -21966,7 +21995,7 @@ class ProcessesTest(DrainCase):
         self.assertEqual(
             line, f"awsproxy: process 1, id {second}, ended by signal 9; starting it again"
         )
-        for _ in range(self.CALLS):  # a call waits until there is a worker again
+        for _ in range(self.CALLS):  # a call waits until there is a process again
             caller("ListQueues")
         now = children(program.process.pid)
         self.assertEqual((len(now), first in now, second in now), (2, True, False))
@@ -21975,7 +22004,7 @@ class ProcessesTest(DrainCase):
             self.assertIn(f"\nawsproxy_request_seconds_count {self.CALLS}\n", page)
         self.assertEqual(program.end()[0], 0)
 
-    def test_a_worker_that_cannot_start_again_gets_no_connections(self):
+    def test_a_process_that_cannot_start_again_gets_no_connections(self):
         clients = os.path.join(folder(self), "callers")
         write(clients, section("demo", "dummykey", "dummysecret"))
         program, _ = self.start("--clients", clients)
@@ -22017,7 +22046,7 @@ class ProcessesTest(DrainCase):
         process.terminate()
         self.assertEqual(process.wait(DEADLINE), 0)
 
-    def test_what_workers_start_can_be_ended_by_signals(self):
+    def test_what_processes_start_can_be_ended_by_signals(self):
         hook = os.path.join(folder(self), "hook.py")
         write(hook, """\
             import subprocess, sys
@@ -22033,17 +22062,17 @@ class ProcessesTest(DrainCase):
     @each(signal.SIGINT, signal.SIGTERM)
     def test_a_signal_ends_all(self, number):
         program, _ = self.start("--drain-seconds", LONG_DRAIN)
-        workers = children(program.process.pid)
+        processes = children(program.process.pid)
         self.assertEqual(program.end(number)[0], 0)
-        for worker in workers:
-            self.assertFalse(os.path.exists(f"/proc/{worker}"))
+        for process in processes:
+            self.assertFalse(os.path.exists(f"/proc/{process}"))
         self.assertEqual(program.rest(), [])
 
-    def test_workers_end_if_the_supervisor_is_killed(self):
+    def test_processes_end_if_the_supervisor_is_killed(self):
         program, _ = self.start()
-        workers = children(program.process.pid)
+        processes = children(program.process.pid)
         program.process.kill()
-        wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))
+        wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in processes))
 
     def test_files_are_read_again_by_each_worker(self):
         where = folder(self)
@@ -22092,11 +22121,14 @@ class ProcessesTest(DrainCase):
     def test_what_processes_cannot_share_is_refused(self):
         taken = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(taken.close)
+        tape = os.path.join(folder(self), "tape")
+        write(tape, '{"action": "sqs:ListQueues", "output": {}}\n')
         both = ["--processes", "2", "--upstream", "http://127.0.0.1:9", "--port"]
         keys = {"AWS_ACCESS_KEY_ID": "upstreamkey", "AWS_SECRET_ACCESS_KEY": "upstreamsecret"}
         rows = (
             ("--processes cannot share queues, tapes", ["--processes", "2", "--port", "0"]),
             ("--task-protection", [*both, "0", "--task-protection"]),
+            ("--processes cannot share", [*both[:2], "--port", "0", "--upstream", f"tape:{tape}"]),
             ("--record", [*both, "0", "--record", "tape"]),
             ("in use", [*both, str(taken.getsockname()[1])]),
             ("nowhere", [*both, "0", "--clients", "nowhere"]),
@@ -22109,10 +22141,10 @@ class ProcessesTest(DrainCase):
                 self.assertEqual((code, errors.count("\n")), (2, 1), errors)
                 self.assertIn(expected, errors)
 
-    def test_a_worker_has_little_memory_of_its_own(self):
+    def test_a_process_has_little_memory_of_its_own(self):
         program, _ = self.start()
-        for worker in children(program.process.pid):
-            with open(f"/proc/{worker}/smaps_rollup", encoding="ascii") as file:
+        for process in children(program.process.pid):
+            with open(f"/proc/{process}/smaps_rollup", encoding="ascii") as file:
                 private = re.findall(r"^Private_\w+:\s*([0-9]+) kB$", file.read(), re.MULTILINE)
             self.assertLess(sum(map(int, private)), 20000)
 
@@ -22120,7 +22152,7 @@ class ProcessesTest(DrainCase):
 class SecondStartTest(unittest.TestCase):
     """The script starts Python again, with the compiled code and without the syntax tree."""
 
-    @unittest.skipUnless(hasattr(os, "memfd_create") and hasattr(sys, "orig_argv"), "see main")
+    @unittest.skipUnless(hasattr(os, "memfd_create") and hasattr(sys, "orig_argv"), "Linux, 3.10")
     @each(awsproxy.__file__, os.path.relpath(awsproxy.__file__), "./awsproxy.py")
     def test_the_syntax_tree_is_not_kept(self, path):
         where = None if path == awsproxy.__file__ else os.getcwd()
