@@ -2780,9 +2780,9 @@ class RpcV2(WireProtocol):
 # Each queue has a condition with that lock: a send wakes only the calls that wait for this queue.
 # A message is visible, or hidden until some time: delayed if it was never received, otherwise in
 # flight.  `advance` shows and expires messages when a call next uses the queue.
-# To add an operation: write a method of Sqs with its name in snake case, and a part of
-# _OPERATIONS; write the query spelling of a new list or map into _SPELLED.  To add a refusal:
-# write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
+# To add an operation: write a method of Sqs with its name in snake case, without `Batch`, and a
+# part of _OPERATIONS; write the query spelling of a new list or map into _SPELLED.  To add a
+# refusal: write a row of SQS_REFUSALS and raise sqs_refusal(name, values).
 
 # [5.1] Limits and refusals
 SECONDS_HELD = 43200  # longest visibility timeout, counted from the receive
@@ -3725,9 +3725,6 @@ class Sqs:
         refuse_if(too_long, "value", timeout, "VisibilityTimeout", reason)
         queue.hide(message, now + timeout if timeout else 0.0)
 
-    send_message_batch, delete_message_batch = send_message, delete_message
-    change_message_visibility_batch = change_message_visibility
-
     def start_message_move_task(self, call: Call) -> Mapping[str, Any]:
         given, source = call.input, self._arn_of(call, "SourceArn")
         if "DestinationArn" in given and self._arn_of(call, "DestinationArn").fifo != source.fifo:
@@ -3840,7 +3837,7 @@ OPERATIONS: Mapping[str, Operation] = {
     name: Operation(
         structure(spec, _SHAPES), output.split() if arrow else None,
         {k: QueryName(*it.replace("{}", name).split(":")) for k, it in _SPELLED.items()},
-        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+        getattr(Sqs, re.sub("(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Batch")).lower()))
     for given, arrow, output in [it.partition("->") for it in _OPERATIONS.split(";")]
     for name, spec in [given.split(None, 1)]}  # fmt: skip
 MODELS.update({f"sqs:{name}": it for name, it in OPERATIONS.items()})
