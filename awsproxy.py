@@ -7588,10 +7588,9 @@ class Store:
                 more = _to_json(it.attributes) if it.attributes else b""
                 fixed = (it.sent, _to_json(it.system), it.body, more)
                 new.append((serial, message_id, *state, it.hidden_until, *fixed))
-        there = {it for it in changes.queues if self._sqs.queues.get(it.arn) is it}
-        ended = [(it.serial,) for it in changes.queues - there]
-        emptied = [*ended, *((serial,) for serial in changes.cleared)]
-        taken = (("delete from queues where serial = ?", ended),
+        there = [it for it in changes.queues if self._sqs.queues.get(it.arn) is it]
+        emptied = [(serial,) for serial in changes.cleared]  # a deleted queue, too, was cleared
+        taken = (("delete from queues where serial = ?", emptied),
             ("delete from messages where serial = ?", emptied),
             ("delete from memory where serial = ?", emptied),
             ("replace into queues values (?, ?, ?)", [it.saved_form() for it in there]),
