@@ -3753,10 +3753,9 @@ class Sqs:
         handle = call.input["TaskHandle"]
         try:
             document = read_json(_from_base64(handle).decode())
-            _, arn = document["taskId"], document["sourceArn"]
+            _, arn = document["taskId"], _expect(str, document["sourceArn"], "a String")
         except (ServiceError, ValueError, TypeError, KeyError) as error:
             raise sqs_refusal("task handle") from error
-        refuse_if(not isinstance(arn, str), "task handle")
         self._found(call, arn, "ResourceNotFoundException", "SourceArn")
         refuse_if(arn not in self._running or self._running[arn].handle != handle, "no task")
         task = self._running.pop(arn)
