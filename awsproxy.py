@@ -6860,10 +6860,9 @@ def _of_s3(call: Call) -> Sequence[Need]:
     resources = _in_bucket(call.region, bucket, _decoded(key), bool(_OF_OBJECTS.match(operation)))
     if call.path or operation == "ListAllMyBuckets":
         resources = [UNKNOWN if call.path else NO_RESOURCE]
-    given = {k: v for k, v in call.request.fields.items() if _S3_NAME.match(k)}
-    for name, value in call.request.query:  # a presigned URL has its headers there
-        if _S3_NAME.match(text := name.decode("latin-1").lower()):
-            given[text] = [*given.get(text, ()), value.decode("latin-1")]
+    query = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in call.request.query]
+    fields = fields_of((*call.request.headers, *query))  # a presigned URL has its headers there
+    given = {name: values for name, values in fields.items() if _S3_NAME.match(name)}
     actions = [operation]
     for of, form, action in _S3_NEEDS if given else ():
         if re.fullmatch(of, operation) and any(map(re.compile(form).fullmatch, given)):
