@@ -7379,9 +7379,8 @@ def _ask_process(path: str, target: str) -> str:
 
 def _join_counts(pages: Sequence[str], _: int) -> str:
     """Return the messages in flight: a process that has just started may not know all."""
-    counts = [json.loads(page) for page in pages]
-    names = itertools.chain(*counts)
-    return json.dumps({name: max(it.get(name, 0) for it in counts) for name in names})
+    counts = (collections.Counter(json.loads(page)) for page in pages)
+    return json.dumps(functools.reduce(operator.or_, counts))  # the larger one of each
 
 
 # Functions that join pages of several processes; of calls, those up to some microsecond.
