@@ -7423,8 +7423,7 @@ def _json_of_xml(element: ElementTree.Element) -> Any:
     children: dict[str, list[Any]] = {}
     for child in element:
         children.setdefault(child.tag.rpartition("}")[2], []).append(_json_of_xml(child))
-    single = {name: it if len(it) > 1 else it[0] for name, it in children.items()}
-    return single or element.text
+    return {name: it if len(it) > 1 else it[0] for name, it in children.items()} or element.text
 
 
 def _own_json(document: Any) -> Reply:
