@@ -2453,10 +2453,9 @@ class AwsQuery(WireProtocol):
         tree: dict[str, Any] = {}  # `Tag.1.Key` as nested maps; a map has its own value under "."
         nodes: dict[str, Any] = {}  # the map of each field, by the name of the field
         for name, value in fields.items():
-            parts = name.split(".")
-            if len(parts) <= MAX_FORM_DEPTH:  # no input is deeper
+            if name.count(".") < MAX_FORM_DEPTH:  # no input is deeper
                 nodes[name] = tree
-                for part in parts:
+                for part in name.split("."):
                     nodes[name] = nodes[name].setdefault(part, {})
                 nodes[name]["."] = value
         given = _from_form(shape, tree, names, QueryName(""))
