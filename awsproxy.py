@@ -2461,9 +2461,8 @@ class AwsQuery(WireProtocol):
         given = _from_form(shape, tree, names, QueryName(""))
         members = {names[it].element if it in names else it for it in shape.members}
         left = [name for name, node in nodes.items() if "." in node]
-        for name in left:
-            if name.partition(".")[0] in members:  # which has no such part
-                raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
+        for name in (it for it in left if it.partition(".")[0] in members):  # has no such part
+            raise ServiceError("InvalidParameterValue", f"{name[:80]} is not understood.")
         call.ignored = _shown_names(name for name in left if not _NO_INPUT.match(name))
         return dict(_from_json(shape, given))
 
