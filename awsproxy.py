@@ -3528,10 +3528,9 @@ class Sqs:
         refuse_if(len(actions) > 7, "actions", len(actions))
         for name, values in (("AWSAccountId", accounts), ("ActionName", actions)):
             refuse_if(not values, "missing", f"{name}.1")
-        for action in actions:
-            if action != "*" and action not in OPERATIONS:
-                reason = "Please refer to the appropriate WSDL for a list of valid actions."
-                raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
+        for action in (it for it in actions if it != "*" and it not in OPERATIONS):
+            reason = "Please refer to the appropriate WSDL for a list of valid actions."
+            raise sqs_refusal("value", f"SQS:{action[:80]}", "ActionName", reason)
         listed = self._statements(queue)
         sids = [statement.get("Sid") for statement in listed]
         refuse_if(label in sids, "value", label, "Label", "Already exists.")
