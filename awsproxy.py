@@ -3614,10 +3614,11 @@ class Sqs:
         _check_id(given, "ReceiveRequestAttemptId")
         now = self._clock()
         deadline = now + patience
-        while True:
-            messages = self._take(queue, limit, timeout, now)
-            if messages or now >= deadline or self._draining:
-                break
+        while not (messages := self._take(queue, limit, timeout, now)):
+            if now >= deadline or self._draining:
+                full = queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo
+                refuse_if(full and not patience, "in flight")
+                return {}
             if not call.may_wait:
                 raise WouldWait
             due = [queue.next_change(deadline), *(it.next_move() for it in self._running.values())]
@@ -3628,10 +3629,6 @@ class Sqs:
             if call.request.abandoned():
                 queue.changed.notify()  # pass the wake-up on to another waiter
                 return {}
-        if not messages:
-            full = queue.in_flight >= MAX_IN_FLIGHT and not queue.fifo
-            refuse_if(full and not patience, "in flight")
-            return {}
         return {"Messages": [self._message_output(queue, message, given) for message in messages]}
 
     def _take(self, queue: Queue, limit: int, timeout: int, now: float) -> list[Message]:
