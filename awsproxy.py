@@ -6962,12 +6962,9 @@ class Guard:
 
 def _least_policy(allowed: Iterable[tuple[str, str]], incomplete: bool) -> Mapping[str, Any]:
     """Return the policy that allows pairs of a resource and an action."""
-    actions: dict[str, set[str]] = {}
-    for pattern, name in allowed:
-        actions.setdefault(pattern, set()).add(name)
     groups: dict[tuple[str, ...], list[str]] = {}
-    for pattern, names in sorted(actions.items()):
-        groups.setdefault(tuple(sorted(names)), []).append(pattern)
+    for pattern, pairs in itertools.groupby(sorted({*allowed}), operator.itemgetter(0)):
+        groups.setdefault(tuple(name for _, name in pairs), []).append(pattern)
     shared = sorted(groups.items())
     found = [{"Effect": "Allow", "Action": [*names], "Resource": it} for names, it in shared]
     about = {"Id": "incomplete"} if incomplete else {}
