@@ -7394,11 +7394,9 @@ def _localstack(sqs: Sqs, request: Request, path: str) -> Reply:
     except ServiceError as error:
         return AWS_QUERY.error(request, error, random_id())
     for message in (it for state in states for it in found if it["State"] == state):
-        attributes = {**message["Attributes"], "SenderId": account}
-        if invisible:
-            attributes["IsVisible"] = str(message["State"] != "in flight").lower()
-        if delayed:
-            attributes["IsDelayed"] = str(message["State"] == "delayed").lower()
+        marks = {"IsVisible": message["State"] != "in flight"} if invisible else {}
+        marks |= {"IsDelayed": message["State"] == "delayed"} if delayed else {}
+        attributes = {**message["Attributes"], "SenderId": account, **marks}
         more = {"ReceiptHandle": "SQS/BACKDOOR/ACCESS", "Attributes": attributes}
         messages.append({**{k: v for k, v in message.items() if k != "State"}, **more})
     call = sqs_call("localhost", "ReceiveMessage", {}, region, _DEMO)
