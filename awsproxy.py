@@ -6646,10 +6646,12 @@ READ_ONLY = (
 
 
 # [8.4] What a call needs
+_OF_A_QUEUE = "|".join(name for name, it in OPERATIONS.items() if "QueueUrl" in it.input.members)
 # A line: the service, its operations, and the members that name all their resources.  A member has
 # an ARN.  NAME:KIND may have a name instead.  Marks: @ a queue's URL, + an ARN that may be cut,
 # > an index of the table, # the owner's account, - the operation needs no resource.
-_NAMING = [line.split(None, 2) for line in """
+_NAMING = [line.split(None, 2) for line in f"""
+    sqs {_OF_A_QUEUE} QueueUrl@
     sqs CreateQueue QueueName:
     sqs GetQueueUrl QueueOwnerAWSAccountId# QueueName:
     sqs StartMessageMoveTask|ListMessageMoveTasks SourceArn DestinationArn
@@ -6727,9 +6729,6 @@ def _needing(action: str, *resources: Resource) -> Sequence[Need]:
 @functools.lru_cache(maxsize=MAX_CACHED)
 def _row(service: str, operation: str) -> Optional[Sequence[tuple[str, str, str]]]:
     """Return name, mark and kind of the members that name all resources; None if unknown."""
-    model = OPERATIONS.get(operation) if service == "sqs" else None
-    if model and "QueueUrl" in model.input.members:
-        return (("QueueUrl", "@", ""),)
     for name, operations, members in _NAMING:
         if name == service and re.fullmatch(operations, operation):
             return re.findall(r"([A-Za-z-]+)([:@+#>]?)(\S*)", members)
