@@ -6875,11 +6875,10 @@ def _of_s3(call: Call) -> Sequence[Need]:
 
 def _decoded(text: str) -> Optional[str]:
     """Return a percent-decoded text, None if the encoding is malformed or not UTF-8."""
-    try:
-        data = urllib.parse.unquote_to_bytes(text.encode("latin-1"))
-        return None if BROKEN_ESCAPE.search(text) else data.decode("utf-8")
-    except ValueError:
-        return None
+    with contextlib.suppress(ValueError):
+        if not BROKEN_ESCAPE.search(text):
+            return unquote_to_bytes(text.encode("latin-1")).decode("utf-8")
+    return None
 
 
 def _in_bucket(region: str, bucket: str, key: Optional[str], objects: bool) -> list[Resource]:
