@@ -7151,15 +7151,14 @@ def _of_sqs(call: Call, reply: Reply) -> dict[str, Any]:
     if not is_json or not isinstance(data, bytes) or len(data) >= MAX_LINE // 4:
         return {}
     members = OPERATIONS.get(call.operation, UNKNOWN_OPERATION).output or ()
-    try:
+    with contextlib.suppress(ValueError, AttributeError):
         found = read_json(data.decode() or "{}")
         if reply.status >= 400:
             message = found.get("message") or found.get("Message") or ""
             return {"status": reply.status, "error": error_code(reply), "message": message}
         found = {name: it for name, it in found.items() if name in members}
-    except (ValueError, AttributeError):
-        return {}
-    return {"output": _with_queue_urls(found, call)}
+        return {"output": _with_queue_urls(found, call)}
+    return {}
 
 
 def read_tape(path: str) -> Tracks:
