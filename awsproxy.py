@@ -1954,14 +1954,6 @@ def structure(declared: str, shapes: Mapping[str, Shape]) -> Shape:
     return Shape(dict, "a structure", None, members, required)
 
 
-class QueryName(NamedTuple):
-    """The names of a flattened list or map in the query protocol."""
-
-    element: str
-    key: str = ""
-    value: str = ""
-
-
 class Operation(NamedTuple):
     """An operation of a service."""
 
@@ -1974,6 +1966,8 @@ class Operation(NamedTuple):
 Members = Mapping[str, Any]  # of a structure, by name
 Output = Optional[Members]  # of an operation; None for a void one
 Hosts = Iterable[str]  # names of the proxy besides localhost
+# The names of a flattened list or map in the query protocol.
+QueryName = collections.namedtuple("QueryName", "element key value", defaults=("", ""))
 Names = Mapping[str, QueryName]  # of members that the query protocol spells in its own way
 STRING, INTEGER, BLOB = Shape(str, "a String"), Shape(int, "an Integer"), Shape(str, "a Blob")
 list_of, map_of = functools.partial(Shape, list, "a list"), functools.partial(Shape, dict, "a map")
