@@ -3078,8 +3078,7 @@ def _whole(low: int, high: int, text: str) -> str:
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
-    normal = {value.lower(): value for value in allowed}
-    return lambda text: normal[text.lower()]
+    return lambda text: {value.lower(): value for value in allowed}[text.lower()]
 
 
 def _policy(text: str) -> str:
