@@ -3750,10 +3750,9 @@ class Sqs:
         return {"ApproximateNumberOfMessagesMoved": task.moved}
 
     def _move_messages(self) -> None:
-        for arn, task in list(self._running.items()):
+        for task in self._running.values():
             task.status = self._move(task, self._clock())
-            if task.status != "RUNNING":
-                del self._running[arn]
+        self._running = {arn: it for arn, it in self._running.items() if it.status == "RUNNING"}
 
     def _move(self, task: MoveTask, now: float) -> str:
         """Move the messages of a task that should have moved by now, and return its status."""
