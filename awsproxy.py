@@ -8922,12 +8922,8 @@ class UsageError(Exception):
     """A fault in the flags or in a file that they name: one line with the remedy."""
 
 
-@contextlib.contextmanager
-def _usage_errors(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, ServiceError) as error:
-        raise UsageError(f"{prefix}{error}") from error
+def _usage_errors(prefix: str) -> contextlib.AbstractContextManager[None]:
+    return raising(UsageError, f"{prefix}%s", OSError, ValueError, ServiceError)
 
 
 class Program:
