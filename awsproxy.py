@@ -4246,7 +4246,6 @@ _KEY_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_toke
 _HOST_FIELDS = ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")  # of containers and EC2
 _STS_FIELDS = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")  # and of processes
 _ROLE_SETTINGS = ("role_arn", "role_session_name", "duration_seconds", "external_id")
-_STS_FIELD = re.compile(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<")
 
 
 @dataclass(eq=False, repr=False)  # the environment may hold secrets
@@ -4484,7 +4483,7 @@ class CredentialChain:
             scope = CredentialScope(date[:8], region, "sts")
             headers = sign(request, payload_hash, source, scope, date)[0].headers
         answer = self.fetch(f"{endpoint.origin}/", dict(headers), data=body).decode("latin-1")
-        found = dict(_STS_FIELD.findall(answer))
+        found = dict(re.findall(f"<({'|'.join(_STS_FIELDS)})>([^<]*)<", answer))
         if len(found) < 4:
             raise NoKeys("the answer of STS holds no credentials")
         return _credentials(*map(found.get, _STS_FIELDS))
@@ -5579,7 +5578,6 @@ _SECRET = re.compile(  # a header, or a parameter of a query
     r"|((?:^|(?<=[?&;]))(?=[^&;=]{0,99}(?:token|assertion|%))[^&;=]{0,99}=)[^&;]*")  # fmt: skip
 _SIGNATURE_SHOWN = re.compile("(?i)(Signature=[^&, ]{12})[^&, ]*")
 MAX_EXPLANATION = 16384  # characters
-_UNPRINTABLE = re.compile("[^ -~]")
 
 
 def explain(exchange: Exchange) -> Iterator[Step]:
@@ -5648,7 +5646,7 @@ def explanation(steps: Iterable[Step], coloured: bool = False) -> str:
     for title, labelled in steps:
         lines.append(f"\033[1m{title}\033[0m" if coloured else title)
         for label, line in labelled:  # a refusal may repeat what a caller sent
-            shown = _UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+            shown = re.sub("[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", line)
             lines.append(f"  {label:<15} {shown}".rstrip() if label else f"  {shown}")
     return "\n".join(lines)[:MAX_EXPLANATION]
 
@@ -5808,7 +5806,6 @@ class InFlight(Hook):
     A worker holds a message from its receive until it is deleted, made visible, or times out."""
 
     REMEMBERED = 2 * MAX_IN_FLIGHT  # receipt handles
-    XML_MESSAGE_ID = re.compile(rb"<MessageId>([^<]*)<")
     XML_ID = re.compile(rb"<\w+BatchResultEntry>\s*<Id>([^<]*)<")
     # The queue is region/account/name.  The timeout ends at `until`: infinity while it is unknown.
     # The hold began at `since`, on the monotonic clock.
@@ -5891,7 +5888,7 @@ class InFlight(Hook):
             self._share("_forget", None if operation == "SetQueueAttributes" else queue)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
-        ids = found_in(reply, self.XML_MESSAGE_ID, "Messages", "MessageId")
+        ids = found_in(reply, re.compile(rb"<MessageId>([^<]*)<"), "Messages", "MessageId")
         if not ids:
             return
         now = self._clock()
