@@ -4117,12 +4117,11 @@ def service_of_host(host: str) -> tuple[str, str]:
 
 def is_link_local(host: str) -> bool:
     """Return whether a host is a link-local address, or serves credentials in IPv6."""
-    try:  # inet_aton knows 2852039166, 0xa9fea9fe, ...
+    with contextlib.suppress(OSError, ValueError):  # inet_aton knows 2852039166, 0xa9fea9fe, ...
         address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))
-    except (OSError, ValueError):
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local or str(address) in ("fd00:ec2::23", "fd00:ec2::254")
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_link_local or str(address) in ("fd00:ec2::23", "fd00:ec2::254")
+    return False
 
 
 # [6.2] Our own credentials
