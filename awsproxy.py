@@ -1602,8 +1602,7 @@ def find_cause(request: Request, claimed: Authorization, secret: str, parts: Seq
     for draft, words in _drafts(base, singles, _families(claimed, parts)):
         *lines, text, first_key, steps, joint = draft
         digest = hash_of(joint, *lines)
-        if "@@" in text or "#" in text:
-            text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
+        text = text.replace("@@", digest.upper()).replace("#", "\n".join(lines))
         signed = text.replace("@", digest).encode("latin-1", "replace")
         given = key_of(first_key, steps), signed
         by, of = given[::-1] if steps.startswith("all swapped:") else given
