@@ -6050,7 +6050,7 @@ class Inspector(Hook):
     MOST_BODY = 4096
 
     def __init__(self, least_number: Callable[[], int] = int) -> None:
-        self._lock, self._least_number = threading.Lock(), least_number
+        self._lock, self._least_number, self._last = threading.Lock(), least_number, 0
         self._calls: collections.deque[tuple[int, str]] = collections.deque(maxlen=self.MOST)
 
     def observe(self, exchange: Exchange) -> None:
@@ -6073,18 +6073,16 @@ class Inspector(Hook):
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
             "steps": steps}  # fmt: skip
         with self._lock:
-            last = self._calls[-1][0] if self._calls else 0
-            kept["number"] = number = max(last + 1, self._least_number())
+            kept["number"] = self._last = max(self._last + 1, self._least_number())
             text = json.dumps(kept)
             if len(text) > self.MOST_TEXT:
                 text = json.dumps({**kept, "steps": [("too long to be kept", ())], "theirs": ()})
-            self._calls.append((number, text))
+            self._calls.append((self._last, text))
 
     def since(self, number: int) -> str:
         """Return the calls after a number (all, if it is too high), the oldest first, as JSON."""
         with self._lock:
-            last = self._calls[-1][0] if self._calls else 0
-            after = number if number <= max(last, self._least_number()) else 0
+            after = number if number <= max(self._last, self._least_number()) else 0
             return f"[{','.join(text for at, text in self._calls if at > after)}]"
 
 
