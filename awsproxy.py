@@ -5842,7 +5842,8 @@ class InFlight(Hook):
 
     def _share(self, change: str, *given: Any) -> None:
         """Change the counts here and in the other processes, by the method of this name."""
-        getattr(self, change)(*given)
+        with self._lock:
+            getattr(self, change)(*given)
         line = f"{_COMPACT.encode([change, *given])}\n".encode() if self.others else b""
         for pipe in self.others if len(line) <= select.PIPE_BUF else ():  # not in two parts
             with contextlib.suppress(OSError):  # it hangs or has ended: its counts expire
@@ -5852,14 +5853,14 @@ class InFlight(Hook):
         """Make the changes that other processes share through a pipe."""
         *lines, self._heard = (self._heard + os.read(pipe, 65536)).split(b"\n")
         for change, *given in map(json.loads, lines):
-            getattr(self, change)(*given)
+            with self._lock:
+                getattr(self, change)(*given)
 
     def _forget(self, name: Optional[str]) -> None:
-        with self._lock:
-            self._timeouts.clear()
-            if name is not None:
-                held = self._held.items() if name else ()
-                self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
+        self._timeouts.clear()
+        if name is not None:
+            held = self._held.items() if name else ()
+            self._held = {m: it for m, it in held if not f"/{it.queue}".endswith(f"/{name}")}
 
     def observe(self, exchange: Exchange) -> None:
         """Count the messages of an answered call."""
@@ -5899,15 +5900,14 @@ class InFlight(Hook):
             self._run(functools.partial(self._learn, call, queue, now, [it for it, _ in taken]))
 
     def _add(self, began: float, queue: str, until: float, taken: Sequence[Sequence[int]]) -> None:
-        with self._lock:
-            self._expire()
-            for message_id, handle in taken:
-                if self._deleted.get(message_id, -math.inf) > began:
-                    continue  # by another handle, while this answer was on its way
-                self._messages[handle] = message_id, queue
-                self._hold(message_id, queue, until)
-            while len(self._messages) > self.REMEMBERED:
-                self._messages.popitem(last=False)
+        self._expire()
+        for message_id, handle in taken:
+            if self._deleted.get(message_id, -math.inf) > began:
+                continue  # by another handle, while this answer was on its way
+            self._messages[handle] = message_id, queue
+            self._hold(message_id, queue, until)
+        while len(self._messages) > self.REMEMBERED:
+            self._messages.popitem(last=False)
 
     def _learn(self, call: Call, queue: str, taken: float, ids: Sequence[int]) -> None:
         """Ask for the visibility timeout of messages that were received at `taken`."""
@@ -5923,11 +5923,10 @@ class InFlight(Hook):
         self._share("_extend", queue, taken + timeout, ids)
 
     def _extend(self, queue: str, until: float, ids: Sequence[int]) -> None:
-        with self._lock:
-            for message_id in ids:
-                hold = self._held.get(message_id)
-                if hold and hold.queue == queue and hold.until == math.inf:
-                    self._hold(message_id, queue, until)
+        for message_id in ids:
+            hold = self._held.get(message_id)
+            if hold and hold.queue == queue and hold.until == math.inf:
+                self._hold(message_id, queue, until)
 
     def _hold(self, message_id: int, queue: str, until: float) -> None:
         self._held[message_id] = self.Hold(queue, until, time.monotonic())
@@ -5942,22 +5941,21 @@ class InFlight(Hook):
 
     def _end(self, began: float, given: Sequence[tuple[int, Optional[int]]]) -> None:
         """End or change the holds of messages; any handle of a message works in its own queue."""
-        with self._lock:
-            for handle, timeout in given:
-                message_id, queue = self._messages.get(handle, (0, ""))
-                hold = self._held.get(message_id)
-                if not queue or (hold and hold.queue != queue):
-                    continue
-                if timeout:
-                    self._hold(message_id, queue, self._clock() + timeout)
-                elif timeout is None:
-                    self._held.pop(message_id, None)
-                    del self._messages[handle]
-                    self._deleted[message_id] = time.monotonic()
-                    if len(self._deleted) > self.REMEMBERED // 100:
-                        self._deleted.popitem(last=False)
-                elif hold and hold.since < began:  # not received again since
-                    del self._held[message_id]
+        for handle, timeout in given:
+            message_id, queue = self._messages.get(handle, (0, ""))
+            hold = self._held.get(message_id)
+            if not queue or (hold and hold.queue != queue):
+                continue
+            if timeout:
+                self._hold(message_id, queue, self._clock() + timeout)
+            elif timeout is None:
+                self._held.pop(message_id, None)
+                del self._messages[handle]
+                self._deleted[message_id] = time.monotonic()
+                if len(self._deleted) > self.REMEMBERED // 100:
+                    self._deleted.popitem(last=False)
+            elif hold and hold.since < began:  # not received again since
+                del self._held[message_id]
 
     def _expire(self) -> None:
         now = self._clock()
