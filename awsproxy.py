@@ -9230,7 +9230,9 @@ class Supervisor:
                 if number == signal.SIGCHLD:
                     self._reap()
                 elif number != signal.SIGUSR1:
-                    self._pass_on(number)
+                    self._ending = self._ending or number != signal.SIGHUP
+                    for process in filter(operator.attrgetter("pid"), self._processes):
+                        os.kill(process.pid, number)
                 elif not (self._serves or self._ending):
                     self._serves = True
                     for listener in filter(None, self._processes[0].listeners):
@@ -9294,12 +9296,6 @@ class Supervisor:
                     process.ended = f"id {pid}, ended {how}"
                     time.sleep(max(0.0, process.began + 1 - time.monotonic()))
                     self._start(process)
-
-    def _pass_on(self, number: int) -> None:
-        self._ending = self._ending or number != signal.SIGHUP
-        for process in self._processes:
-            if process.pid:
-                os.kill(process.pid, number)
 
 
 # [10.5] In a test process
