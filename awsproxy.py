@@ -4103,8 +4103,7 @@ def is_aws_host(host: str) -> bool:
 
 def service_of_host(host: str) -> tuple[str, str]:
     """Return the signing name and the region in a host of AWS, or "" for each."""
-    match = _AWS_HOST.fullmatch(host_name(host))
-    if not match:
+    if not (match := _AWS_HOST.fullmatch(host_name(host))):
         return "", ""
     labels = [it for it in match[1].split(".") if it not in ("dualstack", "global", "vpce")][-6:]
     places = [at for at, label in enumerate(labels) if _REGION.fullmatch(label)]
@@ -5958,11 +5957,9 @@ class InFlight(Hook):
                 del self._held[message_id]
 
     def _expire(self) -> None:
-        now = self._clock()
-        while self._ends and self._ends[0][0] <= now:
+        while self._ends and self._ends[0][0] <= self._clock():
             until, message_id = heapq.heappop(self._ends)
-            hold = self._held.get(message_id)
-            if hold and hold.until == until:
+            if (hold := self._held.get(message_id)) and hold.until == until:
                 del self._held[message_id]
 
 
@@ -9439,8 +9436,7 @@ def raise_file_limit(wanted: int) -> int:
     """Raise the limit of open files to `wanted` if possible, and return the limit."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (sys.maxsize if it == resource.RLIM_INFINITY else it for it in limits)
-    more = min(wanted, hard)
-    if soft < more:
+    if soft < (more := min(wanted, hard)):
         with contextlib.suppress(OSError, ValueError):  # the system has a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, limits[1]))
             soft = more
