@@ -4359,12 +4359,10 @@ class CredentialChain:
     def _section(self, profile: str) -> dict[str, str]:
         config = self._file("AWS_CONFIG_FILE", "~/.aws/config")
         own = self._file("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials").get(profile, {})
-        settings: dict[str, str] = {}
         # [profile default] has the last word over [default]; a name with blanks may be quoted.
-        names = ["default"] if profile == "default" else []
-        names += (f"profile {it}" for it in (profile, f"'{profile}'", f'"{profile}"'))
-        for name in names:
-            settings.update(config.get(name, {}))
+        settings = dict(config.get("default", {}) if profile == "default" else {})
+        for name in (profile, f"'{profile}'", f'"{profile}"'):
+            settings.update(config.get(f"profile {name}", {}))
         if "aws_access_key_id" in own or "credential_process" in {**settings, **own}:
             # Take both keys from one file; keys in the config file come after a process.
             settings = {name: it for name, it in settings.items() if name not in _KEY_SETTINGS}
