@@ -1548,17 +1548,16 @@ def _mistakes(request: Request, claimed: Authorization, secret: str, parts: Sequ
 
 def _families(claimed: Authorization, parts: Sequence[str]) -> Mistakes:
     """Yield mistakes of which there are many; they are not paired with others."""
-    region, service = claimed.scope[1:3]
     for method in sorted(METHODS):
         yield 0, ".+", method, f"signed the method {method}"
     for name in claimed.signed_headers:
         yield 3, f"^{re.escape(name)}:.*\n", "", f"left {name} out of the canonical headers"
     services = "sqs s3 sns sts iam ec2 lambda dynamodb execute-api apigateway kinesis es"
-    others = [("region", region, other) for other in (*REGIONS, "aws-global")]
-    others += [("service", service, other) for other in services.split()]
-    for kind, right, other in others:
-        words = f"derived the key for the {kind} {other}, and its scope says {right}"
-        yield 8, ".+", str(claimed.scope._replace(**{kind: other})), words
+    for kind, others in (("region", (*REGIONS, "aws-global")), ("service", services.split())):
+        right = getattr(claimed.scope, kind)
+        for other in others:
+            words = f"derived the key for the {kind} {other}, and its scope says {right}"
+            yield 8, ".+", str(claimed.scope._replace(**{kind: other})), words
     parameters = parts[2].split("&")
     for added in parameters[:32]:
         rest = "&".join(it for it in parameters if it != added).replace("\\", r"\\")
