@@ -5928,8 +5928,7 @@ class InFlight(Hook):
         self._held[message_id] = self.Hold(queue, until, time.monotonic())
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
-            self._ends = [(hold.until, held_id) for held_id, hold in self._held.items()]
-            heapq.heapify(self._ends)
+            self._ends = sorted((hold.until, held_id) for held_id, hold in self._held.items())
 
     def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
         given = [(hash(it["ReceiptHandle"]), it.get("VisibilityTimeout")) for it in entries]
