@@ -1815,9 +1815,8 @@ def streamed_body(request: Request, declared: str, signer: Signer) -> Body:
         unchecked = declared == "UNSIGNED-PAYLOAD" or not signer
         body = request.body if unchecked else CheckedBody(hashed_blocks(request, declared))
         # An empty body has no last byte to keep until its hash is known.
-        has_length = (request.header("content-length") or "").strip("0")
-        is_empty = not has_length and "transfer-encoding" not in request.fields
-        return io.BytesIO(body.read()) if is_empty else body
+        length = (request.header("content-length") or "").strip("0")
+        return body if length or "transfer-encoding" in request.fields else io.BytesIO(body.read())
     length = request.header("x-amz-decoded-content-length") or ""
     if not _DIGITS.fullmatch(length):
         message = "You must provide the x-amz-decoded-content-length HTTP header."
