@@ -5873,13 +5873,15 @@ class InFlight(Hook):
         queue = f"{call.region}/{account or call.caller.account_id}/{name}"
         if operation == "ReceiveMessage":
             self._take(call, queue, given.get("VisibilityTimeout"), reply)
-        elif operation.endswith("Batch"):
-            done = set(found_in(reply, self.XML_ID, "Successful", "Id"))
-            self._settle(call, [entry for entry in given["Entries"] if entry["Id"] in done])
-        elif operation in ("DeleteMessage", "ChangeMessageVisibility"):
-            self._settle(call, [given])
-        else:
+        elif operation in ("DeleteQueue", "PurgeQueue", "SetQueueAttributes"):
             self._share("_forget", None if operation == "SetQueueAttributes" else queue)
+        else:
+            entries = [given]
+            if operation.endswith("Batch"):
+                done = set(found_in(reply, self.XML_ID, "Successful", "Id"))
+                entries = [entry for entry in given["Entries"] if entry["Id"] in done]
+            ended = [(hash(it["ReceiptHandle"]), it.get("VisibilityTimeout")) for it in entries]
+            self._share("_end", call.began, ended)
 
     def _take(self, call: Call, queue: str, timeout: Optional[int], reply: Reply) -> None:
         ids = found_in(reply, re.compile(rb"<MessageId>([^<]*)<"), "Messages", "MessageId")
@@ -5928,10 +5930,6 @@ class InFlight(Hook):
         heapq.heappush(self._ends, (until, message_id))
         if len(self._ends) > 2 * len(self._held) + 1000:
             self._ends = sorted((hold.until, held_id) for held_id, hold in self._held.items())
-
-    def _settle(self, call: Call, entries: Sequence[Mapping[str, Any]]) -> None:
-        given = [(hash(it["ReceiptHandle"]), it.get("VisibilityTimeout")) for it in entries]
-        self._share("_end", call.began, given)
 
     def _end(self, began: float, given: Sequence[tuple[int, Optional[int]]]) -> None:
         """End or change the holds of messages; any handle of a message works in its own queue."""
