@@ -4050,11 +4050,9 @@ def endpoint_for(service: str, region: str, target: str = "", path: str = "/",
     endpoint rule sets of botocore).  Raise ServiceError AccessDenied for a customer's own host."""
     rpc = _RPC_PATH.fullmatch(path)
     operation = target or (f"{path.split('/')[2]}.{rpc[1]}" if rpc else f"{path}#{method}")
-    prefix = service
-    for template, pattern in ENDPOINT_PREFIXES.get(service, ()):
-        if match := re.match(pattern, operation):
-            prefix = match.expand(template.replace("&", service))
-            break
+    rows = (*ENDPOINT_PREFIXES.get(service, ()), ("&", ""))
+    template, match = next((it, m) for it, form in rows if (m := re.match(form, operation)))
+    prefix = match.expand(template.replace("&", service))
     if prefix == "-":
         message = f"This proxy forwards to AWS, and this host of {service} is a customer's own."
         raise ServiceError("AccessDenied", f"{message} Add: --route '{service}:*=https://HOST'")
