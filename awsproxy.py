@@ -4143,9 +4143,6 @@ def raising(kind: Any, told: str, *failures: type[Exception]) -> Iterator[None]:
         raise kind(f"{before}{mark and error}{after}", *passing) from error
 
 
-_no_keys = functools.partial(raising, NoKeys)
-
-
 @functools.lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Return the context of all our connections; AWS_CA_BUNDLE names the authorities to trust."""
@@ -4214,7 +4211,7 @@ def _expiry(text: Any) -> float:
     """Return the seconds since 1970 of an ISO 8601 time, infinity for no time."""
     if not text:
         return math.inf
-    with _no_keys(f"the expiration {str(text)[:40]!r} is no time", ValueError):
+    with raising(NoKeys, f"the expiration {str(text)[:40]!r} is no time", ValueError):
         moment = datetime.datetime.fromisoformat(re.sub("(Z|UTC)$", "+00:00", str(text)))
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
@@ -4227,7 +4224,7 @@ def _credentials(key: Any, secret: Any, token: Any, expiration: Any = None) -> C
 
 
 def _document(text: bytes) -> Mapping[str, Any]:
-    with _no_keys("the answer is no JSON object", ValueError, TypeError):
+    with raising(NoKeys, "the answer is no JSON object", ValueError, TypeError):
         return dict(read_json(text.decode("utf-8")))
 
 
@@ -4336,7 +4333,8 @@ class CredentialChain:
         given = self.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
         base = (given or "http://169.254.169.254").rstrip("/") + "/latest"
         lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
-        with _no_keys("%s (in a container, the hop limit of the instance's metadata must be 2)"):
+        hint = "%s (in a container, the hop limit of the instance's metadata must be 2)"
+        with raising(NoKeys, hint):
             token = self.fetch(f"{base}/api/token", lifetime, data=b"", method="PUT", timeout=1)
         headers = {"X-aws-ec2-metadata-token": token.decode("latin-1")}
         roles = f"{base}/meta-data/iam/security-credentials/"
@@ -4348,7 +4346,7 @@ class CredentialChain:
         parser = configparser.RawConfigParser(default_section="", strict=False)
         path = os.path.expanduser(self.environ.get(variable) or default)
         text = _read_text(path) if os.path.exists(path) else ""
-        with _no_keys(f"{path} is malformed", configparser.Error):
+        with raising(NoKeys, f"{path} is malformed", configparser.Error):
             parser.read_string(text)
         return {" ".join(it.split()): dict(parser.items(it)) for it in parser.sections()}
 
@@ -4405,7 +4403,7 @@ class CredentialChain:
             "Environment": self._from_environment, "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))  # fmt: skip
-        with _no_keys("%s"):  # not NotSetUp: the role chooses this source
+        with raising(NoKeys, "%s"):  # not NotSetUp: the role chooses this source
             if settings.get("source_profile"):
                 return self._from_profile(settings["source_profile"], visited)
             if source:
@@ -4419,7 +4417,7 @@ class CredentialChain:
         remedy = f"run `aws sso login {shlex.join(chosen)}`"
         name = session or settings.get("sso_start_url", "")
         digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
-        with _no_keys(f"its SSO token is not cached; {remedy}", KeyError):
+        with raising(NoKeys, f"its SSO token is not cached; {remedy}", KeyError):
             cached = _document(_read_text(f"~/.aws/sso/cache/{digest}.json").encode())
             token, expires = str(cached["accessToken"]), _expiry(cached["expiresAt"])
         if expires <= self.clock():
@@ -4433,7 +4431,7 @@ class CredentialChain:
         except NoKeys as error:
             remedy = "" if error.passing else f"; if its SSO session has ended, {remedy}"
             raise NoKeys(f"{error}{remedy}", error.passing) from error
-        with _no_keys("the SSO portal's answer holds no credentials", KeyError, TypeError):
+        with raising(NoKeys, "the SSO portal's answer holds no credentials", KeyError, TypeError):
             got = _document(answer)["roleCredentials"]
             found = _credentials(got["accessKeyId"], got["secretAccessKey"], got["sessionToken"])
             return found._replace(expires=got["expiration"] / 1000)
@@ -4452,7 +4450,7 @@ class CredentialChain:
 
     def _assume(self, source: Credentials, settings: Section) -> Credentials:
         fields = {name.title().replace("_", ""): settings.get(name) for name in _ROLE_SETTINGS}
-        with _no_keys(f"the role {settings['role_arn']} cannot be assumed: %s"):
+        with raising(NoKeys, f"the role {settings['role_arn']} cannot be assumed: %s"):
             return self._ask_sts(source, Action="AssumeRole", **fields)
 
     def _with_web_identity(self, path: str, role: str, session: Optional[str]) -> Credentials:
@@ -4481,7 +4479,7 @@ class CredentialChain:
 
 
 def _read_text(path: str) -> str:
-    with _no_keys(f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
+    with raising(NoKeys, f"{path} cannot be read: %s", OSError, UnicodeDecodeError):
         return pathlib.Path(os.path.expanduser(path)).read_text("utf-8").strip()
 
 
