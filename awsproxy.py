@@ -1313,10 +1313,9 @@ def claim(request: Request) -> Claim:
     """Return the unverified key id and scope of a request, even a malformed one; "" for none."""
     found: Optional[Claim] = request.__dict__.get("salvaged")
     if found is None:
-        try:
+        with contextlib.suppress(ServiceError):
             return authorization_of(request)[:2]
-        except ServiceError:
-            found = request.__dict__["salvaged"] = _salvaged_claim(request)
+        found = request.__dict__["salvaged"] = _salvaged_claim(request)
     return found
 
 
