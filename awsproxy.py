@@ -5916,8 +5916,7 @@ class InFlight(Hook):
 
     def _extend(self, queue: str, until: float, ids: Sequence[int]) -> None:
         for message_id in ids:
-            hold = self._held.get(message_id)
-            if hold and hold.queue == queue and hold.until == math.inf:
+            if self._held.get(message_id, ())[:2] == (queue, math.inf):  # its end is unknown
                 self._hold(message_id, queue, until)
 
     def _hold(self, message_id: int, queue: str, until: float) -> None:
