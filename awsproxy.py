@@ -4457,8 +4457,7 @@ class CredentialChain:
         return self._ask_sts(None, Action="AssumeRoleWithWebIdentity", **fields)
 
     def _ask_sts(self, source: Optional[Credentials], **fields: Optional[str]) -> Credentials:
-        region = self.region()
-        endpoint = endpoint_for("sts", region, variants=self.variants)
+        endpoint = endpoint_for("sts", region := self.region(), variants=self.variants)
         name = fields["RoleSessionName"] or "awsproxy"
         # AssumeRole takes 2 to 64 of these characters.
         fields["RoleSessionName"] = re.sub("[^A-Za-z0-9_+=,.@-]", "-", name)[:64].ljust(2, "-")
@@ -9210,8 +9209,7 @@ class Supervisor:
             gc.freeze()
             self._start(self._processes[0])  # the others follow when it serves
             while any(process.pid for process in self._processes):
-                number = signal.sigwait(watched)
-                if number == signal.SIGCHLD:
+                if (number := signal.sigwait(watched)) == signal.SIGCHLD:
                     self._reap()
                 elif number != signal.SIGUSR1:
                     self._ending = self._ending or number != signal.SIGHUP
