@@ -65,34 +65,6 @@ The life of a request, function by function:
 
 from __future__ import annotations
 
-import marshal
-import os
-import sys
-
-if __name__ == "__main__" and hasattr(os, "memfd_create"):
-    # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
-    # CPython's pythonrun.c).  So the script starts Python again, with the compiled code.
-    _compiled, _words = sys._getframe().f_code, getattr(sys, "orig_argv", [])  # since Python 3.10
-    _flags, _usual = _words[1 : -len(sys.argv)], set("bBdEIOPqRsSuvx")
-    if "_again" in globals():
-        del sys.argv[0]
-        sys.path[0] = sys.path[0] or os.path.dirname(os.path.realpath(__file__))
-    elif (
-        # Nothing else runs this script, such as a debugger, and no stream is closed.
-        _words[1:] == [*_flags, *sys.argv]
-        and _compiled.co_filename == __file__
-        and all(it[:1] == "-" and (_usual >= {*it[1:]} or it[1] in "WX") for it in _flags)
-        and None not in (sys.executable or None, sys.stdin, sys.stdout, sys.stderr)
-    ):
-        try:
-            _file, _data = os.memfd_create("awsproxy", 0), marshal.dumps((_compiled, __file__))
-            if os.write(_file, _data) == len(_data) and os.lseek(_file, 0, os.SEEK_SET) == 0:
-                _run = f"import marshal\nwith open({_file}, 'rb') as _again:"
-                _run += " _code, __file__ = marshal.load(_again)\nexec(_code)"
-                os.execv(sys.executable, [sys.executable, *_flags, "-c", _run, *sys.argv])
-        except OSError:  # the system forbids it
-            pass
-
 import argparse
 import base64
 import bisect
@@ -123,6 +95,7 @@ import json
 import logging
 import math
 import operator
+import os
 import pathlib
 import queue as queues
 import random
@@ -133,11 +106,11 @@ import selectors
 import shlex
 import signal
 import socket
-import sqlite3
 import ssl
 import stat
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -7449,6 +7422,8 @@ class Store:
 
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
+        import sqlite3  # 1 MB, for this class alone
+
         self._sqs, self._changes = sqs, Changes({}, set(), [], set())
         self._lock, self._cleaned = threading.Lock(), 0.0
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
@@ -7514,7 +7489,7 @@ class Store:
                     self._file.execute("begin")
                     for statement, rows in self._unsaved:
                         self._file.executemany(statement, rows)
-            except sqlite3.Error as error:
+            except self._file.Error as error:
                 if not self._sqs.is_failing:
                     log.error("the store cannot be written: %s", error)
                 self._sqs.is_failing = True
@@ -8900,6 +8875,17 @@ def _usage_errors(prefix: str) -> contextlib.AbstractContextManager[None]:
     return raising(UsageError, f"{prefix}%s", OSError, ValueError, ServiceError)
 
 
+def settle_memory() -> None:
+    """Give unused memory back to the system, and let the collector visit only what is new."""
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # only glibc does
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    # The collector need not visit all messages again and again: calls leave no cycles behind.
+    gc.freeze()
+    gc.set_threshold(100000, 50, 100)
+
+
 class Program:
     """A running proxy with its files, hooks and ports.  Raises UsageError for bad flags."""
 
@@ -9129,9 +9115,7 @@ class Program:
             f" --user {keys} -H 'X-Amz-Target: AmazonSQS.ListQueues' -d '{{}}'")  # fmt: skip
         if self._process.supervisor:
             os.kill(self._process.supervisor, signal.SIGUSR1)
-        # The collector need not visit all messages again and again: calls leave no cycles behind.
-        gc.freeze()
-        gc.set_threshold(100000, 50, 100)
+        settle_memory()
         self.server.serve_forever()
         if self._store:
             self._store.close()
@@ -9206,7 +9190,7 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             with _usage_errors("the processes cannot start: "):
                 self._open(stack.enter_context(tempfile.TemporaryDirectory(prefix="awsproxy-")))
-            gc.freeze()
+            settle_memory()
             self._start(self._processes[0])  # the others follow when it serves
             while any(process.pid for process in self._processes):
                 if (number := signal.sigwait(watched)) == signal.SIGCHLD:
@@ -9392,6 +9376,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
 
 
+def _main_as_hook(*_: object) -> None:
+    sys.excepthook = sys.__excepthook__
+    sys.exit(main())
+
+
 # [10.7] Routes of the flags
 def given_routes(options: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the patterns and targets of the flags, or the default route."""
@@ -9431,4 +9420,9 @@ def raise_file_limit(wanted: int) -> int:
 if __name__ == "__main__":
     # A module that imports awsproxy must get this copy, not a second one (cpython#103390).
     sys.modules.setdefault("awsproxy", sys.modules[__name__])
+    if sys._getframe().f_back is None and not sys.flags.inspect:
+        # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
+        # CPython's pythonrun.c).  An exception ends it here, and the program runs in the hook.
+        sys.excepthook = _main_as_hook
+        raise RuntimeError("nobody called sys.excepthook")
     sys.exit(main())

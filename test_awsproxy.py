@@ -22149,10 +22149,10 @@ class ProcessesTest(DrainCase):
             self.assertLess(sum(map(int, private)), 20000)
 
 
-class SecondStartTest(unittest.TestCase):
-    """The script starts Python again, with the compiled code and without the syntax tree."""
+class ScriptTest(unittest.TestCase):
+    """The script ends before the program runs: Python keeps its syntax tree until then."""
 
-    @unittest.skipUnless(hasattr(os, "memfd_create") and hasattr(sys, "orig_argv"), "Linux, 3.10")
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "only glibc gives memory back")
     @each(awsproxy.__file__, os.path.relpath(awsproxy.__file__), "./awsproxy.py")
     def test_the_syntax_tree_is_not_kept(self, path):
         where = None if path == awsproxy.__file__ else os.getcwd()
@@ -22160,11 +22160,8 @@ class SecondStartTest(unittest.TestCase):
             where = os.path.dirname(os.path.abspath(awsproxy.__file__))
         program = Program(self.addCleanup, path=path, cwd=where)
         self.assertTrue(program.address)
-        with open(f"/proc/{program.process.pid}/cmdline", encoding="utf-8") as file:
-            words = file.read().split("\0")
-        self.assertEqual((words[1], words[3:]), ("-c", [path, "--port", "0", ""]))
-        self.assertLess(resident(program.process.pid)[1], 45000000)
         program.caller()("ListQueues")
+        self.assertLess(resident(program.process.pid)[0], 45000000)
 
     def test_it_keeps_flags_and_the_place_of_the_script(self):
         where = folder(self)
@@ -22180,12 +22177,12 @@ class SecondStartTest(unittest.TestCase):
         self.assertEqual(program.warnings, ["beside 1"])
 
     @each(("-I",), ("--",), ("-I", "--"), ("-mtrace", "--count", "-C", "/tmp"), ("-W", "error"))
-    def test_flags_that_need_another_word_start_it_once(self, *flags):
+    def test_it_runs_once_whatever_runs_it(self, *flags):
         ended = subprocess.run(
             [sys.executable, *flags, awsproxy.__file__, "--version"], capture_output=True,
             encoding="utf-8", timeout=DEADLINE,
         )  # fmt: skip
-        self.assertIn("awsproxy " + awsproxy.__version__, ended.stdout, ended.stderr)
+        self.assertEqual(ended.stdout.count("awsproxy " + awsproxy.__version__), 1, ended.stderr)
 
     @each((1, "--version"), (2, "--version"), (0, "--version"))
     def test_a_closed_stream_is_no_file_of_ours(self, closed, flag):
@@ -22196,12 +22193,14 @@ class SecondStartTest(unittest.TestCase):
         self.assertEqual(ended.returncode, 0, shown)
         self.assertNotIn("Traceback", shown)
 
-    def test_a_name_for_the_process_that_hides_python_is_no_fault(self):
-        command = ["sh", "-c", f"exec -a proxy {sys.executable} {awsproxy.__file__} --version"]
-        if shutil.which("bash"):
-            command[0] = "bash"
-        ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=DEADLINE)
-        self.assertIn("awsproxy " + awsproxy.__version__, ended.stdout, ended.stderr)
+    @each((["--version"], 0), (["--port", "x"], 2), (["--check", os.devnull], 2))
+    def test_its_exit_code_is_that_of_the_program(self, flags, code):
+        ended = subprocess.run(
+            [sys.executable, awsproxy.__file__, *flags], capture_output=True, encoding="utf-8",
+            timeout=DEADLINE,
+        )  # fmt: skip
+        self.assertEqual(ended.returncode, code, ended.stderr)
+        self.assertNotIn("Traceback", ended.stderr)
 
     def test_other_programs_that_run_the_script_stay(self):
         code = "import runpy, sys; sys.argv[1:] = ['--version']; print(sys.argv[0]);"
@@ -25745,6 +25744,8 @@ def bench(argv):
             done, took = drive(server[1], n, request, each)
             used = cpu_of_all(server[0]) - before
             runs.setdefault((name, n), []).append((done, took, used))
+        with contextlib.suppress(OSError):  # from here on count the peak (proc_pid_clear_refs(5))
+            pathlib.Path(f"/proc/{objects[0].pid}/clear_refs").write_text("5")
         moved = [
             (*of_sink, through[1])
             for of_sink, through in zip(transfers(sink[1]), transfers(objects[1]))
