@@ -31,6 +31,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [3.3] String to sign, signing key, signature  [3.4] Rules of services  [3.5] Verification
         [3.6] Refusals  [3.7] Presigned URLs  [3.8] Mistakes of signers
         [3.9] Bodies that are checked as they stream  [3.10] Signing  [3.11] Removing a signature
+        [3.12] Heads that repeat
     4 Wire protocols: [4.1] Operations and the shapes of their input
         [4.2] Which protocol a service speaks  [4.3] AWS JSON  [4.4] AWS Query
         [4.5] Actions of Amazon S3  [4.6] REST  [4.7] RPC v2 CBOR
@@ -51,10 +52,10 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
 
 The life of a request, function by function:
 
-    every call: PeerConnection.readable, PeerConnection.next_request, parse_head, body_framing,
-        Proxy.begin, parse_authorization, wire_protocol, Proxy._verify, verify_head, verify_body,
-        canonical_parts, string_to_sign, signature, Proxy._find_call, AwsJson.meaning,
-        Proxy._find_target, Proxy._act
+    every call: PeerConnection.readable, PeerConnection.next_request, HeadTemplates.parse,
+        parse_head, body_framing, Proxy.begin, parse_authorization, wire_protocol, Proxy._verify,
+        verify_head, verify_body, canonical_parts, string_to_sign, signature, Proxy._find_call,
+        AwsJson.meaning, Proxy._find_target, Proxy._act
     then, if embedded: Embedded.answer, Sqs.send_message, AwsJson.output, Proxy._save,
         Proxy.observed, Metrics.observe, PeerConnection.send_outcome, encode_reply
     or, if forwarded: Upstream.begin, sign, Pending.send, Server.wait, Pending.proceed,
@@ -182,6 +183,7 @@ class Request:
     body: Body
     peer: str = ""  # the client's address
     abandoned: Callable[[], bool] = lambda: False  # returns whether the client has hung up
+    template: Optional[HeadTemplate] = field(default=None, init=False)  # of its head
 
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
@@ -402,11 +404,12 @@ class Head(NamedTuple):
     version: str  # "1.0" or "1.1"
     headers: Headers
     fields: Fields
+    template: Optional[HeadTemplate] = None
 
     def request(self, body: Body, peer: str, abandoned: Callable[[], bool]) -> Request:
         """Return the request with this head."""
         request = Request(self.method, self.target, self.headers, body, peer, abandoned)
-        request.__dict__["fields"] = self.fields  # computed already
+        request.__dict__["fields"], request.template = self.fields, self.template  # known already
         return request
 
 
@@ -692,6 +695,12 @@ class Authorization(NamedTuple):
     presigned: bool = False
     session_token: Optional[str] = None
 
+    def again(self, fields: Fields) -> Authorization:
+        """Return the claims of another head of the same template (see HeadTemplate)."""
+        (header,), (amz_date,) = fields["authorization"], fields["x-amz-date"]
+        key, scope, signed, *_, token = self
+        return Authorization(key, scope, signed, header[-64:], amz_date, None, False, token)
+
     def __repr__(self) -> str:
         return f"Authorization({self.access_key_id!r}, {self.scope}, {self.amz_date!r})"
 
@@ -703,7 +712,6 @@ _SCOPE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 _BLANKS = re.compile("[ \t]+")
 _TOKEN_SHOWN = re.compile("((?i:x-amz-(?:security|s3session)-token|authorization)[:=])[^\n&]*")
 _Claims = tuple[str, CredentialScope, tuple[str, ...]]  # key id, scope and signed headers
-_usual_claims: dict[str, _Claims] = {}  # by the text before a signature, which clients repeat
 _PARAMETERS = ("Credential", "Signature", "SignedHeaders")
 _AREAS = pairs("""us-east=2 us-west=2 us-gov-east=1 us-gov-west=1 eu-central=2 eu-north=1 eu-west=3
     eu-south=2 ap-east=2 ap-south=2 ap-northeast=3 ap-southeast=7 ca-central=1 ca-west=1 sa-east=1
@@ -755,16 +763,7 @@ def _version_2(request: Request) -> ServiceError:
 
 
 def _parse_header(request: Request, header: str) -> Authorization:
-    claims, made = _usual_claims.get(header[:-64]), header[-64:]
-    amz_date = _single(request, "x-amz-date")
-    if not claims or amz_date is None or not _SHA256_HEX.fullmatch(made):
-        claims, made, amz_date = _parse_unusual(request, header, amz_date)
-    token = _single(request, "x-amz-security-token")
-    return Authorization(*claims, made, amz_date, None, False, token)
-
-
-def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[_Claims, str, str]:
-    reason = "header parameter"
+    reason, date = "header parameter", _single(request, "x-amz-date")
     scheme, _, rest = header.partition(" ")
     if scheme == "AWS":
         raise _version_2(request)
@@ -788,13 +787,9 @@ def _parse_unusual(request: Request, header: str, date: Optional[str]) -> tuple[
         faults.append(f"{requires} existence of either a 'X-Amz-Date' or a 'Date' header.")
     if date is None or faults:
         raise refusal(reason, request, " ".join(faults))
-    made = given["Signature"]
     claims = _parse_claims(request, "header", *map(given.__getitem__, _PARAMETERS))
-    if name == "Signature" and header.endswith(made) and len(header) < 1024:
-        if len(_usual_claims) >= 256:
-            _usual_claims.clear()
-        _usual_claims[header[:-64]] = claims
-    return claims, made, date
+    token = _single(request, "x-amz-security-token")
+    return Authorization(*claims, given["Signature"], date, None, False, token)
 
 
 def _parse_claims(request: Request, place: str, credential: str, made: str, names: str) -> _Claims:
@@ -864,12 +859,12 @@ def canonical_query(pairs: Sequence[tuple[bytes, bytes]], without: Sequence[byte
 
 def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
     """Return a line for each name: trim values, collapse blanks, join repeats in order."""
-    lines = []
+    text = ""
     for name in names:
         values = fields[name]
         value = values[0] if len(values) == 1 else ",".join([v.strip(" \t") for v in values])
-        lines.append(f"{name}:" + value.strip(" \t") + "\n")
-    text = "".join(lines)
+        value = value.strip(" \t")
+        text += f"{name}:{value}\n"
     return _BLANKS.sub(" ", text) if "  " in text or "\t" in text else text
 
 
@@ -892,18 +887,25 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
-@functools.lru_cache(maxsize=1024)
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
-    """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
+    """Return the key for one day, region and service."""
     key = b"AWS4" + secret_access_key.encode("utf-8")  # strangers' secrets never come here
     for part in scope:
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
     return key
 
 
+@functools.lru_cache(maxsize=1024)
+def keyed_hash(secret_access_key: str, scope: CredentialScope) -> hmac.HMAC:
+    """Return the HMAC of no text yet with that key.  Call `cache_clear` if secrets change."""
+    return hmac.new(signing_key(secret_access_key, scope), digestmod="sha256")
+
+
 def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> str:
     """Return the signature of a string to sign, in lower-case hex."""
-    return hmac.digest(signing_key(secret_access_key, scope), text, "sha256").hex()
+    keyed = keyed_hash(secret_access_key, scope).copy()
+    keyed.update(text)
+    return keyed.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
@@ -985,6 +987,7 @@ class Verified(NamedTuple):
 class Proven(NamedTuple):
     """The result of verify_head."""
 
+    clients: Clients
     claimed: Authorization
     profile: Profile
     client: Client
@@ -998,7 +1001,8 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
         regions: Sequence[str] = (), clock_skew: Optional[int] = None,
         must_be_signed: Sequence[str] = (), profiles: Mapping[str, Profile] = PROFILES,
         private: bool = True, other_host: str = "",
-        may_search: Callable[[], bool] = lambda: True) -> Proven:  # fmt: skip
+        may_search: Callable[[], bool] = lambda: True,
+        before: Optional[Proven] = None) -> Proven:  # fmt: skip
     """Check everything that the head proves.  If it declares no hash, the body must be hashed.
 
     service: the service that the request names apart from its scope
@@ -1007,16 +1011,22 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     must_be_signed: headers that decide what the request means
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
-    may_search: whether to search for the cause of a wrong signature, which takes some 20 ms"""
+    may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
+    before: the result for a head of the same template, with the same other arguments"""
     # The order counts: the error of a later check would tell a stranger more.
+    if before:
+        request.__dict__["claimed"] = before.claimed.again(request.fields)
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
-    _check_scope(request, claimed, service, regions)
-    client = _find_client(request, claimed, clients)
-    _check_signed_headers(request, claimed, profile, must_be_signed)
+    if before:
+        client = before.client
+    else:
+        _check_scope(request, claimed, service, regions)
+        client = _find_client(request, claimed, clients)
+        _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
-    proven = Proven(claimed, profile, client, declared, other_host, may_search)
+    proven = Proven(clients, claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
         proven = proven._replace(proof=_check_signature(request, proven, declared, io.BytesIO()))
     return proven
@@ -1024,7 +1034,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head does not prove.  A body of S3's family is checked while it is read."""
-    claimed, profile, client, declared, _, _, proof = proven
+    _, claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         body = streamed_body(request, declared, ChunkSigner(client.secret_access_key, claimed))
@@ -1161,7 +1171,7 @@ def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
 
 def _check_signature(request: Request, proven: Proven, payload_hash: str, body: Body) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    claimed, profile, client, _, other_host, *_ = proven
+    _, claimed, profile, client, _, other_host, *_ = proven
     secret = client.secret_access_key
     parts = canonical_parts(request, claimed, payload_hash, profile)
     proof = prove(claimed, secret, parts)
@@ -1642,7 +1652,7 @@ class ChunkSigner:
     """Signs each chunk ("Transferring Payload in Multiple Chunks", Amazon S3 API Reference)."""
 
     def __init__(self, secret: str, claimed: Authorization) -> None:
-        self._key = signing_key(secret, claimed.scope)
+        self._secret, self._scope = secret, claimed.scope
         self._about = f"{claimed.amz_date}\n{claimed.scope}"
         self._previous = claimed.signature
 
@@ -1657,7 +1667,7 @@ class ChunkSigner:
 
     def _next(self, kind: str, rest: str) -> str:
         text = f"{ALGORITHM}-{kind}\n{self._about}\n{self._previous}\n{rest}"
-        self._previous = hmac.digest(self._key, text.encode("latin-1"), "sha256").hex()
+        self._previous = signature(self._secret, self._scope, text.encode("latin-1"))
         return self._previous
 
 
@@ -1816,12 +1826,15 @@ class Credentials(NamedTuple):
         return f"Credentials({self.access_key_id!r})"
 
 
-_SIGNED = ("host", "date", "content-type", "content-md5")  # and x-amz-*: no proxy changes them
+_SIGNED = {"host", "date", "content-type", "content-md5"}  # and x-amz-*: no proxy changes them
 
 
 def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope,
-        amz_date: str, declares: bool = False) -> tuple[Request, Authorization]:  # fmt: skip
-    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
+        amz_date: str, declares: bool = False,
+        names: tuple[str, ...] = ()) -> tuple[Request, Authorization]:  # fmt: skip
+    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256.
+
+    `names` are the headers to sign, if they are known from a like request."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
@@ -1829,14 +1842,15 @@ def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: Credent
     if declares or profile.declared_payload or profile.sends_hash:
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
-    names = tuple(sorted([n for n in request.fields if n in _SIGNED or n[:6] == "x-amz-"]))
-    claimed = Authorization(keys.access_key_id, scope, names, "", amz_date)
+    fields = request.fields
+    names = names or tuple(sorted([n for n in fields if n in _SIGNED or n[:6] == "x-amz-"]))
+    key = keys.access_key_id
+    claimed = Authorization(key, scope, names, "", amz_date)
     parts = canonical_parts(request, claimed, payload_hash, profile)
     made = prove(claimed, keys.secret_access_key, parts).signature
-    header = f"{ALGORITHM} Credential={keys.access_key_id}/{scope}"
-    header += f", SignedHeaders={';'.join(names)}, Signature={made}"
+    header = f"{ALGORITHM} Credential={key}/{scope}, SignedHeaders={parts[4]}, Signature={made}"
     signed = request.with_headers((*request.headers, ("Authorization", header)))
-    return signed, Authorization(keys.access_key_id, scope, names, made, amz_date)
+    return signed, Authorization(key, scope, names, made, amz_date)
 
 
 # [3.11] Removing a signature
@@ -1890,6 +1904,99 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         elif name.lower() != "x-amz-decoded-content-length":
             kept.append((name, value))
     return kept
+
+
+# [3.12] Heads that repeat
+# The headers that differ in a client's next head: the part that varies, and what is around it.
+_VARYING = {
+    "x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
+    "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
+    "x-amz-content-sha256": ("[0-9a-f]{64}", "(%s)"),
+    "amz-sdk-invocation-id": ("[0-9A-Za-z-]{36}", "(%s)"),
+    "content-length": ("[0-9]{1,9}", "(%s)")}  # the last, as not all are as long  # fmt: skip
+
+
+class HeadTemplate:
+    """What was found out about a head: `known` by a Proxy, `sent` by an Upstream.
+
+    A later head may differ in the parts of _VARYING, each as long as it was.  If all the rest is
+    the same, what the rest decides need not be found out again."""
+
+    known: Any = None
+    sent: Any = None
+    is_new = True  # whether nobody has tried to learn it
+    is_learned = False  # whether `head` can be called
+
+    def learn(self, head: Head, text: str) -> bool:
+        """Return whether the varying parts are where they should be, in the text of the head."""
+        at, places = text.index(CRLF) + 2, {}
+        for index, (name, value) in enumerate(head.headers):
+            at += len(name) + 2
+            part, around = _VARYING.get(name.lower(), ("", ""))
+            if match := part and re.fullmatch(around % part, value):
+                place = slice(at + match.start(1), at + match.end(1))
+                places[name.lower()] = index, name, slice(at, at + len(value)), place
+            at += len(value) + 2
+        if not places.keys() >= {"authorization", "x-amz-date"}:
+            return False
+        cuts = [it for *_, place in places.values() for it in (place.start, place.stop)]
+        usual = [name for name in _VARYING if name in places]
+        self._is_usual = re.compile("".join(_VARYING[name][0] for name in usual)).fullmatch
+        self._parts_of = operator.itemgetter(*(places[name][3] for name in usual))
+        self._rest_of = operator.itemgetter(*map(slice, [0, *cuts[1::2]], [*cuts[::2], None]))
+        self._values_of = operator.itemgetter(*(it[2] for it in places.values()))
+        self._names = [(index, name, lower) for lower, (index, name, *_) in places.items()]
+        self._head, self._rest, self.is_learned = head, self._rest_of(text), True
+        return True
+
+    def head(self, text: str) -> Optional[Head]:
+        """Return the parts of a later head, or None if it differs in more."""
+        if self._rest_of(text) != self._rest or not self._is_usual("".join(self._parts_of(text))):
+            return None
+        method, target, version, same, known, _ = self._head
+        headers, fields = [*same], {**known}
+        for (index, name, lower), value in zip(self._names, self._values_of(text)):
+            headers[index], fields[lower] = (name, value), [value]
+        return Head(method, target, version, tuple(headers), fields, self)
+
+
+class HeadTemplates:
+    """The templates of heads whose signatures were verified."""
+
+    MOST = 200  # keys; each has up to four templates
+    LONGEST, HEADERS = 4096, 32  # bytes and headers of a head: a template then takes up to 30 KB
+
+    def __init__(self) -> None:
+        # By the length of a head, and its text from the key id on.
+        self._templates: dict[tuple[int, str], list[HeadTemplate]] = {}
+
+    def parse(self, raw: bytes, before: Head) -> Head:
+        """Return or raise what parse_head does; `before` is the last head of the connection."""
+        text, last = raw.decode("latin-1"), before.template
+        if last and last.is_new and last.known:
+            self._learn(last, before, text)
+        for template in self._templates.get(_template_key(text), ()):
+            if head := template.head(text):
+                return head
+        return Head(*parse_head(raw)[:5], HeadTemplate())
+
+    def _learn(self, template: HeadTemplate, head: Head, following: str) -> None:
+        request_line = f"{head.method} {head.target} HTTP/{head.version}"
+        if not following.startswith(request_line):
+            return  # each call to Amazon S3, say, has a target of its own
+        template.is_new = False
+        text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
+        if len(text) <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
+            if len(self._templates) >= self.MOST:
+                self._templates.clear()
+            same_key = self._templates.setdefault(_template_key(text), [])
+            if len(same_key) < 4 and template.learn(head, text):
+                same_key.append(template)
+
+
+def _template_key(text: str) -> tuple[int, str]:
+    start = text.find("Credential=")
+    return len(text), text[start : start + 60]
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -4828,6 +4935,11 @@ class Attempt:
     secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
 
+# A request that was sent for a template: the names of its signed headers, and its headers before
+# they were signed, each with its name in lower case.
+Sent = collections.namedtuple("Sent", "upstream keys endpoint names target headers")
+
+
 @dataclass(eq=False, repr=False)
 class Upstream:
     """Signs calls for their client and sends them to AWS, or to another endpoint."""
@@ -4864,18 +4976,38 @@ class Upstream:
         keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
         if not keys or not isinstance(call.body, io.BytesIO):
             return None
-        attempt = self._prepared(call)
-        attempt.keys, attempt.begun = keys, True
-        signed, _ = self._signed(attempt)
-        body = read_again(signed.body)
-        data = encode_head(signed) + body
-        if body and signed.method in _BODILESS:
+        if call.request.method in _BODILESS and read_again(call.body):
             return None
+        template = call.request.template
+        sent = template and template.sent
+        if sent and sent.upstream is self and sent.keys is keys:
+            attempt, names = self._again(call, sent), sent.names
+        else:
+            attempt, names = self._prepared(call), ()
+        attempt.begun, attempt.keys = True, keys
+        signed, claimed = self._signed(attempt, names)
+        if template and template.is_learned and not names:
+            place, made, names = attempt.endpoint, attempt.request, claimed.signed_headers
+            headers = [(name.lower(), name, value) for name, value in made.headers]
+            template.sent = Sent(self, keys, place, names, made.target, headers)
+        data = encode_head(signed) + read_again(signed.body)
         idle = functools.partial(self.pool.idle, attempt.endpoint)
         if kept := idle(threading.get_ident()) or idle():
             attempt.connection = kept
             self.pool.allow(kept, call)
         return (attempt, data) if kept else None
+
+    def _again(self, call: Call, sent: Sent) -> Attempt:
+        """Return the attempt of a call like one that was sent."""
+        body, payload_hash = self._body(call, sent.endpoint)
+        now = {
+            "content-length": str(len(read_again(body))),
+            "amz-sdk-invocation-id": call.request.header("amz-sdk-invocation-id") or "",
+        }
+        headers = tuple([(name, now.get(lower, value)) for lower, name, value in sent.headers])
+        request = Request(call.request.method, sent.target, headers, body, call.request.peer)
+        call.upstream_host = sent.endpoint.authority
+        return Attempt(call, sent.endpoint, request, payload_hash)
 
     def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
         """Return a complete answer, None for a part of one, or a function that waits for it."""
@@ -5084,7 +5216,8 @@ class Upstream:
         message = "The proxy lost the upstream's answer. The call may have run:"
         return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
-    def _signed(self, attempt: Attempt) -> tuple[Request, Authorization]:
+    def _signed(self, attempt: Attempt,
+            names: tuple[str, ...] = ()) -> tuple[Request, Authorization]:  # fmt: skip
         call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
             return request, _NO_AUTHORIZATION
@@ -5093,7 +5226,7 @@ class Upstream:
         call.upstream_key = keys.access_key_id
         payload_hash, given = attempt.payload_hash, call.request.fields
         declares = "x-amz-content-sha256" in given or payload_hash == "UNSIGNED-PAYLOAD"
-        call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
+        call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares, names)
         attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
 
@@ -5257,8 +5390,11 @@ class Exchange:
         self.started = at  # seconds since 1970
         self.began = time.monotonic()
         self.request_id = request_id
-        self.service = service or claim(request)[1].service
-        self.wire = wire_protocol(request, self.service)
+        if known := request.template and request.template.known:
+            self.service, self.wire, _ = known
+        else:
+            self.service = service or claim(request)[1].service
+            self.wire = wire_protocol(request, self.service)
 
     @property
     def access_key_id(self) -> str:
@@ -5292,7 +5428,8 @@ class Exchange:
     @property
     def attempt(self) -> int:
         """Return the number of the SDK's attempt, from 1 on; 0 if it is unknown."""
-        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
+        told = self.request.header("amz-sdk-request")
+        match = told and _ATTEMPT.search(told)
         return int(match[1]) if match else 0
 
 
@@ -5520,9 +5657,10 @@ def _one_word(value: Any) -> str:
 
 def _cut(value: Any) -> Any:
     """Return a field of a JSON line, cut short: JSON may turn one character into twelve."""
-    text = str(value)[:MAX_SHOWN]
-    most = MAX_SHOWN if text.isascii() and text.isprintable() else MAX_SHOWN // 8
-    return text[:most] if isinstance(value, str) else value
+    if not isinstance(value, str) or len(value) <= MAX_SHOWN // 8:
+        return value
+    text = value[:MAX_SHOWN]
+    return text if text.isascii() and text.isprintable() else text[: MAX_SHOWN // 8]
 
 
 def open_log(path: str) -> Any:
@@ -7657,7 +7795,6 @@ class Proxy:
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
             for key, same_key in clients.items()}  # fmt: skip
-        self._is_public = not self._verified or has_demo_key(clients)
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Answer one request; `refused` is a fault in the framing.  Never raises."""
@@ -7755,22 +7892,32 @@ class Proxy:
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
         request, wire, proven = exchange.request, exchange.wire, None
-        if request.method not in METHODS:
-            raise not_implemented(request.method)
-        if self._is_public or exchange.unsigned:
-            check_page(request, self.hosts, preflight=exchange.unsigned and is_preflight(request))
+        template, clients = request.template, self._clients
+        before = template.known[2] if template and template.is_learned and template.known else None
+        if before and before.clients is not clients:  # they have changed since
+            before = None
+        if not before:
+            if request.method not in METHODS:
+                raise not_implemented(request.method)
+            if not self._verified or exchange.unsigned or has_demo_key(clients):
+                preflight = exchange.unsigned and is_preflight(request)
+                check_page(request, self.hosts, preflight=preflight)
         if self._verified and not exchange.unsigned:
-            proven = verify_head(request, self._clients, exchange.started, wire.service(request),
-                self._regions, self._clock_skew, wire.must_be_signed, other_host=self._public_host,
+            named = None if before else wire.service(request)
+            proven = verify_head(request, clients, exchange.started, named, self._regions,
+                self._clock_skew, wire.must_be_signed, other_host=self._public_host,
                 private=self._scheme == "https" or is_loopback(request.peer),
-                may_search=self._may_search)  # fmt: skip
-        check_one_reading(request, wire, exchange.service)
+                may_search=self._may_search, before=before)  # fmt: skip
+        if not before:
+            check_one_reading(request, wire, exchange.service)
         return proven
 
     def _verify(self, exchange: Exchange) -> None:
         proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
         verified = verify_body(exchange.request, proven, spool) if proven else None
         exchange.verified = verified or self._unverified(exchange)
+        if proven and (template := exchange.request.template):
+            template.known = exchange.service, exchange.wire, proven
 
     def _find_call(self, exchange: Exchange) -> None:
         found = exchange.verified
@@ -8139,7 +8286,7 @@ class PeerConnection:
             end = len(buffer)
         head, self.scanned = None, 0
         try:
-            head = self.head = parse_head(buffer[:end])
+            head = self.head = self.server.templates.parse(buffer[:end], self.head)
             length = body_framing(head)
             waits = expects_continue(head) or length is None or length > self.server.gathered
             beyond = end + (length or 0)
@@ -8337,6 +8484,7 @@ class Server(http.server.HTTPServer):
         self.proxy, self.timeout_seconds, self._max_connections = proxy, timeout, max_connections
         self._certificate, self._every_half_second = certificate, every_half_second
         self.gathered = min(SMALL_BODY, proxy.max_body)  # the longest body that the loop reads
+        self.templates = HeadTemplates()
         self._arrived = 0  # bytes, since the last check of MAX_HELD
         self._workers, self.selector = Workers(), selectors.DefaultSelector()
         self.connections: set[PeerConnection] = set()  # that are open
@@ -9056,7 +9204,7 @@ class Program:
                 watched.refresh()
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
-            signing_key.cache_clear()
+            keyed_hash.cache_clear()
         if self._queues and not self._sqs.is_failing and self._queues.refresh():
             try:
                 self._create_queues()

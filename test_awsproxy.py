@@ -2519,15 +2519,15 @@ class KeyTest(VerifyCase):
             self.refused(wrong, "403 InvalidClientTokenId", clients=(SESSION,))
 
     def test_strangers_fill_no_cache(self):
-        awsproxy.signing_key.cache_clear()
+        awsproxy.keyed_hash.cache_clear()
         for number in range(5):
             stranger = DEMO._replace(access_key_id=f"stranger{number}")
             for request in (ask(client=stranger), ask(region=f"r{number}"), ask(date="x")):
                 with self.assertRaises(ServiceError):
                     self.verify(request, regions=("us-east-1",))
-        self.assertEqual(awsproxy.signing_key.cache_info().currsize, 0)
+        self.assertEqual(awsproxy.keyed_hash.cache_info().currsize, 0)
         self.verify(ask())
-        self.assertEqual(awsproxy.signing_key.cache_info().currsize, 1)
+        self.assertEqual(awsproxy.keyed_hash.cache_info().currsize, 1)
 
 
 class SignedHeadersTest(VerifyCase):
@@ -4608,6 +4608,221 @@ class DerivedNameTest(ForwardCase):
         reply = self.proxy(FakeUpstream(self)).handle(request)
         self.assertEqual(reply.status, 400)
         self.assertIn(b"aws:amz:us-east-1:sqs", reply.body)
+
+
+class HeadTemplateTest(unittest.TestCase):
+    """A head that repeats another must be read as if no other had come before."""
+
+    ID = "00000000-0000-4000-a000-000000000000"
+
+    def head(self, target="/", method="POST", headers=(), **how):
+        how = {"body": b"x" * 10, "at": EXAMPLE_TIME, "given": self.ID, **how}
+        length = ("Content-Length", str(len(how["body"])))
+        about = [("X-Amz-Target", "AmazonSQS.ListQueues"), OF_JSON_1_0, length]
+        about += [("amz-sdk-invocation-id", how.pop("given")), *headers]
+        return self.bytes_of(method, target, sign(method, target, about, **how))
+
+    def bytes_of(self, method, target, headers):
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def plain(self, raw):
+        try:
+            return awsproxy.parse_head(raw)[:5]
+        except ServiceError as error:
+            return error.code, error.message
+
+    def parse(self, raw, templates, before):
+        """Return what `plain` should, and the template that was used."""
+        try:
+            head = templates.parse(raw, before)
+            return head[:5], head.template if head.template.is_learned else None
+        except ServiceError as error:
+            return (error.code, error.message), None
+
+    def verified(self, raw, templates, before=awsproxy.PeerConnection.head):
+        """Parse a head, and say that a Proxy has verified it."""
+        head = templates.parse(raw, before)
+        head.template.known = head.template.known or "something"
+        return head
+
+    def setUp(self):
+        self.templates = awsproxy.HeadTemplates()
+        self.before = self.verified(self.head(), self.templates)
+        _, self.template = self.parse(self.head(), self.templates, self.before)
+        self.assertIs(self.template, self.before.template)
+
+    def test_a_head_that_repeats_all_but_what_varies(self):
+        other = {"body": b"y" * 99, "at": EXAMPLE_TIME + 100, "given": self.ID[::-1]}
+        for changed in ((), *((name,) for name in other), tuple(other)):
+            with self.subTest(changed):
+                raw = self.head(**{name: other[name] for name in changed})
+                found, template = self.parse(raw, self.templates, self.before)
+                self.assertEqual(found, self.plain(raw))
+                self.assertIs(template, self.template)
+                self.assertIs(
+                    self.templates.parse(raw, awsproxy.PeerConnection.head).template, template
+                )
+
+    def test_a_hash_in_a_header_varies_too(self):
+        templates, before = awsproxy.HeadTemplates(), awsproxy.PeerConnection.head
+        for body in (b"a", b"b", b"c"):
+            hashed = [("x-amz-content-sha256", sha256(body))]
+            raw = self.head("/b/k", "PUT", hashed, service="s3", body=body)
+            found, template = self.parse(raw, templates, before)
+            self.assertEqual(found, self.plain(raw))
+            self.assertEqual(template is not None, body != b"a")
+            before = self.verified(raw, templates) if body == b"a" else before
+
+    @each(
+        # what stands in the head; what stands there instead, which is as long
+        (b"ListQueues", b"listQueues"),
+        (b"POST / HTTP/1.1", b"POST / HTTP/1.0"),
+        (b"POST / ", b"POST \xff "),
+        (b"X-Amz-Target", b"x-amz-target"),
+        (b"localhost", b"localhos\0"),
+        (b"us-east-1", b"us-west-1"),
+        (b"Credential=dummykey", b"Credential=dummykez"),
+        (b"20150830T", b"20150831T"),
+        (b"20150830T123600Z", b"20150830T12360aZ"),
+        (b"20150830T123600Z", b"20150830T 23600Z"),
+        (b"20150830T123600Z", b"20150830T123600z"),
+        (b"Content-Length: 10", b"Content-Length: 1x"),
+        (b"Content-Length: 10", b"Content-Length: +1"),
+        (b"Content-Length: 10", b"Content-Length:  1"),
+        (b"Content-Length: 10", b"Content-Length: 1 "),
+        (b"Content-Length: 10", b"Content-Length: \xb2\xb2"),
+        (b"Content-Length: 10", b"Content-Length: 1\n"),
+        (b"00-4000", b"00 4000"),
+        (b"00-4000", b"00\x004000"),
+        (b"0000-4000-", b"\r\nExpect:9"),
+        (b"0000-4000-", b"00\r\nA: bcd"),
+        (b"00-4000", b"00\n4000"),
+    )
+    def test_any_other_byte_that_differs_makes_another_head(self, old, new):
+        raw = self.head()
+        self.assertEqual((len(old), raw.count(old) > 0), (len(new), True))
+        spoiled = raw.replace(old, new)
+        found, template = self.parse(spoiled, self.templates, self.before)
+        self.assertEqual(found, self.plain(spoiled))
+        self.assertIsNot(template, self.template)
+
+    def test_a_signature_is_64_lower_case_digits(self):
+        start, _, made = self.head().rpartition(b"Signature=")
+        for other in (made.upper(), made[:3].replace(made[:1], b"g") + made[3:], b"-" + made[1:]):
+            raw = start + b"Signature=" + other
+            found, template = self.parse(raw, self.templates, self.before)
+            self.assertEqual(found, self.plain(raw))
+            self.assertIsNot(template, self.template)
+
+    def test_heads_with_errors_of_any_kind(self):
+        chance, raws = random.Random(1), [self.head(), self.head(body=b"z" * 55)]
+        bits = [
+            b"\r\n",
+            b" ",
+            b"\t",
+            b":",
+            b"\0",
+            b"\xe9",
+            b"A",
+            b"9",
+            b",",
+            b"Content-Length: 3\r\n",
+        ]
+        before, used = self.before, 0
+        for _ in range(3000):
+            raw = bytearray(chance.choice(raws))
+            for _ in range(chance.choice((0, 0, 1, 1, 2, 4))):
+                at = chance.randrange(len(raw))
+                size = chance.choice((0, 1, 1, 1, 2, 7))
+                raw[at : at + size] = chance.choice((bits, raws))[chance.randrange(2)][:9]
+            raw = bytes(raw)
+            found, template = self.parse(raw, self.templates, before)
+            self.assertEqual(found, self.plain(raw), raw)
+            used += template is not None
+            with contextlib.suppress(ServiceError):  # the next one may repeat it
+                before = self.verified(raw, self.templates)
+        self.assertGreater(used, 300)
+
+    def test_blanks_that_shift_a_value_to_another_place(self):
+        for count in range(12):
+            for blank in ("", "  "):
+                for follows in (True, False):
+                    self.shifted(count, blank, follows)
+
+    def shifted(self, count, blank, follows):
+        def made(length, other):
+            lines = ["POST / HTTP/1.1", f"Host: {HOST}", f"X-Amz-Date: {amz_date(EXAMPLE_TIME)}",
+                     f"Authorization: AWS4-HMAC-SHA256 Signature={'f' * 64}",
+                     *(f"{letter}:{blank}" for letter in "abcdefghijkl"[:count])]  # fmt: skip
+            pair = [f"Content-Length: {length:02}", f"X-B: {other:02}"]
+            return "\r\n".join([*lines, *(pair if follows else pair[::-1]), "", ""]).encode()
+
+        templates = awsproxy.HeadTemplates()
+        before = self.verified(made(43, 43), templates)
+        for raw in (made(43, 43), made(43, 0), made(0, 43), made(99, 99)):
+            self.assertEqual(self.parse(raw, templates, before)[0], self.plain(raw))
+
+    def test_heads_without_a_template(self):
+        once = self.head()
+        twice = (("Content-Length", "10"),)
+        rows = {
+            "unsigned": self.bytes_of("POST", "/", (("Host", HOST), ("X-Amz-Date", amz_date(0)))),
+            "presigned": self.bytes_of("GET", presign(), (("Host", HOST),)),
+            "a Date": self.head(headers=[("Date", amz_date(EXAMPLE_TIME))]),
+            "two lengths": self.head(headers=twice),
+            "signature first": re.sub(
+                b"SHA256 (.*), (Signature=.*)\r\n", rb"SHA256 \2, \1\r\n", once
+            ),
+            "long": self.head(headers=[("X-Amz-Long", "x" * 4096)]),
+            "many": self.head(headers=[(f"x-amz-{number}", "") for number in range(26)]),
+        }
+        for about, raw in rows.items():
+            with self.subTest(about):
+                templates, before = awsproxy.HeadTemplates(), awsproxy.PeerConnection.head
+                for _ in range(3):
+                    found, template = self.parse(raw, templates, before)
+                    self.assertEqual((found, template), (self.plain(raw), None))
+                    before = self.verified(raw, templates, before)
+
+    def test_blanks_around_values_make_no_difference_to_those_who_come_later(self):
+        once = self.head()
+        for old, new in ((b": 10", b":10"), (b": 10", b":   10"), (b": 10", b": 10\t ")):
+            templates = awsproxy.HeadTemplates()
+            before = self.verified(once.replace(old, new), templates)
+            for raw in (once, once.replace(old, new), self.head(body=b"12")):
+                self.assertEqual(self.parse(raw, templates, before)[0], self.plain(raw))
+
+    def test_only_a_verified_head_of_the_same_target_is_learned(self):
+        templates, raw = awsproxy.HeadTemplates(), self.head()
+        before = templates.parse(raw, awsproxy.PeerConnection.head)
+        for _ in range(3):  # nobody has verified it
+            before = templates.parse(raw, before)
+        other = self.head("/other")
+        for _ in range(3):
+            before = self.verified(raw, templates, before)
+            before = self.verified(other, templates, before)
+        self.assertEqual(templates._templates, {})
+
+    def test_their_number_is_limited(self):
+        templates = awsproxy.HeadTemplates()
+        templates.MOST, before = 5, awsproxy.PeerConnection.head
+        for name in "ABCDEF":  # alike but for one letter
+            raw = self.head().replace(b"ListQueues", b"ListQueue" + name.encode())
+            before = self.verified(raw, templates, before)
+        (kept,) = templates._templates.values()
+        self.assertEqual(len(kept), 4)
+        for number in range(20):
+            raw = self.head(client=DEMO._replace(access_key_id=f"client{number}"))
+            before = self.verified(raw, templates, before)
+            self.assertLessEqual(len(templates._templates), 5)
+
+    def test_another_request_made_from_one_has_none(self):
+        head = self.templates.parse(self.head(), self.before)
+        request = head.request(io.BytesIO(b"x" * 10), "127.0.0.1", lambda: False)
+        self.assertIs(request.template, self.template)
+        for other in (dataclasses.replace(request), request.with_headers(request.headers)):
+            self.assertIsNone(other.template)
 
 
 # ==== 4. Wire protocols ====
@@ -13967,6 +14182,154 @@ class EchoTest(ForwardMeaning):
         self.assertEqual((reply.status, body_of(reply)), (404, body))
 
 
+class SentAgainTest(ForwardCase):
+    """What a call with a template sends is what it would send without one."""
+
+    ID = "00000000-0000-4000-a000-00000000000{}"
+
+    def setUp(self):
+        self.now, self.shared, self.calls = EXAMPLE_TIME, self.pool(), []
+
+    def templates(self):
+        templates = awsproxy.HeadTemplates()
+        templates.before = awsproxy.PeerConnection.head
+        return templates
+
+    def observe(self, exchange):
+        self.calls.append(exchange.call)
+
+    def through(self, recorder, keys):
+        upstream = Upstream(recorder.endpoint, lambda client: keys, self.shared, lambda: self.now)
+        settings = {"clock": lambda: self.now, "hooks": [self]}
+        return Proxy(DEMO_CLIENTS, routes=[Route("*", upstream)], **settings)
+
+    def request(
+        self, templates, made, service="dynamodb", number=0, target="/", method="POST", at=None
+    ):
+        """Return a request as the server reads it; `made` are its headers and body."""
+        headers, body = made
+        headers = [*headers, ("Content-Length", str(len(body)))]
+        headers.append(("amz-sdk-invocation-id", self.ID.format(number)))
+        at = self.now if at is None else at
+        headers = sign(method, target, headers, body, service=service, at=at)
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+        raw = "\r\n".join([*lines, "", ""]).encode()
+        head = templates.before = templates.parse(raw, templates.before)
+        return head.request(io.BytesIO(body), "127.0.0.1", lambda: False)
+
+    def answer(self, proxy, request):
+        (outcome,) = proxy.begin([request])
+        return outcome if isinstance(outcome, Reply) else outcome.wait()
+
+    @each(
+        ("dynamodb", (("X-Amz-Target", "DynamoDB_20120810.ListTables"),), b'{"Limit":%d}'),
+        ("sqs", (("X-Amz-Target", "AmazonSQS.SendMessage"), OF_JSON_1_0),
+         b'{"QueueUrl":"http://localhost:8081/000000000000/jobs","MessageBody":"%d"}'),
+        ("sqs", (("X-Amz-Target", "AmazonSQS.ListQueues"),), b'{"MaxResults":%d}'),
+        ("sns", (("Content-Type", "application/x-www-form-urlencoded"),),
+         b"Action=ListTopics&NextToken=%d"),
+        ("s3", (("X-Amz-Content-Sha256", sha256(b"")),), b""),
+        ("kms", (("X-Amz-Target", "TrentService.ListKeys"), ("Via", "1.1 a"), ("X-Forwarded-For", "b"),
+                 ("X-Amz-Content-Sha256", ""), ("Connection", "keep-alive")), b'{"Limit":%d}'),
+    )  # fmt: skip
+    def test_the_same_is_sent(self, service, headers, body):
+        token = "a-token-of-the-upstream"
+        echo = ANSWER.replace(b"{}", f"<{token}>".encode()).replace(b": 2", b": 25")
+        for given in ("", token):
+            keys = SomeKeys(UPSTREAM_KEYS._replace(session_token=given))
+            recorder = FakeUpstream(self, default=echo)
+            proxy, plain = self.through(recorder, keys), self.through(recorder, keys)
+            templates, used = self.templates(), 0
+            for number, later in enumerate((0, 0, 1, 60, 86400, 86401, 86402)):
+                self.now = EXAMPLE_TIME + later
+                data = body % number if body else body
+                hashed = [(n, v or sha256(data)) for n, v in headers]
+                how = {
+                    "service": service,
+                    "number": number,
+                    "method": "GET" if not data else "POST",
+                }
+                how["target"] = "/" if data else "/b/k"
+                request = self.request(templates, (hashed, data), **how)
+                used += bool(request.template.sent)
+                reply = self.answer(proxy, request)
+                self.assertEqual((reply.status, token.encode() in reply.body), (200, not given))
+                other = self.request(self.templates(), (hashed, data), **how)
+                self.assertEqual(self.answer(plain, other).status, 200)
+                known = [(it.upstream_key, it.upstream_host, it.sent.headers) for it in self.calls]
+                self.assertEqual(known[-2], known[-1])
+                again, first = recorder.requests[-2:]
+                self.assertEqual(again.headers, first.headers)
+                self.assertEqual((again.method, again.target), (first.method, first.target))
+                self.assertEqual(again.body.getvalue(), first.body.getvalue())
+            self.assertEqual(used, 3)  # of each day, the first two learn
+
+    def test_a_body_where_there_was_none(self):
+        recorder, templates = FakeUpstream(self), self.templates()
+        proxy = self.through(recorder, SomeKeys())
+        how = {"service": "lambda", "target": "/2015-03-31/functions/f", "method": "DELETE"}
+        for bodies in ((b"", b"", b"12345", b""), (b"12345", b"", b"", b"12345")):
+            for body in bodies:
+                request = self.request(templates, ((), body), **how)
+                self.assertEqual(self.answer(proxy, request).status, 200)
+                *_, sent = recorder.requests
+                self.check(sent)
+                self.assertEqual(sent.body.getvalue(), body)
+                self.assertEqual(sent.header("content-length"), "5" if body else None)
+
+    def listed(self, templates, at=None):
+        made = ((("X-Amz-Target", "DynamoDB_20120810.ListTables"),), b"{}")
+        return self.request(templates, made, at=at)
+
+    def dates(self, recorder):
+        return [it.fields["x-amz-date"] for it in recorder.requests]
+
+    def test_a_call_signed_before_midnight_is_sent_after_it(self):
+        recorder, templates = FakeUpstream(self), self.templates()
+        proxy, evening = self.through(recorder, SomeKeys()), EXAMPLE_TIME // 86400 * 86400 - 100
+        for self.now in (evening, evening, evening + 200, evening + 200, evening + 201):
+            self.assertEqual(self.answer(proxy, self.listed(templates, evening)).status, 200)
+            *_, sent = recorder.requests
+            verify(sent, {UPSTREAM.access_key_id: [UPSTREAM]}, self.now)
+        self.assertEqual(
+            [it[0][:8] for it in self.dates(recorder)], 2 * ["20150829"] + 3 * ["20150830"]
+        )
+
+    def test_new_keys_sign_the_next_call(self):
+        recorder, templates, keys = FakeUpstream(self), self.templates(), SomeKeys()
+        proxy, new = self.through(recorder, keys), Credentials("newkey", "newsecret", "newtoken")
+        for of_upstream in (UPSTREAM_KEYS, UPSTREAM_KEYS, new, new, UPSTREAM_KEYS):
+            keys.several = [of_upstream]
+            self.assertEqual(self.answer(proxy, self.listed(templates)).status, 200)
+            *_, sent = recorder.requests
+            self.check(sent, Client("up", *of_upstream[:3]))
+
+    def test_it_is_signed_once_more_if_the_connection_or_the_keys_end(self):
+        expired = b'{"__type":"ExpiredTokenException"}'
+        refusal = b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%b" % (len(expired), expired)
+        for answers, sent in (((ANSWER, ANSWER, b"", ANSWER), 4), ((ANSWER, ANSWER, refusal), 4)):
+            recorder, templates = FakeUpstream(self, *answers), self.templates()
+            keys = SomeKeys(UPSTREAM_KEYS, UPSTREAM_KEYS._replace(access_key_id="newkey"))
+            proxy = self.through(recorder, keys)
+            for _ in range(3):
+                self.assertEqual(self.answer(proxy, self.listed(templates)).status, 200)
+            self.assertEqual(len(recorder.requests), sent)
+            self.assertEqual(self.dates(recorder), sent * [[amz_date(EXAMPLE_TIME)]])
+            *_, (key, *_) = [it.fields["authorization"] for it in recorder.requests]
+            self.assertEqual("newkey" in key, answers[2] == refusal)
+            self.check(recorder.requests[-1], Client("up", *keys.get()[:3]))
+
+    def test_two_upstreams_of_one_proxy(self):
+        first, second = FakeUpstream(self), FakeUpstream(self)
+        templates, proxies = self.templates(), []
+        for recorder in (first, second):
+            proxies.append(self.through(recorder, SomeKeys()))
+        for count in range(1, 4):
+            for proxy in proxies:
+                self.assertEqual(self.answer(proxy, self.listed(templates)).status, 200)
+            self.assertEqual((len(first.requests), len(second.requests)), (count, count))
+
+
 # ==== 7. Hooks ====
 
 
@@ -19297,6 +19660,174 @@ class BadReplyTest(SocketTest):
         self.addCleanup(self.running.stop)
         _, got = self.running.ask(raw_call())
         self.assertEqual((got.status, got.body), (299, b"{}"))
+
+
+class RepeatedHeadTest(unittest.TestCase):
+    """A call whose head repeats another one gets the answer that it would get as the first."""
+
+    def setUp(self):
+        self.now = EXAMPLE_TIME
+
+    def proxy(self, clients=DEMO_CLIENTS, **how):
+        return Proxy(clients, clock=lambda: self.now, sqs=Sqs(lambda: self.now), **how)
+
+    def call(self, templates, body=b"{}", edit=(b"", b""), sent=None, **how):
+        """Return a request as the server reads it."""
+        target = how.setdefault("target", "/")
+        about = [("X-Amz-Target", "AmazonSQS.ListQueues"), ("Content-Length", str(len(body)))]
+        headers = sign(headers=[*about, *how.pop("headers", ())], body=body, **how)
+        lines = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+        raw = "\r\n".join([*lines, "", ""]).encode().replace(*edit)
+        before, sent = awsproxy.PeerConnection.head, body if sent is None else sent
+        if templates:
+            before, templates.before = templates.before, before
+        head = (templates or awsproxy.HeadTemplates()).parse(raw, before)
+        self.assertEqual(awsproxy.body_framing(head), len(sent))
+        if templates:
+            templates.before = head
+        return head.request(io.BytesIO(sent), "127.0.0.1", lambda: False)
+
+    def answer(self, proxy, request):
+        reply = proxy.handle(request)
+        new = re.compile(rb"[0-9a-f]{8}-[0-9a-f-]{27}")
+        return reply.status, new.sub(b"-", reply.body)
+
+    def trained(self, proxy, **how):
+        """Return templates of which the proxy knows one."""
+        templates = self.templates()
+        for _ in range(2):
+            request = self.call(templates, **how)
+            self.assertEqual(proxy.handle(request).status, 200)
+        self.assertTrue(request.template.is_learned)
+        return templates
+
+    def templates(self):
+        templates = awsproxy.HeadTemplates()
+        templates.before = awsproxy.PeerConnection.head
+        return templates
+
+    @each(
+        ({}, 0, 200),
+        ({"body": b'{"QueueNamePrefix": "jobs"}'}, 0, 200),
+        ({"at": EXAMPLE_TIME + 800}, 0, 200),
+        ({}, 900, 200),
+        ({}, 901, 403),
+        ({}, -900, 200),
+        ({}, -901, 403),
+        ({"sent": b"[]"}, 0, 403),
+        ({"body": b"[]"}, 0, 400),
+        ({"edit": (b"T123600Z", b"T123601Z")}, 0, 403),
+        ({"edit": (b"T123600Z", b"T126100Z")}, 0, 400),
+        ({"edit": (b"T123600Z", b"T992600Z")}, 0, 400),
+        ({"client": DEMO._replace(secret_access_key="other")}, 0, 403),
+        ({"client": DEMO._replace(access_key_id="dummykez")}, 0, 403),
+        ({"client": DEMO._replace(session_token="dummysession")}, 0, 200),
+        ({"client": DEMO._replace(session_token="dummysessiom")}, 0, 403),
+        ({"scope": "20150830/us-east-1/sns/aws4_request"}, 0, 400),
+        ({"scope": "20150831/us-east-1/sqs/aws4_request"}, 0, 403),
+        ({"region": "us-west-2"}, 0, 200),
+        ({"headers": [("Origin", "http://evil.example")]}, 0, 403),
+        ({"headers": [("Host", "evil.example")]}, 0, 403),
+    )
+    def test_calls_after_it(self, how, later, status):
+        proxy, plain = self.proxy(), self.proxy()
+        templates = self.trained(proxy)
+        self.now += later
+        expected = self.answer(plain, self.call(None, **how))
+        self.assertEqual(expected[0], status, expected)
+        for _ in range(3):
+            self.assertEqual(self.answer(proxy, self.call(templates, **how)), expected)
+        self.now = EXAMPLE_TIME
+        self.assertEqual(proxy.handle(self.call(templates)).status, 200)
+
+    def test_a_wrong_first_one_teaches_nothing_wrong(self):
+        stranger = DEMO._replace(secret_access_key="other")
+        proxy, templates = self.proxy(), self.templates()
+        for client, status in ((stranger, 403), (stranger, 403), (DEMO, 200), (stranger, 403)):
+            request = self.call(templates, client=client)
+            self.assertEqual(proxy.handle(request).status, status)
+
+    def test_new_clients(self):
+        proxy = self.proxy()
+        templates = self.trained(proxy)
+        new = DEMO._replace(secret_access_key="new")
+        for clients, of_old, of_new in (
+            ({"dummykey": [new]}, 403, 200),
+            ({}, 403, 403),
+            ({"dummykey": [DEMO, new._replace(session_token="t")]}, 200, 403),
+            ({"dummykey": [DEMO._replace(session_token="t")]}, 403, 403),
+            (DEMO_CLIENTS, 200, 403),
+        ):
+            proxy.clients = clients
+            for client, status in ((DEMO, of_old), (new, of_new), (DEMO, of_old)):
+                with self.subTest(clients=clients, client=client):
+                    reply = proxy.handle(self.call(templates, client=client))
+                    self.assertEqual(reply.status, status)
+
+    def test_clients_that_change_during_a_call(self):
+        class Changing(io.RawIOBase):
+            def readinto(self, buffer):
+                proxy.clients = {}
+                return 0
+
+        proxy = self.proxy()
+        templates = self.trained(proxy, body=b"")
+        for _ in range(2):
+            request = self.call(templates, body=b"")
+            request.body = Changing()
+            self.assertEqual(proxy.handle(request).status, 200 if _ == 0 else 403)
+            self.assertEqual(proxy.handle(self.call(templates, body=b"")).status, 403)
+
+    def test_the_same_request_again(self):
+        made = self.call(None).with_headers(
+            sign(headers=[("Date", amz_date(EXAMPLE_TIME))], target="/?Action=ListQueues")
+        )
+        for request in (self.call(self.templates()), made):
+            proxy = self.proxy()
+            replies = {self.answer(proxy, request) for _ in range(3)}
+            self.assertEqual(len(replies), 1)
+
+    def test_another_proxy_finds_out_for_itself(self):
+        templates = self.trained(self.proxy())
+        for how in ({"regions": ["eu-west-1"]}, {"clock_skew": 5}, {"verified": False}):
+            other, fresh = self.proxy(**how), self.proxy(**how)
+            self.now = EXAMPLE_TIME + 6
+            expected = self.answer(fresh, self.call(None))
+            self.assertEqual(self.answer(other, self.call(templates)), expected)
+            self.now = EXAMPLE_TIME
+
+    def test_a_hash_in_the_head_is_that_of_the_body(self):
+        proxy, hashed = self.proxy(), [("X-Amz-Content-Sha256", sha256(b"{}"))]
+        templates = self.trained(proxy, headers=hashed)
+        for body, sent, status in ((b"{}", None, 200), (b"[]", None, 400), (b"{}", b"[]", 403)):
+            hashed = [("X-Amz-Content-Sha256", sha256(body))]
+            expected = self.answer(self.proxy(), self.call(None, body, sent=sent, headers=hashed))
+            request = self.call(templates, body, sent=sent, headers=hashed)
+            self.assertEqual(self.answer(proxy, request), expected)
+            self.assertEqual(expected[0], status)
+
+    def test_the_server_reads_repeated_heads_so(self):
+        running, stranger = Running(self.proxy()), DEMO._replace(secret_access_key="other")
+        self.addCleanup(running.stop)
+        with socket.create_connection(running.address) as connection:
+            stream = connection.makefile("rb")
+            with stream:
+                for number, (client, status) in enumerate(
+                    ((DEMO, 200), (DEMO, 200), (DEMO, 200), (stranger, 403), (DEMO, 200))
+                ):
+                    id_of_sdk = ("amz-sdk-invocation-id", f"{number:036}")
+                    about = (("X-Amz-Target", "AmazonSQS.ListQueues"), id_of_sdk)
+                    connection.sendall(
+                        to_wire(sign(headers=about, body=b"{}", client=client), b"{}")
+                    )
+                    self.assertEqual(int(stream.readline().split()[1]), status)
+                    length = 0
+                    while (line := stream.readline()) != b"\r\n":
+                        if line.lower().startswith(b"content-length"):
+                            length = int(line.split()[1])
+                    stream.read(length)
+        (kept,) = running.server.templates._templates.values()
+        self.assertEqual([it.known[2].client.name for it in kept], ["demo"])
 
 
 # ==== 9. The server ====
@@ -25429,9 +25960,10 @@ class DocstringTest(unittest.TestCase):
         made = ("CreateQueue", {"QueueName": "jobs"})
         send = ("SendMessage", {"QueueUrl": "jobs", "MessageBody": "x"})
         poll = ("ReceiveMessage", {"QueueUrl": "jobs", "WaitTimeSeconds": 1})
+        longer = ("SendMessage", {"QueueUrl": "jobs", "MessageBody": "x" * 100})
         rows = {
             "if embedded": (None, made, send),
-            "if forwarded": (upstream, made, send, send),
+            "if forwarded": (upstream, made, send, longer),
             "for a long poll": (None, made, poll),
         }
         self.assertEqual(set(self.lives()), set(rows))
@@ -25600,7 +26132,8 @@ def prepared(operation, count=3000, **given):
     """Return a function to so many signed requests, all different, over and over."""
     body, at = json.dumps(given).encode(), time.time()
     target = ("X-Amz-Target", f"AmazonSQS.{operation}")
-    differ = [(target, ("X-Number", str(number))) for number in range(count)]
+    ids = [str(uuid.UUID(int=number)) for number in range(count)]
+    differ = [(target, ("amz-sdk-invocation-id", it)) for it in ids]
     made = [to_wire(sign(headers=headers, body=body, at=at), body) for headers in differ]
     following = itertools.cycle(made).__next__
     return lambda answer: following()
