@@ -8526,8 +8526,7 @@ class Server(http.server.HTTPServer):
         if held <= MAX_HELD:
             return
         log.warning("%d bytes of incomplete requests: dropping the longest ones", held)
-        busy = {*self.replies, *self._waiting.values()}
-        waiting = [c for c in self.connections - busy if c.parked]
+        waiting = [c for c in self.connections - self.replies.keys() if c.parked and not c.pending]
         waiting.sort(key=lambda c: len(c.buffer))
         while waiting and held > MAX_HELD * 3 // 4:
             held -= len(waiting[-1].buffer)
@@ -8628,8 +8627,8 @@ class Server(http.server.HTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        busy = {*self.queue, *self.replies, *self._waiting.values()}
-        waiting = [c for c in self.connections - busy if c.parked]
+        unasked = self.connections - self.queue.keys() - self.replies.keys()
+        waiting = [c for c in unasked if c.parked and not c.pending]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for connection in waiting[: len(waiting) // 100 + 1]:
             connection.close()
