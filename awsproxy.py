@@ -367,7 +367,6 @@ MAX_HEAD = 65536  # bytes, request line and blank line included
 MAX_HEADERS = 500  # lines: S3 metadata may have more than a hundred short entries
 METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"})
 CRLF = "\r\n"
-Begin = Optional[Callable[[], None]]  # called before the first byte of a body is read
 _TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, 5.6.2
 _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([^\0- \x7f]+) HTTP/1\.([01])")
 _FIELD_LINE = re.compile(rf"({_TOKEN}):([^\0-\x08\n-\x1f\x7f]*)")
@@ -532,10 +531,10 @@ class Stream:
 class FramedBody:
     """A body of `length` bytes, or a chunked body of up to `limit` bytes (RFC 9112, 7.1).
 
-    It drops extensions and trailers of chunks.  `begin` sends `100 Continue` before a read."""
+    It drops extensions and trailers of chunks.  `begin` sends `100 Continue` before any read."""
 
     def __init__(self, source: Stream, length: Optional[int], limit: int = sys.maxsize,
-            begin: Begin = None) -> None:  # fmt: skip
+            begin: Optional[Callable[[], None]] = None) -> None:  # fmt: skip
         self.unread = length != 0  # whether bytes of this body are still in the stream
         self._source, self._chunked, self._begin = source, length is None, begin
         self._left = length or 0  # bytes of the body, or of the present chunk
