@@ -8626,8 +8626,8 @@ class Server(http.server.HTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connections that were idle longest, unused ones first; or slow senders."""
-        unasked = self.connections - self.queue.keys() - self.replies.keys()
-        waiting = [c for c in unasked if c.parked and not c.pending]
+        idle = self.connections - self.queue.keys() - self.replies.keys()
+        waiting = [c for c in idle if c.parked and not c.pending]
         waiting.sort(key=lambda c: (bool(c.buffer), c.used, c.deadline))
         for connection in waiting[: len(waiting) // 100 + 1]:
             connection.close()
