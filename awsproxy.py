@@ -5261,10 +5261,9 @@ class Upstream:
         except (OSError, ValueError) as error:
             why = str(error) or "connection closed"
             raise UpstreamError(f"no answer from {connection.endpoint.origin}: {why}") from error
-        reader: Union[Stream, FramedBody] = source
-        if length != UNTIL_CLOSE:
-            reader = FramedBody(source, length)
-        keep = head.keeps and length != UNTIL_CLOSE
+        is_framed = length != UNTIL_CLOSE
+        reader: Union[Stream, FramedBody] = FramedBody(source, length) if is_framed else source
+        keep = head.keeps and is_framed
         is_short = length is not None and 0 <= length <= MAX_WHOLE_REPLY
         if not is_short:
             connection.deadline = math.inf  # each block of a stream has its own timeout
