@@ -4929,7 +4929,8 @@ class Attempt:
     request: Request
     payload_hash: str
     keys: Credentials = NOBODY
-    begun: bool = False  # whether `begin` chose the connection, on which a Pending sends the call
+    data: bytes = b""  # the signed request that `begin` made, for a Pending to send
+    begun: bool = False  # whether the Pending has sent it on the connection that `begin` chose
     connection: Connection = field(init=False)
     secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
@@ -4970,8 +4971,8 @@ class Upstream:
         call.upstream_seconds = -time.monotonic()  # `_final` adds its own time
         return self._settled(attempt)
 
-    def begin(self, call: Call) -> Optional[tuple[Attempt, bytes]]:
-        """Return the attempt and the bytes of a small call, or None if it would have to wait."""
+    def begin(self, call: Call) -> Optional[Attempt]:
+        """Return the attempt of a small call, ready to send, or None if it would have to wait."""
         keys = NOBODY if call.unsigned else self.credentials(call.caller).ready()
         if not keys or not isinstance(call.body, io.BytesIO):
             return None
@@ -4983,18 +4984,18 @@ class Upstream:
             attempt, names = self._again(call, sent), sent.names
         else:
             attempt, names = self._prepared(call), ()
-        attempt.begun, attempt.keys = True, keys
+        attempt.keys = keys
         signed, claimed = self._signed(attempt, names)
         if template and template.is_learned and not names:
             place, made, names = attempt.endpoint, attempt.request, claimed.signed_headers
             headers = [(name.lower(), name, value) for name, value in made.headers]
             template.sent = Sent(self, keys, place, names, made.target, headers)
-        data = encode_head(signed) + read_again(signed.body)
+        attempt.data = encode_head(signed) + read_again(signed.body)
         idle = functools.partial(self.pool.idle, attempt.endpoint)
         if kept := idle(threading.get_ident()) or idle():
             attempt.connection = kept
             self.pool.allow(kept, call)
-        return (attempt, data) if kept else None
+        return attempt if kept else None
 
     def _again(self, call: Call, sent: Sent) -> Attempt:
         """Return the attempt of a call like one that was sent."""
@@ -7676,21 +7677,20 @@ class Pending:
 
     is_sent = False
 
-    def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Optional[Begun]) -> None:
+    def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Any = None) -> None:
         self._proxy, self._exchange, self._act = proxy, exchange, act
-        self._attempt: Any = None
+        self._attempt = begun  # by an Upstream, if it could
         if begun:
-            self._attempt, self._data = begun
-            self.connection, call = self._attempt.connection, self._attempt.call
+            self.connection, call = begun.connection, begun.call
             self.is_poll = call.action == RECEIVE  # waits for messages
-            self._act = functools.partial(call.route.target._settled, self._attempt)
+            self._act = functools.partial(call.route.target._settled, begun)
 
     def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
         if self._attempt:
             # The upstream's answer adds its own time.
             self._attempt.call.upstream_seconds = -time.monotonic()
-            self.is_sent = self._attempt.begun = self.connection.send_now(self._data)
+            self.is_sent = self._attempt.begun = self.connection.send_now(self._attempt.data)
             if not self.is_sent:
                 self.connection.close()  # `wait` takes another one
 
@@ -7731,7 +7731,6 @@ class Pending:
         return self._proxy.refuse(self._exchange, call.route.target._given_up(call, error))
 
 
-Begun = tuple[Attempt, bytes]  # a call that an Upstream has begun, and what it must send
 Outcome = Union[Reply, Pending]
 SPOOLED_IN_MEMORY = 262144
 MAX_SEARCHES = 10  # in a second, for the causes of wrong signatures
@@ -7859,7 +7858,7 @@ class Proxy:
         if status and (self._admin or (own and is_loopback(request.peer))):
             # Kubernetes probes use the pod's address.  DNS rebinding needs a name.
             act = functools.partial(status.reply_to, request, self.hosts, self._admin)
-            exchange.outcome = Pending(self, exchange, act, None) if status.others else act()
+            exchange.outcome = Pending(self, exchange, act) if status.others else act()
 
     def _may_search(self) -> bool:
         now, oldest = time.monotonic(), self._searches[0]
