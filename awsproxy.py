@@ -5009,27 +5009,26 @@ class Upstream:
         call.upstream_host = sent.endpoint.authority
         return Attempt(call, sent.endpoint, request, payload_hash)
 
-    def arrived(self, attempt: Attempt) -> Union[Reply, Act, None]:
-        """Return a complete answer, None for a part of one, or a function that waits for it."""
+    def arrived(self, attempt: Attempt) -> Optional[Reply]:
+        """Return a complete answer, None for a part of one; WouldWait if a worker must read it."""
         call, connection = attempt.call, attempt.connection
         ended = not connection.receive_now()
         buffer = connection.source.buffer
         end = buffer.find(b"\r\n\r\n") + 4
-        wait = functools.partial(self._settled, attempt)
         if ended or len(buffer) > MAX_WHOLE_REPLY or (end == 3 and BARE_LF.search(buffer)):
-            return wait
+            raise WouldWait
         if end == 3:
             return None
         try:
             head = parse_response_head(hide(buffer[:end], attempt.secrets), call.request.method)
-        except ValueError:
-            return wait  # it reads the head again, and refuses it
+        except ValueError as error:
+            raise WouldWait from error  # the worker reads the head again, and refuses it
         if (length := head.length) is None or length == UNTIL_CLOSE or head.status < 200:
-            return wait
+            raise WouldWait
         if len(buffer) < end + length:
             return None
         if head.status in _REFUSED or (call.action == RECEIVE and call.request.abandoned()):
-            return wait
+            raise WouldWait
         body, connection.source.buffer = buffer[end:][:length], buffer[end + length :]
         return self._final(call, self._whole(attempt, head, head.keeps, body))
 
@@ -7697,15 +7696,14 @@ class Pending:
     def proceed(self) -> Optional[Outcome]:
         """Return the reply, this object if only `wait` can get it, or None if it is incomplete."""
         try:
-            result = self._attempt.call.route.target.arrived(self._attempt)
+            reply = self._attempt.call.route.target.arrived(self._attempt)
+        except WouldWait:
+            self.is_sent = False
+            self.connection.unwatch()  # a worker reads the rest
+            return self
         except Exception as error:
             return self._proxy.refuse(self._exchange, error)
-        if isinstance(result, Reply):
-            return self._proxy.observed(self._exchange, result)
-        self.is_sent = result is None
-        if not self.is_sent:
-            self.connection.unwatch()  # a worker reads the rest
-        return None if self.is_sent else self
+        return self._proxy.observed(self._exchange, reply) if reply else None
 
     def wait(self) -> Reply:
         """Wait for the reply."""
