@@ -5372,7 +5372,6 @@ class Exchange:
     verified: Optional[Verified] = None  # None before the signature is checked
     call: Optional[Call] = None  # None before the operation is known
     outcome: Optional[Outcome] = None  # ends the plot of Proxy.begin
-    unsaved: Optional[Reply] = None  # leaves when the store has saved the call
     unsigned = False  # whether it has no signature, and a route may let it through
     in_loop = False  # whether the event loop waits for an upstream
     spooled: Optional[BinaryIO] = None  # the temporary file of a long body
@@ -5381,7 +5380,7 @@ class Exchange:
     reason = ""  # the row of REFUSALS if the signature was refused, or "policy"
     refused: Optional[ServiceError] = None
     seconds = 0.0
-    reply: Optional[Reply] = None
+    reply: Optional[Reply] = None  # it leaves when the store has saved the call
 
     def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
         self.request = request
@@ -7965,7 +7964,7 @@ class Proxy:
         if not (hooks or target.may_block):
             try:
                 call.may_wait = False
-                exchange.unsaved = target.answer(call, exchange.request_id)
+                exchange.reply = target.answer(call, exchange.request_id)
                 return
             except WouldWait:
                 call.may_wait = True
@@ -7979,9 +7978,9 @@ class Proxy:
 
     def _save(self, exchange: Exchange) -> None:
         """Let a reply leave, after one commit has saved all calls of this turn."""
-        if exchange.unsaved:
+        if exchange.reply:
             self.sqs.commit()
-            exchange.outcome = self.observed(exchange, exchange.unsaved)
+            exchange.outcome = self.observed(exchange, exchange.reply)
 
     def refresh_hooks(self) -> None:
         """Load again the hook files that have changed, and find the methods of all hooks."""
