@@ -5000,10 +5000,8 @@ class Upstream:
     def _again(self, call: Call, sent: Sent) -> Attempt:
         """Return the attempt of a call like one that was sent."""
         body, payload_hash = self._body(call, sent.endpoint)
-        now = {
-            "content-length": str(len(read_again(body))),
-            "amz-sdk-invocation-id": call.request.header("amz-sdk-invocation-id") or "",
-        }
+        invocation = call.request.header("amz-sdk-invocation-id") or ""
+        now = {"content-length": str(len(read_again(body))), "amz-sdk-invocation-id": invocation}
         headers = tuple([(name, now.get(lower, value)) for lower, name, value in sent.headers])
         request = Request(call.request.method, sent.target, headers, body, call.request.peer)
         call.upstream_host = sent.endpoint.authority
