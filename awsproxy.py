@@ -4706,11 +4706,10 @@ class Connection:
         self.idle_since = 0.0  # that is, it is new
         self.deadline = math.inf  # when the head of the answer must have arrived
         self.abandoned: Callable[[], bool] = lambda: False  # whether its client has left
-        try:
+        failures = OSError, UnicodeError, http.client.HTTPException
+        with raising(UpstreamError, f"no connection to {endpoint.origin}: %s", *failures):
             client = _connector(endpoint, connect_timeout)
             client.connect()  # and no more: its parser is slow
-        except (OSError, UnicodeError, http.client.HTTPException) as error:
-            raise UpstreamError(f"no connection to {endpoint.origin}: {error}") from error
         self.socket, self._client = client.sock, client
         self.selector: Any = None  # the selector of the loop, if only the loop uses it
         keep_alive(self.socket)
@@ -8018,10 +8017,9 @@ class Proxy:
 
         self.workers.run(_run)
         name = f"{getattr(moment, '__module__', '')}.{getattr(moment, '__qualname__', moment)}"
-        try:
+        late = f"{name} took longer than {self._hook_seconds} s"
+        with raising(TimeoutError, late, queues.Empty):
             result, error = outcome.get(timeout=self._hook_seconds)
-        except queues.Empty as late:
-            raise TimeoutError(f"{name} took longer than {self._hook_seconds} s") from late
         if error:
             raise error
         fault = fault_of_reply(result) if isinstance(result, Reply) else ""
