@@ -4873,7 +4873,6 @@ _ANSWER_DROPS = HOP_BY_HOP | {"content-length"}  # if the proxy frames the answe
 MAX_WHOLE_REPLY = 65536  # bytes; longer replies stream
 MAX_SQS_ANSWER = 16777216  # bytes: ten messages of 1 MiB in all, each character escaped
 NOBODY = Credentials("", "")  # for calls that go upstream unsigned
-_NO_AUTHORIZATION = Authorization("", CredentialScope("", "", ""), (), "", "")
 # Names of roles and paths: the log shows them, callers must not see them.
 _PRIVATE = re.compile(r"arn:[^\s;,]{1,300}|(?<![\w/.:])[~/][^\s;,:]{2,300}")
 _CODE_IN_BODY = re.compile(
@@ -4985,7 +4984,7 @@ class Upstream:
             attempt, names = self._prepared(call), ()
         attempt.keys = keys
         signed, claimed = self._signed(attempt, names)
-        if template and template.is_learned and not names:
+        if template and template.is_learned and claimed and not names:
             place, made, names = attempt.endpoint, attempt.request, claimed.signed_headers
             headers = [(name.lower(), name, value) for name, value in made.headers]
             template.sent = Sent(self, keys, place, names, made.target, headers)
@@ -5213,10 +5212,10 @@ class Upstream:
         return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
     def _signed(self, attempt: Attempt,
-            names: tuple[str, ...] = ()) -> tuple[Request, Authorization]:  # fmt: skip
+            names: tuple[str, ...] = ()) -> tuple[Request, Optional[Authorization]]:  # fmt: skip
         call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
-            return request, _NO_AUTHORIZATION
+            return request, None
         amz_date = iso_basic(self.clock())
         scope = CredentialScope(amz_date[:8], attempt.endpoint.region or call.region, call.service)
         call.upstream_key = keys.access_key_id
@@ -5233,8 +5232,8 @@ class Upstream:
             body.seek(0)
         blocks: Iterator[bytes] = iter(lambda: body.read(65536), b"")
         if isinstance(body, AwsChunkedBody) and attempt.payload_hash != "UNSIGNED-PAYLOAD":
-            secret = attempt.keys.secret_access_key
-            blocks = aws_chunks(body, ChunkSigner(secret, claimed) if body.signed else None)
+            signer = ChunkSigner(attempt.keys.secret_access_key, claimed) if claimed else None
+            blocks = aws_chunks(body, signer if body.signed else None)
         if "transfer-encoding" in signed.fields:
             framed = itertools.chain(blocks, (b"",))
             blocks = (b"%x\r\n%b\r\n" % (len(block), block) for block in framed)
