@@ -4798,11 +4798,6 @@ def _connector(endpoint: Endpoint, timeout: float) -> http.client.HTTPConnection
     return tunnel
 
 
-def no_messages(call: Call, request_id: str) -> Reply:
-    """Return an answer to ReceiveMessage without messages."""
-    return call.wire.output(call, {}, request_id)
-
-
 class Pool:
     """Connections by endpoint; idle ones are kept for the next call."""
 
@@ -5053,7 +5048,7 @@ class Upstream:
                 reply = self._exchange(attempt)  # signs it again
         if call.action == RECEIVE and call.request.abandoned():
             self._release(call, receipt_handles(reply))
-            reply = no_messages(call, random_id())
+            reply = call.wire.output(call, {}, random_id())  # no messages
         return self._final(call, reply)
 
     def _final(self, call: Call, reply: Reply) -> Reply:
@@ -5192,7 +5187,7 @@ class Upstream:
         except UpstreamError as error:
             if call.action == RECEIVE and connection.abandoned():
                 threading.Thread(target=self.let_go(attempt), daemon=True).start()
-                return no_messages(call, random_id())
+                return call.wire.output(call, {}, random_id())  # no messages
             connection.close()
             stale = not (connection.heard or connection.abandoned()) and connection.idle_since > 0
             if not (stale and is_repeatable(call) and isinstance(attempt.request.body, io.IOBase)):
@@ -7713,7 +7708,7 @@ class Pending:
         call, request_id = self._attempt.call, self._exchange.request_id
         self.connection.unwatch()
         self._proxy.workers.run(call.route.target.let_go(self._attempt))
-        return self._proxy.observed(self._exchange, no_messages(call, request_id))
+        return self._proxy.observed(self._exchange, call.wire.output(call, {}, request_id))
 
     def give_up(self) -> Reply:
         """Close the connection, and return the refusal of the call."""
@@ -7954,7 +7949,8 @@ class Proxy:
         assert call and call.route
         target = call.route.target
         if self.draining and call.action == RECEIVE and not isinstance(target, Deny):
-            exchange.outcome = self.observed(exchange, no_messages(call, exchange.request_id))
+            no_messages = call.wire.output(call, {}, exchange.request_id)
+            exchange.outcome = self.observed(exchange, no_messages)
             return
         hooks = [it for it in self._methods if not it.concerns or run_hook(it.concerns, call)]
         if not (hooks or target.may_block):
