@@ -4984,8 +4984,8 @@ class Upstream:
             headers = [(name.lower(), name, value) for name, value in made.headers]
             template.sent = Sent(self, keys, place, names, made.target, headers)
         attempt.data = encode_head(signed) + read_again(signed.body)
-        idle = functools.partial(self.pool.idle, attempt.endpoint)
-        if kept := idle(threading.get_ident()) or idle():
+        idle, endpoint = self.pool.idle, attempt.endpoint
+        if kept := idle(endpoint, threading.get_ident()) or idle(endpoint):
             attempt.connection = kept
             self.pool.allow(kept, call)
         return attempt if kept else None
