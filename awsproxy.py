@@ -694,12 +694,6 @@ class Authorization(NamedTuple):
     presigned: bool = False
     session_token: Optional[str] = None
 
-    def again(self, fields: Fields) -> Authorization:
-        """Return the claims of another head of the same template (see HeadTemplate)."""
-        (header,), (amz_date,) = fields["authorization"], fields["x-amz-date"]
-        key, scope, signed, *_, token = self
-        return Authorization(key, scope, signed, header[-64:], amz_date, None, False, token)
-
     def __repr__(self) -> str:
         return f"Authorization({self.access_key_id!r}, {self.scope}, {self.amz_date!r})"
 
@@ -1014,7 +1008,10 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     before: the result for a head of the same template, with the same other arguments"""
     # The order counts: the error of a later check would tell a stranger more.
     if before:
-        request.__dict__["claimed"] = before.claimed.again(request.fields)
+        (header,), (amz_date,) = request.fields["authorization"], request.fields["x-amz-date"]
+        key, scope, signed, *_, token = before.claimed
+        made = Authorization(key, scope, signed, header[-64:], amz_date, None, False, token)
+        request.__dict__["claimed"] = made
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
@@ -1906,55 +1903,48 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 # [3.12] Heads that repeat
-# The headers that differ in a client's next head: the part that varies, and what is around it.
+# What a client's next head changes in some headers: the part of the value, and what is around it.
 _VARYING = {
     "x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
     "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
-    "x-amz-content-sha256": ("[0-9a-f]{64}", "(%s)"),
-    "amz-sdk-invocation-id": ("[0-9A-Za-z-]{36}", "(%s)"),
-    "content-length": ("[0-9]{1,9}", "(%s)")}  # the last, as not all are as long  # fmt: skip
+    "x-amz-content-sha256": ("[0-9a-f]{64}", "(%s)"), "content-length": ("[0-9]{1,9}", "(%s)"),
+    "amz-sdk-invocation-id": ("[0-9A-Za-z-]{36}", "(%s)")}  # fmt: skip
 
 
 class HeadTemplate:
     """What was found out about a head: `known` by a Proxy, `sent` by an Upstream.
 
-    A later head may differ in the parts of _VARYING, each as long as it was.  If all the rest is
-    the same, what the rest decides need not be found out again."""
+    If a later head differs in the parts of _VARYING alone, what the rest decides need not be
+    found out again."""
 
     known: Any = None
     sent: Any = None
     is_new = True  # whether nobody has tried to learn it
     is_learned = False  # whether `head` can be called
 
-    def learn(self, head: Head, text: str) -> bool:
-        """Return whether the varying parts are where they should be, in the text of the head."""
-        at, places = text.index(CRLF) + 2, {}
+    def learn(self, head: Head) -> bool:
+        """Make `head` read those that differ from this one; False if it varies in other ways."""
+        self._head, self._names = head, []
+        pattern = re.escape(f"{head.method} {head.target} HTTP/{head.version}")
         for index, (name, value) in enumerate(head.headers):
-            at += len(name) + 2
             part, around = _VARYING.get(name.lower(), ("", ""))
+            form = re.escape(value)
             if match := part and re.fullmatch(around % part, value):
-                place = slice(at + match.start(1), at + match.end(1))
-                places[name.lower()] = index, name, slice(at, at + len(value)), place
-            at += len(value) + 2
-        if not places.keys() >= {"authorization", "x-amz-date"}:
-            return False
-        cuts = [it for *_, place in places.values() for it in (place.start, place.stop)]
-        usual = [name for name in _VARYING if name in places]
-        self._is_usual = re.compile("".join(_VARYING[name][0] for name in usual)).fullmatch
-        self._parts_of = operator.itemgetter(*(places[name][3] for name in usual))
-        self._rest_of = operator.itemgetter(*map(slice, [0, *cuts[1::2]], [*cuts[::2], None]))
-        self._values_of = operator.itemgetter(*(it[2] for it in places.values()))
-        self._names = [(index, name, lower) for lower, (index, name, *_) in places.items()]
-        self._head, self._rest, self.is_learned = head, self._rest_of(text), True
-        return True
+                start, end = match.span(1)
+                form = f"({re.escape(value[:start])}{part}{re.escape(value[end:])})"
+                self._names.append((index, name, name.lower()))
+            pattern += f"\r\n{re.escape(name)}: {form}"
+        self._match = re.compile(f"{pattern}\r\n\r\n").fullmatch
+        self.is_learned = {"authorization", "x-amz-date"} <= {it[2] for it in self._names}
+        return self.is_learned
 
     def head(self, text: str) -> Optional[Head]:
         """Return the parts of a later head, or None if it differs in more."""
-        if self._rest_of(text) != self._rest or not self._is_usual("".join(self._parts_of(text))):
+        if not (match := self._match(text)):
             return None
         method, target, version, same, known, _ = self._head
         headers, fields = [*same], {**known}
-        for (index, name, lower), value in zip(self._names, self._values_of(text)):
+        for (index, name, lower), value in zip(self._names, match.groups()):
             headers[index], fields[lower] = (name, value), [value]
         return Head(method, target, version, tuple(headers), fields, self)
 
@@ -1989,7 +1979,7 @@ class HeadTemplates:
             if len(self._templates) >= self.MOST:
                 self._templates.clear()
             same_key = self._templates.setdefault(_template_key(text), [])
-            if len(same_key) < 4 and template.learn(head, text):
+            if len(same_key) < 4 and template.learn(head):
                 same_key.append(template)
 
 
