@@ -856,8 +856,7 @@ def canonical_headers(fields: Mapping[str, Sequence[str]], names: Sequence[str])
     for name in names:
         values = fields[name]
         value = values[0] if len(values) == 1 else ",".join([v.strip(" \t") for v in values])
-        value = value.strip(" \t")
-        text += f"{name}:{value}\n"
+        text += name + ":" + value.strip(" \t") + "\n"
     return _BLANKS.sub(" ", text) if "  " in text or "\t" in text else text
 
 
@@ -1070,8 +1069,7 @@ def _check_time(request: Request, claimed: Authorization, now: float, skew: int)
 def _check_scope(request: Request, claimed: Authorization, service: Optional[str],
         regions: Sequence[str]) -> None:  # fmt: skip
     scope, day = claimed.scope, claimed.amz_date[:8]
-    right = (
-        scope.terminator == "aws4_request",
+    right = (scope.terminator == "aws4_request",
         scope.date == day,
         _SCOPE_NAME.fullmatch(scope.region) and (not regions or scope.region in regions),
         _SCOPE_NAME.fullmatch(scope.service) and service in (None, scope.service))  # fmt: skip
@@ -1506,8 +1504,7 @@ def _other_bodies(body: bytes, hashed: str) -> Iterator[tuple[str, Sequence[byte
 def _mistakes(request: Request, claimed: Authorization, secret: str, parts: Sequence[str],
         body: bytes) -> Mistakes:  # fmt: skip
     date, scope, host = claimed.amz_date, claimed.scope, request.header("host") or ""
-    texts = {
-        "blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
+    texts = {"blank": " ", "key": claimed.access_key_id, "quoted": urllib.parse.quote_plus(secret),
         "date": date, "extended": re.sub("(....)(..)(..T..)(..)(..)Z", r"\1-\2-\3:\4:\5", date),
         "scope": str(scope), "region": scope.region, "service": scope.service, "host": host,
         "bucket": host.partition(".")[0], "aws": "amazonaws.com", "empty": EMPTY_SHA256,
@@ -1828,9 +1825,8 @@ _SIGNED = {"host", "date", "content-type", "content-md5"}  # and x-amz-*: no pro
 def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope,
         amz_date: str, declares: bool = False,
         names: tuple[str, ...] = ()) -> tuple[Request, Authorization]:  # fmt: skip
-    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256.
-
-    `names` are the headers to sign, if they are known from a like request."""
+    """Sign these headers (if none are named, the usual ones), and x-amz-content-sha256 if it is
+    declared; return the signed request and its authorization."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
@@ -1838,9 +1834,8 @@ def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: Credent
     if declares or profile.declared_payload or profile.sends_hash:
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
-    fields = request.fields
+    key, fields = keys.access_key_id, request.fields
     names = names or tuple(sorted([n for n in fields if n in _SIGNED or n[:6] == "x-amz-"]))
-    key = keys.access_key_id
     claimed = Authorization(key, scope, names, "", amz_date)
     parts = canonical_parts(request, claimed, payload_hash, profile)
     made = prove(claimed, keys.secret_access_key, parts).signature
@@ -1904,8 +1899,7 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 # [3.12] Heads that repeat
 # What a client's next head changes in some headers: the part of the value, and what is around it.
-_VARYING = {
-    "x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
+_VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
     "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
     "x-amz-content-sha256": ("[0-9a-f]{64}", "(%s)"), "content-length": ("[0-9]{1,9}", "(%s)"),
     "amz-sdk-invocation-id": ("[0-9A-Za-z-]{36}", "(%s)")}  # fmt: skip
@@ -2671,8 +2665,7 @@ S3_ACTIONS = {  # by level, sub-resource and method
     for subresource, _, noun in [word.partition("=") for word in words.split()]}  # fmt: skip
 _S3_SUBRESOURCES = frozenset(subresource for _, subresource, _ in S3_ACTIONS if subresource)
 # The actions of a call with a versionId.
-_S3_VERSIONED = {
-    it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
+_S3_VERSIONED = {it: it.replace("Object", "ObjectVersion", 1) for it in S3_ACTIONS.values()
     if re.fullmatch("(Delete|Get)Object|.*Object(Acl|Annotation|Attributes|Tagging|Torrent)", it)
 }  # fmt: skip
 _S3_CONTROL = "/v20180820/"  # where the paths of the S3 Control API begin
@@ -3128,8 +3121,7 @@ class MoveTask:
         """Return the task as an element of the output of ListMessageMoveTasks."""
         failure = {"FailureReason": ERRORS["QueueDoesNotExist"].code}
         only = {"RUNNING": {"TaskHandle": self.handle}, "FAILED": failure}
-        return {
-            **self.given, **only.get(self.status, {}), "Status": self.status,
+        return {**self.given, **only.get(self.status, {}), "Status": self.status,
             "ApproximateNumberOfMessagesMoved": self.moved,
             "ApproximateNumberOfMessagesToMove": self.to_move,
             "StartedTimestamp": int(self.started * 1000)}  # fmt: skip
@@ -3406,8 +3398,7 @@ class Sqs:
                 now, it = self._clock(), self.queues[arn]
                 it.advance(now)
                 oldest = max(0.0, now - next((m.sent for m in it.messages.values()), now))
-                described.append({
-                    "name": it.name, "region": it.region, "account": it.account,
+                described.append({"name": it.name, "region": it.region, "account": it.account,
                     "visible": it.visible, "in_flight": it.in_flight, "delayed": it.delayed,
                     "oldest_seconds": oldest, "attributes": it.settings, "tags": it.tags
                 })  # fmt: skip
@@ -3538,8 +3529,7 @@ class Sqs:
 
     def get_queue_attributes(self, call: Call) -> Mapping[str, Any]:
         queue, asked = self._queue(call), call.input.get("AttributeNames", [])
-        computed = {
-            "QueueArn": queue.arn, "CreatedTimestamp": str(int(queue.created)),
+        computed = {"QueueArn": queue.arn, "CreatedTimestamp": str(int(queue.created)),
             "LastModifiedTimestamp": str(int(queue.modified)),
             "ApproximateNumberOfMessages": str(queue.visible),
             "ApproximateNumberOfMessagesNotVisible": str(queue.in_flight),
@@ -3594,8 +3584,7 @@ class Sqs:
         refuse_if(label in sids, "value", label, "Label", "Already exists.")
         principals = [f"arn:aws:iam::{account}:root" for account in accounts]
         spelled = [f"SQS:{action}" for action in actions]
-        statement = {
-            "Sid": label, "Effect": "Allow",
+        statement = {"Sid": label, "Effect": "Allow",
             "Principal": {"AWS": principals if len(principals) > 1 else principals[0]},
             "Action": spelled if len(spelled) > 1 else spelled[0], "Resource": queue.arn
         }  # fmt: skip
@@ -3727,8 +3716,7 @@ class Sqs:
             "MD5OfBody": _md5(message.body), "Body": message.body}  # fmt: skip
         asked = {*given.get("AttributeNames", ()), *given.get("MessageSystemAttributeNames", ())}
         if asked:
-            system = {
-                **message.system, "SentTimestamp": str(int(message.sent * 1000)),
+            system = {**message.system, "SentTimestamp": str(int(message.sent * 1000)),
                 "ApproximateReceiveCount": str(message.received),
                 "ApproximateFirstReceiveTimestamp": str(int(message.first_received * 1000))
             }  # fmt: skip
@@ -4467,8 +4455,7 @@ class CredentialChain:
         raise NoKeys(reason) if partly else NotSetUp(reason)
 
     def _source_of(self, settings: Section, visited: tuple[str, ...]) -> Credentials:
-        source = {
-            "Environment": self._from_environment, "EcsContainer": self._from_container,
+        source = {"Environment": self._from_environment, "EcsContainer": self._from_container,
             "Ec2InstanceMetadata": self._from_metadata,
         }.get(settings.get("credential_source", ""))  # fmt: skip
         with raising(NoKeys, "%s"):  # not NotSetUp: the role chooses this source
@@ -5406,8 +5393,7 @@ class Exchange:
     @property
     def attempt(self) -> int:
         """Return the number of the SDK's attempt, from 1 on; 0 if it is unknown."""
-        told = self.request.header("amz-sdk-request")
-        match = told and _ATTEMPT.search(told)
+        match = _ATTEMPT.search(self.request.header("amz-sdk-request") or "")
         return int(match[1]) if match else 0
 
 
@@ -5585,8 +5571,7 @@ class AccessLog(Hook):
         decision, reason = call and call.decision, exchange.reason
         if decision and reason == "policy":
             reason += f" {decision.statement or 'none'} {decision.resource}"
-        fields = {
-            "time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
+        fields = {"time": f"{_utc(int(second), '%Y-%m-%dT%H:%M:%S')}.{int(fraction * 1000):03d}Z",
             "peer": exchange.request.peer, "key": exchange.access_key_id,
             "action": exchange.action[:MAX_SHOWN], "status": exchange.status,
             "error": exchange.error, "ms": round(exchange.seconds * 1000, 2),
@@ -5596,8 +5581,7 @@ class AccessLog(Hook):
             "reason": reason.replace(" ", "-") or "-"}  # fmt: skip
         if self._form == "json":
             proof, key = exchange.verified and exchange.verified.proof, call and call.upstream_key
-            fields |= {
-                "resource": decision.resource if decision else "-",
+            fields |= {"resource": decision.resource if decision else "-",
                 "decision": decision.verdict if decision else "-",
                 "statement": decision.statement if decision else "-",
                 "canonical_request": proof.string_to_sign[-64:].decode() if proof else "-",
@@ -6136,8 +6120,7 @@ class Inspector(Hook):
                 steps.append((title, [("", line) for line in text.splitlines()]))
         if call and call.upstream_seconds > 0:
             steps += [("upstream", [("", f"answered in {call.upstream_seconds * 1000:.1f} ms")])]
-        kept = {
-            "time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
+        kept = {"time": f"{_utc(int(exchange.started), '%H:%M:%S')}Z", "status": exchange.status,
             "action": exchange.action[:MAX_SHOWN], "key": exchange.access_key_id[:MAX_SHOWN],
             "error": exchange.error.replace("-", ""), "ms": round(exchange.seconds * 1000, 2),
             "theirs": _explained_signature(exchange.request, theirs)[:2] if theirs else (),
@@ -7866,11 +7849,10 @@ class Proxy:
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
-        request, wire, proven = exchange.request, exchange.wire, None
+        request, wire = exchange.request, exchange.wire
         template, clients = request.template, self._clients
-        before = template.known[2] if template and template.is_learned and template.known else None
-        if before and before.clients is not clients:  # they have changed since
-            before = None
+        proven = template.known[2] if template and template.is_learned else None
+        before = proven if proven and proven.clients is clients else None
         if not before:
             if request.method not in METHODS:
                 raise not_implemented(request.method)
