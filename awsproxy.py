@@ -1946,40 +1946,38 @@ class HeadTemplate:
 class HeadTemplates:
     """The templates of heads whose signatures were verified."""
 
-    MOST = 200  # keys; each has up to four templates
-    LONGEST, HEADERS = 4096, 32  # bytes and headers of a head: a template then takes up to 30 KB
+    MOST, SAME = 200, 8  # credentials, and templates of each
+    HEADERS, LONGEST = 32, 4096  # of a head, and characters: a template then takes up to 30 KB
 
     def __init__(self) -> None:
-        # By the length of a head, and its text from the key id on.
-        self._templates: dict[tuple[int, str], list[HeadTemplate]] = {}
+        self._templates: dict[str, list[HeadTemplate]] = {}  # by the text from the key id on
 
     def parse(self, raw: bytes, before: Head) -> Head:
         """Return or raise what parse_head does; `before` is the last head of the connection."""
         text, last = raw.decode("latin-1"), before.template
         if last and last.is_new and last.known:
             self._learn(last, before, text)
-        for template in self._templates.get(_template_key(text), ()):
+        for template in self._templates.get(_credential(text), ()):
             if head := template.head(text):
                 return head
         return Head(*parse_head(raw)[:5], HeadTemplate())
 
     def _learn(self, template: HeadTemplate, head: Head, following: str) -> None:
-        request_line = f"{head.method} {head.target} HTTP/{head.version}"
-        if not following.startswith(request_line):
+        if not following.startswith(f"{head.method} {head.target} "):
             return  # each call to Amazon S3, say, has a target of its own
-        template.is_new = False
-        text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
-        if len(text) <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
+        template.is_new, signed = False, "".join(head.fields.get("authorization", ()))
+        size = sum(len(name) + len(value) for name, value in head.headers)
+        if size <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
             if len(self._templates) >= self.MOST:
                 self._templates.clear()
-            same_key = self._templates.setdefault(_template_key(text), [])
-            if len(same_key) < 4 and template.learn(head):
-                same_key.append(template)
+            same = self._templates.setdefault(_credential(signed), [])
+            if len(same) < self.SAME and template.learn(head):
+                same.append(template)
 
 
-def _template_key(text: str) -> tuple[int, str]:
+def _credential(text: str) -> str:
     start = text.find("Credential=")
-    return len(text), text[start : start + 60]
+    return text[start : start + 60]
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -4950,16 +4948,14 @@ class Upstream:
             return None
         template = call.request.template
         sent = template and template.sent
-        if sent and sent.upstream is self and sent.keys is keys:
-            attempt, names = self._again(call, sent), sent.names
-        else:
-            attempt, names = self._prepared(call), ()
+        like = sent if sent and sent.upstream is self and sent.keys is keys else None
+        attempt = self._again(call, like) if like else self._prepared(call)
         attempt.keys = keys
-        signed, claimed = self._signed(attempt, names)
-        if template and template.is_learned and claimed and not names:
-            place, made, names = attempt.endpoint, attempt.request, claimed.signed_headers
-            headers = [(name.lower(), name, value) for name, value in made.headers]
-            template.sent = Sent(self, keys, place, names, made.target, headers)
+        signed, claimed = self._signed(attempt, like.names if like else ())
+        if template and template.is_learned and claimed and not like:
+            headers = [(name.lower(), name, value) for name, value in attempt.request.headers]
+            about = (attempt.endpoint, claimed.signed_headers, attempt.request.target, headers)
+            template.sent = Sent(self, keys, *about)
         attempt.data = encode_head(signed) + read_again(signed.body)
         idle, endpoint = self.pool.idle, attempt.endpoint
         if kept := idle(endpoint, threading.get_ident()) or idle(endpoint):
