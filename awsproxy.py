@@ -1963,16 +1963,17 @@ class HeadTemplates:
         return Head(*parse_head(raw)[:5], HeadTemplate())
 
     def _learn(self, template: HeadTemplate, head: Head, following: str) -> None:
-        if not following.startswith(f"{head.method} {head.target} "):
+        request_line = f"{head.method} {head.target} HTTP/{head.version}"
+        if not following.startswith(request_line):
             return  # each call to Amazon S3, say, has a target of its own
-        template.is_new, signed = False, "".join(head.fields.get("authorization", ()))
-        size = sum(len(name) + len(value) for name, value in head.headers)
-        if size <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
+        template.is_new = False
+        text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
+        if len(text) <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
             if len(self._templates) >= self.MOST:
                 self._templates.clear()
-            same = self._templates.setdefault(_credential(signed), [])
-            if len(same) < self.SAME and template.learn(head):
-                same.append(template)
+            same = self._templates.setdefault(_credential(text), [])
+            if len(same) < self.SAME and not any(it.head(text) for it in same):
+                same += [template] if template.learn(head) else []
 
 
 def _credential(text: str) -> str:

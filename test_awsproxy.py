@@ -4804,6 +4804,14 @@ class HeadTemplateTest(unittest.TestCase):
             before = self.verified(other, templates, before)
         self.assertEqual(templates._templates, {})
 
+    def test_connections_that_say_the_same_share_one(self):
+        templates, raw = awsproxy.HeadTemplates(), self.head()
+        heads = [self.verified(raw, templates) for _ in range(20)]
+        for before in heads:
+            self.verified(raw, templates, before)
+        (kept,) = templates._templates.values()
+        self.assertEqual(len(kept), 1)
+
     def test_their_number_is_limited(self):
         templates = awsproxy.HeadTemplates()
         templates.MOST, before = 5, awsproxy.PeerConnection.head
