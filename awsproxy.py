@@ -50,7 +50,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [10.4] Processes  [10.5] In a test process  [10.6] A saved request
         [10.7] Routes of the flags
 
-The life of a request, function by function:
+The life of a request whose head repeats none before it (see HeadTemplate), function by function:
 
     every call: PeerConnection.readable, PeerConnection.next_request, HeadTemplates.parse,
         parse_head, body_framing, Proxy.begin, parse_authorization, wire_protocol, Proxy._verify,
@@ -879,25 +879,18 @@ def string_to_sign(amz_date: str, scope: CredentialScope, canonical: bytes) -> b
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{digest}".encode("latin-1")
 
 
+@functools.lru_cache(maxsize=1024)
 def signing_key(secret_access_key: str, scope: CredentialScope) -> bytes:
-    """Return the key for one day, region and service."""
+    """Return the key for one day, region and service.  Call `cache_clear` if secrets change."""
     key = b"AWS4" + secret_access_key.encode("utf-8")  # strangers' secrets never come here
     for part in scope:
         key = hmac.digest(key, part.encode("latin-1"), "sha256")
     return key
 
 
-@functools.lru_cache(maxsize=1024)
-def keyed_hash(secret_access_key: str, scope: CredentialScope) -> hmac.HMAC:
-    """Return the HMAC of no text yet with that key.  Call `cache_clear` if secrets change."""
-    return hmac.new(signing_key(secret_access_key, scope), digestmod="sha256")
-
-
 def signature(secret_access_key: str, scope: CredentialScope, text: bytes) -> str:
     """Return the signature of a string to sign, in lower-case hex."""
-    keyed = keyed_hash(secret_access_key, scope).copy()
-    keyed.update(text)
-    return keyed.hexdigest()
+    return hmac.digest(signing_key(secret_access_key, scope), text, "sha256").hex()
 
 
 @functools.lru_cache(maxsize=256)
@@ -1006,6 +999,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
     before: the result for a head of the same template, with the same other arguments"""
     # The order counts: the error of a later check would tell a stranger more.
+    client = before and before.client
     if before:
         (header,), (amz_date,) = request.fields["authorization"], request.fields["x-amz-date"]
         key, scope, signed, *_, token = before.claimed
@@ -1014,9 +1008,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     claimed = authorization_of(request)
     profile = profiles.get(claimed.scope.service, _GENERAL)
     _check_time(request, claimed, now, profile.clock_skew if clock_skew is None else clock_skew)
-    if before:
-        client = before.client
-    else:
+    if not client:
         _check_scope(request, claimed, service, regions)
         client = _find_client(request, claimed, clients)
         _check_signed_headers(request, claimed, profile, must_be_signed)
@@ -1823,10 +1815,8 @@ _SIGNED = {"host", "date", "content-type", "content-md5"}  # and x-amz-*: no pro
 
 
 def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: CredentialScope,
-        amz_date: str, declares: bool = False,
-        names: tuple[str, ...] = ()) -> tuple[Request, Authorization]:  # fmt: skip
-    """Sign these headers (if none are named, the usual ones), and x-amz-content-sha256 if it is
-    declared; return the signed request and its authorization."""
+        amz_date: str, declares: bool = False) -> tuple[Request, Authorization]:  # fmt: skip
+    """Return the signed request and its authorization; `declares` adds x-amz-content-sha256."""
     added = [("X-Amz-Date", amz_date)]
     if keys.session_token:
         added.append(("X-Amz-Security-Token", keys.session_token))
@@ -1835,7 +1825,7 @@ def sign(outgoing: Request, payload_hash: str, keys: Credentials, scope: Credent
         added.append(("X-Amz-Content-Sha256", payload_hash))
     request = outgoing.with_headers((*outgoing.headers, *added))
     key, fields = keys.access_key_id, request.fields
-    names = names or tuple(sorted([n for n in fields if n in _SIGNED or n[:6] == "x-amz-"]))
+    names = tuple(sorted([n for n in fields if n in _SIGNED or n[:6] == "x-amz-"]))
     claimed = Authorization(key, scope, names, "", amz_date)
     parts = canonical_parts(request, claimed, payload_hash, profile)
     made = prove(claimed, keys.secret_access_key, parts).signature
@@ -1913,7 +1903,6 @@ class HeadTemplate:
 
     known: Any = None
     sent: Any = None
-    is_new = True  # whether nobody has tried to learn it
     is_learned = False  # whether `head` can be called
 
     def learn(self, head: Head) -> bool:
@@ -1955,7 +1944,7 @@ class HeadTemplates:
     def parse(self, raw: bytes, before: Head) -> Head:
         """Return or raise what parse_head does; `before` is the last head of the connection."""
         text, last = raw.decode("latin-1"), before.template
-        if last and last.is_new and last.known:
+        if last and last.known and not last.is_learned:
             self._learn(last, before, text)
         for template in self._templates.get(_credential(text), ()):
             if head := template.head(text):
@@ -1966,7 +1955,6 @@ class HeadTemplates:
         request_line = f"{head.method} {head.target} HTTP/{head.version}"
         if not following.startswith(request_line):
             return  # each call to Amazon S3, say, has a target of its own
-        template.is_new = False
         text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
         if len(text) <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
             if len(self._templates) >= self.MOST:
@@ -2111,8 +2099,7 @@ _KINDS = pairs("""bool=BOOLEAN_VALUE NoneType=NULL_VALUE list=START_ARRAY dict=S
 
 
 def _media_type(request: Request) -> str:
-    kind = request.fields.get("content-type", ("",))[0]
-    return kind if kind in _USUAL_TYPES else kind.partition(";")[0].strip(" \t").lower()
+    return request.fields.get("content-type", ("",))[0].partition(";")[0].strip(" \t").lower()
 
 
 def _query_values(request: Request, wanted: bytes) -> list[str]:
@@ -2409,10 +2396,6 @@ _ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
 def read_json(text: str) -> Any:
     """Return the value of a JSON document; ValueError if malformed, or if a key is repeated."""
     try:
-        if text[:1] == "{":  # without a search for white space, which takes as long
-            document, end = _JSON.raw_decode(text)
-            if end == len(text):
-                return document
         return _JSON.decode(text)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
@@ -4904,9 +4887,8 @@ class Attempt:
     secrets: tuple[bytes, ...] = ()  # our session token and signature, which no answer may repeat
 
 
-# A request that was sent for a template: the names of its signed headers, and its headers before
-# they were signed, each with its name in lower case.
-Sent = collections.namedtuple("Sent", "upstream keys endpoint names target headers")
+# A request of a template before it was signed; each header with its name in lower case, too.
+Sent = collections.namedtuple("Sent", "upstream keys endpoint target headers")
 
 
 @dataclass(eq=False, repr=False)
@@ -4952,11 +4934,10 @@ class Upstream:
         like = sent if sent and sent.upstream is self and sent.keys is keys else None
         attempt = self._again(call, like) if like else self._prepared(call)
         attempt.keys = keys
-        signed, claimed = self._signed(attempt, like.names if like else ())
-        if template and template.is_learned and claimed and not like:
+        if template and template.is_learned and not like:
             headers = [(name.lower(), name, value) for name, value in attempt.request.headers]
-            about = (attempt.endpoint, claimed.signed_headers, attempt.request.target, headers)
-            template.sent = Sent(self, keys, *about)
+            template.sent = Sent(self, keys, attempt.endpoint, attempt.request.target, headers)
+        signed, _ = self._signed(attempt)
         attempt.data = encode_head(signed) + read_again(signed.body)
         idle, endpoint = self.pool.idle, attempt.endpoint
         if kept := idle(endpoint, threading.get_ident()) or idle(endpoint):
@@ -5180,8 +5161,7 @@ class Upstream:
         message = "The proxy lost the upstream's answer. The call may have run:"
         return ServiceError("OutcomeUnknown", f"{message} look before you repeat it.")
 
-    def _signed(self, attempt: Attempt,
-            names: tuple[str, ...] = ()) -> tuple[Request, Optional[Authorization]]:  # fmt: skip
+    def _signed(self, attempt: Attempt) -> tuple[Request, Optional[Authorization]]:
         call, request, keys = attempt.call, attempt.request, attempt.keys
         if call.unsigned:
             return request, None
@@ -5190,7 +5170,7 @@ class Upstream:
         call.upstream_key = keys.access_key_id
         payload_hash, given = attempt.payload_hash, call.request.fields
         declares = "x-amz-content-sha256" in given or payload_hash == "UNSIGNED-PAYLOAD"
-        call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares, names)
+        call.sent, claimed = sign(request, payload_hash, keys, scope, amz_date, declares)
         attempt.secrets = (*forms_of_token(keys.session_token), claimed.signature.encode())
         return call.sent, claimed
 
@@ -7701,7 +7681,6 @@ class Proxy:
     clients: the keys that callers may sign with
     routes: the first route that matches a call answers it
     verified: False accepts unsigned calls, but refuses web pages
-    sign_as: the service and region of a call that does not name them
     public_url: the beginning of queue URLs; without it, `scheme` and the Host of the request
     hooks: objects, modules or HookFiles with methods of Hook
     hosts: further names of the proxy
@@ -7709,8 +7688,7 @@ class Proxy:
     admin: True serves the paths of `status` to all clients, and nothing else"""
 
     def __init__(self, clients: Clients, *, routes: Optional[Sequence[Route]] = None,
-            verified: bool = True, sign_as: tuple[str, str] = ("", ""),
-            clock_skew: Optional[int] = None, regions: Sequence[str] = (),
+            verified: bool = True, clock_skew: Optional[int] = None, regions: Sequence[str] = (),
             account_id: str = "000000000000", public_url: str = "", scheme: str = "http",
             max_body: int = 16777216, hooks: Sequence[Any] = (), status: Optional[Status] = None,
             clock: Clock = time.time, sqs: Optional[Sqs] = None, hook_seconds: float = 60,
@@ -7727,7 +7705,7 @@ class Proxy:
         self._public_host = public.netloc.removesuffix(f":{DEFAULT_PORTS.get(public.scheme)}")
         self.hosts = frozenset(filter(None, map(host_name, (public.netloc, *hosts))))
         self._public_url, self._scheme = public_url.rstrip("/"), scheme
-        self._sign_as, self._regions, self._clock_skew = sign_as, regions, clock_skew
+        self._regions, self._clock_skew = regions, clock_skew
         self.max_body, self._clock, self._status = max_body, clock, status
         self._hooks, self._hook_seconds, self.workers = hooks, hook_seconds, Workers()
         self.refresh_hooks()
@@ -7846,11 +7824,11 @@ class Proxy:
 
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
-        request, wire = exchange.request, exchange.wire
+        request, wire, proven = exchange.request, exchange.wire, None
         template, clients = request.template, self._clients
-        proven = template.known[2] if template and template.is_learned else None
-        before = proven if proven and proven.clients is clients else None
-        if not before:
+        before = template.known[2] if template and template.is_learned else None
+        if not before or before.clients is not clients:  # the clients have changed
+            before = None
             if request.method not in METHODS:
                 raise not_implemented(request.method)
             if not self._verified or exchange.unsigned or has_demo_key(clients):
@@ -8070,8 +8048,8 @@ class Proxy:
 
     def _unverified_scope(self, request: Request) -> CredentialScope:
         scope, of_host = claim(request)[1], service_of_host(request.header("host") or "")
-        service = AWS_JSON["1.0"].service(request) or scope.service or self._sign_as[0]
-        region = scope.region or self._sign_as[1] or of_host[1] or (*self._regions, "us-east-1")[0]
+        service = AWS_JSON["1.0"].service(request) or scope.service
+        region = scope.region or of_host[1] or (*self._regions, "us-east-1")[0]
         return CredentialScope("", region, service or of_host[0] or "sqs")
 
     def _unverified(self, exchange: Exchange) -> Verified:
@@ -8875,8 +8853,6 @@ def _address(text: str) -> tuple[str, int]:
 
 
 _account_id = functools.partial(_matched, _ACCOUNT_ID.pattern, "12 digits")
-_scope = functools.partial(_matched, f"({_SCOPE_NAME.pattern})/({_SCOPE_NAME.pattern})",
-    "SERVICE/REGION, as in sqs/us-east-1")  # fmt: skip
 _FILE: Any = {"default": "", "metavar": "FILE"}
 _MANY: Any = {"action": "append", "default": []}
 _EXAMPLES = """\
@@ -8919,8 +8895,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--client", **_MANY, type=_client, metavar="KEY:SECRET",
         help="a key that callers sign with, repeatable; the process list shows it")  # fmt: skip
     add("--no-verify", action="store_true", help="accept any signature, or none; on loopback only")
-    add("--clock-skew", type=_number(int, 0, 604800), metavar="SECONDS", help="how much clocks may"
-        " differ (default: 900; as on AWS, 300 for kms, lambda, monitoring, route53)")  # fmt: skip
     add("--policy-mode", choices=("enforce", "observe"), default="enforce",
         help="observe: log the calls that a policy refuses, and let them pass")  # fmt: skip
     add("--region", **_MANY, help="a region that calls may name, repeatable (default: any)")
@@ -8945,8 +8919,6 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--hook", **_MANY, help=".py file: before, rewrite, after, observe, concerns; repeatable")
     add("--task-protection", action="store_true", help="protect an ECS task that holds messages")
     add("--profile", default="", metavar="NAME", help="profile in ~/.aws to forward with")
-    add("--sign-as", type=_scope, default=("", ""), metavar="SERVICE/REGION",
-        help="with --no-verify: service and region if the Host names none")  # fmt: skip
     add = parser.add_argument_group("Amazon SQS in memory").add_argument
     add("--account-id", type=_account_id, default="000000000000", help="owner of the queues")
     add("--queue", **_MANY, help="a queue to create at the start, repeatable; X.fifo is FIFO")
@@ -9037,9 +9009,8 @@ class Program:
         self._status = Status(self._metrics, self._in_flight, sqs, self._reset, inspector, guard)
         hooks = [self._metrics, self._in_flight, *filter(None, [inspector]), *self._read_hooks()]
         self.proxy = Proxy(self._clients.value, routes=routes, verified=not options.no_verify,
-            hooks=hooks, sign_as=options.sign_as, clock_skew=options.clock_skew, sqs=self._sqs,
-            regions=options.region, account_id=options.account_id, scheme=self._scheme,
-            public_url=options.public_url or "", max_body=options.max_body,
+            hooks=hooks, sqs=self._sqs, regions=options.region, account_id=options.account_id,
+            scheme=self._scheme, public_url=options.public_url or "", max_body=options.max_body,
             hook_seconds=options.timeout, status=None if options.admin else self._status,
             hosts=(options.admin[0] if options.admin else "", *options.host_name),
             guard=guard)  # fmt: skip
@@ -9157,7 +9128,7 @@ class Program:
                 watched.refresh()
         if self._clients.refresh():
             self.proxy.clients = self._clients.value
-            keyed_hash.cache_clear()
+            signing_key.cache_clear()
         if self._queues and not self._sqs.is_failing and self._queues.refresh():
             try:
                 self._create_queues()
