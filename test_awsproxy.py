@@ -4825,6 +4825,23 @@ class HeadTemplateTest(unittest.TestCase):
             before = self.verified(raw, templates, before)
             self.assertLessEqual(len(templates._templates), 5)
 
+    def test_a_dot_stands_for_itself(self):
+        templates, dots = awsproxy.HeadTemplates(), [("x.note", "a.b"), ("User-Agent", "a+b (c)")]
+        raw = self.head(headers=dots)
+        before = self.verified(raw, templates)
+        self.assertIsNotNone(self.parse(raw, templates, before)[1])
+        for old, new in ((b";x.note", b";xznote"), (b"x.note:", b"xznote:"), (b"a.b", b"azb")):
+            other = raw.replace(old, new)
+            self.assertNotEqual(raw, other)
+            found, template = self.parse(other, templates, before)
+            self.assertEqual((found, template), (self.plain(other), None))
+
+    def test_a_later_head_changes_no_earlier_one(self):
+        raws = [self.head(body=b"x" * size) for size in (10, 20, 30)]
+        heads = [self.templates.parse(raw, self.before) for raw in raws]
+        for raw, head in zip(raws, heads):
+            self.assertEqual(head[:5], self.plain(raw))
+
     def test_another_request_made_from_one_has_none(self):
         head = self.templates.parse(self.head(), self.before)
         request = head.request(io.BytesIO(b"x" * 10), "127.0.0.1", lambda: False)
@@ -14250,7 +14267,7 @@ class SentAgainTest(ForwardCase):
             templates, used = self.templates(), 0
             for number, later in enumerate((0, 0, 1, 60, 86400, 86401, 86402)):
                 self.now = EXAMPLE_TIME + later
-                data = body % number if body else body
+                data = body % 10**number if body else body
                 hashed = [(n, v or sha256(data)) for n, v in headers]
                 how = {
                     "service": service,
@@ -19784,13 +19801,23 @@ class RepeatedHeadTest(unittest.TestCase):
             self.assertEqual(proxy.handle(self.call(templates, body=b"")).status, 403)
 
     def test_the_same_request_again(self):
-        made = self.call(None).with_headers(
-            sign(headers=[("Date", amz_date(EXAMPLE_TIME))], target="/?Action=ListQueues")
-        )
-        for request in (self.call(self.templates()), made):
+        dated = [("Date", amz_date(EXAMPLE_TIME))]
+        for request in (self.call(self.templates()), self.call(self.templates(), headers=dated)):
             proxy = self.proxy()
-            replies = {self.answer(proxy, request) for _ in range(3)}
-            self.assertEqual(len(replies), 1)
+            replies = [self.answer(proxy, request) for _ in range(3)]
+            self.assertEqual(replies, [(200, b"{}")] * 3)
+
+    def test_what_it_claims(self):
+        client = DEMO._replace(session_token="dummysession")
+        proxy = self.proxy()
+        templates = self.trained(proxy, client=client)
+        later = self.call(templates, client=client, at=EXAMPLE_TIME + 1)
+        self.assertEqual(proxy.handle(later).status, 200)
+        claimed = awsproxy.authorization_of(later)
+        self.assertEqual(claimed, awsproxy.parse_authorization(later))
+        self.assertEqual(
+            (claimed.session_token, later.template.is_learned), ("dummysession", True)
+        )
 
     def test_another_proxy_finds_out_for_itself(self):
         templates = self.trained(self.proxy())
