@@ -50,7 +50,7 @@ time is an argument.  README documents the names in `__all__`, which stay; all o
         [10.4] Processes  [10.5] In a test process  [10.6] A saved request
         [10.7] Routes of the flags
 
-The life of a request whose head repeats none before it (see HeadTemplate), function by function:
+The life of a request whose head has no template yet (see HeadTemplate), function by function:
 
     every call: PeerConnection.readable, PeerConnection.next_request, HeadTemplates.parse,
         parse_head, body_framing, Proxy.begin, parse_authorization, wire_protocol, Proxy._verify,
@@ -183,7 +183,7 @@ class Request:
     body: Body
     peer: str = ""  # the client's address
     abandoned: Callable[[], bool] = lambda: False  # returns whether the client has hung up
-    template: Optional[HeadTemplate] = field(default=None, init=False)  # of its head
+    template: Optional[HeadTemplate] = field(default=None, init=False)  # of the head
 
     def __repr__(self) -> str:
         return f"Request({self.method!r}, {self.path!r})"  # the rest may hold secrets
@@ -997,7 +997,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
     may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
-    before: the result for a head of the same template, with the same other arguments"""
+    before: the result for a head of the same template: its scope and client need no check"""
     # The order counts: the error of a later check would tell a stranger more.
     client = before and before.client
     if before:
@@ -1888,7 +1888,11 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 # [3.12] Heads that repeat
-# What a client's next head changes in some headers: the part of the value, and what is around it.
+# The calls of an SDK differ in a few values of their heads.  A template keeps what the rest of a
+# verified head has decided: the protocol and the client (`Proxy._check_head`), and the head that
+# goes upstream (`Upstream._again`).  What these skip must not depend on a part that varies: so the
+# day in X-Amz-Date, which is that of the scope, does not vary.
+# By header: the pattern of the part that varies, and of the whole value with %s for that part.
 _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
     "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
     "x-amz-content-sha256": ("[0-9a-f]{64}", "(%s)"), "content-length": ("[0-9]{1,9}", "(%s)"),
@@ -1896,58 +1900,58 @@ _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
 
 
 class HeadTemplate:
-    """What was found out about a head: `known` by a Proxy, `sent` by an Upstream.
+    """The pattern of a verified head, and results that all heads share that match it.
 
-    If a later head differs in the parts of _VARYING alone, what the rest decides need not be
-    found out again."""
+    known: the service, the WireProtocol and the Proven of a Proxy
+    sent: the Sent of an Upstream"""
 
     known: Any = None
     sent: Any = None
-    is_learned = False  # whether `head` can be called
+    is_learned = False  # whether `read` can be called
 
     def learn(self, head: Head) -> bool:
-        """Make `head` read those that differ from this one; False if it varies in other ways."""
-        self._head, self._names = head, []
+        """Make `read` accept heads like this one; False if the signature is not where it is."""
+        self._first, self._varying = head, []
         pattern = re.escape(f"{head.method} {head.target} HTTP/{head.version}")
         for index, (name, value) in enumerate(head.headers):
-            part, around = _VARYING.get(name.lower(), ("", ""))
+            part, whole = _VARYING.get(name.lower(), ("", ""))
             form = re.escape(value)
-            if match := part and re.fullmatch(around % part, value):
+            if match := part and re.fullmatch(whole % part, value):
                 start, end = match.span(1)
                 form = f"({re.escape(value[:start])}{part}{re.escape(value[end:])})"
-                self._names.append((index, name, name.lower()))
+                self._varying.append((index, name, name.lower()))
             pattern += f"\r\n{re.escape(name)}: {form}"
         self._match = re.compile(f"{pattern}\r\n\r\n").fullmatch
-        self.is_learned = {"authorization", "x-amz-date"} <= {it[2] for it in self._names}
+        self.is_learned = {"authorization", "x-amz-date"} <= {it[2] for it in self._varying}
         return self.is_learned
 
-    def head(self, text: str) -> Optional[Head]:
-        """Return the parts of a later head, or None if it differs in more."""
+    def read(self, text: str) -> Optional[Head]:
+        """Return the parts of a head that matches, or None."""
         if not (match := self._match(text)):
             return None
-        method, target, version, same, known, _ = self._head
+        method, target, version, same, known, _ = self._first
         headers, fields = [*same], {**known}
-        for (index, name, lower), value in zip(self._names, match.groups()):
+        for (index, name, lower), value in zip(self._varying, match.groups()):
             headers[index], fields[lower] = (name, value), [value]
         return Head(method, target, version, tuple(headers), fields, self)
 
 
 class HeadTemplates:
-    """The templates of heads whose signatures were verified."""
+    """The templates of a server.  One that is added stays until there are too many."""
 
-    MOST, SAME = 200, 8  # credentials, and templates of each
-    HEADERS, LONGEST = 32, 4096  # of a head, and characters: a template then takes up to 30 KB
+    MOST, SAME, PAUSE = 64, 8, 64  # credentials, templates of each, heads between two learned
+    HEADERS, LONGEST = 32, 4096  # of a head, and characters: a template then takes up to 60 KB
 
     def __init__(self) -> None:
-        self._templates: dict[str, list[HeadTemplate]] = {}  # by the text from the key id on
+        self._pause, self._templates = 0, dict[str, list[HeadTemplate]]()  # by credential
 
     def parse(self, raw: bytes, before: Head) -> Head:
-        """Return or raise what parse_head does; `before` is the last head of the connection."""
-        text, last = raw.decode("latin-1"), before.template
-        if last and last.known and not last.is_learned:
+        """Parse a head as parse_head does; `before` is the last head of the connection."""
+        self._pause, text, last = self._pause - 1, raw.decode("latin-1"), before.template
+        if last and last.known and not last.is_learned and self._pause < 0:
             self._learn(last, before, text)
-        for template in self._templates.get(_credential(text), ()):
-            if head := template.head(text):
+        for template in self._templates.get(text.partition("Credential=")[2][:60], ()):
+            if head := template.read(text):
                 return head
         return Head(*parse_head(raw)[:5], HeadTemplate())
 
@@ -1956,17 +1960,14 @@ class HeadTemplates:
         if not following.startswith(request_line):
             return  # each call to Amazon S3, say, has a target of its own
         text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
-        if len(text) <= self.LONGEST and len(head.fields) == len(head.headers) <= self.HEADERS:
+        is_usual = len(head.fields) == len(head.headers) <= self.HEADERS
+        if is_usual and "x-amz-date" in head.fields and len(text) <= self.LONGEST:
             if len(self._templates) >= self.MOST:
                 self._templates.clear()
-            same = self._templates.setdefault(_credential(text), [])
-            if len(same) < self.SAME and not any(it.head(text) for it in same):
+            same = self._templates.setdefault(text.partition("Credential=")[2][:60], [])
+            if len(same) < self.SAME and not any(it.read(text) for it in same):
+                self._pause = self.PAUSE
                 same += [template] if template.learn(head) else []
-
-
-def _credential(text: str) -> str:
-    start = text.find("Credential=")
-    return text[start : start + 60]
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -2082,7 +2083,6 @@ _RPC_PATH = re.compile("/service/[A-Za-z0-9_.]{1,128}/operation/([^/]{0,256})/?"
 _SERVICE_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 _CHARSET = re.compile('(?i:charset)[^=;]{0,20}=[ \t]*"?([^";, \t]{0,40})')
 _JSON_PATH = re.compile("/20[0-9]{2}-[01][0-9]-[0-3][0-9]/|/v2/email/")  # of REST-JSON services
-_USUAL_TYPES = frozenset({"", _FORM, "application/x-amz-json-1.0", "application/x-amz-json-1.1"})
 MAX_ELEMENTS = 500000  # of a document: the decoder blocks all other threads
 MAX_FORM_FIELDS = 10000  # a full SendMessageBatch has some 400
 MAX_FORM_DEPTH = 12
@@ -2258,8 +2258,6 @@ def _content(request: Request, body: Body) -> bytes:
     """Return a body of JSON or form fields, unzipped; ServiceError if its coding is in doubt."""
     data = read_again(body)
     kind = request.fields.get("content-type", ("",))[0]
-    if kind in _USUAL_TYPES and "content-encoding" not in request.fields:
-        return data
     if ",".join(_CHARSET.findall(kind)).lower() not in ("", "utf-8", "utf8", "us-ascii"):
         raise ServiceError("SerializationException", "The body must be in UTF-8.")
     coding = request.fields.get("content-encoding", ("identity",))[0].lower()
@@ -4176,7 +4174,7 @@ def raising(kind: Any, told: str, *failures: type[Exception]) -> Iterator[None]:
     try:
         yield
     except failures as error:
-        passing = (error.passing,) if isinstance(error, NoKeys) else ()
+        passing = (error.passing,) if isinstance(error, NoKeys) and kind is NoKeys else ()
         before, mark, after = told.rpartition("%s")
         raise kind(f"{before}{mark and error}{after}", *passing) from error
 
@@ -4888,7 +4886,7 @@ class Attempt:
 
 
 # A request of a template before it was signed; each header with its name in lower case, too.
-Sent = collections.namedtuple("Sent", "upstream keys endpoint target headers")
+Sent = collections.namedtuple("Sent", "upstream endpoint target headers")
 
 
 @dataclass(eq=False, repr=False)
@@ -4931,12 +4929,12 @@ class Upstream:
             return None
         template = call.request.template
         sent = template and template.sent
-        like = sent if sent and sent.upstream is self and sent.keys is keys else None
-        attempt = self._again(call, like) if like else self._prepared(call)
+        again = sent and sent.upstream is self and sent.endpoint == self._endpoint_of(call)
+        attempt = self._again(call, sent) if sent and again else self._prepared(call)
         attempt.keys = keys
-        if template and template.is_learned and not like:
+        if template and template.is_learned and not again:
             headers = [(name.lower(), name, value) for name, value in attempt.request.headers]
-            template.sent = Sent(self, keys, attempt.endpoint, attempt.request.target, headers)
+            template.sent = Sent(self, attempt.endpoint, attempt.request.target, headers)
         signed, _ = self._signed(attempt)
         attempt.data = encode_head(signed) + read_again(signed.body)
         idle, endpoint = self.pool.idle, attempt.endpoint
@@ -4946,11 +4944,11 @@ class Upstream:
         return attempt if kept else None
 
     def _again(self, call: Call, sent: Sent) -> Attempt:
-        """Return the attempt of a call like one that was sent."""
+        """Return the attempt of a call whose head has the template of a call that was sent."""
         body, payload_hash = self._body(call, sent.endpoint)
         invocation = call.request.header("amz-sdk-invocation-id") or ""
-        now = {"content-length": str(len(read_again(body))), "amz-sdk-invocation-id": invocation}
-        headers = tuple([(name, now.get(lower, value)) for lower, name, value in sent.headers])
+        given = {"content-length": str(len(read_again(body))), "amz-sdk-invocation-id": invocation}
+        headers = tuple([(name, given.get(lower, value)) for lower, name, value in sent.headers])
         request = Request(call.request.method, sent.target, headers, body, call.request.peer)
         call.upstream_host = sent.endpoint.authority
         return Attempt(call, sent.endpoint, request, payload_hash)
@@ -5325,7 +5323,7 @@ class Exchange:
     reason = ""  # the row of REFUSALS if the signature was refused, or "policy"
     refused: Optional[ServiceError] = None
     seconds = 0.0
-    reply: Optional[Reply] = None  # it leaves when the store has saved the call
+    reply: Optional[Reply] = None  # of an embedded call, it leaves when the store has saved it
 
     def __init__(self, request: Request, at: float, request_id: str, service: str = "") -> None:
         self.request = request
@@ -7498,8 +7496,7 @@ class Store:
 
     def __init__(self, path: str, sqs: Sqs, full: bool = False) -> None:
         """Open or create the file, and fill an empty Sqs.  Raise ValueError if that fails."""
-        import sqlite3  # 1 MB, for this class alone
-
+        sqlite3 = importlib.import_module("sqlite3")  # it takes 1 MB
         self._sqs, self._changes = sqs, Changes({}, set(), [], set())
         self._lock, self._cleaned = threading.Lock(), 0.0
         self._unsaved: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
@@ -7616,13 +7613,13 @@ class Pending:
 
     is_sent = False
 
-    def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, begun: Any = None) -> None:
+    def __init__(self, proxy: Proxy, exchange: Exchange, act: Act, attempt: Any = None) -> None:
         self._proxy, self._exchange, self._act = proxy, exchange, act
-        self._attempt = begun  # by an Upstream, if it could
-        if begun:
-            self.connection, call = begun.connection, begun.call
+        self._attempt = attempt  # that an Upstream has begun, if any
+        if attempt:
+            self.connection, call = attempt.connection, attempt.call
             self.is_poll = call.action == RECEIVE  # waits for messages
-            self._act = functools.partial(call.route.target._settled, begun)
+            self._act = functools.partial(call.route.target._settled, attempt)
 
     def send(self) -> None:
         """Send the call without waiting, or leave that to `wait`."""
@@ -8951,9 +8948,7 @@ def _usage_errors(prefix: str) -> contextlib.AbstractContextManager[None]:
 def settle_memory() -> None:
     """Give unused memory back to the system, and let the collector visit only what is new."""
     with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # only glibc does
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
+        importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
     # The collector need not visit all messages again and again: calls leave no cycles behind.
     gc.freeze()
     gc.set_threshold(100000, 50, 100)
@@ -9449,8 +9444,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _main_as_hook(*_: object) -> None:
+    """Run the program, and report an exception as if no hook had run it."""
     sys.excepthook = sys.__excepthook__
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (Exception, KeyboardInterrupt) as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)  # 128 + SIGINT
 
 
 # [10.7] Routes of the flags
@@ -9494,7 +9494,7 @@ if __name__ == "__main__":
     sys.modules.setdefault("awsproxy", sys.modules[__name__])
     if sys._getframe().f_back is None and not sys.flags.inspect:
         # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
-        # CPython's pythonrun.c).  An exception ends it here, and the program runs in the hook.
+        # CPython's pythonrun.c).  This exception ends it, and the program runs in the hook.
         sys.excepthook = _main_as_hook
         raise RuntimeError("nobody called sys.excepthook")
     sys.exit(main())
