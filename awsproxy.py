@@ -972,7 +972,6 @@ class Verified(NamedTuple):
 class Proven(NamedTuple):
     """The result of verify_head."""
 
-    clients: Clients
     claimed: Authorization
     profile: Profile
     client: Client
@@ -1013,7 +1012,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
         client = _find_client(request, claimed, clients)
         _check_signed_headers(request, claimed, profile, must_be_signed)
     declared = _declared_payload(request, claimed, profile, private)
-    proven = Proven(clients, claimed, profile, client, declared, other_host, may_search)
+    proven = Proven(claimed, profile, client, declared, other_host, may_search)
     if declared is not None:  # otherwise `verify_body` checks the signature
         proven = proven._replace(proof=_check_signature(request, proven, declared, io.BytesIO()))
     return proven
@@ -1021,7 +1020,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
 
 def verify_body(request: Request, proven: Proven, spool: Spool) -> Verified:
     """Check what the head does not prove.  A body of S3's family is checked while it is read."""
-    _, claimed, profile, client, declared, _, _, proof = proven
+    claimed, profile, client, declared, _, _, proof = proven
     scope, presigned, signed = claimed.scope, claimed.presigned, claimed.signed_headers
     if declared and (profile.declared_payload or declared == "UNSIGNED-PAYLOAD"):
         body = streamed_body(request, declared, ChunkSigner(client.secret_access_key, claimed))
@@ -1157,7 +1156,7 @@ def prove(claimed: Authorization, secret: str, parts: Sequence[str]) -> Proof:
 
 def _check_signature(request: Request, proven: Proven, payload_hash: str, body: Body) -> Proof:
     """Compare in constant time.  The refusal shows our canonical request, without the token."""
-    _, claimed, profile, client, _, other_host, *_ = proven
+    claimed, profile, client, _, other_host, *_ = proven
     secret = client.secret_access_key
     parts = canonical_parts(request, claimed, payload_hash, profile)
     proof = prove(claimed, secret, parts)
@@ -1168,7 +1167,8 @@ def _check_signature(request: Request, proven: Proven, payload_hash: str, body: 
         other = prove(claimed, secret, (*parts[:3], headers, *parts[4:]))
         if hmac.compare_digest(other.signature, claimed.signature):
             # From here on the request has the Host that the client signed.
-            request.__dict__["fields"] = {**request.fields, "host": [other_host]}
+            fields = {**request.fields, "host": [other_host]}
+            request.__dict__.update(fields=fields, template=None)  # it is not the head's Host
             return other
     shown = _TOKEN_SHOWN.sub(r"\1<redacted>", "\n".join(parts))[:16384]
     signed = proof.string_to_sign.decode("latin-1")
@@ -1902,7 +1902,7 @@ _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
 class HeadTemplate:
     """The pattern of a verified head, and results that all heads share that match it.
 
-    known: the service, the WireProtocol and the Proven of a Proxy
+    known: the service, the WireProtocol and the Proven of a Proxy, and a token of its clients
     sent: the Sent of an Upstream"""
 
     known: Any = None
@@ -1911,7 +1911,7 @@ class HeadTemplate:
 
     def learn(self, head: Head) -> bool:
         """Make `read` accept heads like this one; False if the signature is not where it is."""
-        self._first, self._varying = head, []
+        self._first, self._varying = head[:5], []
         pattern = re.escape(f"{head.method} {head.target} HTTP/{head.version}")
         for index, (name, value) in enumerate(head.headers):
             part, whole = _VARYING.get(name.lower(), ("", ""))
@@ -1929,7 +1929,7 @@ class HeadTemplate:
         """Return the parts of a head that matches, or None."""
         if not (match := self._match(text)):
             return None
-        method, target, version, same, known, _ = self._first
+        method, target, version, same, known = self._first
         headers, fields = [*same], {**known}
         for (index, name, lower), value in zip(self._varying, match.groups()):
             headers[index], fields[lower] = (name, value), [value]
@@ -1937,9 +1937,9 @@ class HeadTemplate:
 
 
 class HeadTemplates:
-    """The templates of a server.  One that is added stays until there are too many."""
+    """The templates of a server; the oldest ones go if there are too many."""
 
-    MOST, SAME, PAUSE = 64, 8, 64  # credentials, templates of each, heads between two learned
+    MOST, SAME, PAUSE = 50, 8, 64  # credentials, templates of each, heads between two learned
     HEADERS, LONGEST = 32, 4096  # of a head, and characters: a template then takes up to 60 KB
 
     def __init__(self) -> None:
@@ -1960,14 +1960,17 @@ class HeadTemplates:
         if not following.startswith(request_line):
             return  # each call to Amazon S3, say, has a target of its own
         text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
-        is_usual = len(head.fields) == len(head.headers) <= self.HEADERS
-        if is_usual and "x-amz-date" in head.fields and len(text) <= self.LONGEST:
-            if len(self._templates) >= self.MOST:
-                self._templates.clear()
-            same = self._templates.setdefault(text.partition("Credential=")[2][:60], [])
-            if len(same) < self.SAME and not any(it.read(text) for it in same):
+        key, signed = text.partition("Credential=")[2][:60], head.fields.get("authorization", [""])
+        is_short = len(text) <= self.LONGEST and len(head.headers) <= self.HEADERS
+        is_usual = len(head.fields) == len(head.headers) and "x-amz-date" in head.fields
+        if is_short and is_usual and key in signed[0]:
+            same = self._templates.setdefault(key, [])
+            if len(self._templates) > self.MOST:
+                del self._templates[next(iter(self._templates))]  # the oldest
+            if not any(it.read(text) for it in same):
                 self._pause = self.PAUSE
-                same += [template] if template.learn(head) else []
+                if template.learn(head):
+                    self._templates[key] = [*same[1 - self.SAME :], template]
 
 
 # ==== 4. Wire protocols: wire_protocol, AwsJson, AwsQuery, Rest, RpcV2 ====
@@ -2383,12 +2386,7 @@ def _base64_text(value: bytes) -> str:
 
 # NaN and Infinity are not JSON (RFC 8259, 6): int() raises ValueError.
 _JSON = json.JSONDecoder(parse_constant=int, parse_int=_short_int, object_pairs_hook=_each_once)
-_COMPACT = json.JSONEncoder(separators=(",", ":"), default=_base64_text)
-# JSONEncoder makes an encoder for each document: that takes longer than encoding a small one.
-_encoder: Any = json.encoder
-_ENCODE = _encoder.c_make_encoder and _encoder.c_make_encoder(
-    None, _base64_text, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True
-)  # fmt: skip
+_COMPACT = json.JSONEncoder(check_circular=False, separators=(",", ":"), default=_base64_text)
 
 
 def read_json(text: str) -> Any:
@@ -2400,7 +2398,7 @@ def read_json(text: str) -> Any:
 
 
 def _to_json(document: Mapping[str, Any]) -> bytes:
-    return ("".join(_ENCODE(document, 0)) if _ENCODE else _COMPACT.encode(document)).encode()
+    return _COMPACT.encode(document).encode()
 
 
 def _from_json(shape: Shape, value: Any) -> Any:
@@ -5331,7 +5329,7 @@ class Exchange:
         self.began = time.monotonic()
         self.request_id = request_id
         if known := request.template and request.template.known:
-            self.service, self.wire, _ = known
+            self.service, self.wire, *_ = known
         else:
             self.service = service or claim(request)[1].service
             self.wire = wire_protocol(request, self.service)
@@ -7725,6 +7723,7 @@ class Proxy:
         self._clients = {
             key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
             for key, same_key in clients.items()}  # fmt: skip
+        self._token = object()  # after the clients: who reads it before them never mixes them up
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Answer one request; `refused` is a fault in the framing.  Never raises."""
@@ -7822,10 +7821,10 @@ class Proxy:
     def _check_head(self, exchange: Exchange) -> Optional[Proven]:
         """Return what the head proves, None if nothing is verified, or raise ServiceError."""
         request, wire, proven = exchange.request, exchange.wire, None
-        template, clients = request.template, self._clients
-        before = template.known[2] if template and template.is_learned else None
-        if not before or before.clients is not clients:  # the clients have changed
-            before = None
+        template, token, clients = request.template, self._token, self._clients
+        known = template.known if template and template.is_learned else (None,) * 4
+        before = known[2] if known[3] is token else None  # otherwise the clients have changed
+        if not before:
             if request.method not in METHODS:
                 raise not_implemented(request.method)
             if not self._verified or exchange.unsigned or has_demo_key(clients):
@@ -7842,11 +7841,12 @@ class Proxy:
         return proven
 
     def _verify(self, exchange: Exchange) -> None:
-        proven, spool = self._check_head(exchange), functools.partial(self._spool, exchange)
+        token, proven = self._token, self._check_head(exchange)
+        spool = functools.partial(self._spool, exchange)
         verified = verify_body(exchange.request, proven, spool) if proven else None
         exchange.verified = verified or self._unverified(exchange)
         if proven and (template := exchange.request.template):
-            template.known = exchange.service, exchange.wire, proven
+            template.known = exchange.service, exchange.wire, proven, token
 
     def _find_call(self, exchange: Exchange) -> None:
         found = exchange.verified
@@ -9443,9 +9443,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
 
 
-def _main_as_hook(*_: object) -> None:
+def _main_as_hook(former: Any, *_: object) -> None:
     """Run the program, and report an exception as if no hook had run it."""
-    sys.excepthook = sys.__excepthook__
+    sys.excepthook = former
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:
@@ -9495,6 +9495,6 @@ if __name__ == "__main__":
     if sys._getframe().f_back is None and not sys.flags.inspect:
         # Python keeps the syntax tree of a script, 25 MB, until the script ends (`pyrun_file` in
         # CPython's pythonrun.c).  This exception ends it, and the program runs in the hook.
-        sys.excepthook = _main_as_hook
+        sys.excepthook = functools.partial(_main_as_hook, sys.excepthook)
         raise RuntimeError("nobody called sys.excepthook")
     sys.exit(main())

@@ -61,6 +61,7 @@ import tracemalloc
 import unittest
 import urllib.parse
 import uuid
+import weakref
 import xml.etree.ElementTree as ElementTree
 import zlib
 from types import MappingProxyType, SimpleNamespace
@@ -4781,6 +4782,10 @@ class HeadTemplateTest(unittest.TestCase):
             "signature first": re.sub(
                 b"SHA256 (.*), (Signature=.*)\r\n", rb"SHA256 \2, \1\r\n", once
             ),
+            "another credential first": once.replace(
+                b"Host:",
+                b"User-Agent: Credential=akid/20150830/us-east-1/sqs/aws4_request\r\nHost:",
+            ),
             "long": self.head(headers=[("X-Amz-Long", "x" * 4096)]),
             "many": self.head(headers=[(f"x-amz-{number}", "") for number in range(26)]),
         }
@@ -4839,6 +4844,15 @@ class HeadTemplateTest(unittest.TestCase):
             raw = self.head(client=DEMO._replace(access_key_id=f"client{number}"))
             before = self.verified(raw, templates, before)
             self.assertLessEqual(len(templates._templates), 5)
+        left = [key.partition("/")[0] for key in templates._templates]
+        self.assertEqual(left, [f"client{number}" for number in range(14, 19)])
+
+    def test_a_template_that_is_dropped_leaves_no_cycle(self):
+        left = weakref.ref(self.template)
+        self.before = self.template = None
+        self.assertIsNotNone(left())
+        self.templates._templates.clear()
+        self.assertIsNone(left())
 
     def test_a_dot_stands_for_itself(self):
         templates, dots = quick_learner(), [("x.note", "a.b"), ("User-Agent", "a+b (c)")]
@@ -14316,6 +14330,23 @@ class SentAgainTest(ForwardCase):
         # The first call finds no idle connection, and is prepared twice; the second one learns.
         self.assertEqual((upstream.prepared, len(recorder.requests)), (3, 6))
 
+    def test_the_host_that_was_signed_names_the_bucket(self):
+        recorder, templates = FakeUpstream(self), quick_learner()
+        upstream = Upstream(recorder.endpoint, lambda client: SomeKeys(), self.shared)
+        how = {"public_url": "https://sqs.example.com", "clock": lambda: self.now}
+        proxy = Proxy(DEMO_CLIENTS, routes=[Route("*", upstream)], **how)
+        sent, hosts = ("Host", "old.s3.us-east-1.amazonaws.com"), []
+        for host in (sent, sent, sent, ("Host", "sqs.example.com"), sent):
+            hashed = [("X-Amz-Content-Sha256", sha256(b""))]
+            made = sign("DELETE", "/mine/k", [host, *hashed], service="s3", at=self.now)
+            lines = ["DELETE /mine/k HTTP/1.1", *(f"{n}: {v}" for n, v in (sent, *made[1:]))]
+            head = templates.parse("\r\n".join([*lines, "", ""]).encode(), templates.before)
+            templates.before = head
+            request = head.request(io.BytesIO(), "127.0.0.1", lambda: False)
+            self.assertEqual(self.answer(proxy, request).status, 200)
+            hosts.append(recorder.requests[-1].target)
+        self.assertEqual(hosts, 3 * ["/old/mine/k"] + ["/mine/k", "/old/mine/k"])
+
     def test_a_body_where_there_was_none(self):
         recorder, templates = FakeUpstream(self), quick_learner()
         proxy = self.through(recorder, SomeKeys())
@@ -22803,17 +22834,24 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual(ended.returncode, code, ended.stderr)
         self.assertNotIn("Traceback", ended.stderr)
 
-    def test_an_interrupt_ends_it_as_any_script(self):
-        pipe = os.path.join(folder(self), "request")
+    @each(
+        "",
+        "import sys\nsys.excepthook = lambda *_: print('told by another hook', file=sys.stderr)",
+    )
+    def test_an_interrupt_ends_it_as_any_script(self, customized):
+        where = folder(self)
+        pipe = os.path.join(where, "request")
         os.mkfifo(pipe)
+        write(os.path.join(where, "sitecustomize.py"), customized)
         command = [sys.executable, awsproxy.__file__, "--check", pipe]
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
+        environ = {**os.environ, "PYTHONPATH": where}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, env=environ) as running:
             with open(pipe, "w", encoding="ascii"):  # this waits until it reads
                 running.send_signal(signal.SIGINT)
                 told = running.stderr.read()
             self.assertEqual(running.wait(DEADLINE), 130)
-        self.assertIn(b"KeyboardInterrupt", told)
-        self.assertNotIn(b"excepthook", told)
+        self.assertIn(b"told by another hook" if customized else b"KeyboardInterrupt", told)
+        self.assertNotIn(b"Original exception", told)
 
     def test_other_programs_that_run_the_script_stay(self):
         code = "import runpy, sys\nsys.argv[1:] = ['--version']\n"
