@@ -14347,6 +14347,20 @@ class SentAgainTest(ForwardCase):
             hosts.append(recorder.requests[-1].target)
         self.assertEqual(hosts, 3 * ["/old/mine/k"] + ["/mine/k", "/old/mine/k"])
 
+    def test_another_profile_may_choose_another_host(self):
+        answering, templates, keys = Answering(), quick_learner(), SomeKeys()
+        proxy = Proxy(DEMO_CLIENTS, routes=[Route("*", answering)], clock=lambda: self.now)
+        for _ in range(3):
+            self.assertEqual(self.answer(proxy, self.listed(templates)).status, 200)
+        call = answering.calls[-1]
+        upstream = Upstream(None, lambda client: keys, self.shared, lambda: self.now)
+        for keys.variants, host in (
+            ((False, False), "dynamodb.us-east-1.amazonaws.com"),
+            ((True, False), "dynamodb-fips.us-east-1.amazonaws.com"),
+        ):
+            self.assertIsNone(upstream.begin(call))  # no connection is idle
+            self.assertEqual(call.request.template.sent.endpoint.host, host)
+
     def test_a_body_where_there_was_none(self):
         recorder, templates = FakeUpstream(self), quick_learner()
         proxy = self.through(recorder, SomeKeys())
