@@ -22859,11 +22859,14 @@ class ScriptTest(unittest.TestCase):
         write(os.path.join(where, "sitecustomize.py"), customized)
         command = [sys.executable, awsproxy.__file__, "--check", pipe]
         environ = {**os.environ, "PYTHONPATH": where}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, env=environ) as running:
+        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, env=environ, preexec_fn=default
+        ) as running:  # a shell in the background ignores the signal
             with open(pipe, "w", encoding="ascii"):  # this waits until it reads
                 running.send_signal(signal.SIGINT)
-                told = running.stderr.read()
-            self.assertEqual(running.wait(DEADLINE), 130)
+                _, told = running.communicate(timeout=DEADLINE)
+            self.assertEqual(running.returncode, 130)
         self.assertIn(b"told by another hook" if customized else b"KeyboardInterrupt", told)
         self.assertNotIn(b"Original exception", told)
 
