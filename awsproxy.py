@@ -115,6 +115,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import urllib.request
 import zlib
@@ -1888,10 +1889,9 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 # [3.12] Heads that repeat
-# The calls of an SDK differ in a few values of their heads.  A template keeps what the rest of a
-# verified head has decided: the protocol and the client (`Proxy._check_head`), and the head that
-# goes upstream (`Upstream._again`).  What these skip must not depend on a part that varies: so the
-# day in X-Amz-Date, which is that of the scope, does not vary.
+# An SDK changes a few values of each head.  A template keeps what the rest of a verified head has
+# decided: protocol and client (`Proxy._check_head`), and the head that goes upstream
+# (`Upstream._again`).  Nothing that they skip may depend on a part that varies; so no day varies.
 # By header: the pattern of the part that varies, and of the whole value with %s for that part.
 _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
     "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
@@ -7714,15 +7714,15 @@ class Proxy:
 
     @property
     def clients(self) -> Clients:
-        """The keys that callers may sign with.  They can change at any time."""
-        return self._clients
+        """The keys that callers may sign with.  To change them, assign others at any time."""
+        return types.MappingProxyType(self._clients)
 
     @clients.setter
     def clients(self, clients: Clients) -> None:
         """Use these clients from the next request on."""
         self._clients = {
-            key: [c if c.account_id else c._replace(account_id=self._account_id) for c in same_key]
-            for key, same_key in clients.items()}  # fmt: skip
+            it: tuple(c if c.account_id else c._replace(account_id=self._account_id) for c in same)
+            for it, same in clients.items()}  # fmt: skip
         self._token = object()  # after the clients: who reads it before them never mixes them up
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:

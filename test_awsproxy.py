@@ -19853,6 +19853,13 @@ class RepeatedHeadTest(unittest.TestCase):
                     reply = proxy.handle(self.call(templates, client=client))
                     self.assertEqual(reply.status, status)
 
+    def test_clients_change_by_assignment_alone(self):
+        proxy = self.proxy()
+        with self.assertRaises(TypeError):
+            del proxy.clients["dummykey"]
+        with self.assertRaises(TypeError):
+            proxy.clients["dummykey"][0] = DEMO._replace(secret_access_key="new")
+
     def test_clients_that_change_during_a_call(self):
         class Changing(io.RawIOBase):
             def readinto(self, buffer):
