@@ -997,7 +997,7 @@ def verify_head(request: Request, clients: Clients, now: float, service: Optiona
     private: whether the request came by TLS or from this machine, as an unsigned body must
     other_host: a Host that clients may have signed, if a reverse proxy replaced it
     may_search: whether to search for the cause of a wrong signature, which takes some 20 ms
-    before: the result for a head of the same template: its scope and client need no check"""
+    before: the result for a head of the same template; its scope, client and headers were right"""
     # The order counts: the error of a later check would tell a stranger more.
     client = before and before.client
     if before:
@@ -1891,7 +1891,7 @@ def without_chunks(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 # [3.12] Heads that repeat
 # An SDK changes a few values of each head.  A template keeps what the rest of a verified head has
 # decided: protocol and client (`Proxy._check_head`), and the head that goes upstream
-# (`Upstream._again`).  Nothing that they skip may depend on a part that varies; so no day varies.
+# (`Upstream._again`).  No check that is skipped may depend on what varies: so the day is fixed.
 # By header: the pattern of the part that varies, and of the whole value with %s for that part.
 _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
     "authorization": ("[0-9a-f]{64}", f"{ALGORITHM} [ -~]*Signature=(%s)"),
@@ -1902,7 +1902,7 @@ _VARYING = {"x-amz-date": ("[0-9]{6}", "[0-9]{8}T(%s)Z"),
 class HeadTemplate:
     """The pattern of a verified head, and results that all heads share that match it.
 
-    known: the service, the WireProtocol and the Proven of a Proxy, and a token of its clients
+    known: the service, the WireProtocol and the Proven of a Proxy, and the token for its clients
     sent: the Sent of an Upstream"""
 
     known: Any = None
@@ -1910,7 +1910,7 @@ class HeadTemplate:
     is_learned = False  # whether `read` can be called
 
     def learn(self, head: Head) -> bool:
-        """Make `read` accept heads like this one; False if the signature is not where it is."""
+        """Make `read` accept heads like this one; False if its signature is not at the end."""
         self._first, self._varying = head[:5], []
         pattern = re.escape(f"{head.method} {head.target} HTTP/{head.version}")
         for index, (name, value) in enumerate(head.headers):
@@ -1930,7 +1930,7 @@ class HeadTemplate:
         if not (match := self._match(text)):
             return None
         method, target, version, same, known = self._first
-        headers, fields = [*same], {**known}
+        headers, fields = [*same], {field: [*values] for field, values in known.items()}
         for (index, name, lower), value in zip(self._varying, match.groups()):
             headers[index], fields[lower] = (name, value), [value]
         return Head(method, target, version, tuple(headers), fields, self)
@@ -1940,7 +1940,7 @@ class HeadTemplates:
     """The templates of a server; the oldest ones go if there are too many."""
 
     MOST, SAME, PAUSE = 50, 8, 64  # credentials, templates of each, heads between two learned
-    HEADERS, LONGEST = 32, 4096  # of a head, and characters: a template then takes up to 60 KB
+    HEADERS, LONGEST = 32, 4096  # headers and characters of a head: a template takes up to 60 KB
 
     def __init__(self) -> None:
         self._pause, self._templates = 0, dict[str, list[HeadTemplate]]()  # by credential
@@ -1958,7 +1958,8 @@ class HeadTemplates:
     def _learn(self, template: HeadTemplate, head: Head, following: str) -> None:
         request_line = f"{head.method} {head.target} HTTP/{head.version}"
         if not following.startswith(request_line):
-            return  # each call to Amazon S3, say, has a target of its own
+            return  # each call to Amazon S3, say, has another target
+        self._pause = self.PAUSE
         text = CRLF.join([request_line, *(f"{n}: {v}" for n, v in head.headers), CRLF])
         key, signed = text.partition("Credential=")[2][:60], head.fields.get("authorization", [""])
         is_short = len(text) <= self.LONGEST and len(head.headers) <= self.HEADERS
@@ -1968,7 +1969,6 @@ class HeadTemplates:
             if len(self._templates) > self.MOST:
                 del self._templates[next(iter(self._templates))]  # the oldest
             if not any(it.read(text) for it in same):
-                self._pause = self.PAUSE
                 if template.learn(head):
                     self._templates[key] = [*same[1 - self.SAME :], template]
 
@@ -7723,7 +7723,7 @@ class Proxy:
         self._clients = {
             it: tuple(c if c.account_id else c._replace(account_id=self._account_id) for c in same)
             for it, same in clients.items()}  # fmt: skip
-        self._token = object()  # after the clients: who reads it before them never mixes them up
+        self._token = object()  # set last and read first: it is never newer than the clients
 
     def handle(self, request: Request, refused: Optional[ServiceError] = None) -> Reply:
         """Answer one request; `refused` is a fault in the framing.  Never raises."""
@@ -8946,7 +8946,7 @@ def _usage_errors(prefix: str) -> contextlib.AbstractContextManager[None]:
 
 
 def settle_memory() -> None:
-    """Give unused memory back to the system, and let the collector visit only what is new."""
+    """Give unused memory back to the system, and let the collector visit only new objects."""
     with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # only glibc does
         importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
     # The collector need not visit all messages again and again: calls leave no cycles behind.
